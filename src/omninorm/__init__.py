@@ -1,0 +1,24 @@
+"""Normalization for PyTorch transformers, from the layer to the training run."""
+
+from omninorm import functional
+from omninorm.config import NormConfig
+from omninorm.errors import OmninormError
+from omninorm.kernels.dispatch import backends
+from omninorm.layers import CRMSNorm, DynamicErf, DynamicTanh, LayerNorm, RMSNorm, ScaleNorm
+from omninorm.placement import Block
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Block",
+    "CRMSNorm",
+    "DynamicErf",
+    "DynamicTanh",
+    "LayerNorm",
+    "NormConfig",
+    "OmninormError",
+    "RMSNorm",
+    "ScaleNorm",
+    "backends",
+    "functional",
+]

@@ -1,0 +1,207 @@
+"""The definition of every norm: forward and derived backward, in plain PyTorch.
+
+With x a row of d features, γ the gain, β the bias, o the gain offset, and · elementwise:
+
+    RMSNorm    x̂ = x · r           r = 1/√(mean(x²) + ε)            y = x̂ · (γ + o)
+    LayerNorm  x̂ = (x − μ) · r     r = 1/√(mean((x − μ)²) + ε)      y = x̂ · γ + β
+
+    with g = dy · (γ + o):   RMSNorm    dx = r · (g − x̂ mean(g · x̂))              dγ = Σ_rows dy · x̂
+                             LayerNorm  dx = r · (g − mean(g) − x̂ mean(g · x̂))    dβ = Σ_rows dy
+
+Float16, bfloat16 and float32 are computed in float32, float64 in float64, and rounded once at the end.
+Three things keep the formulas true where the naive ones fail:
+
+- Each row is measured in a *unit* of its own, the power of two next above max(|x|, √ε). Powers of two multiply
+  without rounding, so ordinary rows come out bit for bit as without it, and no square overflows or underflows.
+- LayerNorm subtracts the row's first element before it sums anything. A constant row becomes exactly 0, and a
+  large mean cancels before it can swamp the spread.
+- Sums run over contiguous rows in one order, whatever stands around the row and however many threads there are.
+
+Only x is kept for the backward pass, which computes the row statistics again. The backward functions are made
+of differentiable operations, so a second derivative is theirs too.
+
+RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467. LayerNorm: Ba, Kiros and Hinton 2016, arXiv 1607.06450.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
+    normed, _ = standardize(x, eps, centered=False)
+    normed = round_before_gain(normed, x.dtype, cast)
+    y = normed if weight is None else normed * gain(weight, gain_offset, normed.dtype)
+    return y.to(x.dtype).reshape(x.shape)
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
+) -> tuple[Tensor, Tensor | None]:
+    normed, to_x = standardize(x, eps, centered=False)
+    dy = as_rows(dy).to(normed.dtype)
+    dnormed = dy if weight is None else dy * gain(weight, gain_offset, normed.dtype)
+    dx = to_x(dnormed - normed * mean(dnormed * normed))
+    if weight is None:
+        return dx.to(x.dtype).reshape(x.shape), None
+    dweight = column_sum(dy * round_before_gain(normed, x.dtype, cast))
+    return dx.to(x.dtype).reshape(x.shape), dweight.to(weight.dtype)
+
+
+def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
+    y, _ = standardize(x, eps, centered=True)
+    if weight is not None:
+        y = y * weight.to(y.dtype)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y.to(x.dtype).reshape(x.shape)
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    normed, to_x = standardize(x, eps, centered=True)
+    dy = as_rows(dy).to(normed.dtype)
+    dnormed = dy if weight is None else dy * weight.to(normed.dtype)
+    dx = to_x(dnormed - mean(dnormed) - normed * mean(dnormed * normed))
+    dweight = None if weight is None else column_sum(dy * normed).to(weight.dtype)
+    dbias = None if bias is None else column_sum(dy).to(bias.dtype)
+    return dx.to(x.dtype).reshape(x.shape), dweight, dbias
+
+
+# The pieces, in the order of their use ---------------------------------------------------------------------------
+
+
+class Scale:
+    """Multiplies by a row's r = 1/√(mean square + ε), given as r = root · per_unit, neither of which overflows."""
+
+    def __init__(self, root: Tensor, per_unit: Tensor) -> None:
+        self.root = root
+        self.per_unit = per_unit
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows * self.root * self.per_unit
+
+
+def standardize(x: Tensor, eps: float | None, *, centered: bool) -> tuple[Tensor, Scale]:
+    """x̂ (rows, d) in the compute dtype, and the multiplication by r that brings a gradient back to x."""
+    rows = as_rows(x).to(compute_dtype(x.dtype))
+    eps = torch.finfo(rows.dtype).eps if eps is None else eps
+    headroom: Tensor | float = 1.0
+    if centered:
+        headroom = difference_headroom(rows)
+        rows = rows * headroom - rows[:, :1] * headroom
+    per_unit = reciprocal_unit(rows, eps)
+    rows = rows * per_unit
+    if centered:
+        rows = rows - mean(rows)
+    per_unit = per_unit * headroom
+    root = torch.rsqrt(mean(rows * rows) + eps * per_unit * per_unit)
+    return rows * root, Scale(root, per_unit)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What statistics and products are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., d) → (rows, d), contiguous; a copy only where the strides demand it."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def largest_magnitude(rows: Tensor) -> Tensor:
+    """max |x| of each row, (rows, 1), outside the gradient: it only ever chooses a unit."""
+    rows = rows.detach()
+    return torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
+
+
+def difference_headroom(rows: Tensor) -> Tensor:
+    """⅛ for rows so large that the difference of two elements could overflow, else 1; (rows, 1)."""
+    limit = torch.finfo(rows.dtype).max / 8
+    return torch.where(largest_magnitude(rows) > limit, 0.125, 1.0).to(rows.dtype)
+
+
+def reciprocal_unit(rows: Tensor, eps: float) -> Tensor:
+    """1 / unit of each row, (rows, 1): an exact power of two that brings max(|x|, √ε) into [½, 1)."""
+    numbers = torch.finfo(rows.dtype)
+    bounds = (max(math.sqrt(eps), numbers.tiny), numbers.max / 8)
+    largest = largest_magnitude(rows).clamp(*bounds)
+    return torch.frexp(largest).mantissa / largest
+
+
+def mean(rows: Tensor) -> Tensor:
+    """The mean of each row, (rows, 1)."""
+    return ordered_sum(rows, 1) / rows.shape[1]
+
+
+def column_sum(rows: Tensor) -> Tensor:
+    """The sum over all rows, (d,): how a gain's gradient gathers."""
+    return ordered_sum(rows, 0).squeeze(0)
+
+
+def ordered_sum(rows: Tensor, dim: int) -> Tensor:
+    """Σ along `dim` in an order that depends on nothing but that dimension's size; the dimension is kept.
+
+    PyTorch adds each row of a matrix on one thread, but splits a sum with a single result between threads.
+    So a lone row is summed beside a twin of itself.
+    """
+    other = 1 - dim
+    if rows.shape[other] == 1:
+        rows = torch.cat((rows, rows), other)
+        return rows.sum(dim, keepdim=True).narrow(other, 0, 1)
+    return rows.sum(dim, keepdim=True)
+
+
+def gain(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
+    """γ + o in the compute dtype."""
+    weight = weight.to(dtype)
+    return weight + offset if offset else weight
+
+
+def round_before_gain(normed: Tensor, dtype: torch.dtype, cast: str) -> Tensor:
+    """Llama rounds x̂ to the input's dtype before it multiplies by the gain; torch.nn.RMSNorm does not."""
+    return normed.to(dtype).to(normed.dtype) if cast == "llama" else normed
+
+
+# Autograd --------------------------------------------------------------------------------------------------------
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """`rms_norm_forward` with `rms_norm_backward` as its derivative; arguments in that order."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
+        return rms_norm_forward(x, weight, eps, gain_offset, cast)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, *ctx.constants = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        return (*rms_norm_backward(dy, x, weight, *ctx.constants), None, None, None)
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """`layer_norm_forward` with `layer_norm_backward` as its derivative; arguments in that order."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
+        return layer_norm_forward(x, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.eps = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias = ctx.saved_tensors
+        return (*layer_norm_backward(dy, x, weight, bias, ctx.eps), None)

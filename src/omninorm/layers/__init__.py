@@ -1,0 +1,16 @@
+"""The norms as modules: parameters and initial values only; the arithmetic is in `omninorm.functional`."""
+
+from omninorm.layers.build import NORM_TYPES, build_norm
+from omninorm.layers.norms import CRMSNorm, LayerNorm, RMSNorm, ScaleNorm
+from omninorm.layers.pointwise import DynamicErf, DynamicTanh
+
+__all__ = [
+    "NORM_TYPES",
+    "CRMSNorm",
+    "DynamicErf",
+    "DynamicTanh",
+    "LayerNorm",
+    "RMSNorm",
+    "ScaleNorm",
+    "build_norm",
+]

@@ -1,0 +1,44 @@
+"""From a NormConfig to a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from omninorm.config import NormConfig
+from omninorm.layers.norms import CRMSNorm, LayerNorm, RMSNorm, ScaleNorm
+from omninorm.layers.pointwise import DynamicErf, DynamicTanh
+
+# Every module whose parameters are a norm's gains and biases, for grouping by type.
+NORM_TYPES = (nn.RMSNorm, nn.LayerNorm, CRMSNorm, ScaleNorm, DynamicTanh, DynamicErf)
+
+
+def build_norm(
+    config: NormConfig,
+    width: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """One norm of the configured kind over `width` features; the identity for "none".
+
+    Raises:
+        ConfigError: width below 1.
+    """
+    eps = config.norm_eps
+    match config.normalization:
+        case "rmsnorm":
+            offset, cast = config.gain_offset, config.cast
+            return RMSNorm(width, eps, device=device, dtype=dtype, gain_offset=offset, cast=cast)
+        case "layernorm":
+            return LayerNorm(width, eps, device=device, dtype=dtype)
+        case "crmsnorm":
+            return CRMSNorm(width, eps, device, dtype)
+        case "scalenorm":
+            return ScaleNorm(width, eps, device, dtype)
+        case "dyt":
+            return DynamicTanh(width, device=device, dtype=dtype)
+        case "derf":
+            return DynamicErf(width, device=device, dtype=dtype)
+        case _:
+            return nn.Identity()

@@ -1,0 +1,54 @@
+"""`normalized_shape`: reading it, checking it, and bringing the dimensions that it names into one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from omninorm.config import check_number
+from omninorm.errors import ConfigError, InputError
+
+
+def read_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    """An int or a sequence of ints → a tuple; every dimension must be at least 1.
+
+    Raises:
+        ConfigError: empty, not integers, or a dimension below 1.
+    """
+    is_sequence = isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str)
+    shape = tuple(normalized_shape) if is_sequence else (normalized_shape,)
+    if not shape or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in shape):
+        remedy = "pass the width of the features, e.g. 768"
+        raise ConfigError("normalized_shape must be one or more integers ≥ 1", repr(normalized_shape), remedy)
+    return shape
+
+
+def flatten_features(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(..., *shape) → (..., d) with d = Π shape.
+
+    Raises:
+        InputError: x does not end in `shape`.
+    """
+    if not isinstance(x, Tensor) or x.shape[-len(shape) :] != shape:
+        received = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        wanted = ", ".join(map(str, shape))
+        raise InputError(f"the input must be a tensor whose shape ends in ({wanted})", received, "make them agree")
+    return x if len(shape) == 1 else x.reshape(*x.shape[: -len(shape)], math.prod(shape))
+
+
+def flatten_gain(gain: Tensor | None) -> Tensor | None:
+    """A gain or bias of several dimensions as one."""
+    return gain if gain is None or gain.ndim == 1 else gain.flatten()
+
+
+def read_eps(eps: float | None) -> float | None:
+    """ε as given, unless no norm could use it.
+
+    Raises:
+        ConfigError: negative, NaN, infinite or not a number.
+    """
+    if eps is not None:
+        check_number("eps", eps, at_least=0.0)
+    return eps

@@ -1,0 +1,17 @@
+"""Where the norm stands: one small class per placement, and the Block that puts it around two sublayers."""
+
+from omninorm.placement.base import Placement, Position, Stream, Sublayer
+from omninorm.placement.block import PLACEMENT_TYPES, Block, FinalNorm, enter, init_gain, inner_norms
+
+__all__ = [
+    "PLACEMENT_TYPES",
+    "Block",
+    "FinalNorm",
+    "Placement",
+    "Position",
+    "Stream",
+    "Sublayer",
+    "enter",
+    "init_gain",
+    "inner_norms",
+]

@@ -1,0 +1,144 @@
+"""From a config to a model's parts: the block, the stream's beginning and end, and what else a placement asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from omninorm.config import NormConfig, check_choice
+from omninorm.errors import ConfigError
+from omninorm.layers import build_norm
+from omninorm.placement.base import Placement, Position, Stream
+from omninorm.placement.normed import DeepNorm, HybridNorm, Keel, MixNorm, PostNorm, ResiDual
+from omninorm.placement.plain import LayerNormScaling, NoNorm, NormFormer, PreNorm, Reordered, Sandwich
+
+PLACEMENT_TYPES: dict[str, type[Placement]] = {
+    "none": NoNorm,
+    "post": PostNorm,
+    "pre": PreNorm,
+    "sandwich": Sandwich,
+    "reordered": Reordered,
+    "deepnorm": DeepNorm,
+    "lns": LayerNormScaling,
+    "mix": MixNorm,
+    "hybrid": HybridNorm,
+    "residual": ResiDual,
+    "keel": Keel,
+    "normformer": NormFormer,
+}
+
+# Which sublayer realizes which inner norm.
+ATTENTION_NORMS = frozenset({"q", "k", "v", "heads"})
+FEED_FORWARD_NORMS = frozenset({"hidden"})
+PROJECTIONS = ("q", "k", "v", "out", "feed_forward")
+
+
+class Block(nn.Module):
+    """One transformer block: a placement around attention, then around a feed-forward.
+
+    Any two modules from (..., width) to (..., width) will do: causal or bidirectional attention, convolution,
+    a mixture of experts. Extra arguments of a call go to the first one.
+
+    Where the placement wants norms inside the sublayers (`inner_norms(config)`), a sublayer says which of them
+    it realizes in an attribute `inner_norms`, a set of their names; without it the block refuses to be built.
+
+    Args:
+        config: kind and placement of the norms.
+        width: features of the residual stream, ≥ 1.
+        attention, feed_forward: the sublayers.
+        block, blocks: the block's number, from 1, and how many there are; deep placements depend on them.
+
+    Shape: stream → stream. A stream is a tensor (..., width), from `enter`; `FinalNorm` ends it.
+
+    Raises:
+        ConfigError: a block's number out of range, or a sublayer that lacks an inner norm.
+
+    Example:
+        >>> import torch
+        >>> width, depth = 16, 2
+        >>> config = NormConfig.from_dict({"normalization": "rmsnorm", "norm_placement": "pre", "norm_eps": 1e-6})
+        >>> blocks = [Block(config, width, nn.Linear(width, width), nn.Linear(width, width), block=l, blocks=depth)
+        ...           for l in (1, 2)]
+        >>> stream = enter(config, torch.ones(3, width))
+        >>> for block in blocks:
+        ...     stream = block(stream)
+        >>> FinalNorm(config, width)(stream).shape
+        torch.Size([3, 16])
+    """
+
+    def __init__(
+        self,
+        config: NormConfig,
+        width: int,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        *,
+        block: int,
+        blocks: int,
+    ) -> None:
+        super().__init__()
+        check_inner_norms(config, "attention", attention, ATTENTION_NORMS)
+        check_inner_norms(config, "feed_forward", feed_forward, FEED_FORWARD_NORMS)
+        place = PLACEMENT_TYPES[config.norm_placement]
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.around_attention = place(config, width, Position(block, blocks, "attention"))
+        self.around_feed_forward = place(config, width, Position(block, blocks, "feed_forward"))
+
+    def forward(self, stream: Stream, *args: Any, **kwargs: Any) -> Stream:
+        stream = self.around_attention(stream, lambda x: self.attention(x, *args, **kwargs))
+        return self.around_feed_forward(stream, self.feed_forward)
+
+
+class FinalNorm(nn.Module):
+    """The norm after the last block, where the placement has one: last stream → (..., width) for the head."""
+
+    def __init__(self, config: NormConfig, width: int) -> None:
+        super().__init__()
+        self.placement = PLACEMENT_TYPES[config.norm_placement]
+        self.norm = build_norm(config, width) if self.placement.final_norm else nn.Identity()
+
+    def forward(self, stream: Stream) -> Tensor:
+        return self.placement.leave(stream, self.norm)
+
+
+def enter(config: NormConfig, x: Tensor) -> Stream:
+    """The stream that the first block receives, from the embeddings x (..., width)."""
+    return PLACEMENT_TYPES[config.norm_placement].enter(x)
+
+
+def inner_norms(config: NormConfig) -> frozenset[str]:
+    """The norms that stand inside the sublayers: the placement's own, with qk_norm's wish applied.
+
+    Names: "q", "k", "v" (per head, on the projection), "heads" (a gain per head on the attention's output),
+    "hidden" (on the feed-forward's hidden features).
+    """
+    inner = PLACEMENT_TYPES[config.norm_placement].inner
+    if config.qk_norm is None:
+        return inner
+    return inner | {"q", "k"} if config.qk_norm else inner - {"q", "k"}
+
+
+def init_gain(config: NormConfig, blocks: int, role: str) -> float:
+    """The placement's factor on a projection's initial weights in a model of `blocks` blocks.
+
+    Args:
+        role: "q", "k", "v", "out" (attention's) or "feed_forward" (each matrix of it).
+
+    Raises:
+        ConfigError: an unknown role.
+    """
+    check_choice("role", role, PROJECTIONS)
+    return PLACEMENT_TYPES[config.norm_placement].init_gain(blocks, role)
+
+
+def check_inner_norms(config: NormConfig, name: str, sublayer: nn.Module, realizable: frozenset[str]) -> None:
+    """Raises ConfigError unless `sublayer` has the inner norms that fall to it."""
+    wanted = inner_norms(config) & realizable
+    missing = wanted - frozenset(getattr(sublayer, "inner_norms", frozenset()))
+    if missing:
+        what = f"placement {config.norm_placement!r} with qk_norm={config.qk_norm}"
+        invariant = f"{what} needs the norms {', '.join(sorted(wanted))} inside {name}"
+        remedy = f"build them in and name them in {name}.inner_norms"
+        raise ConfigError(invariant, f"a {type(sublayer).__name__} without {', '.join(sorted(missing))}", remedy)
