@@ -13,8 +13,8 @@ Three things keep the formulas true where the naive ones fail:
 
 - Each row is measured in a *unit* of its own, the power of two next above max(|x|, √ε). Powers of two multiply
   without rounding, so ordinary rows come out bit for bit as without it, and no square overflows or underflows.
-- LayerNorm subtracts the row's first element before it sums anything. A constant row becomes exactly 0, and a
-  large mean cancels before it can swamp the spread.
+- LayerNorm subtracts the mean twice, as a number and then what rounding that number left. The mean is summed from
+  the differences to the row's first element, so a constant row becomes exactly 0.
 - Sums run over contiguous rows in one order, whatever stands around the row and however many threads there are.
 
 Only x is kept for the backward pass, which computes the row statistics again. The backward functions are made
@@ -94,7 +94,7 @@ def standardize(x: Tensor, eps: float | None, *, centered: bool) -> tuple[Tensor
     headroom: Tensor | float = 1.0
     if centered:
         headroom = difference_headroom(rows)
-        rows = rows * headroom - rows[:, :1] * headroom
+        rows = rows * headroom - rounded_mean(rows) * headroom
     per_unit = reciprocal_unit(rows, eps)
     rows = rows * per_unit
     if centered:
@@ -124,6 +124,14 @@ def difference_headroom(rows: Tensor) -> Tensor:
     """⅛ for rows so large that the difference of two elements could overflow, else 1; (rows, 1)."""
     limit = torch.finfo(rows.dtype).max / 8
     return torch.where(largest_magnitude(rows) > limit, 0.125, 1.0).to(rows.dtype)
+
+
+def rounded_mean(rows: Tensor) -> Tensor:
+    """The mean of each row to within its last place, (rows, 1); exact for a constant row."""
+    per_unit = reciprocal_unit(rows, 0.0)
+    rows = rows * per_unit
+    first = rows[:, :1]
+    return (first + mean(rows - first)) / per_unit
 
 
 def reciprocal_unit(rows: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,217 @@
+"""Forward and gradients against float64 over dtypes, widths, leading dimensions, gains and layouts."""
+
+import itertools
+import math
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from omninorm import functional
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = [1, 2, 3, 7, 64, 65, 127, 768, 5120]
+LEADING = [(), (3,), (2, 3), (2, 1, 3), (2, 1, 2, 2), (0,), (2, 0, 3)]
+EPS = 1e-6
+
+
+def spread(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Random rows whose sizes differ from row to row by up to three orders of magnitude."""
+    x = torch.randn(shape, dtype=torch.float64)
+    rows = torch.exp(torch.randn(*shape[:-1], 1, dtype=torch.float64)) if shape[:-1] else 3.0
+    return (x * rows + 0.3).to(dtype)
+
+
+def check_rms_norm(x: Tensor, weight: Tensor | None, dy: Tensor, gain_offset: float = 0.0) -> None:
+    x, exact_x = x.detach().requires_grad_(), oracle.double(x)
+    weight = None if weight is None else weight.detach().requires_grad_()
+    exact_weight = oracle.double(weight)
+    eps = oracle.rounded_eps(EPS, x.dtype)
+    y = functional.rms_norm(x, weight, EPS, gain_offset=gain_offset)
+    expected = oracle.rms_norm(exact_x, exact_weight, eps, gain_offset)
+    assert y.dtype == x.dtype
+    oracle.assert_forward(y.detach(), expected.detach())
+
+    y.backward(dy)
+    expected.backward(dy.double())
+    normed = oracle.rms_norm(exact_x, None, eps).detach()
+    g = dy.double() if weight is None else dy.double() * (exact_weight.detach() + gain_offset)
+    r = torch.rsqrt(exact_x.detach().square().mean(-1, keepdim=True) + eps)
+    terms = r * (g.abs() + normed.abs() * (g * normed).abs().mean(-1, keepdim=True))
+    assert x.grad.dtype == x.dtype
+    oracle.assert_input_gradient(x.grad, exact_x.grad, terms)
+    if weight is not None:
+        assert weight.grad.dtype == weight.dtype
+        compute = oracle.compute_dtype(x.dtype)
+        oracle.assert_gain_gradient(
+            weight.grad, exact_weight.grad, dy.double() * normed, torch.zeros_like(normed), compute
+        )
+
+
+def check_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor) -> None:
+    x, exact_x = x.detach().requires_grad_(), oracle.double(x)
+    weight, bias = (None if gain is None else gain.detach().requires_grad_() for gain in (weight, bias))
+    exact_weight, exact_bias = oracle.double(weight), oracle.double(bias)
+    eps = oracle.rounded_eps(EPS, x.dtype)
+    y = functional.layer_norm(x, weight, bias, EPS)
+    expected = oracle.layer_norm(exact_x, exact_weight, exact_bias, eps)
+    assert y.dtype == x.dtype
+    oracle.assert_forward(y.detach(), expected.detach())
+
+    y.backward(dy)
+    expected.backward(dy.double())
+    normed = oracle.layer_norm(exact_x, None, None, eps).detach()
+    g = dy.double() if weight is None else dy.double() * exact_weight.detach()
+    deviation = exact_x.detach() - exact_x.detach().mean(-1, keepdim=True)
+    r = torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
+    terms = r * (g.abs() + g.abs().mean(-1, keepdim=True) + normed.abs() * (g * normed).abs().mean(-1, keepdim=True))
+    oracle.assert_input_gradient(x.grad, exact_x.grad, terms)
+    compute = oracle.compute_dtype(x.dtype)
+    if weight is not None:
+        oracle.assert_gain_gradient(weight.grad, exact_weight.grad, dy.double() * normed, dy.double(), compute)
+    if bias is not None:
+        assert bias.grad.dtype == bias.dtype
+        oracle.assert_gain_gradient(bias.grad, exact_bias.grad, dy.double(), torch.zeros_like(normed), compute)
+
+
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm(dtype: torch.dtype, width: int, leading: tuple[int, ...]) -> None:
+    x, dy = spread(*leading, width, dtype=dtype), spread(*leading, width, dtype=dtype)
+    check_rms_norm(x, torch.randn(width, dtype=dtype), dy)
+
+
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm(dtype: torch.dtype, width: int, leading: tuple[int, ...]) -> None:
+    x, dy = spread(*leading, width, dtype=dtype), spread(*leading, width, dtype=dtype)
+    check_layer_norm(x, torch.randn(width, dtype=dtype), torch.randn(width, dtype=dtype), dy)
+
+
+GAIN_DTYPES = [None, *DTYPES]
+
+
+@pytest.mark.parametrize(("dtype", "gain_dtype"), list(itertools.product(DTYPES, GAIN_DTYPES)), ids=str)
+def test_gains_of_every_dtype(dtype: torch.dtype, gain_dtype: torch.dtype | None) -> None:
+    """A float64 gain on a narrower input counts as what the compute dtype holds of it, hence the rounding here."""
+
+    def gain() -> Tensor | None:
+        values = torch.randn(65, dtype=oracle.compute_dtype(dtype))
+        return None if gain_dtype is None else values.to(gain_dtype)
+
+    x, dy = spread(4, 5, 65, dtype=dtype), spread(4, 5, 65, dtype=dtype)
+    check_rms_norm(x, gain(), dy)
+    check_layer_norm(x, gain(), gain(), dy)
+    check_layer_norm(x, gain(), None, dy)
+    check_layer_norm(x, None, gain(), dy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gain_offset(dtype: torch.dtype) -> None:
+    check_rms_norm(spread(6, 65, dtype=dtype), torch.randn(65, dtype=dtype), spread(6, 65, dtype=dtype), 1.0)
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.transpose(0, 1),
+    "features strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "features transposed": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "every second row": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "offset by one": lambda x: torch.cat((x.flatten()[:1], x.flatten())).narrow(0, 1, x.numel()).view(x.shape),
+    "reversed storage": lambda x: x.flip(0).as_strided(x.shape, x.stride()).flip(0),
+    "expanded rows": lambda x: x[:, :1].expand_as(x),
+    "expanded features": lambda x: x[..., :1].expand_as(x),
+    "channels last": lambda x: x[None].to(memory_format=torch.channels_last)[0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("of_x", "of_dy"), list(itertools.product(LAYOUTS, LAYOUTS)))
+def test_any_strides(of_x: str, of_dy: str, dtype: torch.dtype) -> None:
+    """Inputs and output gradients of different layouts. Expanded features make constant rows: their LayerNorm is β
+    and its dx is r times what the two means leave of g, which the terms' tolerance covers."""
+    x, dy = LAYOUTS[of_x](spread(3, 4, 10, dtype=dtype)), LAYOUTS[of_dy](spread(3, 4, 10, dtype=dtype))
+    dy = dy if dy.shape == x.shape else dy.transpose(0, 1)
+    before = dy.clone()
+    weight, bias = torch.randn(10), torch.randn(10)
+    check_rms_norm(x, weight, dy)
+    check_layer_norm(x, weight, bias, dy)
+    assert torch.equal(dy, before), "the caller's gradient was written"
+
+
+def test_the_sum_of_the_output_can_be_differentiated() -> None:
+    """sum() hands back a gradient of stride 0."""
+    x = spread(5, 8, dtype=torch.float32).requires_grad_()
+    functional.layer_norm(x, torch.randn(8)).sum().backward()
+    functional.rms_norm(x, torch.randn(8)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("add_norm", [functional.add_rms_norm, functional.add_layer_norm])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_norm_is_the_two_steps_bit_for_bit(add_norm, dtype: torch.dtype) -> None:
+    norm = functional.rms_norm if add_norm is functional.add_rms_norm else functional.layer_norm
+    x, residual, weight = (torch.randn(4, 7, 33).to(dtype) for _ in range(3))
+    leaves = [t.requires_grad_() for t in (x, residual, weight[0, 0].clone().detach())]
+    normed, total = add_norm(*leaves)
+    expected_total = leaves[0] + leaves[1]
+    expected = norm(expected_total, leaves[2])
+    assert torch.equal(total, expected_total)
+    assert torch.equal(normed, expected)
+    along = [torch.randn_like(normed), torch.randn_like(total)]
+    ours = torch.autograd.grad([normed, total], leaves, along)
+    theirs = torch.autograd.grad([expected, expected_total], leaves, along)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_second_derivatives(width: int) -> None:
+    options = {"dtype": torch.float64, "requires_grad": True}
+    x, weight, bias = torch.randn(3, 2, width, **options), torch.randn(width, **options), torch.randn(width, **options)
+
+    def rms(x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, weight, 1e-2, gain_offset=0.5)
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.layer_norm(x, weight, bias, 1e-2)
+
+    assert torch.autograd.gradcheck(rms, (x, weight))
+    assert torch.autograd.gradgradcheck(rms, (x, weight))
+    assert torch.autograd.gradcheck(layer, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(layer, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(functional.rms_norm, (x,))
+
+
+def test_second_derivative_at_zero() -> None:
+    """Near 0 the norms are x/√ε, so the curvature is 0 and the derivative of dx along dy is 1/√ε."""
+    x = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    dy = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad(functional.rms_norm(x, eps=1e-4), x, dy, create_graph=True)
+    d2x, ddy = torch.autograd.grad(dx.sum(), (x, dy))
+    assert torch.equal(d2x, torch.zeros_like(x))
+    torch.testing.assert_close(ddy, torch.full_like(dy, 100.0))
+
+
+@pytest.mark.parametrize("gradients", list(itertools.product([True, False], repeat=3)), ids=str)
+def test_any_subset_of_gradients(gradients: tuple[bool, bool, bool]) -> None:
+    x, weight, bias = (torch.randn(shape) for shape in [(3, 8), (8,), (8,)])
+    wanted = [t.requires_grad_(flag) for t, flag in zip((x, weight, bias), gradients, strict=True)]
+    y = functional.layer_norm(x, weight, bias) + functional.rms_norm(x, weight)
+    assert y.requires_grad == any(gradients)
+    if any(gradients):
+        y.sum().backward()
+    for tensor, flag in zip(wanted, gradients, strict=True):
+        assert (tensor.grad is not None) == flag
+
+
+def test_only_x_is_kept_for_backward() -> None:
+    """Beside the input itself and the gain no tensor is saved."""
+    x, weight = torch.randn(16, 32, requires_grad=True), torch.randn(32, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        functional.rms_norm(x, weight)
+    assert {t.data_ptr() for t in kept} == {x.data_ptr(), weight.data_ptr()}
+    assert math.prod(kept[0].shape) == x.numel()

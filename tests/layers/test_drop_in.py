@@ -1,0 +1,105 @@
+"""RMSNorm and LayerNorm can stand wherever torch.nn's do."""
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import omninorm
+from omninorm.errors import ConfigError, InputError
+
+PAIRS = [(omninorm.RMSNorm, nn.RMSNorm), (omninorm.LayerNorm, nn.LayerNorm)]
+ARGUMENTS = [
+    {"normalized_shape": 8},
+    {"normalized_shape": [8]},
+    {"normalized_shape": (3, 8)},
+    {"normalized_shape": (2, 3, 8), "eps": 1e-3},
+    {"normalized_shape": 8, "elementwise_affine": False},
+    {"normalized_shape": torch.Size([3, 8]), "eps": 0.5, "dtype": torch.bfloat16},
+    {"normalized_shape": 8, "dtype": torch.float64},
+]
+
+
+def torch_gains(theirs: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return theirs
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_same_arguments_repr_state_and_values(ours, theirs, arguments) -> None:
+    peer, norm = torch_gains(theirs(**arguments)), ours(**arguments)
+    assert repr(norm) == repr(peer)
+    assert list(norm.state_dict()) == list(peer.state_dict())
+    assert isinstance(norm, theirs)
+    norm.load_state_dict(peer.state_dict())
+    x = torch.randn(4, 2, 3, 8, dtype=arguments.get("dtype", torch.float32))
+    y, expected = norm(x), peer(x)
+    assert y.shape == x.shape
+    # Both sides may be off by FORWARD_ULP of the row's largest value.
+    dims = len(norm.normalized_shape)
+    allowed = 2 * oracle.FORWARD_ULP[x.dtype] * oracle.ulp(oracle.row_max(expected.flatten(-dims)), x.dtype)
+    assert ((y.double() - expected.double()).abs().flatten(-dims) <= allowed).all()
+    peer.load_state_dict(norm.state_dict())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_without_bias(bias: bool) -> None:
+    norm, peer = omninorm.LayerNorm(5, bias=bias), nn.LayerNorm(5, bias=bias)
+    assert list(norm.state_dict()) == list(peer.state_dict())
+    assert repr(norm) == repr(peer)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(norm(x), peer(x))
+
+
+def test_positional_arguments_are_torchs() -> None:
+    """device and dtype come last, as there."""
+    assert omninorm.RMSNorm(4, 1e-3, True, "meta", torch.float16).weight.dtype == torch.float16
+    assert omninorm.LayerNorm(4, 1e-3, True, True, "meta", torch.float16).bias.device.type == "meta"
+    assert omninorm.RMSNorm(4).eps is None
+    assert omninorm.LayerNorm(4).eps == 1e-5
+
+
+def test_gain_offset_starts_at_one_all_the_same() -> None:
+    x = torch.randn(2, 6)
+    norm = omninorm.RMSNorm(6, gain_offset=1.0)
+    assert torch.equal(norm.weight, torch.zeros(6))
+    assert torch.equal(norm(x), omninorm.RMSNorm(6)(x))
+    assert repr(norm) == "RMSNorm((6,), eps=None, elementwise_affine=True, gain_offset=1.0)"
+    assert repr(omninorm.RMSNorm(6, cast="llama")) == "RMSNorm((6,), eps=None, elementwise_affine=True, cast='llama')"
+
+
+def test_a_fused_torch_encoder_layer_accepts_ours() -> None:
+    """nn.TransformerEncoderLayer reads weight, bias and eps of its norms on its fast path."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.norm1, layer.norm2 = omninorm.LayerNorm(8), omninorm.LayerNorm(8)
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("norm", [omninorm.RMSNorm, omninorm.LayerNorm, omninorm.DynamicTanh, omninorm.DynamicErf])
+@pytest.mark.parametrize("shape", [0, -3, (), (4, 0), 2.5, "8", True, None])
+def test_bad_shapes_are_refused(norm, shape) -> None:
+    with pytest.raises(ConfigError, match="normalized_shape must be one or more integers ≥ 1, but got"):
+        norm(shape)
+
+
+@pytest.mark.parametrize("norm", [omninorm.RMSNorm, omninorm.LayerNorm, omninorm.CRMSNorm, omninorm.ScaleNorm])
+@pytest.mark.parametrize("eps", [-1e-6, float("nan"), float("inf"), "small"])
+def test_bad_eps_is_refused(norm, eps) -> None:
+    with pytest.raises(ConfigError, match="eps must be a finite number ≥ 0, but got"):
+        norm(4, eps)
+
+
+@pytest.mark.parametrize("norm", [omninorm.RMSNorm, omninorm.LayerNorm, omninorm.DynamicTanh, omninorm.DynamicErf])
+def test_an_input_that_does_not_fit_is_refused(norm) -> None:
+    with pytest.raises(InputError, match=r"shape ends in \(3, 4\), but got shape \(2, 3, 5\)"):
+        norm((3, 4))(torch.ones(2, 3, 5))
+    with pytest.raises(InputError, match="but got list"):
+        norm(4)([1.0])
+    with pytest.raises(InputError, match=r"must be float16, bfloat16, float32 or float64, but got torch\.int64"):
+        norm(4)(torch.ones(4, dtype=torch.int64))

@@ -1,0 +1,228 @@
+"""Each placement against an independent, literal transcription of its formula: forward and every gradient."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from omninorm import Block, NormConfig
+from omninorm.config import PLACEMENTS
+from omninorm.errors import ConfigError
+from omninorm.placement import FinalNorm, Position, enter, init_gain, inner_norms
+
+WIDTH, BLOCKS, EPS = 6, 8, 1e-6
+INNER = frozenset({"q", "k", "v", "heads", "hidden"})
+
+
+class Bend(nn.Module):
+    """A sublayer that is neither linear nor odd, so that no misplaced norm, sign or scale goes unseen."""
+
+    inner_norms = INNER
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(0.3 * torch.tanh(self.linear(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self, config: NormConfig, blocks: int = BLOCKS) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(
+            Block(config, WIDTH, Bend(), Bend(), block=number, blocks=blocks) for number in range(1, blocks + 1)
+        )
+        self.final = FinalNorm(config, WIDTH)
+        self.double()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = enter(self.config, x)
+        for block in self.blocks:
+            stream = block(stream)
+        return self.final(stream)
+
+
+def transcribe(name: str, kind: str, model: Stack, x: Tensor) -> Tensor:
+    """The table of placements, written out once more. Gains are taken from the model by their names."""
+    values = dict(model.named_parameters())
+    L = len(model.blocks)
+
+    def N(where: str, v: Tensor) -> Tensor:
+        if kind == "layernorm":
+            v = v - v.mean(-1, keepdim=True)
+        y = v / torch.sqrt((v**2).mean(-1, keepdim=True) + EPS) * values.pop(f"{where}.weight")
+        return y + values.pop(f"{where}.bias") if kind == "layernorm" else y
+
+    s = x
+    for l in range(1, L + 1):  # noqa: E741 the formulas' own name
+        for sublayer in ("attention", "feed_forward"):
+            block = model.blocks[l - 1]
+            F = getattr(block, sublayer)
+            at = f"blocks.{l - 1}.around_{sublayer}"
+            if name == "none":
+                x = x + F(x)
+            elif name == "post":
+                x = N(f"{at}.norm", x + F(x))
+            elif name == "pre":
+                x = x + F(N(f"{at}.norm", x))
+            elif name == "sandwich":
+                x = x + N(f"{at}.norm_out", F(N(f"{at}.norm_in", x)))
+            elif name == "reordered":
+                x = x + N(f"{at}.norm", F(x))
+            elif name == "deepnorm":
+                x = N(f"{at}.norm", (2 * L) ** (1 / 4) * x + F(x))
+            elif name == "lns":
+                x = x + F(N(f"{at}.norm", x) / math.sqrt(l))
+            elif name == "mix":
+                is_post = l <= L // 4
+                x = N(f"{at}.rule.norm", x + F(x)) if is_post else x + F(N(f"{at}.rule.norm", x))
+            elif name == "hybrid" and sublayer == "attention":
+                x = x + F(x)
+            elif name == "hybrid":
+                y = N(f"{at}.norm", x)
+                x = y + F(y)
+            elif name == "residual":
+                f = F(x)
+                s = s + f
+                x = N(f"{at}.norm", x + f)
+            elif name == "keel":
+                alpha = 1 if l == 1 else 2 * L
+                x = alpha * x + F(N(f"{at}.norm_in", x))
+                if not (l == 1 and sublayer == "attention"):
+                    x = N(f"{at}.norm_out", x)
+            elif name == "normformer" and sublayer == "attention":
+                x = x + N(f"{at}.rule.norm_out", F(N(f"{at}.rule.norm_in", x)))
+            elif name == "normformer":
+                x = x + F(N(f"{at}.rule.norm", x))
+            else:
+                raise AssertionError(name)
+    if name == "residual":
+        x = x + N("final.norm", s)
+    elif name not in ("none", "post", "deepnorm", "keel"):
+        x = N("final.norm", x)
+    left = [key for key in values if "linear" not in key]
+    assert not left, f"the formula does not know {left}"
+    return x
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_forward_and_gradients_are_the_formulas(name: str, kind: str) -> None:
+    model = Stack(NormConfig(kind, name, EPS))
+    x = torch.randn(2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    y, expected = model(x), transcribe(name, kind, model, x)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+    leaves, dy = [x, *model.parameters()], torch.randn_like(y)
+    ours = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    theirs = torch.autograd.grad(expected, leaves, dy)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_muomnis_block_is_pre_norm() -> None:
+    """x = x + attention(norm1(x)); x = x + ffn(norm2(x))."""
+    config = NormConfig.from_dict({"normalization": "rmsnorm", "norm_placement": "pre", "norm_eps": 1e-6})
+    attention, ffn = nn.Linear(5, 5), nn.Linear(5, 5)
+    block = Block(config, 5, attention, ffn, block=1, blocks=1)
+    norm1 = norm2 = torch.nn.RMSNorm(5, 1e-6)
+    x = torch.randn(4, 5)
+    expected = x + attention(norm1(x))
+    expected = expected + ffn(norm2(expected))
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_every_block_wraps_foreign_sublayers_and_their_arguments() -> None:
+    """torch.nn.MultiheadAttention behind a two-line adapter, causal or bidirectional by an argument of the call."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None, *, factor: float = 1.0) -> Tensor:
+            return factor * self.inner(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+    block = Block(NormConfig(norm_placement="sandwich"), 8, Attention(), nn.Linear(8, 8), block=1, blocks=1)
+    x = torch.randn(2, 4, 8)
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    changed = x.clone()
+    changed[:, -1] += 1.0
+    causal, bidirectional = block(x, mask, factor=2.0), block(x)
+    torch.testing.assert_close(block(changed, mask, factor=2.0)[:, :-1], causal[:, :-1])
+    assert not torch.allclose(block(changed)[:, :-1], bidirectional[:, :-1])
+
+
+def test_mix_fraction_moves_the_border() -> None:
+    for fraction, posts in [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)]:
+        model = Stack(NormConfig(norm_placement="mix", mix_fraction=fraction))
+        kinds = [type(block.around_attention.rule).__name__ for block in model.blocks]
+        assert kinds == ["PostNorm"] * posts + ["PreNorm"] * (8 - posts)
+
+
+def test_residual_scale_overrides_the_papers() -> None:
+    deepnorm, keel = (Stack(NormConfig(norm_placement=name, residual_scale=3.0)) for name in ("deepnorm", "keel"))
+    assert {block.around_attention.alpha for block in deepnorm.blocks} == {3.0}
+    assert [block.around_feed_forward.alpha for block in keel.blocks] == [1.0] + [3.0] * 7
+
+
+def test_deepnorm_shrinks_values_outputs_and_feed_forward() -> None:
+    config = NormConfig(norm_placement="deepnorm")
+    assert [init_gain(config, 32, role) for role in ("q", "k")] == [1.0, 1.0]
+    for role in ("v", "out", "feed_forward"):
+        assert init_gain(config, 32, role) == pytest.approx((8 * 32) ** -0.25)
+    others = [name for name in PLACEMENTS if name != "deepnorm"]
+    assert {init_gain(NormConfig(norm_placement=name), 32, "v") for name in others} == {1.0}
+    with pytest.raises(ConfigError, match="role must be one of q, k, v, out, feed_forward, but got 'head'"):
+        init_gain(config, 32, "head")
+
+
+def test_inner_norms() -> None:
+    wanted = {"reordered": {"q", "k"}, "hybrid": {"q", "k", "v"}, "normformer": {"heads", "hidden"}}
+    for name in PLACEMENTS:
+        assert inner_norms(NormConfig(norm_placement=name)) == wanted.get(name, set())
+    assert inner_norms(NormConfig(qk_norm=True)) == {"q", "k"}
+    assert inner_norms(NormConfig(norm_placement="reordered", qk_norm=False)) == set()
+    assert inner_norms(NormConfig(norm_placement="normformer", qk_norm=True)) == {"q", "k", "heads", "hidden"}
+
+
+def test_a_sublayer_without_its_inner_norms_is_refused() -> None:
+    def build(config: NormConfig, attention: nn.Module, feed_forward: nn.Module) -> Block:
+        return Block(config, WIDTH, attention, feed_forward, block=1, blocks=1)
+
+    plain, bend = nn.Linear(WIDTH, WIDTH), Bend()
+    message = (
+        r"placement 'hybrid' with qk_norm=None needs the norms k, q, v inside attention, "
+        r"but got a Linear without k, q, v; build them in and name them in attention\.inner_norms"
+    )
+    with pytest.raises(ConfigError, match=message):
+        build(NormConfig(norm_placement="hybrid"), plain, plain)
+    with pytest.raises(ConfigError, match=r"inside feed_forward, but got a Linear without hidden"):
+        build(NormConfig(norm_placement="normformer"), bend, plain)
+    with pytest.raises(ConfigError, match=r"qk_norm=True needs the norms k, q inside attention"):
+        build(NormConfig(qk_norm=True), plain, plain)
+    build(NormConfig(norm_placement="normformer"), bend, bend)
+
+
+@pytest.mark.parametrize(
+    ("block", "blocks", "message"),
+    [
+        (0, 4, "block must be an integer ≥ 1, but got 0"),
+        (5, 4, "blocks are counted from 1 to their number, but got block 5 of 4"),
+        (1, 0, "blocks must be an integer ≥ 1, but got 0"),
+        (1.0, 4, "block must be an integer ≥ 1, but got 1.0"),
+    ],
+)
+def test_bad_positions_are_refused(block, blocks, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Position(block, blocks, "attention")
+
+
+def test_an_unknown_role_is_refused() -> None:
+    with pytest.raises(ConfigError, match="role must be one of attention, feed_forward, but got 'mlp'"):
+        Position(1, 1, "mlp")

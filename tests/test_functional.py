@@ -1,0 +1,86 @@
+"""The chapter's worked examples, and what the functions say to input that they can't use."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from omninorm import functional
+from omninorm.errors import InputError
+
+
+def assert_rounded(values: torch.Tensor, expected: list[float], digits: int) -> None:
+    assert [round(value, digits) for value in values.tolist()] == expected
+
+
+def test_the_chapters_z_score() -> None:
+    x = torch.tensor([10.0, 20.0, 30.0, 40.0])
+    assert x.mean().item() == 25
+    assert round(x.std(correction=0).item(), 2) == 11.18
+    assert_rounded(functional.z_score(x), [-1.34, -0.45, 0.45, 1.34], 2)
+
+
+def test_the_chapters_layer_norm() -> None:
+    x = torch.tensor([2.0, 4.0, 6.0, 8.0])
+    assert_rounded(functional.layer_norm(x), [-1.34, -0.45, 0.45, 1.34], 2)
+    weight, bias = torch.full((4,), 2.0), torch.ones(4)
+    # The chapter rounds x̂ to two places first: 2·1.34 + 1 = 3.68 and 2·0.45 + 1 = 1.9.
+    expected = [-1.68, 0.1, 1.9, 3.68]
+    y = functional.layer_norm(x, weight, bias)
+    torch.testing.assert_close(y, torch.tensor(expected), rtol=0, atol=2 * 0.005)
+    assert_rounded(y, [-1.6833, 0.1056, 1.8944, 3.6833], 4)
+
+
+def test_the_chapters_rms_norm() -> None:
+    x = torch.tensor([2.0, 4.0, 6.0, 8.0])
+    assert round(math.sqrt(30), 3) == 5.477
+    assert_rounded(functional.rms_norm(x), [0.365, 0.73, 1.095, 1.461], 3)
+
+
+def test_z_score_along_any_dimension() -> None:
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    for dim in range(-3, 3):
+        expected = (x - x.mean(dim, keepdim=True)) / x.std(dim, correction=0, keepdim=True)
+        torch.testing.assert_close(functional.z_score(x, dim), expected)
+    assert functional.z_score(torch.ones(4)).isnan().all()
+
+
+X = torch.ones(2, 4)
+BAD_CALLS = {
+    "a list": (lambda: functional.rms_norm([1.0, 2.0]), "x must be a torch.Tensor, but got list; convert it"),
+    "integers": (lambda: functional.rms_norm(X.int()), "x must be float16, bfloat16, float32 or float64, but got torch.int32"),
+    "complex": (lambda: functional.layer_norm(X.to(torch.complex64)), "but got torch.complex64; convert it first"),
+    "sparse": (lambda: functional.rms_norm(X.to_sparse()), "x must be a dense tensor, but got torch.sparse_coo; use x.to_dense()"),
+    "a scalar": (lambda: functional.rms_norm(torch.tensor(1.0)), "x must have a last dimension of width ≥ 1, but got shape ()"),
+    "width 0": (lambda: functional.layer_norm(torch.ones(3, 0)), "width ≥ 1, but got shape (3, 0)"),
+    "a gain of another width": (lambda: functional.rms_norm(X, torch.ones(3)), "weight must have shape (4,), x's last dimension, but got (3,) for x of shape (2, 4)"),
+    "a gain of two dimensions": (lambda: functional.rms_norm(X, torch.ones(2, 4)), "but got (2, 4) for x"),
+    "a gain that is a list": (lambda: functional.rms_norm(X, [1.0] * 4), "weight must be a torch.Tensor, but got list"),
+    "an integer bias": (lambda: functional.layer_norm(X, None, torch.ones(4).int()), "bias must be float16"),
+    "a gain elsewhere": (lambda: functional.rms_norm(X, torch.ones(4, device="meta")), "weight and x must be on one device, but got meta and cpu"),
+    "negative eps": (lambda: functional.rms_norm(X, eps=-1e-6), "eps must be a finite number ≥ 0 or None, but got -1e-06; pass e.g. 1e-6"),
+    "eps NaN": (lambda: functional.layer_norm(X, eps=float("nan")), "but got nan"),
+    "eps infinite": (lambda: functional.rms_norm(X, eps=float("inf")), "but got inf"),
+    "eps a string": (lambda: functional.rms_norm(X, eps="1e-6"), "but got '1e-6'"),
+    "eps a bool": (lambda: functional.rms_norm(X, eps=True), "but got True"),
+    "an unknown cast": (lambda: functional.rms_norm(X, cast="gemma"), "cast must be one of fp32, llama, but got 'gemma'"),
+    "an offset that is NaN": (lambda: functional.rms_norm(X, gain_offset=float("nan")), "gain_offset must be a finite number, but got nan"),
+    "a residual of another shape": (lambda: functional.add_rms_norm(X, X[0]), "x and residual must agree in shape, dtype and device, but got float32[2, 4] on cpu and float32[4] on cpu"),
+    "a residual of another dtype": (lambda: functional.add_layer_norm(X, X.double()), "float64[2, 4]"),
+    "no such dimension": (lambda: functional.z_score(X, 2), "dim must be a dimension of x, but got dim=2 for shape (2, 4)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_input_is_refused_in_one_sentence(name: str) -> None:
+    call, message = BAD_CALLS[name]
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_meta_tensors_get_shapes() -> None:
+    x = torch.empty(2, 3, 8, device="meta", dtype=torch.bfloat16)
+    y = functional.rms_norm(x, torch.empty(8, device="meta"))
+    assert (y.device.type, y.shape, y.dtype) == ("meta", x.shape, x.dtype)
