@@ -53,14 +53,14 @@ def transcribe(name: str, kind: str, model: Stack, x: Tensor) -> Tensor:
     values = dict(model.named_parameters())
     L = len(model.blocks)
 
-    def N(where: str, v: Tensor) -> Tensor:
+    def N(where: str, v: Tensor) -> Tensor:  # noqa: N802 likewise
         if kind == "layernorm":
             v = v - v.mean(-1, keepdim=True)
         y = v / torch.sqrt((v**2).mean(-1, keepdim=True) + EPS) * values.pop(f"{where}.weight")
         return y + values.pop(f"{where}.bias") if kind == "layernorm" else y
 
     s = x
-    for l in range(1, L + 1):  # noqa: E741 the formulas' own name
+    for l in range(1, L + 1):  # noqa: E741 the formula's own letter
         for sublayer in ("attention", "feed_forward"):
             block = model.blocks[l - 1]
             F = getattr(block, sublayer)
