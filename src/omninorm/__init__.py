@@ -6,6 +6,7 @@ from omninorm.errors import OmninormError
 from omninorm.kernels.dispatch import backends
 from omninorm.layers import CRMSNorm, DynamicErf, DynamicTanh, LayerNorm, RMSNorm, ScaleNorm
 from omninorm.placement import Block
+from omninorm.thinker import Thinker, ThinkerConfig
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,8 @@ __all__ = [
     "OmninormError",
     "RMSNorm",
     "ScaleNorm",
+    "Thinker",
+    "ThinkerConfig",
     "backends",
     "functional",
 ]

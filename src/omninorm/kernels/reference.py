@@ -192,7 +192,7 @@ class RMSNormFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         return (*rms_norm_backward(dy, x, weight, *ctx.constants), None, None, None)
 
@@ -210,6 +210,6 @@ class LayerNormFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         return (*layer_norm_backward(dy, x, weight, bias, ctx.eps), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -17,8 +18,8 @@ def read_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     Raises:
         ConfigError: empty, not integers, or a dimension below 1.
     """
-    is_sequence = isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str)
-    shape = tuple(normalized_shape) if is_sequence else (normalized_shape,)
+    given: Any = normalized_shape
+    shape = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
     if not shape or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in shape):
         remedy = "pass the width of the features, e.g. 768"
         raise ConfigError("normalized_shape must be one or more integers ≥ 1", repr(normalized_shape), remedy)

@@ -77,7 +77,7 @@ class HybridNorm(Placement):
         self.norm = build_norm(config, width) if position.role == "feed_forward" else nn.Identity()
 
     def forward(self, x: Tensor, F: Sublayer) -> Tensor:
-        y = self.norm(x)
+        y: Tensor = self.norm(x)
         return y + F(y)
 
 
@@ -103,7 +103,8 @@ class ResiDual(Placement):
     def leave(stream: tuple[Tensor, Tensor], norm: nn.Module) -> Tensor:
         """The normalized stream plus the norm of the sum."""
         normed, total = stream
-        return normed + norm(total)
+        y: Tensor = normed + norm(total)
+        return y
 
 
 @final

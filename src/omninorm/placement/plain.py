@@ -43,7 +43,8 @@ class Sandwich(Placement):
         self.norm_out = build_norm(config, width)
 
     def forward(self, x: Tensor, F: Sublayer) -> Tensor:
-        return x + self.norm_out(F(self.norm_in(x)))
+        branch: Tensor = self.norm_out(F(self.norm_in(x)))
+        return x + branch
 
 
 @final
@@ -57,7 +58,8 @@ class Reordered(Placement):
         self.norm = build_norm(config, width)
 
     def forward(self, x: Tensor, F: Sublayer) -> Tensor:
-        return x + self.norm(F(x))
+        branch: Tensor = self.norm(F(x))
+        return x + branch
 
 
 @final

@@ -1,0 +1,217 @@
+"""`omninorm demo`: the same deep transformer with and without good normalization, side by side."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from omninorm.cli.console import console, generate_command, harmless
+from omninorm.config import check_count
+from omninorm.errors import RunError
+from omninorm.experiments import demo as library
+from omninorm.experiments.corpus import load_corpus, tokenize
+from omninorm.experiments.demo_figure import draw
+from omninorm.experiments.interrupt import Interrupt
+from omninorm.experiments.record import RECORD_FILE, read_record
+from omninorm.experiments.run_folder import fresh_folder
+from omninorm.experiments.runs import Plan, load_run, read_plan
+from omninorm.experiments.sample import stream_text
+from omninorm.experiments.tokenizer import ByteTokenizer
+from omninorm.experiments.workers import Workers
+
+_LABELS = {name: label for name, (label, _) in library.VARIANTS.items()}
+_SECONDS_BETWEEN_LOOKS = 0.25
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="The demo's folder, new or empty.", show_default="runs/demo-N")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted demo in this folder.")] = None,
+    depth: Annotated[int, typer.Option(help="Blocks.")] = 24,
+    steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 180,
+    text: Annotated[
+        str | None, typer.Option(help="A text file, or a folder of them.", show_default="King James Bible")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Runs at the same time, one thread each.", show_default="cores, at most 4")
+    ] = None,
+) -> None:
+    """Train a deep transformer with pre-norm RMSNorm, pre-norm LayerNorm, post-norm and no norm, and compare.
+
+    About two minutes on two cores. Ctrl-C stops with checkpoints and prints the command to go on.
+    """
+    count = min(4, _cores()) if workers is None else workers
+    check_count("workers", count)
+    torch.set_num_threads(1)
+    screen = console()
+    folder, plans = _plans(out, resume, depth, steps, text)
+    library.prepare(folder, plans)
+    _introduce(screen, folder, plans, count)
+    _train(screen, folder, plans, count)
+    screen.print("Measuring the baselines and the gradients at initialization")
+    outcomes, baselines = _judge(folder, plans)
+    _conclude(screen, folder, outcomes, baselines)
+
+
+def _plans(
+    out: Path | None, resume: Path | None, depth: int, steps: int, text: str | None
+) -> tuple[Path, Mapping[str, Plan]]:
+    if resume is None:
+        folder = out or fresh_folder("demo")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            remedy = f"choose another folder, or go on with omninorm demo --resume {folder}"
+            raise RunError("the demo's folder must be new or empty", f"{folder}", remedy)
+        return folder, library.demo_plans(depth, steps, text)
+    first = read_plan(resume / next(iter(library.VARIANTS)))
+    return resume, library.demo_plans(first.model.n_layers, first.train.steps, first.text, first.train.seed)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _introduce(screen: Console, folder: Path, plans: Mapping[str, Plan], count: int) -> None:
+    model, train = next(iter(plans.values())).model, next(iter(plans.values())).train
+    tokens = train.steps * train.tokens_per_step
+    screen.print(
+        f"Four transformers of {model.n_layers} blocks, width {model.d_model}. Seed, text, learning rate "
+        f"({train.lr:g}) and length ({train.steps} steps, {tokens:,} bytes) are the same; only the norms differ."
+    )
+    screen.print(f"{count} at a time, one thread each. Everything is written to {folder}\n")
+
+
+def _train(screen: Console, folder: Path, plans: Mapping[str, Plan], count: int) -> None:
+    waiting = [folder / name for name in plans if library.final_status(folder / name) is None]
+    with Interrupt() as interrupt, _Progress(screen, plans) as progress, Workers(waiting, count) as workers:
+        while workers.advance() and interrupt.signal is None:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            progress.look(folder)
+    progress.look(folder)
+    if interrupt.signal is not None:
+        screen.print(f"Stopped with checkpoints. Go on with:\n  omninorm demo --resume {folder}")
+        raise typer.Exit(128 + interrupt.signal)
+
+
+class _Progress:
+    """The runs as their records tell: a bar each on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, screen: Console, plans: Mapping[str, Plan]) -> None:
+        self._screen = screen
+        columns = (TextColumn("{task.fields[label]:<24}"), BarColumn(bar_width=20), MofNCompleteColumn())
+        self._bars = Progress(*columns, TextColumn("{task.description}"), TimeElapsedColumn(), console=screen)
+        self._tasks = {
+            name: self._bars.add_task("waiting", total=plan.train.steps, start=False, label=_LABELS[name])
+            for name, plan in plans.items()
+        }
+        self._last = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        if self._screen.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._screen.is_terminal:
+            self._bars.stop()
+
+    def look(self, folder: Path) -> None:
+        """Reads the records and shows what is new."""
+        for name in self._tasks:
+            self._show(name, read_record(folder / name / RECORD_FILE))
+        if not self._screen.is_terminal and time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            self._screen.print("; ".join(map(self._line, self._tasks)))
+            self._screen.file.flush()
+
+    def _show(self, name: str, events: Sequence[Mapping[str, object]]) -> None:
+        task = self._bars.tasks[self._tasks[name]]
+        if not events or task.finished_time is not None:
+            return
+        if not task.started:
+            self._bars.start_task(task.id)
+        steps = [event for event in events if event["kind"] == "step"]
+        description = f"loss {_bits(steps[-1]['loss']):.2f} bits per byte" if steps else "measuring the untrained model"
+        if events[-1]["kind"] == "diverged":
+            description = f"diverged at step {events[-1]['step']}"
+            self._bars.stop_task(task.id)
+        self._bars.update(task.id, completed=len(steps), description=description)
+
+    def _line(self, name: str) -> str:
+        state = self._bars.tasks[self._tasks[name]]
+        return f"{name} {state.completed:.0f}/{state.total:.0f} {state.description}"
+
+
+def _bits(nats: object) -> float:
+    assert isinstance(nats, float)
+    return nats / math.log(2.0)
+
+
+def _judge(folder: Path, plans: Mapping[str, Plan]) -> tuple[list[library.Outcome], library.Baselines]:
+    plan = next(iter(plans.values()))
+    corpus = load_corpus(plan.text, plan.held_out)
+    data = tokenize(corpus, ByteTokenizer(), plan.train.seq_len, plan.train.eval_bytes)
+    baselines = library.measure_baselines(corpus, plan.train.eval_bytes)
+    outcomes = [
+        library.read_outcome(folder / name, library.depth_grad_norms(plan, data), baselines.unigram)
+        for name, plan in plans.items()
+    ]
+    return outcomes, baselines
+
+
+def _conclude(screen: Console, folder: Path, outcomes: Sequence[library.Outcome], baselines: library.Baselines) -> None:
+    library.write_results(folder, outcomes, baselines)
+    draw(folder / library.FIGURE_FILE, outcomes, _LABELS, baselines)
+    screen.print(_table(outcomes, baselines))
+    learned = [outcome for outcome in outcomes if outcome.verdict == "learned"]
+    if learned:
+        best = min(learned, key=lambda outcome: outcome.bits_per_byte)
+        _show_sample(screen, folder / best.name)
+    screen.print(f"\nFigure   {folder / library.FIGURE_FILE}")
+    screen.print(f"Numbers  {folder / library.RESULTS_FILE}")
+    screen.print(f"Runs     {', '.join(str(folder / outcome.name) for outcome in outcomes)}")
+    if learned:
+        screen.print(f"Try it   {generate_command(folder / best.name)}")
+
+
+def _table(outcomes: Sequence[library.Outcome], baselines: library.Baselines) -> Table:
+    table = Table(title="\nHeld-out text, in bits per byte (lower is better)", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("model")
+    for heading in ("bits/byte", "largest\ngradient", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for outcome in outcomes:
+        at = f" at step {outcome.steps + 1}" if outcome.verdict == "diverged" else ""
+        table.add_row(
+            _LABELS[outcome.name],
+            _number(outcome.bits_per_byte, ".3f"),
+            _number(outcome.largest_grad_norm, ".3g"),
+            _number(outcome.tokens_per_second, ",.0f"),
+            outcome.verdict + at,
+        )
+    table.add_section()
+    table.add_row("byte frequencies", _number(baselines.unigram, ".3f"), "", "", "baseline")
+    table.add_row("xz after the training text", _number(baselines.xz, ".3f"), "", "", "baseline")
+    return table
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "not finite" if math.isinf(value) else "–"
+
+
+def _show_sample(screen: Console, run: Path) -> None:
+    model, tokenizer, _ = load_run(run)
+    text = "".join(stream_text(model, tokenizer, "And the LORD said", 240, temperature=0.7, seed=1))
+    screen.print(f"\nA sample from {_LABELS[run.name]}:\n\nAnd the LORD said{harmless(text)}")

@@ -1,0 +1,88 @@
+"""A training run as it goes on: a live line on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from omninorm.cli.console import console
+from omninorm.experiments.events import CheckpointEvent, EvalEvent, Event, StepEvent, TrainResult
+from omninorm.experiments.runs import Run
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def show_progress(run: Run) -> TrainResult:
+    """Trains the run and shows its events."""
+    screen = console()
+    if not screen.is_terminal:
+        return run.train(_Lines(screen, run.plan.train.steps))
+    # Short enough for a terminal of 80 columns.
+    columns = (
+        BarColumn(bar_width=8),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=screen, refresh_per_second=8) as progress:
+        task = progress.add_task("measuring the untrained model", total=run.plan.train.steps)
+        return run.train(_Bar(progress, task))
+
+
+class _Bar:
+    """Events on a terminal: the bar shows the newest step, evaluations stay above it."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+        self._held_out = ""
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepEvent):
+            self._progress.update(self._task, completed=event.step, description=_numbers(event) + self._held_out)
+        elif isinstance(event, EvalEvent):
+            self._held_out = f"  held out {event.bits_per_byte:.2f}"
+            self._progress.console.print(
+                f"step {event.step:>6}  {event.bits_per_byte:.3f} bits per byte on held-out text"
+            )
+
+
+class _Lines:
+    """Events where nobody watches a cursor move, such as a log file."""
+
+    def __init__(self, screen: Console, steps: int) -> None:
+        self._screen = screen
+        self._steps = steps
+        self._started = self._last = time.monotonic()
+        self._first: int | None = None
+        self._newest = ""
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepEvent):
+            self._newest = f"{_numbers(event)}  {self._time_left(event.step)}"
+            if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+                self._print(f"step {event.step}/{self._steps}  {self._newest}")
+        elif isinstance(event, EvalEvent):
+            held_out = f"held out {event.bits_per_byte:.3f} bits per byte"
+            self._print(f"step {event.step}/{self._steps}  {held_out}  {self._newest}".rstrip())
+        elif isinstance(event, CheckpointEvent):
+            self._print(f"step {event.step}/{self._steps}  checkpoint {event.path}")
+
+    def _time_left(self, step: int) -> str:
+        if self._first is None:
+            self._first = step - 1
+        per_step = (time.monotonic() - self._started) / (step - self._first)
+        seconds = round(per_step * (self._steps - step))
+        return f"{seconds // 60}:{seconds % 60:02d} left"
+
+    def _print(self, line: str) -> None:
+        self._last = time.monotonic()
+        # A pipe or a file would otherwise keep lines back until the run is over.
+        self._screen.print(line)
+        self._screen.file.flush()
+
+
+def _numbers(event: StepEvent) -> str:
+    return f"loss {event.loss:.3f}  rate {event.lr:.1e}  {event.tokens_per_second:,.0f} tok/s"

@@ -1,0 +1,80 @@
+"""Held-out bits per byte, which compares models with different tokenizers, and two baselines to compare with."""
+
+from __future__ import annotations
+
+import contextlib
+import lzma
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omninorm.experiments.corpus import TokenData
+
+
+def bits_per_byte(
+    model: nn.Module, data: TokenData, *, seq_len: int, batch_size: int, precision: str = "fp32"
+) -> float:
+    """total nats / ln 2 / bytes, over the held-out tokens.
+
+    The text is cut into windows of seq_len inputs; a window's last target is the next window's first input, so each
+    token is predicted exactly once, except the very first, which nothing precedes and whose bytes are not counted.
+    A token is predicted from those before it *in its window*: the first target of a window sees one token, and the
+    mean context is (seq_len + 1)/2. This overstates what the model needs in the middle of a text, equally for all
+    models with the same seq_len. Bytes are those of the text, whatever the tokenizer.
+
+    Args:
+        model: maps int64 tokens (batch, sequence) to logits (batch, sequence, vocabulary).
+        data: the tokens.
+        seq_len: tokens per window.
+        batch_size: windows per forward pass; changes the result by rounding only.
+        precision: "fp32" or "bf16" (autocast).
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    nats, count = 0.0, 0
+    try:
+        with torch.no_grad(), autocast(precision, device):
+            for inputs, targets in _held_out_batches(data.held_out, seq_len, batch_size):
+                logits = model(inputs.to(device))
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none")
+                nats += float(loss.double().sum())
+                count += int(data.byte_lengths[targets].sum())
+    finally:
+        model.train(was_training)
+    return nats / math.log(2.0) / count
+
+
+def unigram_bits_per_byte(train: bytes, held_out: bytes) -> float:
+    """What the best model without any context needs: cross entropy of the held-out bytes under the training bytes'
+    frequencies, each count plus one so that a byte never seen costs finitely much."""
+    counts = torch.bincount(torch.frombuffer(bytearray(train), dtype=torch.uint8).long(), minlength=256)
+    bits = -torch.log2((counts + 1).double() / (counts + 1).sum())
+    return float(bits[torch.frombuffer(bytearray(held_out), dtype=torch.uint8).long()].mean())
+
+
+def xz_bits_per_byte(train: bytes, held_out: bytes) -> float:
+    """What xz needs for the held-out text after having read the training text: the growth of the compressed file."""
+    alone = len(lzma.compress(train, preset=6))
+    return (len(lzma.compress(train + held_out, preset=6)) - alone) * 8.0 / len(held_out)
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """bf16 autocast for precision "bf16", nothing for "fp32"."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _held_out_batches(tokens: Tensor, seq_len: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets, int64 (≤ batch_size, seq_len), and at last one shorter window with what remains."""
+    whole = (len(tokens) - 1) // seq_len
+    inputs = tokens[: whole * seq_len].view(whole, seq_len).long()
+    targets = tokens[1 : whole * seq_len + 1].view(whole, seq_len).long()
+    for start in range(0, whole, batch_size):
+        yield inputs[start : start + batch_size], targets[start : start + batch_size]
+    if whole * seq_len + 1 < len(tokens):
+        yield tokens[None, whole * seq_len : -1].long(), tokens[None, whole * seq_len + 1 :].long()

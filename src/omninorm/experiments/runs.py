@@ -1,0 +1,248 @@
+"""Runs with a folder: a plan becomes a folder and a model, and a folder becomes a run that goes on."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omninorm.config import NormConfig, check_choice, check_keys
+from omninorm.errors import ConfigError, OmninormError, RunError
+from omninorm.experiments.checkpoint import list_checkpoints, load_checkpoint
+from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
+from omninorm.experiments.events import Callback, TrainResult
+from omninorm.experiments.interrupt import Interrupt
+from omninorm.experiments.provenance import git_commit, versions
+from omninorm.experiments.record import RECORD_FILE, read_record
+from omninorm.experiments.run_folder import CHECKPOINTS, RunFolder, fresh_folder, read_config
+from omninorm.experiments.settings import TrainConfig
+from omninorm.experiments.tokenizer import TOKENIZER_FILE, TOKENIZERS, Tokenizer, build_tokenizer, load_tokenizer
+from omninorm.experiments.train import train
+from omninorm.thinker import Thinker, ThinkerConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what a run computes.
+
+    Args:
+        model: the Thinker; its vocab_size follows from the tokenizer, its max_seq_len must be train.seq_len.
+        train: the training settings.
+        text: None for the default text, or the path of a file or folder.
+        held_out: share of the text, at its end, that is held out.
+        tokenizer: "byte" or "bpe".
+        vocab_size: of a BPE tokenizer; None means 1024.
+    """
+
+    model: ThinkerConfig = field(default_factory=lambda: ThinkerConfig(d_model=128, n_layers=4, max_seq_len=128))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    text: str | None = None
+    held_out: float = 0.1
+    tokenizer: str = "byte"
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("tokenizer", self.tokenizer, TOKENIZERS)
+        if self.model.max_seq_len != self.train.seq_len:
+            received = f"{self.model.max_seq_len} and {self.train.seq_len}"
+            raise ConfigError("max_seq_len and seq_len must be equal", received, "set both to the same number")
+
+    def change(self, **settings: Any) -> Plan:
+        """This plan with some settings replaced, given flat: Plan's own, ThinkerConfig's, NormConfig's, TrainConfig's.
+
+        `seq_len` also sets the model's max_seq_len.
+
+        Raises:
+            ConfigError: an unknown name or a bad value.
+        """
+        if "seq_len" in settings:
+            settings = {**settings, "max_seq_len": settings["seq_len"]}
+        own = {name for name in _names(Plan) if name not in ("model", "train")}
+        known = [*sorted(own), *_names(ThinkerConfig), *_names(NormConfig), *_names(TrainConfig)]
+        check_keys("a plan", settings, known)
+        norm = replace(self.model.norm, **_pick(settings, _names(NormConfig)))
+        return replace(
+            self,
+            model=replace(self.model, **{"norm": norm, **_pick(settings, _names(ThinkerConfig) - own)}),
+            train=replace(self.train, **_pick(settings, _names(TrainConfig))),
+            **_pick(settings, own),
+        )
+
+
+@dataclass
+class Run:
+    """A run that is ready to train. Close it, or use it as a context manager, to release its folder."""
+
+    plan: Plan
+    folder: RunFolder
+    corpus: Corpus
+    tokenizer: Tokenizer
+    data: TokenData
+    model: Thinker
+    notices: tuple[str, ...] = ()
+
+    def train(self, on_event: Callback | None = None) -> TrainResult:
+        """Trains to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`."""
+        with Interrupt() as interrupt:
+            return train(
+                self.model,
+                self.data,
+                self.plan.train,
+                run=self.folder,
+                on_event=on_event,
+                stopped_by=lambda: interrupt.signal,
+            )
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.folder.close()
+
+
+def create_run(plan: Plan, path: Path | None = None, command: Sequence[str] = ()) -> Run:
+    """Reads the text, builds tokenizer and model, and makes the run's folder last, when nothing else can fail.
+
+    Args:
+        plan: what to run.
+        path: a new or empty folder; None means a fresh runs/NAME-N, named after the text.
+        command: how the run was started, for config.json.
+
+    Raises:
+        DataError, ConfigError, RunError: as their parts say; then nothing was written.
+    """
+    corpus = load_corpus(plan.text, plan.held_out)
+    tokenizer = build_tokenizer(plan.tokenizer, plan.vocab_size, corpus.train)
+    plan = replace(
+        plan,
+        text=None if plan.text is None else corpus.source,
+        model=replace(plan.model, vocab_size=tokenizer.vocab_size),
+    )
+    data = tokenize(corpus, tokenizer, plan.train.seq_len, plan.train.eval_bytes)
+    model = build_model(plan.model, plan.train.seed)
+    serialized = tokenizer.to_json()
+    files = {} if serialized is None else {TOKENIZER_FILE: serialized.encode()}
+    folder = RunFolder.create(path or fresh_folder(corpus.name), _describe(plan, corpus, command), files)
+    return Run(plan, folder, corpus, tokenizer, data, model)
+
+
+def open_run(path: Path, text: str | None = None) -> Run:
+    """Opens a run to continue it from its newest checkpoint, with its own settings.
+
+    Args:
+        path: the run's folder.
+        text: where the text is now, if it has moved.
+
+    Raises:
+        RunError: no run, a damaged one, one that another process is at work on, one that diverged, or the text is
+            not the one that the run was started with.
+    """
+    config = read_config(path)
+    plan = read_plan(path)
+    if any(event["kind"] == "diverged" for event in read_record(path / RECORD_FILE)):
+        remedy = "start a new run with a smaller learning rate, gradient clipping, or another norm or placement"
+        raise RunError("only a run that has not diverged can go on", f"one that has, {path}", remedy)
+    corpus = load_corpus(text or plan.text, plan.held_out)
+    if corpus.sha256 != config["data"].get("sha256"):
+        remedy = "restore the text, or start a new run"
+        raise RunError("a resumed run needs the text it was started with", f"another one at {corpus.source}", remedy)
+    tokenizer = load_tokenizer(plan.tokenizer, path)
+    data = tokenize(corpus, tokenizer, plan.train.seq_len, plan.train.eval_bytes)
+    model = build_model(plan.model, plan.train.seed)
+    return Run(plan, RunFolder(path), corpus, tokenizer, data, model, _changes(config))
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a run's config.json.
+
+    Raises:
+        RunError: there is none, or it can't be understood.
+    """
+    config = read_config(path)
+    try:
+        data = config["data"]
+        return Plan(
+            model=ThinkerConfig.from_dict(config["model"]),
+            train=TrainConfig.from_dict(config["train"]),
+            text=data["text"],
+            held_out=data["held_out"],
+            **config["tokenizer"],
+        )
+    except (OmninormError, KeyError, TypeError) as error:
+        remedy = "restore the file, or use the version of omninorm that wrote it"
+        raise RunError("config.json must describe a run", f"{error} in {path}", remedy) from error
+
+
+def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, int]:
+    """The model and tokenizer of a run at its newest checkpoint, or that of `step`; and the step.
+
+    Raises:
+        RunError: no run, no such checkpoint, or a damaged one.
+    """
+    plan = read_plan(path)
+    steps = list_checkpoints(path / CHECKPOINTS)
+    if not steps:
+        raise RunError("a run must have a checkpoint", f"none in {path / CHECKPOINTS}", "let it train on")
+    if step is not None and step not in steps:
+        found = ", ".join(map(str, steps))
+        raise RunError("the step must be one of the run's checkpoints", f"step {step}", f"choose one of {found}")
+    chosen = steps[-1] if step is None else step
+    model = build_model(plan.model, plan.train.seed)
+    load_checkpoint(path / CHECKPOINTS, chosen, model)
+    return model.eval(), load_tokenizer(plan.tokenizer, path), chosen
+
+
+def build_model(config: ThinkerConfig, seed: int) -> Thinker:
+    """A Thinker whose initial weights depend on the seed alone. Leaves torch's global generator seeded, too."""
+    torch.manual_seed(seed)
+    return Thinker(config)
+
+
+def _describe(plan: Plan, corpus: Corpus, command: Sequence[str]) -> dict[str, Any]:
+    """What config.json says."""
+    return {
+        "model": plan.model.to_dict(),
+        "train": plan.train.to_dict(),
+        "tokenizer": {"tokenizer": plan.tokenizer, "vocab_size": plan.vocab_size},
+        "data": {
+            "text": plan.text,
+            "source": corpus.source,
+            "held_out": plan.held_out,
+            "files": corpus.files,
+            "skipped": list(corpus.skipped),
+            "train_bytes": len(corpus.train),
+            "held_out_bytes": len(corpus.held_out),
+            "sha256": corpus.sha256,
+        },
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "command": list(command),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _changes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What has changed since the run was started that can change its arithmetic."""
+    then, now = config.get("versions", {}), versions()
+    notices = [
+        f"{name} was {then.get(name)} when the run was started and is {now[name]}: the last bits may differ"
+        for name in ("omninorm", "torch")
+        if then.get(name) != now[name]
+    ]
+    if config.get("threads") != torch.get_num_threads():
+        threads = f"{config.get('threads')} threads, not {torch.get_num_threads()}"
+        notices.append(f"the run was started with {threads}: the last bits may differ")
+    return tuple(notices)
+
+
+def _names(config: type) -> set[str]:
+    return {item.name for item in fields(config)}
+
+
+def _pick(settings: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name in names}

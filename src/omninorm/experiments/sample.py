@@ -1,0 +1,74 @@
+"""Text from a model, piece by piece as it is made."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+
+from omninorm.errors import InputError
+from omninorm.experiments.settings import check_seed
+from omninorm.experiments.tokenizer import Tokenizer
+from omninorm.thinker import Thinker
+
+
+def stream_text(
+    model: Thinker,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """Continues a prompt; yields new text as soon as it is certain, without the prompt.
+
+    Bytes are decoded as UTF-8 across tokens; what is not UTF-8 becomes U+FFFD. Of a prompt longer than the model's
+    context the newest tokens count. The text ends before the first of `stop`, which is not yielded.
+
+    Raises:
+        InputError: an empty prompt or stop text, or a sampling setting out of range (at the call, not later).
+        ConfigError: a seed outside [0, 2⁶³).
+    """
+    if not prompt:
+        raise InputError("a prompt must have at least one character", "an empty one", "begin with a line break")
+    if seed is not None:
+        check_seed(seed)
+    if not all(stop):
+        raise InputError("a stop text must have at least one character", "an empty one", "leave it out")
+    tokens = tokenizer.encode(prompt.encode("utf-8", errors="replace")).tolist()[-model.config.max_seq_len :]
+    steps = model.stream([tokens], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    pieces = (tokenizer.decode([token for token in step if token is not None]) for step in steps)
+    return _decode(_until(pieces, [text.encode() for text in stop]))
+
+
+def _until(pieces: Iterator[bytes], stops: Sequence[bytes]) -> Iterator[bytes]:
+    """Passes bytes on until a stop comes. What may be the beginning of a stop is held back."""
+    held = b""
+    for piece in pieces:
+        held += piece
+        found = [position for stop in stops if (position := held.find(stop)) >= 0]
+        if found:
+            yield held[: min(found)]
+            return
+        sure = len(held) - max((_overlap(held, stop) for stop in stops), default=0)
+        yield held[:sure]
+        held = held[sure:]
+    yield held
+
+
+def _overlap(text: bytes, stop: bytes) -> int:
+    """Length of the longest beginning of `stop`, short of all of it, that `text` ends with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+
+
+def _decode(pieces: Iterator[bytes]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for piece in pieces:
+        if text := decoder.decode(piece):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text

@@ -1,0 +1,143 @@
+"""TrainConfig: every setting of a training run, checked in one place; and the learning rate's schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from omninorm.config import check_choice, check_count, check_keys, check_number
+from omninorm.errors import ConfigError
+
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. The defaults suit a small byte-level model on two CPU cores.
+
+    Args:
+        steps: optimizer steps, ≥ 1.
+        batch_size: windows per micro-batch; a step sees batch_size · grad_accumulation windows.
+        seq_len: tokens per window.
+        lr: the largest learning rate, reached at the end of the warm-up, > 0.
+        warmup_steps: steps of linear warm-up, at most `steps`; None means a tenth of the steps, at most 100.
+        schedule: "cosine" falls to min_lr_ratio · lr at the last step; "constant" stays at lr.
+        min_lr_ratio: where the cosine ends, as a share of lr, in [0, 1].
+        weight_decay: AdamW's decoupled decay, ≥ 0; see `omninorm.experiments.optim` for what it applies to.
+        betas: AdamW's averaging factors, each in [0, 1).
+        adam_eps: AdamW's ε, > 0.
+        grad_clip: largest total gradient norm, > 0; None never clips. The norm is recorded either way.
+        grad_accumulation: micro-batches per step. It changes memory, not mathematics: the windows of a step are the
+            same however they are divided.
+        precision: "fp32", or "bf16" for autocast (parameters, moments and the loss stay in fp32).
+        seed: decides the initial weights and every batch, ≥ 0.
+        eval_every: steps between evaluations on the held-out text; step 0 and the last step are always evaluated.
+        eval_bytes: how much of the held-out text is evaluated, from its start; None means all.
+        checkpoint_every: steps between checkpoints; the last step always gets one.
+        keep_checkpoints: how many of the newest checkpoints stay, ≥ 1.
+        log_every: record every n-th step; the last step is always recorded.
+
+    Raises:
+        ConfigError: a value of the wrong type, out of range, NaN or infinite.
+    """
+
+    steps: int = 600
+    batch_size: int = 16
+    seq_len: int = 128
+    lr: float = 3e-3
+    warmup_steps: int | None = None
+    schedule: str = "cosine"
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    adam_eps: float = 1e-8
+    grad_clip: float | None = 1.0
+    grad_accumulation: int = 1
+    precision: str = "fp32"
+    seed: int = 0
+    eval_every: int = 100
+    eval_bytes: int | None = 65536
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "grad_accumulation", "eval_every"):
+            check_count(name, getattr(self, name))
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+            check_count(name, getattr(self, name))
+        check_seed(self.seed)
+        if self.eval_bytes is not None:
+            check_count("eval_bytes", self.eval_bytes, at_least=2)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("precision", self.precision, PRECISIONS)
+        self._check_numbers()
+        self._check_warmup()
+
+    def _check_numbers(self) -> None:
+        check_number("lr", self.lr, above=0.0)
+        check_number("min_lr_ratio", self.min_lr_ratio, at_least=0.0, at_most=1.0)
+        check_number("weight_decay", self.weight_decay, at_least=0.0)
+        check_number("adam_eps", self.adam_eps, above=0.0)
+        if self.grad_clip is not None:
+            check_number("grad_clip", self.grad_clip, above=0.0)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise ConfigError("betas must be two numbers in [0, 1)", repr(self.betas), "pass for example (0.9, 0.95)")
+        for beta in self.betas:
+            check_number("each of betas", beta, at_least=0.0, at_most=math.nextafter(1.0, 0.0))
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+    def _check_warmup(self) -> None:
+        if self.warmup_steps is None:
+            return
+        check_count("warmup_steps", self.warmup_steps, at_least=0)
+        if self.warmup_steps > self.steps:
+            received = f"warmup_steps={self.warmup_steps} with steps={self.steps}"
+            raise ConfigError("the warm-up must end within the run", received, "shorten it or leave it out")
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, with the default filled in."""
+        return min(self.steps // 10, 100) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.grad_accumulation * self.seq_len
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Reads what `to_dict` wrote; keys that are left out take their defaults.
+
+        Raises:
+            ConfigError: not a mapping, an unknown key (the known ones are listed), or a bad value.
+        """
+        check_keys("a training config", values, [field.name for field in fields(cls)])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting, as plain JSON values."""
+        return {**asdict(self), "betas": list(self.betas)}
+
+
+def check_seed(seed: object) -> None:
+    """Raises ConfigError unless `seed` is one that torch's generators accept: an integer in [0, 2⁶³)."""
+    check_count("seed", seed, at_least=0)
+    check_number("seed", seed, at_most=2**63 - 1)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of a step, counted from 1.
+
+    η(s) = lr · s/w during the w steps of warm-up, so η(w) = lr. Then "constant" stays at lr, and "cosine" follows
+    lr · (m + (1 − m)·(1 + cos πp)/2), p = (s − w)/(steps − w), which ends exactly at m·lr, m = min_lr_ratio.
+    """
+    if step <= config.warmup:
+        return config.lr * step / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup) / (config.steps - config.warmup)
+    height = (1.0 + math.cos(math.pi * progress)) / 2.0
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * height)

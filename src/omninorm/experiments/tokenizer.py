@@ -1,0 +1,183 @@
+"""Text to tokens and back: bytes (the default), or byte-level BPE trained on the run's own text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from omninorm.config import check_choice, check_count
+from omninorm.errors import ConfigError, DataError, MissingExtraError, RunError
+
+TOKENIZERS = ("byte", "bpe")
+TOKENIZER_FILE = "tokenizer.json"
+_PIECE = 1 << 20  # characters handed to the BPE encoder at a time; keeps its offset tables small
+
+
+class Tokenizer(Protocol):
+    """What training and generation need of a tokenizer. Encoding is lossless: decode(encode(text)) == text."""
+
+    name: str
+    vocab_size: int
+
+    def encode(self, text: bytes) -> Tensor:
+        """Tokens of UTF-8 text, a 1-D integer tensor of the smallest dtype that holds the vocabulary."""
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        """The bytes that the tokens stand for; a cut may fall inside a character."""
+
+    def byte_lengths(self) -> Tensor:
+        """int64 (vocab_size,): how many bytes of text each token stands for."""
+
+    def to_json(self) -> str | None:
+        """What `load_tokenizer` reads back from tokenizer.json, or None if there is nothing to save."""
+
+
+class ByteTokenizer:
+    """One token per byte: 256 of them, nothing to train, nothing to save."""
+
+    name = "byte"
+    vocab_size = 256
+
+    def encode(self, text: bytes) -> Tensor:
+        if not text:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        return bytes(tokens)
+
+    def byte_lengths(self) -> Tensor:
+        return torch.ones(256, dtype=torch.int64)
+
+    def to_json(self) -> str | None:
+        return None
+
+
+class BpeTokenizer:
+    """Byte-level byte-pair encoding: merges start from the 256 bytes, so any text can be encoded.
+
+    Args:
+        serialized: the content of a tokenizer.json written by this class.
+
+    Raises:
+        MissingExtraError: the package `tokenizers` is not installed.
+        RunError: the file is damaged, or is another kind of tokenizer.
+    """
+
+    name = "bpe"
+
+    def __init__(self, serialized: str) -> None:
+        library = _tokenizers()
+        try:
+            self._tokenizer = library.Tokenizer.from_str(serialized)
+            vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+            pieces = {index: bytes(_BYTE_OF[character] for character in word) for word, index in vocabulary.items()}
+        except Exception as error:  # the Rust library raises plain Exception
+            received = f"a file that can't be read ({str(error) or type(error).__name__})"
+            remedy = "restore the file from the original run or train again"
+            raise RunError(f"{TOKENIZER_FILE} must be a byte-level BPE tokenizer", received, remedy) from error
+        self.vocab_size = len(pieces)
+        self._pieces = [pieces[index] for index in range(self.vocab_size)]
+        self._serialized = serialized
+
+    @classmethod
+    def train(cls, text: bytes, vocab_size: int) -> BpeTokenizer:
+        """Learns merges from UTF-8 text until there are `vocab_size` tokens, or nothing left to merge.
+
+        Raises:
+            ConfigError: vocab_size below 257 (the bytes and one merge).
+        """
+        check_count("vocab_size of a BPE tokenizer", vocab_size, at_least=257)
+        library = _tokenizers()
+        tokenizer = library.Tokenizer(library.models.BPE())
+        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = library.decoders.ByteLevel()
+        alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=sorted(alphabet), show_progress=False
+        )
+        tokenizer.train_from_iterator(_pieces(text.decode()), trainer)
+        return cls(tokenizer.to_str())
+
+    def encode(self, text: bytes) -> Tensor:
+        try:
+            pieces = list(_pieces(text.decode()))
+        except UnicodeDecodeError as error:
+            raise DataError("text must be UTF-8", f"an invalid byte at {error.start}", "convert the text") from error
+        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        tokens = [torch.tensor(encoding.ids, dtype=torch.int32) for encoding in encodings]
+        return torch.cat([torch.empty(0, dtype=torch.int32), *tokens])
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        return b"".join(self._pieces[token] for token in tokens)
+
+    def byte_lengths(self) -> Tensor:
+        return torch.tensor([len(piece) for piece in self._pieces], dtype=torch.int64)
+
+    def to_json(self) -> str | None:
+        return self._serialized
+
+
+def build_tokenizer(name: str, vocab_size: int | None, train_text: bytes) -> Tokenizer:
+    """The tokenizer called `name`; "bpe" is trained on `train_text` (vocab_size None means 1024).
+
+    Raises:
+        ConfigError: an unknown name, or a vocabulary size that does not go with it.
+    """
+    check_choice("tokenizer", name, TOKENIZERS)
+    if name == "bpe":
+        return BpeTokenizer.train(train_text, 1024 if vocab_size is None else vocab_size)
+    if vocab_size not in (None, 256):
+        raise ConfigError("the byte tokenizer has 256 tokens", f"vocab_size={vocab_size}", "use tokenizer 'bpe'")
+    return ByteTokenizer()
+
+
+def load_tokenizer(name: str, folder: Path) -> Tokenizer:
+    """The tokenizer of a run; "bpe" reads tokenizer.json in the run's folder.
+
+    Raises:
+        ConfigError: an unknown name.
+        RunError: tokenizer.json is missing or damaged.
+    """
+    check_choice("tokenizer", name, TOKENIZERS)
+    if name == "byte":
+        return ByteTokenizer()
+    path = folder / TOKENIZER_FILE
+    try:
+        return BpeTokenizer(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "restore the file from the original run or train again"
+        raise RunError(f"a BPE run needs {TOKENIZER_FILE}", f"{error} at {path}", remedy) from error
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts a text after newlines into pieces of about a million characters."""
+    start = 0
+    while start < len(text):
+        cut = text.find("\n", start + _PIECE)
+        stop = len(text) if cut < 0 else cut + 1
+        yield text[start:stop]
+        start = stop
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        remedy = 'install it with pip install "omninorm[train]", or use the byte tokenizer'
+        raise MissingExtraError("BPE needs the package tokenizers", "an installation without it", remedy) from error
+    return tokenizers
+
+
+def _printable_bytes() -> dict[str, int]:
+    """GPT-2's one-to-one map between bytes and visible characters, in which byte-level BPE writes its vocabulary."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _printable_bytes()

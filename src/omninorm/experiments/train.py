@@ -1,0 +1,184 @@
+"""The training loop: flat, in one function, with everything it needs passed in."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from omninorm.errors import RunError
+from omninorm.experiments.corpus import TokenData, windows
+from omninorm.experiments.evaluate import autocast, bits_per_byte
+from omninorm.experiments.events import (
+    Callback,
+    CheckpointEvent,
+    EvalEvent,
+    Event,
+    StepEvent,
+    StopEvent,
+    TrainResult,
+    from_record,
+    to_record,
+)
+from omninorm.experiments.optim import build_optimizer
+from omninorm.experiments.record import RECORD_FILE, read_record
+from omninorm.experiments.run_folder import RunFolder, load_checkpoint, save_checkpoint
+from omninorm.experiments.settings import TrainConfig, learning_rate
+
+
+def train(
+    model: nn.Module,
+    data: TokenData,
+    config: TrainConfig,
+    *,
+    run: RunFolder | None = None,
+    on_event: Callback | None = None,
+    stopped_by: Callable[[], int | None] = lambda: None,
+) -> TrainResult:
+    """Trains a model, from the newest checkpoint of `run` if there is one.
+
+    A step: set the learning rate, accumulate the gradients of its micro-batches, measure and clip them, step; then
+    log, evaluate, checkpoint. A run that is resumed from a checkpoint computes bit for bit what an uninterrupted one
+    does, on the same machine with the same number of threads.
+
+    Args:
+        model: maps int64 tokens (batch, sequence) to logits (batch, sequence, vocabulary); trained in place.
+        data: training and held-out tokens, see `tokenize`.
+        config: the settings.
+        run: where to record and to write checkpoints; None keeps everything in memory.
+        on_event: called with every event as it happens.
+        stopped_by: asked after every step; a signal's number ends the run there, with a checkpoint.
+
+    Returns:
+        How it ended and what was recorded. A loss or gradient that is no longer finite ends the run as "diverged":
+        that is a result, not an error.
+
+    Raises:
+        RunError: the run's folder can't be written, or its newest checkpoint can't be used.
+    """
+    optimizer = build_optimizer(model, config)
+    log = _Log(run, on_event)
+    done = log.restore(model, optimizer)
+    model.train()
+    if done == 0 and not log.evaluate(0, model, data, config):
+        return log.stop(StopEvent(0, "diverged"))
+    for step in range(done + 1, config.steps + 1):
+        started = time.perf_counter()
+        rate = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = _accumulate(model, data, config, step)
+        grad_norm = _clip(model, config.grad_clip)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return log.stop(StopEvent(step, "diverged", loss, grad_norm))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+
+        if _due(step, config.log_every, config):
+            log.emit(StepEvent(step, loss, grad_norm, rate, seconds, config.tokens_per_step / seconds))
+        if _due(step, config.eval_every, config) and not log.evaluate(step, model, data, config):
+            return log.stop(StopEvent(step, "diverged", loss, grad_norm))
+        signal = stopped_by() if step < config.steps else None
+        if signal is not None or _due(step, config.checkpoint_every, config):
+            log.checkpoint(step, model, optimizer, config)
+        if signal is not None:
+            return log.stop(StopEvent(step, "interrupted", signal=signal))
+    return log.stop(StopEvent(config.steps, "finished"))
+
+
+def _accumulate(model: nn.Module, data: TokenData, config: TrainConfig, step: int) -> float:
+    """Adds up the gradients of the step's mean loss, one micro-batch at a time; returns that loss in nats per token."""
+    device = next(model.parameters()).device
+    count = config.batch_size * config.grad_accumulation
+    total = torch.zeros((), dtype=torch.float64)
+    batches = windows(data.train, config.seed, step, count, config.seq_len)
+    for tokens in batches.view(config.grad_accumulation, config.batch_size, -1).to(device):
+        with autocast(config.precision, device):
+            logits = model(tokens[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        (loss / config.grad_accumulation).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach().double().cpu() / config.grad_accumulation
+    return float(total)
+
+
+def _clip(model: nn.Module, limit: float | None) -> float:
+    """The total gradient norm before clipping; clips to `limit` unless that is None."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return float(norm)
+
+
+def _due(step: int, every: int, config: TrainConfig) -> bool:
+    return step % every == 0 or step == config.steps
+
+
+class _Log:
+    """Sends every event to the callback, to the record, and to the result."""
+
+    def __init__(self, run: RunFolder | None, on_event: Callback | None) -> None:
+        self._run = run
+        self._on_event = on_event
+        self._steps: list[StepEvent] = []
+        self._evals: list[EvalEvent] = []
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Loads the newest checkpoint and the events up to it; returns its step, 0 if there is none."""
+        if self._run is None:
+            return 0
+        step = self._run.newest()
+        if step is not None:
+            load_checkpoint(self._run.checkpoints, step, model, optimizer)
+        path = self._run.path / RECORD_FILE
+        if read_record(path):
+            self._run.record.append({"kind": "resume", "step": step or 0})
+            for line in read_record(path):
+                self._keep(_event(line, path))
+        return step or 0
+
+    def emit(self, event: Event) -> None:
+        if self._run is not None and not isinstance(event, CheckpointEvent):
+            self._run.record.append(to_record(event))
+        self._keep(event)
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def evaluate(self, step: int, model: nn.Module, data: TokenData, config: TrainConfig) -> bool:
+        """Measures held-out bits per byte; false if they are not finite."""
+        started = time.perf_counter()
+        bits = bits_per_byte(
+            model, data, seq_len=config.seq_len, batch_size=config.batch_size, precision=config.precision
+        )
+        self.emit(EvalEvent(step, bits, time.perf_counter() - started))
+        return math.isfinite(bits)
+
+    def checkpoint(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
+        if self._run is not None:
+            self._run.record.sync()
+            path = save_checkpoint(self._run.checkpoints, step, model, optimizer, config.keep_checkpoints)
+            self.emit(CheckpointEvent(step, path))
+
+    def stop(self, event: StopEvent) -> TrainResult:
+        self.emit(event)
+        folder = self._run.path if self._run else None
+        return TrainResult(event.status, event.step, tuple(self._steps), tuple(self._evals), event.signal, folder)
+
+    def _keep(self, event: Event) -> None:
+        if isinstance(event, StepEvent):
+            self._steps.append(event)
+        elif isinstance(event, EvalEvent) and event.step not in [earlier.step for earlier in self._evals]:
+            self._evals.append(event)
+
+
+def _event(line: dict[str, object], path: object) -> Event:
+    try:
+        return from_record(line)
+    except (KeyError, TypeError) as error:
+        received = f"{line.get('kind')!r} at step {line.get('step')} in {path}"
+        raise RunError("each event of a record must be complete", received, "delete that line") from error

@@ -1,0 +1,125 @@
+"""KVCache: the keys and values of the tokens so far, so that a new token costs one position instead of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omninorm.errors import InputError
+from omninorm.thinker.config import ThinkerConfig
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One block's share: keys and values (batch, kv_heads, capacity, head_dim), of which `used` slots are filled."""
+
+    keys: Tensor
+    values: Tensor
+    used: int
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes (batch, kv_heads, sequence, head_dim) behind the filled slots; returns all up to there."""
+        stop = self.used + keys.shape[2]
+        self.keys[:, :, self.used : stop] = keys
+        self.values[:, :, self.used : stop] = values
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class KVCache:
+    """Preallocated keys and values of every block. `Thinker(config)(tokens, cache=cache)` fills it.
+
+    Args:
+        config: of the Thinker that will fill it.
+        batch: number of rows.
+        capacity: how many tokens fit, padding included; None means config.max_seq_len.
+        padding: per row, how many tokens at its left are padding. Prompts of different lengths share a batch this way:
+            padding is neither attended to nor counted as positions.
+        device, dtype: of the keys and values; those of the Thinker's weights.
+
+    Attributes:
+        used: number of slots filled in every row.
+
+    Raises:
+        InputError: a capacity below 1 or above max_seq_len, or padding that is not one count per row.
+    """
+
+    def __init__(
+        self,
+        config: ThinkerConfig,
+        batch: int,
+        capacity: int | None = None,
+        *,
+        padding: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.capacity = config.max_seq_len if capacity is None else capacity
+        if not 1 <= self.capacity <= config.max_seq_len:
+            invariant = f"a cache holds between 1 and max_seq_len={config.max_seq_len} tokens"
+            raise InputError(invariant, f"capacity={capacity}", "choose a capacity within these bounds")
+        shape = (config.n_layers, batch, config.kv_heads, self.capacity, config.head_width)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.used = 0
+        self.padding = self._check_padding(padding, batch)
+
+    def _check_padding(self, padding: Sequence[int] | None, batch: int) -> Tensor | None:
+        if padding is None or (len(padding) == batch and not any(padding)):
+            return None
+        if len(padding) != batch or not all(0 <= count < self.capacity for count in padding):
+            invariant = f"padding is one count per row, {batch} in all, each from 0 to {self.capacity - 1}"
+            raise InputError(invariant, str(list(padding)), "pass how many tokens are padding at each row's left")
+        return torch.tensor(padding, device=self.keys.device)
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.keys.shape[1]
+
+    def layer(self, index: int) -> LayerCache:
+        """The share of block `index`, counted from 0."""
+        return LayerCache(self.keys[index], self.values[index], self.used)
+
+    def check_room(self, batch: int, count: int) -> None:
+        """Raises InputError unless `count` more tokens for each of `batch` rows fit."""
+        if batch != self.batch:
+            received = f"tokens for {batch}"
+            raise InputError(f"this cache belongs to {self.batch} rows", received, "make one cache for each batch")
+        if self.used + count > self.capacity:
+            received = f"{count} more after {self.used}"
+            remedy = "make a larger cache or begin a new one with the newest tokens"
+            raise InputError(f"this cache has room for {self.capacity} tokens", received, remedy)
+
+    def advance(self, count: int) -> None:
+        """Declares the `count` slots that every block has just written to be filled."""
+        self.used += count
+
+    def mask(self, count: int) -> Tensor | None:
+        """Which slots the next `count` tokens may see, boolean (batch or 1, 1, count, used + count).
+
+        None where plain causal attention (nothing cached yet) or attention to every slot (one token) is right.
+        """
+        if self.padding is None and (self.used == 0 or count == 1):
+            return None
+        slots = torch.arange(self.used + count, device=self.keys.device)
+        queries = slots[self.used :].unsqueeze(1)
+        if self.padding is None:
+            return (slots <= queries)[None, None]
+        real = slots >= self.padding[:, None, None]
+        # Padding sees itself, because a softmax over nothing is NaN; nobody sees the result.
+        return (((slots <= queries) & real) | (slots == queries)).unsqueeze(1)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps these rows only, and drops the slots that are padding in all of them."""
+        index = torch.tensor(rows, device=self.keys.device)
+        self.keys, self.values = self.keys[:, index], self.values[:, index]
+        if self.padding is None:
+            return
+        padding = self.padding[index]
+        common = int(padding.min())
+        self.keys, self.values = self.keys.roll(-common, dims=3), self.values.roll(-common, dims=3)
+        self.used -= common
+        self.padding = padding - common if bool((padding > common).any()) else None

@@ -1,0 +1,137 @@
+"""ThinkerConfig: the shape of the decoder, its norms, and how its weights start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from omninorm.config import NormConfig, check_choice, check_count, check_keys, check_number
+from omninorm.errors import ConfigError
+
+FEED_FORWARDS = ("swiglu", "gelu")
+INITS = ("xavier", "normal")
+
+_HIDDEN_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class ThinkerConfig:
+    """A decoder-only transformer. The defaults are a small byte-level one with μOmni's norms.
+
+    Args:
+        vocab_size: number of different tokens; 256 is one per byte.
+        d_model: width of the residual stream.
+        n_layers: number of blocks, each an attention and a feed-forward.
+        n_heads: query heads.
+        n_kv_heads: key and value heads, each shared by n_heads / n_kv_heads query heads; None means n_heads.
+        max_seq_len: the longest context, in tokens.
+        norm: which norm, and where it stands.
+        d_ff: width of the feed-forward's hidden activation; None means 8/3 · d_model rounded up to a multiple of 16
+            for "swiglu" and 4 · d_model for "gelu", which have about as many weights.
+        feed_forward: "swiglu", down(silu(gate(x)) · up(x)), or "gelu", down(gelu(up(x))).
+        head_dim: width of a head, even because RoPE turns pairs; None means d_model / n_heads.
+        rope_theta: base of RoPE's frequencies.
+        tied_head: the logits are inner products with the embedding; False gives them a matrix of their own.
+        init: "xavier", normal with variance 2/(fan_in + fan_out) and the embedding with standard deviation d_model^−½,
+            or "normal", with `init_std` everywhere.
+        init_std: standard deviation of init "normal".
+        scaled_init: divide the initial weights that write to the stream by √(2 · n_layers), as GPT-2 does.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range, or settings that do not go together.
+
+    Example:
+        >>> ThinkerConfig.from_dict({"n_layers": 2, "norm": {"norm_placement": "post"}}).norm.norm_placement
+        'post'
+    """
+
+    vocab_size: int = 256
+    d_model: int = 256
+    n_layers: int = 8
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    max_seq_len: int = 512
+    norm: NormConfig = field(default_factory=NormConfig)
+    d_ff: int | None = None
+    feed_forward: str = "swiglu"
+    head_dim: int | None = None
+    rope_theta: float = 10000.0
+    tied_head: bool = True
+    init: str = "xavier"
+    init_std: float = 0.02
+    scaled_init: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len"):
+            check_count(name, getattr(self, name))
+        for name in ("n_kv_heads", "d_ff", "head_dim"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_choice("feed_forward", self.feed_forward, FEED_FORWARDS)
+        check_choice("init", self.init, INITS)
+        check_number("rope_theta", self.rope_theta, above=0.0)
+        check_number("init_std", self.init_std, above=0.0)
+        for name in ("tied_head", "scaled_init"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false", repr(getattr(self, name)), f"set {name} to one")
+        if not isinstance(self.norm, NormConfig):
+            remedy = "pass NormConfig(...), or a dictionary through ThinkerConfig.from_dict"
+            raise ConfigError("norm must be a NormConfig", type(self.norm).__name__, remedy)
+        self._check_heads()
+        self._check_combinations()
+
+    def _check_heads(self) -> None:
+        if self.head_dim is None and self.d_model % self.n_heads:
+            received = f"d_model={self.d_model} with n_heads={self.n_heads}"
+            remedy = "choose a divisor as n_heads or set head_dim"
+            raise ConfigError("d_model must be a multiple of n_heads", received, remedy)
+        if self.n_heads % self.kv_heads:
+            received = f"n_heads={self.n_heads} with n_kv_heads={self.n_kv_heads}"
+            raise ConfigError("n_heads must be a multiple of n_kv_heads", received, "choose a divisor as n_kv_heads")
+        if self.head_width % 2:
+            received = f"{self.head_width} (d_model={self.d_model}, n_heads={self.n_heads}, head_dim={self.head_dim})"
+            remedy = "choose another n_heads or set head_dim to an even number"
+            raise ConfigError("the width of a head must be even, because RoPE turns pairs", received, remedy)
+
+    def _check_combinations(self) -> None:
+        if self.scaled_init and self.norm.norm_placement == "lns":
+            remedy = "set scaled_init=False or choose another placement"
+            invariant = "placement 'lns' already scales the norms by depth and goes without scaled_init"
+            raise ConfigError(invariant, "scaled_init=True", remedy)
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads, the default filled in."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head, the default filled in."""
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def hidden_width(self) -> int:
+        """Width of the feed-forward's hidden activation, the default filled in."""
+        if self.d_ff is not None:
+            return self.d_ff
+        if self.feed_forward == "gelu":
+            return 4 * self.d_model
+        return -(-8 * self.d_model // (3 * _HIDDEN_MULTIPLE)) * _HIDDEN_MULTIPLE
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ThinkerConfig:
+        """Reads what `to_dict` writes; keys that are left out take their defaults, `norm` may be a dictionary.
+
+        Raises:
+            ConfigError: not a mapping, an unknown key (the known ones are listed), or a bad value.
+        """
+        check_keys("a Thinker config", values, [field.name for field in fields(cls)])
+        given = dict(values)
+        if "norm" in given and not isinstance(given["norm"], NormConfig):
+            given["norm"] = NormConfig.from_dict(given["norm"])
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting under its name, `norm` as `NormConfig.to_dict` writes it: JSON without further ado."""
+        return {**asdict(self), "norm": self.norm.to_dict()}

@@ -1,0 +1,50 @@
+"""The two feed-forwards: gated with SiLU, and plain with GELU."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omninorm.layers import build_norm
+from omninorm.placement import inner_norms
+from omninorm.thinker.config import ThinkerConfig
+
+
+class FeedForward(nn.Module):
+    """What both have: `up` and `down` without bias, and the norm that a placement wants on the hidden activation.
+
+    Attributes:
+        inner_norms: {"hidden"} where the placement asks for it, else empty.
+    """
+
+    def __init__(self, config: ThinkerConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.d_model, config.hidden_width, bias=False)
+        self.down = nn.Linear(config.hidden_width, config.d_model, bias=False)
+        self.inner_norms = inner_norms(config.norm) & {"hidden"}
+        self.hidden_norm = build_norm(config.norm, config.hidden_width) if self.inner_norms else nn.Identity()
+
+
+class SwiGLU(FeedForward):
+    """down(silu(gate(x)) · up(x)), Shazeer 2020 (arXiv 2002.05202). Shapes (…, d_model) → (…, d_model)."""
+
+    def __init__(self, config: ThinkerConfig) -> None:
+        super().__init__(config)
+        self.gate = nn.Linear(config.d_model, config.hidden_width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(self.hidden_norm(F.silu(self.gate(x)) * self.up(x)))
+        return output
+
+
+class GELU(FeedForward):
+    """down(gelu(up(x))) with the exact GELU, x·Φ(x). Shapes (…, d_model) → (…, d_model)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(self.hidden_norm(F.gelu(self.up(x))))
+        return output
+
+
+def build_feed_forward(config: ThinkerConfig) -> FeedForward:
+    """The feed-forward that the config names."""
+    return {"swiglu": SwiGLU, "gelu": GELU}[config.feed_forward](config)

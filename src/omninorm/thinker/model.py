@@ -1,0 +1,175 @@
+"""Thinker: embedding, blocks around attention and feed-forward, final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omninorm.errors import InputError
+from omninorm.placement import Block, FinalNorm, enter
+from omninorm.thinker.attention import Attention
+from omninorm.thinker.cache import KVCache
+from omninorm.thinker.config import ThinkerConfig
+from omninorm.thinker.feed_forward import build_feed_forward
+from omninorm.thinker.init import init_weights
+from omninorm.thinker.rotary import Rotary
+
+
+class Thinker(nn.Module):
+    """A decoder-only transformer: logits = head(final_norm(block_L(… block_1(embedding(tokens))))).
+
+    Its weights are drawn from torch's global generator (`torch.manual_seed`), the same for every norm and placement.
+
+    Args:
+        config: its shape, norms and initialization.
+
+    Example:
+        >>> model = Thinker(ThinkerConfig(d_model=32, n_layers=2))
+        >>> model(torch.tensor([[72, 101, 108]])).shape
+        torch.Size([1, 3, 256])
+    """
+
+    def __init__(self, config: ThinkerConfig) -> None:
+        super().__init__()
+        self.config = config
+        # The constructors' own draws are drawn over; forked, they do not shift those that count.
+        with torch.random.fork_rng(devices=[]):
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.rotary = Rotary(config.head_width, config.max_seq_len, config.rope_theta)
+            self.blocks = nn.ModuleList(self._block(number) for number in range(1, config.n_layers + 1))
+            self.final_norm = FinalNorm(config.norm, config.d_model)
+            self.head = None if config.tied_head else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        init_weights(self, config)
+
+    def _block(self, number: int) -> Block:
+        config = self.config
+        attention, feed_forward = Attention(config), build_feed_forward(config)
+        return Block(config.norm, config.d_model, attention, feed_forward, block=number, blocks=config.n_layers)
+
+    def forward(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """Logits of the next token after every token.
+
+        Args:
+            tokens: int64 or int32, (batch, sequence). Rows of different lengths: pad them at the right and ignore the
+                logits there, which nothing before them can see; with a cache, at the left (see `KVCache`).
+            cache: keys and values of the tokens before these; gets those of these appended. For inference only.
+
+        Returns:
+            (batch, sequence, vocab_size) in the compute dtype: that of the weights, or autocast's.
+
+        Raises:
+            InputError: tokens of another type or shape, outside the vocabulary (seen on the CPU only, where looking
+                costs no synchronization), or more than max_seq_len; a cache without room, of another batch, or
+                under autograd.
+        """
+        self._check(tokens, cache)
+        start, count = (0 if cache is None else cache.used), tokens.shape[1]
+        rotation = self.rotary(start, start + count, None if cache is None else cache.padding)
+        mask = None if cache is None else cache.mask(count)
+        stream = enter(self.config.norm, self.embedding(tokens))
+        for index, block in enumerate(self.blocks):
+            stream = block(stream, rotation, mask, None if cache is None else cache.layer(index))
+        if cache is not None:
+            cache.advance(count)
+        return self._logits(self.final_norm(stream))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(x, weight)
+
+    def _check(self, tokens: Tensor, cache: KVCache | None) -> None:
+        if tokens.dtype not in (torch.int64, torch.int32):
+            remedy = "convert them, e.g. by tokens.long()"
+            raise InputError("tokens are integers of type int64 or int32", str(tokens.dtype), remedy)
+        if tokens.ndim != 2:
+            remedy = "add the batch dimension by tokens.unsqueeze(0)" if tokens.ndim == 1 else "reshape them"
+            raise InputError("tokens have the shape (batch, sequence)", f"the shape {tuple(tokens.shape)}", remedy)
+        if tokens.shape[1] > self.config.max_seq_len:
+            remedy = "pass fewer or build the Thinker with a larger max_seq_len"
+            invariant = f"this Thinker reads at most max_seq_len={self.config.max_seq_len} tokens at once"
+            raise InputError(invariant, str(tokens.shape[1]), remedy)
+        if not torch.compiler.is_compiling() and tokens.device.type == "cpu" and tokens.numel():
+            self._check_range(tokens)
+        if cache is not None:
+            if torch.is_grad_enabled():
+                invariant = "a cache is for inference, because no gradient flows into its keys and values"
+                raise InputError(invariant, "a call with gradients enabled", "wrap the call in torch.no_grad()")
+            cache.check_room(tokens.shape[0], tokens.shape[1])
+
+    def _check_range(self, tokens: Tensor) -> None:
+        least, largest = (int(value) for value in torch.aminmax(tokens))
+        if least < 0 or largest >= self.config.vocab_size:
+            invariant = f"tokens lie between 0 and vocab_size − 1 = {self.config.vocab_size - 1}"
+            received = f"values from {least} to {largest}"
+            raise InputError(invariant, received, "use the tokenizer that this Thinker was built for")
+
+    def new_cache(self, batch: int, capacity: int | None = None, *, padding: Sequence[int] | None = None) -> KVCache:
+        """An empty `KVCache` on this Thinker's device and in its weights' dtype."""
+        weight = self.embedding.weight
+        return KVCache(self.config, batch, capacity, padding=padding, device=weight.device, dtype=weight.dtype)
+
+    def stream(
+        self,
+        prompts: Tensor | Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: Collection[int] = (),
+        seed: int | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Continues every prompt by one token a step; see `omninorm.thinker.generate.stream`."""
+        from omninorm.thinker.generate import stream
+
+        return stream(
+            self,
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_tokens=stop_tokens,
+            seed=seed,
+        )
+
+    def generate(
+        self,
+        prompts: Tensor | Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: Collection[int] = (),
+        seed: int | None = None,
+    ) -> list[list[int]]:
+        """The continuation of every prompt, without the prompt; a stop token ends it and is its last token.
+
+        Arguments, errors and what happens past max_seq_len: see `omninorm.thinker.generate.stream`.
+
+        Example:
+            >>> len(Thinker(ThinkerConfig(d_model=32, n_layers=2)).generate([[72, 105]], 5)[0])
+            5
+        """
+        steps = self.stream(
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_tokens=stop_tokens,
+            seed=seed,
+        )
+        return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Thinker:
+        """Reads a Hugging Face Llama or Qwen3 folder; see `omninorm.thinker.pretrained.load`."""
+        from omninorm.thinker.pretrained import load
+
+        return load(folder, dtype=dtype)

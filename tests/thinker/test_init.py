@@ -1,0 +1,74 @@
+"""How the weights start: the rules' spreads, the placements' factors, and pairing by seed."""
+
+import math
+
+import pytest
+import torch
+
+from omninorm.config import NORMALIZATIONS, PLACEMENTS, NormConfig
+from omninorm.thinker import Thinker, ThinkerConfig
+
+
+def build(seed=0, **settings):
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 300, "d_model": 96, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 8}
+    return Thinker(ThinkerConfig(**{**shape, **settings}))
+
+
+def matrices(model):
+    return {name: weight for name, weight in model.state_dict().items() if weight.ndim == 2}
+
+
+def check_spread(weight, std):
+    """A sample's standard deviation is within 5 of its own standard errors, and its mean too."""
+    assert weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * weight.numel()))
+    assert abs(weight.mean().item()) < 5 * std / math.sqrt(weight.numel())
+
+
+@pytest.mark.parametrize("feed_forward", ["swiglu", "gelu"])
+def test_xavier(feed_forward):
+    weights = matrices(build(tied_head=False, feed_forward=feed_forward))
+    assert len(weights) == 2 + 4 * (7 if feed_forward == "swiglu" else 6)
+    check_spread(weights.pop("embedding.weight"), 96**-0.5)
+    for weight in weights.values():
+        check_spread(weight, math.sqrt(2 / sum(weight.shape)))
+
+
+def test_normal():
+    for weight in matrices(build(init="normal", init_std=0.3, tied_head=False)).values():
+        check_spread(weight, 0.3)
+
+
+@pytest.mark.parametrize("init", ["xavier", "normal"])
+def test_scaled_init_divides_what_writes_to_the_stream(init):
+    plain, scaled = matrices(build(init=init)), matrices(build(init=init, scaled_init=True))
+    for name, weight in plain.items():
+        writes = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+        torch.testing.assert_close(scaled[name], weight / math.sqrt(8) if writes else weight, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_one_seed_starts_every_norm_and_placement_from_the_same_weights(normalization, placement):
+    shape = {"vocab_size": 20, "d_model": 24, "n_layers": 2}
+    reference, model = (
+        matrices(build(norm=norm, **shape)) for norm in (NormConfig(), NormConfig(normalization, placement))
+    )
+    assert list(model) == list(reference)
+    shrunk = ("v.weight", "out.weight", "gate.weight", "up.weight", "down.weight")
+    for name, weight in reference.items():
+        factor = 16**-0.25 if placement == "deepnorm" and name.endswith(shrunk) else 1.0
+        torch.testing.assert_close(model[name], weight * factor, rtol=1e-6 if factor != 1 else 0, atol=0)
+
+
+def test_the_head_is_drawn_last_and_seeds_matter():
+    tied, untied, other = matrices(build()), matrices(build(tied_head=False)), matrices(build(seed=1))
+    assert set(untied) - set(tied) == {"head.weight"}
+    for name, weight in tied.items():
+        assert torch.equal(untied[name], weight)
+        assert not torch.equal(other[name], weight)
+
+
+def test_no_two_matrices_share_their_draws():
+    weights = [weight.flatten()[:5].tolist() for weight in matrices(build(tied_head=False)).values()]
+    assert len({tuple(weight) for weight in weights}) == len(weights) == 2 + 4 * 7

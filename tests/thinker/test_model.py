@@ -1,0 +1,141 @@
+"""Thinker: its formula, causality, gradients, dtypes, state dict, and every refusal."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from omninorm.config import NORMALIZATIONS, PLACEMENTS
+from omninorm.errors import InputError
+from omninorm.thinker import Thinker
+
+
+@pytest.mark.parametrize("feed_forward", ["swiglu", "gelu"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_placement_computes_and_trains_every_parameter(make, tokens, placement, feed_forward):
+    model = make(placement, feed_forward=feed_forward)
+    logits = model(tokens)
+    assert logits.shape == (3, 20, 40)
+    assert logits.dtype == torch.float32
+    assert bool(logits.isfinite().all())
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+    assert silent == []
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_later_tokens_do_not_change_earlier_logits(make, tokens, placement, normalization):
+    model = make(placement, normalization)
+    changed = tokens.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % 40
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert (before[:, 12:] - after[:, 12:]).abs().amax(-1).min() > 1e-5
+
+
+def test_rows_do_not_see_each_other_but_earlier_tokens_are_seen(make, tokens):
+    model = make()
+    changed = tokens.clone()
+    changed[0, 0] = (changed[0, 0] + 1) % 40
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[1:], after[1:])
+    assert (before[0] - after[0]).abs().amax(-1).min() > 1e-4
+
+
+def test_the_model_is_embedding_blocks_norm_and_head(make, tokens):
+    """The pre-norm forward, spelled out."""
+    for tied in (True, False):
+        model = make(tied_head=tied)
+        rotation = model.rotary(0, 20)
+        x = model.embedding.weight[tokens]
+        for block in model.blocks:
+            x = x + block.attention(block.around_attention.norm(x), rotation)
+            x = x + block.feed_forward(block.around_feed_forward.norm(x))
+        head = model.embedding.weight if tied else model.head.weight
+        torch.testing.assert_close(model(tokens), model.final_norm.norm(x) @ head.T, rtol=1e-5, atol=1e-5)
+
+
+def test_the_state_dict_is_readable_and_loads(make, tokens):
+    model = make(n_layers=1)
+    assert list(model.state_dict()) == [
+        "embedding.weight",
+        "blocks.0.attention.q.weight",
+        "blocks.0.attention.k.weight",
+        "blocks.0.attention.v.weight",
+        "blocks.0.attention.out.weight",
+        "blocks.0.feed_forward.up.weight",
+        "blocks.0.feed_forward.down.weight",
+        "blocks.0.feed_forward.gate.weight",
+        "blocks.0.around_attention.norm.weight",
+        "blocks.0.around_feed_forward.norm.weight",
+        "final_norm.norm.weight",
+        "head.weight",
+    ]
+    other = Thinker(model.config)
+    assert not torch.equal(other(tokens), model(tokens))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(tokens), model(tokens))
+    assert torch.equal(copy.deepcopy(model)(tokens), model(tokens))
+
+
+def test_a_tied_head_is_no_second_parameter(make):
+    assert "head.weight" not in make(tied_head=True).state_dict()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_bfloat16_by_autocast_and_by_weights(make, tokens, placement):
+    model = make(placement)
+    exact = model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens)
+    assert logits.dtype == torch.bfloat16
+    logits.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    low = copy.deepcopy(model).to(torch.bfloat16)(tokens)
+    assert low.dtype == torch.bfloat16
+    # bfloat16 has 8 bits: tens of roundings of 2^-9 each, relative to the logits' spread.
+    for rounded in (logits, low):
+        assert (rounded.float() - exact).square().mean().sqrt() < 0.05 * exact.std()
+
+
+def test_compiled_whole_it_computes_the_same(make, tokens):
+    # Without norms: what they need to be compiled is tested with them.
+    model = make("none", "none")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_nothing_in_nothing_out(make, shape):
+    assert make()(torch.zeros(shape, dtype=torch.int64)).shape == (*shape, 40)
+
+
+def test_int32_tokens_are_welcome(make, tokens):
+    model = make()
+    assert torch.equal(model(tokens.int()), model(tokens))
+
+
+BAD = [
+    (torch.zeros(1, 4), "tokens are integers of type int64 or int32, but got torch.float32; convert them"),
+    (torch.zeros(1, 4, dtype=torch.uint8), "tokens are integers of type int64 or int32, but got torch.uint8"),
+    (torch.zeros(1, 4, dtype=torch.bool), "tokens are integers of type int64 or int32, but got torch.bool"),
+    (
+        torch.zeros(4).long(),
+        "the shape (batch, sequence), but got the shape (4,); add the batch dimension by tokens.un",
+    ),
+    (torch.zeros(1, 2, 3).long(), "tokens have the shape (batch, sequence), but got the shape (1, 2, 3); reshape them"),
+    (torch.zeros(1, 25).long(), "reads at most max_seq_len=24 tokens at once, but got 25; pass fewer or build"),
+    (torch.tensor([[0, 40]]), "tokens lie between 0 and vocab_size − 1 = 39, but got values from 0 to 40; use the"),
+    (torch.tensor([[-1, 3]]), "tokens lie between 0 and vocab_size − 1 = 39, but got values from -1 to 3; use the"),
+]
+
+
+@pytest.mark.parametrize(("tokens", "message"), BAD)
+def test_bad_tokens_are_refused(make, tokens, message):
+    with pytest.raises(InputError) as caught:
+        make()(tokens)
+    assert message in str(caught.value)

@@ -1,0 +1,322 @@
+"""Hugging Face folders: the same logits as transformers, and one clear error for each folder that can't be read."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from omninorm.errors import ConfigError, InputError, MissingExtraError, RunError
+from omninorm.thinker import Thinker
+
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+SHAPES = {
+    "heads of their own": {"num_key_value_heads": 4, "head_dim": 8},
+    "grouped, wide heads": {"num_key_value_heads": 2, "head_dim": 14},
+    "one key head, narrow": {"num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": True},
+    "eps and theta": {"num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 0.3, "rope_parameters": {"rope_type": "default", "rope_theta": 30.0}},
+}  # fmt: skip
+
+
+def foreign_model(family, **settings):
+    """A transformers model with random weights: logits of spread about 1, gains that are not all one."""
+    config_class, model_class = FAMILIES[family]
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 14, "max_position_embeddings": 48}
+    tokens = {"bos_token_id": None, "eos_token_id": None, "initializer_range": 0.15}
+    torch.manual_seed(4)
+    model = model_class(config_class(**{**shape, **heads, **tokens, **settings})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0, 0.4)
+    return model
+
+
+def rewrite(folder, **changes):
+    """Changes keys of config.json; None removes the key."""
+    path = folder / "config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    foreign_model("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 50, (2, 40))
+
+
+def close(got, want):
+    assert want.std() > 0.3
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers_with_and_without_cache(tmp_path, ids, family, shape):
+    theirs = foreign_model(family, **shape)
+    theirs.save_pretrained(tmp_path)
+    ours = Thinker.from_pretrained(tmp_path)
+    with torch.no_grad():
+        want = theirs(ids).logits
+        close(ours(ids), want)
+        cache = ours.new_cache(2)
+        parts = [ours(part, cache=cache) for part in ids.split([9, *[1] * 20, 11], dim=1)]
+        close(torch.cat(parts, dim=1), want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_rows_equal_transformers_with_its_own_padding(tmp_path, ids, family):
+    theirs = foreign_model(family)
+    theirs.save_pretrained(tmp_path)
+    ours = Thinker.from_pretrained(tmp_path)
+    with torch.no_grad():
+        got = ours(ids, cache=ours.new_cache(2, padding=[0, 15]))
+        mask = torch.ones_like(ids)
+        mask[1, :15] = 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        want = theirs(ids, attention_mask=mask, position_ids=positions).logits
+    close(got[0], want[0])
+    close(got[1, 15:], want[1, 15:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation_equals_transformers(tmp_path, ids, family):
+    theirs = foreign_model(family)
+    theirs.save_pretrained(tmp_path)
+    prompts = ids[:, :8]
+    # With the mask, because transformers would take every token 0 of the prompts for padding.
+    settings = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "pad_token_id": 0}
+    want = theirs.generate(prompts, max_new_tokens=30, **settings)[:, 8:].tolist()
+    assert Thinker.from_pretrained(tmp_path).generate(prompts, 30, temperature=0) == want
+    assert len({token for row in want for token in row}) > 4
+
+
+def test_shards_are_read(tmp_path, ids):
+    theirs = foreign_model("qwen3")
+    theirs.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    assert not (tmp_path / "model.safetensors").exists()
+    with torch.no_grad():
+        close(Thinker.from_pretrained(tmp_path)(ids), theirs(ids).logits)
+
+
+def test_the_older_way_to_write_theta_is_read(folder, ids):
+    theirs = foreign_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    theirs.save_pretrained(folder)
+    rewrite(folder, rope_parameters=None, rope_theta=77.0, architectures=None)
+    with torch.no_grad():
+        close(Thinker.from_pretrained(folder)(ids), theirs(ids).logits)
+        rewrite(folder, rope_theta=None)
+        different = Thinker.from_pretrained(folder)(ids) - theirs(ids).logits
+    assert different.abs().max() > 0.01
+
+
+def test_keys_that_llama_may_leave_out_take_its_defaults(tmp_path, ids):
+    theirs = foreign_model("llama", num_key_value_heads=4, head_dim=8)
+    theirs.save_pretrained(tmp_path)
+    rewrite(tmp_path, num_key_value_heads=None, head_dim=None, rms_norm_eps=None, hidden_act=None)
+    with torch.no_grad():
+        close(Thinker.from_pretrained(tmp_path)(ids), theirs(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_as_near_the_truth_as_transformers(tmp_path, ids, family):
+    theirs = foreign_model(family)
+    theirs.save_pretrained(tmp_path)
+    ours = Thinker.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        low = theirs.to(torch.bfloat16)
+        got, rival = ours(ids), low(ids).logits
+        assert got.dtype == torch.bfloat16
+        exact = low.double()(ids).logits  # the same rounded weights
+    error, rivals_error = ((x.double() - exact).square().mean().sqrt() for x in (got, rival))
+    assert error < 1.3 * rivals_error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bfloat16_norm_rounds_where_transformers_does(tmp_path, family):
+    theirs = foreign_model(family)
+    theirs.save_pretrained(tmp_path)
+    ours = Thinker.from_pretrained(tmp_path, dtype=torch.bfloat16).blocks[0].around_attention.norm
+    x = torch.randn(500, 32).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs.to(torch.bfloat16).model.layers[0].input_layernorm(x))
+
+
+def test_loading_leaves_the_random_state_alone_and_the_model_trainable(folder, ids):
+    state = torch.get_rng_state()
+    model = Thinker.from_pretrained(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    model(ids).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_derived_tensors_and_a_repeated_tied_head_are_no_surprise(tmp_path, ids):
+    theirs = foreign_model("llama", tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(7)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        close(Thinker.from_pretrained(tmp_path)(ids), theirs(ids).logits)
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(
+        RunError, match=r"has tie_word_embeddings=true, .* lm_head.weight that differs from the embedding"
+    ):
+        Thinker.from_pretrained(tmp_path)
+
+
+UNSUPPORTED = [
+    ({"architectures": ["MistralForCausalLM"]}, "the architecture 'MistralForCausalLM'"),
+    ({"architectures": ["LlamaModel"]}, "the architecture 'LlamaModel'"),
+    ({"architectures": None, "model_type": "gpt2"}, "the architecture 'gpt2'"),
+    ({"attention_bias": True}, "biases in attention (attention_bias=True)"),
+    ({"mlp_bias": True}, "biases in the feed-forward (mlp_bias=True)"),
+    ({"hidden_act": "gelu"}, "another activation than silu (hidden_act='gelu')"),
+    ({"use_sliding_window": True}, "sliding-window attention (use_sliding_window=True)"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=['full_attention', 'sliding_attention']"),
+    ({"quantization_config": {"bits": 4}}, "quantized weights (quantization_config={'bits': 4})"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled RoPE (rope_scaling of type 'linear')"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "scaled RoPE (rope_parameters of type 'llama3')"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "RoPE on a part of each head (partial_rotary_factor=0.5)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), UNSUPPORTED)
+def test_what_thinker_does_not_compute_is_refused(folder, changes, message):
+    rewrite(folder, **changes)
+    with pytest.raises(ConfigError) as caught:
+        Thinker.from_pretrained(folder)
+    prefix = "Thinker computes what LlamaForCausalLM and Qwen3ForCausalLM do, but got "
+    assert str(caught.value).startswith(f"{prefix}{message}; use a folder of one of these")
+
+
+def test_a_bad_shape_in_the_config_is_refused(folder):
+    rewrite(folder, num_key_value_heads=3)
+    with pytest.raises(ConfigError, match="n_heads must be a multiple of n_kv_heads"):
+        Thinker.from_pretrained(folder)
+
+
+def fails(folder, message):
+    with pytest.raises(RunError) as caught:
+        Thinker.from_pretrained(folder)
+    assert message in str(caught.value)
+
+
+def test_a_missing_folder_and_missing_files(folder, tmp_path):
+    fails(tmp_path / "nowhere", "nowhere must hold config.json, but got a folder without it, or none; pass the folder")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    fails(folder, "must hold its weights as safetensors, but got no model.safetensors; download it")
+    (folder / "config.json").unlink()
+    fails(folder, "must hold config.json, but got a folder without it")
+
+
+@pytest.mark.parametrize("text", ["{", "", "\x00\x01", "[1, 2]"])
+def test_a_config_that_is_no_json_object(folder, text):
+    (folder / "config.json").write_text(text)
+    fails(
+        folder,
+        "config.json must be a JSON object, but got list" if "[" in text else "config.json must be JSON, but got",
+    )
+
+
+def test_a_config_without_a_key(folder):
+    rewrite(folder, hidden_size=None)
+    fails(folder, "must have the keys vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, "
+          "max_position_embeddings, but got no hidden_size; add them")  # fmt: skip
+
+
+@pytest.mark.parametrize("left", [0, 5, 1000, -1])
+def test_a_truncated_file(folder, left):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    fails(folder, "model.safetensors must be a whole safetensors file, but got ")
+
+
+def test_a_missing_shard(tmp_path):
+    foreign_model("llama").save_pretrained(tmp_path, max_shard_size="10KB")
+    (tmp_path / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
+    lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    fails(tmp_path, "must hold its weights as safetensors, but got no model-0000")
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, {"a": "../elsewhere.safetensors"}, {"a": 3}, ["a"]])
+def test_an_index_that_names_no_files_beside_it(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    fails(folder, "model.safetensors.index.json must have a weight_map from tensors to files beside it, but got ")
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_missing_tensors(folder):
+    def drop(tensors):
+        for name in ("up", "gate", "down"):
+            del tensors[f"model.layers.1.mlp.{name}_proj.weight"]
+        del tensors["model.norm.weight"]
+
+    edit(folder, drop)
+    fails(folder, "must hold every tensor of its model, but got none named model.layers.1.mlp.down_proj.weight, "
+          "model.layers.1.mlp.gate_proj.weight, model.layers.1.mlp.up_proj.weight and 1 more; check that")  # fmt: skip
+
+
+def test_an_untied_model_without_its_head(folder):
+    edit(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    fails(folder, "must hold every tensor of its model, but got none named lm_head.weight; check")
+
+
+def test_unexpected_tensors(folder):
+    edit(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(56)}))
+    fails(folder, "hold the tensors of its model only, but got also model.layers.0.self_attn.q_proj.bias; check")
+
+
+def test_a_config_with_fewer_layers_than_the_weights(folder):
+    rewrite(folder, num_hidden_layers=2)
+    fails(folder, "must hold the tensors of its model only, but got also model.layers.2.input_layernorm.weight,")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "received"),
+    [
+        (torch.zeros(33), "torch.float32 of shape (33,)"),
+        (torch.zeros(32, dtype=torch.int8), "torch.int8 of shape (32,)"),
+    ],
+)
+def test_a_tensor_of_another_shape_or_type(folder, tensor, received):
+    edit(folder, lambda tensors: tensors.update({"model.norm.weight": tensor}))
+    fails(
+        folder, f"model.safetensors must be floating-point of shape (32,), but got {received}; check that config.json"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float32"])
+def test_a_dtype_that_is_none_for_weights(folder, dtype):
+    with pytest.raises(
+        InputError, match=f"weights have a floating-point dtype, but got {dtype}; pass e.g. torch.float32"
+    ):
+        Thinker.from_pretrained(folder, dtype=dtype)
+
+
+def test_without_safetensors_the_extra_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(MissingExtraError) as caught:
+        Thinker.from_pretrained(folder)
+    assert str(caught.value) == (
+        "reading weights needs the package safetensors, but got an environment without it; "
+        "install it by `pip install 'omninorm[interop]'`"
+    )

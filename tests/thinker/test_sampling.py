@@ -1,0 +1,113 @@
+"""Sampling against literal computations: the kept set, the frequencies, and what is refused."""
+
+import math
+
+import pytest
+import torch
+
+from omninorm.errors import InputError
+from omninorm.thinker import Sampling
+from omninorm.thinker.sampling import keep_probable, sample
+
+
+def kept_literally(logits, top_k, top_p):
+    """Indices of the tokens that stay: the k likeliest, then the fewest of them that reach top_p."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
+    weights = [math.exp(logits[i]) for i in order]
+    if top_p is None:
+        return set(order)
+    kept, mass = set(), 0.0
+    for index, weight in zip(order, weights, strict=True):
+        kept.add(index)
+        mass += weight / sum(weights)
+        if mass >= top_p:
+            break
+    return kept
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2, 7, 30, 99])
+@pytest.mark.parametrize("top_p", [None, 1e-9, 0.1, 0.5, 0.9, 0.999])
+def test_top_k_and_top_p_keep_the_right_set(top_k, top_p):
+    logits = torch.randn(20, 30) * 2
+    kept = keep_probable(logits, top_k, top_p).isfinite()
+    sizes = set()
+    for row, mask in zip(logits.tolist(), kept, strict=True):
+        want = kept_literally(row, top_k, top_p)
+        assert set(mask.nonzero().flatten().tolist()) == want
+        sizes.add(len(want))
+    assert len(sizes) > 1 or top_k is not None or top_p not in (0.5, 0.9, 0.999)
+
+
+def test_what_is_kept_keeps_its_logit():
+    logits = torch.randn(4, 10)
+    kept = keep_probable(logits, 4, 0.8)
+    assert torch.equal(kept[kept.isfinite()], logits[kept.isfinite()])
+
+
+def test_equals_of_the_last_kept_stay():
+    assert keep_probable(torch.tensor([[1.0, 3.0, 1.0, 0.0]]), 2, None).isfinite().tolist() == [
+        [True, True, True, False]
+    ]
+
+
+def test_top_p_one_keeps_everything():
+    assert bool(keep_probable(torch.tensor([[0.0, -50.0]]), None, 1.0).isfinite().all())
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_temperature_gives_the_softmax_frequencies(temperature):
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -3.0])
+    draws = 40_000
+    drawn = sample(logits.expand(draws, 5), Sampling(temperature), torch.Generator().manual_seed(0))
+    wanted = [math.exp(x / temperature) for x in logits.tolist()]
+    for token, weight in enumerate(wanted):
+        p = weight / sum(wanted)
+        share = (drawn == token).double().mean().item()
+        assert abs(share - p) < 4.5 * math.sqrt(p * (1 - p) / draws) + 1e-9
+
+
+def test_draws_stay_within_the_kept_set_and_cover_it():
+    logits = torch.randn(30) * 2
+    drawn = sample(logits.expand(5000, 30), Sampling(1.5, top_k=6, top_p=0.9), torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == kept_literally((logits / 1.5).tolist(), 6, 0.9)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, 1e-30, 1e-320])
+def test_no_temperature_is_greedy_and_takes_the_first_of_equals(temperature):
+    logits = torch.tensor([[0.0, 5.0, 4.99], [7.0, -1.0, 3.0]])
+    assert sample(logits, Sampling(temperature)).tolist() == [1, 0]
+    assert sample(torch.tensor([[1.0, 2.0, 2.0]]), Sampling(0)).tolist() == [1]
+
+
+def test_bfloat16_logits_are_drawn_from():
+    assert sample(torch.tensor([[0.0, 90.0]]).bfloat16(), Sampling(top_p=0.5)).tolist() == [1]
+
+
+@pytest.mark.parametrize("settings", [Sampling(0), Sampling(1.0)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_refused(bad, settings):
+    with pytest.raises(
+        InputError, match="largest logit of every row must be finite, but got NaN or infinity; the model"
+    ):
+        sample(torch.tensor([[0.0, 1.0], [bad, 0.0]]), settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be a finite number ≥ 0, but got -0.1; use 0 for the most probable"),
+        ({"temperature": math.nan}, "temperature must be a finite number ≥ 0, but got nan"),
+        ({"temperature": math.inf}, "temperature must be a finite number ≥ 0, but got inf"),
+        ({"temperature": "hot"}, "temperature must be a finite number ≥ 0, but got 'hot'"),
+        ({"top_k": 0}, "top_k must be an integer ≥ 1, but got 0; leave it out"),
+        ({"top_k": 2.0}, "top_k must be an integer ≥ 1, but got 2.0"),
+        ({"top_k": True}, "top_k must be an integer ≥ 1, but got True"),
+        ({"top_p": 0.0}, "top_p must be a number in (0, 1], but got 0.0; leave it out"),
+        ({"top_p": 1.1}, "top_p must be a number in (0, 1], but got 1.1"),
+        ({"top_p": math.nan}, "top_p must be a number in (0, 1], but got nan"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(InputError) as caught:
+        Sampling(**settings)
+    assert message in str(caught.value)
