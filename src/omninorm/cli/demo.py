@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,21 +45,20 @@ def demo(
         str | None, typer.Option(help="A text file, or a folder of them.", show_default="King James Bible")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Runs at the same time, one thread each.", show_default="cores, at most 4")
-    ] = None,
+        int, typer.Option(help="Runs at the same time, one thread each; they share the cores there are.")
+    ] = len(library.VARIANTS),
 ) -> None:
     """Train a deep transformer with pre-norm RMSNorm, pre-norm LayerNorm, post-norm and no norm, and compare.
 
     About two minutes on two cores. Ctrl-C stops with checkpoints and prints the command to go on.
     """
-    count = min(4, _cores()) if workers is None else workers
-    check_count("workers", count)
+    check_count("workers", workers)
     torch.set_num_threads(1)
     screen = console()
     folder, plans = _plans(out, resume, depth, steps, text)
     library.prepare(folder, plans)
-    _introduce(screen, folder, plans, count)
-    _train(screen, folder, plans, count)
+    _introduce(screen, folder, plans, workers)
+    _train(screen, folder, plans, workers)
     screen.print("Measuring the baselines and the gradients at initialization")
     outcomes, baselines = _judge(folder, plans)
     _conclude(screen, folder, outcomes, baselines)
@@ -79,10 +77,6 @@ def _plans(
     return resume, library.demo_plans(first.model.n_layers, first.train.steps, first.text, first.train.seed)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _introduce(screen: Console, folder: Path, plans: Mapping[str, Plan], count: int) -> None:
     model, train = next(iter(plans.values())).model, next(iter(plans.values())).train
     tokens = train.steps * train.tokens_per_step
@@ -90,7 +84,7 @@ def _introduce(screen: Console, folder: Path, plans: Mapping[str, Plan], count: 
         f"Four transformers of {model.n_layers} blocks, width {model.d_model}. Seed, text, learning rate "
         f"({train.lr:g}) and length ({train.steps} steps, {tokens:,} bytes) are the same; only the norms differ."
     )
-    screen.print(f"{count} at a time, one thread each. Everything is written to {folder}\n")
+    screen.print(f"{min(count, len(plans))} at a time, one thread each. Everything is written to {folder}\n")
 
 
 def _train(screen: Console, folder: Path, plans: Mapping[str, Plan], count: int) -> None:

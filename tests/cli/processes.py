@@ -1,0 +1,59 @@
+"""Processes that run the real command line without paying for `import torch` each time.
+
+A fork server imports everything once; each process is a fork of it, with a process id to send signals to, exactly as
+`python -m omninorm` has, and its own stdout and stderr in files.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+_SERVER = multiprocessing.get_context("forkserver")
+
+
+class Process:
+    """`omninorm` with some arguments, running."""
+
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        self._streams = (folder / "stdout", folder / "stderr")
+        # One thread: several processes share the cores, and OpenMP's waiting threads would eat them. The server
+        # also inherits this, if it starts now.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        _SERVER.set_forkserver_preload(["omninorm.cli.app", "torch._dynamo", "safetensors.torch", "tokenizers"])
+        self._process = _SERVER.Process(target=_run, args=([str(a) for a in arguments], *map(str, self._streams)))
+        self._process.start()
+        del os.environ["OMP_NUM_THREADS"]
+
+    def running(self) -> bool:
+        return self._process.exitcode is None
+
+    def signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def wait(self, seconds: float = 60.0) -> tuple[int, str, str]:
+        """Exit code (negative: killed by that signal), stdout and stderr."""
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, "the process is still running"
+        out, err = (path.read_text(encoding="utf-8") for path in self._streams)
+        return self._process.exitcode, out, err
+
+    def end(self) -> None:
+        if self.running():
+            self._process.kill()
+        self._process.join()
+        self._process.close()
+
+
+def _run(arguments: list[str], out: str, err: str) -> None:
+    """Runs in the new process."""
+    for stream, path in ((1, out), (2, err)):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, stream)
+        os.close(descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
+    from omninorm.cli import main
+
+    main(arguments)

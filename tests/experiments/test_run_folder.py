@@ -1,0 +1,159 @@
+"""A run's folder: refusing, locking, cleaning up, and a disk without space."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from omninorm.errors import RunError
+from omninorm.experiments import RunFolder, fresh_folder, is_finished
+
+CONFIG = {"model": {}}
+
+
+def _tree(path: Path) -> list[str]:
+    return sorted(str(each.relative_to(path)) for each in path.rglob("*"))
+
+
+def test_a_new_folder_has_its_files_and_opens_again(tmp_path):
+    path = tmp_path / "a" / "run"
+    RunFolder.create(path, CONFIG, {"tokenizer.json": b"{}"}).close()
+    assert _tree(path) == [".lock", "config.json", "record.jsonl", "tokenizer.json"]
+    with RunFolder(path) as run:
+        assert run.newest() is None
+
+
+def test_an_empty_folder_may_be_used(tmp_path):
+    RunFolder.create(tmp_path, CONFIG, {}).close()
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("do not touch")
+    with pytest.raises(RunError, match=r"needs an empty or a new folder, but got .* with 'thesis.txt' in it; choose"):
+        RunFolder.create(tmp_path, CONFIG, {})
+    assert _tree(tmp_path) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("below", ["file.txt", "file.txt/run", "file.txt/a/b"])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, below):
+    (tmp_path / "file.txt").write_text("a file")
+    with pytest.raises(RunError, match="choose another folder"):
+        RunFolder.create(tmp_path / below, CONFIG, {})
+    assert _tree(tmp_path) == ["file.txt"]
+
+
+def test_an_unwritable_folder_is_refused():
+    # The tests may run as root, whom no permission stops; the kernel's own file system does.
+    with pytest.raises(RunError, match=r"must be writable, but got .* /proc/omninorm-run; choose another folder"):
+        RunFolder.create(Path("/proc/omninorm-run"), CONFIG, {})
+
+
+def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
+    code = f"""
+        import sys, time
+        from pathlib import Path
+        from omninorm.experiments.run_folder import RunFolder
+        run = RunFolder.create(Path({str(tmp_path / "run")!r}), {{}}, {{}})
+        print("locked", flush=True)
+        sys.stdin.read()
+    """
+    holder = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        before = _tree(tmp_path)
+        with pytest.raises(RunError, match="only one process may write a run, but got another one at work on"):
+            RunFolder(tmp_path / "run")
+        assert _tree(tmp_path) == before
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    RunFolder(tmp_path / "run").close()
+
+
+def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
+    RunFolder.create(tmp_path, CONFIG, {}).close()
+    left = tmp_path / "checkpoints" / ".tmp-step-5"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".tmp-config.json").write_bytes(b"{")
+    RunFolder(tmp_path).close()
+    assert _tree(tmp_path) == [".lock", "checkpoints", "config.json", "record.jsonl"]
+
+
+def test_what_a_process_killed_at_the_very_start_left_counts_as_empty(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".tmp-config.json").write_bytes(b"{")
+    RunFolder.create(tmp_path, CONFIG, {}).close()
+    assert _tree(tmp_path) == [".lock", "config.json", "record.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "must have a config.json, but got No such file or directory"),
+        (b"{", "config.json must be JSON"),
+        (b"[]", "must have format 1, but got list"),
+        (b'{"format": 2}', "must have format 1, but got 2"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    before = _tree(tmp_path)
+    with pytest.raises(RunError, match=message):
+        RunFolder(tmp_path)
+    assert _tree(tmp_path) == before
+
+
+def test_fresh_names_count_up(tmp_path):
+    assert fresh_folder("kjv", tmp_path).name == "kjv-1"
+    (tmp_path / "kjv-1").mkdir()
+    (tmp_path / "kjv-2").symlink_to("nowhere")
+    assert fresh_folder("kjv", tmp_path).name == "kjv-3"
+
+
+def test_a_run_is_finished_when_its_record_says_so(tmp_path):
+    with RunFolder.create(tmp_path, CONFIG, {}) as run:
+        run.record.append({"kind": "step", "step": 1})
+        assert not is_finished(tmp_path)
+        run.record.append({"kind": "finished", "step": 1})
+        assert is_finished(tmp_path)
+
+
+@pytest.fixture
+def file_limit():
+    """Limits how large a file of this process may grow; writing beyond it fails as a full disk does."""
+    earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, earlier[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
+
+
+def test_a_folder_that_cannot_be_filled_is_not_left_behind(tmp_path, file_limit):
+    file_limit(100)
+    with pytest.raises(RunError, match="must be allowed to grow, but got 'File too large' while writing"):
+        RunFolder.create(tmp_path / "run", {"filler": "x" * 1000}, {"tokenizer.json": b"{}"})
+    file_limit(resource.RLIM_INFINITY)
+    assert _tree(tmp_path) == []
+
+
+def test_an_event_that_does_not_fit_leaves_no_half_line(tmp_path, file_limit):
+    with RunFolder.create(tmp_path, CONFIG, {}) as run:
+        run.record.append({"kind": "step", "step": 1})
+        size = os.path.getsize(tmp_path / "record.jsonl")
+        file_limit(size + 10)
+        with pytest.raises(RunError, match="File too large"):
+            run.record.append({"kind": "step", "step": 2})
+        file_limit(resource.RLIM_INFINITY)
+        assert os.path.getsize(tmp_path / "record.jsonl") == size
+        run.record.append({"kind": "step", "step": 3})
+    assert (tmp_path / "record.jsonl").read_text().endswith('1}\n{"kind": "step", "step": 3}\n')
