@@ -40,7 +40,7 @@ def demo(
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted demo in this folder.")] = None,
     depth: Annotated[int, typer.Option(help="Blocks.")] = 24,
-    steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 180,
+    steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 150,
     text: Annotated[
         str | None, typer.Option(help="A text file, or a folder of them.", show_default="King James Bible")
     ] = None,

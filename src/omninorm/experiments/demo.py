@@ -87,7 +87,7 @@ def demo_plans(depth: int, steps: int, text: str | None = None, seed: int = 0) -
         warmup_steps=min(20, steps),
         seed=seed,
         eval_every=steps,
-        eval_bytes=32768,
+        eval_bytes=16384,
         checkpoint_every=max(1, steps // 4),
         keep_checkpoints=1,
     )
