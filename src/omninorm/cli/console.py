@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,12 +17,20 @@ def console() -> Console:
     return Console(file=sys.stdout, soft_wrap=True, markup=False, highlight=False)
 
 
+def program() -> str:
+    """What to type to run omninorm here: its name where the shell finds it, else the path that it was started by."""
+    started = sys.argv[0]
+    if Path(started).name != "omninorm" or shutil.which("omninorm") is not None:
+        return "omninorm"
+    return shlex.quote(started)
+
+
 def generate_command(folder: Path) -> str:
-    return f'omninorm generate {shlex.quote(str(folder))} --prompt "In the beginning"'
+    return f'{program()} generate {shlex.quote(str(folder))} --prompt "In the beginning"'
 
 
 def resume_command(folder: Path) -> str:
-    return f"omninorm train --resume {shlex.quote(str(folder))}"
+    return f"{program()} train --resume {shlex.quote(str(folder))}"
 
 
 def harmless(text: str) -> str:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import torch
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from omninorm.cli.console import console, generate_command, harmless
+from omninorm.cli.console import console, generate_command, harmless, program
 from omninorm.config import check_count
 from omninorm.errors import RunError
 from omninorm.experiments import demo as library
@@ -70,7 +71,7 @@ def _plans(
     if resume is None:
         folder = out or fresh_folder("demo")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            remedy = f"choose another folder, or go on with omninorm demo --resume {folder}"
+            remedy = f"choose another folder, or go on with {program()} demo --resume {quote(str(folder))}"
             raise RunError("the demo's folder must be new or empty", f"{folder}", remedy)
         return folder, library.demo_plans(depth, steps, text)
     first = read_plan(resume / next(iter(library.VARIANTS)))
@@ -95,7 +96,7 @@ def _train(screen: Console, folder: Path, plans: Mapping[str, Plan], count: int)
             progress.look(folder)
     progress.look(folder)
     if interrupt.signal is not None:
-        screen.print(f"Stopped with checkpoints. Go on with:\n  omninorm demo --resume {folder}")
+        screen.print(f"Stopped with checkpoints. Go on with:\n  {program()} demo --resume {quote(str(folder))}")
         raise typer.Exit(128 + interrupt.signal)
 
 
