@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm can stand wherever torch.nn's do."""
 
+import numpy
 import oracle
 import pytest
 import torch
@@ -60,6 +61,65 @@ def test_positional_arguments_are_torchs() -> None:
     assert omninorm.LayerNorm(4, 1e-3, True, True, "meta", torch.float16).bias.device.type == "meta"
     assert omninorm.RMSNorm(4).eps is None
     assert omninorm.LayerNorm(4).eps == 1e-5
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+@pytest.mark.parametrize("shape", [8, (3, 8)], ids=str)
+def test_the_output_may_be_changed_in_place(ours, theirs, shape) -> None:
+    """As residual code does: y += x."""
+    results = []
+    for norm in (ours(shape, dtype=torch.float64), theirs(shape, dtype=torch.float64)):
+        x = torch.linspace(-1, 2, 48, dtype=torch.float64).reshape(2, 3, 8).requires_grad_()
+        y = norm(x)
+        y += x
+        y.relu_().square().sum().backward()
+        results.append(x.grad)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    "norm_type", [omninorm.CRMSNorm, omninorm.ScaleNorm, omninorm.DynamicTanh, omninorm.DynamicErf]
+)
+def test_the_relatives_output_may_be_changed_in_place_too(norm_type) -> None:
+    x = torch.randn(2, 8, requires_grad=True)
+    norm_type(8)(x).mul_(2.0).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_sizes_may_be_numpys_and_inputs_may_be_named() -> None:
+    assert omninorm.RMSNorm(numpy.int64(4)).normalized_shape == (4,)
+    x = torch.randn(2, 4)
+    assert torch.equal(omninorm.LayerNorm(4)(input=x), omninorm.LayerNorm(4)(x))
+    assert torch.equal(omninorm.RMSNorm(4)(x=x), omninorm.RMSNorm(4)(x))
+
+
+NORMS = [omninorm.RMSNorm, omninorm.LayerNorm, omninorm.CRMSNorm, omninorm.ScaleNorm, omninorm.DynamicTanh, omninorm.DynamicErf]  # fmt: skip
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_built_without_memory_and_filled_later(norm_type) -> None:
+    norm, expected = norm_type(8, device="meta").to_empty(device="cpu"), norm_type(8)
+    for parameter in norm.parameters():
+        parameter.data.fill_(float("nan"))
+    norm.reset_parameters()
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(norm.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_gradients_per_sample(norm_type) -> None:
+    """vmap over grad, against one backward pass a sample."""
+    norm, samples = norm_type(8, dtype=torch.float64), torch.randn(5, 3, 8, dtype=torch.float64)
+    parameters = dict(norm.named_parameters())
+
+    def loss(parameters: dict[str, torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(norm, parameters, (sample,)).square().sin().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, samples)
+    for index, sample in enumerate(samples):
+        alone = torch.autograd.grad(loss(parameters, sample), list(parameters.values()))
+        for name, gradient in zip(parameters, alone, strict=True):
+            torch.testing.assert_close(together[name][index], gradient)
 
 
 def test_gain_offset_starts_at_one_all_the_same() -> None:

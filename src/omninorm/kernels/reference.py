@@ -34,9 +34,8 @@ from torch import Tensor
 
 def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
     normed, _ = standardize(x, eps, centered=False)
-    normed = round_before_gain(normed, x.dtype, cast)
-    y = normed if weight is None else normed * gain(weight, gain_offset, normed.dtype)
-    return y.to(x.dtype).reshape(x.shape)
+    normed = round_before_gain(normed, x.dtype, cast).reshape(x.shape)
+    return (normed * gain(weight, gain_offset, normed.dtype)).to(x.dtype)
 
 
 def rms_norm_backward(
@@ -44,7 +43,7 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor | None]:
     normed, to_x = standardize(x, eps, centered=False)
     dy = as_rows(dy).to(normed.dtype)
-    dnormed = dy if weight is None else dy * gain(weight, gain_offset, normed.dtype)
+    dnormed = dy * gain(weight, gain_offset, normed.dtype)
     dx = to_x(dnormed - normed * mean(dnormed * normed))
     if weight is None:
         return dx.to(x.dtype).reshape(x.shape), None
@@ -53,12 +52,11 @@ def rms_norm_backward(
 
 
 def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
-    y, _ = standardize(x, eps, centered=True)
-    if weight is not None:
-        y = y * weight.to(y.dtype)
+    normed, _ = standardize(x, eps, centered=True)
+    y = normed.reshape(x.shape) * gain(weight, 0.0, normed.dtype)
     if bias is not None:
         y = y + bias.to(y.dtype)
-    return y.to(x.dtype).reshape(x.shape)
+    return y.to(x.dtype)
 
 
 def layer_norm_backward(
@@ -66,7 +64,7 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     normed, to_x = standardize(x, eps, centered=True)
     dy = as_rows(dy).to(normed.dtype)
-    dnormed = dy if weight is None else dy * weight.to(normed.dtype)
+    dnormed = dy * gain(weight, 0.0, normed.dtype)
     dx = to_x(dnormed - mean(dnormed) - normed * mean(dnormed * normed))
     dweight = None if weight is None else column_sum(dy * normed).to(weight.dtype)
     dbias = None if bias is None else column_sum(dy).to(bias.dtype)
@@ -139,7 +137,8 @@ def reciprocal_unit(rows: Tensor, eps: float) -> Tensor:
     numbers = torch.finfo(rows.dtype)
     bounds = (max(math.sqrt(eps), numbers.tiny), numbers.max / 8)
     largest = largest_magnitude(rows).clamp(*bounds)
-    return torch.frexp(largest).mantissa / largest
+    mantissa, _ = torch.frexp(largest)
+    return mantissa / largest
 
 
 def mean(rows: Tensor) -> Tensor:
@@ -165,8 +164,10 @@ def ordered_sum(rows: Tensor, dim: int) -> Tensor:
     return rows.sum(dim, keepdim=True)
 
 
-def gain(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
-    """γ + o in the compute dtype."""
+def gain(weight: Tensor | None, offset: float, dtype: torch.dtype) -> Tensor | float:
+    """γ + o in the compute dtype; 1 without a gain."""
+    if weight is None:
+        return 1.0
     weight = weight.to(dtype)
     return weight + offset if offset else weight
 
@@ -181,6 +182,8 @@ def round_before_gain(normed: Tensor, dtype: torch.dtype, cast: str) -> Tensor:
 
 class RMSNormFunction(torch.autograd.Function):
     """`rms_norm_forward` with `rms_norm_backward` as its derivative; arguments in that order."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
@@ -199,6 +202,8 @@ class RMSNormFunction(torch.autograd.Function):
 
 class LayerNormFunction(torch.autograd.Function):
     """`layer_norm_forward` with `layer_norm_backward` as its derivative; arguments in that order."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:

@@ -35,7 +35,7 @@ class RMSNorm(nn.RMSNorm):
 
     Example:
         >>> RMSNorm(4)(torch.tensor([2.0, 4.0, 6.0, 8.0]))
-        tensor([0.3651, 0.7303, 1.0954, 1.4606], grad_fn=<ViewBackward0>)
+        tensor([0.3651, 0.7303, 1.0954, 1.4606], grad_fn=<RMSNormFunctionBackward>)
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RMSNorm(nn.RMSNorm):
         rows = flatten_features(x, self.normalized_shape)
         gain = flatten_gain(self.weight)
         y = functional.rms_norm(rows, gain, self.eps, gain_offset=self.gain_offset, cast=self.cast)
-        return y.reshape(x.shape)
+        return y if rows is x else y.reshape(x.shape)
 
     def extra_repr(self) -> str:
         offset = f", gain_offset={self.gain_offset}" if self.gain_offset else ""
@@ -104,10 +104,10 @@ class LayerNorm(nn.LayerNorm):
         shape = list(read_shape(normalized_shape))
         super().__init__(shape, read_eps(eps), elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = flatten_features(x, self.normalized_shape)
+    def forward(self, input: Tensor) -> Tensor:
+        rows = flatten_features(input, self.normalized_shape)
         y = functional.layer_norm(rows, flatten_gain(self.weight), flatten_gain(self.bias), self.eps)
-        return y.reshape(x.shape)
+        return y if rows is input else y.reshape(input.shape)
 
 
 class CRMSNorm(nn.Module):
@@ -137,7 +137,12 @@ class CRMSNorm(nn.Module):
         super().__init__()
         (self.width,) = read_shape([width])
         self.eps = read_eps(eps)
-        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(self.width, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets γ to 1."""
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         flatten_features(x, (self.width,))
@@ -178,7 +183,12 @@ class ScaleNorm(nn.Module):
         super().__init__()
         (self.width,) = read_shape([width])
         self.eps = read_eps(eps)
-        self.scale = nn.Parameter(torch.full((1,), math.sqrt(width), device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets g to √d, so that the norm is RMSNorm at first."""
+        nn.init.constant_(self.scale, math.sqrt(self.width))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = flatten_features(x, (self.width,))

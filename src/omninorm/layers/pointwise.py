@@ -28,9 +28,17 @@ class Pointwise(nn.Module, ABC):
         super().__init__()
         check_number("alpha", alpha, above=0.0)
         self.normalized_shape = read_shape(normalized_shape)
-        self.alpha = nn.Parameter(torch.full((1,), alpha, device=device, dtype=dtype))
-        self.weight = nn.Parameter(torch.ones(self.normalized_shape, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(self.normalized_shape, device=device, dtype=dtype))
+        self.first_alpha = alpha
+        self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(self.normalized_shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(self.normalized_shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets α to its first value, γ to 1 and β to 0."""
+        nn.init.constant_(self.alpha, self.first_alpha)
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
     @abstractmethod
     def squash(self, x: Tensor) -> Tensor:
@@ -86,6 +94,12 @@ class DynamicErf(Pointwise):
     ) -> None:
         super().__init__(normalized_shape, alpha, device, dtype)
         self.shift = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Sets α to its first value, γ to 1, β and s to 0."""
+        super().reset_parameters()
+        if hasattr(self, "shift"):
+            nn.init.zeros_(self.shift)
 
     def squash(self, x: Tensor) -> Tensor:
         return torch.erf(self.alpha.to(x.dtype) * x + self.shift.to(x.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -20,10 +21,10 @@ def read_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     """
     given: Any = normalized_shape
     shape = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-    if not shape or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in shape):
+    if not shape or any(isinstance(size, bool) or not isinstance(size, Integral) or size < 1 for size in shape):
         remedy = "pass the width of the features, e.g. 768"
         raise ConfigError("normalized_shape must be one or more integers ≥ 1", repr(normalized_shape), remedy)
-    return shape
+    return tuple(map(int, shape))
 
 
 def flatten_features(x: Tensor, shape: tuple[int, ...]) -> Tensor:
