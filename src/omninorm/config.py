@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
@@ -25,6 +25,8 @@ PLACEMENTS = (
     "normformer",
 )
 CASTS = ("fp32", "llama")
+# What float32, in which constants are used, can hold.
+LARGEST = 3.4e38
 
 _ALWAYS_WRITTEN = ("normalization", "norm_placement", "norm_eps")
 
@@ -69,7 +71,7 @@ qk_norm=None, residual_scale=None, mix_fraction=0.25)
         check_choice("norm_placement", self.norm_placement, PLACEMENTS)
         check_choice("cast", self.cast, CASTS)
         if self.norm_eps is not None:
-            check_number("norm_eps", self.norm_eps, at_least=0.0)
+            check_number("norm_eps", self.norm_eps, at_least=0.0, at_most=LARGEST)
         check_number("gain_offset", self.gain_offset)
         check_number("mix_fraction", self.mix_fraction, at_least=0.0, at_most=1.0)
         if self.residual_scale is not None:
@@ -129,11 +131,18 @@ def check_number(
     bounds = [(at_least, "≥"), (above, ">"), (at_most, "≤")]
     wanted = " and ".join(f"{sign} {bound:g}" for bound, sign in bounds if bound is not None)
     invariant = f"{name} must be a finite number{' ' + wanted if wanted else ''}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(invariant, repr(value), f"pass a number for {name}")
+    if not is_finite(value):
+        raise ConfigError(invariant, f"{value!r:.40}", f"pass a number for {name}")
+    assert isinstance(value, (int, float))
     too_low = (at_least is not None and value < at_least) or (above is not None and value <= above)
     if too_low or (at_most is not None and value > at_most):
         raise ConfigError(invariant, repr(value), f"choose {name} within these bounds")
+
+
+def is_finite(value: object) -> bool:
+    """Whether `value` is a real number, no bool, that a float can hold."""
+    largest = sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def check_count(name: str, value: object, *, at_least: int = 1) -> None:

@@ -6,12 +6,10 @@ Statistics and products are taken in float32 (float64 for float64 input) and rou
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from omninorm.config import CASTS
+from omninorm.config import CASTS, LARGEST, is_finite
 from omninorm.errors import InputError
 from omninorm.kernels import dispatch
 
@@ -140,8 +138,8 @@ def z_score(x: Tensor, dim: int = -1) -> Tensor:
         tensor([-1.3416, -0.4472,  0.4472,  1.3416])
     """
     check_float("x", x)
-    if not -x.ndim <= dim < x.ndim:
-        raise InputError("dim must be a dimension of x", f"dim={dim} for shape {tuple(x.shape)}", "choose another")
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
+        raise InputError("dim must be a dimension of x", f"dim={dim!r} for shape {tuple(x.shape)}", "choose another")
     return layer_norm(x.movedim(dim, -1), eps=0.0).movedim(-1, dim)
 
 
@@ -155,6 +153,8 @@ def check_float(name: str, x: object) -> None:
     if x.dtype not in FLOATS:
         remedy = f"convert it first, e.g. {name}.float()"
         raise InputError(f"{name} must be float16, bfloat16, float32 or float64", str(x.dtype), remedy)
+    if x.is_nested:
+        raise InputError(f"{name} must be a dense tensor", "a nested tensor", "pad it with to_padded_tensor")
     if x.layout != torch.strided:
         raise InputError(f"{name} must be a dense tensor", str(x.layout), f"use {name}.to_dense()")
 
@@ -184,13 +184,13 @@ def check_eps(eps: float | None) -> None:
     """Raises InputError unless `eps` is None or a finite number ≥ 0."""
     if eps is None:
         return
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps < 0:
+    if not is_finite(eps) or not 0 <= eps <= LARGEST:
         raise InputError("eps must be a finite number ≥ 0 or None", repr(eps), "pass e.g. 1e-6")
 
 
 def check_rounding(gain_offset: float, cast: str) -> None:
     """Raises InputError unless the gain offset is finite and the casting order known."""
-    if isinstance(gain_offset, bool) or not isinstance(gain_offset, (int, float)) or not math.isfinite(gain_offset):
+    if not is_finite(gain_offset):
         raise InputError("gain_offset must be a finite number", repr(gain_offset), "pass 0.0, or 1.0 for Gemma's form")
     if cast not in CASTS:
         raise InputError(f"cast must be one of {', '.join(CASTS)}", repr(cast), "choose one of these")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import omninorm
 from omninorm import functional
 
 NORMS = [functional.rms_norm, functional.layer_norm]
@@ -54,3 +55,26 @@ def test_every_number_of_threads_gives_the_same_bits(norm: Callable[..., Tensor]
     for result in results[1:]:
         for a, b in zip(results[0], result, strict=True):
             assert torch.equal(a, b)
+
+
+RELATIVES = [omninorm.CRMSNorm, omninorm.ScaleNorm, omninorm.DynamicTanh, omninorm.DynamicErf]
+
+
+@pytest.mark.parametrize("norm_type", RELATIVES)
+@pytest.mark.parametrize("shape", [(1000, 1000), (100_000, 2), (3, 20_000)], ids=str)
+def test_the_relatives_gradients_have_the_same_bits_too(norm_type, shape: tuple[int, int]) -> None:
+    """Up to 32,767 features: the last step of a single scale's gradient is PyTorch's own sum over features."""
+    x, dy = torch.randn(shape), torch.randn(shape)
+
+    def run(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        norm = norm_type(shape[-1])
+        return list(torch.autograd.grad(norm(x), list(norm.parameters()), dy))
+
+    threads = torch.get_num_threads()
+    try:
+        results = [run(count) for count in (1, 2, 3)]
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))

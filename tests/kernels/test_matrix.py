@@ -17,7 +17,7 @@ EPS = 1e-6
 
 
 def spread(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Random rows whose sizes differ from row to row by up to three orders of magnitude."""
+    """Random rows that are off centre and differ in size from row to row."""
     x = torch.randn(shape, dtype=torch.float64)
     rows = torch.exp(torch.randn(*shape[:-1], 1, dtype=torch.float64)) if shape[:-1] else 3.0
     return (x * rows + 0.3).to(dtype)
@@ -150,21 +150,41 @@ def test_the_sum_of_the_output_can_be_differentiated() -> None:
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("add_norm", [functional.add_rms_norm, functional.add_layer_norm])
+RMS_OPTIONS = [{}, {"eps": 0.5}, {"gain_offset": 1.0}, {"cast": "llama"}]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_add_norm_is_the_two_steps_bit_for_bit(add_norm, dtype: torch.dtype) -> None:
-    norm = functional.rms_norm if add_norm is functional.add_rms_norm else functional.layer_norm
-    x, residual, weight = (torch.randn(4, 7, 33).to(dtype) for _ in range(3))
-    leaves = [t.requires_grad_() for t in (x, residual, weight[0, 0].clone().detach())]
-    normed, total = add_norm(*leaves)
-    expected_total = leaves[0] + leaves[1]
-    expected = norm(expected_total, leaves[2])
+@pytest.mark.parametrize("options", RMS_OPTIONS, ids=str)
+def test_add_rms_norm_is_the_two_steps_bit_for_bit(options, dtype: torch.dtype) -> None:
+    check_two_steps(functional.add_rms_norm, functional.rms_norm, 1, options, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"eps": 0.5}], ids=str)
+@pytest.mark.parametrize("gains", [0, 1, 2])
+def test_add_layer_norm_is_the_two_steps_bit_for_bit(gains: int, options, dtype: torch.dtype) -> None:
+    check_two_steps(functional.add_layer_norm, functional.layer_norm, gains, options, dtype)
+
+
+def check_two_steps(add_norm, norm, gains: int, options, dtype: torch.dtype) -> None:
+    x, residual = (torch.randn(4, 7, 33).to(dtype).requires_grad_() for _ in range(2))
+    leaves = [x, residual, *(torch.randn(33).to(dtype).requires_grad_() for _ in range(gains))]
+    normed, total = add_norm(*leaves, **options)
+    expected_total = x + residual
+    expected = norm(expected_total, *leaves[2:], **options)
     assert torch.equal(total, expected_total)
     assert torch.equal(normed, expected)
     along = [torch.randn_like(normed), torch.randn_like(total)]
     ours = torch.autograd.grad([normed, total], leaves, along)
     theirs = torch.autograd.grad([expected, expected_total], leaves, along)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("norm", [functional.rms_norm, functional.layer_norm])
+def test_strided_rows_give_the_same_bits(norm) -> None:
+    for width in (5, 64, 1000):
+        x = torch.randn(40, width)
+        assert torch.equal(norm(x.t().contiguous().t()), norm(x))
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])

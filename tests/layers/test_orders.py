@@ -58,6 +58,34 @@ def test_the_orders_differ_where_they_should() -> None:
     assert_within_one_ulp(y.bfloat16(), expected.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_module_hands_its_order_on(dtype: torch.dtype) -> None:
+    """One ulp can't tell the orders apart; the share of equal values can: nearly all, or about two thirds."""
+    peer = LlamaRMSNorm(768, eps=1e-5).to(dtype)
+    peer.weight.data.copy_(torch.randn(768))
+    x = torch.randn(50, 768).to(dtype)
+    shares = {}
+    for cast in ("llama", "fp32"):
+        norm = omninorm.RMSNorm(768, 1e-5, dtype=dtype, cast=cast)
+        norm.load_state_dict(peer.state_dict())
+        shares[cast] = (norm(x) == peer(x)).double().mean().item()
+    assert shares["llama"] > 0.99
+    assert shares["fp32"] < 0.9
+
+
+def test_llamas_order_has_finite_second_derivatives_in_float16() -> None:
+    """They must not pass through float16, where they would overflow. The rounding counts as the identity."""
+    x = (torch.randn(2, 4) * 1000).half().requires_grad_()
+    weight, dy = torch.ones(4, requires_grad=True), torch.full((2, 4), 300.0).half()
+    results = []
+    for cast in ("fp32", "llama"):
+        y = omninorm.functional.rms_norm(x, weight, cast=cast)
+        (dweight,) = torch.autograd.grad(y, weight, dy, create_graph=True)
+        results += torch.autograd.grad((dweight * torch.tensor([1e3, -1e3, 1e3, -1e3])).sum(), x)
+    assert results[1].isfinite().all()
+    torch.testing.assert_close(results[1], results[0], rtol=2e-3, atol=0.5)
+
+
 def test_llamas_gain_gradient_uses_the_rounded_vector() -> None:
     x, dy = torch.randn(20, 16).bfloat16(), torch.randn(20, 16).bfloat16()
     weight = torch.randn(16, requires_grad=True)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from omninorm import Block, NormConfig
 from omninorm.config import PLACEMENTS
-from omninorm.errors import ConfigError
-from omninorm.placement import FinalNorm, Position, enter, init_gain, inner_norms
+from omninorm.errors import ConfigError, InputError
+from omninorm.placement import PLACEMENT_TYPES, FinalNorm, Position, enter, init_gain, inner_norms
 
 WIDTH, BLOCKS, EPS = 6, 8, 1e-6
 INNER = frozenset({"q", "k", "v", "heads", "hidden"})
@@ -165,6 +165,14 @@ def test_mix_fraction_moves_the_border() -> None:
         assert kinds == ["PostNorm"] * posts + ["PreNorm"] * (8 - posts)
 
 
+def test_mix_rounds_the_number_of_post_blocks_down() -> None:
+    for fraction, blocks, posts in [(0.25, 6, 1), (0.25, 3, 0), (0.29, 100, 29)]:
+        config = NormConfig(norm_placement="mix", mix_fraction=fraction)
+        positions = [Position(block, blocks, "attention") for block in range(1, blocks + 1)]
+        kinds = [type(PLACEMENT_TYPES["mix"](config, 2, position).rule) for position in positions]
+        assert [kind.__name__ for kind in kinds] == ["PostNorm"] * posts + ["PreNorm"] * (blocks - posts)
+
+
 def test_residual_scale_overrides_the_papers() -> None:
     deepnorm, keel = (Stack(NormConfig(norm_placement=name, residual_scale=3.0)) for name in ("deepnorm", "keel"))
     assert {block.around_attention.alpha for block in deepnorm.blocks} == {3.0}
@@ -180,12 +188,16 @@ def test_deepnorm_shrinks_values_outputs_and_feed_forward() -> None:
     assert {init_gain(NormConfig(norm_placement=name), 32, "v") for name in others} == {1.0}
     with pytest.raises(ConfigError, match="role must be one of q, k, v, out, feed_forward, but got 'head'"):
         init_gain(config, 32, "head")
+    with pytest.raises(ConfigError, match="blocks must be an integer ≥ 1, but got 0"):
+        init_gain(config, 0, "v")
 
 
 def test_inner_norms() -> None:
     wanted = {"reordered": {"q", "k"}, "hybrid": {"q", "k", "v"}, "normformer": {"heads", "hidden"}}
     for name in PLACEMENTS:
         assert inner_norms(NormConfig(norm_placement=name)) == wanted.get(name, set())
+    assert inner_norms(NormConfig("none", "hybrid")) == set()
+    assert inner_norms(NormConfig("none", "normformer")) == {"heads"}
     assert inner_norms(NormConfig(qk_norm=True)) == {"q", "k"}
     assert inner_norms(NormConfig(norm_placement="reordered", qk_norm=False)) == set()
     assert inner_norms(NormConfig(norm_placement="normformer", qk_norm=True)) == {"q", "k", "heads", "hidden"}
@@ -226,3 +238,39 @@ def test_bad_positions_are_refused(block, blocks, message: str) -> None:
 def test_an_unknown_role_is_refused() -> None:
     with pytest.raises(ConfigError, match="role must be one of attention, feed_forward, but got 'mlp'"):
         Position(1, 1, "mlp")
+
+
+def test_what_is_no_config_or_no_module_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a block's norms are described by a NormConfig, but got 'pre'"):
+        Block("pre", WIDTH, Bend(), Bend(), block=1, blocks=1)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"attention must be a torch\.nn\.Module, but got a function"):
+        Block(NormConfig(), WIDTH, lambda x: x, Bend(), block=1, blocks=1)  # type: ignore[arg-type]
+
+
+def test_a_sublayer_that_changes_the_shape_is_refused() -> None:
+    """A width of 1 would broadcast in silence."""
+    x = torch.randn(2, 5, WIDTH)
+    narrow = Block(NormConfig(), WIDTH, nn.Identity(), nn.Linear(WIDTH, 1), block=1, blocks=1)
+    with pytest.raises(
+        InputError,
+        match=r"feed_forward must return a tensor of its input's shape \(2, 5, 6\), but got shape \(2, 5, 1\)",
+    ):
+        narrow(x)
+
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return x, None
+
+    with pytest.raises(InputError, match=r"attention must return a tensor of its input's shape .* but got a tuple"):
+        Block(NormConfig(), WIDTH, Pair(), nn.Identity(), block=1, blocks=1)(x)
+
+
+def test_a_stream_that_does_not_come_from_enter_is_refused() -> None:
+    x = torch.randn(2, 5, WIDTH)
+    block = Block(NormConfig(norm_placement="residual"), WIDTH, nn.Identity(), nn.Identity(), block=1, blocks=1)
+    with pytest.raises(
+        InputError, match=r"'residual' carries two streams, .* but got a Tensor; begin with omninorm\.placement\.enter"
+    ):
+        block(x)
+    with pytest.raises(InputError, match="the stream must be a tensor, but got a tuple"):
+        Block(NormConfig(), WIDTH, nn.Identity(), nn.Identity(), block=1, blocks=1)((x, x))

@@ -33,6 +33,7 @@ from torch import Tensor
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
+    """y (..., d) in x's dtype, from x (..., d) and γ (d,); no view, so that callers may change it in place."""
     normed, _ = standardize(x, eps, centered=False)
     normed = round_before_gain(normed, x.dtype, cast).reshape(x.shape)
     return (normed * gain(weight, gain_offset, normed.dtype)).to(x.dtype)
@@ -41,6 +42,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float | None, gain_o
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
 ) -> tuple[Tensor, Tensor | None]:
+    """dx (..., d) and dγ (d,), each in its input's dtype, from dy (..., d)."""
     normed, to_x = standardize(x, eps, centered=False)
     dy = as_rows(dy).to(normed.dtype)
     dnormed = dy * gain(weight, gain_offset, normed.dtype)
@@ -52,6 +54,7 @@ def rms_norm_backward(
 
 
 def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
+    """y (..., d) in x's dtype, from x (..., d), γ and β (d,); no view."""
     normed, _ = standardize(x, eps, centered=True)
     y = normed.reshape(x.shape) * gain(weight, 0.0, normed.dtype)
     if bias is not None:
@@ -62,6 +65,7 @@ def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
 def layer_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx (..., d), dγ and dβ (d,), each in its input's dtype, from dy (..., d)."""
     normed, to_x = standardize(x, eps, centered=True)
     dy = as_rows(dy).to(normed.dtype)
     dnormed = dy * gain(weight, 0.0, normed.dtype)
@@ -75,7 +79,10 @@ def layer_norm_backward(
 
 
 class Scale:
-    """Multiplies by a row's r = 1/√(mean square + ε), given as r = root · per_unit, neither of which overflows."""
+    """Multiplies by a row's r = 1/√(mean square + ε), given as root · per_unit.
+
+    Their product alone would overflow for subnormal rows without ε, and lose digits for the largest rows.
+    """
 
     def __init__(self, root: Tensor, per_unit: Tensor) -> None:
         self.root = root
@@ -136,7 +143,7 @@ def reciprocal_unit(rows: Tensor, eps: float) -> Tensor:
     """1 / unit of each row, (rows, 1): an exact power of two that brings max(|x|, √ε) into [½, 1)."""
     numbers = torch.finfo(rows.dtype)
     bounds = (max(math.sqrt(eps), numbers.tiny), numbers.max / 8)
-    largest = largest_magnitude(rows).clamp(*bounds)
+    largest = largest_magnitude(rows).clamp(*bounds)  # max/8, so that the reciprocal is no subnormal
     mantissa, _ = torch.frexp(largest)
     return mantissa / largest
 
@@ -173,8 +180,13 @@ def gain(weight: Tensor | None, offset: float, dtype: torch.dtype) -> Tensor | f
 
 
 def round_before_gain(normed: Tensor, dtype: torch.dtype, cast: str) -> Tensor:
-    """Llama rounds x̂ to the input's dtype before it multiplies by the gain; torch.nn.RMSNorm does not."""
-    return normed.to(dtype).to(normed.dtype) if cast == "llama" else normed
+    """Llama rounds x̂ to the input's dtype before it multiplies by the gain; torch.nn.RMSNorm does not.
+
+    The rounding counts as the identity in derivatives, which therefore never pass through the narrow dtype.
+    """
+    if cast != "llama":
+        return normed
+    return normed + (normed.to(dtype).to(normed.dtype) - normed).detach()
 
 
 # Autograd --------------------------------------------------------------------------------------------------------

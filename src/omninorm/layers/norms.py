@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from omninorm import functional
-from omninorm.config import CASTS, check_choice, check_number
-from omninorm.kernels.reference import compute_dtype
+from omninorm.config import CASTS, check_choice, check_count, check_number
+from omninorm.kernels import reference
 from omninorm.layers.shape import flatten_features, flatten_gain, read_eps, read_shape
 
 
@@ -51,6 +51,7 @@ class RMSNorm(nn.RMSNorm):
     ) -> None:
         check_number("gain_offset", gain_offset)
         check_choice("cast", cast, CASTS)
+        # Before the base class, whose constructor calls reset_parameters.
         self.gain_offset = gain_offset
         self.cast = cast
         super().__init__(list(read_shape(normalized_shape)), read_eps(eps), elementwise_affine, device, dtype)
@@ -135,7 +136,8 @@ class CRMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        (self.width,) = read_shape([width])
+        check_count("width", width)
+        self.width = width
         self.eps = read_eps(eps)
         self.weight = nn.Parameter(torch.empty(self.width, device=device, dtype=dtype))
         self.reset_parameters()
@@ -146,11 +148,18 @@ class CRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flatten_features(x, (self.width,))
-        functional.check_float("x", x)
-        wide = x.to(compute_dtype(x.dtype))
-        full = torch.cat((wide, -wide.sum(-1, keepdim=True)), -1)
-        normed = functional.rms_norm(full, eps=self.eps)[..., :-1]
-        return (normed * self.weight).to(x.dtype)
+        functional.check_rows(x)
+        functional.check_gain("weight", self.weight, x)
+        rows = reference.as_rows(x).to(reference.compute_dtype(x.dtype))
+        eps = torch.finfo(rows.dtype).eps if self.eps is None else self.eps
+        # In units of the largest element times a power of two above d, no sum over the row can overflow.
+        per_unit = reference.reciprocal_unit(rows, eps) / 2 ** self.width.bit_length()
+        rows = rows * per_unit
+        dropped = reference.ordered_sum(rows, 1)
+        square = reference.ordered_sum(rows * rows, 1) + dropped * dropped
+        normed = rows * torch.rsqrt(square / (self.width + 1) + eps * per_unit * per_unit)
+        y: Tensor = normed * self.weight.to(rows.dtype)
+        return y.to(x.dtype).reshape(x.shape)
 
     def extra_repr(self) -> str:
         return f"{self.width}, eps={self.eps}"
@@ -181,7 +190,8 @@ class ScaleNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        (self.width,) = read_shape([width])
+        check_count("width", width)
+        self.width = width
         self.eps = read_eps(eps)
         self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.config import check_number
-from omninorm.functional import check_float
+from omninorm.functional import check_rows
 from omninorm.kernels.reference import compute_dtype
 from omninorm.layers.shape import flatten_features, read_shape
 
@@ -40,13 +40,17 @@ class Pointwise(nn.Module, ABC):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """α x. α is expanded first, so that its gradient gathers by columns, in one order at any thread count."""
+        return self.alpha.to(x.dtype).expand(x.shape[-1]) * x
+
     @abstractmethod
     def squash(self, x: Tensor) -> Tensor:
         """The bounded function of α x, elementwise."""
 
     def forward(self, x: Tensor) -> Tensor:
         flatten_features(x, self.normalized_shape)
-        check_float("x", x)
+        check_rows(x)
         wide = x.to(compute_dtype(x.dtype))
         y = self.weight.to(wide.dtype) * self.squash(wide) + self.bias.to(wide.dtype)
         return y.to(x.dtype)
@@ -73,7 +77,7 @@ class DynamicTanh(Pointwise):
     """
 
     def squash(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.alpha.to(x.dtype) * x)
+        return torch.tanh(self.scaled(x))
 
 
 @final
@@ -102,4 +106,4 @@ class DynamicErf(Pointwise):
             nn.init.zeros_(self.shift)
 
     def squash(self, x: Tensor) -> Tensor:
-        return torch.erf(self.alpha.to(x.dtype) * x + self.shift.to(x.dtype))
+        return torch.erf(self.scaled(x) + self.shift.to(x.dtype).expand(x.shape[-1]))

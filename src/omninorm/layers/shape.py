@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from omninorm.config import check_number
+from omninorm.config import LARGEST, check_number
 from omninorm.errors import ConfigError, InputError
 
 
@@ -35,8 +35,8 @@ def flatten_features(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """
     if not isinstance(x, Tensor) or x.shape[-len(shape) :] != shape:
         received = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        wanted = ", ".join(map(str, shape))
-        raise InputError(f"the input must be a tensor whose shape ends in ({wanted})", received, "make them agree")
+        remedy = "build the norm for the input's features, or move them to the end"
+        raise InputError(f"the input must be a tensor whose shape ends in {shape}", received, remedy)
     return x if len(shape) == 1 else x.reshape(*x.shape[: -len(shape)], math.prod(shape))
 
 
@@ -52,5 +52,5 @@ def read_eps(eps: float | None) -> float | None:
         ConfigError: negative, NaN, infinite or not a number.
     """
     if eps is not None:
-        check_number("eps", eps, at_least=0.0)
+        check_number("eps", eps, at_least=0.0, at_most=LARGEST)
     return eps

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from omninorm.config import NormConfig, check_choice, check_count
-from omninorm.errors import ConfigError
+from omninorm.errors import ConfigError, InputError
 
 Sublayer = Callable[[Tensor], Tensor]
 
@@ -65,6 +65,11 @@ class Placement(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Stream, F: Sublayer) -> Stream:
         """The stream (..., width) after sublayer F."""
+
+    def check_stream(self, stream: Stream) -> None:
+        """Raises InputError unless `stream` is what `enter` makes."""
+        if not isinstance(stream, Tensor):
+            raise InputError("the stream must be a tensor", f"a {type(stream).__name__}", "pass (..., width) features")
 
     @staticmethod
     def enter(x: Tensor) -> Stream:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from omninorm.config import NormConfig, check_choice
-from omninorm.errors import ConfigError
+from omninorm.config import NormConfig, check_choice, check_count
+from omninorm.errors import ConfigError, InputError
 from omninorm.layers import build_norm
 from omninorm.placement.base import Placement, Position, Stream
 from omninorm.placement.normed import DeepNorm, HybridNorm, Keel, MixNorm, PostNorm, ResiDual
@@ -52,10 +52,13 @@ class Block(nn.Module):
     Shape: stream → stream. A stream is a tensor (..., width), from `enter`; `FinalNorm` ends it.
 
     Raises:
-        ConfigError: a block's number out of range, or a sublayer that lacks an inner norm.
+        ConfigError: on construction, for a block's number out of range, or a sublayer that is no module or lacks an
+            inner norm.
+        InputError: on a call, for a stream that does not come from `enter`, or a sublayer that changes the shape.
 
     Example:
         >>> import torch
+        >>> from omninorm.placement import Block, FinalNorm, enter
         >>> width, depth = 16, 2
         >>> config = NormConfig.from_dict({"normalization": "rmsnorm", "norm_placement": "pre", "norm_eps": 1e-6})
         >>> blocks = [Block(config, width, nn.Linear(width, width), nn.Linear(width, width), block=l, blocks=depth)
@@ -78,8 +81,10 @@ class Block(nn.Module):
         blocks: int,
     ) -> None:
         super().__init__()
-        check_inner_norms(config, "attention", attention, ATTENTION_NORMS)
-        check_inner_norms(config, "feed_forward", feed_forward, FEED_FORWARD_NORMS)
+        check_config(config)
+        check_count("width", width)
+        check_sublayer(config, "attention", attention, ATTENTION_NORMS)
+        check_sublayer(config, "feed_forward", feed_forward, FEED_FORWARD_NORMS)
         place = PLACEMENT_TYPES[config.norm_placement]
         self.attention = attention
         self.feed_forward = feed_forward
@@ -87,8 +92,9 @@ class Block(nn.Module):
         self.around_feed_forward = place(config, width, Position(block, blocks, "feed_forward"))
 
     def forward(self, stream: Stream, *args: Any, **kwargs: Any) -> Stream:
-        stream = self.around_attention(stream, lambda x: self.attention(x, *args, **kwargs))
-        return self.around_feed_forward(stream, self.feed_forward)
+        self.around_attention.check_stream(stream)
+        stream = self.around_attention(stream, lambda x: same_shape("attention", x, self.attention(x, *args, **kwargs)))
+        return self.around_feed_forward(stream, lambda x: same_shape("feed_forward", x, self.feed_forward(x)))
 
 
 class FinalNorm(nn.Module):
@@ -115,6 +121,8 @@ def inner_norms(config: NormConfig) -> frozenset[str]:
     "hidden" (on the feed-forward's hidden features).
     """
     inner = PLACEMENT_TYPES[config.norm_placement].inner
+    if config.normalization == "none":
+        return inner & {"heads"}  # gains, not norms
     if config.qk_norm is None:
         return inner
     return inner | {"q", "k"} if config.qk_norm else inner - {"q", "k"}
@@ -130,11 +138,22 @@ def init_gain(config: NormConfig, blocks: int, role: str) -> float:
         ConfigError: an unknown role.
     """
     check_choice("role", role, PROJECTIONS)
+    check_count("blocks", blocks)
     return PLACEMENT_TYPES[config.norm_placement].init_gain(blocks, role)
 
 
-def check_inner_norms(config: NormConfig, name: str, sublayer: nn.Module, realizable: frozenset[str]) -> None:
-    """Raises ConfigError unless `sublayer` has the inner norms that fall to it."""
+def check_config(config: object) -> None:
+    """Raises ConfigError unless `config` is a NormConfig."""
+    if not isinstance(config, NormConfig):
+        remedy = 'pass e.g. NormConfig(norm_placement="pre") or NormConfig.from_dict({…})'
+        raise ConfigError("a block's norms are described by a NormConfig", repr(config), remedy)
+
+
+def check_sublayer(config: NormConfig, name: str, sublayer: nn.Module, realizable: frozenset[str]) -> None:
+    """Raises ConfigError unless `sublayer` is a module that has the inner norms that fall to it."""
+    if not isinstance(sublayer, nn.Module):
+        received = f"a {type(sublayer).__name__}"
+        raise ConfigError(f"{name} must be a torch.nn.Module", received, "wrap it in one, so that its weights train")
     wanted = inner_norms(config) & realizable
     missing = wanted - frozenset(getattr(sublayer, "inner_norms", frozenset()))
     if missing:
@@ -142,3 +161,12 @@ def check_inner_norms(config: NormConfig, name: str, sublayer: nn.Module, realiz
         invariant = f"{what} needs the norms {', '.join(sorted(wanted))} inside {name}"
         remedy = f"build them in and name them in {name}.inner_norms"
         raise ConfigError(invariant, f"a {type(sublayer).__name__} without {', '.join(sorted(missing))}", remedy)
+
+
+def same_shape(name: str, x: Tensor, branch: Tensor) -> Tensor:
+    """The sublayer's output; raises InputError where adding it to the stream would broadcast or fail."""
+    if not isinstance(branch, Tensor) or branch.shape != x.shape:
+        received = f"shape {tuple(branch.shape)}" if isinstance(branch, Tensor) else f"a {type(branch).__name__}"
+        remedy = "wrap the sublayer so that it returns just that tensor"
+        raise InputError(f"{name} must return a tensor of its input's shape {tuple(x.shape)}", received, remedy)
+    return branch

@@ -8,6 +8,7 @@ from typing import final
 from torch import Tensor, nn
 
 from omninorm.config import NormConfig
+from omninorm.errors import InputError
 from omninorm.layers import build_norm
 from omninorm.placement.base import Placement, Position, Sublayer
 from omninorm.placement.plain import PreNorm
@@ -54,11 +55,15 @@ class DeepNorm(Placement):
 
 @final
 class MixNorm(Placement):
-    """Post-norm in the first quarter of the blocks (`mix_fraction`), pre-norm after. Mix-LN, arXiv 2412.13795."""
+    """Post-norm in the first quarter of the blocks (`mix_fraction`, rounded down), pre-norm after.
+
+    Mix-LN, arXiv 2412.13795.
+    """
 
     def __init__(self, config: NormConfig, width: int, position: Position) -> None:
         super().__init__(config, width, position)
-        is_post = position.block <= math.floor(config.mix_fraction * position.blocks)
+        # A hair more, because 0.29 · 100 is 28.999… in floating point.
+        is_post = position.block <= math.floor(config.mix_fraction * position.blocks + 1e-9)
         self.rule = PostNorm(config, width, position) if is_post else PreNorm(config, width, position)
 
     def forward(self, x: Tensor, F: Sublayer) -> Tensor:
@@ -93,6 +98,13 @@ class ResiDual(Placement):
         normed, total = x
         branch = F(normed)
         return self.norm(normed + branch), total + branch
+
+    def check_stream(self, stream: tuple[Tensor, Tensor]) -> None:
+        """Raises InputError unless `stream` is a pair of tensors."""
+        if not isinstance(stream, tuple) or len(stream) != 2:
+            remedy = "begin with omninorm.placement.enter(config, x) and end with FinalNorm(config, width)"
+            invariant = "placement 'residual' carries two streams, a pair of tensors"
+            raise InputError(invariant, f"a {type(stream).__name__}", remedy)
 
     @staticmethod
     def enter(x: Tensor) -> tuple[Tensor, Tensor]:

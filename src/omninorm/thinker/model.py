@@ -82,6 +82,9 @@ class Thinker(nn.Module):
         return F.linear(x, weight)
 
     def _check(self, tokens: Tensor, cache: KVCache | None) -> None:
+        if not isinstance(tokens, Tensor):
+            remedy = "encode text first, e.g. torch.tensor([list(text.encode())])"
+            raise InputError("tokens are a torch.Tensor", f"a {type(tokens).__name__}", remedy)
         if tokens.dtype not in (torch.int64, torch.int32):
             remedy = "convert them, e.g. by tokens.long()"
             raise InputError("tokens are integers of type int64 or int32", str(tokens.dtype), remedy)
