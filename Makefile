@@ -38,10 +38,12 @@ format: .venv/dev
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+# Stamps, so that an interrupted step is done again.
+.venv/made:
+	$(PYTHON) -m venv --clear .venv
+	@touch $@
 
-.venv/demo .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+.venv/demo .venv/dev: .venv/%: .venv/made pyproject.toml constraints.txt
 	@echo "Installing omninorm[$*] into .venv (a few minutes the first time)"
 	$(INSTALL) --editable '.[$*]'
 	@touch $@

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
-from omninorm.experiments.demo import VARIANTS, final_status
+from omninorm.experiments.demo import VARIANTS
 from omninorm.experiments.record import RECORD_FILE, read_history, read_record
+from omninorm.experiments.workers import final_status
 
 RUNS = list(VARIANTS)
 
@@ -42,11 +45,7 @@ def test_interrupted_it_resumes_and_repeats_nothing(spawn, command, tmp_path, te
     folder = tmp_path / "demo"
     arguments = ("--depth", 2, "--steps", 80, "--workers", 1)
     process = spawn("demo", "--out", folder, "--text", text_file, *arguments)
-    deadline = time.monotonic() + 60
-    while not (folder / RUNS[0] / "config.json").exists() or steps_done(folder, RUNS[0]) < 5:
-        assert process.running()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: (folder / RUNS[0] / "config.json").exists() and steps_done(folder, RUNS[0]) >= 5)
     process.signal(signal.SIGINT)
     code, out, err = process.wait()
     assert (code, err) == (130, "")
@@ -70,6 +69,7 @@ def test_interrupted_it_resumes_and_repeats_nothing(spawn, command, tmp_path, te
         (["--steps", "0"], "steps must be an integer ≥ 1, but got 0"),
         (["--workers", "0"], "workers must be an integer ≥ 1, but got 0"),
         (["--text", "no-such-file"], "no-such-file"),
+        (["--resume", "x", "--steps", "9"], "--resume goes on with the demo's own settings, but got --steps 9"),
         (["--resume", "no-such-demo"], "a run's folder must have a config.json"),
     ],
 )
@@ -101,3 +101,36 @@ def test_a_run_that_fails_is_reported_with_its_last_words(command, tmp_path, tex
     assert code == 2
     assert "each run must come to its end, but got exit code 2" in err
     assert str(text_file) in err
+
+
+def test_without_matplotlib_it_says_so_before_it_trains(command, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = command("demo", "--out", tmp_path / "demo")
+    assert code == 2
+    assert 'pip install "omninorm[demo]"' in err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_workers_end_with_the_demo_and_leave_checkpoints(spawn, tmp_path, text_file) -> None:
+    """After a kill -9 of the demo no worker may stay behind: it would hold its run's lock."""
+    folder = tmp_path / "demo"
+    process = spawn("demo", "--out", folder, "--text", text_file, "--depth", 2, "--steps", 5000, "--workers", 1)
+    first = folder / RUNS[0]
+    wait_until(lambda: (first / "config.json").exists() and steps_done(folder, RUNS[0]) >= 3)
+    process.signal(signal.SIGKILL)
+    wait_until(lambda: any(event["kind"] == "interrupted" for event in read_record(first / RECORD_FILE)))
+    assert list((first / "checkpoints").glob("step-*"))
+
+
+def test_workers_do_not_import_from_the_current_folder(command, tmp_path, monkeypatch, text_file) -> None:
+    (tmp_path / "rich.py").write_text("raise SystemExit('taken from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("demo", "--out", "demo", "--depth", 1, "--steps", 2, "--text", text_file)
+    assert (code, err) == (0, "")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

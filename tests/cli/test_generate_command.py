@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from omninorm.cli.console import harmless
 from omninorm.cli.generate import _write
+from omninorm.cli.harmless import harmless
 
 
 @pytest.fixture

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+
+from omninorm.cli import main
 
 CODE = """
 import sys
@@ -79,3 +82,40 @@ def test_usage_errors_exit_with_2(command, arguments):
     assert (code, out) == (2, "")
     assert "Traceback" not in err
     assert err
+
+
+def run_main(*arguments: str, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", "omninorm", *arguments]
+    return subprocess.run(call, stderr=subprocess.PIPE, text=True, timeout=120, env=environment, **options)
+
+
+def test_a_full_disk_behind_stdout_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        done = run_main("doctor", stdout=full)
+    assert done.returncode == 2
+    assert done.stderr.startswith("omninorm: ")
+    assert "No space left on device" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_pipe_ends_it_as_it_ends_other_programs():
+    read, write = os.pipe()
+    os.close(read)
+    done = run_main("doctor", stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
+def test_an_unforeseen_error_is_one_sentence_and_its_own_exit_code(command, monkeypatch):
+    def fail() -> None:
+        raise LookupError("nobody\nexpected\x1b[31m this")
+
+    monkeypatch.setattr("omninorm.cli.doctor.inspect_machine", fail)
+    code, _, err = command("doctor")
+    assert code == 70
+    assert err.startswith("omninorm: an error that omninorm did not foresee, LookupError: nobody␊expected␛[31m this;")
+    assert err.count("\n") == 1
+    monkeypatch.setenv("OMNINORM_TRACEBACK", "1")
+    with pytest.raises(LookupError):
+        main(["doctor"])

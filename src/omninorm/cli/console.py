@@ -13,8 +13,10 @@ from rich.console import Console
 def console() -> Console:
     """Standard output as it is now: styled on a terminal, plain text without control codes anywhere else."""
     if not sys.stdout.isatty():
-        return Console(file=sys.stdout, force_terminal=False, color_system=None, soft_wrap=True, markup=False)
-    return Console(file=sys.stdout, soft_wrap=True, markup=False, highlight=False)
+        return Console(
+            file=sys.stdout, force_terminal=False, color_system=None, soft_wrap=True, markup=False, emoji=False
+        )
+    return Console(file=sys.stdout, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def program() -> str:
@@ -31,15 +33,3 @@ def generate_command(folder: Path) -> str:
 
 def resume_command(folder: Path) -> str:
     return f"{program()} train --resume {shlex.quote(str(folder))}"
-
-
-def harmless(text: str) -> str:
-    """Control characters as pictures: a model can produce codes that move the cursor or reprogram a terminal."""
-    return "".join(map(_picture, text))
-
-
-def _picture(character: str) -> str:
-    code = ord(character)
-    if character in "\n\t" or 0x20 <= code < 0x7F or code >= 0xA0:
-        return character
-    return "␡" if code == 0x7F else chr(0x2400 + code) if code < 0x20 else "�"

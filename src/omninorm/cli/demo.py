@@ -16,22 +16,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from omninorm.cli.console import console, generate_command, harmless, program
+from omninorm.cli.console import console, generate_command, program
+from omninorm.cli.harmless import harmless
 from omninorm.config import check_count
-from omninorm.errors import RunError
+from omninorm.errors import ConfigError, RunError
 from omninorm.experiments import demo as library
 from omninorm.experiments.corpus import load_corpus, tokenize
-from omninorm.experiments.demo_figure import draw
+from omninorm.experiments.demo_figure import draw, load_matplotlib
 from omninorm.experiments.interrupt import Interrupt
 from omninorm.experiments.record import RECORD_FILE, read_record
 from omninorm.experiments.run_folder import fresh_folder
 from omninorm.experiments.runs import Plan, load_run, read_plan
 from omninorm.experiments.sample import stream_text
 from omninorm.experiments.tokenizer import ByteTokenizer
-from omninorm.experiments.workers import Workers
+from omninorm.experiments.workers import Workers, final_status
 
 _LABELS = {name: label for name, (label, _) in library.VARIANTS.items()}
-_SECONDS_BETWEEN_LOOKS = 0.25
+_DEPTH, _STEPS = 24, 150
+_SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -40,8 +42,8 @@ def demo(
         Path | None, typer.Option(help="The demo's folder, new or empty.", show_default="runs/demo-N")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted demo in this folder.")] = None,
-    depth: Annotated[int, typer.Option(help="Blocks.")] = 24,
-    steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 150,
+    depth: Annotated[int | None, typer.Option(help="Blocks.", show_default=str(_DEPTH))] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of each run.", show_default=str(_STEPS))] = None,
     text: Annotated[
         str | None, typer.Option(help="A text file, or a folder of them.", show_default="King James Bible")
     ] = None,
@@ -51,9 +53,10 @@ def demo(
 ) -> None:
     """Train a deep transformer with pre-norm RMSNorm, pre-norm LayerNorm, post-norm and no norm, and compare.
 
-    About two minutes on two cores. Ctrl-C stops with checkpoints and prints the command to go on.
+    Two to three minutes on two cores. Ctrl-C stops with checkpoints and prints the command to go on.
     """
     check_count("workers", workers)
+    load_matplotlib()  # now, not when the runs are done
     torch.set_num_threads(1)
     screen = console()
     folder, plans = _plans(out, resume, depth, steps, text)
@@ -66,14 +69,19 @@ def demo(
 
 
 def _plans(
-    out: Path | None, resume: Path | None, depth: int, steps: int, text: str | None
+    out: Path | None, resume: Path | None, depth: int | None, steps: int | None, text: str | None
 ) -> tuple[Path, Mapping[str, Plan]]:
     if resume is None:
         folder = out or fresh_folder("demo")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             remedy = f"choose another folder, or go on with {program()} demo --resume {quote(str(folder))}"
             raise RunError("the demo's folder must be new or empty", f"{folder}", remedy)
-        return folder, library.demo_plans(depth, steps, text)
+        return folder, library.demo_plans(_DEPTH if depth is None else depth, _STEPS if steps is None else steps, text)
+    given = {"--out": out, "--depth": depth, "--steps": steps, "--text": text}
+    changed = [f"{name} {value}" for name, value in given.items() if value is not None]
+    if changed:
+        remedy = "leave it out or start anew"
+        raise ConfigError("--resume goes on with the demo's own settings", ", ".join(changed), remedy)
     first = read_plan(resume / next(iter(library.VARIANTS)))
     return resume, library.demo_plans(first.model.n_layers, first.train.steps, first.text, first.train.seed)
 
@@ -85,18 +93,18 @@ def _introduce(screen: Console, folder: Path, plans: Mapping[str, Plan], count: 
         f"Four transformers of {model.n_layers} blocks, width {model.d_model}. Seed, text, learning rate "
         f"({train.lr:g}) and length ({train.steps} steps, {tokens:,} bytes) are the same; only the norms differ."
     )
-    screen.print(f"{min(count, len(plans))} at a time, one thread each. Everything is written to {folder}\n")
+    screen.print(f"{min(count, len(plans))} at a time, in processes of one thread. Everything is written to {folder}\n")
 
 
 def _train(screen: Console, folder: Path, plans: Mapping[str, Plan], count: int) -> None:
-    waiting = [folder / name for name in plans if library.final_status(folder / name) is None]
+    waiting = [folder / name for name in plans if final_status(folder / name) is None]
     with Interrupt() as interrupt, _Progress(screen, plans) as progress, Workers(waiting, count) as workers:
         while workers.advance() and interrupt.signal is None:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             progress.look(folder)
     progress.look(folder)
     if interrupt.signal is not None:
-        screen.print(f"Stopped with checkpoints. Go on with:\n  {program()} demo --resume {quote(str(folder))}")
+        screen.print(f"Stopped. Go on with:\n  {program()} demo --resume {quote(str(folder))}")
         raise typer.Exit(128 + interrupt.signal)
 
 
@@ -111,6 +119,8 @@ class _Progress:
             name: self._bars.add_task("waiting", total=plan.train.steps, start=False, label=_LABELS[name])
             for name, plan in plans.items()
         }
+        self._sizes: dict[str, int] = {}
+        self._told: set[str] = set()  # runs whose end has been printed
         self._last = time.monotonic()
 
     def __enter__(self) -> _Progress:
@@ -123,12 +133,17 @@ class _Progress:
             self._bars.stop()
 
     def look(self, folder: Path) -> None:
-        """Reads the records and shows what is new."""
+        """Reads the records that have grown and shows what is new."""
         for name in self._tasks:
-            self._show(name, read_record(folder / name / RECORD_FILE))
+            record = folder / name / RECORD_FILE
+            size = record.stat().st_size if record.exists() else 0
+            if size != self._sizes.get(name):
+                self._sizes[name] = size
+                self._show(name, read_record(record))
         if not self._screen.is_terminal and time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            self._screen.print("; ".join(map(self._line, self._tasks)))
+            going = [self._line(name) for name in self._tasks if name not in self._told]
+            self._screen.print("; ".join(going))
             self._screen.file.flush()
 
     def _show(self, name: str, events: Sequence[Mapping[str, object]]) -> None:
@@ -146,6 +161,8 @@ class _Progress:
 
     def _line(self, name: str) -> str:
         state = self._bars.tasks[self._tasks[name]]
+        if state.finished or state.stop_time is not None:
+            self._told.add(name)
         return f"{name} {state.completed:.0f}/{state.total:.0f} {state.description}"
 
 
@@ -167,9 +184,9 @@ def _judge(folder: Path, plans: Mapping[str, Plan]) -> tuple[list[library.Outcom
 
 
 def _conclude(screen: Console, folder: Path, outcomes: Sequence[library.Outcome], baselines: library.Baselines) -> None:
+    screen.print(_table(outcomes, baselines))
     library.write_results(folder, outcomes, baselines)
     draw(folder / library.FIGURE_FILE, outcomes, _LABELS, baselines)
-    screen.print(_table(outcomes, baselines))
     learned = [outcome for outcome in outcomes if outcome.verdict == "learned"]
     if learned:
         best = min(learned, key=lambda outcome: outcome.bits_per_byte)
@@ -188,11 +205,11 @@ def _table(outcomes: Sequence[library.Outcome], baselines: library.Baselines) ->
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for outcome in outcomes:
-        at = f" at step {outcome.steps + 1}" if outcome.verdict == "diverged" else ""
+        at = f" at step {outcome.diverged_at}" if outcome.verdict == "diverged" else ""
         table.add_row(
             _LABELS[outcome.name],
             _number(outcome.bits_per_byte, ".3f"),
-            _number(outcome.largest_grad_norm, ".3g"),
+            _number(outcome.largest_grad_norm, ".3g", "–" if outcome.verdict == "unfinished" else "not finite"),
             _number(outcome.tokens_per_second, ",.0f"),
             outcome.verdict + at,
         )
@@ -202,8 +219,8 @@ def _table(outcomes: Sequence[library.Outcome], baselines: library.Baselines) ->
     return table
 
 
-def _number(value: float, form: str) -> str:
-    return format(value, form) if math.isfinite(value) else "not finite" if math.isinf(value) else "–"
+def _number(value: float, form: str, otherwise: str = "–") -> str:
+    return format(value, form) if math.isfinite(value) else otherwise
 
 
 def _show_sample(screen: Console, run: Path) -> None:

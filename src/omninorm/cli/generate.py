@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from omninorm.cli.console import harmless
+from omninorm.cli.harmless import harmless
 from omninorm.experiments.runs import load_run
 from omninorm.experiments.sample import stream_text
 

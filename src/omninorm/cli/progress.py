@@ -85,4 +85,4 @@ class _Lines:
 
 
 def _numbers(event: StepEvent) -> str:
-    return f"loss {event.loss:.3f}  rate {event.lr:.1e}  {event.tokens_per_second:,.0f} tok/s"
+    return f"loss {event.loss:.3f} nats/token  rate {event.lr:.1e}  {event.tokens_per_second:,.0f} tok/s"

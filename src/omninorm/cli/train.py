@@ -12,6 +12,7 @@ import torch
 import typer
 
 from omninorm.cli.console import console, generate_command, resume_command
+from omninorm.cli.harmless import harmless
 from omninorm.cli.progress import show_progress
 from omninorm.config import NORMALIZATIONS, PLACEMENTS, check_count
 from omninorm.errors import ConfigError
@@ -23,6 +24,7 @@ from omninorm.experiments.tokenizer import TOKENIZERS
 from omninorm.thinker.config import FEED_FORWARDS
 
 _PLAN = Plan()
+_SHOWN = 5
 _DEFAULTS = {
     **{field.name: getattr(_PLAN, field.name) for field in dataclasses.fields(_PLAN)},
     **_PLAN.model.to_dict(),
@@ -181,15 +183,17 @@ def _introduce(run: Run) -> None:
     files = "" if corpus.files == 1 else f"{corpus.files} files, "
     size = f"{len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held out"
     screen.print(f"Text   {corpus.source}: {files}{size}")
-    for skipped in corpus.skipped:
-        screen.print(f"       left out: {skipped}")
+    for skipped in corpus.skipped[:_SHOWN]:
+        screen.print(f"       left out: {harmless(skipped, one_line=True)}")
+    if len(corpus.skipped) > _SHOWN:
+        screen.print(f"       left out: {len(corpus.skipped) - _SHOWN} more")
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     norm = run.plan.model.norm
     shape = f"{run.plan.model.n_layers} blocks of width {run.plan.model.d_model}, {parameters:,} parameters"
     screen.print(f"Model  {shape}, {norm.normalization}, placement {norm.norm_placement}")
     screen.print(f"Run    {run.folder.path}, {torch.get_num_threads()} threads")
     for notice in run.notices:
-        screen.print(f"Note   {notice}")
+        screen.print(f"Note   {harmless(notice, one_line=True)}")
 
 
 def _give_up(run: Run) -> NoReturn:
@@ -206,8 +210,9 @@ def _conclude(result: TrainResult, run: Run) -> None:
         screen.print(f"Stopped after step {result.steps} with a checkpoint. Go on with:\n  {resume_command(folder)}")
         raise typer.Exit(128 + (result.signal or signal.SIGINT))
     if result.status == "diverged":
+        screen.print(f"Diverged at step {result.steps}: loss, gradient or weights are no longer finite.")
         screen.print(
-            f"Diverged at step {result.steps}: the loss or the gradient is no longer finite. Recorded in {folder}"
+            f"Try a smaller learning rate, gradient clipping, or another norm or placement. Recorded in {folder}"
         )
         raise typer.Exit(1)
     speed = f"{result.tokens_per_second:,.0f} tokens/s"

@@ -21,6 +21,7 @@ from omninorm.experiments.record import RECORD_FILE, read_record
 from omninorm.experiments.run_folder import CONFIG_FILE
 from omninorm.experiments.runs import Plan, build_model, create_run
 from omninorm.experiments.settings import TrainConfig
+from omninorm.experiments.workers import final_status
 from omninorm.thinker import ThinkerConfig
 
 # Name of the run's folder, what the table calls it, and its norms.
@@ -51,6 +52,7 @@ class Outcome:
         tokens_per_second: median over the steps.
         steps: optimizer steps done.
         losses: training loss of every step in bits per byte.
+        diverged_at: the step at which something was no longer finite.
         depth_grad_norms: gradient norm of each block's parameters at initialization, block 1 first.
     """
 
@@ -62,6 +64,7 @@ class Outcome:
     steps: int
     losses: tuple[float, ...]
     depth_grad_norms: tuple[float, ...]
+    diverged_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,6 @@ def prepare(folder: Path, plans: Mapping[str, Plan]) -> None:
             create_run(plan, path, ["omninorm", "train", "--resume", str(path)]).folder.close()
 
 
-def final_status(path: Path) -> str | None:
-    """ "finished" or "diverged" once the run has come to its end, else None."""
-    kinds = {event["kind"] for event in read_record(path / RECORD_FILE)}
-    return next((status for status in ("finished", "diverged") if status in kinds), None)
-
-
 def read_outcome(path: Path, depth_grad_norms: Sequence[float], unigram: float) -> Outcome:
     """What the record of a variant's run says."""
     events = read_record(path / RECORD_FILE)
@@ -129,6 +126,7 @@ def read_outcome(path: Path, depth_grad_norms: Sequence[float], unigram: float) 
         steps=len(steps),
         losses=tuple(event["loss"] / math.log(2.0) for event in steps),
         depth_grad_norms=tuple(depth_grad_norms),
+        diverged_at=next((event["step"] for event in events if event["kind"] == "diverged"), None),
     )
 
 

@@ -14,6 +14,7 @@ from omninorm.experiments.files import write_file, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by colour-blind readers too; line styles differ as well.
 _STYLES = [("#0072B2", "-"), ("#E69F00", "--"), ("#D55E00", "-."), ("#555555", ":")]
@@ -27,12 +28,7 @@ def draw(path: Path, outcomes: Sequence[Outcome], labels: Mapping[str, str], bas
         MissingExtraError: matplotlib is not installed.
         RunError: the file can't be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        remedy = 'install it with pip install "omninorm[demo]"'
-        raise MissingExtraError("the demo's figure needs matplotlib", "an installation without it", remedy) from error
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = load_matplotlib()(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for outcome, style in zip(outcomes, _STYLES, strict=True):
         _draw_losses(left, outcome, labels[outcome.name], style, 2 * baselines.unigram)
@@ -45,12 +41,26 @@ def draw(path: Path, outcomes: Sequence[Outcome], labels: Mapping[str, str], bas
         write_file(path, buffer.getvalue())
 
 
+def load_matplotlib() -> type[Figure]:
+    """matplotlib's Figure.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        remedy = 'install it with pip install "omninorm[demo]"'
+        raise MissingExtraError("the demo's figure needs matplotlib", "an installation without it", remedy) from error
+    return Figure
+
+
 def _draw_losses(axes: Axes, outcome: Outcome, label: str, style: tuple[str, str], top: float) -> None:
     color, line = style
     visible = [loss if math.isfinite(loss) else math.nan for loss in outcome.losses]
-    if outcome.verdict == "diverged":
-        axes.plot([], [], color=color, linestyle=line, label=f"{label}: diverged at step {outcome.steps + 1}")
-        axes.plot([outcome.steps + 1], [top * 0.985], marker="x", markersize=9, color=color, clip_on=False)
+    if outcome.diverged_at is not None:
+        told = f"{label}: diverged at step {outcome.diverged_at}"
+        axes.plot([outcome.diverged_at], [top * 0.985], marker="x", markersize=9, linestyle="", color=color, label=told)
         return
     axes.plot(range(1, len(visible) + 1), _smooth(visible), color=color, linestyle=line, label=label)
 

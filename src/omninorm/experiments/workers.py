@@ -6,12 +6,26 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from omninorm.errors import RunError
+from omninorm.experiments.record import RECORD_FILE, read_record
 
 LOG_FILE = "train.log"
+
+# Not `-m omninorm`, which would put the current folder, and any torch.py in it, before the installed packages.
+_START = """
+import sys
+sys.path = [path for path in sys.path if path]
+from omninorm.experiments.workers import end_with_parent
+end_with_parent(int(sys.argv[1]))
+from omninorm.cli import main
+main(sys.argv[2:])
+"""
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Workers:
@@ -29,25 +43,24 @@ class Workers:
         """Starts what can be started; false once nothing is left to do.
 
         Raises:
-            RunError: a process failed; what it said last is in the message.
+            RunError: a process ended before its run did; what it said last is in the message.
         """
         for run, process in list(self._working.items()):
             code = process.poll()
             if code is not None:
                 del self._working[run]
-                # 1 means that the training diverged, which is a result.
-                if code not in (0, 1):
-                    raise RunError("each run must come to its end", _explain(run, code), "see the log, then resume")
+                if final_status(run) is None:
+                    raise RunError("each run must come to its end", _explain(run, code), "see its log, then resume")
         while self._waiting and len(self._working) < self._count:
             self._start(self._waiting.pop(0))
         return bool(self._working)
 
     def _start(self, run: Path) -> None:
-        command = [sys.executable, "-m", "omninorm", "train", "--resume", str(run)]
+        arguments = [str(os.getpid()), "train", "--resume", str(run)]
         # A session of its own, so that a Ctrl-C reaches it once, from us.
         with open(run / LOG_FILE, "ab") as log:
             self._working[run] = subprocess.Popen(
-                command,
+                [sys.executable, "-c", _START, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -65,6 +78,23 @@ class Workers:
             process.wait()
 
 
+def final_status(run: Path) -> str | None:
+    """ "finished" or "diverged" once the run has come to its end, else None."""
+    kinds = {event["kind"] for event in read_record(run / RECORD_FILE)}
+    return next((status for status in ("finished", "diverged") if status in kinds), None)
+
+
+def end_with_parent(parent: int) -> None:
+    """Sends this process SIGTERM, which leaves a checkpoint, when the process that started it is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _explain(run: Path, code: int) -> str:
-    lines = (run / LOG_FILE).read_text(errors="replace").strip().splitlines()
+    lines = (run / LOG_FILE).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return f"exit code {code} of {run} ({lines[-1] if lines else 'it said nothing'})"
