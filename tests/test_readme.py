@@ -10,7 +10,7 @@ import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 # A block of Python, and the indented output that follows it.
-EXAMPLES = re.findall(r"```python\n(.*?)```\n\n((?: {4}.*\n)+)", README, re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```\n\n((?: {4}[^\n]*\n)+)", README, re.DOTALL)
 
 
 @pytest.mark.parametrize(("code", "output"), EXAMPLES)
