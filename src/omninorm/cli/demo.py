@@ -199,13 +199,19 @@ def _conclude(screen: Console, folder: Path, outcomes: Sequence[library.Outcome]
 
 
 def _table(outcomes: Sequence[library.Outcome], baselines: library.Baselines) -> Table:
-    table = Table(title="\nHeld-out text, in bits per byte (lower is better)", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("model")
+    table = Table(
+        title="\nHeld-out text, in bits per byte (lower is better)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("model", no_wrap=True)
     for heading in ("bits/byte", "largest\ngradient", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for outcome in outcomes:
-        at = f" at step {outcome.diverged_at}" if outcome.verdict == "diverged" else ""
+        at = f", step {outcome.diverged_at}" if outcome.verdict == "diverged" else ""
         table.add_row(
             _LABELS[outcome.name],
             _number(outcome.bits_per_byte, ".3f"),
@@ -215,7 +221,7 @@ def _table(outcomes: Sequence[library.Outcome], baselines: library.Baselines) ->
         )
     table.add_section()
     table.add_row("byte frequencies", _number(baselines.unigram, ".3f"), "", "", "baseline")
-    table.add_row("xz after the training text", _number(baselines.xz, ".3f"), "", "", "baseline")
+    table.add_row("xz after training text", _number(baselines.xz, ".3f"), "", "", "baseline")
     return table
 
 

@@ -76,7 +76,7 @@ def _finish_losses(axes: Axes, baselines: Baselines) -> None:
     axes.axhline(baselines.xz, color="black", linewidth=0.8)
     place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "fontsize": 8, "ha": "right", "va": "bottom"}
     axes.annotate(f"byte frequencies {baselines.unigram:.2f}", (0.99, baselines.unigram), **place)
-    axes.annotate(f"xz {baselines.xz:.2f}", (0.99, baselines.xz), **place)
+    axes.annotate(f"xz after training text {baselines.xz:.2f}", (0.99, baselines.xz), **place)
     axes.set(title="Training loss", xlabel="step", ylabel=f"bits per byte (mean of {_SMOOTHING} steps)")
     axes.set_ylim(baselines.xz - 0.4, 2 * baselines.unigram)
     axes.legend(fontsize=8)
