@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from omninorm.errors import RunError
+from omninorm.errors import MissingExtraError, RunError
 from omninorm.experiments import build_model, build_optimizer, list_checkpoints, load_checkpoint, save_checkpoint
 from omninorm.thinker import ThinkerConfig
 
@@ -153,8 +156,49 @@ def test_a_foreign_dtype_is_refused(saved):
         load_checkpoint(folder, 4, model.bfloat16())
 
 
+def _replace(checkpoint, name, content):
+    """Other content with the right size and digest, so that it is the content itself that must be refused."""
+    (checkpoint / name).write_bytes(content)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
 def test_a_pickle_is_never_opened(saved):
     folder, model, optimizer = saved
-    torch.save(model.state_dict(), folder / "step-4" / "model.safetensors")
-    with pytest.raises(RunError, match=r"model\.safetensors"):
+    pickled = io.BytesIO()
+    torch.save(model.state_dict(), pickled)
+    _replace(folder / "step-4", "model.safetensors", pickled.getvalue())
+    with pytest.raises(RunError, match=r"must be made of safetensors files.*model\.safetensors"):
         load_checkpoint(folder, 4, model, optimizer)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]"])
+def test_what_is_no_safetensors_file_is_refused_although_its_digest_is_right(saved, content):
+    folder, model, optimizer = saved
+    _replace(folder / "step-4", "model.safetensors", content)
+    with pytest.raises(RunError, match=r"must be made of safetensors files.*model\.safetensors; delete .*step-2"):
+        load_checkpoint(folder, 4, model, optimizer)
+
+
+@pytest.mark.parametrize("name", ["step-02", "step-٣", "step-", "step--1", "step-2x"])
+def test_a_folder_of_another_name_is_no_checkpoint(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_the_name_of_the_first_folder_is_durable(tmp_path, small, monkeypatch):
+    synced = []
+    monkeypatch.setattr("omninorm.experiments.checkpoint.sync_folder", synced.append, raising=False)
+    model, optimizer = _trained(small)
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "checkpoints", step, model, optimizer, keep=2)
+    assert synced == [tmp_path]
+
+
+@pytest.mark.parametrize(("module", "package"), [("safetensors.torch", "safetensors"), ("numpy", "numpy")])
+def test_a_missing_package_is_named(saved, monkeypatch, module, package):
+    folder, model, optimizer = saved
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf"without {package}; install it with .*omninorm\[train\]"):
+        save_checkpoint(folder, 6, model, optimizer, keep=2)

@@ -141,3 +141,61 @@ def test_windows_are_consecutive_tokens_and_reach_both_ends():
 def test_seeds_beyond_32_bits_differ():
     tokens = torch.arange(1000)
     assert not torch.equal(windows(tokens, 1, 1, 8, 4), windows(tokens, 1 + 2**32, 1, 8, 4))
+
+
+def test_runs_environments_and_hidden_files_are_no_text(tmp_path):
+    for name in ("runs/a-1/checkpoints/step-1", "runs/b/inner", ".git/refs", "venv/lib", "chapter"):
+        (tmp_path / name).mkdir(parents=True)
+    marks = [
+        "runs/a-1/config.json",
+        "runs/b/config.json",
+        "runs/b/record.jsonl",
+        "runs/b/inner/x.txt",
+        "venv/pyvenv.cfg",
+    ]
+    for name in (*marks, "venv/lib/x.py", ".git/config", ".hidden", "chapter/.swp", "runs/a-1/checkpoints/x"):
+        (tmp_path / name).write_text("no text of mine\n")
+    for name in ("a.txt", "chapter/b.txt", "runs/notes.txt", "chapter/config.json"):
+        (tmp_path / name).write_text(f"{name}\n")
+    corpus = load_corpus(tmp_path)
+    assert corpus.train + corpus.held_out == b"a.txt\nchapter/b.txt\nchapter/config.json\nruns/notes.txt\n"
+    assert sorted(corpus.skipped) == [
+        "3 hidden files and folders",
+        "runs/a-1 (a run of omninorm)",
+        "runs/b (a run of omninorm)",
+        "venv (a virtual environment)",
+    ]
+
+
+def test_a_run_s_own_folder_is_no_text(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "record.jsonl").write_text("{}")
+    with pytest.raises(DataError, match="must not be a run's own folder"):
+        load_corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "the text's path must not be empty, but got ''"),
+        ("x" * 300, "File name too long at .*check the path"),
+        ("~nobody-of-this-name/text.txt", "must lead somewhere, but got ~nobody-of-this-name/text.txt"),
+    ],
+)
+def test_a_path_that_can_lead_nowhere_is_refused(path, message):
+    with pytest.raises(DataError, match=message):
+        load_corpus(path)
+
+
+def test_a_large_binary_file_is_refused_by_its_first_bytes(tmp_path):
+    path = tmp_path / "disk.img"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # takes no space on the disk, but no memory could hold it
+    with pytest.raises(DataError, match="a NUL at byte 0 of"):
+        load_corpus(path)
+
+
+def test_a_nul_after_the_first_bytes_is_found_too(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"x" * 10_000 + b"\0")
+    with pytest.raises(DataError, match="a NUL at byte 10000 of"):
+        load_corpus(tmp_path / "text.txt")

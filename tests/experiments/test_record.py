@@ -92,3 +92,34 @@ def test_what_a_killed_run_did_after_its_checkpoint_is_taken_back(tmp_path):
 def test_events_survive_the_record(tmp_path, event):
     _write(tmp_path / "record.jsonl", to_record(event))
     assert from_record(read_record(tmp_path / "record.jsonl")[0]) == event
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"kind": 1, "step": 1}', "a kind that is no name"),
+        ('{"kind": ["step"], "step": 1}', "a kind that is no name"),
+        ('{"kind": "step", "step": "1"}', "a step that is no count"),
+        ('{"kind": "step", "step": -1}', "a step that is no count"),
+        ('{"kind": "step", "step": 1.5}', "a step that is no count"),
+        ('{"kind": "step", "step": true}', "step is not a number"),
+        ('{"kind": "step", "step": 1, "loss": "low"}', "loss is not a number"),
+        ('{"kind": "step", "step": 1, "loss": null}', "loss is not a number"),
+        ('{"kind": "step", "step": 1, "clock": 3}', "a clock without durations"),
+        ('{"kind": "step", "step": 1, "clock": {"seconds": []}}', "seconds is not a number"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_an_event_of_another_shape_is_an_error_with_its_number(tmp_path, line, reason):
+    path = tmp_path / "record.jsonl"
+    path.write_text('{"kind": "step", "step": 1}\n' + line + "\n")
+    with pytest.raises(RunError, match=rf"line 2 of .*{reason}"):
+        read_record(path)
+
+
+def test_the_name_of_a_new_record_is_durable(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("omninorm.experiments.record.sync_folder", synced.append, raising=False)
+    for _ in range(2):
+        Record(tmp_path / "record.jsonl").close()
+    assert synced == [tmp_path]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from omninorm.errors import RunError
-from omninorm.experiments import RunFolder, fresh_folder, is_finished
+from omninorm.experiments import RunFolder, build_optimizer, fresh_folder, is_finished, run_folder, save_checkpoint
+from omninorm.experiments.run_folder import read_config
 
 CONFIG = {"model": {}}
 
@@ -122,12 +125,69 @@ def test_fresh_names_count_up(tmp_path):
     assert fresh_folder("kjv", tmp_path).name == "kjv-3"
 
 
-def test_a_run_is_finished_when_its_record_says_so(tmp_path):
-    with RunFolder.create(tmp_path, CONFIG, {}) as run:
-        run.record.append({"kind": "step", "step": 1})
+def test_a_run_is_finished_when_its_record_and_its_last_checkpoint_say_so(tmp_path, model, small):
+    with RunFolder.create(tmp_path, {"train": {"steps": 2}}, {}) as run:
+        run.record.append({"kind": "step", "step": 2})
+        optimizer = build_optimizer(model, small)
+        save_checkpoint(run.checkpoints, 1, model, optimizer, keep=2)
+        last = save_checkpoint(run.checkpoints, 2, model, optimizer, keep=2)
         assert not is_finished(tmp_path)
-        run.record.append({"kind": "finished", "step": 1})
+        run.record.append({"kind": "finished", "step": 2})
         assert is_finished(tmp_path)
+        content = (last / "model.safetensors").read_bytes()
+        (last / "model.safetensors").write_bytes(content[:-1])
+        assert not is_finished(tmp_path)
+        shutil.rmtree(last)
+        assert not is_finished(tmp_path)
+        shutil.rmtree(run.checkpoints)
+        assert not is_finished(tmp_path)
+
+
+def test_a_loser_leaves_the_winner_s_folder_alone(tmp_path, monkeypatch):
+    """Another process makes the folder after this one has looked, and has the lock but has written nothing yet."""
+    path, check, winner = tmp_path / "run", run_folder._check_empty, contextlib.ExitStack()
+
+    def lose(folder):
+        check(folder)
+        folder.mkdir()
+        winner.enter_context(run_folder._locked(folder))
+
+    monkeypatch.setattr(run_folder, "_check_empty", lose)
+    with winner:
+        with pytest.raises(RunError, match="only one process may write a run"):
+            RunFolder.create(path, CONFIG, {})
+        assert _tree(tmp_path) == ["run", "run/.lock"]
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    RunFolder.create(tmp_path, CONFIG, {}).close()
+    monkeypatch.setattr("fcntl.flock", lambda descriptor, operation: (tmp_path / ".lock").unlink())
+    with pytest.raises(RunError, match="only one process may write a run"):
+        RunFolder(tmp_path)
+
+
+def test_without_a_record_there_is_no_run(tmp_path, monkeypatch):
+    def refuse(path):
+        raise RunError("a record must be writable", "a full disk", "free some space")
+
+    monkeypatch.setattr(run_folder, "Record", refuse)
+    (tmp_path / "there").mkdir()
+    for name in ("new", "there"):
+        with pytest.raises(RunError, match="a full disk"):
+            RunFolder.create(tmp_path / name, CONFIG, {"tokenizer.json": b"{}"})
+    assert _tree(tmp_path) == ["there"]
+
+
+def test_a_name_that_is_no_text_is_kept(tmp_path):
+    name = os.fsdecode(b"run\xff")
+    RunFolder.create(tmp_path / name, {"command": [name]}, {}).close()
+    assert read_config(tmp_path / name)["command"] == [name]
+
+
+@pytest.mark.parametrize("use", [RunFolder, is_finished, lambda path: RunFolder.create(path, CONFIG, {})])
+def test_a_name_that_is_too_long_is_refused(tmp_path, use):
+    with pytest.raises(RunError, match="File name too long"):
+        use(tmp_path / ("x" * 300))
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 import torch
 
@@ -70,3 +73,25 @@ def test_sizes_that_do_not_go_with_the_kind_are_refused():
         build_tokenizer("bpe", 256, TEXT)
     with pytest.raises(ConfigError, match="byte, bpe, but got 'words'"):
         build_tokenizer("words", None, TEXT)
+
+
+def test_a_vocabulary_with_a_gap_is_refused(bpe, tmp_path):
+    content = json.loads(bpe.to_json())
+    content["model"]["vocab"] = {word: index * 2 for word, index in content["model"]["vocab"].items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(RunError, match=r"tokenizer\.json must be a byte-level BPE tokenizer.*restore the file"):
+        load_tokenizer("bpe", tmp_path)
+
+
+def test_another_tokenizer_than_the_one_written_is_refused(bpe, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(bpe.to_json(), encoding="utf-8")
+    digest = hashlib.sha256(bpe.to_json().encode()).hexdigest()
+    assert load_tokenizer("bpe", tmp_path, digest).vocab_size == 300
+    (tmp_path / "tokenizer.json").write_text(BpeTokenizer.train(TEXT, 299).to_json(), encoding="utf-8")
+    with pytest.raises(RunError, match=r"tokenizer\.json must be what was written, but got other content in"):
+        load_tokenizer("bpe", tmp_path, digest)
+
+
+def test_a_vocabulary_that_no_memory_holds_is_refused():
+    with pytest.raises(ConfigError, match="vocab_size of a BPE tokenizer must be at most 1048576, but got 1048577"):
+        build_tokenizer("bpe", 2**20 + 1, b"some text")

@@ -14,6 +14,7 @@ from omninorm.experiments import (
     ByteTokenizer,
     CheckpointEvent,
     EvalEvent,
+    RunFolder,
     StepEvent,
     StopEvent,
     TrainConfig,
@@ -197,3 +198,15 @@ def test_any_model_can_be_trained(text_file, small):
     model = nn.Sequential(nn.Embedding(256, 8), nn.Linear(8, 256))
     data = tokenize(load_corpus(text_file), ByteTokenizer(), 16)
     assert train(model, data, small).status == "finished"
+
+
+def test_weights_that_are_not_finite_are_never_written_over_good_ones(data, small, tmp_path):
+    """Weight decay overflows them in the first step, after a loss and a gradient that are fine."""
+    config = replace(
+        small, lr=1e38, weight_decay=100.0, warmup_steps=0, schedule="constant", checkpoint_every=1, eval_every=6
+    )
+    with RunFolder.create(tmp_path / "run", {}, {}) as run:
+        result = train(build_model(SHAPE, 0), data, config, run=run)
+        assert (result.status, result.steps) == ("diverged", 1)
+        assert all(math.isfinite(loss) for loss in result.losses)
+        assert run.newest() is None

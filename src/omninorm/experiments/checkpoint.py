@@ -8,6 +8,7 @@ state.json             format, step, and size and SHA-256 of the two files; noth
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.errors import MissingExtraError, RunError
-from omninorm.experiments.files import remove_folder, write_folder, writing
+from omninorm.experiments.files import remove_folder, sync_folder, write_folder, writing
 
 FORMAT = 1
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -34,7 +35,9 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
     state = {"format": FORMAT, "step": step, "files": {name: _describe(data) for name, data in files.items()}}
     path = folder / f"step-{step}"
     with writing(path):
-        folder.mkdir(exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir()
+            sync_folder(folder.parent)
         write_folder(path, {**files, _STATE: json.dumps(state, indent=1).encode()})
         for old in list_checkpoints(folder)[:-keep]:
             remove_folder(folder / f"step-{old}")
@@ -44,7 +47,22 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
 def list_checkpoints(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, oldest first."""
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
-    return sorted(int(name) for name in names if name.isdecimal())
+    # A name such as step-02 is not one that `save_checkpoint` gives, nor one that it would find again.
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+
+def is_whole(folder: Path, step: int) -> bool:
+    """Whether `folder`/step-N can be read and is what was written."""
+    try:
+        _read_checked(folder / f"step-{step}")
+    except RunError:
+        return False
+    return True
+
+
+def check_packages() -> None:
+    """Raises MissingExtraError unless checkpoints can be written and read here."""
+    _safetensors()
 
 
 def load_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -122,7 +140,16 @@ def _read_checked(path: Path) -> dict[str, dict[str, Tensor]]:
             raise RunError("a checkpoint must be whole", received, "")
         if _describe(content) != expected:
             raise RunError("a checkpoint must be what was written", f"other content in {path / name}", "")
-        tensors[name] = _safetensors().load(content)
+        tensors[name] = _parse(path / name, content)
+    return tensors
+
+
+def _parse(path: Path, content: bytes) -> dict[str, Tensor]:
+    library = _safetensors()
+    try:
+        tensors: dict[str, Tensor] = library.load(content)
+    except Exception as error:  # the library's own error, and what torch says of sizes that can't be
+        raise RunError("a checkpoint must be made of safetensors files", f"{error} in {path}", "") from error
     return tensors
 
 
@@ -131,7 +158,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         state = json.loads(_read(path))
         version, files = state["format"], state["files"]
         sizes = [(files[name]["bytes"], files[name]["sha256"]) for name in (_MODEL, _OPTIMIZER)]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         received = f"{type(error).__name__} in {path}"
         raise RunError("a checkpoint must have a readable state.json", received, "") from error
     if version != FORMAT:
@@ -166,11 +193,8 @@ def _check_match(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Te
 def _remedy(folder: Path, step: int) -> str:
     """What to do about a damaged checkpoint: the newest older one that is whole is named, never silently used."""
     for older in reversed([found for found in list_checkpoints(folder) if found < step]):
-        try:
-            _read_checked(folder / f"step-{older}")
-        except RunError:
-            continue
-        return f"delete {folder / f'step-{step}'} to go back to step-{older}, which is whole"
+        if is_whole(folder, older):
+            return f"delete {folder / f'step-{step}'} to go back to step-{older}, which is whole"
     return f"restore {folder / f'step-{step}'}, or delete it to start from the first step"
 
 
@@ -180,9 +204,11 @@ def _describe(content: bytes) -> dict[str, Any]:
 
 def _safetensors() -> Any:
     try:
+        importlib.import_module("numpy")  # safetensors.torch itself imports it only when it writes
         import safetensors.torch
     except ImportError as error:
+        name = (error.name or "safetensors").partition(".")[0]
         remedy = 'install it with pip install "omninorm[train]"'
-        missing = MissingExtraError("checkpoints need the package safetensors", "an installation without it", remedy)
-        raise missing from error
+        invariant = "checkpoints need the packages safetensors and numpy"
+        raise MissingExtraError(invariant, f"an installation without {name}", remedy) from error
     return safetensors.torch

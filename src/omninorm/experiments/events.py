@@ -43,7 +43,7 @@ class CheckpointEvent:
 @dataclass(frozen=True)
 class StopEvent:
     """The end of this process's part: "finished", "diverged" (the loss or the gradient norm of step `step` was not
-    finite, or the evaluation was not) or "interrupted" (by `signal`)."""
+    finite, or the evaluation, or the weights that a checkpoint would hold) or "interrupted" (by `signal`)."""
 
     step: int
     status: str

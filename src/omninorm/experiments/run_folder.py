@@ -6,13 +6,12 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omninorm.errors import RunError
-from omninorm.experiments.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from omninorm.experiments.checkpoint import is_whole, list_checkpoints, load_checkpoint, save_checkpoint
 from omninorm.experiments.files import TEMPORARY, remove_temporaries, write_file, writing
 from omninorm.experiments.record import RECORD_FILE, Record, read_record
 
@@ -22,6 +21,10 @@ FORMAT = 1
 _LOCK = ".lock"
 
 __all__ = ["RunFolder", "fresh_folder", "list_checkpoints", "load_checkpoint", "save_checkpoint"]
+
+
+class FolderTakenError(RunError):
+    """Another run is in the folder, or just being made there."""
 
 
 class RunFolder:
@@ -41,44 +44,40 @@ class RunFolder:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_locked(path))
             self._open(stack)
+            self._resources = stack.pop_all()
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any], files: Mapping[str, bytes]) -> RunFolder:
         """Makes a new folder with config.json and `files`.
 
         Raises:
-            RunError: the folder has something in it, can't be written, or the disk is full. What was made is
-                removed again.
+            RunError: the folder can't be written, or the disk is full. What was made is removed again.
+            FolderTakenError: it has something in it, or another process is making a run there.
         """
         run = cls.__new__(cls)
         run.path = path
-        made = not path.exists()
         _check_empty(path)
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(_locked(path))
-                _check_empty(path)  # again: until the lock was held another process could fill it
-                run._write(config, files)
+        made = _make_folder(path)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_locked(path))
+            _check_empty(path)  # again: until the lock was held another process could fill it
+            try:
                 run._open(stack)
-        except BaseException:
-            if made and not _entries(path):
-                shutil.rmtree(path, ignore_errors=True)
-            raise
+                run._write(config, files)
+            except BaseException:
+                _undo(path, (*files, CONFIG_FILE, RECORD_FILE, _LOCK), made)
+                raise
+            run._resources = stack.pop_all()
         return run
 
     def _write(self, config: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        # ASCII, because the name of a file may have bytes that are no characters; JSON can escape what they became.
+        text = json.dumps({"format": FORMAT, **config}, indent=2)
         with writing(self.path):
-            remove_temporaries(self.path)
-            try:
-                for name, content in files.items():
-                    write_file(self.path / name, content)
-                # Last, since it is what makes the folder a run.
-                text = json.dumps({"format": FORMAT, **config}, indent=2, ensure_ascii=False)
-                write_file(self.path / CONFIG_FILE, text.encode())
-            except BaseException:
-                for name in (*files, _LOCK):
-                    (self.path / name).unlink(missing_ok=True)
-                raise
+            for name, content in files.items():
+                write_file(self.path / name, content)
+            # Last, since it is what makes the folder a run.
+            write_file(self.path / CONFIG_FILE, text.encode())
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         with writing(self.path):
@@ -86,7 +85,6 @@ class RunFolder:
             remove_temporaries(self.checkpoints)
         self.record = Record(self.path / RECORD_FILE)
         stack.callback(self.record.close)
-        self._resources = stack.pop_all()
 
     @property
     def checkpoints(self) -> Path:
@@ -120,7 +118,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         remedy = "name the folder that omninorm train wrote"
         raise RunError(f"a run's folder must have a {CONFIG_FILE}", f"{error.strerror} at {file}", remedy) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{CONFIG_FILE} must be JSON", f"{error} in {file}", "restore the file") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         received = f"{config.get('format')!r}" if isinstance(config, dict) else type(config).__name__
@@ -138,15 +136,31 @@ def fresh_folder(name: str, parent: Path = Path("runs")) -> Path:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether the run in `path` has done all its steps."""
-    return any(event["kind"] == "finished" for event in read_record(path / RECORD_FILE))
+    """Whether the run in `path` has done all its steps and has the whole checkpoint of the last one.
+
+    Raises:
+        RunError: there is no such run, or its record is damaged.
+    """
+    train = read_config(path).get("train")
+    last = train.get("steps") if isinstance(train, dict) else None
+    if not any(event["kind"] == "finished" for event in read_record(path / RECORD_FILE)):
+        return False
+    folder = path / CHECKPOINTS
+    steps = list_checkpoints(folder)
+    return bool(steps) and steps[-1] == last and is_whole(folder, steps[-1])
+
+
+def is_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder looks like a run, whole or not; nothing is read."""
+    config, *others = (os.path.join(folder, name) for name in (CONFIG_FILE, RECORD_FILE, CHECKPOINTS))
+    return os.path.lexists(config) and any(map(os.path.lexists, others))
 
 
 def _check_empty(path: Path) -> None:
     if entries := _entries(path):
         received = f"{path} with {entries[0]!r} in it"
         remedy = "choose another folder, or resume the run that is in it"
-        raise RunError("a new run needs an empty or a new folder", received, remedy)
+        raise FolderTakenError("a new run needs an empty or a new folder", received, remedy)
 
 
 def _entries(path: Path) -> list[str]:
@@ -159,17 +173,43 @@ def _entries(path: Path) -> list[str]:
     return [name for name in names if name != _LOCK and not name.startswith(TEMPORARY)]
 
 
+def _make_folder(path: Path) -> bool:
+    """Makes a folder and those above it; false if it was there already, perhaps since a moment ago."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            return False
+    return True
+
+
+def _undo(path: Path, names: Sequence[str], made: bool) -> None:
+    """Removes what a failed creation wrote; only for the holder of the lock, who found the folder empty."""
+    for name in names:
+        (path / name).unlink(missing_ok=True)
+    if made:
+        with contextlib.suppress(OSError):  # not empty: someone else has put something there
+            path.rmdir()
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _lock(descriptor, path / _LOCK):
             remedy = "wait for it, stop it, or choose another folder"
-            raise RunError("only one process may write a run", f"another one at work on {path}", remedy) from error
+            raise FolderTakenError("only one process may write a run", f"another one at work on {path}", remedy)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Locks an open file; false if another process has it, or has removed it since it was opened."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        return False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -11,18 +13,21 @@ from typing import Any
 import torch
 
 from omninorm.config import NormConfig, check_choice, check_keys
-from omninorm.errors import ConfigError, OmninormError, RunError
-from omninorm.experiments.checkpoint import list_checkpoints, load_checkpoint
+from omninorm.errors import ConfigError, DataError, OmninormError, RunError
+from omninorm.experiments.checkpoint import check_packages, list_checkpoints, load_checkpoint
 from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
 from omninorm.experiments.events import Callback, TrainResult
 from omninorm.experiments.interrupt import Interrupt
 from omninorm.experiments.provenance import git_commit, versions
 from omninorm.experiments.record import RECORD_FILE, read_record
-from omninorm.experiments.run_folder import CHECKPOINTS, RunFolder, fresh_folder, read_config
+from omninorm.experiments.run_folder import CHECKPOINTS, FolderTakenError, RunFolder, fresh_folder, read_config
 from omninorm.experiments.settings import TrainConfig
 from omninorm.experiments.tokenizer import TOKENIZER_FILE, TOKENIZERS, Tokenizer, build_tokenizer, load_tokenizer
 from omninorm.experiments.train import train
 from omninorm.thinker import Thinker, ThinkerConfig
+
+_SECTIONS = ("model", "train", "tokenizer", "data", "versions")
+_MOST_SKIPPED = 20  # entries in config.json
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,9 @@ def create_run(plan: Plan, path: Path | None = None, command: Sequence[str] = ()
 
     Raises:
         DataError, ConfigError, RunError: as their parts say; then nothing was written.
+        MissingExtraError: a package that this or the checkpoints need is not installed.
     """
+    check_packages()
     corpus = load_corpus(plan.text, plan.held_out)
     tokenizer = build_tokenizer(plan.tokenizer, plan.vocab_size, corpus.train)
     plan = replace(
@@ -126,8 +133,17 @@ def create_run(plan: Plan, path: Path | None = None, command: Sequence[str] = ()
     model = build_model(plan.model, plan.train.seed)
     serialized = tokenizer.to_json()
     files = {} if serialized is None else {TOKENIZER_FILE: serialized.encode()}
-    folder = RunFolder.create(path or fresh_folder(corpus.name), _describe(plan, corpus, command), files)
+    folder = _create_folder(path, corpus.name, _describe(plan, corpus, files, command), files)
     return Run(plan, folder, corpus, tokenizer, data, model)
+
+
+def _create_folder(path: Path | None, name: str, config: Mapping[str, Any], files: Mapping[str, bytes]) -> RunFolder:
+    while path is None:
+        try:
+            return RunFolder.create(fresh_folder(name), config, files)
+        except FolderTakenError:  # by a run that was started at the same moment: take the next name
+            continue
+    return RunFolder.create(path, config, files)
 
 
 def open_run(path: Path, text: str | None = None) -> Run:
@@ -140,20 +156,40 @@ def open_run(path: Path, text: str | None = None) -> Run:
     Raises:
         RunError: no run, a damaged one, one that another process is at work on, one that diverged, or the text is
             not the one that the run was started with.
+        DataError: the text is no longer there, or no text any more.
+        MissingExtraError: a package that this or the checkpoints need is not installed.
     """
+    check_packages()
     config = read_config(path)
     plan = read_plan(path)
     if any(event["kind"] == "diverged" for event in read_record(path / RECORD_FILE)):
         remedy = "start a new run with a smaller learning rate, gradient clipping, or another norm or placement"
         raise RunError("only a run that has not diverged can go on", f"one that has, {path}", remedy)
-    corpus = load_corpus(text or plan.text, plan.held_out)
+    corpus = _load_again(plan, text)
     if corpus.sha256 != config["data"].get("sha256"):
         remedy = "restore the text, or start a new run"
         raise RunError("a resumed run needs the text it was started with", f"another one at {corpus.source}", remedy)
-    tokenizer = load_tokenizer(plan.tokenizer, path)
+    tokenizer = _load_tokenizer(path, plan, config)
     data = tokenize(corpus, tokenizer, plan.train.seq_len, plan.train.eval_bytes)
     model = build_model(plan.model, plan.train.seed)
     return Run(plan, RunFolder(path), corpus, tokenizer, data, model, _changes(config))
+
+
+def _load_again(plan: Plan, text: str | None) -> Corpus:
+    try:
+        return load_corpus(plan.text if text is None else text, plan.held_out)
+    except DataError as error:
+        remedy = "restore the run's text, or name where it is now (--text)"
+        raise DataError(error.invariant, error.received, remedy) from error
+
+
+def _load_tokenizer(path: Path, plan: Plan, config: Mapping[str, Any]) -> Tokenizer:
+    tokenizer = load_tokenizer(plan.tokenizer, path, config["tokenizer"].get("sha256"))
+    if tokenizer.vocab_size != plan.model.vocab_size:
+        received = f"{tokenizer.vocab_size} and {plan.model.vocab_size} in {path}"
+        remedy = "restore the files of the original run or train again"
+        raise RunError("a run's tokenizer and its model must have the same number of tokens", received, remedy)
+    return tokenizer
 
 
 def read_plan(path: Path) -> Plan:
@@ -164,17 +200,26 @@ def read_plan(path: Path) -> Plan:
     """
     config = read_config(path)
     try:
-        data = config["data"]
+        _check_sections(config)
+        data, tokenizer = config["data"], config["tokenizer"]
         return Plan(
             model=ThinkerConfig.from_dict(config["model"]),
             train=TrainConfig.from_dict(config["train"]),
             text=data["text"],
             held_out=data["held_out"],
-            **config["tokenizer"],
+            **{name: value for name, value in tokenizer.items() if name != "sha256"},
         )
     except (OmninormError, KeyError, TypeError) as error:
         remedy = "restore the file, or use the version of omninorm that wrote it"
         raise RunError("config.json must describe a run", f"{error} in {path}", remedy) from error
+
+
+def _check_sections(config: Mapping[str, Any]) -> None:
+    for name in _SECTIONS:
+        if not isinstance(config[name], dict):
+            raise TypeError(f"{name} that is {type(config[name]).__name__}, no object,")
+    if not isinstance(config["data"]["text"], (str, type(None))):
+        raise TypeError("a text that is no path")
 
 
 def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, int]:
@@ -183,6 +228,7 @@ def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, i
     Raises:
         RunError: no run, no such checkpoint, or a damaged one.
     """
+    check_packages()
     plan = read_plan(path)
     steps = list_checkpoints(path / CHECKPOINTS)
     if not steps:
@@ -193,27 +239,39 @@ def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, i
     chosen = steps[-1] if step is None else step
     model = build_model(plan.model, plan.train.seed)
     load_checkpoint(path / CHECKPOINTS, chosen, model)
-    return model.eval(), load_tokenizer(plan.tokenizer, path), chosen
+    return model.eval(), _load_tokenizer(path, plan, read_config(path)), chosen
 
 
 def build_model(config: ThinkerConfig, seed: int) -> Thinker:
-    """A Thinker whose initial weights depend on the seed alone. Leaves torch's global generator seeded, too."""
+    """A Thinker whose initial weights depend on the seed alone. Leaves torch's global generator seeded, too.
+
+    Raises:
+        ConfigError: the model does not fit in memory.
+    """
     torch.manual_seed(seed)
-    return Thinker(config)
+    try:
+        return Thinker(config)
+    except (MemoryError, RuntimeError, TypeError, OverflowError) as error:
+        # Torch has no class of its own for this: a RuntimeError, and others where a size is beyond 64 bits.
+        if not isinstance(error, MemoryError) and not re.search("allocate|overflow", str(error), re.IGNORECASE):
+            raise
+        received = f"d_model={config.d_model}, n_layers={config.n_layers}, vocab_size={config.vocab_size}"
+        raise ConfigError("a model must fit in memory", received, "choose a smaller one") from error
 
 
-def _describe(plan: Plan, corpus: Corpus, command: Sequence[str]) -> dict[str, Any]:
+def _describe(plan: Plan, corpus: Corpus, files: Mapping[str, bytes], command: Sequence[str]) -> dict[str, Any]:
     """What config.json says."""
+    digest = {"sha256": hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()} if TOKENIZER_FILE in files else {}
     return {
         "model": plan.model.to_dict(),
         "train": plan.train.to_dict(),
-        "tokenizer": {"tokenizer": plan.tokenizer, "vocab_size": plan.vocab_size},
+        "tokenizer": {"tokenizer": plan.tokenizer, "vocab_size": plan.vocab_size, **digest},
         "data": {
             "text": plan.text,
             "source": corpus.source,
             "held_out": plan.held_out,
             "files": corpus.files,
-            "skipped": list(corpus.skipped),
+            "skipped": _shorten(corpus.skipped),
             "train_bytes": len(corpus.train),
             "held_out_bytes": len(corpus.held_out),
             "sha256": corpus.sha256,
@@ -224,6 +282,11 @@ def _describe(plan: Plan, corpus: Corpus, command: Sequence[str]) -> dict[str, A
         "command": list(command),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _shorten(skipped: Sequence[str]) -> list[str]:
+    more = len(skipped) - _MOST_SKIPPED
+    return [*skipped[:_MOST_SKIPPED], *([f"and {more} more"] if more > 0 else [])]
 
 
 def _changes(config: Mapping[str, Any]) -> tuple[str, ...]:

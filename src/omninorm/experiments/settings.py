@@ -12,6 +12,8 @@ from omninorm.errors import ConfigError
 
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
+# What float32, in which the weights are, still holds: beyond it a number becomes 0 or infinite.
+_SMALLEST, _LARGEST = 1e-38, 3e38
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,14 @@ class TrainConfig:
         steps: optimizer steps, ≥ 1.
         batch_size: windows per micro-batch; a step sees batch_size · grad_accumulation windows.
         seq_len: tokens per window.
-        lr: the largest learning rate, reached at the end of the warm-up, > 0.
+        lr: the largest learning rate, reached at the end of the warm-up, in [1e-38, 3e38].
         warmup_steps: steps of linear warm-up, at most `steps`; None means a tenth of the steps, at most 100.
         schedule: "cosine" falls to min_lr_ratio · lr at the last step; "constant" stays at lr.
         min_lr_ratio: where the cosine ends, as a share of lr, in [0, 1].
         weight_decay: AdamW's decoupled decay, ≥ 0; see `omninorm.experiments.optim` for what it applies to.
         betas: AdamW's averaging factors, each in [0, 1).
-        adam_eps: AdamW's ε, > 0.
-        grad_clip: largest total gradient norm, > 0; None never clips. The norm is recorded either way.
+        adam_eps: AdamW's ε, in [1e-38, 3e38].
+        grad_clip: largest total gradient norm, in [1e-38, 3e38]; None never clips. The norm is recorded either way.
         grad_accumulation: micro-batches per step. It changes memory, not mathematics: the windows of a step are the
             same however they are divided.
         precision: "fp32", or "bf16" for autocast (parameters, moments and the loss stay in fp32).
@@ -78,12 +80,12 @@ class TrainConfig:
         self._check_warmup()
 
     def _check_numbers(self) -> None:
-        check_number("lr", self.lr, above=0.0)
+        _check_positive("lr", self.lr)
         check_number("min_lr_ratio", self.min_lr_ratio, at_least=0.0, at_most=1.0)
         check_number("weight_decay", self.weight_decay, at_least=0.0)
-        check_number("adam_eps", self.adam_eps, above=0.0)
+        _check_positive("adam_eps", self.adam_eps)
         if self.grad_clip is not None:
-            check_number("grad_clip", self.grad_clip, above=0.0)
+            _check_positive("grad_clip", self.grad_clip)
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise ConfigError("betas must be two numbers in [0, 1)", repr(self.betas), "pass for example (0.9, 0.95)")
         for beta in self.betas:
@@ -126,6 +128,11 @@ def check_seed(seed: object) -> None:
     """Raises ConfigError unless `seed` is one that torch's generators accept: an integer in [0, 2⁶³)."""
     check_count("seed", seed, at_least=0)
     check_number("seed", seed, at_most=2**63 - 1)
+
+
+def _check_positive(name: str, value: object) -> None:
+    check_number(name, value, above=0.0)
+    check_number(name, value, at_least=_SMALLEST, at_most=_LARGEST)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from omninorm.errors import ConfigError, DataError, MissingExtraError, RunError
 
 TOKENIZERS = ("byte", "bpe")
 TOKENIZER_FILE = "tokenizer.json"
+_REMEDY = "restore the file from the original run or train again"
+_LARGEST_VOCABULARY = 1 << 20
 _PIECE = 1 << 20  # characters handed to the BPE encoder at a time; keeps its offset tables small
 
 
@@ -76,12 +79,11 @@ class BpeTokenizer:
             self._tokenizer = library.Tokenizer.from_str(serialized)
             vocabulary: dict[str, int] = self._tokenizer.get_vocab()
             pieces = {index: bytes(_BYTE_OF[character] for character in word) for word, index in vocabulary.items()}
+            self._pieces = [pieces[index] for index in range(len(vocabulary))]
         except Exception as error:  # the Rust library raises plain Exception
-            received = f"a file that can't be read ({str(error) or type(error).__name__})"
-            remedy = "restore the file from the original run or train again"
-            raise RunError(f"{TOKENIZER_FILE} must be a byte-level BPE tokenizer", received, remedy) from error
-        self.vocab_size = len(pieces)
-        self._pieces = [pieces[index] for index in range(self.vocab_size)]
+            received = f"a file that can't be read ({type(error).__name__}: {error})"
+            raise RunError(f"{TOKENIZER_FILE} must be a byte-level BPE tokenizer", received, _REMEDY) from error
+        self.vocab_size = len(self._pieces)
         self._serialized = serialized
 
     @classmethod
@@ -89,9 +91,12 @@ class BpeTokenizer:
         """Learns merges from UTF-8 text until there are `vocab_size` tokens, or nothing left to merge.
 
         Raises:
-            ConfigError: vocab_size below 257 (the bytes and one merge).
+            ConfigError: vocab_size below 257 (the bytes and one merge) or above 2²⁰.
         """
         check_count("vocab_size of a BPE tokenizer", vocab_size, at_least=257)
+        if vocab_size > _LARGEST_VOCABULARY:
+            invariant = f"vocab_size of a BPE tokenizer must be at most {_LARGEST_VOCABULARY}"
+            raise ConfigError(invariant, str(vocab_size), "choose a smaller one")
         library = _tokenizers()
         tokenizer = library.Tokenizer(library.models.BPE())
         tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -136,22 +141,29 @@ def build_tokenizer(name: str, vocab_size: int | None, train_text: bytes) -> Tok
     return ByteTokenizer()
 
 
-def load_tokenizer(name: str, folder: Path) -> Tokenizer:
+def load_tokenizer(name: str, folder: Path, sha256: str | None = None) -> Tokenizer:
     """The tokenizer of a run; "bpe" reads tokenizer.json in the run's folder.
+
+    Args:
+        name: "byte" or "bpe".
+        folder: the run's.
+        sha256: of tokenizer.json, in hexadecimal; None where it is not known.
 
     Raises:
         ConfigError: an unknown name.
-        RunError: tokenizer.json is missing or damaged.
+        RunError: tokenizer.json is missing, damaged, or not the one with this digest.
     """
     check_choice("tokenizer", name, TOKENIZERS)
     if name == "byte":
         return ByteTokenizer()
     path = folder / TOKENIZER_FILE
     try:
-        return BpeTokenizer(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise RunError(f"{TOKENIZER_FILE} must be what was written", f"other content in {path}", _REMEDY)
+        return BpeTokenizer(content.decode())
     except (OSError, UnicodeDecodeError) as error:
-        remedy = "restore the file from the original run or train again"
-        raise RunError(f"a BPE run needs {TOKENIZER_FILE}", f"{error} at {path}", remedy) from error
+        raise RunError(f"a BPE run needs {TOKENIZER_FILE}", f"{error} at {path}", _REMEDY) from error
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -54,8 +54,8 @@ def train(
         stopped_by: asked after every step; a signal's number ends the run there, with a checkpoint.
 
     Returns:
-        How it ended and what was recorded. A loss or gradient that is no longer finite ends the run as "diverged":
-        that is a result, not an error.
+        How it ended and what was recorded. A loss or gradient that is no longer finite, or weights that are not when
+        a checkpoint is due, end the run as "diverged": that is a result, not an error.
 
     Raises:
         RunError: the run's folder can't be written, or its newest checkpoint can't be used.
@@ -85,6 +85,8 @@ def train(
             return log.stop(StopEvent(step, "diverged", loss, grad_norm))
         signal = stopped_by() if step < config.steps else None
         if signal is not None or _due(step, config.checkpoint_every, config):
+            if not _is_finite(model):  # never write such a checkpoint in the place of a good one
+                return log.stop(StopEvent(step, "diverged", loss, grad_norm))
             log.checkpoint(step, model, optimizer, config)
         if signal is not None:
             return log.stop(StopEvent(step, "interrupted", signal=signal))
@@ -115,6 +117,10 @@ def _clip(model: nn.Module, limit: float | None) -> float:
     return float(norm)
 
 
+def _is_finite(model: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
 def _due(step: int, every: int, config: TrainConfig) -> bool:
     return step % every == 0 or step == config.steps
 
@@ -126,7 +132,7 @@ class _Log:
         self._run = run
         self._on_event = on_event
         self._steps: list[StepEvent] = []
-        self._evals: list[EvalEvent] = []
+        self._evals: dict[int, EvalEvent] = {}
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Loads the newest checkpoint and the events up to it; returns its step, 0 if there is none."""
@@ -167,13 +173,15 @@ class _Log:
     def stop(self, event: StopEvent) -> TrainResult:
         self.emit(event)
         folder = self._run.path if self._run else None
-        return TrainResult(event.status, event.step, tuple(self._steps), tuple(self._evals), event.signal, folder)
+        return TrainResult(
+            event.status, event.step, tuple(self._steps), tuple(self._evals.values()), event.signal, folder
+        )
 
     def _keep(self, event: Event) -> None:
         if isinstance(event, StepEvent):
             self._steps.append(event)
-        elif isinstance(event, EvalEvent) and event.step not in [earlier.step for earlier in self._evals]:
-            self._evals.append(event)
+        elif isinstance(event, EvalEvent):
+            self._evals.setdefault(event.step, event)
 
 
 def _event(line: dict[str, object], path: object) -> Event:
