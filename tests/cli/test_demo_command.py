@@ -11,8 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from omninorm.experiments.demo import VARIANTS
-from omninorm.experiments.record import RECORD_FILE, read_history, read_record
-from omninorm.experiments.workers import final_status
+from omninorm.experiments.record import RECORD_FILE, final_status, read_history, read_record
 
 RUNS = list(VARIANTS)
 
@@ -29,7 +28,7 @@ def test_it_trains_all_four_and_shows_table_figure_and_places(command, tmp_path,
     assert [run["name"] for run in results["runs"]] == RUNS
     best = min((run for run in results["runs"] if run["verdict"] == "learned"), key=lambda run: run["bits_per_byte"])
     for run in results["runs"]:
-        assert final_status(folder / run["name"]) in ("finished", "diverged")
+        assert final_status(folder / run["name"] / RECORD_FILE) in ("finished", "diverged")
         label = VARIANTS[run["name"]][0]
         assert label in out
         if run["bits_per_byte"] is not None:

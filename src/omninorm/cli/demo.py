@@ -24,12 +24,12 @@ from omninorm.experiments import demo as library
 from omninorm.experiments.corpus import load_corpus, tokenize
 from omninorm.experiments.demo_figure import draw, load_matplotlib
 from omninorm.experiments.interrupt import Interrupt
-from omninorm.experiments.record import RECORD_FILE, read_record
+from omninorm.experiments.record import RECORD_FILE, final_status, read_record
 from omninorm.experiments.run_folder import fresh_folder
 from omninorm.experiments.runs import Plan, load_run, read_plan
 from omninorm.experiments.sample import stream_text
 from omninorm.experiments.tokenizer import ByteTokenizer
-from omninorm.experiments.workers import Workers, final_status
+from omninorm.experiments.workers import Workers
 
 _LABELS = {name: label for name, (label, _) in library.VARIANTS.items()}
 _DEPTH, _STEPS = 24, 150
@@ -97,7 +97,7 @@ def _introduce(screen: Console, folder: Path, plans: Mapping[str, Plan], count: 
 
 
 def _train(screen: Console, folder: Path, plans: Mapping[str, Plan], count: int) -> None:
-    waiting = [folder / name for name in plans if final_status(folder / name) is None]
+    waiting = [folder / name for name in plans if final_status(folder / name / RECORD_FILE) is None]
     with Interrupt() as interrupt, _Progress(screen, plans) as progress, Workers(waiting, count) as workers:
         while workers.advance() and interrupt.signal is None:
             time.sleep(_SECONDS_BETWEEN_LOOKS)

@@ -17,11 +17,10 @@ from omninorm.config import NormConfig
 from omninorm.experiments.corpus import Corpus, TokenData, windows
 from omninorm.experiments.evaluate import unigram_bits_per_byte, xz_bits_per_byte
 from omninorm.experiments.files import write_file, writing
-from omninorm.experiments.record import RECORD_FILE, read_record
+from omninorm.experiments.record import RECORD_FILE, final_status, read_record
 from omninorm.experiments.run_folder import CONFIG_FILE
 from omninorm.experiments.runs import Plan, build_model, create_run
 from omninorm.experiments.settings import TrainConfig
-from omninorm.experiments.workers import final_status
 from omninorm.thinker import ThinkerConfig
 
 # Name of the run's folder, what the table calls it, and its norms.
@@ -114,7 +113,7 @@ def read_outcome(path: Path, depth_grad_norms: Sequence[float], unigram: float) 
     events = read_record(path / RECORD_FILE)
     steps = [event for event in events if event["kind"] == "step"]
     evaluations = [event["bits_per_byte"] for event in events if event["kind"] == "eval"]
-    status = final_status(path)
+    status = final_status(path / RECORD_FILE)
     bits = evaluations[-1] if evaluations and status == "finished" else math.nan
     norms = [event["grad_norm"] for event in events if "grad_norm" in event]
     return Outcome(

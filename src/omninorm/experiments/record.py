@@ -115,6 +115,12 @@ def _check_event(event: Any) -> None:
             raise ValueError(f"{name} is not a number")
 
 
+def final_status(path: Path) -> str | None:
+    """ "finished" or "diverged" once the run of this record has come to its end, else None."""
+    kinds = {event["kind"] for event in read_record(path)}
+    return next((status for status in ("finished", "diverged") if status in kinds), None)
+
+
 def _whole(content: bytes) -> int:
     """Length of the content up to and including its last newline."""
     return content.rfind(b"\n") + 1

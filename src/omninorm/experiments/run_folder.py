@@ -13,7 +13,7 @@ from typing import Any
 from omninorm.errors import RunError
 from omninorm.experiments.checkpoint import is_whole, list_checkpoints, load_checkpoint, save_checkpoint
 from omninorm.experiments.files import TEMPORARY, remove_temporaries, write_file, writing
-from omninorm.experiments.record import RECORD_FILE, Record, read_record
+from omninorm.experiments.record import RECORD_FILE, Record, final_status
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -143,7 +143,7 @@ def is_finished(path: Path) -> bool:
     """
     train = read_config(path).get("train")
     last = train.get("steps") if isinstance(train, dict) else None
-    if not any(event["kind"] == "finished" for event in read_record(path / RECORD_FILE)):
+    if final_status(path / RECORD_FILE) != "finished":
         return False
     folder = path / CHECKPOINTS
     steps = list_checkpoints(folder)

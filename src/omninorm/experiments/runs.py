@@ -19,7 +19,7 @@ from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
 from omninorm.experiments.events import Callback, TrainResult
 from omninorm.experiments.interrupt import Interrupt
 from omninorm.experiments.provenance import git_commit, versions
-from omninorm.experiments.record import RECORD_FILE, read_record
+from omninorm.experiments.record import RECORD_FILE, final_status
 from omninorm.experiments.run_folder import CHECKPOINTS, FolderTakenError, RunFolder, fresh_folder, read_config
 from omninorm.experiments.settings import TrainConfig
 from omninorm.experiments.tokenizer import TOKENIZER_FILE, TOKENIZERS, Tokenizer, build_tokenizer, load_tokenizer
@@ -162,7 +162,7 @@ def open_run(path: Path, text: str | None = None) -> Run:
     check_packages()
     config = read_config(path)
     plan = read_plan(path)
-    if any(event["kind"] == "diverged" for event in read_record(path / RECORD_FILE)):
+    if final_status(path / RECORD_FILE) == "diverged":
         remedy = "start a new run with a smaller learning rate, gradient clipping, or another norm or placement"
         raise RunError("only a run that has not diverged can go on", f"one that has, {path}", remedy)
     corpus = _load_again(plan, text)

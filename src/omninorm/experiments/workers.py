@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omninorm.errors import RunError
-from omninorm.experiments.record import RECORD_FILE, read_record
+from omninorm.experiments.record import RECORD_FILE, final_status
 
 LOG_FILE = "train.log"
 
@@ -49,7 +49,7 @@ class Workers:
             code = process.poll()
             if code is not None:
                 del self._working[run]
-                if final_status(run) is None:
+                if final_status(run / RECORD_FILE) is None:
                     raise RunError("each run must come to its end", _explain(run, code), "see its log, then resume")
         while self._waiting and len(self._working) < self._count:
             self._start(self._waiting.pop(0))
@@ -76,12 +76,6 @@ class Workers:
             process.send_signal(signal.SIGTERM)
         for process in self._working.values():
             process.wait()
-
-
-def final_status(run: Path) -> str | None:
-    """ "finished" or "diverged" once the run has come to its end, else None."""
-    kinds = {event["kind"] for event in read_record(run / RECORD_FILE)}
-    return next((status for status in ("finished", "diverged") if status in kinds), None)
 
 
 def end_with_parent(parent: int) -> None:

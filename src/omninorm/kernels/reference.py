@@ -95,7 +95,7 @@ class Scale:
 def standardize(x: Tensor, eps: float | None, *, centered: bool) -> tuple[Tensor, Scale]:
     """x̂ (rows, d) in the compute dtype, and the multiplication by r that brings a gradient back to x."""
     rows = as_rows(x).to(compute_dtype(x.dtype))
-    eps = torch.finfo(rows.dtype).eps if eps is None else eps
+    eps = resolve_eps(eps, rows.dtype)
     headroom: Tensor | float = 1.0
     if centered:
         headroom = difference_headroom(rows)
@@ -112,6 +112,11 @@ def standardize(x: Tensor, eps: float | None, *, centered: bool) -> tuple[Tensor
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What statistics and products are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def resolve_eps(eps: float | None, dtype: torch.dtype) -> float:
+    """ε as given; for None the machine epsilon of the compute dtype, as in torch.nn.RMSNorm."""
+    return torch.finfo(dtype).eps if eps is None else eps
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ class CRMSNorm(nn.Module):
         functional.check_rows(x)
         functional.check_gain("weight", self.weight, x)
         rows = reference.as_rows(x).to(reference.compute_dtype(x.dtype))
-        eps = torch.finfo(rows.dtype).eps if self.eps is None else self.eps
+        eps = reference.resolve_eps(self.eps, rows.dtype)
         # In units of the largest element times a power of two above d, no sum over the row can overflow.
         per_unit = reference.reciprocal_unit(rows, eps) / 2 ** self.width.bit_length()
         rows = rows * per_unit
