@@ -6,44 +6,66 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread a test process: two processes of two threads each would fight over two cores.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+PYTHON_CODE := setup.py src tests
 
-.PHONY: help demo test lint types check format clean
+.PHONY: help demo bench test lint types sanitize check format clean
 
 help:
 	@echo "make demo    train the same deep transformer with and without good normalization and compare"
+	@echo "make bench   time the norms on this machine"
 	@echo "make test    run the tests"
-	@echo "make check   formatting, lint, types, import direction, tests with warnings as errors"
+	@echo "make check   formatting, lint, types, import direction, tests with warnings as errors, sanitizers"
 	@echo "make format  format the code"
-	@echo "make clean   remove .venv and caches"
+	@echo "make clean   remove .venv, caches and what was compiled"
 
-demo: .venv/demo
+demo: .venv/demo .venv/cpu
 	$(BIN)/omninorm demo
 
-test: .venv/dev
+bench: .venv/demo .venv/cpu
+	$(BIN)/omninorm bench
+
+test: .venv/dev .venv/cpu
 	$(PYTEST)
 
 lint: .venv/dev
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check $(PYTHON_CODE)
+	$(BIN)/ruff check $(PYTHON_CODE)
 
 types: .venv/dev
 	$(BIN)/mypy
 
-check: lint types test
+# The C++ kernels without PyTorch, under the address and undefined-behaviour sanitizers.
+sanitize: .venv/torch
+	$(BIN)/python setup.py --quiet sanitize
+
+check: lint types test sanitize
 
 format: .venv/dev
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format $(PYTHON_CODE)
+	$(BIN)/ruff check --fix $(PYTHON_CODE)
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build
+	rm -f src/omninorm/kernels/_cpu.so src/omninorm/kernels/_cpu_missing.txt
 
 # Stamps, so that an interrupted step is done again.
 .venv/made:
 	$(PYTHON) -m venv --clear .venv
 	@touch $@
 
-.venv/demo .venv/dev: .venv/%: .venv/made pyproject.toml constraints.txt
-	@echo "Installing omninorm[$*] into .venv (a few minutes the first time)"
+# Before omninorm, so that its operators can be compiled with torch's headers.
+.venv/torch: .venv/made constraints.txt
+	@echo "Installing torch into .venv (a few minutes the first time)"
+	$(INSTALL) torch 'setuptools>=77'
+	@touch $@
+
+# Seconds, since only what has changed is compiled. Where there is no compiler, the next make looks again.
+.venv/cpu: .venv/torch setup.py $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@test -f src/omninorm/kernels/_cpu_missing.txt || touch $@
+
+# The operators are compiled before, but their changes are no reason to install again.
+.venv/demo .venv/dev: .venv/%: .venv/torch pyproject.toml constraints.txt | .venv/cpu
+	@echo "Installing omninorm[$*] into .venv"
 	$(INSTALL) --editable '.[$*]'
 	@touch $@

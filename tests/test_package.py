@@ -11,9 +11,9 @@ import omninorm
 
 SOURCE = Path(omninorm.__file__).parent
 # DESIGN: each part may import those before it.
-ORDER = ["errors", "config", "kernels", "functional", "layers", "placement", "thinker", "experiments", "cli"]
+ORDER = ["errors", "config", "kernels", "functional", "layers", "placement", "thinker", "experiments", "bench", "cli"]
 # Beside the line: what they may import of it.
-ASIDE = {"watch": ORDER[:5], "surgery": ORDER[:5], "report": ["errors"], "bench": ORDER[:7]}
+ASIDE = {"watch": ORDER[:5], "surgery": ORDER[:5], "report": ["errors"]}
 FACADES = {"__init__", "__main__"}
 
 

@@ -105,8 +105,11 @@ def add_rms_norm(
         InputError: x and residual differ in shape, dtype or device; otherwise as `rms_norm`.
     """
     check_pair(x, residual)
-    total = x + residual
-    return rms_norm(total, weight, eps, gain_offset=gain_offset, cast=cast), total
+    check_rows(x)
+    check_gain("weight", weight, x)
+    check_eps(eps)
+    check_rounding(gain_offset, cast)
+    return dispatch.add_rms_norm(x, residual, weight, eps, gain_offset, cast)
 
 
 def add_layer_norm(
@@ -118,8 +121,11 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """(layer_norm(s), s) with s = x + residual rounded to x's dtype; `add_rms_norm` for LayerNorm."""
     check_pair(x, residual)
-    total = x + residual
-    return layer_norm(total, weight, bias, eps), total
+    check_rows(x)
+    check_gain("weight", weight, x)
+    check_gain("bias", bias, x)
+    check_eps(eps)
+    return dispatch.add_layer_norm(x, residual, weight, bias, eps)
 
 
 def z_score(x: Tensor, dim: int = -1) -> Tensor:

@@ -1,7 +1,6 @@
 """Forward and gradients against float64 over dtypes, widths, leading dimensions, gains and layouts."""
 
 import itertools
-import math
 
 import oracle
 import pytest
@@ -227,11 +226,17 @@ def test_any_subset_of_gradients(gradients: tuple[bool, bool, bool]) -> None:
         assert (tensor.grad is not None) == flag
 
 
-def test_only_x_is_kept_for_backward() -> None:
-    """Beside the input itself and the gain no tensor is saved."""
-    x, weight = torch.randn(16, 32, requires_grad=True), torch.randn(32, requires_grad=True)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        functional.rms_norm(x, weight)
-    assert {t.data_ptr() for t in kept} == {x.data_ptr(), weight.data_ptr()}
-    assert math.prod(kept[0].shape) == x.numel()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_x_and_a_few_bytes_a_row_are_kept_for_backward(dtype: torch.dtype) -> None:
+    """The input itself, no copy, the gains, and at most one number of the compute dtype a row (two for LayerNorm)."""
+    x = torch.randn(16, 32).to(dtype).requires_grad_()
+    weight, bias = torch.randn(32, requires_grad=True), torch.randn(32, requires_grad=True)
+    number = torch.finfo(oracle.compute_dtype(dtype)).bits // 8
+    for norm, gains, allowed in [(functional.rms_norm, [weight], 1), (functional.layer_norm, [weight, bias], 2)]:
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            norm(x, *gains)
+        known = {t.data_ptr() for t in (x, *gains)}
+        assert x.data_ptr() in {t.data_ptr() for t in kept}
+        more = [t for t in kept if t.data_ptr() not in known]
+        assert sum(t.numel() * t.element_size() for t in more) <= allowed * number * 16

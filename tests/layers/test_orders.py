@@ -1,4 +1,8 @@
-"""The casting orders, against the implementations that they are named after: bitwise or one ulp."""
+"""The casting orders, against the implementations that they are named after.
+
+In 16-bit dtypes within one ulp of the peer. In float32 the peers' own sums of squares are off by several ulp, ours are not
+(C++ adds beyond float32), so the test there is that ours is no further from the float64 value than the peer is.
+"""
 
 import oracle
 import pytest
@@ -12,10 +16,15 @@ import omninorm
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def assert_within_one_ulp(y: torch.Tensor, peer: torch.Tensor) -> None:
+def assert_like_the_peer(y: torch.Tensor, peer: torch.Tensor, exact: torch.Tensor | None = None) -> None:
     assert y.dtype == peer.dtype
-    difference = (y.double() - peer.double()).abs()
-    assert (difference <= oracle.ulp(peer.double().abs(), y.dtype)).all()
+    ulp = oracle.ulp(peer.double().abs(), y.dtype)
+    if y.dtype == torch.float32 and exact is not None:
+        ours, theirs = (((each.double() - exact).abs() / ulp).max() for each in (y, peer))
+        assert ours <= theirs + 0.5
+        assert theirs <= 8  # else the peer computes something else
+    else:
+        assert ((y.double() - peer.double()).abs() <= ulp).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -26,7 +35,8 @@ def test_llamas_order(peer_class, dtype: torch.dtype) -> None:
     norm = omninorm.RMSNorm(768, 1e-5, dtype=dtype, cast="llama")
     norm.load_state_dict(peer.state_dict())
     x = torch.randn(50, 768).to(dtype)
-    assert_within_one_ulp(norm(x), peer(x))
+    exact = oracle.rms_norm(x.double(), peer.weight.double(), norm.eps, norm.gain_offset)
+    assert_like_the_peer(norm(x), peer(x), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,7 +46,8 @@ def test_gemmas_order(dtype: torch.dtype) -> None:
     norm = omninorm.RMSNorm(768, 1e-6, dtype=dtype, gain_offset=1.0)
     norm.load_state_dict(peer.state_dict())
     x = torch.randn(50, 768).to(dtype)
-    assert_within_one_ulp(norm(x), peer(x))
+    exact = oracle.rms_norm(x.double(), peer.weight.double(), norm.eps, norm.gain_offset)
+    assert_like_the_peer(norm(x), peer(x), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,7 +57,8 @@ def test_torchs_order(dtype: torch.dtype) -> None:
     norm = omninorm.RMSNorm(768, 1e-5, dtype=dtype)
     norm.load_state_dict(peer.state_dict())
     x = torch.randn(50, 768).to(dtype)
-    assert_within_one_ulp(norm(x), peer(x))
+    exact = oracle.rms_norm(x.double(), peer.weight.double(), norm.eps, norm.gain_offset)
+    assert_like_the_peer(norm(x), peer(x), exact)
 
 
 def test_the_orders_differ_where_they_should() -> None:
@@ -55,7 +67,7 @@ def test_the_orders_differ_where_they_should() -> None:
     llama = omninorm.functional.rms_norm(x, weight, cast="llama")
     assert not torch.equal(llama, omninorm.functional.rms_norm(x, weight))
     y, expected = llama.double(), oracle.rms_norm(x.double(), None, 1e-6).bfloat16().double() * weight.double()
-    assert_within_one_ulp(y.bfloat16(), expected.bfloat16())
+    assert_like_the_peer(y.bfloat16(), expected.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from omninorm.cli.bench import bench
 from omninorm.cli.demo import demo
 from omninorm.cli.doctor import doctor
 from omninorm.cli.generate import generate
@@ -36,5 +37,5 @@ def _omninorm(
     pass
 
 
-for _command in (demo, train, generate, doctor):
+for _command in (demo, train, generate, bench, doctor):
     app.command()(_command)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import shutil
+import subprocess
 from typing import Annotated, Any
 
 import torch
@@ -27,8 +30,10 @@ def doctor(
     screen = console()
     screen.print(_table("Machine", [(name, str(value)) for name, value in facts["machine"].items()]))
     screen.print(_table("Packages", [(name, value or "not installed") for name, value in facts["versions"].items()]))
-    rows = [(each["name"], f"{'runs' if each['available'] else 'no'}: {each['reason']}") for each in facts["backends"]]
-    screen.print(_table("Back ends", rows))
+    screen.print("Back ends", style="italic")
+    for each in facts["backends"]:
+        # Not in a table: a reason and its remedy are too long for a column, and the remedy is there to be copied.
+        screen.print(f"{each['name']} {'runs' if each['available'] else 'no'}: {each['reason']}")
     for line in facts["missing"]:
         screen.print(f"{line['package']} is missing ({line['purpose']}): {line['remedy']}")
     if not facts["missing"]:
@@ -53,6 +58,7 @@ def inspect_machine() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "memory_gib": _memory_gib(),
             "cuda": torch.cuda.is_available(),
+            "compiler": _compiler(),
         },
         "backends": [backend._asdict() for backend in backends()],
         "missing": missing,
@@ -78,6 +84,16 @@ def _cpu_name() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _compiler() -> str | None:
+    """The C++ compiler that would build the operators, as setup.py chooses it, in its own words."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            told = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace").stdout
+            return next(iter(told.splitlines()), shlex.join(command))
+    return None
 
 
 def _memory_gib() -> float | None:

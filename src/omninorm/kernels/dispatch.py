@@ -1,20 +1,33 @@
 """Which back end computes a norm, and what can run here.
 
-A back end is a module of this folder with the four norms' autograd functions. This version has one, the
-reference; the choice is made here so that callers never name a back end.
+A back end is a module of this folder. `reference` computes everywhere; `cpu` computes plain CPU tensors, where its
+operators were built. The choice is made here, so that callers never name a back end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from omninorm.kernels import reference
+from omninorm.errors import ConfigError, InputError
+from omninorm.kernels import cpu, reference
+
+# What the operators take as it is. Other subclasses of Tensor decide for themselves what PyTorch's functions do with
+# them, and the reference is made of those.
+PLAIN = (Tensor, torch.nn.Parameter)
+CPU_RUNS = not cpu.unavailable()
+
+# The back end that `use_backend` demands, or None for the best.
+_forced: str | None = None
 
 
 class Backend(NamedTuple):
-    """A way to compute the norms: its name, whether it runs here, and if not, why."""
+    """A way to compute the norms: its name, whether it runs here, and how, or why not."""
 
     name: str
     available: bool
@@ -25,17 +38,93 @@ def backends() -> list[Backend]:
     """What can compute the norms on this machine, best first, and why the rest cannot.
 
     Example:
-        >>> [backend.name for backend in backends() if backend.available]
-        ['reference']
+        >>> [backend.name for backend in backends()]
+        ['cpu', 'reference']
     """
-    return [Backend("reference", True, "plain PyTorch, on every device")]
+    sets = ", ".join(cpu.instruction_sets())
+    how = cpu.unavailable() or f"C++ for CPU tensors, using {cpu.instruction_set()} (this processor has {sets})"
+    return [
+        Backend("cpu", CPU_RUNS, how),
+        Backend("reference", True, "plain PyTorch, on every device"),
+    ]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Inside the block this back end computes every norm, in all threads; what it can't compute raises InputError.
+
+    Args:
+        name: "cpu" or "reference".
+
+    Raises:
+        ConfigError: there is no such back end, or it can't run here.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     y = torch.nn.functional.rms_norm(torch.ones(3), (3,))
+    """
+    global _forced
+    known = {backend.name: backend for backend in backends()}
+    if name not in known:
+        raise ConfigError("the back end must exist", repr(name), f"choose one of {', '.join(known)}")
+    if not known[name].available:
+        raise ConfigError("the back end must be able to run here", f"{name!r}: {known[name].reason}", "choose another")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether the C++ operators compute norms of x."""
+    if not CPU_RUNS or _forced == "reference":
+        return False
+    if torch.compiler.is_compiling():
+        return x.device.type == "cpu"
+    suits = x.__class__ in PLAIN and x.is_cpu and not _transformed()
+    if not suits and _forced == "cpu":
+        received = f"{type(x).__name__} on {x.device}" + (" under a function transform" if _transformed() else "")
+        raise InputError("back end 'cpu' computes plain CPU tensors", received, "leave the choice to omninorm")
+    return suits
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which see through the reference only."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
+    if on_cpu(x):
+        return cpu.rms_norm(x, weight, _eps(eps, x), gain_offset, cast == "llama")
     y: Tensor = reference.RMSNormFunction.apply(x, weight, eps, gain_offset, cast)  # type: ignore[no-untyped-call]
     return y
 
 
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
+) -> tuple[Tensor, Tensor]:
+    if on_cpu(x):
+        return cpu.add_rms_norm(x, residual, weight, _eps(eps, x), gain_offset, cast == "llama")
+    total = x + residual
+    return rms_norm(total, weight, eps, gain_offset, cast), total
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
+    if on_cpu(x):
+        return cpu.layer_norm(x, weight, bias, _eps(eps, x))
     y: Tensor = reference.LayerNormFunction.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    if on_cpu(x):
+        return cpu.add_layer_norm(x, residual, weight, bias, _eps(eps, x))
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
+def _eps(eps: float | None, x: Tensor) -> float:
+    return reference.resolve_eps(eps, reference.compute_dtype(x.dtype))

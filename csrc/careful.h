@@ -1,0 +1,187 @@
+// Rows for which the compute type is too narrow: r = 1/√(mean square + ε) is beyond ORDINARY's bounds, or not finite.
+//
+// Such a row is measured in a unit of its own, the power of two next above its largest magnitude (or √ε). So no square
+// overflows or vanishes, and RMSNorm's x̂ is bit for bit that of the row in ordinary units. What is left is done in
+// double and one element at a time: these rows are rare.
+#pragma once
+#include "sums.h"
+
+namespace omninorm::OMNINORM_SET {
+
+// Within these bounds squares neither overflow nor vanish in the compute type.
+template <class C>
+INLINE bool ordinary(C r);
+template <>
+INLINE bool ordinary(float r) {
+  return r >= 0x1p-60f && r <= 0x1p50f;
+}
+template <>
+INLINE bool ordinary(double r) {
+  return r >= 0x1p-400 && r <= 0x1p400;
+}
+
+template <class T>
+INLINE double get(const T* x) {
+  return Part{1}.load(x)[0];
+}
+template <class T>
+INLINE void put(T* y, double value) {
+  Vector<Compute<T>> v{};
+  v[0] = Compute<T>(value);
+  Part{1}.store(y, v);
+}
+// `value` as T holds it.
+template <class T>
+INLINE double rounded_value(double value) {
+  Vector<Compute<T>> v{};
+  v[0] = Compute<T>(value);
+  return rounded<T>(v)[0];
+}
+
+template <class C>
+struct Scratch {
+  C* const values;
+  explicit Scratch(int64_t width) : values(new C[width]) {}
+  ~Scratch() { delete[] values; }
+  Scratch(const Scratch&) = delete;
+};
+
+constexpr double LARGEST = 0x1.fffffffffffffp1023;
+constexpr double SMALLEST = 0x1p-1022;
+
+// NaN if there is one.
+INLINE double largest_magnitude(const double* row, int64_t width) {
+  double largest = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    const double magnitude = __builtin_fabs(row[i]);
+    if (!(magnitude <= largest)) largest = magnitude;
+    if (largest != largest) return largest;
+  }
+  return largest;
+}
+
+// 2^-e that brings the larger of `magnitude` and √ε into [½, 1).
+INLINE double reciprocal_unit(double magnitude, double eps) {
+  const double least = eps > 0 ? __builtin_sqrt(eps) : 0;
+  if (magnitude < least) magnitude = least;
+  if (magnitude < SMALLEST) magnitude = SMALLEST;
+  if (magnitude > LARGEST / 8) magnitude = LARGEST / 8;  // so that the reciprocal is no subnormal
+  int exponent;
+  __builtin_frexp(magnitude, &exponent);
+  return __builtin_ldexp(1, -exponent);
+}
+
+// r = root · per_unit; their product alone may have no double.
+struct Scale {
+  double root, per_unit;
+  INLINE double operator()(double v) const { return v * root * per_unit; }
+};
+
+// The mean of `row` in two parts, from elements so small that their sum is finite.
+INLINE Pair row_mean(const double* row, int64_t width) {
+  const Pair sum = row_total<double>(width, [&](auto at, int64_t i) { return at.load(row + i); });
+  return divided(sum, width);
+}
+
+// row - mean, times `headroom` where even the difference of two elements would overflow.
+INLINE double center(double* row, int64_t width, double largest) {
+  const double headroom = largest > LARGEST / 8 ? 0.125 : 1;
+  const double per_unit = reciprocal_unit(largest, 0);
+  for (int64_t i = 0; i < width; ++i) row[i] *= per_unit;
+  const Pair mean = row_mean(row, width);
+  for (int64_t i = 0; i < width; ++i) row[i] = ((row[i] - mean.high) - mean.low) * (headroom / per_unit);
+  return headroom;
+}
+
+// What an infinite or undefined largest magnitude makes of r: 1/√∞ = 0, but deviations from an infinite mean are NaN.
+INLINE Scale not_finite(double* row, int64_t width, bool defined) {
+  const double r = defined ? 0 : __builtin_nan("");
+  for (int64_t i = 0; i < width; ++i) row[i] *= r;
+  return {r, 1};
+}
+
+// x̂ in place of x, and the multiplication by r that brings a gradient back to x.
+template <class C>
+Scale rms_standardize(double* row, int64_t width, double eps) {
+  const double largest = largest_magnitude(row, width);
+  if (!(largest <= LARGEST)) return not_finite(row, width, largest == largest);
+  const double per_unit = reciprocal_unit(largest, eps);
+  Scratch<C> scaled(width);
+  for (int64_t i = 0; i < width; ++i) scaled.values[i] = C(row[i] * per_unit);
+  Pair square[1];
+  row_sums<C, 1>(width, square, [&](auto at, int64_t i, Vector<C>* lanes) {
+    const Vector<C> v = at.load(scaled.values + i);
+    lanes[0] = fma(v, v, lanes[0]);
+  });
+  const C root = C(1 / __builtin_sqrt(square[0].high / double(width) + eps * per_unit * per_unit));
+  for (int64_t i = 0; i < width; ++i) row[i] = scaled.values[i] * root;
+  return {root, per_unit};
+}
+
+inline Scale layer_standardize(double* row, int64_t width, double eps) {
+  const double largest = largest_magnitude(row, width);
+  if (!(largest <= LARGEST)) return not_finite(row, width, false);
+  const double headroom = center(row, width, largest);
+  double per_unit = reciprocal_unit(largest_magnitude(row, width), eps);
+  for (int64_t i = 0; i < width; ++i) row[i] *= per_unit;
+  const Pair square = row_total<double>(width, [&](auto at, int64_t i) {
+    const Doubles v = at.load(row + i);
+    return v * v;
+  });
+  per_unit *= headroom;
+  const double root = 1 / __builtin_sqrt(square.high / double(width) + eps * per_unit * per_unit);
+  for (int64_t i = 0; i < width; ++i) row[i] *= root;
+  return {root, per_unit};
+}
+
+template <class C>
+INLINE Scale standardize(double* row, int64_t width, double eps, bool centered) {
+  return centered ? layer_standardize(row, width, eps) : rms_standardize<C>(row, width, eps);
+}
+
+template <class T>
+void read_row(const T* x, double* row, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) row[i] = get(x + i);
+}
+
+template <class T>
+__attribute__((noinline)) Compute<T> careful_forward(const Forward& a, const T* x, T* y, bool centered) {
+  using C = Compute<T>;
+  const C* gain = static_cast<const C*>(a.gain);
+  const C* bias = static_cast<const C*>(a.bias);
+  Scratch<double> row(a.width);
+  read_row(x, row.values, a.width);
+  const Scale scale = standardize<C>(row.values, a.width, a.eps, centered);
+  for (int64_t i = 0; i < a.width; ++i) {
+    const double normed = a.round_first ? rounded_value<T>(row.values[i]) : row.values[i];
+    put(y + i, centered ? normed * gain[i] + bias[i] : normed * gain[i]);
+  }
+  return C(scale.root * scale.per_unit);
+}
+
+template <class T>
+__attribute__((noinline)) void careful_backward(
+    const Backward& a, const T* dy, const T* dtotal, const T* x, T* dx, bool centered) {
+  using C = Compute<T>;
+  const C* gain = static_cast<const C*>(a.gain);
+  Scratch<double> normed(a.width), g(a.width);
+  read_row(x, normed.values, a.width);
+  const Scale scale = standardize<C>(normed.values, a.width, a.eps, centered);
+  double mean_g = 0, mean_product = 0;
+  for (int64_t i = 0; i < a.width; ++i) {
+    g.values[i] = get(dy + i) * gain[i];
+    mean_g += g.values[i];
+    mean_product += g.values[i] * normed.values[i];
+  }
+  mean_g = centered ? mean_g / double(a.width) : 0;
+  mean_product /= double(a.width);
+  for (int64_t i = 0; i < a.width; ++i) {
+    const double normed_i = normed.values[i];
+    if (dx) put(dx + i, scale((g.values[i] - mean_g) - normed_i * mean_product));
+    if (dx && dtotal) put(dx + i, get(dx + i) + get(dtotal + i));
+    if (a.dgain) a.dgain[i] += get(dy + i) * (a.round_first ? rounded_value<T>(normed_i) : normed_i);
+    if (a.dbias) a.dbias[i] += get(dy + i);
+  }
+}
+
+}  // namespace omninorm::OMNINORM_SET

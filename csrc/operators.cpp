@@ -1,0 +1,396 @@
+// The operators of the CPU back end, on PyTorch's stable ABI: they check, allocate, divide the rows among PyTorch's
+// threads, and leave the arithmetic to kernels.h. Python calls them through kernels/cpu.py, where the fake kernels and
+// the derivatives are.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+using omninorm::Backward;
+using omninorm::Dtype;
+using omninorm::Forward;
+using omninorm::kernels;
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// A thread gets at least this many elements. Waking one costs about as much as normalizing some ten thousand.
+constexpr int64_t GRAIN = 32768;
+// A gain's gradient is summed over blocks of rows and then over blocks, so that its bits depend on the shape alone.
+// A block's sums are written and read once more, which this many rows make negligible.
+constexpr int64_t BLOCK_ROWS = 64;
+constexpr int64_t MOST_BLOCKS = 256;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return omninorm::FLOAT64;
+    case ScalarType::Float:
+      return omninorm::FLOAT32;
+    case ScalarType::BFloat16:
+      return omninorm::BFLOAT16;
+    case ScalarType::Half:
+      return omninorm::FLOAT16;
+    default:
+      STD_TORCH_CHECK(false, "omninorm: the dtype must be float16, bfloat16, float32 or float64");
+  }
+}
+
+// A new contiguous tensor. The C function is called directly, since the dispatcher boxes six optional arguments for it.
+Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  std::array<int64_t, 8> few;
+  std::vector<int64_t> many(sizes.size() > few.size() ? sizes.size() : 0);
+  int64_t* strides = many.empty() ? few.data() : many.data();
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The rows of a tensor (…, width), contiguous; a copy only where the strides demand it.
+struct Rows {
+  Tensor tensor;
+  int64_t width, count;
+  Dtype dtype;
+
+  explicit Rows(const Tensor& given) : tensor(given), dtype(dtype_of(given)) {
+    STD_TORCH_CHECK(given.is_cpu(), "omninorm: the tensor must be on the CPU");
+    STD_TORCH_CHECK(given.dim() > 0 && given.size(-1) > 0, "omninorm: x must have a last dimension of width >= 1");
+    if (!given.is_contiguous()) tensor = torch::stable::contiguous(given);
+    width = given.size(-1);
+    count = given.numel() / width;
+  }
+
+  ScalarType compute_type() const { return dtype == omninorm::FLOAT64 ? ScalarType::Double : ScalarType::Float; }
+  const void* data() const { return tensor.const_data_ptr(); }
+
+  // Another tensor of x's shape and dtype.
+  Rows like(const Tensor& other) const {
+    const Rows rows(other);
+    STD_TORCH_CHECK(rows.dtype == dtype && same_shape(rows.tensor), "omninorm: tensors must agree in shape and dtype");
+    return rows;
+  }
+
+  bool same_shape(const Tensor& other) const {
+    const auto a = tensor.sizes(), b = other.sizes();
+    return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
+  }
+
+  Tensor empty_like() const { return empty(tensor.sizes(), tensor.scalar_type()); }
+  Tensor one_per_row() const { return empty(IntHeaderOnlyArrayRef(&count, 1), compute_type()); }
+};
+
+// A gain or bias in the compute type, `fill` where there is none.
+class Gain {
+ public:
+  Gain(const MaybeTensor& given, double offset, double fill, const Rows& x) {
+    const bool doubles = x.dtype == omninorm::FLOAT64;
+    if (given) check(*given, x);
+    // A float gain of 16-bit rows is copied nevertheless: see BFloat16's NaNs in vector.h.
+    const bool as_it_is = offset == 0 && (x.dtype == omninorm::FLOAT64 || x.dtype == omninorm::FLOAT32);
+    if (given && as_it_is && given->scalar_type() == x.compute_type() && given->is_contiguous()) {
+      kept_ = *given;
+      data_ = given->const_data_ptr();
+      return;
+    }
+    doubles ? convert(given, offset, fill, x.width, doubles_) : convert(given, offset, fill, x.width, floats_);
+    data_ = doubles ? static_cast<const void*>(doubles_.get()) : floats_.get();
+  }
+
+  const void* data() const { return data_; }
+
+ private:
+  static void check(const Tensor& gain, const Rows& x) {
+    STD_TORCH_CHECK(gain.is_cpu(), "omninorm: the gain must be on the CPU");
+    STD_TORCH_CHECK(gain.dim() == 1 && gain.size(0) == x.width, "omninorm: the gain must have shape (", x.width, ",)");
+  }
+
+  template <class C>
+  void convert(const MaybeTensor& given, double offset, double fill, int64_t width, std::unique_ptr<C[]>& values) {
+    values.reset(new C[width]);
+    if (!given) {
+      std::fill_n(values.get(), width, C(fill));
+      return;
+    }
+    const Tensor gain = given->is_contiguous() ? *given : torch::stable::contiguous(*given);
+    const Dtype dtype = dtype_of(gain);
+    if constexpr (sizeof(C) == 8) {
+      kernels().gain_to_double[dtype](gain.const_data_ptr(), offset, values.get(), width);
+    } else {
+      kernels().gain_to_float[dtype](gain.const_data_ptr(), offset, values.get(), width);
+    }
+  }
+
+  std::optional<Tensor> kept_;
+  std::unique_ptr<float[]> floats_;
+  std::unique_ptr<double[]> doubles_;
+  const void* data_ = nullptr;
+};
+
+template <class Run>
+void for_rows(const Rows& x, int64_t rows_at_once, const Run& run) {
+  const int64_t grain = std::max<int64_t>(1, GRAIN / (x.width * rows_at_once));
+  const int64_t units = (x.count + rows_at_once - 1) / rows_at_once;
+  if (units <= grain) {
+    if (units > 0) run(0, units);
+    return;
+  }
+  torch::stable::parallel_for(0, units, grain, run);
+}
+
+void check_constants(double eps, double gain_offset) {
+  STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps) && std::isfinite(gain_offset),
+                  "omninorm: eps must be finite and >= 0, and the gain offset finite");
+}
+
+// Forward ---------------------------------------------------------------------------------------------------------
+
+// What a forward pass makes; `total` only with a residual, the statistics only where a backward pass will want them.
+struct Results {
+  Tensor y;
+  MaybeTensor total, mean, scale;
+};
+
+enum Statistics { FORGET, KEEP };
+
+Forward forward_of(const Rows& x, const Gain& gain, double eps) {
+  Forward a{};
+  a.width = x.width;
+  // ε is rounded to the compute type, as it would be in a kernel of that type.
+  a.eps = x.dtype == omninorm::FLOAT64 ? eps : double(float(eps));
+  a.x = x.data();
+  a.gain = gain.data();
+  return a;
+}
+
+Results run_forward(Forward a, void (*kernel)(const Forward&, int64_t, int64_t), const Rows& x,
+                    const MaybeTensor& residual, Statistics statistics) {
+  Results made{x.empty_like(), {}, {}, {}};
+  std::optional<Rows> added;
+  if (residual) {
+    added.emplace(x.like(*residual));
+    made.total = x.empty_like();
+    a.residual = added->data();
+    a.total = made.total->mutable_data_ptr();
+  }
+  if (statistics == KEEP) {
+    made.scale = x.one_per_row();
+    a.scale = made.scale->mutable_data_ptr();
+    if (a.bias) made.mean = x.one_per_row();
+    if (a.bias) a.mean = made.mean->mutable_data_ptr();
+  }
+  a.y = made.y.mutable_data_ptr();
+  for_rows(x, 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return made;
+}
+
+Results run_rms_norm(const Tensor& x_, const MaybeTensor& residual, const MaybeTensor& weight, double eps,
+                     double gain_offset, bool round_first, Statistics statistics) {
+  check_constants(eps, gain_offset);
+  const Rows x(x_);
+  const Gain gain(weight, gain_offset, 1, x);
+  Forward a = forward_of(x, gain, eps);
+  a.round_first = round_first;
+  return run_forward(a, kernels().rms_norm_forward[x.dtype], x, residual, statistics);
+}
+
+Results run_layer_norm(const Tensor& x_, const MaybeTensor& residual, const MaybeTensor& weight,
+                       const MaybeTensor& bias, double eps, Statistics statistics) {
+  check_constants(eps, 0);
+  const Rows x(x_);
+  const Gain gain(weight, 0, 1, x), shift(bias, 0, 0, x);
+  Forward a = forward_of(x, gain, eps);
+  a.bias = shift.data();
+  return run_forward(a, kernels().layer_norm_forward[x.dtype], x, residual, statistics);
+}
+
+Tensor rms_norm(const Tensor& x, const MaybeTensor& weight, double eps, double gain_offset, bool round_first) {
+  return run_rms_norm(x, {}, weight, eps, gain_offset, round_first, FORGET).y;
+}
+std::tuple<Tensor, Tensor> rms_norm_forward(
+    const Tensor& x, const MaybeTensor& weight, double eps, double gain_offset, bool round_first) {
+  const Results made = run_rms_norm(x, {}, weight, eps, gain_offset, round_first, KEEP);
+  return {made.y, *made.scale};
+}
+std::tuple<Tensor, Tensor> add_rms_norm(
+    const Tensor& x, const Tensor& residual, const MaybeTensor& weight, double eps, double gain_offset,
+    bool round_first) {
+  const Results made = run_rms_norm(x, residual, weight, eps, gain_offset, round_first, FORGET);
+  return {made.y, *made.total};
+}
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(
+    const Tensor& x, const Tensor& residual, const MaybeTensor& weight, double eps, double gain_offset,
+    bool round_first) {
+  const Results made = run_rms_norm(x, residual, weight, eps, gain_offset, round_first, KEEP);
+  return {made.y, *made.total, *made.scale};
+}
+
+Tensor layer_norm(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, double eps) {
+  return run_layer_norm(x, {}, weight, bias, eps, FORGET).y;
+}
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(
+    const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, double eps) {
+  const Results made = run_layer_norm(x, {}, weight, bias, eps, KEEP);
+  return {made.y, *made.mean, *made.scale};
+}
+std::tuple<Tensor, Tensor> add_layer_norm(
+    const Tensor& x, const Tensor& residual, const MaybeTensor& weight, const MaybeTensor& bias, double eps) {
+  const Results made = run_layer_norm(x, residual, weight, bias, eps, FORGET);
+  return {made.y, *made.total};
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(
+    const Tensor& x, const Tensor& residual, const MaybeTensor& weight, const MaybeTensor& bias, double eps) {
+  const Results made = run_layer_norm(x, residual, weight, bias, eps, KEEP);
+  return {made.y, *made.total, *made.mean, *made.scale};
+}
+
+// Backward --------------------------------------------------------------------------------------------------------
+
+// Sums of a gain's gradient, one row of `width` doubles a block.
+class Sums {
+ public:
+  Sums(bool wanted, int64_t blocks, int64_t width)
+      : blocks_(blocks), width_(width), values_(wanted ? new double[blocks * width] : nullptr) {}
+
+  double* of_block(int64_t block) {
+    if (!values_) return nullptr;
+    double* sums = values_.get() + block * width_;
+    std::fill_n(sums, width_, 0.0);
+    return sums;
+  }
+
+  // Adds the blocks in their order and rounds to `like`'s dtype; an empty tensor if there are no sums.
+  Tensor total(const MaybeTensor& like) {
+    const int64_t size = values_ ? width_ : 0;
+    const IntHeaderOnlyArrayRef shape(&size, 1);
+    const ScalarType dtype = like ? like->scalar_type() : ScalarType::Float;
+    if (!values_) return empty(shape, dtype);
+    Tensor sums = empty(shape, dtype == ScalarType::Double ? dtype : ScalarType::Float);
+    dtype == ScalarType::Double ? add_blocks(static_cast<double*>(sums.mutable_data_ptr()))
+                                : add_blocks(static_cast<float*>(sums.mutable_data_ptr()));
+    return sums.scalar_type() == dtype ? sums : torch::stable::to(sums, dtype);
+  }
+
+ private:
+  template <class To>
+  void add_blocks(To* to) {
+    for (int64_t block = 1; block < blocks_; ++block)
+      for (int64_t i = 0; i < width_; ++i) values_[i] += values_[block * width_ + i];
+    if (blocks_ == 0) std::fill_n(to, width_, To(0));
+    else std::transform(values_.get(), values_.get() + width_, to, [](double sum) { return To(sum); });
+  }
+
+  int64_t blocks_, width_;
+  std::unique_ptr<double[]> values_;
+};
+
+using Kernel = void (*)(const Backward&, int64_t, int64_t);
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    Backward a, Kernel kernel, const Tensor& dy_, const MaybeTensor& dtotal_, const Rows& x, const Tensor& scale,
+    const Tensor* mean, const MaybeTensor& weight, const MaybeTensor& bias, double eps, double gain_offset,
+    bool gains_wanted) {
+  check_constants(eps, gain_offset);
+  const Rows dy = x.like(dy_);
+  const std::optional<Rows> dtotal = dtotal_ ? std::optional<Rows>(x.like(*dtotal_)) : std::nullopt;
+  for (const Tensor* statistic : {&scale, mean})
+    STD_TORCH_CHECK(!statistic || (statistic->numel() == x.count && statistic->scalar_type() == x.compute_type() &&
+                                   statistic->is_contiguous() && statistic->is_cpu()),
+                    "omninorm: the row statistics must be those of the forward pass");
+  const Gain gain(weight, gain_offset, 1, x);
+  Tensor dx = x.empty_like();
+
+  a.width = x.width;
+  a.eps = x.dtype == omninorm::FLOAT64 ? eps : double(float(eps));
+  a.dy = dy.data();
+  a.dtotal = dtotal ? dtotal->data() : nullptr;
+  a.x = x.data();
+  a.mean = mean ? mean->const_data_ptr() : nullptr;
+  a.scale = scale.const_data_ptr();
+  a.gain = gain.data();
+  a.dx = dx.mutable_data_ptr();
+
+  const int64_t rows = std::max(BLOCK_ROWS, (x.count + MOST_BLOCKS - 1) / MOST_BLOCKS);
+  const int64_t blocks = (x.count + rows - 1) / rows;
+  Sums dgain(gains_wanted && weight, blocks, x.width), dbias(gains_wanted && bias, blocks, x.width);
+  for_rows(x, rows, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      Backward part = a;
+      part.dgain = dgain.of_block(block);
+      part.dbias = dbias.of_block(block);
+      kernel(part, block * rows, std::min(x.count, (block + 1) * rows));
+    }
+  });
+  return {dx, dgain.total(weight), dbias.total(bias)};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(
+    const Tensor& dy, const MaybeTensor& dtotal, const Tensor& x_, const Tensor& scale, const MaybeTensor& weight,
+    double eps, double gain_offset, bool round_first, bool gains_wanted) {
+  const Rows x(x_);
+  Backward a{};
+  a.round_first = round_first;
+  const Kernel kernel = kernels().rms_norm_backward[x.dtype];
+  auto [dx, dgain, unused] =
+      backward(a, kernel, dy, dtotal, x, scale, nullptr, weight, std::nullopt, eps, gain_offset, gains_wanted);
+  return {dx, dgain};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
+    const Tensor& dy, const MaybeTensor& dtotal, const Tensor& x_, const Tensor& mean, const Tensor& scale,
+    const MaybeTensor& weight, const MaybeTensor& bias, double eps, bool gains_wanted) {
+  const Rows x(x_);
+  const Kernel kernel = kernels().layer_norm_backward[x.dtype];
+  return backward(Backward{}, kernel, dy, dtotal, x, scale, &mean, weight, bias, eps, 0, gains_wanted);
+}
+
+}  // namespace
+
+// `scale` is r = 1/√(mean square + ε), one a row; `total` is x + residual; gradients that are not wanted come out empty.
+STABLE_TORCH_LIBRARY(omninorm, m) {
+#define RMS "Tensor? weight, float eps, float gain_offset, bool round_first"
+#define LAYER "Tensor? weight, Tensor? bias, float eps"
+  m.def("rms_norm(Tensor x, " RMS ") -> Tensor");
+  m.def("rms_norm_forward(Tensor x, " RMS ") -> (Tensor y, Tensor scale)");
+  m.def("add_rms_norm(Tensor x, Tensor residual, " RMS ") -> (Tensor y, Tensor total)");
+  m.def("add_rms_norm_forward(Tensor x, Tensor residual, " RMS ") -> (Tensor y, Tensor total, Tensor scale)");
+  m.def("rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor scale, " RMS ", bool gains_wanted)"
+        " -> (Tensor dx, Tensor dweight)");
+  m.def("layer_norm(Tensor x, " LAYER ") -> Tensor");
+  m.def("layer_norm_forward(Tensor x, " LAYER ") -> (Tensor y, Tensor mean, Tensor scale)");
+  m.def("add_layer_norm(Tensor x, Tensor residual, " LAYER ") -> (Tensor y, Tensor total)");
+  m.def("add_layer_norm_forward(Tensor x, Tensor residual, " LAYER ")"
+        " -> (Tensor y, Tensor total, Tensor mean, Tensor scale)");
+  m.def("layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor mean, Tensor scale, " LAYER
+        ", bool gains_wanted) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(omninorm, CPU, m) {
+#define IMPLEMENT(name) m.impl(#name, TORCH_BOX(&name))
+  IMPLEMENT(rms_norm);
+  IMPLEMENT(rms_norm_forward);
+  IMPLEMENT(add_rms_norm);
+  IMPLEMENT(add_rms_norm_forward);
+  IMPLEMENT(rms_norm_backward);
+  IMPLEMENT(layer_norm);
+  IMPLEMENT(layer_norm_forward);
+  IMPLEMENT(add_layer_norm);
+  IMPLEMENT(add_layer_norm_forward);
+  IMPLEMENT(layer_norm_backward);
+}

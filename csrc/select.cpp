@@ -1,0 +1,97 @@
+// Which instruction set's kernels run: the best that was built and that this machine has, unless OMNINORM_CPU names
+// another. The extern "C" functions are for Python, through ctypes.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace omninorm {
+
+#define DECLARE(set)               \
+  namespace set {                  \
+  extern const Kernels KERNELS;    \
+  }
+#if defined(OMNINORM_HAS_AVX512)
+DECLARE(avx512)
+#endif
+#if defined(OMNINORM_HAS_AVX2)
+DECLARE(avx2)
+#endif
+#if defined(OMNINORM_HAS_NEON)
+DECLARE(neon)
+#endif
+#if defined(OMNINORM_HAS_BASELINE)
+DECLARE(baseline)
+#endif
+
+namespace {
+
+struct Runnable {
+  const Kernels* sets[5] = {};
+
+  Runnable() {
+    int count = 0;
+#if defined(OMNINORM_HAS_AVX512)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
+      sets[count++] = &avx512::KERNELS;
+#endif
+#if defined(OMNINORM_HAS_AVX2)
+    // Every processor with AVX2 that was sold converts float16 too.
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets[count++] = &avx2::KERNELS;
+#endif
+#if defined(OMNINORM_HAS_NEON)
+    sets[count++] = &neon::KERNELS;
+#endif
+#if defined(OMNINORM_HAS_BASELINE)
+    sets[count++] = &baseline::KERNELS;
+#endif
+  }
+};
+
+const Kernels* find(const char* name) {
+  for (const Kernels* const* set = runnable_sets(); *set; ++set)
+    if (std::strcmp((*set)->name, name) == 0) return *set;
+  return nullptr;
+}
+
+const Kernels* first_choice() {
+  const char* wish = std::getenv("OMNINORM_CPU");
+  const Kernels* named = wish ? find(wish) : nullptr;
+  return named ? named : runnable_sets()[0];  // an unknown name is refused by omninorm.kernels.cpu, in words
+}
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> kernels{first_choice()};
+  return kernels;
+}
+
+}  // namespace
+
+const Kernels* const* runnable_sets() {
+  static const Runnable runnable;
+  return runnable.sets;
+}
+
+const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+
+}  // namespace omninorm
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// The name of the i-th set that can run here, best first; null beyond the last.
+EXPORTED const char* omninorm_runnable_set(int i) {
+  const omninorm::Kernels* const* set = omninorm::runnable_sets();
+  while (*set && i-- > 0) ++set;
+  return *set ? (*set)->name : nullptr;
+}
+
+EXPORTED const char* omninorm_current_set() { return omninorm::kernels().name; }
+
+// 1, or 0 if no such set can run here; the one in use then stays.
+EXPORTED int omninorm_use_set(const char* name) {
+  const omninorm::Kernels* found = omninorm::find(name);
+  if (found) omninorm::current().store(found, std::memory_order_relaxed);
+  return found != nullptr;
+}

@@ -1,0 +1,65 @@
+"""Inputs that are used in turn, so many that none is still in the cache when its turn comes again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+# Where the system does not tell: as much as most desktop and server cores can reach.
+FALLBACK_CACHE_BYTES = 32 * 2**20
+MEMORY_CAP_BYTES = 2 * 2**30
+# What a set may bring with it: x, dy, a residual, and kept outputs and graphs of up to this many times x together.
+_TENSORS_PER_SET = 12
+# Tiny inputs stay in the cache, as they do in use: what counts there is the call.
+_MOST_SETS = 256
+
+
+def last_level_cache_bytes(caches: Path = _CACHES) -> int:
+    """Size of the largest cache that the first core can reach; 32 MiB where the system does not tell."""
+    sizes = [parse_size(path) for path in caches.glob("index*/size")]
+    return max(sizes, default=0) or FALLBACK_CACHE_BYTES
+
+
+def parse_size(path: Path) -> int:
+    """Bytes from a file that says for example "32768K"; 0 for anything else."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+        return int(text.rstrip("KMG")) * _UNITS.get(text[-1:], 1)
+    except (OSError, ValueError):
+        return 0
+
+
+def sets_needed(bytes_per_set: int, cache_bytes: int, cap_bytes: int = MEMORY_CAP_BYTES) -> int:
+    """How many inputs of this size overflow the cache twice, from 2 to 256 and within the cap on memory."""
+    wanted = -(-2 * cache_bytes // max(1, bytes_per_set))
+    allowed = cap_bytes // (_TENSORS_PER_SET * max(1, bytes_per_set))
+    return max(2, min(wanted, allowed, _MOST_SETS))
+
+
+class Buffers:
+    """Rotating inputs of one size: x, gradients dy and residuals, all (rows, width).
+
+    x requires a gradient; what is measured without one runs under `torch.no_grad`.
+    """
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, cache_bytes: int) -> None:
+        self.rows, self.width, self.dtype = rows, width, dtype
+        count = sets_needed(rows * width * dtype.itemsize, cache_bytes)
+        first = torch.randn(rows, width).to(dtype)
+        gradient, residual = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
+        self.x: list[Tensor] = [first.clone().requires_grad_() for _ in range(count)]
+        self.dy: list[Tensor] = [gradient.clone() for _ in range(count)]
+        self.residual: list[Tensor] = [residual.clone() for _ in range(count)]
+
+    @property
+    def count(self) -> int:
+        return len(self.x)
+
+    @property
+    def bytes(self) -> int:
+        """Size of one tensor."""
+        return self.rows * self.width * self.dtype.itemsize

@@ -1,0 +1,215 @@
+"""What is compared with what: each function builds the contestants for one job on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from omninorm import functional
+from omninorm.bench import peers
+from omninorm.bench.buffers import Buffers
+from omninorm.bench.measure import OURS, Case, Contestant
+from omninorm.bench.peers import EPS, Unavailable
+
+RMS_FORWARD = "RMSNorm forward"
+RMS_BACKWARD = "RMSNorm backward"
+RMS_BOTH = "RMSNorm forward+backward"
+RMS_COMPILED = "RMSNorm forward+backward, compiled"
+ADD_RMS_FORWARD = "add_rms_norm forward"
+LAYER_BOTH = "LayerNorm forward+backward"
+ONE_ROW = "RMSNorm, one row"
+
+Skip = Callable[[str, str], None]
+Norm = Callable[[Tensor], Any]
+# A peer's name, its role, and how to build it.
+_Entry = tuple[str, str, Callable[[], Norm]]
+
+
+class Context(NamedTuple):
+    """What a case is built from: the inputs, the number of threads, and where to say that a peer is left out."""
+
+    buffers: Buffers
+    threads: int
+    skip: Skip
+
+    def module(self, make: Callable[[int, torch.dtype], nn.Module]) -> nn.Module:
+        return make(self.buffers.width, self.buffers.dtype)
+
+
+def rms_forward(context: Context) -> Case:
+    """y from x without a graph: 1 read + 1 write."""
+    b = context.buffers
+
+    def onnx() -> Norm:
+        return peers.onnx_rms_norm(b.rows, b.width, b.dtype, context.threads)
+
+    entries: list[_Entry] = [
+        (OURS, "ours", lambda: context.module(peers.our_rms_norm)),
+        ("torch.nn", "peer", lambda: context.module(peers.torch_rms_norm)),
+        ("transformers Llama", "peer", lambda: context.module(peers.llama_rms_norm)),
+        ("transformers Qwen3", "peer", lambda: context.module(peers.qwen3_rms_norm)),
+        ("onnxruntime", "peer", onnx),
+        ("torch.nn.LayerNorm", "other", lambda: context.module(peers.torch_layer_norm)),
+    ]
+    found = [Contestant(n, _forward(norm, b), role, 2 * b.bytes) for n, role, norm in _present(context, entries)]
+    return Case(RMS_FORWARD, [*found, _clone(b)], b.count, grad=False)
+
+
+def rms_backward(context: Context) -> Case:
+    """dx and dγ from dy, by a graph that was built before: 2 reads + 1 write."""
+    b = context.buffers
+    entries = [
+        (OURS, "ours", context.module(peers.our_rms_norm)),
+        ("torch.nn", "peer", context.module(peers.torch_rms_norm)),
+        ("torch.nn.LayerNorm", "other", context.module(peers.torch_layer_norm)),
+    ]
+    found = [Contestant(name, _backward(module, b), role, 3 * b.bytes) for name, role, module in entries]
+    return Case(RMS_BACKWARD, [*found, _clone(b)], b.count, grad=True)
+
+
+def rms_both(context: Context) -> Case:
+    """y from x, then dx and dγ, by autograd: 3 reads + 2 writes."""
+    entries: list[_Entry] = [
+        (OURS, "ours", lambda: context.module(peers.our_rms_norm)),
+        ("torch.nn", "peer", lambda: context.module(peers.torch_rms_norm)),
+        ("transformers Llama", "peer", lambda: context.module(peers.llama_rms_norm)),
+        ("torch.nn.LayerNorm", "other", lambda: context.module(peers.torch_layer_norm)),
+    ]
+    return _both(RMS_BOTH, context, entries)
+
+
+def rms_compiled(context: Context) -> Case:
+    """`rms_both` with both modules behind torch.compile."""
+    entries: list[_Entry] = [
+        (OURS, "ours", lambda: peers.compiled(context.module(peers.our_rms_norm))),
+        ("torch.compile", "peer", lambda: peers.compiled(context.module(peers.torch_rms_norm))),
+    ]
+    return _both(RMS_COMPILED, context, entries)
+
+
+def layer_both(context: Context) -> Case:
+    """As `rms_both`, for LayerNorm: y, then dx, dγ and dβ."""
+    entries: list[_Entry] = [
+        (OURS, "ours", lambda: context.module(peers.our_layer_norm)),
+        ("torch.nn", "peer", lambda: context.module(peers.torch_layer_norm)),
+    ]
+    return _both(LAYER_BOTH, context, entries)
+
+
+def add_rms_forward(context: Context) -> Case:
+    """x + residual and its norm, without a graph: 2 reads + 2 writes; torch.add has 2 + 1."""
+    b = context.buffers
+    weight = torch.ones(b.width, dtype=b.dtype)
+    stock = context.module(peers.torch_rms_norm)
+
+    def two_steps(i: int) -> tuple[Tensor, Tensor]:
+        total = b.x[i] + b.residual[i]
+        return stock(total), total
+
+    ours = Contestant(OURS, lambda i: functional.add_rms_norm(b.x[i], b.residual[i], weight, EPS), "ours", 4 * b.bytes)
+    peer = Contestant("torch.add, torch.nn", two_steps, "peer", 4 * b.bytes)
+    limit = Contestant("torch.add", lambda i: torch.add(b.x[i], b.residual[i]), "limit", 3 * b.bytes)
+    return Case(ADD_RMS_FORWARD, [ours, peer, limit], b.count, grad=False)
+
+
+def one_row(context: Context) -> Case:
+    """The call of a module on one row without a graph: what a call costs apart from its work."""
+    b = context.buffers
+    entries = [
+        (OURS, "ours", context.module(peers.our_rms_norm)),
+        ("torch.nn", "peer", context.module(peers.torch_rms_norm)),
+        ("torch.nn.LayerNorm", "other", context.module(peers.torch_layer_norm)),
+    ]
+    return Case(ONE_ROW, [Contestant(n, _forward(m, b), role) for n, role, m in entries], b.count, grad=False)
+
+
+CASES: dict[str, Callable[[Context], Case]] = {
+    RMS_FORWARD: rms_forward,
+    RMS_BACKWARD: rms_backward,
+    ADD_RMS_FORWARD: add_rms_forward,
+    RMS_BOTH: rms_both,
+    LAYER_BOTH: layer_both,
+    RMS_COMPILED: rms_compiled,
+    ONE_ROW: one_row,
+}
+
+
+def check_agreement(case: Case) -> None:
+    """Raises Unavailable unless every peer computes what we compute, to the precision of the dtype.
+
+    A comparison of two different functions would be no comparison.
+    """
+    with torch.set_grad_enabled(case.grad):
+        ours = _tensors(next(each.call(0) for each in case.contestants if each.role == "ours"))
+        for peer in (each for each in case.contestants if each.role == "peer"):
+            for mine, theirs in zip(ours, _tensors(peer.call(0)), strict=True):
+                scale = mine.float().abs().max().clamp_min(1e-30)
+                error = ((mine.float() - theirs.float()).abs().max() / scale).item()
+                if not error <= _tolerance(mine):
+                    raise Unavailable(f"{peer.name} computes something else: it differs by {error:.1e} of the largest")
+
+
+def _tolerance(result: Tensor) -> float:
+    """How far two implementations may be apart, in units of the largest element."""
+    if result.dtype == torch.float32:
+        return 1e-4
+    # Half precision rounds at 2⁻⁸ or finer, and Llama's order rounds twice; gradients of gains are sums over all
+    # rows, which some implementations accumulate in half precision.
+    return 0.25 if result.ndim == 1 else 4e-2
+
+
+def _both(name: str, context: Context, entries: Iterable[_Entry]) -> Case:
+    b = context.buffers
+    found = [
+        Contestant(n, _forward_backward(norm, b), role, 5 * b.bytes) for n, role, norm in _present(context, entries)
+    ]
+    return Case(name, [*found, _clone(b)], b.count, grad=True)
+
+
+def _present(context: Context, entries: Iterable[_Entry]) -> list[tuple[str, str, Norm]]:
+    found = []
+    for name, role, build in entries:
+        try:
+            found.append((name, role, build()))
+        except Unavailable as reason:
+            if role == "ours":
+                raise
+            context.skip(name, str(reason))
+    return found
+
+
+def _clone(b: Buffers) -> Contestant:
+    xs = [x.detach() for x in b.x]
+    return Contestant("clone", lambda i: xs[i].clone(), "limit", 2 * b.bytes)
+
+
+def _forward(norm: Norm, b: Buffers) -> Callable[[int], Any]:
+    xs = b.x
+    return lambda i: norm(xs[i])
+
+
+def _backward(module: nn.Module, b: Buffers) -> Callable[[int], Sequence[Tensor]]:
+    parameters = list(module.parameters())
+    outputs = [module(x) for x in b.x]
+    return lambda i: torch.autograd.grad(outputs[i], [b.x[i], *parameters], b.dy[i], retain_graph=True)
+
+
+def _forward_backward(norm: Norm, b: Buffers) -> Callable[[int], tuple[Any, Sequence[Tensor]]]:
+    parameters = list(norm.parameters()) if isinstance(norm, nn.Module) else []
+
+    def call(i: int) -> tuple[Any, Sequence[Tensor]]:
+        y = norm(b.x[i])
+        return y.detach(), torch.autograd.grad(y, [b.x[i], *parameters], b.dy[i])
+
+    return call
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value.detach()]
+    if isinstance(value, (tuple, list)):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return [torch.from_numpy(value)]

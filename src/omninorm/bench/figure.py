@@ -1,0 +1,95 @@
+"""The benchmark's picture: GB/s by width against the measured limit. Reads results, measures nothing."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omninorm.bench import cases
+from omninorm.bench.measure import OURS
+from omninorm.errors import MissingExtraError
+from omninorm.experiments.files import write_file, writing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by colour-blind readers too; line styles differ as well.
+_STYLES = {
+    OURS: ("#0072B2", "-"),
+    "clone": ("black", ":"),
+    "torch.nn": ("#E69F00", "--"),
+    "torch.nn.LayerNorm": ("#009E73", "-."),
+    "transformers Llama": ("#D55E00", "--"),
+    "transformers Qwen3": ("#CC79A7", "-."),
+    "onnxruntime": ("#56B4E9", "-."),
+}
+_PANELS = ((cases.RMS_FORWARD, "fp32"), (cases.RMS_FORWARD, "bf16"), (cases.RMS_BOTH, "fp32"), (cases.RMS_BOTH, "bf16"))
+
+
+def load_matplotlib() -> type[Figure]:
+    """matplotlib's Figure.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        remedy = 'install it with pip install "omninorm[demo]", or pass --no-plot'
+        raise MissingExtraError(
+            "the benchmark's figure needs matplotlib", "an installation without it", remedy
+        ) from error
+    return Figure
+
+
+def draw(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes a PNG: RMSNorm's forward pass, and forward and backward together, in fp32 and bf16.
+
+    A panel without measurements says so.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        RunError: the file can't be written.
+    """
+    figure = load_matplotlib()(figsize=(10, 7.5), layout="constrained")
+    threads, rows = result["settings"]["threads"][0], max(result["settings"]["rows"])
+    for axes, (case, dtype) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
+        _draw_panel(axes, lines_of(result, case, dtype, threads, rows))
+        axes.set(title=f"{case}, {dtype}", xlabel="width", ylabel="GB/s")
+    figure.suptitle(f"{rows} rows, {threads} thread{'s' if threads > 1 else ''}; clone is the measured memory limit")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    with writing(path):
+        write_file(path, buffer.getvalue())
+
+
+def lines_of(
+    result: Mapping[str, Any], case: str, dtype: str, threads: int, rows: int
+) -> dict[str, list[tuple[int, float]]]:
+    """(width, GB/s) of every contestant, by rising width."""
+    wanted = (case, dtype, threads, rows, "raised")
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for each in sorted(result["measurements"], key=lambda entry: int(entry["width"])):
+        if tuple(each[name] for name in ("case", "dtype", "threads", "rows", "allocator")) == wanted:
+            for name, contestant in each["contestants"].items():
+                lines.setdefault(name, []).append((each["width"], contestant["gb_per_s"]))
+    return lines
+
+
+def _draw_panel(axes: Axes, lines: Mapping[str, list[tuple[int, float]]]) -> None:
+    if not lines:
+        axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
+        return
+    for name, points in lines.items():
+        color, line = _STYLES.get(name, ("#555555", ":"))
+        widths, rates = zip(*points, strict=True)
+        axes.plot(widths, rates, color=color, linestyle=line, marker=".", label=name)
+    axes.set_xscale("log", base=2)
+    ticks = [width for width, _ in next(iter(lines.values()))]
+    axes.set_xticks(ticks, [str(width) for width in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)

@@ -1,0 +1,33 @@
+"""The benchmark's folder: results.json and bench.png."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omninorm.bench.figure import draw
+from omninorm.experiments.files import write_file, writing
+
+RESULTS_FILE, FIGURE_FILE = "results.json", "bench.png"
+
+
+def to_json(result: Mapping[str, Any]) -> str:
+    return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def write(folder: Path, result: Mapping[str, Any], *, plot: bool) -> list[Path]:
+    """Writes the result, and its figure where `plot`; returns what was written. Older files are replaced.
+
+    Raises:
+        MissingExtraError: a plot is wanted, and matplotlib is not installed.
+        RunError: the folder can't be written.
+    """
+    results, figure = folder / RESULTS_FILE, folder / FIGURE_FILE
+    with writing(results):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(results, (to_json(result) + "\n").encode())
+    if plot:
+        draw(figure, result)
+    return [results, figure] if plot else [results]

@@ -1,0 +1,151 @@
+"""The timing loop: contestants take turns in random order, and every ratio is taken within a round.
+
+Machines drift: another process takes a core, a clock changes. Contestants that are timed one after the other then
+differ by the drift. Here each round times every contestant once, and the ratio of two contestants is the *median of the
+rounds' ratios*, everywhere in the benchmark.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+OURS = "omninorm"
+# Shorter samples than this are made of several calls: the clock's own cost must not count.
+_SHORTEST_SAMPLE_NS = 200_000
+_MIN_ROUNDS, _MAX_ROUNDS = 7, 400
+_MAX_CALLS = 1000
+
+
+class Contestant(NamedTuple):
+    """Something to time.
+
+    name: what it is called in results.
+    call: does the work on the inputs with the number that it is given; returns what it computed.
+    role: "ours", "peer" (computes the same), "other" (computes something else that one might choose instead), or
+        "limit" (the bare memory traffic).
+    bytes: the traffic that the work needs at least; 0 where bandwidth says nothing.
+    """
+
+    name: str
+    call: Callable[[int], Any]
+    role: str
+    bytes: int = 0
+
+
+class Case(NamedTuple):
+    """Contestants for one job, and the number of inputs that they take in turn."""
+
+    name: str
+    contestants: Sequence[Contestant]
+    inputs: int
+    grad: bool
+
+
+Samples = dict[str, list[float]]
+
+
+def time_case(case: Case, seconds: float, min_rounds: int = _MIN_ROUNDS, warm_up: int = 3, seed: int = 0) -> Samples:
+    """Nanoseconds per call of every contestant in every round, after `warm_up` calls of each.
+
+    Rounds go on for `seconds`, and there are at least `min_rounds`. What a call returns stays alive until its inputs'
+    next turn, so that outputs rotate through memory as inputs do.
+    """
+    loop = _Loop(case)
+    order = list(case.contestants)
+    samples: Samples = {each.name: [] for each in order}
+    shuffle = random.Random(seed).shuffle
+    with torch.set_grad_enabled(case.grad), _no_garbage_collection():
+        calls = loop.calls_per_sample(warm_up)
+        end = time.perf_counter() + seconds
+        rounds = 0
+        while rounds < min_rounds or (time.perf_counter() < end and rounds < _MAX_ROUNDS):
+            shuffle(order)
+            for each in order:
+                samples[each.name].append(loop.sample(each, calls))
+            rounds += 1
+    return samples
+
+
+class _Loop:
+    """Calls contestants on inputs in turn and keeps what they return."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._kept: list[Any] = [None] * case.inputs
+        self._turn = 0
+
+    def sample(self, contestant: Contestant, calls: int) -> float:
+        """Nanoseconds per call, over `calls` calls."""
+        kept, call, count, turn = self._kept, contestant.call, self._case.inputs, self._turn
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            kept[turn] = call(turn)
+            turn = (turn + 1) % count
+        elapsed = time.perf_counter_ns() - start
+        self._turn = turn
+        return elapsed / calls
+
+    def calls_per_sample(self, warm_up: int) -> int:
+        """Warms every contestant up, and counts the calls with which the fastest fills a sample."""
+        fastest = math.inf
+        for each in self._case.contestants:
+            for _ in range(warm_up):
+                elapsed = self.sample(each, 1)
+            fastest = min(fastest, elapsed)
+        return max(1, min(_MAX_CALLS, math.ceil(_SHORTEST_SAMPLE_NS / fastest)))
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def summarize(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles.
+
+    Example:
+        >>> summarize([3.0, 1.0, 2.0])
+        {'median': 2.0, 'q1': 1.5, 'q3': 2.5}
+    """
+    if len(values) == 1:
+        return dict.fromkeys(("median", "q1", "q3"), values[0])
+    q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": statistics.median(values), "q1": q1, "q3": q3}
+
+
+def paired_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Our time over theirs, round by round.
+
+    Example:
+        >>> paired_ratios([1.0, 4.0], [2.0, 2.0])
+        [0.5, 2.0]
+    """
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+def report_samples(case: Case, samples: Samples) -> dict[str, Any]:
+    """What results keep of a case: every contestant's median, quartiles and GB/s, and ours over each of the others."""
+    contestants = {}
+    for each in case.contestants:
+        times = summarize(samples[each.name])
+        rate = each.bytes / times["median"] if each.bytes else None
+        contestants[each.name] = {"role": each.role, "ns": times, "gb_per_s": rate}
+    ours = samples[OURS]
+    ratios = {name: summarize(paired_ratios(ours, theirs)) for name, theirs in samples.items() if name != OURS}
+    return {"case": case.name, "rounds": len(ours), "contestants": contestants, "ratios": ratios}

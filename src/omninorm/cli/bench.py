@@ -1,0 +1,156 @@
+"""`omninorm bench`: our operators against their peers and the measured memory limit."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from omninorm.bench import BenchConfig, measure_all
+from omninorm.bench.config import all_threads
+from omninorm.bench.figure import load_matplotlib
+from omninorm.bench.files import to_json, write
+from omninorm.cli.console import console
+from omninorm.cli.doctor import inspect_machine
+from omninorm.errors import ConfigError
+from omninorm.experiments.run_folder import fresh_folder
+
+_SECONDS_BETWEEN_LINES = 15.0
+_QUICK: dict[str, Any] = {"rows": (512,), "dtypes": ("fp32", "bf16"), "threads": (1,), "seconds": 0.3}
+
+
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="One thread, 512 rows; no compiler, no models.")] = False,
+    rows: Annotated[str | None, typer.Option(help="Numbers of rows.", show_default="512,2048")] = None,
+    widths: Annotated[str | None, typer.Option(help="Widths.", show_default="576,1024,2048,4096")] = None,
+    dtypes: Annotated[str | None, typer.Option(help="Of fp32, bf16, fp16.", show_default="all")] = None,
+    threads: Annotated[
+        str | None, typer.Option(help='Numbers of threads; "all" is every core there is.', show_default="1,all")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Seconds of rounds for each case.", show_default="0.7")] = None,
+    patience: Annotated[
+        float, typer.Option(help="Seconds that a model may take; slower ones are skipped.")
+    ] = BenchConfig.patience,
+    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Measure torch.compile.")] = None,
+    models: Annotated[bool | None, typer.Option("--models/--no-models", help="Measure whole models.")] = None,
+    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the figure.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for results.json and bench.png.", show_default="runs/bench-N")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The result as one JSON object on stdout; files only with --out.")
+    ] = False,
+) -> None:
+    """Measure our operators against torch.nn, torch.compile, transformers, onnxruntime and the memory's limit.
+
+    About five minutes on two cores; --quick takes one. Missed targets are printed and are no error.
+    """
+    config = _config(quick, rows, widths, dtypes, threads, seconds, patience, compile, models)
+    folder = out if out is not None or as_json else fresh_folder("bench")
+    plot = plot and folder is not None
+    if plot:
+        load_matplotlib()  # now, not when everything is measured
+    screen = Console(file=sys.stderr, soft_wrap=True, markup=False) if as_json else console()
+    try:
+        with _Progress(screen) as progress:
+            result = {"machine": inspect_machine()["machine"], **measure_all(config, progress)}
+    except KeyboardInterrupt:
+        screen.print("Stopped; nothing was written.")
+        raise typer.Exit(128 + signal.SIGINT) from None
+    written = [] if folder is None else write(folder, result, plot=plot)
+    if as_json:
+        typer.echo(to_json(result))
+        return
+    _show(result, written)
+
+
+def _config(
+    quick: bool,
+    rows: str | None,
+    widths: str | None,
+    dtypes: str | None,
+    threads: str | None,
+    seconds: float | None,
+    patience: float,
+    compile: bool | None,
+    models: bool | None,
+) -> BenchConfig:
+    """The defaults, or those of --quick, with what the command line says instead."""
+    given: dict[str, Any] = {
+        "rows": _numbers("rows", rows),
+        "widths": _numbers("widths", widths),
+        "dtypes": _parts(dtypes),
+        "threads": _threads(threads),
+        "seconds": seconds,
+        "compile": compile,
+        "models": models,
+    }
+    defaults: dict[str, Any] = {"threads": _threads("1,all"), "compile": not quick, "models": not quick}
+    chosen = {**defaults, **(_QUICK if quick else {}), "patience": patience}
+    return BenchConfig(**{**chosen, **{name: value for name, value in given.items() if value is not None}})
+
+
+def _parts(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    parts = _parts(text)
+    if parts is None:
+        return None
+    try:
+        return tuple(int(part) for part in parts)
+    except ValueError:
+        remedy = f"write for example --{name} 512,2048"
+        raise ConfigError(f"--{name} must be whole numbers with commas between them", repr(text), remedy) from None
+
+
+def _threads(text: str | None) -> tuple[int, ...] | None:
+    """ "all" becomes the number of cores; naming a number twice that way is no mistake."""
+    parts = _parts(text)
+    if parts is None:
+        return None
+    numbers = _numbers("threads", ",".join(str(all_threads()) if part == "all" else part for part in parts))
+    return tuple(dict.fromkeys(numbers or ()))
+
+
+def _show(result: dict[str, Any], written: list[Path]) -> None:
+    from omninorm.bench import tables
+
+    screen = console()
+    tables.show(screen, result)
+    for path in written:
+        screen.print(f"Written: {path}")
+
+
+class _Progress:
+    """What is being measured: a bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, screen: Console) -> None:
+        self._screen = screen
+        columns = (BarColumn(bar_width=10), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, console=screen)
+        self._task = self._bar.add_task("starting", total=None)
+        self._last = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        if self._screen.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._screen.is_terminal:
+            self._bar.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total, description=what)
+        if not self._screen.is_terminal and time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            self._screen.print(f"{done}/{total} {what}")
+            self._screen.file.flush()

@@ -1,0 +1,321 @@
+"""The CPU back end: the C++ operators of csrc/, their fake kernels, and their derivatives.
+
+The library is one shared object beside this file, built on installation. Where it is missing, `unavailable()` says why
+and the reference computes in its place. Inside it, the arithmetic exists once per instruction set; the best that
+the processor has is used, or the one that the environment variable OMNINORM_CPU names.
+
+Backward keeps x and r = 1/√(mean square + ε), one number a row; LayerNorm keeps the mean too. The second derivative is
+the reference's, whose backward functions are made of differentiable operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from omninorm.errors import ConfigError
+from omninorm.kernels import reference
+
+FOLDER = Path(__file__).parent
+LIBRARY = FOLDER / "_cpu.so"
+# Written by the installation in place of the library: the reason, in one line.
+NOTE = FOLDER / "_cpu_missing.txt"
+
+
+# The library -----------------------------------------------------------------------------------------------------
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason."""
+    if not LIBRARY.exists():
+        return None, NOTE.read_text(encoding="utf-8").strip() if NOTE.exists() else "they have not been built"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        return _declared(ctypes.CDLL(str(LIBRARY))), ""
+    except OSError as error:
+        return None, f"the library does not load: {error}"
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.omninorm_runnable_set.argtypes = [ctypes.c_int]
+    library.omninorm_runnable_set.restype = ctypes.c_char_p
+    library.omninorm_current_set.restype = ctypes.c_char_p
+    library.omninorm_use_set.argtypes = [ctypes.c_char_p]
+    return library
+
+
+_library, _reason = _load()
+_operators: Any = torch.ops.omninorm
+
+
+def unavailable() -> str:
+    """Why the operators can't be used here; empty if they can."""
+    return _reason
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that were built and that this processor has, best first."""
+    names: list[str] = []
+    while _library is not None and (name := _library.omninorm_runnable_set(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def instruction_set() -> str:
+    """The instruction set whose kernels run."""
+    return "" if _library is None else _library.omninorm_current_set().decode()
+
+
+def use_instruction_set(name: str) -> None:
+    """Makes every later call run the kernels of this instruction set.
+
+    Raises:
+        ConfigError: it was not built, or the processor lacks it.
+    """
+    if _library is None or not _library.omninorm_use_set(name.encode()):
+        choices = ", ".join(instruction_sets()) or f"none, because {_reason}"
+        raise ConfigError("OMNINORM_CPU must name an instruction set that can run here", repr(name), f"choose: {choices}")
+
+
+if _library is not None and "OMNINORM_CPU" in os.environ:
+    use_instruction_set(os.environ["OMNINORM_CPU"])
+
+
+# The norms -------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gain_offset: float, round_first: bool) -> Tensor:
+    y: Tensor
+    if not _differentiable(x, weight):
+        y = _operators.rms_norm.default(x, weight, eps, gain_offset, round_first)
+    else:
+        y = RMSNormFunction.apply(x, weight, eps, gain_offset, round_first)  # type: ignore[no-untyped-call]
+    return y
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, gain_offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
+    pair: tuple[Tensor, Tensor]
+    if not _differentiable(x, residual, weight):
+        pair = _operators.add_rms_norm.default(x, residual, weight, eps, gain_offset, round_first)
+    else:
+        pair = AddRMSNormFunction.apply(x, residual, weight, eps, gain_offset, round_first)  # type: ignore[no-untyped-call]
+    return pair
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    y: Tensor
+    if not _differentiable(x, weight, bias):
+        y = _operators.layer_norm.default(x, weight, bias, eps)
+    else:
+        y = LayerNormFunction.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    pair: tuple[Tensor, Tensor]
+    if not _differentiable(x, residual, weight, bias):
+        pair = _operators.add_layer_norm.default(x, residual, weight, bias, eps)
+    else:
+        pair = AddLayerNormFunction.apply(x, residual, weight, bias, eps)  # type: ignore[no-untyped-call]
+    return pair
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+# Derivatives. The functions have no setup_context, which would cost more than the operator itself; under torch.func,
+# which needs one, the reference computes.
+
+
+class RMSNormFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, gain_offset: float, round_first: bool
+    ) -> Tensor:
+        y, scale = _operators.rms_norm_forward.default(x, weight, eps, gain_offset, round_first)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.constants = eps, gain_offset, round_first
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        dx, dweight = rms_norm_backward(dy, None, x, scale, weight, *ctx.constants, ctx.needs_input_grad[1])
+        return dx, dweight, None, None, None
+
+
+class AddRMSNormFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        gain_offset: float,
+        round_first: bool,
+    ) -> tuple[Tensor, Tensor]:
+        y, total, scale = _operators.add_rms_norm_forward.default(x, residual, weight, eps, gain_offset, round_first)
+        ctx.save_for_backward(total, weight, scale)
+        ctx.constants = eps, gain_offset, round_first
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, scale = ctx.saved_tensors
+        if dy is None:
+            return dtotal, dtotal, None, None, None, None
+        dx, dweight = rms_norm_backward(dy, dtotal, total, scale, weight, *ctx.constants, ctx.needs_input_grad[2])
+        return dx, dx, dweight, None, None, None
+
+
+class LayerNormFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        y, mean, scale = _operators.layer_norm_forward.default(x, weight, bias, eps)
+        ctx.save_for_backward(x, mean, scale, weight, bias)
+        ctx.eps = eps
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gains_wanted = any(ctx.needs_input_grad[1:3])
+        dx, dweight, dbias = layer_norm_backward(dy, None, *ctx.saved_tensors, ctx.eps, gains_wanted)
+        return dx, dweight, dbias, None
+
+
+class AddLayerNormFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        y, total, mean, scale = _operators.add_layer_norm_forward.default(x, residual, weight, bias, eps)
+        ctx.save_for_backward(total, mean, scale, weight, bias)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dtotal, dtotal, None, None, None
+        gains_wanted = any(ctx.needs_input_grad[2:4])
+        dx, dweight, dbias = layer_norm_backward(dy, dtotal, *ctx.saved_tensors, ctx.eps, gains_wanted)
+        return dx, dx, dweight, dbias, None
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gain_offset: float,
+    round_first: bool,
+    gains_wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dx + dtotal and dγ; differentiable where a second derivative is wanted."""
+    if torch.is_grad_enabled():
+        cast = "llama" if round_first else "fp32"
+        dx, dweight = reference.rms_norm_backward(dy, x, weight, eps, gain_offset, cast)
+        return dx if dtotal is None else dx + dtotal, dweight
+    dx, dweight = _operators.rms_norm_backward.default(
+        dy, dtotal, x, scale, weight, eps, gain_offset, round_first, gains_wanted
+    )
+    return dx, dweight if gains_wanted else None
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gains_wanted: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx + dtotal, dγ and dβ; differentiable where a second derivative is wanted."""
+    if torch.is_grad_enabled():
+        dx, dweight, dbias = reference.layer_norm_backward(dy, x, weight, bias, eps)
+        return dx if dtotal is None else dx + dtotal, dweight, dbias
+    dx, dweight, dbias = _operators.layer_norm_backward.default(
+        dy, dtotal, x, mean, scale, weight, bias, eps, gains_wanted
+    )
+    dweight = dweight if gains_wanted and weight is not None else None
+    return dx, dweight, dbias if gains_wanted and bias is not None else None
+
+
+# Fake kernels: shapes and dtypes without values, for torch.compile and torch.export ------------------------------
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _one_per_row(x: Tensor) -> Tensor:
+    return x.new_empty((x.numel() // x.shape[-1],), dtype=reference.compute_dtype(x.dtype))
+
+
+def _gradient(gain: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
+    if gain is None:
+        return x.new_empty((0,), dtype=torch.float32)
+    return gain.new_empty((x.shape[-1] if wanted else 0,))
+
+
+if _library is not None:
+    from torch.library import register_fake
+
+    @register_fake("omninorm::rms_norm")
+    def _(x, weight, eps, gain_offset, round_first):  # type: ignore[no-untyped-def]
+        return _like(x)
+
+    @register_fake("omninorm::rms_norm_forward")
+    def _(x, weight, eps, gain_offset, round_first):  # type: ignore[no-untyped-def]
+        return _like(x), _one_per_row(x)
+
+    @register_fake("omninorm::add_rms_norm")
+    def _(x, residual, weight, eps, gain_offset, round_first):  # type: ignore[no-untyped-def]
+        return _like(x), _like(x)
+
+    @register_fake("omninorm::add_rms_norm_forward")
+    def _(x, residual, weight, eps, gain_offset, round_first):  # type: ignore[no-untyped-def]
+        return _like(x), _like(x), _one_per_row(x)
+
+    @register_fake("omninorm::rms_norm_backward")
+    def _(dy, dtotal, x, scale, weight, eps, gain_offset, round_first, gains_wanted):  # type: ignore[no-untyped-def]
+        return _like(x), _gradient(weight, x, gains_wanted)
+
+    @register_fake("omninorm::layer_norm")
+    def _(x, weight, bias, eps):  # type: ignore[no-untyped-def]
+        return _like(x)
+
+    @register_fake("omninorm::layer_norm_forward")
+    def _(x, weight, bias, eps):  # type: ignore[no-untyped-def]
+        return _like(x), _one_per_row(x), _one_per_row(x)
+
+    @register_fake("omninorm::add_layer_norm")
+    def _(x, residual, weight, bias, eps):  # type: ignore[no-untyped-def]
+        return _like(x), _like(x)
+
+    @register_fake("omninorm::add_layer_norm_forward")
+    def _(x, residual, weight, bias, eps):  # type: ignore[no-untyped-def]
+        return _like(x), _like(x), _one_per_row(x), _one_per_row(x)
+
+    @register_fake("omninorm::layer_norm_backward")
+    def _(dy, dtotal, x, mean, scale, weight, bias, eps, gains_wanted):  # type: ignore[no-untyped-def]
+        return _like(x), _gradient(weight, x, gains_wanted), _gradient(bias, x, gains_wanted)

@@ -1,0 +1,28 @@
+"""Results made by hand, to judge and to draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omninorm.bench.config import BenchConfig
+from omninorm.bench.measure import OURS
+from omninorm.bench.process import new_result
+
+PLACE = {"dtype": "fp32", "rows": 512, "width": 1024, "threads": 1, "allocator": "raised"}
+_ROLES = {"clone": "limit", "torch.add": "limit", "torch.nn.LayerNorm": "other"}
+
+
+def measurement(case: str, ratios: dict[str, float], **place: Any) -> dict[str, Any]:
+    """What a worker tells of a case in which our time over each other's is as given, and ours is 1 ms."""
+    times = {OURS: 1e6, **{name: 1e6 / ratio for name, ratio in ratios.items()}}
+    roles = {OURS: "ours", **{name: _ROLES.get(name, "peer") for name in ratios}}
+    contestants = {
+        name: {"role": roles[name], "ns": {"median": ns, "q1": ns, "q3": ns}, "gb_per_s": 4e6 / ns}
+        for name, ns in times.items()
+    }
+    paired = {name: {"median": ratio, "q1": ratio, "q3": ratio} for name, ratio in ratios.items()}
+    return {"case": case, "rounds": 7, "contestants": contestants, "ratios": paired, **PLACE, **place}
+
+
+def result(*measurements: dict[str, Any], kept: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
+    return {**new_result(BenchConfig()), "measurements": list(measurements), "kept": list(kept)}

@@ -1,0 +1,115 @@
+"""`omninorm bench`, tiny: it measures, writes, prints, is interrupted, and refuses what it can't use."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from omninorm.bench import process
+from omninorm.bench.config import BenchConfig
+from omninorm.bench.plan import Group, Job
+from omninorm.errors import RunError
+
+TINY = ["--rows", "4", "--widths", "24", "--dtypes", "fp32", "--threads", "1", "--seconds", "0.001"]
+TINY += ["--no-compile", "--no-models"]
+
+
+def test_it_measures_shows_and_writes(command, tmp_path) -> None:
+    folder = tmp_path / "new" / "bench"
+    code, out, err = command("bench", *TINY, "--out", folder)
+    assert (code, err) == (0, "")
+    told = json.loads((folder / "results.json").read_text())
+    assert {each["allocator"] for each in told["measurements"]} == {"raised", "default"}
+    assert len(told["measurements"]) == 5 + 1 + 2, "five jobs, the one row, and two with the default allocator"
+    assert all(each["rounds"] >= 7 for each in told["measurements"])
+    assert {each["norm"] for each in told["kept"]} == {"RMSNorm", "LayerNorm"}
+    assert told["machine"]["cores"] >= 1
+    assert told["settings"]["rows"] == [4]
+    for each in told["targets"]:
+        assert each["name"] in out
+    assert "not measured" in out
+    assert f"Written: {folder / 'results.json'}" in out
+    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in folder.iterdir()) == ["bench.png", "results.json"]
+    assert "\x1b" not in out, "control codes in what is not a terminal"
+
+
+def test_json_is_all_of_stdout_and_writes_nothing(command, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Only what is said is of interest here, not what is measured.
+    monkeypatch.setattr(process, "plan", lambda config: [Group(1, "raised", (Job("RMSNorm, one row", "fp32", 1, 8),))])
+    code, out, _ = command("bench", *TINY, "--json")
+    assert code == 0
+    assert [each["width"] for each in json.loads(out)["measurements"]] == [8]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "many"], "--rows must be whole numbers with commas between them, but got 'many'"),
+        (["--rows", "0"], "rows must be an integer ≥ 1, but got 0"),
+        (["--widths", ""], "widths must name at least one value"),
+        (["--widths", "8,8"], "widths must name at least one value, each once, but got (8, 8)"),
+        (["--dtypes", "int8"], "dtypes must be one of fp32, bf16, fp16, but got 'int8'"),
+        (["--threads", "-1"], "threads must be an integer ≥ 1, but got -1"),
+        (["--threads", "every"], "--threads must be whole numbers"),
+        (["--seconds", "0"], "seconds must be a finite number > 0, but got 0.0"),
+        (["--patience", "nan"], "patience must be a finite number > 0, but got nan"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(command, tmp_path, monkeypatch, arguments, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("bench", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_it_says_so_before_it_measures(command, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = command("bench", *TINY, "--out", tmp_path / "bench")
+    assert code == 2
+    assert 'pip install "omninorm[demo]", or pass --no-plot' in err
+    assert not (tmp_path / "bench").exists()
+
+
+def test_interrupted_it_ends_with_its_processes_and_leaves_nothing(spawn, tmp_path) -> None:
+    running = spawn("bench", *TINY, "--seconds", "600", "--out", tmp_path / "bench")
+    limit = time.monotonic() + 60
+    while not (workers := children(running._process.pid)):
+        assert time.monotonic() < limit, "no measuring process was started"
+        time.sleep(0.05)
+    running.signal(signal.SIGINT)
+    code, out, err = running.wait()
+    assert (code, err) == (130, "")
+    assert "Stopped; nothing was written." in out
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+    assert not (tmp_path / "bench").exists()
+
+
+def children(pid: int) -> list[str]:
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return file.read().split()
+
+
+def test_a_process_that_fails_says_its_last_words(monkeypatch) -> None:
+    monkeypatch.setattr(process, "_START", "import sys; sys.exit('out of luck')")
+    monkeypatch.setattr(process, "plan", lambda config: [Group(1, "raised", (Job("x", "fp32", 1, 1),))])
+    with pytest.raises(RunError, match=r"exit code 1 \(out of luck\)"):
+        process.measure_all(BenchConfig(), lambda what, done, total: None)
+
+
+def test_the_allocator_is_the_environments(monkeypatch) -> None:
+    for name in process.THRESHOLDS:
+        monkeypatch.setenv(name, "1")
+    raised, default = (process.environment(Group(3, name, ())) for name in ("raised", "default"))
+    assert {name: raised[name] for name in process.THRESHOLDS} == process.THRESHOLDS
+    assert not set(process.THRESHOLDS) & set(default)
+    assert raised["OMP_NUM_THREADS"] == default["OMP_NUM_THREADS"] == "3"
