@@ -20,22 +20,28 @@ INLINE bool ordinary(double r) {
   return r >= 0x1p-400 && r <= 0x1p400;
 }
 
-template <class T>
-INLINE double get(const T* x) {
-  return Part{1}.load(x)[0];
-}
+INLINE double first(Floats v) { return v[0]; }
+INLINE double first(Doubles v) { return v[0]; }
+INLINE double first(EvenOdd v) { return v.even[0]; }
+
 template <class T>
 INLINE void put(T* y, double value) {
-  Vector<Compute<T>> v{};
-  v[0] = Compute<T>(value);
-  Part{1}.store(y, v);
+  Part{1}.store(y, broadcast<Vector<T>>(value));
 }
 // `value` as T holds it.
 template <class T>
 INLINE double rounded_value(double value) {
-  Vector<Compute<T>> v{};
-  v[0] = Compute<T>(value);
-  return rounded<T>(v)[0];
+  return first(rounded<T>(broadcast<Vector<T>>(value)));
+}
+// The gain at place i: see load_gain.
+template <class T>
+INLINE double gain_at(const Compute<T>* gain, int64_t i) {
+  if constexpr (sizeof(Vector<T>) > BYTES) {
+    constexpr int64_t N = LANES<T>;
+    return gain[i / N * N + (i % 2) * (N / 2) + i % N / 2];
+  } else {
+    return gain[i];
+  }
 }
 
 template <class C>
@@ -71,9 +77,9 @@ INLINE double reciprocal_unit(double magnitude, double eps) {
   return __builtin_ldexp(1, -exponent);
 }
 
-// r = root · per_unit; their product alone may have no double.
+// r = root · per_unit; their product alone may have no double. LayerNorm's rows have a mean too.
 struct Scale {
-  double root, per_unit;
+  double root, per_unit, mean;
   INLINE double operator()(double v) const { return v * root * per_unit; }
 };
 
@@ -83,21 +89,24 @@ INLINE Pair row_mean(const double* row, int64_t width) {
   return divided(sum, width);
 }
 
-// row - mean, times `headroom` where even the difference of two elements would overflow.
-INLINE double center(double* row, int64_t width, double largest) {
+// row - mean, times `headroom` where even the difference of two elements would overflow; returns that and the mean.
+struct Centered {
+  double headroom, mean;
+};
+INLINE Centered center(double* row, int64_t width, double largest) {
   const double headroom = largest > LARGEST / 8 ? 0.125 : 1;
   const double per_unit = reciprocal_unit(largest, 0);
   for (int64_t i = 0; i < width; ++i) row[i] *= per_unit;
   const Pair mean = row_mean(row, width);
   for (int64_t i = 0; i < width; ++i) row[i] = ((row[i] - mean.high) - mean.low) * (headroom / per_unit);
-  return headroom;
+  return {headroom, mean.high / per_unit};
 }
 
 // What an infinite or undefined largest magnitude makes of r: 1/√∞ = 0, but deviations from an infinite mean are NaN.
 INLINE Scale not_finite(double* row, int64_t width, bool defined) {
   const double r = defined ? 0 : __builtin_nan("");
   for (int64_t i = 0; i < width; ++i) row[i] *= r;
-  return {r, 1};
+  return {r, 1, __builtin_nan("")};
 }
 
 // x̂ in place of x, and the multiplication by r that brings a gradient back to x.
@@ -115,23 +124,23 @@ Scale rms_standardize(double* row, int64_t width, double eps) {
   });
   const C root = C(1 / __builtin_sqrt(square[0].high / double(width) + eps * per_unit * per_unit));
   for (int64_t i = 0; i < width; ++i) row[i] = scaled.values[i] * root;
-  return {root, per_unit};
+  return {root, per_unit, 0};
 }
 
 inline Scale layer_standardize(double* row, int64_t width, double eps) {
   const double largest = largest_magnitude(row, width);
   if (!(largest <= LARGEST)) return not_finite(row, width, false);
-  const double headroom = center(row, width, largest);
+  const Centered centered = center(row, width, largest);
   double per_unit = reciprocal_unit(largest_magnitude(row, width), eps);
   for (int64_t i = 0; i < width; ++i) row[i] *= per_unit;
   const Pair square = row_total<double>(width, [&](auto at, int64_t i) {
     const Doubles v = at.load(row + i);
     return v * v;
   });
-  per_unit *= headroom;
+  per_unit *= centered.headroom;
   const double root = 1 / __builtin_sqrt(square.high / double(width) + eps * per_unit * per_unit);
   for (int64_t i = 0; i < width; ++i) row[i] *= root;
-  return {root, per_unit};
+  return {root, per_unit, centered.mean};
 }
 
 template <class C>
@@ -141,11 +150,11 @@ INLINE Scale standardize(double* row, int64_t width, double eps, bool centered) 
 
 template <class T>
 void read_row(const T* x, double* row, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) row[i] = get(x + i);
+  for (int64_t i = 0; i < width; ++i) row[i] = element(x + i);
 }
 
 template <class T>
-__attribute__((noinline)) Compute<T> careful_forward(const Forward& a, const T* x, T* y, bool centered) {
+__attribute__((noinline)) Scale careful_forward(const Forward& a, const T* x, T* y, bool centered) {
   using C = Compute<T>;
   const C* gain = static_cast<const C*>(a.gain);
   const C* bias = static_cast<const C*>(a.bias);
@@ -154,9 +163,10 @@ __attribute__((noinline)) Compute<T> careful_forward(const Forward& a, const T* 
   const Scale scale = standardize<C>(row.values, a.width, a.eps, centered);
   for (int64_t i = 0; i < a.width; ++i) {
     const double normed = a.round_first ? rounded_value<T>(row.values[i]) : row.values[i];
-    put(y + i, centered ? normed * gain[i] + bias[i] : normed * gain[i]);
+    const double product = normed * gain_at<T>(gain, i);
+    put(y + i, centered ? product + gain_at<T>(bias, i) : product);
   }
-  return C(scale.root * scale.per_unit);
+  return scale;
 }
 
 template <class T>
@@ -169,7 +179,7 @@ __attribute__((noinline)) void careful_backward(
   const Scale scale = standardize<C>(normed.values, a.width, a.eps, centered);
   double mean_g = 0, mean_product = 0;
   for (int64_t i = 0; i < a.width; ++i) {
-    g.values[i] = get(dy + i) * gain[i];
+    g.values[i] = element(dy + i) * gain_at<T>(gain, i);
     mean_g += g.values[i];
     mean_product += g.values[i] * normed.values[i];
   }
@@ -177,10 +187,10 @@ __attribute__((noinline)) void careful_backward(
   mean_product /= double(a.width);
   for (int64_t i = 0; i < a.width; ++i) {
     const double normed_i = normed.values[i];
-    if (dx) put(dx + i, scale((g.values[i] - mean_g) - normed_i * mean_product));
-    if (dx && dtotal) put(dx + i, get(dx + i) + get(dtotal + i));
-    if (a.dgain) a.dgain[i] += get(dy + i) * (a.round_first ? rounded_value<T>(normed_i) : normed_i);
-    if (a.dbias) a.dbias[i] += get(dy + i);
+    put(dx + i, scale((g.values[i] - mean_g) - normed_i * mean_product));
+    if (dtotal) put(dx + i, element(dx + i) + element(dtotal + i));
+    if (a.dgain) a.dgain[i] += element(dy + i) * (a.round_first ? rounded_value<T>(normed_i) : normed_i);
+    if (a.dbias) a.dbias[i] += element(dy + i);
   }
 }
 

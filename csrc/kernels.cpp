@@ -36,21 +36,44 @@ void layer_norm_backward_any(const Backward& a, int64_t begin, int64_t end) {
   a.dtotal ? layer_norm_backward<T, true>(a, begin, end) : layer_norm_backward<T, false>(a, begin, end);
 }
 
-// Every dtype's gain in the compute type.
-template <class T>
-void gain_to_float(const void* gain, double offset, float* to, int64_t width) {
-  const T* from = static_cast<const T*>(gain);
-  if constexpr (sizeof(T) == 8) {
-    for (int64_t i = 0; i < width; ++i) to[i] = float(from[i]) + float(offset);
-  } else {
-    each_vector<T>(width, [&](auto at, int64_t i) { at.store(to + i, settled(at.load(from + i) + float(offset))); });
-  }
-}
+INLINE Floats settled(Floats v) { return (v == v) ? v : v * 0 + __builtin_nanf(""); }
+INLINE EvenOdd settled(EvenOdd v) { return {settled(v.even), settled(v.odd)}; }
+INLINE Doubles settled(Doubles v) { return v; }
 
-template <class T>
-void gain_to_double(const void* gain, double offset, double* to, int64_t width) {
+// A gain or bias of dtype T as rows of X want it: see load_gain. NaNs lose their lower bits, as narrow() demands.
+template <class X, class T>
+void prepare_gain(const void* gain, double offset, void* to, int64_t width) {
+  using V = Vector<X>;
+  constexpr int N = LANES<X>;
   const T* from = static_cast<const T*>(gain);
-  for (int64_t i = 0; i < width; ++i) to[i] = get(from + i) + offset;
+  Compute<X>* values = static_cast<Compute<X>*>(to);
+  const auto prepare = [&](auto at, int64_t i) {
+    V v;
+    if constexpr (IS_SAME<X, T>) {
+      v = at.load(from + i);
+    } else {
+      Compute<X> ordered[N] = {};
+      for (int lane = 0; lane < N && i + lane < width; ++lane) ordered[lane] = Compute<X>(element(from + i + lane));
+      v = arranged<V>(ordered);
+    }
+    return settled(v + broadcast<V>(offset));
+  };
+  int64_t i = 0;
+  for (; i + N <= width; i += N) write(values + i, prepare(Whole{}, i));
+  if (i < width) write(values + i, prepare(Part{int(width - i)}, i));
+}
+template <class X>
+void prepare_gain_any(Dtype dtype, const void* gain, double offset, void* to, int64_t width) {
+  switch (dtype) {
+    case FLOAT64:
+      return prepare_gain<X, double>(gain, offset, to, width);
+    case FLOAT32:
+      return prepare_gain<X, float>(gain, offset, to, width);
+    case BFLOAT16:
+      return prepare_gain<X, BFloat16>(gain, offset, to, width);
+    default:
+      return prepare_gain<X, Float16>(gain, offset, to, width);
+  }
 }
 
 #define OF_EVERY_DTYPE(function) {function<double>, function<float>, function<BFloat16>, function<Float16>}
@@ -63,8 +86,7 @@ extern const Kernels KERNELS = {
     OF_EVERY_DTYPE(rms_norm_backward_any),
     OF_EVERY_DTYPE(layer_norm_forward_any),
     OF_EVERY_DTYPE(layer_norm_backward_any),
-    OF_EVERY_DTYPE(gain_to_float),
-    OF_EVERY_DTYPE(gain_to_double),
+    OF_EVERY_DTYPE(prepare_gain_any),
 };
 
 }  // namespace omninorm::OMNINORM_SET

@@ -7,9 +7,11 @@
 namespace omninorm {
 
 enum Dtype { FLOAT64, FLOAT32, BFLOAT16, FLOAT16, DTYPES };
+constexpr int64_t GAIN_PADDING = 32;
 
-// One call's tensors: rows of `width` elements, one after another without gaps. Gains and biases are in the compute
-// type (double for FLOAT64, else float), as are `mean` and `scale`, which have one element a row.
+// One call's tensors: rows of `width` elements, one after another without gaps. `mean` and `scale` have one element a
+// row, of the compute type (double for FLOAT64, else float). Gains and biases were prepared by `prepare_gain`; those of
+// FLOAT64 and FLOAT32 rows may also be given as they are, if they are of the compute type.
 struct Forward {
   int64_t width;
   double eps;
@@ -22,6 +24,7 @@ struct Forward {
   void* y;
   void* mean;            // LayerNorm only
   void* scale;           // r = 1/√(mean square + ε)
+  bool past_caches;      // y is larger than they are: it need not be read into them before it is written
 };
 
 struct Backward {
@@ -34,9 +37,10 @@ struct Backward {
   const void* mean;
   const void* scale;
   const void* gain;
-  void* dx;              // or null
+  void* dx;
   double* dgain;         // or null: this range's sums, width elements, added to what is there
   double* dbias;         // or null
+  bool past_caches;      // as above, for dx
 };
 
 struct Kernels {
@@ -45,9 +49,9 @@ struct Kernels {
   void (*rms_norm_backward[DTYPES])(const Backward&, int64_t begin, int64_t end);
   void (*layer_norm_forward[DTYPES])(const Forward&, int64_t begin, int64_t end);
   void (*layer_norm_backward[DTYPES])(const Backward&, int64_t begin, int64_t end);
-  // γ + offset in the compute type of `to`: width elements of dtype `from`.
-  void (*gain_to_float[DTYPES])(const void* gain, double offset, float* to, int64_t width);
-  void (*gain_to_double[DTYPES])(const void* gain, double offset, double* to, int64_t width);
+  // γ + offset as the kernels of rows of a dtype want it: in the compute type, and for 16-bit rows in an order of their
+  // own. `to` has room for GAIN_PADDING elements more than width.
+  void (*prepare_gain[DTYPES])(Dtype of_gain, const void* gain, double offset, void* to, int64_t width);
 };
 
 // The sets that were built and that this machine can run, best first, ended by null.

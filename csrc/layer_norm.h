@@ -25,7 +25,7 @@ struct Mean {
 template <class T, bool ADD>
 void layer_norm_forward(const Forward& a, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  using V = Vector<C>;
+  using V = Vector<T>;
   const int64_t width = a.width;
   const C* gain = static_cast<const C*>(a.gain);
   const C* bias = static_cast<const C*>(a.bias);
@@ -33,6 +33,7 @@ void layer_norm_forward(const Forward& a, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(a.x) + row * width;
     const T* x_next = x + width;
     T* y = static_cast<T*>(a.y) + row * width;
+    const bool past_caches = a.past_caches && is_aligned(y);
     T* total = nullptr;
     const T* residual = nullptr;
     if constexpr (ADD) {
@@ -40,7 +41,7 @@ void layer_norm_forward(const Forward& a, int64_t begin, int64_t end) {
       residual = static_cast<const T*>(a.residual) + row * width;
     }
 
-    const Mean<C> mean(row_total<C>(width, [&](auto at, int64_t i) {
+    Mean<C> mean(row_total<T>(width, [&](auto at, int64_t i) {
       V v = at.load(x + i);
       if constexpr (ADD) {
         v = rounded<T>(v + at.load(residual + i));
@@ -49,117 +50,78 @@ void layer_norm_forward(const Forward& a, int64_t begin, int64_t end) {
       return v;
     }), width);
     if constexpr (ADD) x = total;
+    const V high = broadcast<V>(mean.high), rest = broadcast<V>(mean.rest);
     Pair square[1];
-    row_sums<C, 1>(width, square, [&](auto at, int64_t i, V* lanes) {
-      const V deviation = at.only((at.load(x + i) - mean.high) - C(mean.rest));
+    row_sums<T, 1>(width, square, [&](auto at, int64_t i, V* lanes) {
+      const V deviation = at.template only<T>((at.load(x + i) - high) - rest);
       lanes[0] = fma(deviation, deviation, lanes[0]);
     });
 
     C r = C(1 / __builtin_sqrt(square[0].high / double(width) + a.eps));
     if (__builtin_expect(ordinary(r), 1)) {
-      const V shift = V{} - C(mean.rest * double(r));
-      const auto next_row = [&](int64_t i) {
-        prefetch(x_next + i);
-        if constexpr (ADD) prefetch(residual + width + i);
-      };
-      each_vector<T>(width, next_row, [&](auto at, int64_t i) {
-        const V normed = fma(at.load(x + i) - mean.high, V{} + r, shift);
-        at.store(y + i, fma(normed, at.load(gain + i), at.load(bias + i)));
+      const V scale = broadcast<V>(r), shift = broadcast<V>(-mean.rest * double(r));
+      each_vector<T>(width, x_next, ADD ? residual + width : nullptr, [&](auto at, int64_t i) {
+        const V normed = fma(at.load(x + i) - high, scale, shift);
+        at.store(y + i, fma(normed, load_gain<T>(at, gain, i), load_gain<T>(at, bias, i)), past_caches);
       });
     } else {
-      r = careful_forward(a, x, y, true);
+      const Scale careful = careful_forward(a, x, y, true);
+      r = C(careful(1));
+      mean.high = C(careful.mean);
     }
     if (a.mean) static_cast<C*>(a.mean)[row] = mean.high;
     if (a.scale) static_cast<C*>(a.scale)[row] = r;
   }
-}
-
-// A row's constants in the backward pass.
-template <class C>
-struct RowOfLayerNorm {
-  C mean, shift, mean_g, mean_product;
-};
-
-template <class T, bool ADD, int ROWS>
-INLINE void layer_norm_backward_group(const Backward& a, int64_t first, const RowOfLayerNorm<Compute<T>>* rows) {
-  using C = Compute<T>;
-  using V = Vector<C>;
-  const int64_t width = a.width;
-  const C* gain = static_cast<const C*>(a.gain);
-  const T* dy = static_cast<const T*>(a.dy) + first * width;
-  const T* x = static_cast<const T*>(a.x) + first * width;
-  const C* scale = static_cast<const C*>(a.scale) + first;
-  const T* dtotal = ADD ? static_cast<const T*>(a.dtotal) + first * width : nullptr;
-  T* dx = static_cast<T*>(a.dx) + first * width;
-
-  const auto next_rows = [&](int64_t i) {
-    for (int row = 0; row < ROWS; ++row) {
-      prefetch_far(x + (ROWS + row) * width + i);
-      prefetch_far(dy + (ROWS + row) * width + i);
-    }
-  };
-  each_vector<T>(width, next_rows, [&](auto at, int64_t i) {
-    const V gains = at.load(gain + i);
-    V sum{}, sum_of_dy{};
-#pragma GCC unroll 4
-    for (int row = 0; row < ROWS; ++row) {
-      const int64_t here = row * width + i;
-      const V dys = at.load(dy + here);
-      const V normed = fma(at.load(x + here) - rows[row].mean, V{} + scale[row], V{} + rows[row].shift);
-      V v = fma(-normed, V{} + rows[row].mean_product, dys * gains - rows[row].mean_g) * scale[row];
-      if constexpr (ADD) v = rounded<T>(v) + at.load(dtotal + here);
-      at.store(dx + here, v);
-      sum = fma(dys, normed, sum);
-      sum_of_dy += dys;
-    }
-    if (a.dgain) add_to(at, a.dgain + i, sum);
-    if (a.dbias) add_to(at, a.dbias + i, sum_of_dy);
-  });
+  if (a.past_caches) end_of_stream();
 }
 
 template <class T, bool ADD>
 void layer_norm_backward(const Backward& a, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  using V = Vector<C>;
+  using V = Vector<T>;
   const int64_t width = a.width;
   const C* gain = static_cast<const C*>(a.gain);
-  for (int64_t first = begin; first < end; first += GROUP) {
-    const int count = end - first < GROUP ? int(end - first) : GROUP;
-    RowOfLayerNorm<C> rows[GROUP];
-    bool all_ordinary = true;
-    for (int row = 0; row < count; ++row) {
-      const C r = static_cast<const C*>(a.scale)[first + row];
-      const C mean = static_cast<const C*>(a.mean)[first + row];
-      all_ordinary = all_ordinary && ordinary(r);
-      const T* dy = static_cast<const T*>(a.dy) + (first + row) * width;
-      const T* x = static_cast<const T*>(a.x) + (first + row) * width;
-      Pair sums[3];  // of g, g · (x − mean), x − mean
-      row_sums<C, 3>(width, sums, [&](auto at, int64_t i, V* lanes) {
-        const V g = at.load(dy + i) * at.load(gain + i);
-        const V deviation = at.only(at.load(x + i) - mean);
-        lanes[0] += g;
-        lanes[1] = fma(g, deviation, lanes[1]);
-        lanes[2] += deviation;
-      });
-      const double mean_g = sums[0].high / double(width);
-      const double rest = sums[2].high / double(width);
-      const double product = (sums[1].high / double(width) - rest * mean_g) * double(r);
-      rows[row] = {mean, C(-rest * double(r)), C(mean_g), C(product)};
-    }
-    if (count == GROUP && __builtin_expect(all_ordinary, 1)) {
-      layer_norm_backward_group<T, ADD, GROUP>(a, first, rows);
+  ColumnSums<T> dgain(a.dgain, width), dbias(a.dbias, width);
+  C* const of_gain = dgain.few;
+  C* const of_bias = dbias.few;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* dy = static_cast<const T*>(a.dy) + row * width;
+    const T* x = static_cast<const T*>(a.x) + row * width;
+    const T* dtotal = ADD ? static_cast<const T*>(a.dtotal) + row * width : nullptr;
+    T* dx = static_cast<T*>(a.dx) + row * width;
+    const bool past_caches = a.past_caches && is_aligned(dx);
+    const C r = static_cast<const C*>(a.scale)[row];
+    if (__builtin_expect(!ordinary(r), 0)) {
+      careful_backward(a, dy, dtotal, x, dx, true);
       continue;
     }
-    for (int row = 0; row < count; ++row) {
-      if (ordinary(static_cast<const C*>(a.scale)[first + row])) {
-        layer_norm_backward_group<T, ADD, 1>(a, first + row, rows + row);
-      } else {
-        const int64_t at = (first + row) * width;
-        careful_backward(a, static_cast<const T*>(a.dy) + at, ADD ? static_cast<const T*>(a.dtotal) + at : nullptr,
-                         static_cast<const T*>(a.x) + at, static_cast<T*>(a.dx) + at, true);
-      }
-    }
+
+    const V high = broadcast<V>(static_cast<const C*>(a.mean)[row]);
+    Pair sums[3];  // of g, g · (x − high), x − high
+    row_sums<T, 3>(width, sums, [&](auto at, int64_t i, V* lanes) {
+      const V g = at.load(dy + i) * load_gain<T>(at, gain, i);
+      const V deviation = at.template only<T>(at.load(x + i) - high);
+      lanes[0] += g;
+      lanes[1] = fma(g, deviation, lanes[1]);
+      lanes[2] += deviation;
+    });
+    const double mean_of_g = sums[0].high / double(width);
+    const double rest = sums[2].high / double(width);
+    const V mean_g = broadcast<V>(mean_of_g), scale = broadcast<V>(r), shift = broadcast<V>(-rest * double(r));
+    const V mean_product = broadcast<V>(-(sums[1].high / double(width) - rest * mean_of_g) * double(r));
+    each_vector<T>(width, x + width, dy + width, [&](auto at, int64_t i) {
+      const V dys = at.load(dy + i);
+      const V normed = fma(at.load(x + i) - high, scale, shift);
+      V v = fma(normed, mean_product, dys * load_gain<T>(at, gain, i) - mean_g) * scale;
+      if constexpr (ADD) v = rounded<T>(v) + at.load(dtotal + i);
+      at.store(dx + i, v, past_caches);
+      if (of_gain) write(of_gain + i, fma(dys, normed, read<V>(of_gain + i)));
+      if (of_bias) write(of_bias + i, read<V>(of_bias + i) + dys);
+    });
+    dgain.row_done();
+    dbias.row_done();
   }
+  if (a.past_caches) end_of_stream();
 }
 
 }  // namespace omninorm::OMNINORM_SET

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <fstream>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -33,6 +34,24 @@ constexpr int64_t GRAIN = 32768;
 // A block's sums are written and read once more, which this many rows make negligible.
 constexpr int64_t BLOCK_ROWS = 64;
 constexpr int64_t MOST_BLOCKS = 256;
+
+// The size of the last cache as Linux tells it; sysconf() tells that of the whole socket even where a virtual machine
+// has a part of it.
+int64_t last_cache() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+  int64_t size = 0;
+  char unit = 0;
+  if (!(file >> size)) return 0;
+  file >> unit;
+  return size << (unit == 'K' ? 10 : unit == 'M' ? 20 : 0);
+}
+
+// Results of at least this many bytes are written past the caches, which they would only fill with what is gone
+// before it is read. Half of the last cache, since the input stands beside the output.
+int64_t stream_from() {
+  static const int64_t cache = last_cache();
+  return cache > 0 ? cache / 2 : int64_t(16) << 20;
+}
 
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -77,6 +96,8 @@ struct Rows {
     count = given.numel() / width;
   }
 
+  int element_size() const { return dtype == omninorm::FLOAT64 ? 8 : dtype == omninorm::FLOAT32 ? 4 : 2; }
+  int64_t bytes() const { return count * width * element_size(); }
   ScalarType compute_type() const { return dtype == omninorm::FLOAT64 ? ScalarType::Double : ScalarType::Float; }
   const void* data() const { return tensor.const_data_ptr(); }
 
@@ -96,21 +117,27 @@ struct Rows {
   Tensor one_per_row() const { return empty(IntHeaderOnlyArrayRef(&count, 1), compute_type()); }
 };
 
-// A gain or bias in the compute type, `fill` where there is none.
+// A gain or bias as the kernels want it; `fill` everywhere where there is none.
 class Gain {
  public:
   Gain(const MaybeTensor& given, double offset, double fill, const Rows& x) {
-    const bool doubles = x.dtype == omninorm::FLOAT64;
     if (given) check(*given, x);
-    // A float gain of 16-bit rows is copied nevertheless: see BFloat16's NaNs in vector.h.
-    const bool as_it_is = offset == 0 && (x.dtype == omninorm::FLOAT64 || x.dtype == omninorm::FLOAT32);
-    if (given && as_it_is && given->scalar_type() == x.compute_type() && given->is_contiguous()) {
-      kept_ = *given;
+    const bool as_it_is = given && offset == 0 && x.element_size() >= 4 && given->is_contiguous() &&
+                          given->scalar_type() == x.compute_type();
+    if (as_it_is) {
       data_ = given->const_data_ptr();
       return;
     }
-    doubles ? convert(given, offset, fill, x.width, doubles_) : convert(given, offset, fill, x.width, floats_);
-    data_ = doubles ? static_cast<const void*>(doubles_.get()) : floats_.get();
+    prepared_.reset(new double[x.width + omninorm::GAIN_PADDING]);  // room for either compute type
+    data_ = prepared_.get();
+    const auto prepare = kernels().prepare_gain[x.dtype];
+    if (!given) {
+      const std::vector<double> filled(x.width, fill);
+      prepare(omninorm::FLOAT64, filled.data(), 0, prepared_.get(), x.width);
+      return;
+    }
+    const Tensor gain = given->is_contiguous() ? *given : torch::stable::contiguous(*given);
+    prepare(dtype_of(gain), gain.const_data_ptr(), offset, prepared_.get(), x.width);
   }
 
   const void* data() const { return data_; }
@@ -121,25 +148,7 @@ class Gain {
     STD_TORCH_CHECK(gain.dim() == 1 && gain.size(0) == x.width, "omninorm: the gain must have shape (", x.width, ",)");
   }
 
-  template <class C>
-  void convert(const MaybeTensor& given, double offset, double fill, int64_t width, std::unique_ptr<C[]>& values) {
-    values.reset(new C[width]);
-    if (!given) {
-      std::fill_n(values.get(), width, C(fill));
-      return;
-    }
-    const Tensor gain = given->is_contiguous() ? *given : torch::stable::contiguous(*given);
-    const Dtype dtype = dtype_of(gain);
-    if constexpr (sizeof(C) == 8) {
-      kernels().gain_to_double[dtype](gain.const_data_ptr(), offset, values.get(), width);
-    } else {
-      kernels().gain_to_float[dtype](gain.const_data_ptr(), offset, values.get(), width);
-    }
-  }
-
-  std::optional<Tensor> kept_;
-  std::unique_ptr<float[]> floats_;
-  std::unique_ptr<double[]> doubles_;
+  std::unique_ptr<double[]> prepared_;
   const void* data_ = nullptr;
 };
 
@@ -155,8 +164,8 @@ void for_rows(const Rows& x, int64_t rows_at_once, const Run& run) {
 }
 
 void check_constants(double eps, double gain_offset) {
-  STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps) && std::isfinite(gain_offset),
-                  "omninorm: eps must be finite and >= 0, and the gain offset finite");
+  STD_TORCH_CHECK(eps >= 0 && std::isfinite(float(eps)) && std::isfinite(gain_offset),
+                  "omninorm: eps must be >= 0 and finite in float32, and the gain offset finite");
 }
 
 // Forward ---------------------------------------------------------------------------------------------------------
@@ -196,6 +205,7 @@ Results run_forward(Forward a, void (*kernel)(const Forward&, int64_t, int64_t),
     if (a.bias) a.mean = made.mean->mutable_data_ptr();
   }
   a.y = made.y.mutable_data_ptr();
+  a.past_caches = x.bytes() >= stream_from();
   for_rows(x, 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   return made;
 }
@@ -325,6 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   a.scale = scale.const_data_ptr();
   a.gain = gain.data();
   a.dx = dx.mutable_data_ptr();
+  a.past_caches = x.bytes() >= stream_from();
 
   const int64_t rows = std::max(BLOCK_ROWS, (x.count + MOST_BLOCKS - 1) / MOST_BLOCKS);
   const int64_t blocks = (x.count + rows - 1) / rows;
@@ -364,13 +375,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
 
 // `scale` is r = 1/√(mean square + ε), one a row; `total` is x + residual; gradients that are not wanted come out empty.
 STABLE_TORCH_LIBRARY(omninorm, m) {
-#define RMS "Tensor? weight, float eps, float gain_offset, bool round_first"
+#define RMS "Tensor? weight, float eps, float gain_offset=0.0, bool round_first=False"
 #define LAYER "Tensor? weight, Tensor? bias, float eps"
   m.def("rms_norm(Tensor x, " RMS ") -> Tensor");
   m.def("rms_norm_forward(Tensor x, " RMS ") -> (Tensor y, Tensor scale)");
   m.def("add_rms_norm(Tensor x, Tensor residual, " RMS ") -> (Tensor y, Tensor total)");
   m.def("add_rms_norm_forward(Tensor x, Tensor residual, " RMS ") -> (Tensor y, Tensor total, Tensor scale)");
-  m.def("rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor scale, " RMS ", bool gains_wanted)"
+  m.def("rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor scale, " RMS ", bool gains_wanted=True)"
         " -> (Tensor dx, Tensor dweight)");
   m.def("layer_norm(Tensor x, " LAYER ") -> Tensor");
   m.def("layer_norm_forward(Tensor x, " LAYER ") -> (Tensor y, Tensor mean, Tensor scale)");
@@ -378,7 +389,7 @@ STABLE_TORCH_LIBRARY(omninorm, m) {
   m.def("add_layer_norm_forward(Tensor x, Tensor residual, " LAYER ")"
         " -> (Tensor y, Tensor total, Tensor mean, Tensor scale)");
   m.def("layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor mean, Tensor scale, " LAYER
-        ", bool gains_wanted) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+        ", bool gains_wanted=True) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(omninorm, CPU, m) {

@@ -95,60 +95,109 @@ struct Total<double> {
   }
 };
 
-// sums[0 …] += v, in double.
-INLINE void add_to(Whole, double* sums, Floats v) {
-  store(sums, load(sums) + to_doubles(halves(v).low));
-  store(sums + LANES<double>, load(sums + LANES<double>) + to_doubles(halves(v).high));
-}
-INLINE void add_to(Whole, double* sums, Doubles v) { store(sums, load(sums) + v); }
-template <class V>
-INLINE void add_to(Part part, double* sums, V v) {
-  for (int lane = 0; lane < part.count; ++lane) sums[lane] += v[lane];
-}
+INLINE void add_to(Total<float>& total, Floats v) { total.add(v); }
+INLINE void add_to(Total<float>& total, EvenOdd v) { total.add(v.even + v.odd); }
+INLINE void add_to(Total<double>& total, Doubles v) { total.add(v); }
 
-constexpr int UNROLL = 4;
+// Four registers take turns, since an addition must wait for the last one into the same register.
+template <class T>
+constexpr int UNROLL = sizeof(Vector<T>) > BYTES ? 2 : 4;
 // Steps until the lanes move to the total. Eight additions err by four last places at the worst.
 constexpr int STEPS = 8;
 
 // K sums over a row at once: add(Whole or Part, index, lanes) adds a vector's terms to each of the K lanes.
-template <class C, int K, class Add>
+template <class T, int K, class Add>
 INLINE void row_sums(int64_t width, Pair (&sums)[K], Add add) {
-  constexpr int64_t BLOCK = UNROLL * LANES<C>;
-  Total<C> totals[K];
+  using V = Vector<T>;
+  constexpr int64_t N = LANES<T>;
+  constexpr int64_t BLOCK = UNROLL<T> * N;
+  Total<Compute<T>> totals[K];
   int64_t i = 0;
   const int64_t whole = width - width % BLOCK;
   while (i < whole) {
-    Vector<C> lanes[UNROLL][K] = {};
+    V lanes[UNROLL<T>][K] = {};
     const int64_t stop = (whole - i > STEPS * BLOCK) ? i + STEPS * BLOCK : whole;
     for (; i < stop; i += BLOCK) {
 #pragma GCC unroll 4
-      for (int u = 0; u < UNROLL; ++u) add(Whole{}, i + u * LANES<C>, lanes[u]);
+      for (int u = 0; u < UNROLL<T>; ++u) add(Whole{}, i + u * N, lanes[u]);
     }
-    for (int k = 0; k < K; ++k) totals[k].add((lanes[0][k] + lanes[1][k]) + (lanes[2][k] + lanes[3][k]));
+    for (int k = 0; k < K; ++k) {
+      V sum = lanes[0][k] + lanes[1][k];
+      if constexpr (UNROLL<T> == 4) sum = sum + (lanes[2][k] + lanes[3][k]);
+      add_to(totals[k], sum);
+    }
   }
-  Vector<C> lanes[K] = {};
-  for (; i + LANES<C> <= width; i += LANES<C>) add(Whole{}, i, lanes);
+  V lanes[K] = {};
+  for (; i + N <= width; i += N) add(Whole{}, i, lanes);
   if (i < width) add(Part{int(width - i)}, i, lanes);
   for (int k = 0; k < K; ++k) {
-    totals[k].add(lanes[k]);
+    add_to(totals[k], lanes[k]);
     sums[k] = totals[k].value();
   }
 }
 
-// The sum of term(Whole or Part, index) with every element added to the wider total, so that a constant row's is exact.
-template <class C, class Term>
+// The sum of term(Whole or Part, index). A constant row's is exact: floats move to the wider total one by one, and
+// eight elements of 16-bit dtypes have an exact sum.
+template <class T, class Term>
 INLINE Pair row_total(int64_t width, Term term) {
-  constexpr int64_t BLOCK = UNROLL * LANES<C>;
-  Total<C> totals[UNROLL];
-  int64_t i = 0;
-  for (; i + BLOCK <= width; i += BLOCK) {
+  using V = Vector<T>;
+  if constexpr (sizeof(T) == 2) {
+    Pair sum[1];
+    row_sums<T, 1>(width, sum, [&](auto at, int64_t i, V* lanes) { lanes[0] += term(at, i); });
+    return sum[0];
+  } else {
+    constexpr int64_t N = LANES<T>;
+    Total<Compute<T>> totals[4];
+    int64_t i = 0;
+    for (; i + 4 * N <= width; i += 4 * N) {
 #pragma GCC unroll 4
-    for (int u = 0; u < UNROLL; ++u) totals[u].add(term(Whole{}, i + u * LANES<C>));
+      for (int u = 0; u < 4; ++u) totals[u].add(term(Whole{}, i + u * N));
+    }
+    for (; i + N <= width; i += N) totals[0].add(term(Whole{}, i));
+    if (i < width) totals[0].add(term(Part{int(width - i)}, i));
+    for (int u = 1; u < 4; ++u) totals[0].add(totals[u]);
+    return totals[0].value();
   }
-  for (; i + LANES<C> <= width; i += LANES<C>) totals[0].add(term(Whole{}, i));
-  if (i < width) totals[0].add(term(Part{int(width - i)}, i));
-  for (int u = 1; u < UNROLL; ++u) totals[0].add(totals[u]);
-  return totals[0].value();
 }
+
+// A gain's gradient: sums over rows, in the compute type for a few rows and then in double.
+template <class T>
+struct ColumnSums {
+  using C = Compute<T>;
+  using V = Vector<T>;
+  double* const sums;   // or null, if the gradient is not wanted
+  const int64_t width;
+  C* const few;         // the order of the places is V's; padded to whole vectors
+  int rows = 0;
+
+  ColumnSums(double* sums, int64_t width)
+      : sums(sums), width(width), few(sums ? new C[width + LANES<T>] : nullptr) {
+    clear();
+  }
+  ~ColumnSums() {
+    flush();
+    delete[] few;
+  }
+  ColumnSums(const ColumnSums&) = delete;
+
+  void row_done() {
+    if (++rows == STEPS) flush();
+  }
+
+  void clear() {
+    rows = 0;
+    if (few) __builtin_memset(few, 0, (width + LANES<T>) * sizeof(C));
+  }
+  __attribute__((noinline)) void flush() {
+    if (!few || rows == 0) return;
+    for (int64_t i = 0; i < width; i += LANES<T>) {
+      C values[LANES<T>];
+      in_order(values, read<V>(few + i));
+      const int64_t count = width - i < LANES<T> ? width - i : LANES<T>;
+      for (int64_t lane = 0; lane < count; ++lane) sums[i + lane] += values[lane];
+    }
+    clear();
+  }
+};
 
 }  // namespace omninorm::OMNINORM_SET

@@ -40,26 +40,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-template <class T>
-constexpr bool IS_BFLOAT16 = false;
-template <>
-constexpr bool IS_BFLOAT16<BFloat16> = true;
-
-template <class C>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  using Type = Floats;
-};
-template <>
-struct VectorOf<double> {
-  using Type = Doubles;
-};
-template <class C>
-using Vector = typename VectorOf<C>::Type;
-template <class C>
-constexpr int LANES = BYTES / sizeof(C);
-
+// The type that statistics and products of rows of T are computed in.
 template <class T>
 struct ComputeOf {
   using Type = float;
@@ -70,6 +51,52 @@ struct ComputeOf<double> {
 };
 template <class T>
 using Compute = typename ComputeOf<T>::Type;
+
+// What a register of bfloat16 becomes: its elements of even and of odd places. They stand in the lower and upper halves
+// of 32-bit words, so that one operation each makes floats of them, where bringing them in order would take several.
+struct EvenOdd {
+  Floats even, odd;
+};
+INLINE EvenOdd operator+(EvenOdd a, EvenOdd b) { return {a.even + b.even, a.odd + b.odd}; }
+INLINE EvenOdd operator-(EvenOdd a, EvenOdd b) { return {a.even - b.even, a.odd - b.odd}; }
+INLINE EvenOdd operator*(EvenOdd a, EvenOdd b) { return {a.even * b.even, a.odd * b.odd}; }
+INLINE EvenOdd operator-(EvenOdd a) { return {-a.even, -a.odd}; }
+INLINE EvenOdd& operator+=(EvenOdd& a, EvenOdd b) { return a = a + b; }
+
+template <class T>
+struct VectorOf {
+  using Type = Floats;
+};
+template <>
+struct VectorOf<double> {
+  using Type = Doubles;
+};
+template <>
+struct VectorOf<BFloat16> {
+  using Type = EvenOdd;
+};
+template <class T>
+using Vector = typename VectorOf<T>::Type;
+template <class T>
+constexpr int LANES = sizeof(Vector<T>) / sizeof(Compute<T>);
+
+template <class A, class B>
+constexpr bool IS_SAME = false;
+template <class A>
+constexpr bool IS_SAME<A, A> = true;
+
+template <class V>
+INLINE V broadcast(double c) {
+  return V{} + c;
+}
+template <>
+INLINE Floats broadcast<Floats>(double c) {
+  return Floats{} + float(c);
+}
+template <>
+INLINE EvenOdd broadcast<EvenOdd>(double c) {
+  return {Floats{} + float(c), Floats{} + float(c)};
+}
 
 // a · b + c with one rounding, where the set has it.
 INLINE Floats fma(Floats a, Floats b, Floats c) {
@@ -95,6 +122,8 @@ INLINE Doubles fma(Doubles a, Doubles b, Doubles c) {
 #endif
 }
 
+INLINE EvenOdd fma(EvenOdd a, EvenOdd b, EvenOdd c) { return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)}; }
+
 // Dtypes: N elements from and to memory of any alignment, rounded to nearest even --------------------------------
 
 // The compilers' own conversions between lanes of 16 and 32 bits are several times slower here.
@@ -118,16 +147,16 @@ INLINE Halfwords to_halfwords(Words v) {
 #endif
 }
 
-INLINE Floats widen(BFloat16, Halfwords bits) { return (Floats)(to_words(bits) << 16); }
-
 // A NaN must have 0 in its lower bits, else rounding could carry it into the sign. Those that arithmetic makes have,
-// and those of bfloat16 rows; gains are `settled` before.
-INLINE Words nearest_bfloat16(Floats v) {
+// and those of bfloat16 rows; gains are settled by prepare_gain.
+INLINE Words to_upper_half(Floats v) {
   const Words bits = (Words)v;
-  return (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  return bits + 0x7fff + ((bits >> 16) & 1);
 }
-INLINE Halfwords narrow(BFloat16, Floats v) { return to_halfwords(nearest_bfloat16(v) >> 16); }
-INLINE Floats settled(Floats v) { return (v == v) ? v : v * 0 + __builtin_nanf(""); }
+INLINE EvenOdd widen(Words pairs) { return {(Floats)(pairs << 16), (Floats)(pairs & 0xffff0000)}; }
+INLINE Words narrow(EvenOdd v) {
+  return (to_upper_half(v.even) >> 16) | (to_upper_half(v.odd) & 0xffff0000);
+}
 
 INLINE Floats widen(Float16, Halfwords bits) {
 #if defined(__AVX512F__) && !defined(OMNINORM_VECTOR_BYTES)
@@ -175,45 +204,125 @@ template <class V, class T>
 INLINE void write(T* to, V v) {
   __builtin_memcpy(to, &v, sizeof(V));
 }
+// As one piece it would go through memory.
+template <>
+INLINE EvenOdd read<EvenOdd>(const float* from) {
+  return {read<Floats>(from), read<Floats>(from + LANES<float>)};
+}
+INLINE void write(float* to, EvenOdd v) {
+  write(to, v.even);
+  write(to + LANES<float>, v.odd);
+}
+
+// One element.
+INLINE double element(const double* x) { return *x; }
+INLINE float element(const float* x) { return *x; }
+INLINE float element(const BFloat16* x) {
+  const uint32_t word = uint32_t(x->bits) << 16;
+  return read<float>(&word);
+}
+INLINE float element(const Float16* x) { return widen(Float16{}, Halfwords{} + x->bits)[0]; }
 
 INLINE Floats load(const float* x) { return read<Floats>(x); }
 INLINE Doubles load(const double* x) { return read<Doubles>(x); }
-template <class T>
-INLINE Floats load(const T* x) {
-  return widen(T{}, read<Halfwords>(x));
-}
+INLINE Floats load(const Float16* x) { return widen(Float16{}, read<Halfwords>(x)); }
+INLINE EvenOdd load(const BFloat16* x) { return widen(read<Words>(x)); }
 
 INLINE void store(float* y, Floats v) { write(y, v); }
 INLINE void store(double* y, Doubles v) { write(y, v); }
-template <class T>
-INLINE void store(T* y, Floats v) {
-  write(y, narrow(T{}, v));
-}
+INLINE void store(Float16* y, Floats v) { write(y, narrow(Float16{}, v)); }
+INLINE void store(BFloat16* y, EvenOdd v) { write(y, narrow(v)); }
 
 // v as T holds it.
-template <class T, class V>
-INLINE V rounded(V v) {
-  if constexpr (IS_BFLOAT16<T>) {
-    return (V)nearest_bfloat16(v);
-  } else if constexpr (sizeof(T) == 2) {
-    return widen(T{}, narrow(T{}, v));
+template <class T>
+INLINE Vector<T> rounded(Vector<T> v) {
+  return v;
+}
+template <>
+INLINE Floats rounded<Float16>(Floats v) {
+  return widen(Float16{}, narrow(Float16{}, v));
+}
+template <>
+INLINE EvenOdd rounded<BFloat16>(EvenOdd v) {
+  return {(Floats)(to_upper_half(v.even) & 0xffff0000), (Floats)(to_upper_half(v.odd) & 0xffff0000)};
+}
+
+// Numbers in the order of their places, from and to the order of V.
+template <class V, class C>
+INLINE V arranged(const C* values) {
+  if constexpr (sizeof(V) == BYTES) {
+    return read<V>(values);
   } else {
-    return v;
+    float even[LANES<float>], odd[LANES<float>];
+    for (int lane = 0; lane < LANES<float>; ++lane) {
+      even[lane] = values[2 * lane];
+      odd[lane] = values[2 * lane + 1];
+    }
+    return {load(even), load(odd)};
   }
+}
+template <class C, class V>
+INLINE void in_order(C* values, V v) {
+  if constexpr (sizeof(V) == BYTES) {
+    write(values, v);
+  } else {
+    float even[LANES<float>], odd[LANES<float>];
+    store(even, v.even);
+    store(odd, v.odd);
+    for (int lane = 0; lane < LANES<float>; ++lane) {
+      values[2 * lane] = even[lane];
+      values[2 * lane + 1] = odd[lane];
+    }
+  }
+}
+
+// Past the caches, to addresses that are multiples of the vector's size.
+#if defined(__AVX512F__) && !defined(OMNINORM_VECTOR_BYTES)
+INLINE void stream(float* y, Floats v) { _mm512_stream_ps(y, v); }
+INLINE void stream(double* y, Doubles v) { _mm512_stream_pd(y, v); }
+INLINE void stream(BFloat16* y, EvenOdd v) { _mm512_stream_si512((__m512i*)y, (__m512i)narrow(v)); }
+INLINE void stream(Float16* y, Floats v) { _mm256_stream_si256((__m256i*)y, (__m256i)narrow(Float16{}, v)); }
+#elif defined(__AVX2__) && !defined(OMNINORM_VECTOR_BYTES)
+INLINE void stream(float* y, Floats v) { _mm256_stream_ps(y, v); }
+INLINE void stream(double* y, Doubles v) { _mm256_stream_pd(y, v); }
+INLINE void stream(BFloat16* y, EvenOdd v) { _mm256_stream_si256((__m256i*)y, (__m256i)narrow(v)); }
+INLINE void stream(Float16* y, Floats v) { _mm_stream_si128((__m128i*)y, (__m128i)narrow(Float16{}, v)); }
+#elif defined(__SSE2__) && !defined(OMNINORM_VECTOR_BYTES)
+INLINE void stream(float* y, Floats v) { _mm_stream_ps(y, v); }
+INLINE void stream(double* y, Doubles v) { _mm_stream_pd(y, v); }
+INLINE void stream(BFloat16* y, EvenOdd v) { _mm_stream_si128((__m128i*)y, (__m128i)narrow(v)); }
+INLINE void stream(Float16* y, Floats v) { store(y, v); }
+#else
+template <class T>
+INLINE void stream(T* y, Vector<T> v) {
+  store(y, v);
+}
+#endif
+// Whether a row at y may be streamed.
+INLINE bool is_aligned(const void* y) { return reinterpret_cast<uintptr_t>(y) % BYTES == 0; }
+// Streamed rows are visible to other threads after this.
+INLINE void end_of_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // A vector's worth of a row: whole, or what is left at its end.
 struct Whole {
   template <class T>
-  INLINE auto load(const T* x) const {
+  INLINE Vector<T> load(const T* x) const {
     return OMNINORM_SET::load(x);
   }
-  template <class T, class V>
-  INLINE void store(T* y, V v) const {
+  template <class T>
+  INLINE void store(T* y, Vector<T> v) const {
     OMNINORM_SET::store(y, v);
   }
-  template <class V>
-  INLINE V only(V v) const {
+  template <class T>
+  INLINE void store(T* y, Vector<T> v, bool past_caches) const {
+    past_caches ? OMNINORM_SET::stream(y, v) : OMNINORM_SET::store(y, v);
+  }
+  template <class T>
+  INLINE Vector<T> only(Vector<T> v) const {
     return v;
   }
 };
@@ -222,47 +331,57 @@ struct Part {
   int count;
 
   template <class T>
-  INLINE auto load(const T* x) const {
-    T padded[LANES<Compute<T>>] = {};
+  INLINE Vector<T> load(const T* x) const {
+    T padded[LANES<T>] = {};
     for (int lane = 0; lane < count; ++lane) padded[lane] = x[lane];
     return OMNINORM_SET::load(padded);
   }
-  template <class T, class V>
-  INLINE void store(T* y, V v) const {
-    T padded[LANES<Compute<T>>];
+  template <class T>
+  INLINE void store(T* y, Vector<T> v) const {
+    T padded[LANES<T>];
     OMNINORM_SET::store(padded, v);
     for (int lane = 0; lane < count; ++lane) y[lane] = padded[lane];
   }
+  template <class T>
+  INLINE void store(T* y, Vector<T> v, bool) const {
+    store(y, v);
+  }
   // v with 0 in the lanes beyond the row's end.
-  template <class V>
-  INLINE V only(V v) const {
-    for (int lane = count; lane < int(sizeof(V) / sizeof(v[0])); ++lane) v[lane] = 0;
-    return v;
+  template <class T>
+  INLINE Vector<T> only(Vector<T> v) const {
+    Compute<T> values[LANES<T>];
+    in_order(values, v);
+    for (int lane = count; lane < LANES<T>; ++lane) values[lane] = 0;
+    return arranged<Vector<T>>(values);
   }
 };
 
-// do_vector(Whole or Part, index of its first element) over a row of T, after ahead(index) once per cache line. While
-// a row is written, memory would otherwise wait: `ahead` asks for the next one.
-template <class T, class Ahead, class Do>
-INLINE void each_vector(int64_t width, Ahead ahead, Do do_vector) {
-  constexpr int N = LANES<Compute<T>>;
-  constexpr int LINE = 64 / sizeof(T);
+// A gain or bias at place i of a row of T. Those of 16-bit rows were `arranged` before and padded to whole vectors.
+template <class T, class At>
+INLINE Vector<T> load_gain(At at, const Compute<T>* gain, int64_t i) {
+  if constexpr (sizeof(T) == 2) {
+    return read<Vector<T>>(gain + i);
+  } else {
+    return at.load(gain + i);
+  }
+}
+
+// do_vector(Whole or Part, index of its first element) over a row of T. While a row is written memory would wait for the
+// next one to be asked for; so what lies at `next` and `also_next`, if not null, is fetched meanwhile. An address beyond
+// the tensor does no harm. (A function of its own for that would be dropped by GCC, which sees no effect in it.)
+template <class T, class Do>
+INLINE void each_vector(int64_t width, const T* next, const T* also_next, Do do_vector) {
+  constexpr int N = LANES<T>;
+  constexpr int LINE = 64 / sizeof(T) > N ? 64 / sizeof(T) : N;
   int64_t i = 0;
   for (; i + LINE <= width; i += LINE) {
-    ahead(i);
+    __builtin_prefetch(next + i);
+    if (also_next) __builtin_prefetch(also_next + i);
 #pragma GCC unroll 16
     for (int u = 0; u < LINE; u += N) do_vector(Whole{}, i + u);
   }
   for (; i + N <= width; i += N) do_vector(Whole{}, i);
   if (i < width) do_vector(Part{int(width - i)}, i);
 }
-template <class T, class Do>
-INLINE void each_vector(int64_t width, Do do_vector) {
-  each_vector<T>(width, [](int64_t) {}, do_vector);
-}
-
-// Into the first level of cache, or no nearer than the second. An address beyond the tensor does no harm.
-INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
-INLINE void prefetch_far(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 }  // namespace omninorm::OMNINORM_SET

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omninorm.config import CASTS, LARGEST, is_finite
 from omninorm.errors import InputError
-from omninorm.kernels import dispatch
+from omninorm.kernels import cpu, dispatch
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm", "z_score"]
 
@@ -49,10 +49,13 @@ def rms_norm(
         >>> rms_norm(torch.tensor([2.0, 4.0, 6.0, 8.0]))
         tensor([0.3651, 0.7303, 1.0954, 1.4606])
     """
-    check_rows(x)
-    check_gain("weight", weight, x)
-    check_eps(eps)
-    check_rounding(gain_offset, cast)
+    if dispatch.is_plain_cpu(x) and dispatch.are_plain(weight, None, eps, gain_offset):
+        try:
+            return cpu.rms_norm(x, weight, eps, gain_offset, cast)
+        except REFUSALS:
+            check_rms_norm(x, weight, eps, gain_offset, cast)
+            raise
+    check_rms_norm(x, weight, eps, gain_offset, cast)
     return dispatch.rms_norm(x, weight, eps, gain_offset, cast)
 
 
@@ -77,10 +80,13 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         >>> layer_norm(torch.tensor([2.0, 4.0, 6.0, 8.0]))
         tensor([-1.3416, -0.4472,  0.4472,  1.3416])
     """
-    check_rows(x)
-    check_gain("weight", weight, x)
-    check_gain("bias", bias, x)
-    check_eps(eps)
+    if dispatch.is_plain_cpu(x) and dispatch.are_plain(weight, bias, eps, 0.0):
+        try:
+            return cpu.layer_norm(x, weight, bias, eps)
+        except REFUSALS:
+            check_layer_norm(x, weight, bias, eps)
+            raise
+    check_layer_norm(x, weight, bias, eps)
     return dispatch.layer_norm(x, weight, bias, eps)
 
 
@@ -105,10 +111,7 @@ def add_rms_norm(
         InputError: x and residual differ in shape, dtype or device; otherwise as `rms_norm`.
     """
     check_pair(x, residual)
-    check_rows(x)
-    check_gain("weight", weight, x)
-    check_eps(eps)
-    check_rounding(gain_offset, cast)
+    check_rms_norm(x, weight, eps, gain_offset, cast)
     return dispatch.add_rms_norm(x, residual, weight, eps, gain_offset, cast)
 
 
@@ -121,10 +124,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """(layer_norm(s), s) with s = x + residual rounded to x's dtype; `add_rms_norm` for LayerNorm."""
     check_pair(x, residual)
-    check_rows(x)
-    check_gain("weight", weight, x)
-    check_gain("bias", bias, x)
-    check_eps(eps)
+    check_layer_norm(x, weight, bias, eps)
     return dispatch.add_layer_norm(x, residual, weight, bias, eps)
 
 
@@ -149,7 +149,27 @@ def z_score(x: Tensor, dim: int = -1) -> Tensor:
     return layer_norm(x.movedim(dim, -1), eps=0.0).movedim(-1, dim)
 
 
-# Checks ----------------------------------------------------------------------------------------------------------
+# Checks. The C++ operators check too, in a fraction of the time that a small norm takes; what they refuse is then put
+# in words here.
+
+REFUSALS = (RuntimeError, TypeError, KeyError)
+
+
+def check_rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> None:
+    """Raises InputError unless these are arguments of `rms_norm`."""
+    check_rows(x)
+    check_gain("weight", weight, x)
+    check_eps(eps)
+    check_rounding(gain_offset, cast)
+
+
+def check_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> None:
+    """Raises InputError unless these are arguments of `layer_norm`."""
+    check_rows(x)
+    check_gain("weight", weight, x)
+    check_gain("bias", bias, x)
+    check_eps(eps)
+
 
 
 def check_float(name: str, x: object) -> None:

@@ -52,6 +52,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 _library, _reason = _load()
 _operators: Any = torch.ops.omninorm
+# Looked up once: a norm of one row costs about as much as finding its operator.
+_rms_norm: Any = None if _library is None else _operators.rms_norm.default._op
+_layer_norm: Any = None if _library is None else _operators.layer_norm.default._op
 
 
 def unavailable() -> str:
@@ -90,48 +93,71 @@ if _library is not None and "OMNINORM_CPU" in os.environ:
 # The norms -------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gain_offset: float, round_first: bool) -> Tensor:
+# Llama's order rounds x̂ before the gain; any other name is refused with a KeyError.
+ROUND_FIRST = {"fp32": False, "llama": True}
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
+    """As `reference.rms_norm_forward`; the operator raises RuntimeError for what does not fit together."""
+    if eps.__class__ is not float:
+        eps = _eps(eps, x)
+    round_first = ROUND_FIRST[cast]
     y: Tensor
-    if not _differentiable(x, weight):
-        y = _operators.rms_norm.default(x, weight, eps, gain_offset, round_first)
-    else:
+    if torch.is_grad_enabled() and (x.requires_grad or _learns(weight)):
         y = RMSNormFunction.apply(x, weight, eps, gain_offset, round_first)  # type: ignore[no-untyped-call]
+    elif gain_offset == 0 and not round_first:
+        y = _rms_norm(x, weight, eps)  # each further argument costs as much as normalizing a thousand numbers
+    else:
+        y = _rms_norm(x, weight, eps, gain_offset, round_first)
     return y
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, gain_offset: float, round_first: bool
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
 ) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual, and x + residual."""
+    constants = eps if eps.__class__ is float else _eps(eps, x), gain_offset, ROUND_FIRST[cast]
     pair: tuple[Tensor, Tensor]
-    if not _differentiable(x, residual, weight):
-        pair = _operators.add_rms_norm.default(x, residual, weight, eps, gain_offset, round_first)
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight)):
+        pair = AddRMSNormFunction.apply(x, residual, weight, *constants)  # type: ignore[no-untyped-call]
     else:
-        pair = AddRMSNormFunction.apply(x, residual, weight, eps, gain_offset, round_first)  # type: ignore[no-untyped-call]
+        pair = _operators.add_rms_norm.default(x, residual, weight, *constants)
     return pair
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
+    """As `reference.layer_norm_forward`."""
+    eps = eps if eps.__class__ is float else _eps(eps, x)
     y: Tensor
-    if not _differentiable(x, weight, bias):
-        y = _operators.layer_norm.default(x, weight, bias, eps)
-    else:
+    if torch.is_grad_enabled() and (x.requires_grad or _learns(weight) or _learns(bias)):
         y = LayerNormFunction.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+    else:
+        y = _layer_norm(x, weight, bias, eps)
     return y
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual, and x + residual."""
+    eps = eps if eps.__class__ is float else _eps(eps, x)
     pair: tuple[Tensor, Tensor]
-    if not _differentiable(x, residual, weight, bias):
-        pair = _operators.add_layer_norm.default(x, residual, weight, bias, eps)
-    else:
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight) or _learns(bias)):
         pair = AddLayerNormFunction.apply(x, residual, weight, bias, eps)  # type: ignore[no-untyped-call]
+    else:
+        pair = _operators.add_layer_norm.default(x, residual, weight, bias, eps)
     return pair
 
 
-def _differentiable(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _learns(gain: Tensor | None) -> bool:
+    return gain is not None and gain.requires_grad
+
+
+def _eps(eps: float | None, x: Tensor) -> float:
+    """ε where it is no float: None, or an integer. A boolean is none; callers that check find the words."""
+    if isinstance(eps, bool):
+        raise TypeError("eps must be a number")
+    return float(reference.resolve_eps(eps, reference.compute_dtype(x.dtype)))
 
 
 # Derivatives. The functions have no setup_context, which would cost more than the operator itself; under torch.func,

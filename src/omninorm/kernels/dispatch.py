@@ -76,27 +76,45 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def is_plain_cpu(x: object) -> bool:
+    """Whether x is what the C++ operators take as it is."""
+    return (
+        CPU_RUNS
+        and x.__class__ in PLAIN
+        and x.is_cpu  # type: ignore[attr-defined]
+        and _forced != "reference"
+        and not torch.compiler.is_compiling()
+        # function transforms and forward-mode differentiation see through the reference only
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def are_plain(gain: object, bias: object, eps: object, gain_offset: object) -> bool:
+    """Whether these are of the types that the operators can check themselves; others are a matter for words."""
+    return (
+        (gain is None or gain.__class__ in PLAIN)
+        and (bias is None or bias.__class__ in PLAIN)
+        and eps.__class__ is float
+        and gain_offset.__class__ is float
+    )
+
+
 def on_cpu(x: Tensor) -> bool:
-    """Whether the C++ operators compute norms of x."""
-    if not CPU_RUNS or _forced == "reference":
-        return False
-    if torch.compiler.is_compiling():
+    """Whether the C++ operators compute norms of x: plain CPU tensors, and what stands for them while compiling."""
+    if is_plain_cpu(x):
+        return True
+    if CPU_RUNS and torch.compiler.is_compiling() and _forced != "reference":
         return x.device.type == "cpu"
-    suits = x.__class__ in PLAIN and x.is_cpu and not _transformed()
-    if not suits and _forced == "cpu":
-        received = f"{type(x).__name__} on {x.device}" + (" under a function transform" if _transformed() else "")
-        raise InputError("back end 'cpu' computes plain CPU tensors", received, "leave the choice to omninorm")
-    return suits
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which see through the reference only."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if _forced == "cpu":
+        invariant = "back end 'cpu' computes plain CPU tensors, outside of torch.func and forward-mode differentiation"
+        raise InputError(invariant, f"{type(x).__name__} on {x.device}", "leave the choice to omninorm")
+    return False
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
     if on_cpu(x):
-        return cpu.rms_norm(x, weight, _eps(eps, x), gain_offset, cast == "llama")
+        return cpu.rms_norm(x, weight, eps, gain_offset, cast)
     y: Tensor = reference.RMSNormFunction.apply(x, weight, eps, gain_offset, cast)  # type: ignore[no-untyped-call]
     return y
 
@@ -105,14 +123,14 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
 ) -> tuple[Tensor, Tensor]:
     if on_cpu(x):
-        return cpu.add_rms_norm(x, residual, weight, _eps(eps, x), gain_offset, cast == "llama")
+        return cpu.add_rms_norm(x, residual, weight, eps, gain_offset, cast)
     total = x + residual
     return rms_norm(total, weight, eps, gain_offset, cast), total
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
     if on_cpu(x):
-        return cpu.layer_norm(x, weight, bias, _eps(eps, x))
+        return cpu.layer_norm(x, weight, bias, eps)
     y: Tensor = reference.LayerNormFunction.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y
 
@@ -121,10 +139,6 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     if on_cpu(x):
-        return cpu.add_layer_norm(x, residual, weight, bias, _eps(eps, x))
+        return cpu.add_layer_norm(x, residual, weight, bias, eps)
     total = x + residual
     return layer_norm(total, weight, bias, eps), total
-
-
-def _eps(eps: float | None, x: Tensor) -> float:
-    return reference.resolve_eps(eps, reference.compute_dtype(x.dtype))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from omninorm import functional
 from omninorm.config import CASTS, check_choice, check_count, check_number
+from omninorm.errors import InputError
 from omninorm.kernels import reference
 from omninorm.layers.shape import flatten_features, flatten_gain, read_eps, read_shape
 
@@ -62,6 +63,13 @@ class RMSNorm(nn.RMSNorm):
             nn.init.constant_(self.weight, 1.0 - self.gain_offset)
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self._parameters.get("weight")
+        if weight is not None and len(self.normalized_shape) == 1:
+            try:
+                return functional.rms_norm(x, weight, self.eps, gain_offset=self.gain_offset, cast=self.cast)
+            except InputError:
+                flatten_features(x, self.normalized_shape)  # knows better what is wrong, if it is the shape
+                raise
         rows = flatten_features(x, self.normalized_shape)
         gain = flatten_gain(self.weight)
         y = functional.rms_norm(rows, gain, self.eps, gain_offset=self.gain_offset, cast=self.cast)
@@ -106,6 +114,13 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(shape, read_eps(eps), elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if weight is not None and bias is not None and len(self.normalized_shape) == 1:
+            try:
+                return functional.layer_norm(input, weight, bias, self.eps)
+            except InputError:
+                flatten_features(input, self.normalized_shape)  # knows better what is wrong, if it is the shape
+                raise
         rows = flatten_features(input, self.normalized_shape)
         y = functional.layer_norm(rows, flatten_gain(self.weight), flatten_gain(self.bias), self.eps)
         return y if rows is input else y.reshape(input.shape)
