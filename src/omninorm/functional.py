@@ -171,7 +171,6 @@ def check_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
     check_eps(eps)
 
 
-
 def check_float(name: str, x: object) -> None:
     """Raises InputError unless `x` is a dense tensor of one of the four floating dtypes."""
     if not isinstance(x, Tensor):

@@ -1,5 +1,6 @@
 """Bit-stability: a row's result and a gain's gradient depend on nothing that stands around them."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -30,31 +31,70 @@ def test_a_row_alone_equals_the_row_in_a_batch(norm: Callable[..., Tensor], widt
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_permuted_rows_give_permuted_results(norm: Callable[..., Tensor]) -> None:
-    x = torch.randn(1000, 96)
-    order = torch.randperm(1000)
-    assert torch.equal(norm(x[order]), norm(x)[order])
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_a_row_alone_equals_the_row_in_any_group(norm: Callable[..., Tensor], rows: int) -> None:
+    """The kernels differentiate rows four at a time and what is left singly."""
+    for width, dtype in itertools.product((5, 64, 100), (torch.float64, torch.float32, torch.bfloat16, torch.float16)):
+        x, dy, weight = (torch.randn(shape).to(dtype) for shape in [(rows, width), (rows, width), (width,)])
+        y, dx = with_gradient(norm, x, dy, weight)
+        for row in range(rows):
+            y_alone, dx_alone = with_gradient(norm, x[row], dy[row], weight)
+            assert torch.equal(y_alone, y[row])
+            assert torch.equal(dx_alone, dx[row])
+
+
+def with_gradient(norm: Callable[..., Tensor], x: Tensor, dy: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    y = norm(x, weight)
+    return y.detach(), torch.autograd.grad(y, x, dy)[0]
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("shape", [(100_000, 1), (50_000, 3), (3000, 64), (1, 200_000), (7, 5000)], ids=str)
-def test_every_number_of_threads_gives_the_same_bits(norm: Callable[..., Tensor], shape: tuple[int, int]) -> None:
-    x, dy, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_permuted_rows_give_permuted_results(norm: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    x, dy, weight = (torch.randn(shape).to(dtype) for shape in [(1001, 96), (1001, 96), (96,)])
+    order = torch.randperm(1001)
+    permuted = with_gradient(norm, x[order], dy[order], weight)
+    for ours, expected in zip(permuted, with_gradient(norm, x, dy, weight), strict=True):
+        assert torch.equal(ours, expected[order])
 
-    def run(threads: int) -> list[Tensor]:
-        torch.set_num_threads(threads)
-        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+
+THREADS = (1, 2, 3, 4, 2)
+# Gain gradients gather over blocks of at least 64 rows, of which there are 256 at most; a thread gets at least 32,768
+# elements. The shapes have fewer, as many and more of both.
+SHAPES = [(100_000, 1), (50_000, 3), (3000, 64), (1, 200_000), (7, 5000), (65, 2048), (16_385, 20)]
+CASES = [(shape, torch.float32) for shape in SHAPES] + [(shape, torch.bfloat16) for shape in SHAPES[-2:]]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_every_number_of_threads_gives_the_same_bits(
+    norm: Callable[..., Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    x, dy, gain = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[-1])
+    gains = [gain] if norm is functional.rms_norm else [gain, gain]
+
+    def run() -> list[Tensor]:
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, *gains)]
         y = norm(*leaves)
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
-    threads = torch.get_num_threads()
+    first, *others = on_threads(run)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def on_threads(run: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
+    """What `run` returns on each of these numbers of threads."""
+    before = torch.get_num_threads()
+    results = []
     try:
-        results = [run(count) for count in (1, 2, 3, 4, 2)]
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            results.append(run())
     finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        for a, b in zip(results[0], result, strict=True):
-            assert torch.equal(a, b)
+        torch.set_num_threads(before)
+    return results
 
 
 RELATIVES = [omninorm.CRMSNorm, omninorm.ScaleNorm, omninorm.DynamicTanh, omninorm.DynamicErf]
@@ -66,15 +106,10 @@ def test_the_relatives_gradients_have_the_same_bits_too(norm_type, shape: tuple[
     """Up to 32,767 features: the last step of a single scale's gradient is PyTorch's own sum over features."""
     x, dy = torch.randn(shape), torch.randn(shape)
 
-    def run(threads: int) -> list[Tensor]:
-        torch.set_num_threads(threads)
+    def run() -> list[Tensor]:
         norm = norm_type(shape[-1])
         return list(torch.autograd.grad(norm(x), list(norm.parameters()), dy))
 
-    threads = torch.get_num_threads()
-    try:
-        results = [run(count) for count in (1, 2, 3)]
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+    first, *others = on_threads(run)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

@@ -175,6 +175,21 @@ def test_a_bfloat16_gain_gradient_over_a_million_rows() -> None:
     assert weight.grad.tolist() == [rows, rows]
 
 
+@pytest.mark.parametrize("width", [4, 7, 8])
+def test_gain_gradients_over_a_million_bfloat16_rows(width: int) -> None:
+    x, dy = torch.randn(2**20, width).bfloat16(), torch.randn(2**20, width).bfloat16()
+    weight, bias = torch.randn(width, requires_grad=True), torch.randn(width, requires_grad=True)
+    exact, along, eps = x.double(), dy.double(), oracle.rounded_eps(1e-6, x.dtype)
+    none = torch.zeros_like(along)
+    (dweight,) = torch.autograd.grad(functional.rms_norm(x, weight), weight, dy)
+    terms = along * oracle.rms_norm(exact, None, eps)
+    oracle.assert_gain_gradient(dweight, terms.sum(0), terms, none, torch.float32)
+    dweight, dbias = torch.autograd.grad(functional.layer_norm(x, weight, bias), (weight, bias), dy)
+    terms = along * oracle.layer_norm(exact, None, None, eps)
+    oracle.assert_gain_gradient(dweight, terms.sum(0), terms, along, torch.float32)
+    oracle.assert_gain_gradient(dbias, along.sum(0), along, none, torch.float32)
+
+
 def test_a_gain_near_zero_still_has_the_right_gradient() -> None:
     """Recovering x̂ as y/γ would give 0/0."""
     x, dy = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)

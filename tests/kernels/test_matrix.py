@@ -5,73 +5,13 @@ import itertools
 import oracle
 import pytest
 import torch
+from checks import DTYPES, check_layer_norm, check_rms_norm, check_two_steps, spread
 from torch import Tensor
 
 from omninorm import functional
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 2, 3, 7, 64, 65, 127, 768, 5120]
 LEADING = [(), (3,), (2, 3), (2, 1, 3), (2, 1, 2, 2), (0,), (2, 0, 3)]
-EPS = 1e-6
-
-
-def spread(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Random rows that are off centre and differ in size from row to row."""
-    x = torch.randn(shape, dtype=torch.float64)
-    rows = torch.exp(torch.randn(*shape[:-1], 1, dtype=torch.float64)) if shape[:-1] else 3.0
-    return (x * rows + 0.3).to(dtype)
-
-
-def check_rms_norm(x: Tensor, weight: Tensor | None, dy: Tensor, gain_offset: float = 0.0) -> None:
-    x, exact_x = x.detach().requires_grad_(), oracle.double(x)
-    weight = None if weight is None else weight.detach().requires_grad_()
-    exact_weight = oracle.double(weight)
-    eps = oracle.rounded_eps(EPS, x.dtype)
-    y = functional.rms_norm(x, weight, EPS, gain_offset=gain_offset)
-    expected = oracle.rms_norm(exact_x, exact_weight, eps, gain_offset)
-    assert y.dtype == x.dtype
-    oracle.assert_forward(y.detach(), expected.detach())
-
-    y.backward(dy)
-    expected.backward(dy.double())
-    normed = oracle.rms_norm(exact_x, None, eps).detach()
-    g = dy.double() if weight is None else dy.double() * (exact_weight.detach() + gain_offset)
-    r = torch.rsqrt(exact_x.detach().square().mean(-1, keepdim=True) + eps)
-    terms = r * (g.abs() + normed.abs() * (g * normed).abs().mean(-1, keepdim=True))
-    assert x.grad.dtype == x.dtype
-    oracle.assert_input_gradient(x.grad, exact_x.grad, terms)
-    if weight is not None:
-        assert weight.grad.dtype == weight.dtype
-        compute = oracle.compute_dtype(x.dtype)
-        oracle.assert_gain_gradient(
-            weight.grad, exact_weight.grad, dy.double() * normed, torch.zeros_like(normed), compute
-        )
-
-
-def check_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor) -> None:
-    x, exact_x = x.detach().requires_grad_(), oracle.double(x)
-    weight, bias = (None if gain is None else gain.detach().requires_grad_() for gain in (weight, bias))
-    exact_weight, exact_bias = oracle.double(weight), oracle.double(bias)
-    eps = oracle.rounded_eps(EPS, x.dtype)
-    y = functional.layer_norm(x, weight, bias, EPS)
-    expected = oracle.layer_norm(exact_x, exact_weight, exact_bias, eps)
-    assert y.dtype == x.dtype
-    oracle.assert_forward(y.detach(), expected.detach())
-
-    y.backward(dy)
-    expected.backward(dy.double())
-    normed = oracle.layer_norm(exact_x, None, None, eps).detach()
-    g = dy.double() if weight is None else dy.double() * exact_weight.detach()
-    deviation = exact_x.detach() - exact_x.detach().mean(-1, keepdim=True)
-    r = torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
-    terms = r * (g.abs() + g.abs().mean(-1, keepdim=True) + normed.abs() * (g * normed).abs().mean(-1, keepdim=True))
-    oracle.assert_input_gradient(x.grad, exact_x.grad, terms)
-    compute = oracle.compute_dtype(x.dtype)
-    if weight is not None:
-        oracle.assert_gain_gradient(weight.grad, exact_weight.grad, dy.double() * normed, dy.double(), compute)
-    if bias is not None:
-        assert bias.grad.dtype == bias.dtype
-        oracle.assert_gain_gradient(bias.grad, exact_bias.grad, dy.double(), torch.zeros_like(normed), compute)
 
 
 @pytest.mark.parametrize("leading", LEADING, ids=str)
@@ -106,6 +46,24 @@ def test_gains_of_every_dtype(dtype: torch.dtype, gain_dtype: torch.dtype | None
     check_layer_norm(x, gain(), gain(), dy)
     check_layer_norm(x, gain(), None, dy)
     check_layer_norm(x, None, gain(), dy)
+
+
+GAIN_LAYOUTS = {
+    "strided": lambda gain: gain.repeat_interleave(2)[::2],
+    "expanded": lambda gain: gain[:1].expand_as(gain),
+    "offset by one": lambda gain: torch.cat((gain[:1], gain))[1:],
+    "a column": lambda gain: gain[:, None].repeat(1, 3)[:, 1],
+}
+
+
+@pytest.mark.parametrize("gain_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", GAIN_LAYOUTS)
+def test_gains_of_any_strides(layout: str, dtype: torch.dtype, gain_dtype: torch.dtype) -> None:
+    weight, bias = (GAIN_LAYOUTS[layout](torch.randn(65).to(gain_dtype)) for _ in range(2))
+    x, dy = spread(5, 65, dtype=dtype), spread(5, 65, dtype=dtype)
+    check_rms_norm(x, weight, dy)
+    check_layer_norm(x, weight, bias, dy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,28 +113,14 @@ RMS_OPTIONS = [{}, {"eps": 0.5}, {"gain_offset": 1.0}, {"cast": "llama"}]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", RMS_OPTIONS, ids=str)
 def test_add_rms_norm_is_the_two_steps_bit_for_bit(options, dtype: torch.dtype) -> None:
-    check_two_steps(functional.add_rms_norm, functional.rms_norm, 1, options, dtype)
+    check_two_steps(functional.add_rms_norm, functional.rms_norm, 1, options, (4, 7, 33), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"eps": 0.5}], ids=str)
 @pytest.mark.parametrize("gains", [0, 1, 2])
 def test_add_layer_norm_is_the_two_steps_bit_for_bit(gains: int, options, dtype: torch.dtype) -> None:
-    check_two_steps(functional.add_layer_norm, functional.layer_norm, gains, options, dtype)
-
-
-def check_two_steps(add_norm, norm, gains: int, options, dtype: torch.dtype) -> None:
-    x, residual = (torch.randn(4, 7, 33).to(dtype).requires_grad_() for _ in range(2))
-    leaves = [x, residual, *(torch.randn(33).to(dtype).requires_grad_() for _ in range(gains))]
-    normed, total = add_norm(*leaves, **options)
-    expected_total = x + residual
-    expected = norm(expected_total, *leaves[2:], **options)
-    assert torch.equal(total, expected_total)
-    assert torch.equal(normed, expected)
-    along = [torch.randn_like(normed), torch.randn_like(total)]
-    ours = torch.autograd.grad([normed, total], leaves, along)
-    theirs = torch.autograd.grad([expected, expected_total], leaves, along)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    check_two_steps(functional.add_layer_norm, functional.layer_norm, gains, options, (4, 7, 33), dtype)
 
 
 @pytest.mark.parametrize("norm", [functional.rms_norm, functional.layer_norm])
@@ -204,6 +148,14 @@ def test_second_derivatives(width: int) -> None:
     assert torch.autograd.gradgradcheck(functional.rms_norm, (x,))
 
 
+def test_second_derivatives_of_the_add_variants() -> None:
+    options = {"dtype": torch.float64, "requires_grad": True}
+    x, residual = torch.randn(3, 5, **options), torch.randn(3, 5, **options)
+    weight, bias = torch.randn(5, **options), torch.randn(5, **options)
+    assert torch.autograd.gradgradcheck(functional.add_rms_norm, (x, residual, weight))
+    assert torch.autograd.gradgradcheck(functional.add_layer_norm, (x, residual, weight, bias))
+
+
 def test_second_derivative_at_zero() -> None:
     """Near 0 the norms are x/√ε, so the curvature is 0 and the derivative of dx along dy is 1/√ε."""
     x = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
@@ -224,6 +176,23 @@ def test_any_subset_of_gradients(gradients: tuple[bool, bool, bool]) -> None:
         y.sum().backward()
     for tensor, flag in zip(wanted, gradients, strict=True):
         assert (tensor.grad is not None) == flag
+
+
+@pytest.mark.parametrize("frozen", ["x", "residual", "weight", "bias"])
+def test_a_frozen_input_leaves_the_other_gradients_as_they_are(frozen: str) -> None:
+    shapes = {"x": (5, 33), "residual": (5, 33), "weight": (33,), "bias": (33,)}
+    values = {name: torch.randn(shape) for name, shape in shapes.items()}
+    along = torch.randn(5, 33), torch.randn(5, 33)
+    for norm, names in [
+        (functional.add_rms_norm, ["x", "residual", "weight"]),
+        (functional.add_layer_norm, ["x", "residual", "weight", "bias"]),
+    ]:
+        wanted = [name for name in names if name != frozen]
+        some = {name: values[name].clone().requires_grad_(name != frozen) for name in names}
+        all_of_them = {name: values[name].clone().requires_grad_() for name in names}
+        ours = torch.autograd.grad(norm(**some), [some[name] for name in wanted], along)
+        theirs = torch.autograd.grad(norm(**all_of_them), [all_of_them[name] for name in wanted], along)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not LIBRARY.exists():
         return None, NOTE.read_text(encoding="utf-8").strip() if NOTE.exists() else "they have not been built"
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
         return _declared(ctypes.CDLL(str(LIBRARY))), ""
     except OSError as error:
         return None, f"the library does not load: {error}"
@@ -72,7 +73,8 @@ def instruction_sets() -> list[str]:
 
 def instruction_set() -> str:
     """The instruction set whose kernels run."""
-    return "" if _library is None else _library.omninorm_current_set().decode()
+    name: bytes = b"" if _library is None else _library.omninorm_current_set()
+    return name.decode()
 
 
 def use_instruction_set(name: str) -> None:
@@ -82,8 +84,8 @@ def use_instruction_set(name: str) -> None:
         ConfigError: it was not built, or the processor lacks it.
     """
     if _library is None or not _library.omninorm_use_set(name.encode()):
-        choices = ", ".join(instruction_sets()) or f"none, because {_reason}"
-        raise ConfigError("OMNINORM_CPU must name an instruction set that can run here", repr(name), f"choose: {choices}")
+        remedy = f"choose one of {', '.join(instruction_sets())}" if _library is not None else _reason
+        raise ConfigError("OMNINORM_CPU must name an instruction set that can run here", repr(name), remedy)
 
 
 if _library is not None and "OMNINORM_CPU" in os.environ:
@@ -97,14 +99,21 @@ if _library is not None and "OMNINORM_CPU" in os.environ:
 ROUND_FIRST = {"fp32": False, "llama": True}
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
-    """As `reference.rms_norm_forward`; the operator raises RuntimeError for what does not fit together."""
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str, *, traced: bool = False
+) -> Tensor:
+    """As `reference.rms_norm_forward`; the operator raises RuntimeError for what does not fit together.
+
+    `traced` says that torch.compile is looking, which must see the operator itself.
+    """
     if eps.__class__ is not float:
         eps = _eps(eps, x)
     round_first = ROUND_FIRST[cast]
     y: Tensor
     if torch.is_grad_enabled() and (x.requires_grad or _learns(weight)):
         y = RMSNormFunction.apply(x, weight, eps, gain_offset, round_first)  # type: ignore[no-untyped-call]
+    elif traced:
+        y = _operators.rms_norm.default(x, weight, eps, gain_offset, round_first)
     elif gain_offset == 0 and not round_first:
         y = _rms_norm(x, weight, eps)  # each further argument costs as much as normalizing a thousand numbers
     else:
@@ -125,12 +134,16 @@ def add_rms_norm(
     return pair
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, *, traced: bool = False
+) -> Tensor:
     """As `reference.layer_norm_forward`."""
     eps = eps if eps.__class__ is float else _eps(eps, x)
     y: Tensor
     if torch.is_grad_enabled() and (x.requires_grad or _learns(weight) or _learns(bias)):
         y = LayerNormFunction.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+    elif traced:
+        y = _operators.layer_norm.default(x, weight, bias, eps)
     else:
         y = _layer_norm(x, weight, bias, eps)
     return y
@@ -177,7 +190,9 @@ class RMSNormFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        dx, dweight = rms_norm_backward(dy, None, x, scale, weight, *ctx.constants, ctx.needs_input_grad[1])
+        eps, gain_offset, round_first = ctx.constants
+        wanted = ctx.needs_input_grad[1]
+        dx, dweight = rms_norm_backward(dy, None, x, scale, weight, eps, gain_offset, round_first, wanted)
         return dx, dweight, None, None, None
 
 
@@ -203,7 +218,9 @@ class AddRMSNormFunction(Function):
         total, weight, scale = ctx.saved_tensors
         if dy is None:
             return dtotal, dtotal, None, None, None, None
-        dx, dweight = rms_norm_backward(dy, dtotal, total, scale, weight, *ctx.constants, ctx.needs_input_grad[2])
+        eps, gain_offset, round_first = ctx.constants
+        wanted = ctx.needs_input_grad[2]
+        dx, dweight = rms_norm_backward(dy, dtotal, total, scale, weight, eps, gain_offset, round_first, wanted)
         return dx, dx, dweight, None, None, None
 
 
@@ -217,8 +234,9 @@ class LayerNormFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gains_wanted = any(ctx.needs_input_grad[1:3])
-        dx, dweight, dbias = layer_norm_backward(dy, None, *ctx.saved_tensors, ctx.eps, gains_wanted)
+        x, mean, scale, weight, bias = ctx.saved_tensors
+        wanted = any(ctx.needs_input_grad[1:3])
+        dx, dweight, dbias = layer_norm_backward(dy, None, x, mean, scale, weight, bias, ctx.eps, wanted)
         return dx, dweight, dbias, None
 
 
@@ -237,8 +255,9 @@ class AddLayerNormFunction(Function):
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return dtotal, dtotal, None, None, None
-        gains_wanted = any(ctx.needs_input_grad[2:4])
-        dx, dweight, dbias = layer_norm_backward(dy, dtotal, *ctx.saved_tensors, ctx.eps, gains_wanted)
+        total, mean, scale, weight, bias = ctx.saved_tensors
+        wanted = any(ctx.needs_input_grad[2:4])
+        dx, dweight, dbias = layer_norm_backward(dy, dtotal, total, mean, scale, weight, bias, ctx.eps, wanted)
         return dx, dx, dweight, dbias, None
 
 
@@ -286,10 +305,12 @@ def layer_norm_backward(
     return dx, dweight, dbias if gains_wanted and bias is not None else None
 
 
-# Fake kernels: shapes and dtypes without values, for torch.compile and torch.export ------------------------------
+# Meta kernels: shapes and dtypes without values, for torch.compile, torch.export and meta tensors -----------------
 
 
 def _like(x: Tensor) -> Tensor:
+    if not x.is_meta:  # a gain on the meta device brought us here
+        raise RuntimeError("omninorm: x and the gain must be on one device")
     return x.new_empty(x.shape)
 
 
@@ -303,45 +324,47 @@ def _gradient(gain: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
     return gain.new_empty((x.shape[-1] if wanted else 0,))
 
 
+def _meta_rms_norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gain_offset: float = 0.0,
+    round_first: bool = False,
+    gains_wanted: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return _like(x), _gradient(weight, x, gains_wanted)
+
+
+def _meta_layer_norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gains_wanted: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), _gradient(weight, x, gains_wanted), _gradient(bias, x, gains_wanted)
+
+
+META_KERNELS: dict[str, Callable[..., Any]] = {
+    "rms_norm": lambda x, *_: _like(x),
+    "rms_norm_forward": lambda x, *_: (_like(x), _one_per_row(x)),
+    "add_rms_norm": lambda x, *_: (_like(x), _like(x)),
+    "add_rms_norm_forward": lambda x, *_: (_like(x), _like(x), _one_per_row(x)),
+    "rms_norm_backward": _meta_rms_norm_backward,
+    "layer_norm": lambda x, *_: _like(x),
+    "layer_norm_forward": lambda x, *_: (_like(x), _one_per_row(x), _one_per_row(x)),
+    "add_layer_norm": lambda x, *_: (_like(x), _like(x)),
+    "add_layer_norm_forward": lambda x, *_: (_like(x), _like(x), _one_per_row(x), _one_per_row(x)),
+    "layer_norm_backward": _meta_layer_norm_backward,
+}
 if _library is not None:
-    from torch.library import register_fake
-
-    @register_fake("omninorm::rms_norm")
-    def _(x, weight, eps, gain_offset, round_first):  # type: ignore[no-untyped-def]
-        return _like(x)
-
-    @register_fake("omninorm::rms_norm_forward")
-    def _(x, weight, eps, gain_offset, round_first):  # type: ignore[no-untyped-def]
-        return _like(x), _one_per_row(x)
-
-    @register_fake("omninorm::add_rms_norm")
-    def _(x, residual, weight, eps, gain_offset, round_first):  # type: ignore[no-untyped-def]
-        return _like(x), _like(x)
-
-    @register_fake("omninorm::add_rms_norm_forward")
-    def _(x, residual, weight, eps, gain_offset, round_first):  # type: ignore[no-untyped-def]
-        return _like(x), _like(x), _one_per_row(x)
-
-    @register_fake("omninorm::rms_norm_backward")
-    def _(dy, dtotal, x, scale, weight, eps, gain_offset, round_first, gains_wanted):  # type: ignore[no-untyped-def]
-        return _like(x), _gradient(weight, x, gains_wanted)
-
-    @register_fake("omninorm::layer_norm")
-    def _(x, weight, bias, eps):  # type: ignore[no-untyped-def]
-        return _like(x)
-
-    @register_fake("omninorm::layer_norm_forward")
-    def _(x, weight, bias, eps):  # type: ignore[no-untyped-def]
-        return _like(x), _one_per_row(x), _one_per_row(x)
-
-    @register_fake("omninorm::add_layer_norm")
-    def _(x, residual, weight, bias, eps):  # type: ignore[no-untyped-def]
-        return _like(x), _like(x)
-
-    @register_fake("omninorm::add_layer_norm_forward")
-    def _(x, residual, weight, bias, eps):  # type: ignore[no-untyped-def]
-        return _like(x), _like(x), _one_per_row(x), _one_per_row(x)
-
-    @register_fake("omninorm::layer_norm_backward")
-    def _(dy, dtotal, x, mean, scale, weight, bias, eps, gains_wanted):  # type: ignore[no-untyped-def]
-        return _like(x), _gradient(weight, x, gains_wanted), _gradient(bias, x, gains_wanted)
+    _meta: Any = torch.library.Library("omninorm", "IMPL", "Meta")  # type: ignore[no-untyped-call]
+    for _name, _kernel in META_KERNELS.items():
+        _meta.impl(_name, _kernel)

@@ -6,13 +6,17 @@ operators were built. The choice is made here, so that callers never name a back
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from omninorm.errors import ConfigError, InputError
 from omninorm.kernels import cpu, reference
@@ -76,16 +80,16 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def is_plain_cpu(x: object) -> bool:
+def is_plain_cpu(x: Any) -> bool:
     """Whether x is what the C++ operators take as it is."""
     return (
         CPU_RUNS
         and x.__class__ in PLAIN
-        and x.is_cpu  # type: ignore[attr-defined]
+        and x.is_cpu
         and _forced != "reference"
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         # function transforms and forward-mode differentiation see through the reference only
-        and not torch._C._are_functorch_transforms_active()
+        and not are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
 
@@ -104,17 +108,27 @@ def on_cpu(x: Tensor) -> bool:
     """Whether the C++ operators compute norms of x: plain CPU tensors, and what stands for them while compiling."""
     if is_plain_cpu(x):
         return True
-    if CPU_RUNS and torch.compiler.is_compiling() and _forced != "reference":
+    if CPU_RUNS and is_compiling() and _forced != "reference":
         return x.device.type == "cpu"
     if _forced == "cpu":
         invariant = "back end 'cpu' computes plain CPU tensors, outside of torch.func and forward-mode differentiation"
         raise InputError(invariant, f"{type(x).__name__} on {x.device}", "leave the choice to omninorm")
+    if not CPU_RUNS and x.is_cpu and not is_compiling():
+        _warn_of_missing_operators()
     return False
+
+
+@cache
+def _warn_of_missing_operators() -> None:
+    warnings.warn(
+        f"norms of CPU tensors are several times slower without omninorm's C++ operators: {cpu.unavailable()}",
+        stacklevel=2,
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
     if on_cpu(x):
-        return cpu.rms_norm(x, weight, eps, gain_offset, cast)
+        return cpu.rms_norm(x, weight, eps, gain_offset, cast, traced=is_compiling())
     y: Tensor = reference.RMSNormFunction.apply(x, weight, eps, gain_offset, cast)  # type: ignore[no-untyped-call]
     return y
 
@@ -130,7 +144,7 @@ def add_rms_norm(
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
     if on_cpu(x):
-        return cpu.layer_norm(x, weight, bias, eps)
+        return cpu.layer_norm(x, weight, bias, eps, traced=is_compiling())
     y: Tensor = reference.LayerNormFunction.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y
 

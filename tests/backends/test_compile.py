@@ -1,0 +1,124 @@
+"""torch.compile: one graph with the operators in it, gradients too, one compilation for all sizes, autocast."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from omninorm import functional
+from omninorm.kernels import cpu
+
+pytestmark = [
+    pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable()),
+    # Dynamo makes an instance of every autograd.Function that it traces, and torch warns of that.
+    pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),
+    # Inductor's own, when it is imported.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
+]
+
+
+def rms(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (functional.rms_norm(x, weight, gain_offset=1.0, cast="llama") + bias,)
+
+
+def add_rms(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return functional.add_rms_norm(x, x.flip(0), weight)
+
+
+def layer(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (functional.layer_norm(x, weight, bias),)
+
+
+def add_layer(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return functional.add_layer_norm(x, x.flip(0), weight, bias)
+
+
+@pytest.fixture(autouse=True)
+def from_the_start() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def results(norm: Callable[..., tuple[Tensor, ...]], rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Of `norm` and of its gradients, for the same numbers in every call."""
+    numbers = torch.Generator().manual_seed(rows * width)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=numbers)
+
+    leaves = [random(rows, width).to(dtype), random(width), random(width)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    made = norm(*leaves)
+    along = [random(rows, width).to(dtype) for _ in made]
+    gradients = torch.autograd.grad(made, leaves, along, allow_unused=True)
+    return [t.detach() for t in (*made, *gradients) if t is not None]
+
+
+# The bits are the operators'; only rms has an operation beside them, an addition in one step of its own.
+@pytest.mark.parametrize("norm", [rms, add_rms, layer, add_layer])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_graph_without_breaks_and_the_same_bits(norm, dtype: torch.dtype) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(norm, fullgraph=True, backend=counter, dynamic=False)
+    for ours, expected in zip(results(compiled, 6, 33, dtype), results(norm, 6, 33, dtype), strict=True):
+        assert ours.dtype == expected.dtype
+        assert torch.equal(ours, expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("norm", [rms, add_layer])
+def test_dynamic_shapes_are_not_compiled_again(norm) -> None:
+    """The first call may take Dynamo several attempts; the sizes that follow take none."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(norm, fullgraph=True, backend=counter, dynamic=True)
+    results(compiled, 6, 33, torch.float32)
+    attempts = counter.frame_count
+    for rows, width in [(3, 64), (1000, 5), (9, 700), (6, 33)]:
+        ours, theirs = (results(f, rows, width, torch.float32) for f in (compiled, norm))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert counter.frame_count == attempts >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [rms])
+def test_inductor_runs_the_operators(norm) -> None:
+    """The whole way to C++ code, with static sizes and then with dynamic ones."""
+    compiled = torch.compile(norm, fullgraph=True)
+    for rows in (6, 11):
+        for ours, expected in zip(
+            results(compiled, rows, 33, torch.bfloat16), results(norm, rows, 33, torch.bfloat16), strict=True
+        ):
+            torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("norm", [functional.rms_norm, functional.layer_norm])
+def test_autocast_keeps_bfloat16_and_casts_nothing(norm) -> None:
+    """Eager and compiled: torch's own norms are in autocast's float32 list, which costs a cast each way."""
+    x = torch.randn(4, 32).bfloat16()
+    weight = torch.randn(32)
+    expected = norm(x, weight)
+    counter = CompileCounterWithBackend("aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for compute in (norm, torch.compile(norm, fullgraph=True, backend=counter)):
+            y = compute(x, weight)
+            assert y.dtype == torch.bfloat16
+            assert torch.equal(y, expected)
+            assert norm(x.float(), weight).dtype == torch.float32
+    assert counter.frame_count == 1
+
+
+def test_the_compiled_graph_holds_one_operator() -> None:
+    """Not the reference's thirty operations."""
+    seen: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(functional.rms_norm, fullgraph=True, backend=look)(torch.randn(3, 8))
+    assert seen == ["omninorm.rms_norm.default"]
