@@ -21,7 +21,7 @@ help:
 demo: .venv/demo .venv/cpu
 	$(BIN)/omninorm demo
 
-bench: .venv/demo .venv/cpu
+bench: .venv/bench .venv/cpu
 	$(BIN)/omninorm bench
 
 test: .venv/dev .venv/cpu
@@ -65,7 +65,7 @@ clean:
 	@test -f src/omninorm/kernels/_cpu_missing.txt || touch $@
 
 # The operators are compiled before, but their changes are no reason to install again.
-.venv/demo .venv/dev: .venv/%: .venv/torch pyproject.toml constraints.txt | .venv/cpu
+.venv/demo .venv/bench .venv/dev: .venv/%: .venv/torch pyproject.toml constraints.txt | .venv/cpu
 	@echo "Installing omninorm[$*] into .venv"
 	$(INSTALL) --editable '.[$*]'
 	@touch $@

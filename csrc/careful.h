@@ -44,14 +44,6 @@ INLINE double gain_at(const Compute<T>* gain, int64_t i) {
   }
 }
 
-template <class C>
-struct Scratch {
-  C* const values;
-  explicit Scratch(int64_t width) : values(new C[width]) {}
-  ~Scratch() { delete[] values; }
-  Scratch(const Scratch&) = delete;
-};
-
 constexpr double LARGEST = 0x1.fffffffffffffp1023;
 constexpr double SMALLEST = 0x1p-1022;
 

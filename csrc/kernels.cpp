@@ -36,7 +36,7 @@ void layer_norm_backward_any(const Backward& a, int64_t begin, int64_t end) {
   a.dtotal ? layer_norm_backward<T, true>(a, begin, end) : layer_norm_backward<T, false>(a, begin, end);
 }
 
-INLINE Floats settled(Floats v) { return (v == v) ? v : v * 0 + __builtin_nanf(""); }
+INLINE Floats settled(Floats v) { return (v == v) ? v : Floats{} + __builtin_nanf(""); }
 INLINE EvenOdd settled(EvenOdd v) { return {settled(v.even), settled(v.odd)}; }
 INLINE Doubles settled(Doubles v) { return v; }
 

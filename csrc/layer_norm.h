@@ -29,27 +29,27 @@ void layer_norm_forward(const Forward& a, int64_t begin, int64_t end) {
   const int64_t width = a.width;
   const C* gain = static_cast<const C*>(a.gain);
   const C* bias = static_cast<const C*>(a.bias);
+  // Where x + residual goes past the caches, it is read again from here.
+  Scratch<T> near(ADD && a.past_caches ? width : 0);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * width;
     const T* x_next = x + width;
     T* y = static_cast<T*>(a.y) + row * width;
-    const bool past_caches = a.past_caches && is_aligned(y);
-    T* total = nullptr;
-    const T* residual = nullptr;
-    if constexpr (ADD) {
-      total = static_cast<T*>(a.total) + row * width;
-      residual = static_cast<const T*>(a.residual) + row * width;
-    }
+    T* total = ADD ? static_cast<T*>(a.total) + row * width : nullptr;
+    const T* residual = ADD ? static_cast<const T*>(a.residual) + row * width : nullptr;
+    const bool past_caches = a.past_caches && is_aligned(y) && is_aligned(total);
+    T* const sum = past_caches ? near.values : total;
 
     Mean<C> mean(row_total<T>(width, [&](auto at, int64_t i) {
       V v = at.load(x + i);
       if constexpr (ADD) {
         v = rounded<T>(v + at.load(residual + i));
-        at.store(total + i, v);
+        at.store(sum + i, v);
+        if (past_caches) at.store(total + i, v, true);
       }
       return v;
     }), width);
-    if constexpr (ADD) x = total;
+    if constexpr (ADD) x = sum;
     const V high = broadcast<V>(mean.high), rest = broadcast<V>(mean.rest);
     Pair square[1];
     row_sums<T, 1>(width, square, [&](auto at, int64_t i, V* lanes) {

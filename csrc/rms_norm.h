@@ -11,28 +11,28 @@ void rms_norm_forward(const Forward& a, int64_t begin, int64_t end) {
   using V = Vector<T>;
   const int64_t width = a.width;
   const C* gain = static_cast<const C*>(a.gain);
+  // Where x + residual goes past the caches, it is read again from here.
+  Scratch<T> near(ADD && a.past_caches ? width : 0);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * width;
     const T* x_next = x + width;
     T* y = static_cast<T*>(a.y) + row * width;
-    const bool past_caches = a.past_caches && is_aligned(y);
-    T* total = nullptr;
-    const T* residual = nullptr;
-    if constexpr (ADD) {
-      total = static_cast<T*>(a.total) + row * width;
-      residual = static_cast<const T*>(a.residual) + row * width;
-    }
+    T* total = ADD ? static_cast<T*>(a.total) + row * width : nullptr;
+    const T* residual = ADD ? static_cast<const T*>(a.residual) + row * width : nullptr;
+    const bool past_caches = a.past_caches && is_aligned(y) && is_aligned(total);
+    T* const sum = past_caches ? near.values : total;
 
     Pair square[1];
     row_sums<T, 1>(width, square, [&](auto at, int64_t i, V* lanes) {
       V v = at.load(x + i);
       if constexpr (ADD) {
         v = rounded<T>(v + at.load(residual + i));
-        at.store(total + i, v);
+        at.store(sum + i, v);
+        if (past_caches) at.store(total + i, v, true);
       }
       lanes[0] = fma(v, v, lanes[0]);
     });
-    if constexpr (ADD) x = total;
+    if constexpr (ADD) x = sum;
 
     C r = C(1 / __builtin_sqrt(square[0].high / double(width) + a.eps));
     if (__builtin_expect(ordinary(r), 1)) {

@@ -307,6 +307,14 @@ INLINE void end_of_stream() {
 #endif
 }
 
+template <class C>
+struct Scratch {
+  C* const values;
+  explicit Scratch(int64_t width) : values(new C[width]) {}
+  ~Scratch() { delete[] values; }
+  Scratch(const Scratch&) = delete;
+};
+
 // A vector's worth of a row: whole, or what is left at its end.
 struct Whole {
   template <class T>

@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -26,7 +26,15 @@ constexpr Format FORMATS[DTYPES] = {{"float64", 8, 52, 11}, {"float32", 4, 23, 8
 
 enum Kind { ORDINARY, ZERO, HUGE_NUMBERS, SUBNORMAL, WITH_INFINITY, WITH_NAN, KINDS };
 
-enum Option { ADD = 1, ROUND_FIRST = 2, NO_GAIN_GRADIENTS = 4, NO_STATISTICS = 8, OFF_BY_ONE = 16, OPTIONS = 32 };
+enum Option {
+  ADD = 1,
+  ROUND_FIRST = 2,
+  NO_GAIN_GRADIENTS = 4,
+  NO_STATISTICS = 8,
+  OFF_BY_ONE = 16,
+  PAST_CACHES = 32,
+  OPTIONS = 64
+};
 
 std::mt19937 generator(20);  // NOLINT: the same numbers in every run
 
@@ -62,14 +70,17 @@ uint64_t element(Kind kind, bool first, const Format& f) {
 class Buffer {
  public:
   Buffer(int64_t count, int size, bool off_by_one)
-      : start_(off_by_one ? size : 0), memory_(new unsigned char[size_t(start_ + count * size)]) {
-    std::memset(memory_.get(), 0xa5, size_t(start_ + count * size));
+      : start_(off_by_one ? size : 0), memory_(::operator new(size_t(start_ + count * size), ALIGNED)) {
+    std::memset(memory_, 0xa5, size_t(start_ + count * size));
   }
-  void* data() { return memory_.get() + start_; }
+  ~Buffer() { ::operator delete(memory_, ALIGNED); }
+  Buffer(const Buffer&) = delete;
+  void* data() { return static_cast<unsigned char*>(memory_) + start_; }
 
  private:
+  static constexpr std::align_val_t ALIGNED{64};  // as PyTorch's tensors are
   int64_t start_;
-  std::unique_ptr<unsigned char[]> memory_;
+  void* memory_;
 };
 
 // Rows of one dtype, with each element's value in double beside it.
@@ -152,17 +163,21 @@ double standardize(std::vector<double>& row, bool centered) {
 struct Call {
   Case c;
   Tensor x, residual, total, y, dy, dtotal, dx, gain, bias, row_mean, scale;
-  Buffer dgain, dbias;
+  Buffer prepared_gain, prepared_bias, dgain, dbias;
 
   explicit Call(const Case& of)
       : c(of), x(rows()), residual(rows()), total(rows()), y(rows()), dy(rows()), dtotal(rows()), dx(rows()),
         gain(numbers(1, c.width)), bias(numbers(1, c.width)), row_mean(numbers(1, c.rows)), scale(numbers(1, c.rows)),
-        dgain(c.width, 8, false), dbias(c.width, 8, false) {
+        prepared_gain(c.width + GAIN_PADDING, c.compute().size, false),
+        prepared_bias(c.width + GAIN_PADDING, c.compute().size, false), dgain(c.width, 8, false), dbias(c.width, 8, false) {
     for (int64_t row = 0; row < c.rows; ++row) {
       x.fill(row, c.special(row) ? c.kind : ORDINARY);
       for (Tensor* tensor : {&residual, &dy, &dtotal}) tensor->fill(row, ORDINARY);
     }
     for (Tensor* tensor : {&gain, &bias}) tensor->fill(0, ORDINARY);
+    const Dtype compute = c.dtype == FLOAT64 ? FLOAT64 : FLOAT32;
+    c.set.prepare_gain[c.dtype](compute, gain.data(), 0, prepared_gain.data(), c.width);
+    c.set.prepare_gain[c.dtype](compute, bias.data(), 0, prepared_bias.data(), c.width);
     for (int64_t i = 0; i < c.width; ++i) dgain_at(i) = dbias_at(i) = 1;  // the sums are added to what is there
   }
 
@@ -179,6 +194,10 @@ struct Call {
   Tensor numbers(int64_t rows, int64_t width) const { return Tensor(rows, width, c.compute(), c.on(OFF_BY_ONE)); }
   double& dgain_at(int64_t i) { return static_cast<double*>(dgain.data())[i]; }
   double& dbias_at(int64_t i) { return static_cast<double*>(dbias.data())[i]; }
+  // Rows of 4 and 8 bytes may also have them as they are.
+  bool as_they_are() const { return c.format().size >= 4 && c.on(OFF_BY_ONE); }
+  void* gain_data() { return as_they_are() ? gain.data() : prepared_gain.data(); }
+  void* bias_data() { return as_they_are() ? bias.data() : prepared_bias.data(); }
   std::vector<double> normalized(int64_t row) { return (c.on(ADD) ? total : x).row(row); }
 
   void forward() {
@@ -189,8 +208,9 @@ struct Call {
     a.x = x.data();
     a.residual = c.on(ADD) ? residual.data() : nullptr;
     a.total = c.on(ADD) ? total.data() : nullptr;
-    a.gain = gain.data();
-    a.bias = c.centered ? bias.data() : nullptr;
+    a.gain = gain_data();
+    a.bias = c.centered ? bias_data() : nullptr;
+    a.past_caches = c.on(PAST_CACHES);
     a.y = y.data();
     a.mean = c.centered && !c.on(NO_STATISTICS) ? row_mean.data() : nullptr;
     a.scale = c.on(NO_STATISTICS) ? nullptr : scale.data();
@@ -207,8 +227,9 @@ struct Call {
     a.x = (c.on(ADD) ? total : x).data();
     a.mean = c.centered ? row_mean.data() : nullptr;
     a.scale = scale.data();
-    a.gain = gain.data();
+    a.gain = gain_data();
     a.dx = dx.data();
+    a.past_caches = c.on(PAST_CACHES);
     a.dgain = c.on(NO_GAIN_GRADIENTS) ? nullptr : static_cast<double*>(dgain.data());
     a.dbias = c.centered && !c.on(NO_GAIN_GRADIENTS) ? static_cast<double*>(dbias.data()) : nullptr;
     (c.centered ? c.set.layer_norm_backward : c.set.rms_norm_backward)[c.dtype](a, 0, c.rows);
@@ -264,18 +285,20 @@ struct Call {
   }
 };
 
-// γ + offset from every dtype, in both compute types.
+// γ + offset from every dtype, for rows of float32 and float64; those of 16 bits show in what norms compute.
 void check_gains(const Kernels& set, Dtype dtype, int64_t width, bool off_by_one) {
-  const Case c{set, dtype, false, width, 1, ORDINARY, off_by_one ? OFF_BY_ONE : 0};
-  Tensor gain(1, width, FORMATS[dtype], off_by_one), floats(1, width, FORMATS[FLOAT32], false),
-      doubles(1, width, FORMATS[FLOAT64], false);
-  gain.fill(0, ORDINARY);
-  set.gain_to_float[dtype](gain.data(), 0.5, static_cast<float*>(floats.data()), width);
-  set.gain_to_double[dtype](gain.data(), 0.5, static_cast<double*>(doubles.data()), width);
-  for (int64_t i = 0; i < width; ++i) {
-    check(c, "float gain", std::fabs(floats.at(0, i) - (gain.at(0, i) + 0.5)), 1e-6);
-    check(c, "double gain", std::fabs(doubles.at(0, i) - (gain.at(0, i) + 0.5)), 1e-15);
+  for (const Dtype rows : {FLOAT32, FLOAT64}) {
+    const Case c{set, dtype, false, width, 1, ORDINARY, off_by_one ? OFF_BY_ONE : 0};
+    Tensor gain(1, width, FORMATS[dtype], off_by_one), prepared(1, width + GAIN_PADDING, FORMATS[rows], false);
+    gain.fill(0, ORDINARY);
+    set.prepare_gain[rows](dtype, gain.data(), 0.5, prepared.data(), width);
+    for (int64_t i = 0; i < width; ++i)
+      check(c, "a prepared gain", std::fabs(prepared.at(0, i) - (gain.at(0, i) + 0.5)), rows == FLOAT64 ? 1e-15 : 1e-6);
   }
+  Tensor gain(1, width, FORMATS[dtype], off_by_one);
+  gain.fill(0, ORDINARY);
+  Buffer prepared(width + GAIN_PADDING, 4, false);
+  for (const Dtype rows : {BFLOAT16, FLOAT16}) set.prepare_gain[rows](dtype, gain.data(), 0.5, prepared.data(), width);
 }
 
 const Kernels* find(const char* name) {
@@ -304,7 +327,7 @@ int main(int count, char** arguments) {
       for (bool centered : {false, true})
         for (int64_t rows = 1; rows <= 9; ++rows)
           for (int options = 0; options < OPTIONS; ++options) {
-            if (generator() % (width > 70 ? 6 : 2)) continue;  // some calls of each kind are enough
+            if (generator() % (width > 70 ? 12 : 4)) continue;  // some calls of each kind are enough
             Call({*set, Dtype(dtype), centered, width, rows, Kind(generator() % KINDS), options}).run();
             ++calls;
           }

@@ -3,7 +3,7 @@
 from omninorm import functional
 from omninorm.config import NormConfig
 from omninorm.errors import OmninormError
-from omninorm.kernels.dispatch import backends
+from omninorm.kernels.dispatch import backends, use_backend
 from omninorm.layers import CRMSNorm, DynamicErf, DynamicTanh, LayerNorm, RMSNorm, ScaleNorm
 from omninorm.placement import Block
 from omninorm.thinker import Thinker, ThinkerConfig
@@ -24,4 +24,5 @@ __all__ = [
     "ThinkerConfig",
     "backends",
     "functional",
+    "use_backend",
 ]

@@ -81,7 +81,7 @@ UNSUITED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a subclass": (lambda x: functional.rms_norm(x.as_subclass(Subclass)), "Subclass on cpu"),
     "a meta tensor": (lambda x: functional.layer_norm(x.to("meta")), "Tensor on meta"),
     "a meta pair": (lambda x: functional.add_rms_norm(x.to("meta"), x.to("meta")), "Tensor on meta"),
-    "vmap": (under_vmap, "under a function transform"),
+    "vmap": (under_vmap, "but got Tensor on cpu; leave the choice to omninorm"),
 }
 
 
@@ -94,7 +94,7 @@ def test_what_the_operators_cannot_take_goes_to_the_reference_or_is_refused(name
     assert watch.seen == []
     with dispatch.use_backend("cpu"), pytest.raises(InputError, match=re.escape(received)) as caught:
         compute(torch.randn(3, 8))
-    assert str(caught.value).startswith("back end 'cpu' computes plain CPU tensors, but got ")
+    assert str(caught.value).startswith("back end 'cpu' computes plain CPU tensors, outside of torch.func ")
 
 
 @needs_operators
@@ -170,11 +170,11 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_bad_input_gets_the_same_words_from_every_back_end_and_reaches_none(name: str) -> None:
+def test_bad_input_gets_the_same_words_from_every_back_end(name: str) -> None:
+    """With the operators, where they refuse a call; that they read nothing before is in test_operators."""
     texts = set()
     for backend in [backend.name for backend in dispatch.backends() if backend.available]:
-        with dispatch.use_backend(backend), Watch() as watch, pytest.raises(InputError) as caught:
+        with dispatch.use_backend(backend), pytest.raises(InputError) as caught:
             BAD_CALLS[name]()
         texts.add(str(caught.value))
-        assert watch.seen == []
     assert len(texts) == 1

@@ -63,7 +63,7 @@ def test_a_set_is_chosen_by_name(instruction_set: str) -> None:
     choices = ", ".join(cpu.instruction_sets())
     with pytest.raises(ConfigError) as caught:
         cpu.use_instruction_set("mmx")
-    assert str(caught.value).endswith(f"but got 'mmx'; choose: {choices}")
+    assert str(caught.value).endswith(f"but got 'mmx'; choose one of {choices}")
     assert cpu.instruction_set() == instruction_set
 
 
@@ -89,7 +89,7 @@ def test_an_unknown_set_in_the_environment_is_refused(name: str) -> None:
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     choices = ", ".join(cpu.instruction_sets())
-    message = f"OMNINORM_CPU must name an instruction set that can run here, but got {name!r}; choose: {choices}"
+    message = f"OMNINORM_CPU must name an instruction set that can run here, but got {name!r}; choose one of {choices}"
     assert last == f"omninorm.errors.ConfigError: {message}"
 
 
