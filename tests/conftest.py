@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# pytest would import it a second time, as a module to search for doctests, under the name of its siblings.
+collect_ignore = ["conftest.py"]
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

@@ -133,7 +133,7 @@ def test_a_torch_that_will_not_do_is_named_with_the_remedy(setup_py, tmp_path):
 
 def test_sets_that_the_compiler_refuses_are_left_out(setup_py, tmp_path, monkeypatch, capsys):
     compiler = tmp_path / "compiler"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *-mavx512bf16*) echo refused >&2; exit 1;; esac\n')
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-mavx512dq*) echo refused >&2; exit 1;; esac\n')
     compiler.chmod(0o755)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     sets = setup_py.supported_sets([str(compiler)])

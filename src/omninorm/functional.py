@@ -49,7 +49,7 @@ def rms_norm(
         >>> rms_norm(torch.tensor([2.0, 4.0, 6.0, 8.0]))
         tensor([0.3651, 0.7303, 1.0954, 1.4606])
     """
-    if dispatch.is_plain_cpu(x) and dispatch.are_plain(weight, None, eps, gain_offset):
+    if dispatch.is_plain_cpu(x, weight, None, eps, gain_offset):
         try:
             return cpu.rms_norm(x, weight, eps, gain_offset, cast)
         except REFUSALS:
@@ -80,7 +80,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         >>> layer_norm(torch.tensor([2.0, 4.0, 6.0, 8.0]))
         tensor([-1.3416, -0.4472,  0.4472,  1.3416])
     """
-    if dispatch.is_plain_cpu(x) and dispatch.are_plain(weight, bias, eps, 0.0):
+    if dispatch.is_plain_cpu(x, weight, bias, eps):
         try:
             return cpu.layer_norm(x, weight, bias, eps)
         except REFUSALS:

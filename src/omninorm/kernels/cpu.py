@@ -95,6 +95,11 @@ if _library is not None and "OMNINORM_CPU" in os.environ:
 # The norms -------------------------------------------------------------------------------------------------------
 
 
+# What eps=None means: the machine epsilon of the compute dtype. Another dtype is refused with a KeyError.
+MACHINE_EPS = {
+    dtype: torch.finfo(reference.compute_dtype(dtype)).eps
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
 # Llama's order rounds x̂ before the gain; any other name is refused with a KeyError.
 ROUND_FIRST = {"fp32": False, "llama": True}
 
@@ -167,10 +172,8 @@ def _learns(gain: Tensor | None) -> bool:
 
 
 def _eps(eps: float | None, x: Tensor) -> float:
-    """ε where it is no float: None, or an integer. A boolean is none; callers that check find the words."""
-    if isinstance(eps, bool):
-        raise TypeError("eps must be a number")
-    return float(reference.resolve_eps(eps, reference.compute_dtype(x.dtype)))
+    """ε where it is no float: None, or an integer, which `functional` has checked."""
+    return MACHINE_EPS[x.dtype] if eps is None else float(eps)
 
 
 # Derivatives. The functions have no setup_context, which would cost more than the operator itself; under torch.func,
