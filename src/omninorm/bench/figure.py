@@ -59,6 +59,9 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     for axes, (case, dtype) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
         _draw_panel(axes, lines_of(result, case, dtype, threads, rows))
         axes.set(title=f"{case}, {dtype}", xlabel="width", ylabel="GB/s")
+    named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(f"{rows} rows, {threads} thread{'s' if threads > 1 else ''}; clone is the measured memory limit")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
@@ -92,4 +95,3 @@ def _draw_panel(axes: Axes, lines: Mapping[str, list[tuple[int, float]]]) -> Non
     axes.set_xticks(ticks, [str(width) for width in ticks])
     axes.set_xticks([], minor=True)
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)

@@ -28,13 +28,14 @@ def show(screen: Console, result: Mapping[str, Any]) -> None:
 
 
 def target_table(result: Mapping[str, Any]) -> Table:
-    """Every target with the value of its worst size, the median over its sizes, and the verdict."""
+    """Every target: the value of its worst size, the median over its sizes, the verdict, at how many it is met."""
     title = "\nTargets: our time over the other's (speed: the reverse); the worst size decides"
     table = _table(title, ("target",), ("limit", "worst", "median"))
     table.add_column("verdict", no_wrap=True, min_width=len(UNKNOWN))
     for each in result["targets"]:
         worst, median = (_number(each[name]) for name in ("worst", "median"))
-        table.add_row(each["name"], each["wanted"], worst, median, each["verdict"])
+        met = f" {each['sizes'] - len(each['missed'])}/{each['sizes']}" if each["sizes"] else ""
+        table.add_row(each["name"], each["wanted"], worst, median, each["verdict"] + met)
     return table
 
 
