@@ -83,7 +83,7 @@ def _model(config: BenchConfig, group: Group, job: Job, cache: int, tell: Tell) 
     build = models.MODELS[job.case][0]
     models.check_patience(job.case, job.dtype, config.patience)
     case = build(DTYPES[job.dtype])
-    seconds = min(15.0, config.patience)
+    seconds = min(30.0, config.patience)
     report = report_samples(case, time_case(case, seconds, min_rounds=models.ROUNDS, warm_up=1))
     if job.case == models.THINKER_TRAINING:
         report["norm_share"] = _norm_shares(config, group, job, cache, report)
