@@ -96,19 +96,19 @@ void layer_norm_backward(const Backward& a, int64_t begin, int64_t end) {
       continue;
     }
 
-    const V high = broadcast<V>(static_cast<const C*>(a.mean)[row]);
-    Pair sums[3];  // of g, g · (x − high), x − high
+    const V high = broadcast<V>(static_cast<const C*>(a.mean)[row]), scale = broadcast<V>(r);
+    Pair sums[3];  // of g, g · u, u, with u = (x − high) · r
     row_sums<T, 3>(width, sums, [&](auto at, int64_t i, V* lanes) {
       const V g = at.load(dy + i) * load_gain<T>(at, gain, i);
-      const V deviation = at.template only<T>(at.load(x + i) - high);
+      const V u = at.template only<T>((at.load(x + i) - high) * scale);
       lanes[0] += g;
-      lanes[1] = fma(g, deviation, lanes[1]);
-      lanes[2] += deviation;
+      lanes[1] = fma(g, u, lanes[1]);
+      lanes[2] += u;
     });
     const double mean_of_g = sums[0].high / double(width);
-    const double rest = sums[2].high / double(width);
-    const V mean_g = broadcast<V>(mean_of_g), scale = broadcast<V>(r), shift = broadcast<V>(-rest * double(r));
-    const V mean_product = broadcast<V>(-(sums[1].high / double(width) - rest * mean_of_g) * double(r));
+    const double rest = sums[2].high / double(width);  // of the mean, times r: x̂ = u − rest
+    const V mean_g = broadcast<V>(mean_of_g), shift = broadcast<V>(-rest);
+    const V mean_product = broadcast<V>(-(sums[1].high / double(width) - rest * mean_of_g));
     each_vector<T>(width, x + width, dy + width, [&](auto at, int64_t i) {
       const V dys = at.load(dy + i);
       const V normed = fma(at.load(x + i) - high, scale, shift);

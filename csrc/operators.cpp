@@ -22,6 +22,7 @@ namespace {
 using omninorm::Backward;
 using omninorm::Dtype;
 using omninorm::Forward;
+using omninorm::Kernels;
 using omninorm::kernels;
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
@@ -99,6 +100,8 @@ struct Rows {
   }
 
   int element_size() const { return dtype == omninorm::FLOAT64 ? 8 : dtype == omninorm::FLOAT32 ? 4 : 2; }
+  // ε as the compute type holds it.
+  double rounded_eps(double eps) const { return dtype == omninorm::FLOAT64 ? eps : double(float(eps)); }
   int64_t bytes() const { return count * width * element_size(); }
   ScalarType compute_type() const { return dtype == omninorm::FLOAT64 ? ScalarType::Double : ScalarType::Float; }
   const void* data() const { return tensor.const_data_ptr(); }
@@ -119,10 +122,10 @@ struct Rows {
   Tensor one_per_row() const { return empty(IntHeaderOnlyArrayRef(&count, 1), compute_type()); }
 };
 
-// A gain or bias as the kernels want it; `fill` everywhere where there is none.
+// A gain or bias as this set's kernels want it; `fill` everywhere where there is none.
 class Gain {
  public:
-  Gain(const MaybeTensor& given, double offset, double fill, const Rows& x) {
+  Gain(const Kernels& set, const MaybeTensor& given, double offset, double fill, const Rows& x) {
     if (given) check(*given, x);
     const bool as_it_is = given && offset == 0 && x.element_size() >= 4 && given->is_contiguous() &&
                           given->scalar_type() == x.compute_type();
@@ -132,7 +135,7 @@ class Gain {
     }
     prepared_.reset(new double[x.width + omninorm::GAIN_PADDING]);  // room for either compute type
     data_ = prepared_.get();
-    const auto prepare = kernels().prepare_gain[x.dtype];
+    const auto prepare = set.prepare_gain[x.dtype];
     if (!given) {
       const std::vector<double> filled(x.width, fill);
       prepare(omninorm::FLOAT64, filled.data(), 0, prepared_.get(), x.width);
@@ -166,8 +169,8 @@ void for_rows(const Rows& x, int64_t rows_at_once, const Run& run) {
 }
 
 void check_constants(double eps, double gain_offset) {
-  STD_TORCH_CHECK(eps >= 0 && std::isfinite(float(eps)) && std::isfinite(gain_offset),
-                  "omninorm: eps must be >= 0 and finite in float32, and the gain offset finite");
+  STD_TORCH_CHECK(eps >= 0 && std::isfinite(float(eps)) && std::isfinite(float(gain_offset)),
+                  "omninorm: eps must be >= 0 and finite in float32, and the gain offset too");
 }
 
 // Forward ---------------------------------------------------------------------------------------------------------
@@ -183,8 +186,7 @@ enum Statistics { FORGET, KEEP };
 Forward forward_of(const Rows& x, const Gain& gain, double eps) {
   Forward a{};
   a.width = x.width;
-  // ε is rounded to the compute type, as it would be in a kernel of that type.
-  a.eps = x.dtype == omninorm::FLOAT64 ? eps : double(float(eps));
+  a.eps = x.rounded_eps(eps);
   a.x = x.data();
   a.gain = gain.data();
   return a;
@@ -216,20 +218,22 @@ Results run_rms_norm(const Tensor& x_, const MaybeTensor& residual, const MaybeT
                      double gain_offset, bool round_first, Statistics statistics) {
   check_constants(eps, gain_offset);
   const Rows x(x_);
-  const Gain gain(weight, gain_offset, 1, x);
+  const Kernels& set = kernels();
+  const Gain gain(set, weight, gain_offset, 1, x);
   Forward a = forward_of(x, gain, eps);
   a.round_first = round_first;
-  return run_forward(a, kernels().rms_norm_forward[x.dtype], x, residual, statistics);
+  return run_forward(a, set.rms_norm_forward[x.dtype], x, residual, statistics);
 }
 
 Results run_layer_norm(const Tensor& x_, const MaybeTensor& residual, const MaybeTensor& weight,
                        const MaybeTensor& bias, double eps, Statistics statistics) {
   check_constants(eps, 0);
   const Rows x(x_);
-  const Gain gain(weight, 0, 1, x), shift(bias, 0, 0, x);
+  const Kernels& set = kernels();
+  const Gain gain(set, weight, 0, 1, x), shift(set, bias, 0, 0, x);
   Forward a = forward_of(x, gain, eps);
   a.bias = shift.data();
-  return run_forward(a, kernels().layer_norm_forward[x.dtype], x, residual, statistics);
+  return run_forward(a, set.layer_norm_forward[x.dtype], x, residual, statistics);
 }
 
 Tensor rms_norm(const Tensor& x, const MaybeTensor& weight, double eps, double gain_offset, bool round_first) {
@@ -315,7 +319,7 @@ class Sums {
 using Kernel = void (*)(const Backward&, int64_t, int64_t);
 
 std::tuple<Tensor, Tensor, Tensor> backward(
-    Backward a, Kernel kernel, const Tensor& dy_, const MaybeTensor& dtotal_, const Rows& x, const Tensor& scale,
+    Backward a, const Kernels& set, Kernel kernel, const Tensor& dy_, const MaybeTensor& dtotal_, const Rows& x, const Tensor& scale,
     const Tensor* mean, const MaybeTensor& weight, const MaybeTensor& bias, double eps, double gain_offset,
     bool gains_wanted) {
   check_constants(eps, gain_offset);
@@ -325,11 +329,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     STD_TORCH_CHECK(!statistic || (statistic->numel() == x.count && statistic->scalar_type() == x.compute_type() &&
                                    statistic->is_contiguous() && statistic->is_cpu()),
                     "omninorm: the row statistics must be those of the forward pass");
-  const Gain gain(weight, gain_offset, 1, x);
+  const Gain gain(set, weight, gain_offset, 1, x);
   Tensor dx = x.empty_like();
 
   a.width = x.width;
-  a.eps = x.dtype == omninorm::FLOAT64 ? eps : double(float(eps));
+  a.eps = x.rounded_eps(eps);
   a.dy = dy.data();
   a.dtotal = dtotal ? dtotal->data() : nullptr;
   a.x = x.data();
@@ -359,9 +363,10 @@ std::tuple<Tensor, Tensor> rms_norm_backward(
   const Rows x(x_);
   Backward a{};
   a.round_first = round_first;
-  const Kernel kernel = kernels().rms_norm_backward[x.dtype];
+  const Kernels& set = kernels();
+  const Kernel kernel = set.rms_norm_backward[x.dtype];
   auto [dx, dgain, unused] =
-      backward(a, kernel, dy, dtotal, x, scale, nullptr, weight, std::nullopt, eps, gain_offset, gains_wanted);
+      backward(a, set, kernel, dy, dtotal, x, scale, nullptr, weight, std::nullopt, eps, gain_offset, gains_wanted);
   return {dx, dgain};
 }
 
@@ -369,8 +374,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const Tensor& dy, const MaybeTensor& dtotal, const Tensor& x_, const Tensor& mean, const Tensor& scale,
     const MaybeTensor& weight, const MaybeTensor& bias, double eps, bool gains_wanted) {
   const Rows x(x_);
-  const Kernel kernel = kernels().layer_norm_backward[x.dtype];
-  return backward(Backward{}, kernel, dy, dtotal, x, scale, &mean, weight, bias, eps, 0, gains_wanted);
+  const Kernels& set = kernels();
+  const Kernel kernel = set.layer_norm_backward[x.dtype];
+  return backward(Backward{}, set, kernel, dy, dtotal, x, scale, &mean, weight, bias, eps, 0, gains_wanted);
 }
 
 }  // namespace

@@ -70,12 +70,12 @@ void rms_norm_backward(const Backward& a, int64_t begin, int64_t end) {
       continue;
     }
 
-    Pair product[1];
-    row_sums<T, 1>(width, product, [&](auto at, int64_t i, V* lanes) {
-      lanes[0] = fma(at.load(dy + i) * load_gain<T>(at, gain, i), at.load(x + i), lanes[0]);
-    });
-    const V mean_product = broadcast<V>(-product[0].high * double(r) / double(width));
     const V scale = broadcast<V>(r);
+    Pair product[1];  // of g and x̂: with x itself it could overflow where dx does not
+    row_sums<T, 1>(width, product, [&](auto at, int64_t i, V* lanes) {
+      lanes[0] = fma(at.load(dy + i) * load_gain<T>(at, gain, i), at.load(x + i) * scale, lanes[0]);
+    });
+    const V mean_product = broadcast<V>(-product[0].high / double(width));
     each_vector<T>(width, x + width, dy + width, [&](auto at, int64_t i) {
       const V dys = at.load(dy + i);
       V normed = at.load(x + i) * scale;

@@ -42,9 +42,9 @@ INLINE Halves halves(Floats v) {
   return both;
 }
 INLINE Doubles to_doubles(HalfOfFloats v) {
-#if defined(__AVX512F__) && !defined(OMNINORM_VECTOR_BYTES)
+#if defined(__AVX512F__)
   return _mm512_cvtps_pd(v);
-#elif defined(__AVX2__) && !defined(OMNINORM_VECTOR_BYTES)
+#elif defined(__AVX2__)
   return _mm256_cvtps_pd(v);
 #else
   return __builtin_convertvector(v, Doubles);

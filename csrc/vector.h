@@ -17,9 +17,7 @@
 
 namespace omninorm::OMNINORM_SET {
 
-#if defined(OMNINORM_VECTOR_BYTES)
-constexpr int BYTES = OMNINORM_VECTOR_BYTES;
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
 constexpr int BYTES = 64;
 #elif defined(__AVX2__)
 constexpr int BYTES = 32;
@@ -100,9 +98,9 @@ INLINE EvenOdd broadcast<EvenOdd>(double c) {
 
 // a · b + c with one rounding, where the set has it.
 INLINE Floats fma(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__) && !defined(OMNINORM_VECTOR_BYTES)
+#if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
-#elif defined(__FMA__) && !defined(OMNINORM_VECTOR_BYTES)
+#elif defined(__FMA__)
   return _mm256_fmadd_ps(a, b, c);
 #elif defined(__aarch64__)
   return vfmaq_f32(c, a, b);
@@ -111,9 +109,9 @@ INLINE Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 INLINE Doubles fma(Doubles a, Doubles b, Doubles c) {
-#if defined(__AVX512F__) && !defined(OMNINORM_VECTOR_BYTES)
+#if defined(__AVX512F__)
   return _mm512_fmadd_pd(a, b, c);
-#elif defined(__FMA__) && !defined(OMNINORM_VECTOR_BYTES)
+#elif defined(__FMA__)
   return _mm256_fmadd_pd(a, b, c);
 #elif defined(__aarch64__)
   return vfmaq_f64(c, a, b);
@@ -128,9 +126,9 @@ INLINE EvenOdd fma(EvenOdd a, EvenOdd b, EvenOdd c) { return {fma(a.even, b.even
 
 // The compilers' own conversions between lanes of 16 and 32 bits are several times slower here.
 INLINE Words to_words(Halfwords v) {
-#if defined(__AVX512F__) && !defined(OMNINORM_VECTOR_BYTES)
+#if defined(__AVX512F__)
   return (Words)_mm512_cvtepu16_epi32((__m256i)v);
-#elif defined(__AVX2__) && !defined(OMNINORM_VECTOR_BYTES)
+#elif defined(__AVX2__)
   return (Words)_mm256_cvtepu16_epi32((__m128i)v);
 #else
   return __builtin_convertvector(v, Words);
@@ -138,9 +136,9 @@ INLINE Words to_words(Halfwords v) {
 }
 // Of words below 2^16.
 INLINE Halfwords to_halfwords(Words v) {
-#if defined(__AVX512F__) && !defined(OMNINORM_VECTOR_BYTES)
+#if defined(__AVX512F__)
   return (Halfwords)_mm512_cvtepi32_epi16((__m512i)v);
-#elif defined(__AVX2__) && !defined(OMNINORM_VECTOR_BYTES)
+#elif defined(__AVX2__)
   return (Halfwords)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
 #else
   return __builtin_convertvector(v, Halfwords);
@@ -159,9 +157,9 @@ INLINE Words narrow(EvenOdd v) {
 }
 
 INLINE Floats widen(Float16, Halfwords bits) {
-#if defined(__AVX512F__) && !defined(OMNINORM_VECTOR_BYTES)
+#if defined(__AVX512F__)
   return _mm512_cvtph_ps((__m256i)bits);
-#elif defined(__F16C__) && !defined(OMNINORM_VECTOR_BYTES)
+#elif defined(__F16C__)
   return _mm256_cvtph_ps((__m128i)bits);
 #elif defined(__aarch64__)
   return vcvt_f32_f16((float16x4_t)bits);
@@ -175,9 +173,9 @@ INLINE Floats widen(Float16, Halfwords bits) {
 }
 
 INLINE Halfwords narrow(Float16, Floats v) {
-#if defined(__AVX512F__) && !defined(OMNINORM_VECTOR_BYTES)
+#if defined(__AVX512F__)
   return (Halfwords)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__F16C__) && !defined(OMNINORM_VECTOR_BYTES)
+#elif defined(__F16C__)
   return (Halfwords)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__aarch64__)
   return (Halfwords)vcvt_f16_f32(v);
@@ -277,17 +275,17 @@ INLINE void in_order(C* values, V v) {
 }
 
 // Past the caches, to addresses that are multiples of the vector's size.
-#if defined(__AVX512F__) && !defined(OMNINORM_VECTOR_BYTES)
+#if defined(__AVX512F__)
 INLINE void stream(float* y, Floats v) { _mm512_stream_ps(y, v); }
 INLINE void stream(double* y, Doubles v) { _mm512_stream_pd(y, v); }
 INLINE void stream(BFloat16* y, EvenOdd v) { _mm512_stream_si512((__m512i*)y, (__m512i)narrow(v)); }
 INLINE void stream(Float16* y, Floats v) { _mm256_stream_si256((__m256i*)y, (__m256i)narrow(Float16{}, v)); }
-#elif defined(__AVX2__) && !defined(OMNINORM_VECTOR_BYTES)
+#elif defined(__AVX2__)
 INLINE void stream(float* y, Floats v) { _mm256_stream_ps(y, v); }
 INLINE void stream(double* y, Doubles v) { _mm256_stream_pd(y, v); }
 INLINE void stream(BFloat16* y, EvenOdd v) { _mm256_stream_si256((__m256i*)y, (__m256i)narrow(v)); }
 INLINE void stream(Float16* y, Floats v) { _mm_stream_si128((__m128i*)y, (__m128i)narrow(Float16{}, v)); }
-#elif defined(__SSE2__) && !defined(OMNINORM_VECTOR_BYTES)
+#elif defined(__SSE2__)
 INLINE void stream(float* y, Floats v) { _mm_stream_ps(y, v); }
 INLINE void stream(double* y, Doubles v) { _mm_stream_pd(y, v); }
 INLINE void stream(BFloat16* y, EvenOdd v) { _mm_stream_si128((__m128i*)y, (__m128i)narrow(v)); }

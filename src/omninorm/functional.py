@@ -215,7 +215,7 @@ def check_eps(eps: float | None) -> None:
 
 def check_rounding(gain_offset: float, cast: str) -> None:
     """Raises InputError unless the gain offset is finite and the casting order known."""
-    if not is_finite(gain_offset):
+    if not is_finite(gain_offset) or abs(gain_offset) > LARGEST:
         raise InputError("gain_offset must be a finite number", repr(gain_offset), "pass 0.0, or 1.0 for Gemma's form")
     if cast not in CASTS:
         raise InputError(f"cast must be one of {', '.join(CASTS)}", repr(cast), "choose one of these")

@@ -104,6 +104,37 @@ def test_forward_differentiation_gets_the_reference() -> None:
         assert not dispatch.on_cpu(torch.ones(1))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, on its first tangent
+@pytest.mark.parametrize("norm", [functional.rms_norm, functional.layer_norm])
+def test_tangents_are_those_of_reverse_mode(norm) -> None:
+    x, tangent = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    y, dy = torch.func.jvp(norm, (x,), (tangent,))
+    expected = torch.autograd.functional.jacobian(norm, x).flatten(2).flatten(0, 1) @ tangent.flatten()
+    torch.testing.assert_close(y, norm(x))
+    torch.testing.assert_close(dy.flatten(), expected)
+
+
+class Wrapped(torch.Tensor):
+    """A subclass of whatever behaviour."""
+
+
+def test_a_subclass_as_gain_or_residual_gets_the_reference() -> None:
+    x, gain = torch.randn(2, 8), torch.randn(8)
+    assert dispatch.on_cpu(x, gain, None)
+    assert not dispatch.on_cpu(x, gain.as_subclass(Wrapped))
+    with dispatch.use_backend("reference"):
+        expected = functional.rms_norm(x, gain)
+    assert torch.equal(functional.rms_norm(x, gain.as_subclass(Wrapped)), expected)
+
+
+def test_the_sum_needs_a_gradient_only_if_its_parts_do() -> None:
+    x, gain = torch.randn(2, 8), torch.randn(8, requires_grad=True)
+    y, total = functional.add_rms_norm(x, x, gain)
+    assert (y.requires_grad, total.requires_grad) == (True, False)
+    y, total = functional.add_layer_norm(x, x.clone().requires_grad_(), gain)
+    assert (y.requires_grad, total.requires_grad) == (True, True)
+
+
 def test_an_unknown_back_end_is_refused_with_the_choices() -> None:
     message = "the back end must exist, but got 'gpu'; choose one of cpu, reference"
     with pytest.raises(ConfigError, match=re.escape(message)), dispatch.use_backend("gpu"):

@@ -83,7 +83,12 @@ def test_the_best_set_is_taken_where_none_is_named() -> None:
 
 
 @needs_operators
-@pytest.mark.parametrize("name", ["mmx", "", "AVX2"])
+def test_an_empty_name_is_none() -> None:
+    assert run(ASK, OMNINORM_CPU="").stdout.strip() == cpu.instruction_sets()[0]
+
+
+@needs_operators
+@pytest.mark.parametrize("name", ["mmx", "AVX2"])
 def test_an_unknown_set_in_the_environment_is_refused(name: str) -> None:
     done = run(ASK, OMNINORM_CPU=name)
     assert done.returncode != 0

@@ -217,3 +217,17 @@ def test_eps_none_is_the_compute_dtypes_epsilon() -> None:
         x = torch.full((1, 4), 1e-3, dtype=dtype)
         eps = torch.finfo(oracle.compute_dtype(dtype)).eps
         oracle.assert_forward(functional.rms_norm(x, eps=None), oracle.rms_norm(x.double(), None, eps))
+
+
+@pytest.mark.parametrize(("x_scale", "dy_scale"), [(1e10, 1e29), (1e18, 1e20), (1e-12, 1e-27), (1e-6, 1e-33)])
+def test_gradients_far_from_one(x_scale: float, dy_scale: float) -> None:
+    """dy · x overflows float32 here, or vanishes in it, and dx does neither."""
+    x, dy = (torch.randn(4, 64) * x_scale).requires_grad_(), torch.randn(4, 64) * dy_scale
+    for ours, exact_norm in [
+        (functional.rms_norm(x, eps=0.0), lambda x: oracle.rms_norm(x, None, 0.0)),
+        (functional.layer_norm(x, eps=0.0), lambda x: oracle.layer_norm(x, None, None, 0.0)),
+    ]:
+        exact = oracle.double(x)
+        exact_norm(exact).backward(dy.double())
+        (dx,) = torch.autograd.grad(ours, x, dy)
+        oracle.assert_input_gradient(dx, exact.grad, 3 * dy.double() / x_scale)

@@ -88,8 +88,8 @@ def use_instruction_set(name: str) -> None:
         raise ConfigError("OMNINORM_CPU must name an instruction set that can run here", repr(name), remedy)
 
 
-if _library is not None and "OMNINORM_CPU" in os.environ:
-    use_instruction_set(os.environ["OMNINORM_CPU"])
+if _library is not None and (_wish := os.environ.get("OMNINORM_CPU")):
+    use_instruction_set(_wish)
 
 
 # The norms -------------------------------------------------------------------------------------------------------
@@ -214,6 +214,8 @@ class AddRMSNormFunction(Function):
         ctx.save_for_backward(total, weight, scale)
         ctx.constants = eps, gain_offset, round_first
         ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:2]):  # only gains learn
+            ctx.mark_non_differentiable(total)
         return y, total
 
     @staticmethod
@@ -252,6 +254,8 @@ class AddLayerNormFunction(Function):
         ctx.save_for_backward(total, mean, scale, weight, bias)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:2]):  # only gains learn
+            ctx.mark_non_differentiable(total)
         return y, total
 
     @staticmethod

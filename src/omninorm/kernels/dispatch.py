@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -24,6 +25,7 @@ from omninorm.kernels import cpu, reference
 # What the operators take as it is. Other subclasses of Tensor decide for themselves what PyTorch's functions do with
 # them, and the reference is made of those.
 PLAIN = (Tensor, torch.nn.Parameter)
+TRACED = (*PLAIN, FakeTensor)  # torch.export without Dynamo shows these
 CPU_RUNS = not cpu.unavailable()
 
 # The back end that `use_backend` demands, or None for the best.
@@ -55,7 +57,7 @@ def backends() -> list[Backend]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside the block this back end computes every norm, in all threads; what it can't compute raises InputError.
+    """Inside the block this back end computes RMSNorm and LayerNorm, in all threads; what it can't raises InputError.
 
     Args:
         name: "cpu" or "reference".
@@ -64,8 +66,9 @@ def use_backend(name: str) -> Iterator[None]:
         ConfigError: there is no such back end, or it can't run here.
 
     Example:
-        >>> with use_backend("reference"):
-        ...     y = torch.nn.functional.rms_norm(torch.ones(3), (3,))
+        >>> import omninorm
+        >>> with omninorm.use_backend("reference"):
+        ...     y = omninorm.functional.rms_norm(torch.ones(3))
     """
     global _forced
     known = {backend.name: backend for backend in backends()}
@@ -101,16 +104,21 @@ def is_plain_cpu(x: Any, gain: Any = None, bias: Any = None, eps: Any = None, ga
     )
 
 
-def on_cpu(x: Tensor) -> bool:
-    """Whether the C++ operators compute norms of x: plain CPU tensors, and what stands for them while compiling."""
-    if is_plain_cpu(x):
+def on_cpu(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the C++ operators compute norms of these: plain CPU tensors, and what stands for them in a trace."""
+    classes = TRACED if is_compiling() else PLAIN
+    suits = (
+        all(tensor is None or tensor.__class__ in classes for tensor in (x, *others))
+        and x.device.type == "cpu"
+        and not are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+    if CPU_RUNS and suits and _forced != "reference":
         return True
-    if CPU_RUNS and is_compiling() and _forced != "reference":
-        return x.device.type == "cpu"
     if _forced == "cpu":
         invariant = "back end 'cpu' computes plain CPU tensors, outside of torch.func and forward-mode differentiation"
         raise InputError(invariant, f"{type(x).__name__} on {x.device}", "leave the choice to omninorm")
-    if not CPU_RUNS and x.is_cpu and not is_compiling():
+    if not CPU_RUNS and x.device.type == "cpu" and not is_compiling():
         _warn_of_missing_operators()
     return False
 
@@ -124,8 +132,10 @@ def _warn_of_missing_operators() -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
-    if on_cpu(x):
+    if on_cpu(x, weight):
         return cpu.rms_norm(x, weight, eps, gain_offset, cast, traced=is_compiling())
+    if forward_ad._current_level >= 0:  # the formula's own operations carry tangents
+        return reference.rms_norm_forward(x, weight, eps, gain_offset, cast)
     y: Tensor = reference.RMSNormFunction.apply(x, weight, eps, gain_offset, cast)  # type: ignore[no-untyped-call]
     return y
 
@@ -133,15 +143,17 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: f
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
 ) -> tuple[Tensor, Tensor]:
-    if on_cpu(x):
+    if on_cpu(x, residual, weight):
         return cpu.add_rms_norm(x, residual, weight, eps, gain_offset, cast)
     total = x + residual
     return rms_norm(total, weight, eps, gain_offset, cast), total
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
-    if on_cpu(x):
+    if on_cpu(x, weight, bias):
         return cpu.layer_norm(x, weight, bias, eps, traced=is_compiling())
+    if forward_ad._current_level >= 0:
+        return reference.layer_norm_forward(x, weight, bias, eps)
     y: Tensor = reference.LayerNormFunction.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y
 
@@ -149,7 +161,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
-    if on_cpu(x):
+    if on_cpu(x, residual, weight, bias):
         return cpu.add_layer_norm(x, residual, weight, bias, eps)
     total = x + residual
     return layer_norm(total, weight, bias, eps), total

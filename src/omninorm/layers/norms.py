@@ -53,7 +53,7 @@ class RMSNorm(nn.RMSNorm):
         check_number("gain_offset", gain_offset)
         check_choice("cast", cast, CASTS)
         # Before the base class, whose constructor calls reset_parameters.
-        self.gain_offset = gain_offset
+        self.gain_offset = float(gain_offset)
         self.cast = cast
         super().__init__(list(read_shape(normalized_shape)), read_eps(eps), elementwise_affine, device, dtype)
 

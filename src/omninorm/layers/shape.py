@@ -46,11 +46,11 @@ def flatten_gain(gain: Tensor | None) -> Tensor | None:
 
 
 def read_eps(eps: float | None) -> float | None:
-    """ε as given, unless no norm could use it.
+    """ε as a float or None, unless no norm could use it.
 
     Raises:
         ConfigError: negative, NaN, infinite or not a number.
     """
     if eps is not None:
         check_number("eps", eps, at_least=0.0, at_most=LARGEST)
-    return eps
+    return eps if eps is None else float(eps)
