@@ -83,9 +83,10 @@ def test_without_matplotlib_it_says_so_before_it_measures(command, tmp_path, mon
 def test_interrupted_it_ends_with_its_processes_and_leaves_nothing(spawn, tmp_path) -> None:
     running = spawn("bench", *TINY, "--seconds", "600", "--out", tmp_path / "bench")
     limit = time.monotonic() + 60
-    while not (workers := children(running._process.pid)):
+    while not (workers := measuring(running._process.pid)):
         assert time.monotonic() < limit, "no measuring process was started"
         time.sleep(0.05)
+    time.sleep(1)  # the parent has begun to listen to it
     running.signal(signal.SIGINT)
     code, out, err = running.wait()
     assert (code, err) == (130, "")
@@ -97,9 +98,18 @@ def test_interrupted_it_ends_with_its_processes_and_leaves_nothing(spawn, tmp_pa
     assert not (tmp_path / "bench").exists()
 
 
-def children(pid: int) -> list[str]:
+def measuring(pid: int) -> list[str]:
+    """The children that measure; others, such as git, come and go before them."""
     with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        return file.read().split()
+        return [child for child in file.read().split() if "omninorm.bench.worker" in command_line(child)]
+
+
+def command_line(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:  # it has ended
+        return ""
 
 
 def test_a_process_that_fails_says_its_last_words(monkeypatch) -> None:
