@@ -1,5 +1,5 @@
 // The operators of the CPU back end, on PyTorch's stable ABI: they check, allocate, divide the rows among PyTorch's
-// threads, and leave the arithmetic to kernels.h. Python calls them through kernels/cpu.py, where the fake kernels and
+// threads, and leave the arithmetic to kernels.h. Python calls them through kernels/cpu.py, where the meta kernels and
 // the derivatives are.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

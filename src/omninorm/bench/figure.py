@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omninorm.bench import cases
 from omninorm.bench.measure import OURS
-from omninorm.errors import MissingExtraError
-from omninorm.experiments.files import write_file, writing
+from omninorm.experiments import plotting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,19 +28,8 @@ _PANELS = ((cases.RMS_FORWARD, "fp32"), (cases.RMS_FORWARD, "bf16"), (cases.RMS_
 
 
 def load_matplotlib() -> type[Figure]:
-    """matplotlib's Figure.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        remedy = 'install it with pip install "omninorm[demo]", or pass --no-plot'
-        raise MissingExtraError(
-            "the benchmark's figure needs matplotlib", "an installation without it", remedy
-        ) from error
-    return Figure
+    """As `plotting.load_matplotlib`, for the benchmark."""
+    return plotting.load_matplotlib("the benchmark", otherwise=", or pass --no-plot")
 
 
 def draw(path: Path, result: Mapping[str, Any]) -> None:
@@ -63,10 +50,7 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     if named:
         figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(f"{rows} rows, {threads} thread{'s' if threads > 1 else ''}; clone is the measured memory limit")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    with writing(path):
-        write_file(path, buffer.getvalue())
+    plotting.save_png(figure, path)
 
 
 def lines_of(

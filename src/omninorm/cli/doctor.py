@@ -14,6 +14,7 @@ import torch
 import typer
 from rich.table import Table
 
+from omninorm.bench.config import all_threads
 from omninorm.cli.console import console
 from omninorm.experiments.provenance import OPTIONAL, versions
 from omninorm.kernels.dispatch import backends
@@ -54,7 +55,7 @@ def inspect_machine() -> dict[str, Any]:
             "system": platform.platform(),
             "cpu": _cpu_name(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
-            "cores": _cores(),
+            "cores": all_threads(),
             "threads": torch.get_num_threads(),
             "memory_gib": _memory_gib(),
             "cuda": torch.cuda.is_available(),
@@ -70,11 +71,6 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _cores() -> int:
-    """Cores that this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

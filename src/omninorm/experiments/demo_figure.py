@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omninorm.errors import MissingExtraError
+from omninorm.experiments import plotting
 from omninorm.experiments.demo import Baselines, Outcome
-from omninorm.experiments.files import write_file, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,24 +33,12 @@ def draw(path: Path, outcomes: Sequence[Outcome], labels: Mapping[str, str], bas
         _draw_depths(right, outcome, labels[outcome.name], style)
     _finish_losses(left, baselines)
     _finish_depths(right)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    with writing(path):
-        write_file(path, buffer.getvalue())
+    plotting.save_png(figure, path)
 
 
 def load_matplotlib() -> type[Figure]:
-    """matplotlib's Figure.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        remedy = 'install it with pip install "omninorm[demo]"'
-        raise MissingExtraError("the demo's figure needs matplotlib", "an installation without it", remedy) from error
-    return Figure
+    """As `plotting.load_matplotlib`, for the demo."""
+    return plotting.load_matplotlib("the demo")
 
 
 def _draw_losses(axes: Axes, outcome: Outcome, label: str, style: tuple[str, str], top: float) -> None:
