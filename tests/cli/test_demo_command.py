@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from omninorm.experiments.demo import VARIANTS
-from omninorm.experiments.record import RECORD_FILE, final_status, read_history, read_record
+from omninorm.record import RECORD_FILE, final_status, read_history, read_record
 
 RUNS = list(VARIANTS)
 

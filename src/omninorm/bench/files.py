@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omninorm.bench.figure import draw
-from omninorm.experiments.files import write_file, writing
+from omninorm.record.files import write_file, writing
 
 RESULTS_FILE, FIGURE_FILE = "results.json", "bench.png"
 

@@ -24,7 +24,7 @@ from omninorm.experiments import demo as library
 from omninorm.experiments.corpus import load_corpus, tokenize
 from omninorm.experiments.demo_figure import draw, load_matplotlib
 from omninorm.experiments.interrupt import Interrupt
-from omninorm.experiments.record import RECORD_FILE, final_status, read_record
+from omninorm.record import RECORD_FILE, final_status, read_record
 from omninorm.experiments.run_folder import fresh_folder
 from omninorm.experiments.runs import Plan, load_run, read_plan
 from omninorm.experiments.sample import stream_text

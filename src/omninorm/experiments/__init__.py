@@ -6,7 +6,7 @@ from omninorm.experiments.evaluate import bits_per_byte, unigram_bits_per_byte, 
 from omninorm.experiments.events import CheckpointEvent, EvalEvent, Event, StepEvent, StopEvent, TrainResult
 from omninorm.experiments.interrupt import Interrupt
 from omninorm.experiments.optim import build_optimizer, param_groups
-from omninorm.experiments.record import Record, read_history, read_record
+from omninorm.record import Record, read_history, read_record
 from omninorm.experiments.run_folder import RunFolder, fresh_folder, is_finished
 from omninorm.experiments.runs import Plan, Run, build_model, create_run, load_run, open_run, read_plan
 from omninorm.experiments.sample import stream_text

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.errors import MissingExtraError, RunError
-from omninorm.experiments.files import remove_folder, sync_folder, write_folder, writing
+from omninorm.record.files import remove_folder, sync_folder, write_folder, writing
 
 FORMAT = 1
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"

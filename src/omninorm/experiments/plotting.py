@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omninorm.errors import MissingExtraError
-from omninorm.experiments.files import write_file, writing
+from omninorm.record.files import write_file, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

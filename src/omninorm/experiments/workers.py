@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omninorm.errors import RunError
-from omninorm.experiments.record import RECORD_FILE, final_status
+from omninorm.record import RECORD_FILE, final_status
 
 LOG_FILE = "train.log"
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from omninorm.errors import RunError
-from omninorm.experiments.files import sync_folder, write_all, writing
+from omninorm.record.files import sync_folder, write_all, writing
 
 RECORD_FILE = "record.jsonl"
 # Ways for a process to stop. What they say is no longer true once the run goes on.
 _STOPS = ("interrupted", "diverged", "finished")
+# Kinds of events that are made of numbers alone; others may hold names and lists.
+_NUMBERS = ("step", "eval", "resume", *_STOPS)
 
 
 class Record:
@@ -110,7 +112,8 @@ def _check_event(event: Any) -> None:
     clock = event.get("clock", {})
     if not isinstance(clock, dict):
         raise ValueError("a clock without durations")
-    for name, value in {**event, **clock}.items():
+    numbers = {**event, **clock} if event["kind"] in _NUMBERS else {}
+    for name, value in numbers.items():
         if name not in ("kind", "clock") and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"{name} is not a number")
 
@@ -129,6 +132,8 @@ def _whole(content: bytes) -> int:
 def _encode(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -137,4 +142,6 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item) if item.__class__ is not float else item for item in value]
     return float(value) if value in ("nan", "inf", "-inf") else value

@@ -119,7 +119,7 @@ def test_an_event_of_another_shape_is_an_error_with_its_number(tmp_path, line, r
 
 def test_the_name_of_a_new_record_is_durable(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr("omninorm.experiments.record.sync_folder", synced.append, raising=False)
+    monkeypatch.setattr("omninorm.record.jsonl.sync_folder", synced.append, raising=False)
     for _ in range(2):
         Record(tmp_path / "record.jsonl").close()
     assert synced == [tmp_path]
