@@ -32,7 +32,8 @@ using MaybeTensor = std::optional<Tensor>;
 // A thread gets at least this many elements. Waking one costs about as much as normalizing some ten thousand.
 constexpr int64_t GRAIN = 32768;
 // A gain's gradient is summed over blocks of rows and then over blocks, so that its bits depend on the shape alone.
-// A block's sums are written and read once more, which this many rows make negligible.
+// A block's sums are written and read once more, which this many rows make negligible. kernels/cpu_autograd.py tells
+// these numbers to who watches.
 constexpr int64_t BLOCK_ROWS = 64;
 constexpr int64_t MOST_BLOCKS = 256;
 
@@ -278,25 +279,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(
 
 // Backward --------------------------------------------------------------------------------------------------------
 
-// Sums of a gain's gradient, one row of `width` doubles a block.
+// Sums of a gain's gradient, a row of `width` doubles a block. Adding them up leaves them as they are: who watches a
+// backward pass gets them too.
 class Sums {
  public:
-  Sums(bool wanted, int64_t blocks, int64_t width)
-      : blocks_(blocks), width_(width), values_(wanted ? new double[blocks * width] : nullptr) {}
+  Sums(bool wanted, int64_t blocks, int64_t width) : blocks_(wanted ? blocks : 0), width_(width) {
+    if (!wanted) return;
+    tensor_ = empty_blocks();
+    values_ = static_cast<double*>(tensor_->mutable_data_ptr());
+  }
 
-  double* of_block(int64_t block) {
+  double* of_block(int64_t block) const {
     if (!values_) return nullptr;
-    double* sums = values_.get() + block * width_;
+    double* sums = values_ + block * width_;
     std::fill_n(sums, width_, 0.0);
     return sums;
   }
 
+  // (blocks, width); no block if the sums are not wanted.
+  Tensor blocks() const { return tensor_ ? *tensor_ : empty_blocks(); }
+
   // Adds the blocks in their order and rounds to `like`'s dtype; an empty tensor if there are no sums.
-  Tensor total(const MaybeTensor& like) {
-    const int64_t size = values_ ? width_ : 0;
+  Tensor total(const MaybeTensor& like) const {
+    const int64_t size = tensor_ ? width_ : 0;
     const IntHeaderOnlyArrayRef shape(&size, 1);
     const ScalarType dtype = like ? like->scalar_type() : ScalarType::Float;
-    if (!values_) return empty(shape, dtype);
+    if (!tensor_) return empty(shape, dtype);
     Tensor sums = empty(shape, dtype == ScalarType::Double ? dtype : ScalarType::Float);
     dtype == ScalarType::Double ? add_blocks(static_cast<double*>(sums.mutable_data_ptr()))
                                 : add_blocks(static_cast<float*>(sums.mutable_data_ptr()));
@@ -304,24 +312,40 @@ class Sums {
   }
 
  private:
+  Tensor empty_blocks() const {
+    const std::array<int64_t, 2> shape{blocks_, width_};
+    return empty(IntHeaderOnlyArrayRef(shape.data(), shape.size()), ScalarType::Double);
+  }
+
   template <class To>
-  void add_blocks(To* to) {
-    for (int64_t block = 1; block < blocks_; ++block)
-      for (int64_t i = 0; i < width_; ++i) values_[i] += values_[block * width_ + i];
-    if (blocks_ == 0) std::fill_n(to, width_, To(0));
-    else std::transform(values_.get(), values_.get() + width_, to, [](double sum) { return To(sum); });
+  void add_blocks(To* to) const {
+    std::vector<double> added;
+    if (blocks_ != 1) {
+      added.assign(width_, 0.0);
+      for (int64_t block = 0; block < blocks_; ++block)
+        for (int64_t i = 0; i < width_; ++i) added[i] += values_[block * width_ + i];
+    }
+    const double* sums = blocks_ == 1 ? values_ : added.data();
+    std::transform(sums, sums + width_, to, [](double sum) { return To(sum); });
   }
 
   int64_t blocks_, width_;
-  std::unique_ptr<double[]> values_;
+  MaybeTensor tensor_;
+  double* values_ = nullptr;
+};
+
+// What a backward pass makes; the gradients of gain and bias are their sums' totals.
+struct Gradients {
+  Tensor dx;
+  Sums gain, bias;
 };
 
 using Kernel = void (*)(const Backward&, int64_t, int64_t);
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    Backward a, const Kernels& set, Kernel kernel, const Tensor& dy_, const MaybeTensor& dtotal_, const Rows& x, const Tensor& scale,
-    const Tensor* mean, const MaybeTensor& weight, const MaybeTensor& bias, double eps, double gain_offset,
-    bool gains_wanted) {
+Gradients run_backward(
+    Backward a, const Kernels& set, Kernel kernel, const Tensor& dy_, const MaybeTensor& dtotal_, const Rows& x,
+    const Tensor& scale, const Tensor* mean, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
+    double gain_offset, bool gains_wanted) {
   check_constants(eps, gain_offset);
   const Rows dy = x.like(dy_);
   const std::optional<Rows> dtotal = dtotal_ ? std::optional<Rows>(x.like(*dtotal_)) : std::nullopt;
@@ -345,7 +369,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 
   const int64_t rows = std::max(BLOCK_ROWS, (x.count + MOST_BLOCKS - 1) / MOST_BLOCKS);
   const int64_t blocks = (x.count + rows - 1) / rows;
-  Sums dgain(gains_wanted && weight, blocks, x.width), dbias(gains_wanted && bias, blocks, x.width);
+  const Sums dgain(gains_wanted && weight, blocks, x.width), dbias(gains_wanted && bias, blocks, x.width);
   for_rows(x, rows, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       Backward part = a;
@@ -354,10 +378,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
       kernel(part, block * rows, std::min(x.count, (block + 1) * rows));
     }
   });
-  return {dx, dgain.total(weight), dbias.total(bias)};
+  return {dx, dgain, dbias};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(
+Gradients run_rms_norm_backward(
     const Tensor& dy, const MaybeTensor& dtotal, const Tensor& x_, const Tensor& scale, const MaybeTensor& weight,
     double eps, double gain_offset, bool round_first, bool gains_wanted) {
   const Rows x(x_);
@@ -365,39 +389,69 @@ std::tuple<Tensor, Tensor> rms_norm_backward(
   a.round_first = round_first;
   const Kernels& set = kernels();
   const Kernel kernel = set.rms_norm_backward[x.dtype];
-  auto [dx, dgain, unused] =
-      backward(a, set, kernel, dy, dtotal, x, scale, nullptr, weight, std::nullopt, eps, gain_offset, gains_wanted);
-  return {dx, dgain};
+  return run_backward(a, set, kernel, dy, dtotal, x, scale, nullptr, weight, {}, eps, gain_offset, gains_wanted);
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
+Gradients run_layer_norm_backward(
     const Tensor& dy, const MaybeTensor& dtotal, const Tensor& x_, const Tensor& mean, const Tensor& scale,
     const MaybeTensor& weight, const MaybeTensor& bias, double eps, bool gains_wanted) {
   const Rows x(x_);
   const Kernels& set = kernels();
   const Kernel kernel = set.layer_norm_backward[x.dtype];
-  return backward(Backward{}, set, kernel, dy, dtotal, x, scale, &mean, weight, bias, eps, 0, gains_wanted);
+  return run_backward(Backward{}, set, kernel, dy, dtotal, x, scale, &mean, weight, bias, eps, 0, gains_wanted);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(
+    const Tensor& dy, const MaybeTensor& dtotal, const Tensor& x, const Tensor& scale, const MaybeTensor& weight,
+    double eps, double gain_offset, bool round_first, bool gains_wanted) {
+  const Gradients made =
+      run_rms_norm_backward(dy, dtotal, x, scale, weight, eps, gain_offset, round_first, gains_wanted);
+  return {made.dx, made.gain.total(weight)};
+}
+std::tuple<Tensor, Tensor, Tensor> rms_norm_backward_blocks(
+    const Tensor& dy, const MaybeTensor& dtotal, const Tensor& x, const Tensor& scale, const MaybeTensor& weight,
+    double eps, double gain_offset, bool round_first, bool gains_wanted) {
+  const Gradients made =
+      run_rms_norm_backward(dy, dtotal, x, scale, weight, eps, gain_offset, round_first, gains_wanted);
+  return {made.dx, made.gain.total(weight), made.gain.blocks()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
+    const Tensor& dy, const MaybeTensor& dtotal, const Tensor& x, const Tensor& mean, const Tensor& scale,
+    const MaybeTensor& weight, const MaybeTensor& bias, double eps, bool gains_wanted) {
+  const Gradients made = run_layer_norm_backward(dy, dtotal, x, mean, scale, weight, bias, eps, gains_wanted);
+  return {made.dx, made.gain.total(weight), made.bias.total(bias)};
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward_blocks(
+    const Tensor& dy, const MaybeTensor& dtotal, const Tensor& x, const Tensor& mean, const Tensor& scale,
+    const MaybeTensor& weight, const MaybeTensor& bias, double eps, bool gains_wanted) {
+  const Gradients made = run_layer_norm_backward(dy, dtotal, x, mean, scale, weight, bias, eps, gains_wanted);
+  return {made.dx, made.gain.total(weight), made.bias.total(bias), made.gain.blocks()};
 }
 
 }  // namespace
 
 // `scale` is r = 1/√(mean square + ε), one a row; `total` is x + residual; gradients that are not wanted come out empty.
+// `blocks` are the sums of dweight over blocks of rows, in their order, in float64: what dweight is the rounded sum of.
 STABLE_TORCH_LIBRARY(omninorm, m) {
 #define RMS "Tensor? weight, float eps, float gain_offset=0.0, bool round_first=False"
 #define LAYER "Tensor? weight, Tensor? bias, float eps"
+#define RMS_BACKWARD "(Tensor dy, Tensor? dtotal, Tensor x, Tensor scale, " RMS ", bool gains_wanted=True)"
+#define LAYER_BACKWARD \
+  "(Tensor dy, Tensor? dtotal, Tensor x, Tensor mean, Tensor scale, " LAYER ", bool gains_wanted=True)"
   m.def("rms_norm(Tensor x, " RMS ") -> Tensor");
   m.def("rms_norm_forward(Tensor x, " RMS ") -> (Tensor y, Tensor scale)");
   m.def("add_rms_norm(Tensor x, Tensor residual, " RMS ") -> (Tensor y, Tensor total)");
   m.def("add_rms_norm_forward(Tensor x, Tensor residual, " RMS ") -> (Tensor y, Tensor total, Tensor scale)");
-  m.def("rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor scale, " RMS ", bool gains_wanted=True)"
-        " -> (Tensor dx, Tensor dweight)");
+  m.def("rms_norm_backward" RMS_BACKWARD " -> (Tensor dx, Tensor dweight)");
+  m.def("rms_norm_backward_blocks" RMS_BACKWARD " -> (Tensor dx, Tensor dweight, Tensor blocks)");
   m.def("layer_norm(Tensor x, " LAYER ") -> Tensor");
   m.def("layer_norm_forward(Tensor x, " LAYER ") -> (Tensor y, Tensor mean, Tensor scale)");
   m.def("add_layer_norm(Tensor x, Tensor residual, " LAYER ") -> (Tensor y, Tensor total)");
   m.def("add_layer_norm_forward(Tensor x, Tensor residual, " LAYER ")"
         " -> (Tensor y, Tensor total, Tensor mean, Tensor scale)");
-  m.def("layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor mean, Tensor scale, " LAYER
-        ", bool gains_wanted=True) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("layer_norm_backward" LAYER_BACKWARD " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("layer_norm_backward_blocks" LAYER_BACKWARD " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor blocks)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(omninorm, CPU, m) {
@@ -407,9 +461,11 @@ STABLE_TORCH_LIBRARY_IMPL(omninorm, CPU, m) {
   IMPLEMENT(add_rms_norm);
   IMPLEMENT(add_rms_norm_forward);
   IMPLEMENT(rms_norm_backward);
+  IMPLEMENT(rms_norm_backward_blocks);
   IMPLEMENT(layer_norm);
   IMPLEMENT(layer_norm_forward);
   IMPLEMENT(add_layer_norm);
   IMPLEMENT(add_layer_norm_forward);
   IMPLEMENT(layer_norm_backward);
+  IMPLEMENT(layer_norm_backward_blocks);
 }

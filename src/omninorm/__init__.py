@@ -7,6 +7,7 @@ from omninorm.kernels.dispatch import backends, use_backend
 from omninorm.layers import CRMSNorm, DynamicErf, DynamicTanh, LayerNorm, RMSNorm, ScaleNorm
 from omninorm.placement import Block
 from omninorm.thinker import Thinker, ThinkerConfig
+from omninorm.watch import watch
 
 __version__ = "0.1.0"
 
@@ -25,4 +26,5 @@ __all__ = [
     "backends",
     "functional",
     "use_backend",
+    "watch",
 ]

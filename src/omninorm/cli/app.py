@@ -10,6 +10,8 @@ from omninorm.cli.bench import bench
 from omninorm.cli.demo import demo
 from omninorm.cli.doctor import doctor
 from omninorm.cli.generate import generate
+from omninorm.cli.inspect import inspect
+from omninorm.cli.report import report
 from omninorm.cli.train import train
 from omninorm.experiments.provenance import version_of
 
@@ -37,5 +39,5 @@ def _omninorm(
     pass
 
 
-for _command in (demo, train, generate, bench, doctor):
+for _command in (demo, train, generate, report, inspect, bench, doctor):
     app.command()(_command)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omninorm.watch import Alarm
+
 
 @dataclass(frozen=True)
 class StepEvent:
@@ -41,6 +43,14 @@ class CheckpointEvent:
 
 
 @dataclass(frozen=True)
+class AlarmEvent:
+    """The watch raised an alarm, which it has recorded itself."""
+
+    step: int
+    alarm: Alarm
+
+
+@dataclass(frozen=True)
 class StopEvent:
     """The end of this process's part: "finished", "diverged" (the loss or the gradient norm of step `step` was not
     finite, or the evaluation, or the weights that a checkpoint would hold) or "interrupted" (by `signal`)."""
@@ -52,7 +62,7 @@ class StopEvent:
     signal: int | None = None
 
 
-Event = StepEvent | EvalEvent | CheckpointEvent | StopEvent
+Event = StepEvent | EvalEvent | CheckpointEvent | AlarmEvent | StopEvent
 Callback = Callable[[Event], None]
 
 
@@ -67,6 +77,7 @@ class TrainResult:
         eval_events: the evaluations, in order.
         signal: what interrupted it.
         folder: the run's folder if it has one.
+        alarms: what the watch said, since the last resume.
     """
 
     status: str
@@ -75,6 +86,7 @@ class TrainResult:
     eval_events: tuple[EvalEvent, ...]
     signal: int | None = None
     folder: Path | None = None
+    alarms: tuple[Alarm, ...] = ()
 
     @property
     def losses(self) -> list[float]:

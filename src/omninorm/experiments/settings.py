@@ -41,6 +41,7 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; the last step always gets one.
         keep_checkpoints: how many of the newest checkpoints stay, ≥ 1.
         log_every: record every n-th step; the last step is always recorded.
+        watch_every: steps between samples of `omninorm.watch`, for runs that have a folder; None does not watch.
 
     Raises:
         ConfigError: a value of the wrong type, out of range, NaN or infinite.
@@ -65,12 +66,15 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 1
+    watch_every: int | None = 10
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "grad_accumulation", "eval_every"):
             check_count(name, getattr(self, name))
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
             check_count(name, getattr(self, name))
+        if self.watch_every is not None:
+            check_count("watch_every", self.watch_every)
         check_seed(self.seed)
         if self.eval_bytes is not None:
             check_count("eval_bytes", self.eval_bytes, at_least=2)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from omninorm.errors import RunError
 from omninorm.experiments.corpus import TokenData, windows
 from omninorm.experiments.evaluate import autocast, bits_per_byte
 from omninorm.experiments.events import (
+    AlarmEvent,
     Callback,
     CheckpointEvent,
     EvalEvent,
@@ -28,6 +30,7 @@ from omninorm.experiments.optim import build_optimizer
 from omninorm.record import RECORD_FILE, read_record
 from omninorm.experiments.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from omninorm.experiments.settings import TrainConfig, learning_rate
+from omninorm.watch import Watch, watch
 
 
 def train(
@@ -49,7 +52,7 @@ def train(
         model: maps int64 tokens (batch, sequence) to logits (batch, sequence, vocabulary); trained in place.
         data: training and held-out tokens, see `tokenize`.
         config: the settings.
-        run: where to record and to write checkpoints; None keeps everything in memory.
+        run: where to record and to write checkpoints; None keeps everything in memory, and then nothing watches.
         on_event: called with every event as it happens.
         stopped_by: asked after every step; a signal's number ends the run there, with a checkpoint.
 
@@ -66,6 +69,21 @@ def train(
     model.train()
     if done == 0 and not log.evaluate(0, model, data, config):
         return log.stop(StopEvent(0, "diverged"))
+    with log.watching(model, optimizer, done, config):
+        end = _steps(model, optimizer, data, config, done, log, stopped_by)
+    return log.stop(end)
+
+
+def _steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: TokenData,
+    config: TrainConfig,
+    done: int,
+    log: _Log,
+    stopped_by: Callable[[], int | None],
+) -> StopEvent:
+    """The steps after `done`, and how they end."""
     for step in range(done + 1, config.steps + 1):
         started = time.perf_counter()
         rate = learning_rate(step, config)
@@ -74,23 +92,25 @@ def train(
         loss = _accumulate(model, data, config, step)
         grad_norm = _clip(model, config.grad_clip)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            return log.stop(StopEvent(step, "diverged", loss, grad_norm))
+            log.watch_step(loss)
+            return StopEvent(step, "diverged", loss, grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        log.watch_step(loss)
         seconds = time.perf_counter() - started
 
         if _due(step, config.log_every, config):
             log.emit(StepEvent(step, loss, grad_norm, rate, seconds, config.tokens_per_step / seconds))
         if _due(step, config.eval_every, config) and not log.evaluate(step, model, data, config):
-            return log.stop(StopEvent(step, "diverged", loss, grad_norm))
+            return StopEvent(step, "diverged", loss, grad_norm)
         signal = stopped_by() if step < config.steps else None
         if signal is not None or _due(step, config.checkpoint_every, config):
             if not _is_finite(model):  # never write such a checkpoint in the place of a good one
-                return log.stop(StopEvent(step, "diverged", loss, grad_norm))
+                return StopEvent(step, "diverged", loss, grad_norm)
             log.checkpoint(step, model, optimizer, config)
         if signal is not None:
-            return log.stop(StopEvent(step, "interrupted", signal=signal))
-    return log.stop(StopEvent(config.steps, "finished"))
+            return StopEvent(step, "interrupted", signal=signal)
+    return StopEvent(config.steps, "finished")
 
 
 def _accumulate(model: nn.Module, data: TokenData, config: TrainConfig, step: int) -> float:
@@ -133,6 +153,8 @@ class _Log:
         self._on_event = on_event
         self._steps: list[StepEvent] = []
         self._evals: dict[int, EvalEvent] = {}
+        self._watch: Watch | None = None
+        self._alarms_told = 0
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Loads the newest checkpoint and the events up to it; returns its step, 0 if there is none."""
@@ -148,8 +170,31 @@ class _Log:
                 self._keep(_event(line, path))
         return step or 0
 
+    @contextmanager
+    def watching(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, done: int, config: TrainConfig
+    ) -> Iterator[None]:
+        """Watches the run, if it has a record to write to."""
+        if self._run is None or config.watch_every is None:
+            yield
+            return
+        with watch(model, optimizer, config.watch_every, self._run.record, step=done) as self._watch:
+            yield
+        self._tell_alarms()
+
+    def watch_step(self, loss: float) -> None:
+        if self._watch is not None:
+            self._watch.step(loss)
+            self._tell_alarms()
+
+    def _tell_alarms(self) -> None:
+        assert self._watch is not None
+        for alarm in self._watch.alarms[self._alarms_told :]:
+            self._alarms_told += 1
+            self.emit(AlarmEvent(alarm.step, alarm))
+
     def emit(self, event: Event) -> None:
-        if self._run is not None and not isinstance(event, CheckpointEvent):
+        if self._run is not None and not isinstance(event, (CheckpointEvent, AlarmEvent)):
             self._run.record.append(to_record(event))
         self._keep(event)
         if self._on_event is not None:
@@ -166,6 +211,8 @@ class _Log:
 
     def checkpoint(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
         if self._run is not None:
+            if self._watch is not None:
+                self._watch.flush()
             self._run.record.sync()
             path = save_checkpoint(self._run.checkpoints, step, model, optimizer, config.keep_checkpoints)
             self.emit(CheckpointEvent(step, path))
@@ -173,8 +220,9 @@ class _Log:
     def stop(self, event: StopEvent) -> TrainResult:
         self.emit(event)
         folder = self._run.path if self._run else None
+        alarms = () if self._watch is None else tuple(self._watch.alarms)
         return TrainResult(
-            event.status, event.step, tuple(self._steps), tuple(self._evals.values()), event.signal, folder
+            event.status, event.step, tuple(self._steps), tuple(self._evals.values()), event.signal, folder, alarms
         )
 
     def _keep(self, event: Event) -> None:

@@ -1,11 +1,8 @@
-"""The CPU back end: the C++ operators of csrc/, their fake kernels, and their derivatives.
+"""The CPU back end: the C++ operators of csrc/ and their fake kernels. Their derivatives are in `cpu_autograd`.
 
 The library is one shared object beside this file, built on installation. Where it is missing, `unavailable()` says why
 and the reference computes in its place. Inside it, the arithmetic exists once per instruction set; the best that
 the processor has is used, or the one that the environment variable OMNINORM_CPU names.
-
-Backward keeps x and r = 1/√(mean square + ε), one number a row; LayerNorm keeps the mean too. The second derivative is
-the reference's, whose backward functions are made of differentiable operations.
 """
 
 from __future__ import annotations
@@ -18,10 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from omninorm.errors import ConfigError
-from omninorm.kernels import reference
+from omninorm.kernels import probe, reference
+from omninorm.kernels.cpu_autograd import (
+    AddLayerNormFunction,
+    AddRMSNormFunction,
+    LayerNormFunction,
+    RMSNormFunction,
+    rows_per_block,
+)
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_cpu.so"
@@ -116,7 +120,8 @@ def rms_norm(
     round_first = ROUND_FIRST[cast]
     y: Tensor
     if torch.is_grad_enabled() and (x.requires_grad or _learns(weight)):
-        y = RMSNormFunction.apply(x, weight, eps, gain_offset, round_first)  # type: ignore[no-untyped-call]
+        watcher = None if traced else probe.current
+        y = RMSNormFunction.apply(x, weight, eps, gain_offset, round_first, watcher)  # type: ignore[no-untyped-call]
     elif traced:
         y = _operators.rms_norm.default(x, weight, eps, gain_offset, round_first)
     elif gain_offset == 0 and not round_first:
@@ -133,7 +138,7 @@ def add_rms_norm(
     constants = eps if eps.__class__ is float else _eps(eps, x), gain_offset, ROUND_FIRST[cast]
     pair: tuple[Tensor, Tensor]
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight)):
-        pair = AddRMSNormFunction.apply(x, residual, weight, *constants)  # type: ignore[no-untyped-call]
+        pair = AddRMSNormFunction.apply(x, residual, weight, *constants, _watcher())  # type: ignore[no-untyped-call]
     else:
         pair = _operators.add_rms_norm.default(x, residual, weight, *constants)
     return pair
@@ -146,7 +151,8 @@ def layer_norm(
     eps = eps if eps.__class__ is float else _eps(eps, x)
     y: Tensor
     if torch.is_grad_enabled() and (x.requires_grad or _learns(weight) or _learns(bias)):
-        y = LayerNormFunction.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+        watcher = None if traced else probe.current
+        y = LayerNormFunction.apply(x, weight, bias, eps, watcher)  # type: ignore[no-untyped-call]
     elif traced:
         y = _operators.layer_norm.default(x, weight, bias, eps)
     else:
@@ -161,7 +167,7 @@ def add_layer_norm(
     eps = eps if eps.__class__ is float else _eps(eps, x)
     pair: tuple[Tensor, Tensor]
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight) or _learns(bias)):
-        pair = AddLayerNormFunction.apply(x, residual, weight, bias, eps)  # type: ignore[no-untyped-call]
+        pair = AddLayerNormFunction.apply(x, residual, weight, bias, eps, _watcher())  # type: ignore[no-untyped-call]
     else:
         pair = _operators.add_layer_norm.default(x, residual, weight, bias, eps)
     return pair
@@ -171,145 +177,14 @@ def _learns(gain: Tensor | None) -> bool:
     return gain is not None and gain.requires_grad
 
 
+def _watcher() -> probe.Probe | None:
+    """Who watches this norm. A trace must not ask, or every change would compile it again."""
+    return None if is_compiling() else probe.current
+
+
 def _eps(eps: float | None, x: Tensor) -> float:
     """ε where it is no float: None, or an integer, which `functional` has checked."""
     return MACHINE_EPS[x.dtype] if eps is None else float(eps)
-
-
-# Derivatives. The functions have no setup_context, which would cost more than the operator itself; under torch.func,
-# which needs one, the reference computes.
-
-
-class RMSNormFunction(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, gain_offset: float, round_first: bool
-    ) -> Tensor:
-        y, scale = _operators.rms_norm_forward.default(x, weight, eps, gain_offset, round_first)
-        ctx.save_for_backward(x, weight, scale)
-        ctx.constants = eps, gain_offset, round_first
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        eps, gain_offset, round_first = ctx.constants
-        wanted = ctx.needs_input_grad[1]
-        dx, dweight = rms_norm_backward(dy, None, x, scale, weight, eps, gain_offset, round_first, wanted)
-        return dx, dweight, None, None, None
-
-
-class AddRMSNormFunction(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        gain_offset: float,
-        round_first: bool,
-    ) -> tuple[Tensor, Tensor]:
-        y, total, scale = _operators.add_rms_norm_forward.default(x, residual, weight, eps, gain_offset, round_first)
-        ctx.save_for_backward(total, weight, scale)
-        ctx.constants = eps, gain_offset, round_first
-        ctx.set_materialize_grads(False)
-        if not any(ctx.needs_input_grad[:2]):  # only gains learn
-            ctx.mark_non_differentiable(total)
-        return y, total
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        total, weight, scale = ctx.saved_tensors
-        if dy is None:
-            return dtotal, dtotal, None, None, None, None
-        eps, gain_offset, round_first = ctx.constants
-        wanted = ctx.needs_input_grad[2]
-        dx, dweight = rms_norm_backward(dy, dtotal, total, scale, weight, eps, gain_offset, round_first, wanted)
-        return dx, dx, dweight, None, None, None
-
-
-class LayerNormFunction(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        y, mean, scale = _operators.layer_norm_forward.default(x, weight, bias, eps)
-        ctx.save_for_backward(x, mean, scale, weight, bias)
-        ctx.eps = eps
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, scale, weight, bias = ctx.saved_tensors
-        wanted = any(ctx.needs_input_grad[1:3])
-        dx, dweight, dbias = layer_norm_backward(dy, None, x, mean, scale, weight, bias, ctx.eps, wanted)
-        return dx, dweight, dbias, None
-
-
-class AddLayerNormFunction(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        y, total, mean, scale = _operators.add_layer_norm_forward.default(x, residual, weight, bias, eps)
-        ctx.save_for_backward(total, mean, scale, weight, bias)
-        ctx.eps = eps
-        ctx.set_materialize_grads(False)
-        if not any(ctx.needs_input_grad[:2]):  # only gains learn
-            ctx.mark_non_differentiable(total)
-        return y, total
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return dtotal, dtotal, None, None, None
-        total, mean, scale, weight, bias = ctx.saved_tensors
-        wanted = any(ctx.needs_input_grad[2:4])
-        dx, dweight, dbias = layer_norm_backward(dy, dtotal, total, mean, scale, weight, bias, ctx.eps, wanted)
-        return dx, dx, dweight, dbias, None
-
-
-def rms_norm_backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    gain_offset: float,
-    round_first: bool,
-    gains_wanted: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """dx + dtotal and dγ; differentiable where a second derivative is wanted."""
-    if torch.is_grad_enabled():
-        cast = "llama" if round_first else "fp32"
-        dx, dweight = reference.rms_norm_backward(dy, x, weight, eps, gain_offset, cast)
-        return dx if dtotal is None else dx + dtotal, dweight
-    dx, dweight = _operators.rms_norm_backward.default(
-        dy, dtotal, x, scale, weight, eps, gain_offset, round_first, gains_wanted
-    )
-    return dx, dweight if gains_wanted else None
-
-
-def layer_norm_backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    gains_wanted: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx + dtotal, dγ and dβ; differentiable where a second derivative is wanted."""
-    if torch.is_grad_enabled():
-        dx, dweight, dbias = reference.layer_norm_backward(dy, x, weight, bias, eps)
-        return dx if dtotal is None else dx + dtotal, dweight, dbias
-    dx, dweight, dbias = _operators.layer_norm_backward.default(
-        dy, dtotal, x, mean, scale, weight, bias, eps, gains_wanted
-    )
-    dweight = dweight if gains_wanted and weight is not None else None
-    return dx, dweight, dbias if gains_wanted and bias is not None else None
 
 
 # Meta kernels: shapes and dtypes without values, for torch.compile, torch.export and meta tensors -----------------
@@ -359,17 +234,27 @@ def _meta_layer_norm_backward(
     return _like(x), _gradient(weight, x, gains_wanted), _gradient(bias, x, gains_wanted)
 
 
+def _with_blocks(dx: Tensor, dweight: Tensor, *dbias: Tensor) -> tuple[Tensor, ...]:
+    """What the backward kernels return, and the blocks of dγ: none if it is not wanted."""
+    width = dx.shape[-1]
+    rows = dx.numel() // width
+    blocks = -(-rows // rows_per_block(rows)) if dweight.shape[0] else 0
+    return dx, dweight, *dbias, dx.new_empty((blocks, width), dtype=torch.float64)
+
+
 META_KERNELS: dict[str, Callable[..., Any]] = {
     "rms_norm": lambda x, *_: _like(x),
     "rms_norm_forward": lambda x, *_: (_like(x), _one_per_row(x)),
     "add_rms_norm": lambda x, *_: (_like(x), _like(x)),
     "add_rms_norm_forward": lambda x, *_: (_like(x), _like(x), _one_per_row(x)),
     "rms_norm_backward": _meta_rms_norm_backward,
+    "rms_norm_backward_blocks": lambda *given: _with_blocks(*_meta_rms_norm_backward(*given)),
     "layer_norm": lambda x, *_: _like(x),
     "layer_norm_forward": lambda x, *_: (_like(x), _one_per_row(x), _one_per_row(x)),
     "add_layer_norm": lambda x, *_: (_like(x), _like(x)),
     "add_layer_norm_forward": lambda x, *_: (_like(x), _like(x), _one_per_row(x), _one_per_row(x)),
     "layer_norm_backward": _meta_layer_norm_backward,
+    "layer_norm_backward_blocks": lambda *given: _with_blocks(*_meta_layer_norm_backward(*given)),
 }
 if _library is not None:
     _meta: Any = torch.library.Library("omninorm", "IMPL", "Meta")  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from omninorm.record.files import sync_folder, write_all, writing
 RECORD_FILE = "record.jsonl"
 # Ways for a process to stop. What they say is no longer true once the run goes on.
 _STOPS = ("interrupted", "diverged", "finished")
-# Kinds of events that are made of numbers alone; others may hold names and lists.
+# What a training run says of itself, in numbers alone. The events of `omninorm.watch` hold names and lists, too.
 _NUMBERS = ("step", "eval", "resume", *_STOPS)
 
 
@@ -90,13 +90,14 @@ def read_record(path: Path) -> list[dict[str, Any]]:
     """The run's story without its accidents: a killed and resumed run reads as one that was never interrupted.
 
     An event {"kind": "resume", "step": N} takes back what was recorded after step N, and every stop; a later event
-    of the same kind and step supersedes the earlier one. Durations are kept apart, under "clock".
+    of the same kind and step supersedes the earlier one. Durations are kept apart, under "clock". What
+    `omninorm.watch` has added is left out; `omninorm.report.read_run` reads that.
     """
     story: dict[tuple[str, int], dict[str, Any]] = {}
     for event in read_history(path):
         if event["kind"] == "resume":
             story = {key: old for key, old in story.items() if key[1] <= event["step"] and key[0] not in _STOPS}
-        else:
+        elif event["kind"] in _NUMBERS:
             story[event["kind"], event["step"]] = event
     return list(story.values())
 

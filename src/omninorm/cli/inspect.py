@@ -1,0 +1,118 @@
+"""`omninorm inspect`: a checkpoint's static health."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from omninorm.cli.console import console
+from omninorm.cli.harmless import harmless
+from omninorm.inspection import Finding, Inspection, inspect_checkpoint
+from omninorm.inspection.blocks import BlockStats
+from omninorm.inspection.inspect import Progress as Report
+
+FAILED = 1
+_STYLES = {"fail": "bold red", "warn": "yellow", "note": "cyan"}
+_PROGRESS_FROM = 1 << 28  # bytes: less is done in a few seconds
+
+
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(help="A .safetensors or .gguf file, a folder with weights, or a run's.", show_default=False),
+    ],
+    top: Annotated[int, typer.Option(min=0, help="Findings to show at most.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with everything measured.")] = False,
+) -> None:
+    """Show the static health of a checkpoint: non-finite values, gains, dead and massive weights, odd blocks.
+
+    Exits with 1 if a finding is a failure.
+    """
+    screen = console()
+    with _progress(screen) as report:
+        result = inspect_checkpoint(path, report)
+    if as_json:
+        typer.echo(json.dumps(result.to_record(), indent=2, allow_nan=False))
+    else:
+        _show(screen, result, top)
+    if result.failed:
+        raise typer.Exit(FAILED)
+
+
+@contextlib.contextmanager
+def _progress(screen: Console) -> Iterator[Report | None]:
+    """On a terminal, a bar that goes away when it is done; it goes to stderr, so that `--json > file` shows it too."""
+    errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
+    if not (errors.is_terminal and screen.is_terminal):
+        yield None
+        return
+    columns = (BarColumn(bar_width=16), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=errors, transient=True, refresh_per_second=8) as progress:
+        task = progress.add_task("", visible=False)
+
+        def report(done: int, total: int, name: str) -> None:
+            visible = total >= _PROGRESS_FROM
+            shown = harmless(name, one_line=True)
+            progress.update(task, completed=done, total=total, description=shown, visible=visible)
+
+        yield report
+
+
+def _show(screen: Console, result: Inspection, top: int) -> None:
+    screen.print(_line(result.verdict), style="bold")
+    for finding in result.findings[:top]:
+        _show_finding(screen, finding)
+    count = len(result.findings)
+    if count > top:
+        screen.print(f"\n… and {count - top} more: --top {count} shows them, --json tells all that was measured")
+    for stack, blocks in groupby(result.blocks, key=lambda block: block.stack):
+        screen.print()
+        screen.print(_block_table(stack, list(blocks)))
+    screen.print()
+    screen.print(_line(_totals(result)))
+
+
+def _show_finding(screen: Console, finding: Finding) -> None:
+    where = finding.tensor or finding.layer
+    others = f" and {len(finding.others)} more of this role" if finding.others else ""
+    screen.print()
+    screen.print(f"{finding.severity.upper()}  {finding.rule}", style=_STYLES[finding.severity], end="")
+    screen.print(f"  {_line(where)}{others}" if where else "")
+    screen.print(f"      {_line(finding.evidence)}")
+    screen.print(f"      → {_line(finding.remedy)}")
+
+
+def _block_table(stack: str, blocks: list[BlockStats]) -> Table:
+    table = Table(title=f"{_line(stack)}: RMS of the weights by block", title_justify="left", box=None, pad_edge=False)
+    titles = ("block", "attention out", "feed-forward out", "matrices", "max |w|", "median γ", "max |γ|")
+    for title in titles:
+        table.add_column(title, justify="right")
+    for block in blocks:
+        weights = (block.attention_out, block.feed_forward_out, block.matrices, block.max_abs)
+        numbers = (*weights, block.gain_median, block.gain_max)
+        table.add_row(str(block.block), *("–" if number is None else f"{number:.3g}" for number in numbers))
+    return table
+
+
+def _totals(result: Inspection) -> str:
+    totals = result.totals()
+    dtypes = ", ".join(f"{name} {count}" for name, count in totals["dtypes"].items())
+    skipped = f"; {totals['not_measured']} of types that are not measured" if totals["not_measured"] else ""
+    eps = f"; norms' ε {totals['norm_eps']:g}" if totals["norm_eps"] is not None else ""
+    return (
+        f"{totals['tensors']} tensors, {totals['parameters']:,} parameters, {totals['bytes'] / 1e6:,.1f} MB"
+        f" ({dtypes}){skipped}{eps}"
+    )
+
+
+def _line(text: str) -> str:
+    return harmless(text, one_line=True)

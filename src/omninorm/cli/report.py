@@ -1,0 +1,54 @@
+"""`omninorm report`: a run's record as one HTML page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from omninorm.cli.console import console
+from omninorm.cli.harmless import harmless
+from omninorm.report import RunStory, Verdict, judge, read_run, write_page
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or its record.jsonl.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The page's file.", show_default="RUN/report.html")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Turn a run's record into one HTML page that says what went wrong, where, and what to try."""
+    story = read_run(run)
+    verdict = judge(story)
+    page = write_page(story, out or (run if run.is_dir() else run.parent) / "report.html")
+    if as_json:
+        typer.echo(json.dumps(_told(run, story, verdict, page), ensure_ascii=True, indent=2))
+        return
+    screen = console()
+    screen.print(harmless(verdict.sentence, one_line=True))
+    if verdict.remedy:
+        screen.print(harmless(f"What to try: {verdict.remedy}", one_line=True))
+    for line in (verdict.more, f"Alarms: {_count(story)}.", *story.notes):
+        if line:
+            screen.print(harmless(line, one_line=True))
+    screen.print(f"Written to {harmless(str(page), one_line=True)}")
+
+
+def _count(story: RunStory) -> str:
+    fails, warnings = story.count("fail"), story.count("warn")
+    failures = f"{fails} failure{'' if fails == 1 else 's'}"
+    return f"{failures}, {warnings} warning{'' if warnings == 1 else 's'}" if fails or warnings else "none"
+
+
+def _told(run: Path, story: RunStory, verdict: Verdict, page: Path) -> dict[str, Any]:
+    fields = ("step", "severity", "rule", "layer", "evidence", "remedy", "source", "ranks")
+    return {
+        "run": str(run),
+        "page": str(page),
+        "verdict": {"status": verdict.status, "sentence": verdict.sentence, "remedy": verdict.remedy},
+        "alarms": [{field: getattr(alarm, field) for field in fields} for alarm in story.alarms],
+        "steps": story.last_step,
+        "samples": story.samples,
+        "notes": list(story.notes),
+    }

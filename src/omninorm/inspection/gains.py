@@ -1,0 +1,45 @@
+"""A norm's gains γ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+SILENT = 1e-3
+
+
+@dataclass
+class Gains:
+    """Of one norm: |γ|'s smallest, median and largest value, and their places.
+
+    ratio is max |γ| / median |γ|, None where the median is 0; silent the share of |γ| < SILENT; negative that of γ < 0.
+    """
+
+    count: int
+    smallest: float
+    median: float
+    largest: float
+    largest_at: int
+    ratio: float | None
+    silent: float
+    silent_first: int | None
+    negative: float
+
+
+def measure_gains(gain: Tensor) -> Gains:
+    """Of γ, [d], with what the file leaves out (Gemma's 1 +) added."""
+    size = gain.abs()
+    median, at = float(size.median()), int(size.argmax())
+    silent = size < SILENT
+    return Gains(
+        count=len(size),
+        smallest=float(size.min()),
+        median=median,
+        largest=float(size[at]),
+        largest_at=at,
+        ratio=float(size[at]) / median if median > 0.0 else None,
+        silent=float(silent.double().mean()),
+        silent_first=int(silent.int().argmax()) if bool(silent.any()) else None,
+        negative=float((gain < 0).double().mean()),
+    )

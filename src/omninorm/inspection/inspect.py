@@ -1,0 +1,192 @@
+"""inspect_checkpoint: read, measure, judge."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omninorm.inspection.blocks import BlockStats, block_profile
+from omninorm.inspection.findings import Finding, grouped
+from omninorm.inspection.locate import open_checkpoint
+from omninorm.inspection.measure import TensorStats, measure
+from omninorm.inspection.names import is_norm_part, place
+from omninorm.inspection.rules import channel_findings, model_findings, tensor_findings
+from omninorm.inspection.settings import gain_offset, norm_eps
+from omninorm.inspection.tensors import Checkpoint, StoredTensor
+
+_MOST_WORKERS = 8  # each holds some 60 MiB
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all, and the name of the tensor that comes next."""
+
+
+@dataclass
+class Inspection:
+    """What was found in one checkpoint.
+
+    Args:
+        path: what was inspected.
+        format: "safetensors" or "gguf".
+        findings: the most severe first.
+        tensors: what was measured of each, in the model's order.
+        blocks: the depth profile.
+        eps: of the model's norms; None if no settings told it.
+    """
+
+    path: Path
+    format: str
+    findings: list[Finding]
+    tensors: list[TensorStats]
+    blocks: list[BlockStats]
+    eps: float | None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a finding says that the model cannot compute sensibly."""
+        return any(finding.severity == "fail" for finding in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        rules = Counter(finding.rule for finding in self.findings if finding.severity != "note")
+        totals = self.totals()
+        size = f"{totals['tensors']} tensors with {totals['parameters']:,} parameters"
+        notes = sum(finding.severity == "note" for finding in self.findings)
+        told = f", {notes} {_plural('note', notes)}" if notes else ""
+        if not rules:
+            return f"Healthy: nothing wrong in {size}{told}."
+        count, fails = rules.total(), sum(finding.severity == "fail" for finding in self.findings)
+        failing = f" ({fails} failing)" if fails else ""
+        kinds = ", ".join(rule if times == 1 else f"{times} × {rule}" for rule, times in rules.items())
+        return f"{count} {_plural('finding', count)}{failing} in {size}: {kinds}{told}."
+
+    def totals(self) -> dict[str, Any]:
+        """Counts of tensors, parameters and bytes, and of tensors by dtype.
+
+        parameters are floating-point values outside of buffers; not_measured counts tensors of other types.
+        """
+        kept = [each for each in self.tensors if each.measured and each.place.kind != "buffer"]
+        return {
+            "tensors": len(self.tensors),
+            "parameters": sum(each.numel for each in kept),
+            "bytes": sum(each.nbytes for each in self.tensors),
+            "dtypes": dict(Counter(each.dtype for each in self.tensors).most_common()),
+            "not_measured": sum(not each.measured for each in self.tensors),
+            "norm_eps": self.eps,
+        }
+
+    def to_record(self) -> dict[str, Any]:
+        """Everything as JSON values; numbers that are not finite become "nan", "inf" and "-inf"."""
+        record = {
+            "path": str(self.path),
+            "format": self.format,
+            "verdict": self.verdict,
+            "failed": self.failed,
+            "findings": [finding.to_record() for finding in self.findings],
+            "blocks": [block.to_record() for block in self.blocks],
+            "totals": self.totals(),
+            "tensors": [tensor.to_record() for tensor in self.tensors],
+        }
+        encoded: dict[str, Any] = _encode(record)
+        return encoded
+
+
+def inspect_checkpoint(path: str | Path, progress: Progress | None = None) -> Inspection:
+    """Measures every tensor of a checkpoint, a few rows at a time, and judges them.
+
+    As many tensors are read at once as torch has threads.
+
+    Args:
+        path: a .safetensors or .gguf file, an index of shards, a folder with weights, or a run's folder.
+        progress: called before each tensor and at the end.
+
+    Raises:
+        RunError: nothing to inspect there, a pickle, or damaged files.
+        MissingExtraError: the package that reads the format is not installed.
+    """
+    checkpoint = open_checkpoint(path)
+    stats = _measure_all(checkpoint, progress or (lambda done, total, name: None))
+    pairs = _twins(stats, {each.name: each for each in checkpoint.tensors})
+    remedy = "check that the files belong together"
+    findings = [Finding("warn", "files", None, None, text, remedy) for text in checkpoint.notices]
+    for each in stats:
+        findings += [*tensor_findings(each), *channel_findings(each)]
+    findings += model_findings(stats, checkpoint.config, pairs)
+    eps = norm_eps(checkpoint.config)
+    return Inspection(checkpoint.path, checkpoint.format, grouped(findings), stats, block_profile(stats), eps)
+
+
+def _measure_all(checkpoint: Checkpoint, progress: Progress) -> list[TensorStats]:
+    total, done, stats = sum(each.nbytes for each in checkpoint.tensors), 0, []
+    norms_with_bias = {_owner(each.name) for each in checkpoint.tensors if each.name.endswith((".bias", ".beta"))}
+
+    def run(tensor: StoredTensor) -> TensorStats:
+        offset = 0.0
+        if checkpoint.format != "gguf" and is_norm_part(tensor.name):  # llama.cpp stores 1 + γ
+            offset = gain_offset(checkpoint.config, tensor.name, _owner(tensor.name) in norms_with_bias)
+        return measure(tensor, place(tensor.name, tensor.shape), offset)
+
+    with _workers() as pool:
+        for tensor, future in [(each, pool.submit(run, each)) for each in checkpoint.tensors]:
+            progress(done, total, tensor.name)
+            stats.append(future.result())
+            done += tensor.nbytes
+    progress(total, total, "")
+    return stats
+
+
+@contextlib.contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch has, a tensor each. Torch's own would wait for each other after every small operation,
+    which on a busy machine took seven times as long as one thread alone.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(min(threads, _MOST_WORKERS))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _twins(stats: Sequence[TensorStats], stored: Mapping[str, StoredTensor]) -> list[tuple[TensorStats, TensorStats]]:
+    """Matrices that hold the same values: candidates by what was measured of them, then compared value by value."""
+    seen: dict[tuple[object, ...], TensorStats] = {}
+    pairs = []
+    for each in stats:
+        if not each.is_matrix or each.max_abs == 0.0 or each.kurtosis == 1.0:  # one value everywhere: an initialization
+            continue
+        key = (each.shape, each.dtype, each.rms, each.max_abs, each.argmax, each.total, each.kurtosis)
+        first = seen.setdefault(key, each)
+        if first is not each and _equal(stored[first.name], stored[each.name]):
+            pairs.append((first, each))
+    return pairs
+
+
+def _equal(first: StoredTensor, second: StoredTensor) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first.chunks(), second.chunks(), strict=True))
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

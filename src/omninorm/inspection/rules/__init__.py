@@ -1,0 +1,7 @@
+"""What is wrong with the measured weights: rules about one tensor, about channels, and about the whole model."""
+
+from omninorm.inspection.rules.channels import channel_findings
+from omninorm.inspection.rules.model import model_findings
+from omninorm.inspection.rules.tensor import tensor_findings
+
+__all__ = ["channel_findings", "model_findings", "tensor_findings"]

@@ -1,0 +1,57 @@
+"""Rules about a matrix's rows and columns: dead ones, and ones that outweigh the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from omninorm.inspection.channels import DEAD, Channels
+from omninorm.inspection.findings import Finding
+from omninorm.inspection.measure import TensorStats
+from omninorm.inspection.rules.tensor import about
+
+OUTLIER = 10.0
+"""Largest channel RMS / median channel RMS."""
+
+
+def channel_findings(tensor: TensorStats) -> Iterator[Finding]:
+    """Everything to say about the channels of one matrix; nothing if it is all zero, which is another rule's."""
+    if not tensor.is_matrix or tensor.rms == 0.0 or tensor.rows is None or tensor.columns is None:
+        return
+    for axis, channels in (("row", tensor.rows), ("column", tensor.columns)):
+        tokens = axis == "row" and tensor.place.kind in ("embedding", "head")
+        if channels.dead:
+            yield _untrained(tensor, channels) if tokens else _dead(tensor, axis, channels)
+        # Tokens may be as rare as they like; a channel that outweighs the rest is one for all tokens.
+        if not tokens and channels.ratio is not None and channels.ratio > OUTLIER:
+            yield _outlier(tensor, axis, channels, channels.ratio)
+
+
+def _dead(tensor: TensorStats, axis: str, channels: Channels) -> Finding:
+    evidence = (
+        f"{channels.dead} of {channels.count} {axis}s ({_some(channels)}) are dead:"
+        f" below {DEAD:g} × the matrix's RMS {tensor.rms:.3g}"
+    )
+    remedy = "nothing passes there: prune them, or look for a slice that was never filled"
+    return about(tensor, "warn", f"dead-{axis}s", evidence, remedy, channels.dead / channels.count)
+
+
+def _untrained(tensor: TensorStats, channels: Channels) -> Finding:
+    evidence = (
+        f"{channels.dead} of {channels.count} rows ({_some(channels)}) are zero: tokens or positions never trained"
+    )
+    remedy = "usual for padding; no text should contain them"
+    return about(tensor, "note", "untrained-rows", evidence, remedy, channels.dead / channels.count)
+
+
+def _outlier(tensor: TensorStats, axis: str, channels: Channels, ratio: float) -> Finding:
+    evidence = (
+        f"{axis} {channels.largest} has {ratio:.3g} × the RMS of the median {axis}, {channels.median:.3g}"
+        f" (outlier above {OUTLIER:g})"
+    )
+    remedy = "quantize with a scale per channel along this axis, or keep the channel in 16 bits"
+    return about(tensor, "warn", f"outlier-{axis}", evidence, remedy, ratio)
+
+
+def _some(channels: Channels) -> str:
+    more = channels.dead - len(channels.dead_first)
+    return ", ".join(map(str, channels.dead_first)) + (f" and {more} more" if more else "")

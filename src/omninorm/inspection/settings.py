@@ -1,0 +1,56 @@
+"""What the inspection takes from config.json: transformers' keys, a run's own, or GGUF's under the same names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon", "norm_eps")
+_BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# transformers' model types whose norms compute x · (1 + γ), so that a file holds γ − 1.
+_OFFSET = (
+    "gemma", "gemma2", "gemma2_text", "gemma3", "gemma3_text", "paligemma", "recurrent_gemma", "t5gemma", "t5gemma2",
+    "vaultgemma", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
+)  # fmt: skip
+# Norms in those models that have a plain gain.
+_PLAIN = ("vision", "linear_attn", "visual")
+
+
+def norm_eps(config: Mapping[str, Any]) -> float | None:
+    """ε of the model's norms, or None if it is not told."""
+    return next((value for key in _EPS if (value := _number(config, key)) is not None), None)
+
+
+def count_of_blocks(config: Mapping[str, Any]) -> int | None:
+    """How many blocks there should be, or None if it is not told."""
+    found = next((value for key in _BLOCKS if (value := _number(config, key)) is not None), None)
+    return None if found is None or not math.isfinite(found) else int(found)
+
+
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding, as config.json says."""
+    return config.get("tie_word_embeddings") is True
+
+
+def gain_offset(config: Mapping[str, Any], name: str, has_bias: bool) -> float:
+    """What is added to a stored gain: 1 in a Gemma's RMSNorms, else 0."""
+    kinds = {part.get("model_type") for part in _parts(config)}
+    shifted = any(kind in _OFFSET for kind in kinds if isinstance(kind, str))
+    return 1.0 if shifted and not has_bias and not any(word in name for word in _PLAIN) else 0.0
+
+
+def _number(config: Mapping[str, Any], key: str) -> float | None:
+    for part in _parts(config):
+        value = part.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value) if abs(value) < 1e300 else math.inf
+    return None
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The settings and those nested in them: a run's model and its norms, a multimodal model's text part."""
+    nested = [config, config.get("text_config"), config.get("model")]
+    model = config.get("model")
+    nested.append(model.get("norm") if isinstance(model, Mapping) else None)
+    return [part for part in nested if isinstance(part, Mapping)]

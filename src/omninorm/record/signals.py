@@ -1,0 +1,55 @@
+"""The signals of a watched run: what each measures, and along which axis it has a value."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+AXES = ("run", "block", "norm", "group")
+"""A signal has one value per sample ("run"), one per transformer block, one per norm, or one per group of parameters:
+each block, and each part of the model beside the blocks."""
+
+
+class Signal(NamedTuple):
+    """One row of the table: its axis, a title for people, the formula, and whether it is drawn on a logarithmic scale."""
+
+    axis: str
+    title: str
+    formula: str
+    logarithmic: bool = False
+
+
+SIGNALS: dict[str, Signal] = {
+    # Seen in the forward pass.
+    "stream_rms": Signal("block", "residual stream", "RMS(x) of the block's output", True),
+    "stream_max": Signal("block", "largest activation", "max |x| of the block's output", True),
+    "stream_median": Signal("block", "median activation", "median |x| of the block's output", True),
+    "branch_ratio": Signal("block", "branch / stream", "RMS(output − input) / RMS(input) of the block", True),
+    "attention_ratio": Signal("block", "attention / stream", "RMS(attention's output) / RMS(block's input)", True),
+    "feed_forward_ratio": Signal("block", "feed-forward / stream", "RMS(its output) / RMS(block's input)", True),
+    "angle": Signal("block", "angular distance", "arccos cos(input, output) / π, mean over tokens"),
+    "attention_logit": Signal("block", "largest attention logit", "max |q·k| / √d_head", True),
+    "attention_entropy": Signal("block", "attention entropy", "−Σ p ln p / ln(keys in sight), mean over heads"),
+    "dead_units": Signal("block", "dead hidden units", "share of the feed-forward's units that are ≈ 0 for all tokens"),
+    "norm_rms": Signal("norm", "norm's input", "RMS(x)", True),
+    "eps_share": Signal("norm", "ε share", "ε / (mean(x²) + ε); a LayerNorm's with var(x)", True),
+    "mean_share": Signal("norm", "mean share", "mean(x)² / mean(x²) at a LayerNorm", True),
+    "saturation": Signal("norm", "saturation", "share of |αx| > 2 at a DyT or Derf"),
+    "logz": Signal("run", "output normalizer", "log Z, of the largest magnitude among tokens"),
+    "logz_mean": Signal("run", "mean output normalizer", "log Z, mean over tokens"),
+    # Seen in the backward pass.
+    "stream_grad": Signal("block", "gradient of the stream", "RMS(∂loss/∂x) at the block's output", True),
+    "grad_norm": Signal("group", "gradient norm", "‖∂loss/∂w‖ of the group's parameters, before clipping", True),
+    "noise_scale": Signal("run", "gradient noise scale", "tr Σ / |G|² in examples, from the norms' gains", True),
+    # Seen in the parameters and the optimizer.
+    "gain_max": Signal("norm", "largest gain", "max |γ|", True),
+    "gain_ratio": Signal("norm", "gain drift", "max |γ| / median |γ|", True),
+    "gain_small": Signal("norm", "silent gains", "share of |γ| < 1e-3"),
+    "weight_rms": Signal("group", "weights", "RMS(w) of the group's matrices", True),
+    "update_ratio": Signal("group", "update / weight", "RMS(Δw) / RMS(w) of a step, median over matrices", True),
+    "adam_ratio": Signal("group", "Adam under-estimation", "√mean(g² / max(v, ε²)), largest of the tensors", True),
+    "adam_eps_ratio": Signal("group", "gradient / Adam's ε", "RMS(g) / ε, smallest of the tensors", True),
+}
+
+STEP_SERIES = ("loss", "grad_norm", "lr")
+"""What is known of every step, not of samples alone: the loss, the total gradient norm before clipping, and the
+largest learning rate among the optimizer's groups."""

@@ -1,0 +1,131 @@
+"""The run in a few facts, as pairs of a label and a text."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from omninorm.report.story import RunStory, Watched
+from omninorm.report.text import plural, short
+from omninorm.report.verdict import describe_end
+
+_PLACEMENTS = {
+    "pre": "pre-norm, as measured",
+    "post": "post-norm, as measured",
+    "both": "before and after each branch, as measured",
+    "none": "the blocks have no norm",
+}
+_UNKNOWN = "not recorded"
+
+
+def facts(story: RunStory) -> list[tuple[str, str]]:
+    """What the page's second part shows."""
+    known = story.watched or Watched()
+    optimizer = known.optimizer or _UNKNOWN
+    rates = story.series["lr"].values if "lr" in story.series else []
+    pairs = [
+        ("Model", _model(known)),
+        ("Placement", _PLACEMENTS.get(story.placement or "", "unknown")),
+        ("Norms", _norms(known)),
+        ("Optimizer", f"{optimizer}, ε = {short(known.adam_eps)}" if known.adam_eps is not None else optimizer),
+        ("Largest learning rate", short(max(rates)) if rates else _UNKNOWN),
+        ("Steps", _steps(story)),
+        ("Samples", samples(story)),
+        ("Newest loss", short(story.series["loss"].values[-1]) if rates_of(story, "loss") else _UNKNOWN),
+        ("Speed", f"{short(story.tokens_per_second)} tokens/s, median" if story.tokens_per_second else ""),
+        ("Ranks", _ranks(story, known)),
+        ("Started", _moment(known.started or str(story.config.get("started") or _UNKNOWN))),
+        ("Ended", describe_end(story)),
+        ("Versions", _versions(story, known)),
+    ]
+    return [(label, told) for label, told in pairs if told]
+
+
+def samples(story: RunStory) -> str:
+    """How many samples there are, and how many of them the page shows."""
+    if not story.samples:
+        return "none"
+    every = story.watched.every if story.watched else None
+    rhythm = f"one every {every:,} steps" if every and every > 1 else "one every step" if every else ""
+    shown = len(story.columns)
+    if shown == story.samples:
+        return f"{story.samples:,}{', ' if rhythm else ''}{rhythm}, all shown"
+    stride = _typical_stride(story)
+    taken = f" ({rhythm})" if rhythm else ""
+    return f"every {_ordinal(stride)} of {story.samples:,} samples shown{taken}, and each one at an alarm"
+
+
+def settings(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """config.json, flat: [("train.lr", "0.003"), …], at most 200 of them."""
+    found: list[tuple[str, str]] = []
+    for name, value in config.items():
+        if isinstance(value, dict) and prefix.count(".") < 3:
+            found += settings(value, f"{prefix}{name}.")
+        elif value is not None:
+            found.append((f"{prefix}{name}", str(value)))
+    return found[:200]
+
+
+def rates_of(story: RunStory, name: str) -> bool:
+    return name in story.series and bool(story.series[name].values)
+
+
+def _typical_stride(story: RunStory) -> int:
+    gaps = [after.step - before.step for before, after in zip(story.columns, story.columns[1:], strict=False)]
+    every = (story.columns[-1].step - story.columns[0].step) / max(1, story.samples - 1)
+    # The most frequent one: where samples at alarms were added, the gaps are smaller.
+    return max(1, round(Counter(gaps).most_common(1)[0][0] / every)) if gaps and every > 0 else 1
+
+
+def _moment(told: str) -> str:
+    """2026-03-01T10:00:00+00:00 as 2026-03-01 10:00 UTC; what is no such text stays as it is."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(?::\d\d(?:\.\d+)?)?(Z|\+00:00)?", told)
+    return f"{match[1]} {match[2]}{' UTC' if match[3] else ''}" if match else told
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number:,}{ending}"
+
+
+def _model(known: Watched) -> str:
+    if not known.model and not known.blocks:
+        return _UNKNOWN
+    size = f", {plural(known.parameters, 'parameter')}" if known.parameters is not None else ""
+    blocks = f", {plural(len(known.blocks), 'block')}" if known.blocks else ", no blocks found"
+    return f"{known.model or 'unnamed'}{size}{blocks}"
+
+
+def _norms(known: Watched) -> str:
+    if not known.norms:
+        return "none found" if known.model else _UNKNOWN
+    kinds = Counter((norm.kind or "norm", norm.eps) for norm in known.norms)
+    parts = [f"{n} × {kind}" + (f" (ε = {short(eps)})" if eps is not None else "") for (kind, eps), n in kinds.items()]
+    frozen = sum(norm.frozen for norm in known.norms)
+    ours = sum(norm.ours for norm in known.norms)
+    parts += [f"{frozen} frozen"] if frozen else []
+    parts += [f"{ours} of them omninorm's"] if 0 < ours < len(known.norms) else ["all omninorm's"] if ours else []
+    return ", ".join(parts[:8])
+
+
+def _steps(story: RunStory) -> str:
+    if not story.last_step:
+        return "none"
+    return plural(story.last_step, "step") + (f", from step {story.first_step:,} on" if story.first_step > 1 else "")
+
+
+def _ranks(story: RunStory, known: Watched) -> str:
+    if known.world_size == 1:
+        return ""
+    raised = sorted({rank for alarm in story.alarms for rank in alarm.ranks})
+    alarmed = f"; alarms on {', '.join(map(str, raised))}" if raised else ""
+    return f"{known.world_size}; curves and maps are rank 0's{alarmed}"
+
+
+def _versions(story: RunStory, known: Watched) -> str:
+    told = known.versions or story.config.get("versions")
+    chosen = told if isinstance(told, dict) else {}
+    shown = {name: value for name, value in chosen.items() if known.versions or name in ("omninorm", "torch", "python")}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value) or _UNKNOWN

@@ -1,0 +1,169 @@
+"""write_report: one self-contained HTML page, rebuilt from a run's record alone."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from omninorm.errors import RunError
+from omninorm.record.files import write_file, writing
+from omninorm.report import panels, tables
+from omninorm.report.facts import facts, samples, settings
+from omninorm.report.reading import read_run
+from omninorm.report.story import RunStory
+from omninorm.report.text import embed, escape, plain
+from omninorm.report.verdict import Verdict, judge
+
+_SCRIPTS = ("base.js", "figure.js", "map.js", "line.js", "alarms.js", "tables.js", "main.js")
+_POLICY = "default-src 'none'; script-src {script}; style-src {style}; base-uri 'none'; form-action 'none'"
+_SLOT = re.compile(r"\{\{(\w+)\}\}")
+_MARKS = {"failing": "▲", "warnings": "○", "healthy": "✓", "unjudged": "–"}
+
+
+def write_report(path: str | Path, out: str | Path) -> Path:
+    """Reads a run and writes its page; an existing one is replaced in one go, never left half-written.
+
+    Args:
+        path: a run's folder, or its record.jsonl.
+        out: the page's file.
+
+    Raises:
+        RunError: the record can't be read (see `read_run`), or the page can't be written.
+    """
+    return write_page(read_run(path), out)
+
+
+def write_page(story: RunStory, out: str | Path) -> Path:
+    """As `write_report`, for a story that was read before."""
+    target = Path(out)
+    if target.exists() and target.resolve().suffix == ".jsonl":
+        # What the user gave twice by mistake can't be made again.
+        raise RunError("a page must not replace a record", str(target), "name another file, such as report.html")
+    content = render(story).encode()
+    with writing(target):
+        write_file(target, content)
+    return target
+
+
+def render(story: RunStory) -> str:
+    """The page as text.
+
+    Nothing of the record gets into it unescaped, and the page's Content-Security-Policy allows no script or style but
+    its own two, by their hashes, and no connection at all.
+    """
+    verdict = judge(story)
+    groups = _panels(story)
+    style, script = _template("page.css"), "(() => {\n'use strict';\n" + "".join(map(_template, _SCRIPTS)) + "})();\n"
+    slots = {
+        "policy": _POLICY.format(script=_hash(script), style=_hash(style)),
+        "title": escape(f"{_name(story)}: {verdict.sentence}", 160),
+        "style": style,
+        "name": escape(_name(story), 120),
+        "verdict": _verdict(verdict),
+        "facts": "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts(story)),
+        "notes": "".join(f"<li>{escape(note)}</li>" for note in story.notes),
+        "settings": _settings(story),
+        "alarms": tables.alarm_table(story) or f'<p class="calm">{escape(_no_alarm(story))}</p>',
+        "samples": escape(samples(story)),
+        "layers": tables.layer_table(story) or '<p class="calm">No sample was taken, so there is nothing to list.</p>',
+        "norms_table": tables.norm_table(story),
+        "unseen": tables.unseen_table(story) or '<p class="calm">Every signal was seen.</p>',
+        "data": embed(_data(story, verdict, [panel for group in groups.values() for panel in group])),
+        "script": script,
+        **{f"panels_{name}": "".join(panel.html for panel in group) for name, group in groups.items()},
+    }
+    # One pass: what is filled in is not searched for slots.
+    return _SLOT.sub(lambda match: slots[match[1]], _template("page.html"))
+
+
+def _panels(story: RunStory) -> dict[str, list[panels.Panel]]:
+    return {
+        "training": panels.training_panels(story),
+        "depth": panels.signal_panels(story, panels.DEPTH),
+        "norms": panels.signal_panels(story, panels.NORMS),
+        "groups": panels.signal_panels(story, panels.GROUPS),
+        "output": panels.signal_panels(story, [*panels.OUTPUT, *panels.others()]),
+    }
+
+
+def _data(story: RunStory, verdict: Verdict, figures: Sequence[panels.Panel]) -> dict[str, Any]:
+    """What the script draws."""
+    known = story.watched
+    axes = {axis: known.names(axis) if known else [] for axis in ("block", "norm", "group")}
+    alarms = tables.shown_alarms(story)
+    return {
+        "first": story.first_step,
+        "last": story.last_step,
+        "steps": [column.step for column in story.columns],
+        "axes": {axis: [plain(name, 120) for name in names] for axis, names in axes.items()},
+        "ticks": {axis: _ticks(story, axis) for axis in axes},
+        "figures": {panel.name: panel.data for panel in figures if panel.data},
+        "alarms": [
+            [alarm.step, alarm.severity, plain(alarm.rule, 80), plain(alarm.layer, 120) if alarm.layer else None]
+            for alarm in alarms
+        ],
+        "lead": alarms.index(verdict.alarm) if verdict.alarm in alarms else None,
+    }
+
+
+def _ticks(story: RunStory, axis: str) -> list[str]:
+    """Short names for the rows of a map: a block's number; a norm's or a group's block, else the end of its name."""
+    if story.watched is None:
+        return []
+    numbers = {name: str(index) for index, name in enumerate(story.watched.blocks)}
+    if axis == "norm":
+        taken: set[int] = set()
+        labels = []
+        for norm in story.watched.norms:
+            repeated = norm.block is not None and norm.block in taken
+            labels.append("" if repeated else _tail(norm.name) if norm.block is None else str(norm.block))
+            taken |= {norm.block} if norm.block is not None else set()
+        return labels
+    return [numbers.get(name) or _tail(name) for name in story.watched.names(axis)]
+
+
+def _tail(name: str) -> str:
+    end = plain(name, 120).rsplit(".", 1)[-1]
+    return end if len(end) <= 14 else end[:13] + "…"
+
+
+def _verdict(verdict: Verdict) -> str:
+    remedy = f'<p class="remedy"><b>What to try</b> {escape(verdict.remedy)}</p>' if verdict.remedy else ""
+    more = f'<p class="more">{escape(verdict.more, 1200)}</p>' if verdict.more else ""
+    return (
+        f'<div class="verdict {verdict.status}"><span class="mark" aria-hidden="true">{_MARKS[verdict.status]}</span>'
+        f"<div><h1>{escape(verdict.sentence, 1200)}</h1>{remedy}{more}</div></div>"
+    )
+
+
+def _settings(story: RunStory) -> str:
+    told = settings(story.config)
+    if not told:
+        return ""
+    return (
+        f"<details><summary>All settings</summary>{tables.pairs('settings', 'config.json of the run', told)}</details>"
+    )
+
+
+def _no_alarm(story: RunStory) -> str:
+    if story.watched is None:
+        return "No alarm could be raised: the run was recorded without omninorm.watch."
+    return "No alarm was raised."
+
+
+def _name(story: RunStory) -> str:
+    source = story.source if story.source.suffix != ".jsonl" else story.source.parent
+    return source.name or source.resolve().name
+
+
+def _template(name: str) -> str:
+    return (files("omninorm.report") / "template" / name).read_text(encoding="utf-8")
+
+
+def _hash(content: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

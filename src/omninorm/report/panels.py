@@ -1,0 +1,167 @@
+"""The figures of the page: what each shows, in words for those who can't see it, and why it is empty when it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from omninorm.record.signals import SIGNALS
+from omninorm.report.packing import curve, pack
+from omninorm.report.story import RunStory, Series, Values
+from omninorm.report.text import escape, plural, short
+
+_AXIS_NAMES = {"block": "block", "norm": "norm", "group": "group"}
+# What a watched run calls by these names, in the order in which one would ask.
+DEPTH = (
+    "stream_rms", "stream_grad", "grad_norm", "branch_ratio", "attention_ratio", "feed_forward_ratio",
+    "angle", "stream_max", "stream_median", "attention_logit", "attention_entropy", "dead_units",
+)  # fmt: skip
+NORMS = ("norm_rms", "eps_share", "gain_max", "gain_ratio", "gain_small", "mean_share", "saturation")
+GROUPS = ("weight_rms", "update_ratio", "adam_ratio", "adam_eps_ratio")
+OUTPUT = ("logz", "logz_mean", "noise_scale")
+_CURVES = {
+    "loss": ("Loss", "as given to the watch or trained on, each step", True),
+    "grad_norm": ("Gradient norm", "‖∂loss/∂w‖ of all parameters, before clipping, each step", True),
+    "lr": ("Learning rate", "the largest of the optimizer's groups", False),
+}
+
+
+class Panel(NamedTuple):
+    """A figure: its HTML, and the data that the script draws, None where there is nothing to draw."""
+
+    name: str
+    html: str
+    data: dict[str, Any] | None
+
+
+def training_panels(story: RunStory) -> list[Panel]:
+    """Loss, gradient norm, rate and evaluations."""
+    unknown = {
+        "loss": "No loss was given: w.step(loss) records it.",
+        "grad_norm": "No step's gradient norm was recorded.",
+        "lr": "No learning rate was recorded: omninorm.watch(model, optimizer) reads it from the optimizer.",
+    }
+    panels = [
+        _line(f"step-{name}", title, formula, story.series.get(name, Series([], [])), log, unknown[name])
+        for name, (title, formula, log) in _CURVES.items()
+    ]
+    reason = "No evaluation was recorded: omninorm train makes them, a watch alone does not."
+    return [*panels, _line("eval", "Evaluation", "bits per byte of held-out text", story.evals, False, reason)]
+
+
+def signal_panels(story: RunStory, names: Sequence[str]) -> list[Panel]:
+    """One panel for each signal: a curve along the axis "run", a map of layer × step along the others."""
+    return [(_run_signal if SIGNALS[name].axis == "run" else _map)(story, name) for name in names]
+
+
+def others() -> list[str]:
+    """Signals that the lists above don't name yet."""
+    return [name for name in SIGNALS if name not in {*DEPTH, *NORMS, *GROUPS, *OUTPUT}]
+
+
+def missing_reason(story: RunStory, name: str) -> str | None:
+    """Why a signal has no value in this record; None where it has one."""
+    rows = [column.signals[name] for column in story.columns if name in column.signals]
+    if any(value is not None for row in reversed(rows) for value in row):
+        return None
+    if story.watched is None:
+        return "The run was recorded without omninorm.watch."
+    if reason := story.not_seen.get(name):
+        return reason
+    if not story.columns:
+        return "No sample was taken."
+    if rows:
+        return "It was sampled, but never had a value."
+    return "The record says nothing about it."
+
+
+def title_of(name: str) -> str:
+    """A signal's title as a heading; Greek letters stay as they are."""
+    title = SIGNALS[name].title
+    return title[0].upper() + title[1:] if title[0].isascii() else title
+
+
+def _run_signal(story: RunStory, name: str) -> Panel:
+    found = [(c.step, c.signals[name][0]) for c in story.columns if c.signals.get(name)]
+    known = [(step, value) for step, value in found if value is not None]
+    series = Series([step for step, _ in known], [value for _, value in known])
+    reason = missing_reason(story, name) or ""
+    return _line(f"signal-{name}", title_of(name), SIGNALS[name].formula, series, SIGNALS[name].logarithmic, reason)
+
+
+def _line(name: str, title: str, formula: str, series: Series, log: bool, reason: str) -> Panel:
+    if not series.steps:
+        return Panel(name, empty(name, title, formula, reason), None)
+    return Panel(name, _figure(name, "line", title, formula, _line_summary(title, series)), curve(series, log))
+
+
+def _line_summary(title: str, series: Series) -> str:
+    steps, values = series
+    low, high, bad = _limits([values])  # type: ignore[list-item]
+    said = f"{title}: {short(values[0])} at step {steps[0]:,}, {short(values[-1])} at step {steps[-1]:,}."
+    if low <= high:
+        lowest, highest = steps[values.index(low)], steps[values.index(high)]
+        said += f" Lowest {short(low)} at step {lowest:,}, highest {short(high)} at step {highest:,}."
+    return f"{said} Not finite at {plural(bad, 'step')}." if bad else said
+
+
+def _map(story: RunStory, name: str) -> Panel:
+    signal = SIGNALS[name]
+    formula = f"{signal.formula}; {_AXIS_NAMES[signal.axis]} × step"
+    if reason := missing_reason(story, name):
+        return Panel(name, empty(name, title_of(name), formula, reason), None)
+    names = story.watched.names(signal.axis) if story.watched else []
+    nothing: list[float | None] = [None] * len(names)
+    rows = [column.signals.get(name, nothing) for column in story.columns]
+    data = {"axis": signal.axis, "log": signal.logarithmic, "data": pack(rows)}
+    return Panel(name, _figure(name, "map", title_of(name), formula, _map_summary(story, name, names, rows)), data)
+
+
+def _map_summary(story: RunStory, name: str, names: list[str], rows: Sequence[list[float | None]]) -> str:
+    low, high, bad = _limits(rows)
+    kind = _AXIS_NAMES[SIGNALS[name].axis]
+    said = f"{title_of(name)}: {plural(len(names), kind)} by {plural(len(rows), 'sample')}."
+    if low <= high:
+        said += f" Values from {short(low)} to {short(high)}."
+    newest = [(value, layer) for value, layer in zip(rows[-1], names, strict=True) if value is not None]
+    newest = [each for each in newest if math.isfinite(each[0])]
+    if newest:
+        least, most = min(newest), max(newest)
+        said += f" At step {story.columns[-1].step:,} smallest in {least[1]} ({short(least[0])})"
+        said += f", largest in {most[1]} ({short(most[0])})."
+    return f"{said} {plural(bad, 'cell')} not finite." if bad else said
+
+
+def _limits(rows: Sequence[Values]) -> tuple[float, float, int]:
+    """Smallest and largest finite value (infinity and its negative if there is none), and how many are not finite."""
+    low, high, bad = math.inf, -math.inf, 0
+    for row in rows:
+        # A sum of nothing but finite numbers, nearly every row, is the quick way to know.
+        if None in row or not math.isfinite(sum(row)):  # type: ignore[arg-type]
+            known = [value for value in row if value is not None]
+            chosen = [value for value in known if math.isfinite(value)]
+            bad += len(known) - len(chosen)
+        else:
+            chosen = row  # type: ignore[assignment]
+        low, high = min(low, min(chosen, default=low)), max(high, max(chosen, default=high))
+    return low, high, bad
+
+
+def _figure(name: str, kind: str, title: str, formula: str, summary: str) -> str:
+    legend = '<div class="legend"></div>' if kind == "map" else ""
+    return (
+        f'<figure class="panel" data-figure="{kind}" data-name="{escape(name)}">'
+        f"<figcaption><h3>{escape(title)}</h3><p>{escape(formula)}</p></figcaption>"
+        f'<div class="plot" tabindex="0" role="group" aria-label="{escape(title)}: arrow keys read values">'
+        f'<canvas role="img" aria-label="{escape(summary, 900)}"></canvas></div>{legend}</figure>'
+    )
+
+
+def empty(name: str, title: str, formula: str, reason: str) -> str:
+    """A panel that says why it shows nothing."""
+    return (
+        f'<figure class="panel empty" data-empty="{escape(name)}">'
+        f"<figcaption><h3>{escape(title)}</h3><p>{escape(formula)}</p></figcaption>"
+        f'<p class="reason"><b>Not seen</b> {escape(reason)}</p></figure>'
+    )

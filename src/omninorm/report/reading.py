@@ -1,0 +1,199 @@
+"""read_run: from a run's record to a RunStory, in two seconds at ten thousand samples of 48 blocks."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omninorm.errors import RunError
+from omninorm.record import RECORD_FILE
+from omninorm.record.signals import SIGNALS
+from omninorm.report.scan import Scan
+from omninorm.report.story import Bad, Column, RunStory, Series, StoryAlarm, Watched
+from omninorm.report.values import DamageError, mapping, numbers, text, text_or_none
+
+MAX_COLUMNS = 800
+# With two bytes each in base64, 2.5 MB of a page that may have three.
+MAX_NUMBERS = 940_000
+_RANK = re.compile(r"record-rank(\d{1,6})\.jsonl")
+_REMEDY = "name the folder of a run that omninorm.watch or omninorm train wrote"
+
+
+def read_run(path: str | Path) -> RunStory:
+    """Reads a run's folder, or its record.jsonl.
+
+    Of the samples at most 800 are parsed, evenly spaced, and those at whose step an alarm or a non-finite value was
+    recorded. Damaged lines are skipped and counted in `notes`; among the samples that are not parsed, only those whose
+    beginning or end is damaged are noticed.
+
+    Raises:
+        RunError: there is no record, it holds no event, or a newer omninorm wrote it.
+    """
+    file = find_record(path)
+    scan = Scan(file)
+    if not scan.events:
+        raise RunError("a record must hold at least one event", f"none in {file}", _REMEDY)
+    ranks = [Scan(other, rank) for rank, other in _other_ranks(file)]
+    alarms, bad = _merge([scan, *ranks])
+    steps = sorted(scan.samples)
+    columns, worst, lost = _read_columns(scan, steps, [*(alarm.step for alarm in alarms), *(each.step for each in bad)])
+    known = scan.watched or (Watched() if columns or scan.seen else None)
+    known = _fill_names(known, columns) if known else None
+    columns, misfits = _fit(columns, known) if known else (columns, [])
+    config, trouble = _read_config(file.parent)
+    return RunStory(
+        source=Path(path),
+        watched=known,
+        placement=text_or_none(scan.seen.get("placement")),
+        not_seen={name: text(reason) for name, reason in mapping(scan.seen.get("not_seen")).items()},
+        series={name: _series(values) for name, values in scan.series.items()},
+        evals=_series(scan.evals),
+        columns=columns,
+        samples=len(steps) - lost,
+        worst=worst,
+        alarms=alarms,
+        bad=bad,
+        ending=scan.ending,
+        tokens_per_second=statistics.median(scan.speeds) if scan.speeds else None,
+        config=config,
+        notes=[*_notes([scan, *ranks], lost), *misfits, *trouble],
+    )
+
+
+def find_record(path: str | Path) -> Path:
+    """The record of a folder, or the file itself; raises RunError if there is none."""
+    given = Path(path)
+    # "\0" in a path is a ValueError of the system's calls.
+    if "\0" in str(given) or not given.exists():
+        raise RunError("a report needs a run", f"{str(given)!r}, which does not exist", _REMEDY)
+    record = given / RECORD_FILE if given.is_dir() else given
+    if not record.is_file():
+        raise RunError(f"a run's folder must have a {RECORD_FILE}", f"{given} without one", _REMEDY)
+    return record
+
+
+def _other_ranks(record: Path) -> list[tuple[int, Path]]:
+    if record.name != RECORD_FILE:
+        return []
+    found = [(_RANK.fullmatch(each.name), each) for each in record.parent.iterdir()]
+    return sorted((int(match[1]), each) for match, each in found if match)
+
+
+def _merge(scans: Sequence[Scan]) -> tuple[list[StoryAlarm], list[Bad]]:
+    """Alarms by step; one that several ranks raised alike is one alarm of these ranks."""
+    alarms: dict[tuple[int, str, str, str | None], StoryAlarm] = {}
+    for scan in scans:
+        for alarm in scan.alarms:
+            key = (alarm.step, alarm.severity, alarm.rule, alarm.layer)
+            earlier = alarms.get(key)
+            ranks = (*earlier.ranks, scan.rank) if earlier and scan.rank not in earlier.ranks else None
+            alarms[key] = replace(earlier, ranks=ranks) if earlier and ranks else earlier or alarm
+    bad = sorted((scan.bad for scan in scans if scan.bad), key=lambda each: each.step)
+    return sorted(alarms.values(), key=lambda alarm: alarm.step), bad
+
+
+def _series(values: dict[int, float]) -> Series:
+    steps = sorted(values)
+    return Series(steps, [values[step] for step in steps])
+
+
+def _read_columns(scan: Scan, steps: list[int], events: list[int]) -> tuple[list[Column], dict[str, Any], int]:
+    """The chosen samples, the newest one's decisive tensors, and how many proved damaged."""
+    columns: list[Column] = []
+    worst: dict[str, Any] = {}
+    lost = 0
+    with open(scan.path, "rb") as file:
+        size = next(filter(None, (_size(scan, file, step) for step in reversed(steps))), 1)
+        limit = max(8, min(MAX_COLUMNS, MAX_NUMBERS // size))
+        for step in choose(steps, events, limit):
+            try:
+                event = scan.sample(file, step)
+                columns.append(Column(step, _signals(event)))
+                worst = {name: value for name, value in mapping(event.get("worst")).items() if isinstance(value, list)}
+            except DamageError:
+                lost += 1
+    return columns, worst, lost
+
+
+def _size(scan: Scan, file: Any, step: int) -> int:
+    """How many numbers a sample has; 0 where it is damaged."""
+    try:
+        return sum(map(len, _signals(scan.sample(file, step)).values()))
+    except DamageError:
+        return 0
+
+
+def _signals(event: dict[str, Any]) -> dict[str, list[float | None]]:
+    """The known signals of an event "sample"; those of a later version are left out."""
+    return {name: numbers(values) for name, values in mapping(event.get("signals")).items() if name in SIGNALS}
+
+
+def choose(steps: Sequence[int], events: Iterable[int], limit: int) -> list[int]:
+    """At most `limit` of the ascending `steps`: the first, the newest, those at or right after an event, and evenly
+    spaced ones between them. When events alone are too many, they are thinned as well."""
+    if len(steps) <= limit:
+        return list(steps)
+    places = sorted({place for event in events if (place := bisect_left(steps, event)) < len(steps)})
+    room = limit // 2
+    forced = {places[i * len(places) // room] for i in range(room)} if len(places) > room else set(places)
+    stride = -(-len(steps) // (limit - len(forced) - 1))
+    return [steps[place] for place in sorted({0, *forced, *range(len(steps) - 1, -1, -stride)})]
+
+
+def _fill_names(known: Watched, columns: Sequence[Column]) -> Watched:
+    """Names for an axis that the record names nothing of, because its first line was lost."""
+    missing: dict[str, list[str]] = {}
+    for axis in ("block", "group"):
+        if columns and not known.names(axis):
+            lengths = [len(values) for name, values in columns[-1].signals.items() if SIGNALS[name].axis == axis]
+            missing[f"{axis}s"] = [f"{axis} {number}" for number in range(max(lengths, default=0))]
+    return replace(known, **missing)  # type: ignore[arg-type]
+
+
+def _fit(columns: Sequence[Column], known: Watched) -> tuple[list[Column], list[str]]:
+    """Every list made as long as its axis, and a note if one was not."""
+    lengths = {name: len(known.names(signal.axis)) for name, signal in SIGNALS.items()}
+    wrong = 0
+    fitted = []
+    for column in columns:
+        wrong += sum(len(values) != lengths[name] for name, values in column.signals.items())
+        fitted.append(Column(column.step, {n: _stretch(v, lengths[n]) for n, v in column.signals.items()}))
+    note = f"{wrong:,} lists of the samples did not have one value for each layer; they were cut or filled up."
+    return fitted, [note] if wrong else []
+
+
+def _stretch(values: list[float | None], length: int) -> list[float | None]:
+    return values if len(values) == length else [*values[:length], *[None] * (length - len(values))]
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """config.json where `omninorm train` wrote one; what else has that name is no reason to fail."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}, []
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}, ["config.json beside the record could not be read, so the run's settings are not shown."]
+    return (config, []) if isinstance(config, dict) else ({}, [])
+
+
+def _notes(scans: Sequence[Scan], lost: int) -> list[str]:
+    notes = []
+    for scan in scans:
+        damaged = scan.damaged + (lost if scan is scans[0] else 0)
+        if damaged:
+            lines, were = ("1 damaged line", "was") if damaged == 1 else (f"{damaged:,} damaged lines", "were")
+            notes.append(f"{lines} of {scan.path.name} could not be read and {were} skipped.")
+    if scans[0].overwritten:
+        notes.append("The record holds an earlier run in the same place; only the newest is shown.")
+    if len(scans) > 1:
+        names = ", ".join(str(scan.rank) for scan in scans[1:])
+        notes.append(f"Curves and maps are rank 0's; alarms are of all ranks (also read: {names}).")
+    return notes

@@ -1,0 +1,184 @@
+"""The first pass over a record: everything but the samples is read, of those only where they are.
+
+A sample's line is long (ten kilobytes at 48 blocks) and there may be ten thousand of them. They are told by their first
+bytes, and `Scan.sample` parses one when it is wanted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from omninorm.errors import RunError
+from omninorm.report.story import Bad, Ending, StoryAlarm, Watched
+from omninorm.report.values import DamageError, count, mapping, number, numbers, parse, text, text_or_none, watched
+
+FORMAT = 1
+_SAMPLE = re.compile(rb'\s*\{\s*"kind"\s*:\s*"sample"\s*,\s*"step"\s*:\s*(\d{1,15})\s*[,}]')
+_STOPS = ("finished", "diverged", "interrupted")
+_SERIES = ("loss", "grad_norm", "lr")
+
+
+class Scan:
+    """What one record file holds.
+
+    Args:
+        path: the file.
+        rank: whose record it is; its alarms get this number.
+
+    Raises:
+        RunError: the file can't be read, or was written by a newer omninorm.
+    """
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        self.path, self.rank = path, rank
+        self.watched: Watched | None = None
+        self.seen: dict[str, Any] = {}
+        self.series: dict[str, dict[int, float]] = {name: {} for name in _SERIES}
+        self.evals: dict[int, float] = {}
+        self.samples: dict[int, int] = {}
+        """Offset in the file, by step."""
+        self.alarms: list[StoryAlarm] = []
+        self.bad: Bad | None = None
+        self.speeds: list[float] = []
+        self.events = self.damaged = self.overwritten = 0
+        self._end: tuple[int, str] | None = None
+        self._stop: tuple[int, str] | None = None
+        try:
+            # Lines are longer than the usual buffer, which would make reading them four times slower.
+            with open(path, "rb", buffering=1 << 20) as file:
+                self._read(file)
+        except OSError as error:
+            received = f"{error.strerror} at {path}"
+            raise RunError("a run's record must be readable", received, "check the path and the permissions") from error
+
+    @property
+    def ending(self) -> Ending:
+        """The trainer's word where there is one, with the error that the watch saw."""
+        reason = self._end[1] if self._end and self._end[1] != "done" else None
+        if self._stop:
+            return Ending(*self._stop, reason)
+        if self._end:
+            return Ending(self._end[0], "error" if reason else "done", reason)
+        return Ending()
+
+    def sample(self, file: BinaryIO, step: int) -> dict[str, Any]:
+        """The event "sample" of a step, parsed; raises DamageError if it can't be."""
+        file.seek(self.samples[step])
+        return parse(file.readline())
+
+    def _read(self, file: BinaryIO) -> None:
+        offset = 0
+        for line in file:
+            if line.endswith(b"\n"):  # else it was torn, or is being written just now
+                self._line(line, offset)
+            offset += len(line)
+
+    def _line(self, line: bytes, offset: int) -> None:
+        found = _SAMPLE.match(line)
+        # Two lines run together, or one cut off, would show here; anything odd is parsed to be sure.
+        if found and line.endswith(b"}\n") and line.count(b'"kind"') == 1:
+            self.samples[int(found[1])] = offset
+            self.events += 1
+        elif not line.isspace():
+            try:
+                self._event(parse(line), offset)
+                self.events += 1
+            except DamageError:
+                self.damaged += 1
+
+    def _event(self, event: dict[str, Any], offset: int) -> None:
+        kind, step = event["kind"], event["step"]
+        if kind == "sample":
+            self.samples[step] = offset
+        elif kind in _STOPS:
+            self._stop = (step, kind)
+        elif kind == "end":
+            self._end = (step, text(event.get("reason"), "no reason"))
+        elif kind == "resume":
+            self._void(step)
+        else:
+            handler = getattr(self, f"_on_{kind}", None) if kind in _HANDLED else None
+            if handler:
+                handler(event)
+
+    def _on_step(self, event: dict[str, Any]) -> None:
+        for name in _SERIES:
+            value = number(event.get(name))
+            if value is not None:
+                self.series[name][event["step"]] = value
+        speed = number(mapping(event.get("clock")).get("tokens_per_second"))
+        if speed is not None:
+            self.speeds.append(speed)
+
+    def _on_steps(self, event: dict[str, Any]) -> None:
+        first = count(event.get("first"))
+        for name in _SERIES:
+            pairs = dict(zip(range(first, event["step"] + 1), numbers(event.get(name) or []), strict=False))
+            self.series[name].update(_known(pairs))
+
+    def _on_eval(self, event: dict[str, Any]) -> None:
+        value = number(event.get("bits_per_byte"))
+        if value is not None:
+            self.evals[event["step"]] = value
+
+    def _on_watch(self, event: dict[str, Any]) -> None:
+        written = event.get("format")
+        if isinstance(written, int) and written > FORMAT:
+            received = f"format {written} in {self.path}"
+            raise RunError(f"a record must have format {FORMAT}", received, "upgrade omninorm to the one that wrote it")
+        # A watch that starts at step N without a resume was entered anew: what follows replaces what was after N.
+        self.overwritten += self._void(event["step"])
+        self.watched = watched(event)
+
+    def _on_seen(self, event: dict[str, Any]) -> None:
+        self.seen = event
+
+    def _on_alarms(self, event: dict[str, Any]) -> None:
+        alarms = event.get("alarms")
+        if not isinstance(alarms, list):
+            raise DamageError("no alarms")
+        self.alarms += [self._alarm(each, event["step"]) for each in alarms if isinstance(each, dict)]
+
+    def _alarm(self, told: dict[str, Any], step: int) -> StoryAlarm:
+        return StoryAlarm(
+            step=count(told.get("step", step)),
+            severity="fail" if told.get("severity") == "fail" else "warn",
+            rule=text(told.get("rule"), "unnamed"),
+            layer=text_or_none(told.get("layer")),
+            evidence=text(told.get("evidence")),
+            remedy=text(told.get("remedy")),
+            source=text(told.get("source")),
+            ranks=(self.rank,),
+        )
+
+    def _on_nonfinite(self, event: dict[str, Any]) -> None:
+        layer, value = text_or_none(event.get("layer")), text(event.get("value"), "nan")
+        self.bad = self.bad or Bad(event["step"], text(event.get("phase"), "unknown"), layer, value, self.rank)
+
+    def _void(self, step: int) -> bool:
+        """Takes back everything after a step, and every end; says whether there was anything after it."""
+        curves: list[Mapping[int, float]] = [*self.series.values(), self.samples]
+        later = any(max(curve, default=0) > step for curve in curves)
+        self.series = {name: _until(step, values) for name, values in self.series.items()}
+        self.samples, self.evals = _until(step, self.samples), _until(step, self.evals)
+        self.alarms = [alarm for alarm in self.alarms if alarm.step <= step]
+        self.bad = self.bad if self.bad and self.bad.step <= step else None
+        self._end = self._stop = None
+        return later
+
+
+_HANDLED = {name.removeprefix("_on_") for name in vars(Scan) if name.startswith("_on_")}
+
+
+def _known(values: dict[int, float | None]) -> dict[int, float]:
+    """Without what is None; the dictionary itself where nothing is, which is nearly always."""
+    if None in values.values():
+        return {step: value for step, value in values.items() if value is not None}
+    return values  # type: ignore[return-value]
+
+
+def _until(step: int, values: dict[int, Any]) -> dict[int, Any]:
+    return {name: value for name, value in values.items() if name <= step}

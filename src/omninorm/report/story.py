@@ -1,0 +1,156 @@
+"""RunStory: what a run's record tells, validated and small enough to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Values = list[float | None]
+
+
+class Series(NamedTuple):
+    """A number of many steps: `steps` ascending, and one value each, which may be NaN or infinite."""
+
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of the model as the record names it."""
+
+    name: str
+    kind: str = ""
+    eps: float | None = None
+    block: int | None = None
+    frozen: bool = False
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What omninorm.watch wrote about the model and itself when it was entered."""
+
+    step: int = 0
+    every: int | None = None
+    world_size: int = 1
+    started: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
+    parameters: int | None = None
+    blocks: Sequence[str] = ()
+    norms: Sequence[Norm] = ()
+    groups: Sequence[str] = ()
+    optimizer: str | None = None
+    adam_eps: float | None = None
+
+    def names(self, axis: str) -> list[str]:
+        """Names along an axis of the signals; ["run"] for the axis "run"."""
+        if axis == "norm":
+            return [norm.name for norm in self.norms]
+        return list({"run": ["run"], "block": self.blocks, "group": self.groups}[axis])
+
+
+class Column(NamedTuple):
+    """A sample: per signal a list along its axis, None where there is no value."""
+
+    step: int
+    signals: dict[str, Values]
+
+
+@dataclass(frozen=True)
+class StoryAlarm:
+    """An alarm as it was recorded, on one or more ranks of a distributed run."""
+
+    step: int
+    severity: str
+    rule: str
+    layer: str | None
+    evidence: str
+    remedy: str
+    source: str
+    ranks: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """The first NaN or infinity: where in the step ("forward", "loss", "backward", "optimizer") and in which module."""
+
+    step: int
+    phase: str
+    layer: str | None
+    value: str
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the record ends.
+
+    Args:
+        step: the step at which it was left; None where no end was recorded.
+        status: "finished", "diverged", "interrupted", "done", "error", or "open": still running, or killed.
+        reason: the error in words, where there was one.
+    """
+
+    step: int | None = None
+    status: str = "open"
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class RunStory:
+    """A run as its record tells it.
+
+    Args:
+        source: the record's path as given.
+        watched: None where the record has no watch events: then there are no samples and no alarms.
+        placement: as measured, None where unknown.
+        not_seen: reasons, by signal.
+        series: "loss", "grad_norm", "lr", complete.
+        evals: bits per byte by step.
+        columns: the samples that were read, ascending.
+        samples: how many samples the record has.
+        worst: the newest sample's decisive tensors, by signal.
+        alarms: of all ranks, ascending.
+        bad: where the first non-finite value was, on each rank that saw one.
+        tokens_per_second: median, where the record tells.
+        config: config.json of `omninorm train`, or nothing.
+        notes: what a reader should know about the record itself.
+    """
+
+    source: Path
+    watched: Watched | None = None
+    placement: str | None = None
+    not_seen: Mapping[str, str] = field(default_factory=dict)
+    series: Mapping[str, Series] = field(default_factory=dict)
+    evals: Series = field(default_factory=lambda: Series([], []))
+    columns: Sequence[Column] = ()
+    samples: int = 0
+    worst: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+    alarms: Sequence[StoryAlarm] = ()
+    bad: Sequence[Bad] = ()
+    ending: Ending = field(default_factory=Ending)
+    tokens_per_second: float | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def last_step(self) -> int:
+        """The newest step that anything was recorded of; 0 for a run that did nothing."""
+        known = [series.steps[-1] for series in (*self.series.values(), self.evals) if series.steps]
+        known += [self.ending.step or 0, self.columns[-1].step if self.columns else 0]
+        return max([*known, *(alarm.step for alarm in self.alarms), *(bad.step for bad in self.bad)])
+
+    @property
+    def first_step(self) -> int:
+        """The oldest step of any curve or sample; 0 where there is none."""
+        known = [series.steps[0] for series in self.series.values() if series.steps]
+        known += [column.step for column in self.columns[:1]]
+        return min(known, default=0)
+
+    def count(self, severity: str) -> int:
+        """Alarms of a severity, "warn" or "fail"."""
+        return sum(alarm.severity == severity for alarm in self.alarms)

@@ -1,0 +1,128 @@
+"""The tables of the page, complete without any script; the script only makes them sortable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from omninorm.record.signals import SIGNALS
+from omninorm.report.panels import missing_reason, title_of
+from omninorm.report.story import RunStory, StoryAlarm
+from omninorm.report.text import escape, plural, short
+
+MAX_ROWS = 400
+_MARKS = {"fail": "▲", "warn": "○"}
+_WORDS = {"fail": "failure", "warn": "warning"}
+
+
+def shown_alarms(story: RunStory) -> list[StoryAlarm]:
+    """Those that the page lists: all, or the first 400, failures before warnings, in the order of their steps."""
+    if len(story.alarms) <= MAX_ROWS:
+        return list(story.alarms)
+    ranked = sorted(story.alarms, key=lambda alarm: (alarm.severity != "fail", alarm.step))
+    return sorted(ranked[:MAX_ROWS], key=lambda alarm: alarm.step)
+
+
+def alarm_table(story: RunStory) -> str:
+    """Step, severity, rule, layer, evidence, remedy and source of every alarm."""
+    alarms = shown_alarms(story)
+    if not alarms:
+        return ""
+    several = any(alarm.ranks != (0,) for alarm in alarms)
+    heads = ["Step", "Severity", "Rule", "Layer", *(["Rank"] if several else []), "Evidence", "What to try", "Source"]
+    rows = "".join(_alarm_row(number, alarm, several) for number, alarm in enumerate(alarms))
+    hidden = len(story.alarms) - len(alarms)
+    caption = f"{plural(len(story.alarms), 'alarm')}, in the order of their steps"
+    caption += f"; {hidden:,} of them are not listed here" if hidden else ""
+    return _table("alarms", caption, heads, rows)
+
+
+def _alarm_row(number: int, alarm: StoryAlarm, several: bool) -> str:
+    severity = f'<span class="badge {alarm.severity}">{_MARKS[alarm.severity]} {_WORDS[alarm.severity]}</span>'
+    ranks = ", ".join(map(str, alarm.ranks))
+    cells = [
+        _cell(severity, alarm.severity),
+        _cell(f"<code>{escape(alarm.rule, 80)}</code>"),
+        _cell(f"<code>{escape(alarm.layer, 200)}</code>" if alarm.layer else "whole run"),
+        *([_cell(escape(ranks, 80))] if several else []),
+        *(_cell(escape(text)) for text in (alarm.evidence, alarm.remedy, alarm.source)),
+    ]
+    show = f'<button type="button" class="show" data-alarm="{number}">{alarm.step:,}</button>'
+    return f'<tr id="alarm-{number}"><th scope="row" data-value="{alarm.step}">{show}</th>{"".join(cells)}</tr>'
+
+
+def layer_table(story: RunStory) -> str:
+    """Blocks and other groups of parameters with their newest values."""
+    known = story.watched
+    if known is None or not story.columns:
+        return ""
+    names = list(dict.fromkeys([*known.blocks, *known.groups]))
+    return _newest(story, "layers", "Blocks and other parts", names, ("block", "group"))
+
+
+def norm_table(story: RunStory) -> str:
+    """Norms with their newest values."""
+    known = story.watched
+    if known is None or not story.columns or not known.norms:
+        return ""
+    return _newest(story, "norms", "Norms", known.names("norm"), ("norm",))
+
+
+def _newest(story: RunStory, key: str, what: str, names: list[str], axes: Sequence[str]) -> str:
+    assert story.watched is not None
+    newest = story.columns[-1]
+    signals = [name for name, signal in SIGNALS.items() if signal.axis in axes and name in newest.signals]
+    signals = [name for name in signals if any(value is not None for value in newest.signals[name])]
+    by_name: Mapping[str, dict[str, float | None]] = {
+        name: dict(zip(story.watched.names(SIGNALS[name].axis), newest.signals[name], strict=True)) for name in signals
+    }
+    worst = dict(zip(story.watched.groups, story.worst.get("adam_ratio", ()), strict=False)) if "group" in axes else {}
+    worst = {name: tensor for name, tensor in worst.items() if isinstance(tensor, str)}
+    rows = []
+    for place, name in enumerate(names[:MAX_ROWS]):
+        cells = [_number(by_name[signal].get(name)) for signal in signals]
+        cells += [_cell(f"<code>{escape(worst[name], 120)}</code>" if name in worst else "–")] if worst else []
+        row = f'<tr><th scope="row" data-value="{place}"><code>{escape(name, 120)}</code></th>{"".join(cells)}</tr>'
+        rows.append(row)
+    cut = f"; the first {MAX_ROWS} of {len(names):,}" if len(names) > MAX_ROWS else ""
+    heads = ["Name", *(title_of(signal) for signal in signals), *(["Tensor that decides Adam's"] if worst else [])]
+    return _table(key, f"{what} at step {newest.step:,}, the newest sample{cut}", heads, "".join(rows))
+
+
+def unseen_table(story: RunStory) -> str:
+    """Every signal without a value, and why."""
+    reasons = {name: missing_reason(story, name) for name in SIGNALS}
+    rows = [
+        f'<tr><th scope="row">{escape(title_of(name))}</th>{_cell(f"<code>{name}</code>")}'
+        f"{_cell(escape(SIGNALS[name].formula))}{_cell(escape(reason))}</tr>"
+        for name, reason in reasons.items()
+        if reason
+    ]
+    caption = f"{len(rows)} of {len(SIGNALS)} signals have no value in this record"
+    return _table("unseen", caption, ["Signal", "In the record", "Formula", "Why"], "".join(rows)) if rows else ""
+
+
+def pairs(key: str, caption: str, told: Iterable[tuple[str, str]]) -> str:
+    """A table of two columns."""
+    rows = "".join(f'<tr><th scope="row">{escape(name, 80)}</th>{_cell(escape(text))}</tr>' for name, text in told)
+    return _table(key, caption, ["Setting", "Value"], rows)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return '<td class="number">–</td>'
+    key = f"{value:.6g}" if math.isfinite(value) else "1e999" if value > 0 or math.isnan(value) else "-1e999"
+    bad = "" if math.isfinite(value) else " bad"
+    return f'<td class="number{bad}" data-value="{key}">{short(value)}</td>'
+
+
+def _cell(content: str, value: str | None = None) -> str:
+    return f'<td data-value="{value}">{content}</td>' if value else f"<td>{content}</td>"
+
+
+def _table(key: str, caption: str, heads: Sequence[str], rows: str) -> str:
+    columns = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table id="table-{key}">'
+        f"<caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )

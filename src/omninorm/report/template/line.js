@@ -1,0 +1,91 @@
+// A curve over the steps.
+class Curve extends Figure {
+  constructor(element) {
+    super(element, 180);
+    const {y, log} = this.data, low = Math.min(...y), high = Math.max(...y);
+    const room = log ? 1.12 : (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
+    // A rate or a loss that is never negative has no axis below nought.
+    Object.assign(this, log ? {low: low / room, high: high * room} : {low: low >= 0 ? Math.max(0, low - room) : low - room, high: high + room});
+    if (!y.length) Object.assign(this, {low: 0, high: 1});
+  }
+
+  y(value) {
+    const scale = this.data.log ? Math.log : each => each;
+    return TOP + this.height * (1 - (scale(value) - scale(this.low)) / (scale(this.high) - scale(this.low)));
+  }
+
+  levels() {
+    if (!this.data.log) return ticks(this.low, this.high, 5);
+    const found = [], first = Math.floor(Math.log10(this.low)), last = Math.ceil(Math.log10(this.high));
+    const decades = last - first, thin = Math.max(1, Math.ceil((decades - 1) / 5)), digits = decades <= 1 ? [1, 2, 3, 5, 7] : decades <= 2 ? [1, 2, 5] : decades <= 3 ? [1, 3] : [1];
+    for (let power = first; power <= last; power += thin) for (const digit of digits) found.push(digit * 10 ** power);
+    return found.filter(level => level >= this.low && level <= this.high);
+  }
+
+  paint(context) {
+    context.textAlign = 'right';
+    context.textBaseline = 'middle';
+    context.lineWidth = 1;
+    for (const level of this.levels()) {
+      const y = this.y(level);
+      context.strokeStyle = paint('grid');
+      context.beginPath(); context.moveTo(LEFT, y); context.lineTo(this.width - RIGHT, y); context.stroke();
+      context.fillStyle = paint('soft');
+      context.fillText(short(level, 3), LEFT - 6, y);
+    }
+    this.paintAlarmLines(context);
+    context.fillStyle = PATTERNS.nan;
+    for (const step of this.data.bad) context.fillRect(this.x(step) - 1, TOP, 2.5, this.height);
+    this.paintCurve(context);
+  }
+
+  paintCurve(context) {
+    const {x, y, bad} = this.data;
+    context.strokeStyle = context.fillStyle = paint('accent');
+    context.lineJoin = 'round';
+    // Where steps were thinned, the extremes make a pale band and the means a line.
+    context.lineWidth = this.data.mean.length ? 1 : 1.4;
+    context.globalAlpha = this.data.mean.length ? 0.35 : 1;
+    this.trace(context, x, y, bad);
+    context.globalAlpha = 1;
+    context.lineWidth = 1.6;
+    this.trace(context, this.data.mean.map(([step]) => step), this.data.mean.map(([, value]) => value), bad);
+    if (x.length > this.inner / 12) return;
+    x.forEach((step, i) => { context.beginPath(); context.arc(this.x(step), this.y(y[i]), 2.2, 0, 7); context.fill(); });
+  }
+
+  // A line that breaks where a step was not finite.
+  trace(context, x, y, bad) {
+    let next = 0;
+    context.beginPath();
+    x.forEach((step, i) => {
+      let broken = i === 0;
+      while (next < bad.length && bad[next] < step) { broken = true; next++; }
+      if (broken) context.moveTo(this.x(step), this.y(y[i])); else context.lineTo(this.x(step), this.y(y[i]));
+    });
+    context.stroke();
+  }
+
+  paintAlarmLines(context) {
+    for (const [step, severity] of data.alarms) {
+      context.strokeStyle = paint(severity);
+      context.globalAlpha = 0.55;
+      context.setLineDash(severity === 'fail' ? [] : [2, 4]);
+      context.beginPath(); context.moveTo(this.x(step), TOP); context.lineTo(this.x(step), TOP + this.height); context.stroke();
+    }
+    context.globalAlpha = 1;
+    context.setLineDash([]);
+  }
+
+  at(x) { return [nearest(this.data.x, this.step(x)), 0]; }
+
+  tell([index]) {
+    const {x, y} = this.data;
+    if (!x.length) return {step: this.data.bad[0], value: 'never a finite number', layer: '', x: this.x(this.data.bad[0]), y: TOP};
+    return {step: x[index], value: short(y[index]), layer: '', x: this.x(x[index]), y: this.y(y[index])};
+  }
+
+  move([index], right) { return [clamp(index + right, 0, Math.max(0, this.data.x.length - 1)), 0]; }
+  start() { return [Math.max(0, this.data.x.length - 1), 0]; }
+  mark() {}
+}

@@ -1,0 +1,117 @@
+"""Values of a record, taken for what they should be. The file may come from anywhere: nothing of it is trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+from omninorm.report.story import Norm, Values, Watched
+
+_SPELLED = ("nan", "inf", "-inf")
+
+
+class DamageError(ValueError):
+    """A line of a record that is not what `Record` writes."""
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """The event of one line.
+
+    Raises:
+        DamageError: it is not JSON, or not an event.
+    """
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DamageError(str(error)) from error
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+        raise DamageError("no kind")
+    count(event.get("step"))
+    return event
+
+
+def count(value: Any) -> int:
+    """A whole number ≥ 0; raises DamageError for anything else."""
+    # Beyond 2^53 the page's numbers are no longer exact, and no run has that many steps.
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
+        raise DamageError("no count")
+    return value
+
+
+def number(value: Any) -> float | None:
+    """A float, also one spelled "nan", "inf" or "-inf"; None for anything else."""
+    if isinstance(value, str):
+        return float(value) if value in _SPELLED else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def numbers(values: Any) -> Values:
+    """A list of floats, None where there is none. Lists of plain numbers, nearly all, are taken as they are."""
+    if not isinstance(values, list):
+        raise DamageError("no list")
+    try:
+        array("d", values)
+    except (TypeError, OverflowError):
+        return [number(value) for value in values]
+    return values
+
+
+def text(value: Any, otherwise: str = "") -> str:
+    return value if isinstance(value, str) else otherwise
+
+
+def text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def texts(value: Any) -> list[str]:
+    return [text(each, "?") for each in value] if isinstance(value, list) else []
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def watched(event: Mapping[str, Any]) -> Watched:
+    """The event "watch"; what is missing or of a wrong type is left out."""
+    norms = event.get("norms")
+    return Watched(
+        step=count(event["step"]),
+        every=_count_or_none(event.get("every")),
+        world_size=_count_or_none(event.get("world_size")) or 1,
+        started=text_or_none(event.get("started")),
+        versions={name: text(value, "?") for name, value in mapping(event.get("versions")).items()},
+        model=text(event.get("model")),
+        parameters=_count_or_none(event.get("parameters")),
+        blocks=texts(event.get("blocks")),
+        norms=[_norm(mapping(each)) for each in norms] if isinstance(norms, list) else [],
+        groups=texts(event.get("groups")),
+        optimizer=text_or_none(event.get("optimizer")),
+        adam_eps=number(event.get("adam_eps")),
+    )
+
+
+def _norm(told: Mapping[str, Any]) -> Norm:
+    return Norm(
+        name=text(told.get("name"), "?"),
+        kind=text(told.get("kind")),
+        eps=number(told.get("eps")),
+        block=_count_or_none(told.get("block")),
+        frozen=told.get("frozen") is True,
+        ours=told.get("ours") is True,
+    )
+
+
+def _count_or_none(value: Any) -> int | None:
+    try:
+        return count(value)
+    except DamageError:
+        return None

@@ -1,0 +1,102 @@
+"""Instruments: watch a training run and say which layer is sick, why, and what to try.
+
+Everything else is loaded when it is first asked for, so that importing omninorm stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from omninorm.record import Record
+    from omninorm.watch.alarm import Alarm
+    from omninorm.watch.history import Facts, History, NonFinite, NormFacts, Sample, Step
+    from omninorm.watch.rules import Rule, default_rules
+    from omninorm.watch.sinks import Sink
+    from omninorm.watch.watching import Watch
+
+__all__ = [
+    "Alarm",
+    "Facts",
+    "History",
+    "NonFinite",
+    "NormFacts",
+    "Rule",
+    "Sample",
+    "Sink",
+    "Step",
+    "Watch",
+    "default_rules",
+    "watch",
+]
+
+_HOMES = {
+    "Alarm": "alarm",
+    **dict.fromkeys(("Facts", "History", "NonFinite", "NormFacts", "Sample", "Step"), "history"),
+    **dict.fromkeys(("Rule", "default_rules"), "rules"),
+    "Sink": "sinks",
+    "Watch": "watching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def watch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+    every: int = 10,
+    folder: str | Path | Record | None = None,
+    *,
+    step: int = 0,
+    scaler: Any = None,
+    sinks: Sequence[Sink] = (),
+    rules: Sequence[Rule] | None = None,
+) -> Watch:
+    """Watches a training run: which layer is sick, why, and what to try.
+
+    Use it as a context manager around the loop and call `step(loss)` once per optimizer step. The weights that come
+    out are bit for bit those of the loop without it.
+
+    Args:
+        model: any torch.nn.Module; compiled, wrapped in DistributedDataParallel, or plain. Enter before its first
+            call if it is compiled.
+        optimizer: one or several; None leaves out what only they know.
+        every: steps between samples of all signals. Losses, gradient norms and NaNs are seen in every step.
+        folder: where record.jsonl is appended; None keeps the record in memory. One that has a record already is
+            continued: what it holds after `step` is void.
+        step: how many steps the run has done before, if it is resumed.
+        scaler: the torch.amp.GradScaler, if one scales the loss.
+        sinks: further places for the numbers, such as `TensorBoard(writer)`; see `omninorm.watch.sinks`.
+        rules: what raises alarms; None means `default_rules()`.
+
+    Raises:
+        ConfigError: an argument of the wrong kind, or a model that is being watched already.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4), nn.Linear(4, 1))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> with watch(model, optimizer, every=2) as w:
+        ...     for _ in range(4):
+        ...         loss = model(torch.ones(8, 4)).square().mean()
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ...         w.step(loss)
+        >>> [sample.step for sample in w.history.samples]
+        [1, 2, 4]
+    """
+    from omninorm.watch.watching import Watch
+
+    return Watch(model, optimizer, every, folder, step=step, scaler=scaler, sinks=sinks, rules=rules)

@@ -1,0 +1,397 @@
+"""Where the sites hang: hooks on a model's modules, registered once and removed together.
+
+A hook that runs eagerly asks the gate and calls its site. Under torch.compile it puts one opaque operator into the graph,
+which does the same when the graph runs (see `traced`).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.utils.hooks import RemovableHandle
+
+from omninorm.kernels import probe
+from omninorm.watch.attention import AttentionMode, AttentionSite, see_multihead
+from omninorm.watch.board import Board
+from omninorm.watch.gate import Gate, in_backward
+from omninorm.watch.norm_site import NormCall, NormSite, hook_examples
+from omninorm.watch.sites import BlockSite, LogitsSite, Sentinel, WriterSite
+from omninorm.watch.structure import Block, Norm, Structure, some_tensors
+from omninorm.watch.traced import TracedSite, attention_wrapper
+
+# Without blocks, NaNs are looked for in the outputs of so many parameterized leaves.
+MOST_LEAVES = 64
+
+BLOCK_CELLS = (
+    "stream_ms",
+    "stream_max",
+    "stream_median",
+    "input_ms",
+    "difference_ms",
+    "angle",
+    "attention_ms",
+    "feed_forward_ms",
+    "stream_grad_ms",
+    "attention_logit",
+    "attention_entropy",
+    "dead_units",
+)
+NORM_CELLS = ("norm_ms", "eps_share", "mean_share", "saturation", "noise_small", "noise_big", "examples")
+RUN_CELLS = ("logz", "logz_mean")
+
+
+def cell_sizes(structure: Structure) -> dict[str, int]:
+    """How many cells each raw signal needs."""
+    blocks, norms = len(structure.blocks), len(structure.norms)
+    return {**dict.fromkeys(BLOCK_CELLS, blocks), **dict.fromkeys(NORM_CELLS, norms), **dict.fromkeys(RUN_CELLS, 1)}
+
+
+def sentinel_names(structure: Structure) -> list[str]:
+    """The modules that are looked at in every step, in the order in which they run."""
+    names = [name or "the model" for name, _ in structure.embeddings]
+    for block in structure.blocks:
+        names += [block.attention or block.name, block.feed_forward or block.name, block.name]
+    return names or [name for name, _ in leaves(structure.model)]
+
+
+def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    found = [
+        (name or "the model", module)
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    return found[:MOST_LEAVES]
+
+
+class Placements:
+    """Where the blocks' norms stand, measured in one forward pass by which tensors they read and make."""
+
+    def __init__(self, structure: Structure) -> None:
+        inside = [norm.facts.block for norm in structure.norms if norm.facts.block is not None]
+        self._with_norms = set(inside)
+        self._reads_input: set[int] = set()
+        self._makes_output: set[int] = set()
+        self._newest: weakref.ref[Tensor] | None = None
+
+    def norm_read(self, block: int, is_input: bool) -> None:
+        if is_input:
+            self._reads_input.add(block)
+
+    def norm_made(self, y: Tensor) -> None:
+        self._newest = weakref.ref(y)
+
+    def block_made(self, block: int, y: Tensor) -> None:
+        if self._newest is not None and self._newest() is y:
+            self._makes_output.add(block)
+        self._newest = None
+
+    def verdict(self, blocks: int) -> str | None:
+        """ "pre", "post", "both", "none", or None where it is something else; the majority of the blocks decides."""
+        if not self._with_norms:
+            return "none" if blocks else None
+        pre, post = 2 * len(self._reads_input) > blocks, 2 * len(self._makes_output) > blocks
+        return "both" if pre and post else "pre" if pre else "post" if post else None
+
+
+class Hooks:
+    """Everything that hangs on the modules.
+
+    Args:
+        failed: called with an exception of our own, which must not end the training.
+        compiled: whether torch.compile runs the model, or a part of it.
+    """
+
+    def __init__(
+        self, structure: Structure, board: Board, failed: Callable[[Exception], None], compiled: bool = False
+    ) -> None:
+        self._structure, self._board, self._failed = structure, board, failed
+        self.gate = Gate()
+        self.placements = Placements(structure)
+        self.dtype: torch.dtype | None = None
+        self._handles: list[RemovableHandle] = []
+        self._running: list[tuple[int, Tensor | None, int]] = []  # blocks: index, input and its version
+        self._attention = [AttentionSite(board, index) for index in range(len(structure.blocks))]
+        self._mode: AttentionMode | None = None
+        # For graphs: the sites that they call, and the block whose attention is being traced.
+        self._compiled = compiled
+        self._tick = torch.zeros(1, device=board.device)
+        self._traced: list[TracedSite] = []
+        self._tracing: int | None = None
+        self._open = ExitStack()
+        self._vocabularies = {embedding.num_embeddings for _, embedding in structure.embeddings}
+
+    # Attaching --------------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        structure, board = self._structure, self._board
+        if self._compiled and structure.blocks:
+            self._traced_attention = [self._trace(site.see_some) for site in self._attention]
+            self._open.enter_context(attention_wrapper(self._put_attention))
+        place = 0
+        self._on_root()
+        for _, embedding in structure.embeddings:
+            self._on_output(embedding, Sentinel(board, place))
+            place += 1
+        for index, block in enumerate(structure.blocks):
+            self._on_block(block, index, place)
+            place += 3
+        for index, norm in enumerate(structure.norms):
+            self._on_norm(norm, NormSite(board, norm, index))
+        if not structure.embeddings and not structure.blocks:
+            for _, leaf in leaves(structure.model):
+                self._on_output(leaf, Sentinel(board, place))
+                place += 1
+
+    def detach(self) -> None:
+        """Removes every hook."""
+        self.rest()
+        self._open.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def rest(self) -> None:
+        """Ends a step; clears what an exception in a forward pass may have left."""
+        self._leave_attention()
+        self.gate.inside = None
+        self._running = []
+        probe.current = None
+
+    def _enter_attention(self) -> None:
+        if self._mode is None and self._board.sampling and self.gate.is_open():
+            self._mode = AttentionMode(self._running_attention, self._failed)
+            self._mode.enter()  # type: ignore[no-untyped-call]
+
+    def _leave_attention(self) -> None:
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            mode.leave()  # type: ignore[no-untyped-call]
+
+    def _trace(self, see: Callable[..., None]) -> TracedSite:
+        """A site for graphs: what it measures can't reach the training either."""
+        site = TracedSite(lambda *tensors: self._safely(lambda: see(*tensors)), self._tick)
+        self._traced.append(site)
+        return site
+
+    def _put_attention(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
+        if self._tracing is not None and torch.is_grad_enabled():
+            site = self._traced_attention[self._tracing]
+            with torch.no_grad():
+                scaled = q if scale is None else q * (scale * math.sqrt(q.shape[-1]))
+                causal_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+            site.put([scaled, k, *([causal_mask] if causal else [] if mask is None else [mask])])
+
+    def _running_attention(self) -> AttentionSite | None:
+        return self._attention[self._running[-1][0]] if self._running and self.gate.is_open() else None
+
+    # The hooks --------------------------------------------------------------------------------------------------------
+
+    def _on_root(self) -> None:
+        site = LogitsSite(self._board)
+        traced = self._trace(site.see)
+
+        def before(module: nn.Module, args: Any) -> None:
+            if not is_compiling() and not in_backward():
+                self.gate.inside = torch.is_grad_enabled()
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if is_compiling():
+                logits = find_logits(output, self._vocabularies) if torch.is_grad_enabled() else None
+                if logits is not None:
+                    traced.put([logits])
+                return
+            if in_backward():
+                return
+            if self._board.sampling and self.gate.is_open():
+                logits = find_logits(output, self._vocabularies)
+                if logits is not None:
+                    self._safely(lambda: site.see(logits))
+            self.gate.inside = None
+
+        root = self._structure.model
+        self._handles += [root.register_forward_pre_hook(before), root.register_forward_hook(after)]
+
+    def _on_output(self, module: nn.Module, site: Sentinel) -> None:
+        traced = self._trace(site.see)
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            y = first_tensor(output)
+            if y is None:
+                return
+            if is_compiling():
+                self._put(traced, y)
+            elif self.gate.is_open():
+                self._safely(lambda: site.see(y))
+
+        self._handles.append(module.register_forward_hook(after))
+
+    def _on_block(self, block: Block, index: int, place: int) -> None:
+        self._on_attention(block)
+        self._on_writer(block.attention_writer, WriterSite(self._board, place, index, "attention"))
+        self._on_writer(block.feed_forward_writer, WriterSite(self._board, place + 1, index, "feed_forward"))
+        site = BlockSite(self._board, place + 2, index)
+
+        def see(y: Tensor, x: Tensor | None = None) -> None:
+            self.dtype = self.dtype or y.dtype
+            site.see(y, x)
+
+        traced, tapped = self._trace(see), self._trace(site.see_gradient_if_sampled)
+
+        def before(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+            if is_compiling():
+                self._tracing = index
+                return
+            if not self._board.sampling:
+                return
+            x = first_tensor([*args, *kwargs.values()])
+            self._running.append((index, x, -1 if x is None else x._version))
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            y = first_tensor(output)
+            if is_compiling():
+                self._tracing = None
+                x = first_tensor([*args, *kwargs.values()])
+                if y is None or not torch.is_grad_enabled():
+                    return None
+                self._put(traced, y, *([] if x is None else [x]))
+                return with_first_tensor(output, tapped.tap(y))
+            running = self._running.pop() if self._running else (index, None, -1)
+            if y is None:
+                return None
+            if self.gate.is_open():
+                self._safely(lambda: self._see_block(site, y, running))
+            if self._board.sampling and y.requires_grad:
+                y.register_hook(lambda dy: self._safely(lambda: site.see_gradient(dy)))
+            return None
+
+        self._handles += [
+            block.module.register_forward_pre_hook(before, with_kwargs=True),
+            block.module.register_forward_hook(after, with_kwargs=True),
+        ]
+
+    def _see_block(self, site: BlockSite, y: Tensor, running: tuple[int, Tensor | None, int]) -> None:
+        _, x, version = running
+        overwritten = x is not None and x._version != version
+        site.see(y, None if overwritten else x)
+        if self._board.sampling:
+            self.dtype = self.dtype or y.dtype
+            self.placements.block_made(site.index, y)
+
+    def _on_attention(self, block: Block) -> None:
+        """The mode sees every use of a tensor, so it is active while an attention runs, and no longer."""
+        module = block.attention_module or block.module
+
+        def before(module: nn.Module, args: Any) -> None:
+            if not is_compiling():
+                self._enter_attention()
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if not is_compiling():
+                self._leave_attention()
+
+        self._handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+    def _on_writer(self, module: nn.Module | None, site: WriterSite) -> None:
+        if module is None:
+            return
+
+        traced = self._trace(site.see)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            y = first_tensor(output)
+            hidden = first_tensor(args) if site.role == "feed_forward" else None
+            if y is None:
+                return
+            if is_compiling():
+                self._put(traced, y, *([] if hidden is None else [hidden]))
+                return
+            if not self.gate.is_open():
+                return
+            self._safely(lambda: site.see(y, hidden))
+            if self._board.sampling and isinstance(module, nn.MultiheadAttention):
+                self._safely(lambda: see_multihead(self._attention[site.index], module, args, kwargs))
+
+        self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    def _on_norm(self, norm: Norm, site: NormSite) -> None:
+        calls: list[tuple[Tensor, NormCall | None]] = []
+        traced, tapped = self._trace(site.see_if_sampled), self._trace(site.see_output_if_sampled)
+
+        def before(module: nn.Module, args: Any) -> None:
+            if is_compiling() or not self._board.sampling:
+                return
+            x = first_tensor(args)
+            counts = self.gate.is_open()
+            if x is None or not (counts or in_backward()):
+                return
+            if norm.facts.block is not None and counts and self._running:
+                self.placements.norm_read(norm.facts.block, x is self._running[-1][1])
+            call = NormCall(site, x.shape, counts) if norm.facts.ours else None
+            probe.current = call
+            calls.append((x, call))
+
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            if is_compiling():
+                x = first_tensor(args)
+                if x is not None:
+                    self._put(traced, x)
+                # Our backward pass is an operator of its own anyway, so nothing is lost by seeing its gradient.
+                grown = isinstance(output, Tensor) and torch.is_grad_enabled() and norm.facts.ours and site.learns
+                return tapped.tap(output, keep=True) if grown else None
+            if not calls:
+                return None
+            x, call = calls.pop()
+            probe.current = None
+            if not isinstance(output, Tensor):
+                return None
+            if call is None or not call.reached:
+                if self.gate.is_open():
+                    self._safely(lambda: site.see(x))
+                hook_examples(site, output, self._safely)
+            self.placements.norm_made(output)
+            return None
+
+        self._handles += [norm.module.register_forward_pre_hook(before), norm.module.register_forward_hook(after)]
+
+    def _put(self, traced: TracedSite, *tensors: Tensor) -> None:
+        """Puts a site into the graph that is being traced, unless it is one for evaluation."""
+        if torch.is_grad_enabled():
+            traced.put(tensors)
+
+    def _safely(self, measure: Callable[[], None]) -> None:
+        """Measures without a graph; an error of ours is told and does not reach the training."""
+        try:
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                measure()
+        except Exception as error:
+            self._failed(error)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first floating-point tensor of two dimensions or more in a module's arguments or output."""
+    return next(some_tensors(value), None)
+
+
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """The output with `tensor` in the place of its first tensor; None, for no change, where it is no tensor or tuple."""
+    if isinstance(output, Tensor):
+        return tensor
+    if type(output) is tuple and output and isinstance(output[0], Tensor):
+        return (tensor, *output[1:])
+    return None
+
+
+def find_logits(output: Any, vocabularies: set[int]) -> Tensor | None:
+    """The logits in a model's output: its attribute or item "logits", or a tensor as wide as a vocabulary."""
+    named = getattr(output, "logits", None) if not isinstance(output, dict) else output.get("logits")
+    if isinstance(named, Tensor) and named.is_floating_point() and named.ndim >= 2:
+        return named
+    first = first_tensor(output)
+    return first if first is not None and first.shape[-1] in vocabularies else None

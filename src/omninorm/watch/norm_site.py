@@ -1,0 +1,190 @@
+"""The norm is the probe: what a norm computes anyway is handed to the board.
+
+omninorm's own operators give r = 1/√(mean(x²) + ε) of every row (for LayerNorm with the variance, and the mean) as they
+run, and in backward the sums of the gain's gradient over blocks of rows, from which each example's gradient follows.
+For foreign norms, and where the reference computes, the same is taken from the input and the output's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from omninorm.kernels.cpu_autograd import rows_per_block
+from omninorm.layers.pointwise import Pointwise
+from omninorm.watch.board import Board
+from omninorm.watch.gate import in_backward
+from omninorm.watch.sites import some_rows
+from omninorm.watch.structure import Norm
+
+SATURATED = 2.0  # |αx| beyond it: tanh is past 0.96, its slope below 0.07
+
+
+class NormSite:
+    """One norm: `see` for its input, `see_scale` for what our operators know, `see_examples` for the gain's gradients."""
+
+    def __init__(self, board: Board, norm: Norm, index: int) -> None:
+        self.board, self.norm, self.index = board, norm, index
+        self.eps = norm.facts.eps or 0.0
+        self.width = 0 if norm.gain is None else norm.gain.numel()
+        self.learns = norm.gain is not None and norm.gain.requires_grad and norm.gain.ndim == 1 and self.width > 1
+        self._waiting: WeakSet[Kept] = WeakSet()
+
+    def keep(self, *tensors: Tensor | None) -> Kept:
+        """Keeps tensors for the backward pass, as autograd does, and as long."""
+        kept = Kept(tensors)
+        if in_backward():
+            # Activation checkpointing repeats a forward pass. The backward pass that waits may be that of the first.
+            if len(self._waiting) == 1:
+                self._waiting.pop().tensors = tensors
+        elif packs_what_is_saved():
+            kept.tensors = None
+            self._waiting.add(kept)
+        return kept
+
+    def see(self, x: Tensor) -> None:
+        """x (…, d): the norm's input, of which some rows are read."""
+        if x.numel() == 0:
+            return
+        rows = some_rows(x.flatten(-self.norm.dims) if self.norm.dims > 1 else x)
+        # The squares of an exploding stream overflow float32, and a variance beside a large mean drowns in it.
+        rows = rows if rows.device.type == "mps" else rows.double()
+        module = self.norm.module
+        if isinstance(module, Pointwise):
+            saturated = (rows * module.alpha.detach().to(rows.dtype)).abs() > SATURATED
+            self.board.add("saturation", self.index, saturated.to(torch.float32).mean())
+        square = rows.square().mean(dim=-1)
+        mean = rows.mean(dim=-1) if self.norm.centred else None
+        self._add(square, mean)
+
+    def see_if_sampled(self, x: Tensor) -> None:
+        if self.board.sampling:
+            self.see(x)
+
+    def see_scale(self, scale: Tensor, mean: Tensor | None) -> None:
+        """scale (rows,): r of every row; mean (rows,) of a LayerNorm."""
+        spread = scale.double().pow(-2) - self.eps
+        spread = spread.clamp_min(0)
+        self._add(spread if mean is None else spread + mean.double().square(), mean)
+
+    def _add(self, square: Tensor, mean: Tensor | None) -> None:
+        self.board.add("norm_ms", self.index, square.mean())
+        spread = square
+        if mean is not None:
+            of_mean = mean.to(square.dtype).square()
+            spread = (square - of_mean).clamp_min(0)
+            self.board.add("mean_share", self.index, (of_mean / square.clamp_min(1e-30)).mean())
+        if self.eps:
+            self.board.add("eps_share", self.index, (self.eps / (spread + self.eps)).mean())
+
+    def see_examples(self, gradients: Tensor) -> None:
+        """gradients (examples, d): each example's part of dγ. Their sum is the batch's gradient."""
+        count = gradients.shape[0]
+        if count < 2:
+            return
+        gradients = gradients.float() if gradients.device.type == "mps" else gradients.double()
+        small = gradients.square().sum(dim=-1).mean() * count * count
+        big = gradients.sum(dim=0).square().sum()
+        self.board.add("noise_small", self.index, small)
+        self.board.add("noise_big", self.index, big)
+        self.board.add("examples", self.index, torch.tensor(float(count)))
+
+    def see_output(self, dy: Tensor, y: Tensor) -> None:
+        """dy, y (examples, …, d): the output and its gradient. x̂ is (y − β)/γ where γ is not 0."""
+        gain = self.norm.gain
+        assert gain is not None
+        effective = (gain.detach() + self.norm.offset).float()
+        bias = getattr(self.norm.module, "bias", None)
+        scaled = y if bias is None else y - bias.detach()
+        sums = self.per_example(dy * scaled.to(dy.dtype))
+        self.see_examples(torch.where(effective == 0, 0, sums / effective))
+
+    def see_output_if_sampled(self, dy: Tensor, y: Tensor) -> None:
+        if self.board.sampling and self.tells_examples(y.shape):
+            self.see_output(dy, y)
+
+    def tells_examples(self, shape: torch.Size) -> bool:
+        """Whether an input of this shape holds several examples, and the gain learns from them."""
+        return self.learns and len(shape) >= 3 and shape[-1] == self.width and shape[self.norm.batch_dim] > 1
+
+    def per_example(self, products: Tensor) -> Tensor:
+        """(…, d) summed over all but the examples and the features: (examples, d), in float32 at least."""
+        by_example = products.movedim(self.norm.batch_dim, 0).flatten(1, -2)
+        wide = torch.promote_types(products.dtype, torch.float32)
+        return by_example.sum(dim=1, dtype=wide)
+
+
+class Kept:
+    """Tensors for a backward pass, `tensors`: None until a repeated forward pass brings them."""
+
+    def __init__(self, tensors: tuple[Tensor | None, ...]) -> None:
+        self.tensors: tuple[Tensor | None, ...] | None = tensors
+
+
+def packs_what_is_saved() -> bool:
+    """Whether activation checkpointing or its like takes hold of what autograd saves, so that it is not kept."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+class NormCall:
+    """One call of one of our norms: what its operators hand over (a `kernels.probe.Probe`).
+
+    Args:
+        shape: of the input, (examples, …, d).
+        counts: whether the forward pass is to be counted; not where activation checkpointing repeats it.
+    """
+
+    def __init__(self, site: NormSite, shape: torch.Size, counts: bool) -> None:
+        self.site, self.shape, self.counts = site, shape, counts
+        self.reached = False
+        self._kept: Kept | None = None
+
+    def forward(self, x: Tensor, scale: Tensor, mean: Tensor | None, eps: float) -> None:
+        self.reached = True
+        self.site.eps = eps
+        if self.counts:
+            self.site.see_scale(scale.detach(), None if mean is None else mean.detach())
+        if self.site.tells_examples(self.shape) and not self._ends_blocks(rows_per_block(scale.numel())):
+            self._kept = self.site.keep(x.detach(), scale.detach(), None if mean is None else mean.detach())
+
+    def backward(self, dy: Tensor, dgain: Tensor | None, blocks: Tensor | None, rows_per_block: int) -> None:
+        kept, self._kept = self._kept, None
+        if not self.site.tells_examples(self.shape):
+            return
+        examples, width = self.shape[0], self.shape[-1]
+        if blocks is not None and self._ends_blocks(rows_per_block):
+            self.site.see_examples(blocks.reshape(examples, -1, width).sum(dim=1))
+        elif kept is not None and kept.tensors is not None:
+            x, scale, mean = kept.tensors
+            assert x is not None
+            assert scale is not None
+            one_each = (*self.shape[:-1], 1)
+            deviation = x if mean is None else x - mean.view(one_each)
+            self.site.see_examples(self.site.per_example(dy * (deviation * scale.view(one_each))))
+
+    def _ends_blocks(self, rows_per_block: int) -> bool:
+        """Whether every example ends where a block of rows does."""
+        return self.site.norm.batch_dim == 0 and self.shape[1:-1].numel() % rows_per_block == 0
+
+
+def hook_examples(site: NormSite, y: Tensor, safely: Callable[[Callable[[], None]], None]) -> None:
+    """For a foreign norm: each example's dγ from the gradient of its output y.
+
+    Args:
+        safely: calls a function in no_grad, and does not let its errors through.
+    """
+    if not y.requires_grad or not site.tells_examples(y.shape):
+        return
+    # An alias without a graph, or the hook and the tensor would keep each other. The next layer keeps it anyway.
+    kept = site.keep(y.detach())
+
+    def see(dy: Tensor) -> None:
+        values = None if kept.tensors is None else kept.tensors[0]
+        if values is not None and values._version == version:  # else it was overwritten
+            site.see_output(dy, values)
+
+    version = y._version
+    y.register_hook(lambda dy: safely(lambda: see(dy)))

@@ -1,0 +1,191 @@
+"""What an optimizer step does: its size against the weights, and how far Adam's second moment is behind.
+
+Of each tensor at most some thousand evenly spaced elements are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from omninorm.watch.board import UNSEEN, Board
+from omninorm.watch.gradients import norms_of, stack
+from omninorm.watch.sites import stride
+
+# Elements looked at: of a tensor in a sampled step, and in every step for NaNs.
+SAMPLED, EVERY_STEP = 4096, 256
+
+
+def some(x: Tensor, most: int = SAMPLED) -> Tensor:
+    """At most about `most` evenly spaced elements of x, 1-D, a view where x is contiguous."""
+    flat = x.detach().reshape(-1)
+    return flat[:: stride(flat.numel(), most)]
+
+
+class OptimizerWatch:
+    """Hooks on the optimizers; `take` gives what a sampled step showed.
+
+    Args:
+        parameters: all that are watched; results are in their order.
+        failed: told of an error of ours, which must not reach the training.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        parameters: Sequence[nn.Parameter],
+        optimizers: Sequence[torch.optim.Optimizer],
+        failed: Callable[[Exception], None] | None = None,
+    ) -> None:
+        self._board, self._parameters, self._optimizers, self._failed = board, parameters, optimizers, failed
+        self._places = {id(parameter): at for at, parameter in enumerate(parameters)}
+        self._learning = [at for at, p in enumerate(parameters) if p.requires_grad and p.is_floating_point()]
+        self._before: dict[int, Tensor] = {}
+        self._found: dict[str, Tensor] = {}
+        self._few: list[Tensor] = []
+        self._addresses: list[int] = []
+
+    def attach(self) -> list[RemovableHandle]:
+        """Registers hooks before and after every optimizer's step."""
+        return [
+            handle
+            for optimizer in self._optimizers
+            for handle in (
+                optimizer.register_step_pre_hook(lambda *of_step: self._safely(self._before_step, of_step[0])),
+                optimizer.register_step_post_hook(lambda *of_step: self._safely(self._after_step, of_step[0])),
+            )
+        ]
+
+    def rate(self) -> float | None:
+        """The largest learning rate among the optimizers' groups; None where it is a tensor on a device, or there is none."""
+        rates = [group.get("lr") for optimizer in self._optimizers for group in optimizer.param_groups]
+        known = [float(rate) for rate in rates if isinstance(rate, (int, float)) or _is_on_host(rate)]
+        return max(known, default=None)
+
+    def take(self) -> dict[str, Tensor]:
+        """ "update_ratio", "adam_ratio", "adam_eps_ratio" of the last step, (parameters,), UNSEEN where unknown."""
+        found, self._found = self._found, {}
+        return found
+
+    def _watched(self, optimizer: torch.optim.Optimizer) -> list[tuple[int, Tensor, dict[str, Any]]]:
+        """(place, parameter, group) of every parameter with a gradient."""
+        return [
+            (self._places[id(parameter)], parameter, group)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) in self._places
+            and parameter.grad is not None
+            and not parameter.grad.is_sparse
+            and parameter.is_floating_point()
+        ]
+
+    def _some_weights(self) -> list[Tensor]:
+        """Some elements of every parameter that learns: views, made again only where a parameter has moved."""
+        parameters = [self._parameters[at] for at in self._learning]
+        addresses = [parameter.data_ptr() for parameter in parameters]
+        if addresses != self._addresses or not all(parameter.is_contiguous() for parameter in parameters):
+            self._addresses = addresses
+            self._few = [some(parameter, EVERY_STEP) for parameter in parameters]
+        return self._few
+
+    def _safely(self, measure: Callable[[torch.optim.Optimizer], None], optimizer: torch.optim.Optimizer) -> None:
+        try:
+            with torch.no_grad():
+                measure(optimizer)
+        except Exception as error:
+            if self._failed is None:
+                raise
+            self._failed(error)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._board.sampling:
+            self._before = {place: some(parameter).clone() for place, parameter, _ in self._watched(optimizer)}
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._learning:
+            self._see_weights(stack(norms_of(self._some_weights()), self._board.device))
+        watched = [item for item in self._watched(optimizer) if item[0] in self._before]
+        if self._board.sampling and watched:
+            self._measure_updates(watched)
+            self._measure_adam(optimizer, watched)
+        self._before = {}
+
+    def _see_weights(self, norms: Tensor) -> None:
+        if len(self._learning) < len(self._parameters):
+            some_norms, norms = norms, torch.full((len(self._parameters),), UNSEEN, device=norms.device)
+            norms[torch.tensor(self._learning, device=norms.device)] = some_norms
+        self._board.set_weights(norms)
+
+    def _measure_updates(self, watched: Sequence[tuple[int, Tensor, dict[str, Any]]]) -> None:
+        """RMS(Δw)/RMS(w) of matrices."""
+        matrices = [(place, parameter) for place, parameter, _ in watched if parameter.ndim >= 2]
+        if not matrices:
+            return
+        before = [self._before[place] for place, _ in matrices]
+        after = [some(parameter) for _, parameter in matrices]
+        changes = stack(norms_of(torch._foreach_sub(after, before)), self._board.device)
+        sizes = stack(norms_of(before), self._board.device)
+        self._write("update_ratio", [place for place, _ in matrices], changes / sizes.clamp_min(1e-30))
+
+    def _measure_adam(
+        self, optimizer: torch.optim.Optimizer, watched: Sequence[tuple[int, Tensor, dict[str, Any]]]
+    ) -> None:
+        """√mean(g²/max(v̂, ε²)) with the bias-corrected second moment, and RMS(g)/ε.
+
+        The gradients are read after the step, because a fused optimizer is given scaled ones and unscales them in it.
+        """
+        for group in optimizer.param_groups:
+            if "eps" not in group or "betas" not in group:
+                continue
+            places, gradients, moments, counts = [], [], [], []
+            for place, parameter, its_group in watched:
+                state = optimizer.state.get(parameter, {})
+                second, count = state.get("exp_avg_sq"), state.get("step")
+                if its_group is not group or second is None or count is None or second.shape != parameter.shape:
+                    continue
+                places.append(place)
+                gradients.append(some(parameter.grad).float())  # type: ignore[arg-type]
+                moments.append(some(second).to(gradients[-1].device, torch.float32))
+                counts.append(torch.as_tensor(count, dtype=torch.float32))
+            if places:
+                # A tensor that came late has made fewer steps than others.
+                corrected = [
+                    1 - group["betas"][1] ** count.to(g.device) for count, g in zip(counts, gradients, strict=True)
+                ]
+                eps = max(float(group["eps"]), 1e-30)
+                self._write_adam(places, gradients, torch._foreach_div(moments, corrected), eps)
+
+    def _write_adam(
+        self, places: Sequence[int], gradients: list[Tensor], moments: Sequence[Tensor], eps: float
+    ) -> None:
+        device = self._board.device
+        roots = torch.tensor([g.numel() ** 0.5 for g in gradients]).to(device)
+        # √(v̂) is kept above ε instead of v̂ above ε², whose square may underflow.
+        floors = list(torch._foreach_sqrt(moments))
+        torch._foreach_clamp_min_(floors, eps)
+        of_eps = stack(norms_of(gradients), device) / roots / eps
+        ratios = stack(norms_of(torch._foreach_div(gradients, floors)), device) / roots
+        for key, values in (("adam_eps_ratio", of_eps), ("adam_ratio", ratios)):
+            # Not finite where a scaler made the step a void one; other NaNs are found elsewhere.
+            self._write(key, places, torch.where(values.isfinite(), values, UNSEEN))
+
+    def _write(self, key: str, places: Sequence[int], values: Tensor) -> None:
+        found = self._found.setdefault(key, torch.full((len(self._parameters),), UNSEEN, device=self._board.device))
+        found[torch.tensor(places, device=found.device)] = values
+
+
+def _is_on_host(rate: object) -> bool:
+    return isinstance(rate, Tensor) and rate.device.type == "cpu" and rate.numel() == 1
+
+
+def adam_eps(optimizers: Sequence[torch.optim.Optimizer]) -> float | None:
+    """The ε of the first optimizer of Adam's kind."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if "eps" in group and "betas" in group:
+                return float(group["eps"])
+    return None

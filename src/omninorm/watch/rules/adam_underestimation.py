@@ -1,0 +1,33 @@
+"""adam-underestimation: the gradients have outgrown Adam's second moment, so its steps are too large.
+
+Signal: √mean(g² / max(v, ε²)) of each parameter group's worst tensor; 1 where v is up to date. Threshold: above 2.3, after
+which the loss often spiked (StableAdamW). Persistence: 3 samples over 20 steps [ours]. A warning.
+"""
+
+from __future__ import annotations
+
+from omninorm.watch.history import History, Sample
+from omninorm.watch.rules.base import Threshold
+
+
+class AdamUnderestimation(Threshold):
+    """Names the tensor."""
+
+    name = "adam-underestimation"
+    source = "2.3: StableAdamW, arXiv 2304.13013; persistence: ours"
+    signal = "adam_ratio"
+    warn = 2.3
+    persistence = 3
+    span = 20
+
+    def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
+        tensor = worst_tensor(history, sample, self.signal, index)
+        evidence = f"The gradient of {tensor} is {value:.3g} times what Adam's second moment v expects."
+        return evidence, "Lower β₂ (0.95 in place of 0.999), clip gradients, or use StableAdamW's update clipping."
+
+
+def worst_tensor(history: History, sample: Sample, signal: str, index: int) -> str:
+    """The name of the group's decisive tensor, or that of the group."""
+    names = sample.worst.get(signal, ())
+    name = names[index] if index < len(names) else None
+    return name or f"a tensor of {history.facts.groups[index]}"

@@ -1,0 +1,29 @@
+"""attention-entropy: a block's heads look at single tokens.
+
+Signal: the entropy of the attention as a share of the largest possible, mean over heads. Threshold: below 0.1 [ours].
+Persistence: 3 samples over 20 steps. A warning: single heads do this in good models, whole blocks hardly ever.
+"""
+
+from __future__ import annotations
+
+from omninorm.watch.history import History, Sample
+from omninorm.watch.rules.base import Threshold
+
+
+class AttentionEntropy(Threshold):
+    """Low entropy is where growing logits end."""
+
+    name = "attention-entropy"
+    source = "entropy collapse: Zhai et al., arXiv 2303.06296; 0.1 of ln T: ours"
+    signal = "attention_entropy"
+    warn = 0.1
+    below = True
+    persistence = 3
+    span = 20
+
+    def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
+        block = history.facts.blocks[index]
+        evidence = (
+            f"The attention of {block} has {value:.2g} of the entropy it could have: its heads see single tokens."
+        )
+        return evidence, "Use qk-norm, or a lower learning rate on the query and key projections."

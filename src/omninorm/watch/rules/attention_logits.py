@@ -1,0 +1,73 @@
+"""attention-logits: the logits of a block's attention grow without bound.
+
+Signal: the largest logit, max |q·k|/√d_head. Threshold: 1e3 is a warning, 1e4 a "fail": every run of Wortsman et al. that
+passed 1e4 diverged. A softmax is one-hot long before, so growth counts too [ours]: beyond 100 and 3-fold over the last
+8 samples is a warning, on the way to 1e4 within as many samples again a "fail". Persistence: 2 samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from omninorm.watch.alarm import Alarm
+from omninorm.watch.history import History, Sample
+from omninorm.watch.rules.base import Rule, layer_names
+from omninorm.watch.rules.numbers import Streaks, earlier, finite, fold
+
+SIGNAL = "attention_logit"
+WARN, FAIL = 1e3, 1e4
+SUSPECT, GROWTH, SAMPLES = 100.0, 3.0, 8
+PERSISTENCE = 2
+
+
+class AttentionLogits(Rule):
+    """Compares each block with the two limits, and with its own past."""
+
+    name = "attention-logits"
+    source = "1e3 and 1e4: Wortsman et al., arXiv 2309.14322; growth towards them: ours"
+    explains = ("attention-entropy", "layer-jump", "learning-rate", "unrecovered-spike")
+
+    def __init__(self) -> None:
+        self._streaks = Streaks()
+
+    def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
+        names = layer_names(history.facts, SIGNAL)
+        found: list[tuple[bool, float, int]] = []
+        for index, number in enumerate(sample.signals.get(SIGNAL, ())):
+            value = finite(number)
+            if value is None or index >= len(names):
+                continue
+            warns, fails = self._judge(value, self._growth(history, index, value))
+            warned = self._streaks.lasts((index, "warn"), warns, sample.step, PERSISTENCE)
+            failed = self._streaks.lasts((index, "fail"), fails, sample.step, PERSISTENCE)
+            if warned or failed:
+                found.append((failed, value, index))
+        for failed, value, index in sorted(found, reverse=True):
+            yield self._explain(history, sample, index, value, failed)
+
+    @staticmethod
+    def _growth(history: History, index: int, value: float) -> float:
+        """By what factor it has grown over the last samples; 1 unless it has hardly ever fallen in between."""
+        if value <= SUSPECT:
+            return 1.0
+        past = earlier(history, SIGNAL, index, SAMPLES)
+        if len(past) < SAMPLES // 2 or past[0] <= 0.0:
+            return 1.0
+        rises = sum(old < new for old, new in zip(past, [*past[1:], value], strict=True))
+        return value / past[0] if rises >= len(past) - 1 else 1.0
+
+    @staticmethod
+    def _judge(value: float, growth: float) -> tuple[bool, bool]:
+        grows = value > SUSPECT and growth > GROWTH
+        return value > WARN or grows, value > FAIL or (grows and value * growth > FAIL)
+
+    def _explain(self, history: History, sample: Sample, index: int, value: float, failed: bool) -> Alarm:
+        block = history.facts.blocks[index]
+        evidence = f"The largest attention logit of {block} is {value:.3g}"
+        growth = self._growth(history, index, value)
+        if growth > GROWTH:
+            since = history.samples[max(len(history.samples) - 1 - SAMPLES, 0)].step
+            evidence += f", {fold(growth)} that of step {since}"
+        evidence += "; its softmax picks single tokens, and its gradient vanishes."
+        remedy = "Use qk-norm, or weight decay and a lower learning rate on the query and key projections."
+        return self.alarm(sample.step, "fail" if failed else "warn", block, evidence, remedy)

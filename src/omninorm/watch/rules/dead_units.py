@@ -1,0 +1,25 @@
+"""dead-units: hidden units of a feed-forward that are 0 for every token, and so never learn again.
+
+Signal: their share. Threshold: above 10 % [ours]. Persistence: 3 samples over 20 steps. A warning.
+"""
+
+from __future__ import annotations
+
+from omninorm.watch.history import History, Sample
+from omninorm.watch.rules.base import Threshold
+
+
+class DeadUnits(Threshold):
+    """Names the feed-forward."""
+
+    name = "dead-units"
+    source = "10 %: ours"
+    signal = "dead_units"
+    warn = 0.1
+    persistence = 3
+    span = 20
+
+    def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
+        block = history.facts.blocks[index]
+        evidence = f"{100 * value:.0f} % of the hidden units of {block}'s feed-forward are 0 for every token."
+        return evidence, "Lower the learning rate, lengthen the warm-up, or use GELU or SwiGLU in place of ReLU."

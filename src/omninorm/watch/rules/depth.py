@@ -1,0 +1,59 @@
+"""How the residual stream and its gradient change over depth: shared by depth-growth, no-norm and post-norm-depth."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from omninorm.watch.history import History, Sample
+from omninorm.watch.rules.numbers import fold, known, line_error, values_of
+
+
+class Growth(NamedTuple):
+    """From the first block to the last of `blocks`: a ratio v_L/v_1, and whether v² follows an exponential over depth
+    more closely than a line."""
+
+    ratio: float
+    blocks: int
+    exponential: bool
+
+    @property
+    def exponent(self) -> float:
+        """(1/L)·|ln(v_L/v_1)|."""
+        return abs(math.log(self.ratio)) / self.blocks
+
+    @property
+    def total(self) -> float:
+        """The factor between the ends, at least 1."""
+        return max(self.ratio, 1.0 / self.ratio)
+
+    def words(self, what: str) -> str:
+        verb = "grows" if self.ratio >= 1.0 else "shrinks"
+        return f"{what} {verb} {fold(self.total)} from the first to the last of {self.blocks} blocks"
+
+
+def growth(sample: Sample, signal: str) -> Growth | None:
+    """None unless the signal is known, positive and finite at both ends of at least two blocks."""
+    values = values_of(sample, signal)
+    if len(values) < 2 or not values[0] or not values[-1] or min(values[0], values[-1]) <= 0.0:
+        return None
+    ratio = values[-1] / values[0]
+    if not 0.0 < ratio < math.inf:
+        return None
+    squares = [value * value for value in known(values) if value > 0.0]
+    usable = len(squares) > 2 and min(squares) > 0.0 and max(squares) < math.inf
+    exponential = usable and line_error([math.log(square) for square in squares]) < line_error(squares)
+    return Growth(ratio, len(values), exponential)
+
+
+def backward_growth(sample: Sample) -> Growth | None:
+    """Of the gradient, in the direction in which it flows: from the last block to the first."""
+    found = growth(sample, "stream_grad")
+    return None if found is None else found._replace(ratio=1.0 / found.ratio)
+
+
+def has_no_norm(history: History) -> bool:
+    """Whether there are blocks and none of them has a norm."""
+    if history.placement is not None or not history.facts.blocks:
+        return history.placement == "none"
+    return all(norm.block is None for norm in history.facts.norms)

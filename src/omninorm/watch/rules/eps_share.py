@@ -1,0 +1,35 @@
+"""eps-share: a norm's ε, not its input, sets the scale of its output.
+
+Signal: ε/(mean(x²) + ε). Threshold: above 5 % is a warning, above 50 % a "fail": the norm hardly normalizes. [ours]
+1 % would be cautious, but ordinary initializations pass it: embeddings of standard deviation 0.02 with ε = 1e-5 start
+at 2.4 %, and are none the worse for it. Persistence: 3 samples over 20 steps.
+"""
+
+from __future__ import annotations
+
+from omninorm.watch.history import History, Sample
+from omninorm.watch.rules.base import Threshold
+
+
+class EpsShare(Threshold):
+    """Names the norm and its ε."""
+
+    name = "eps-share"
+    source = "5 % and 50 %: ours"
+    explains = ("depth-growth", "branch-silent", "adam-underestimation")
+    most_layers = 1  # ε is a setting of all norms: one alarm, about the worst
+    signal = "eps_share"
+    warn = 0.05
+    fail = 0.5
+    persistence = 3
+    span = 20
+
+    def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
+        norm = history.facts.norms[index]
+        eps = "ε" if norm.eps is None else f"ε = {norm.eps:g}"
+        evidence = f"At {norm.name} {eps} makes up {100 * value:.3g} % of mean(x²) + ε, under the root"
+        evidence += ": it scales its input by a constant in place of normalizing it." if value > 0.5 else "."
+        size = 0.0 if norm.eps is None or value <= 0.0 else norm.eps * (1.0 / value - 1.0)
+        if size <= 0.0:
+            return evidence, "Look for what silences the norm's input; with an input of this size use ε = 1e-6 or less."
+        return evidence, f"Use a smaller ε, such as {min(1e-6, 1e-3 * size):.0e}: mean(x²) is {size:.2g} there."

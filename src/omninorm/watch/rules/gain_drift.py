@@ -1,0 +1,75 @@
+"""gain-drift: a norm's gains have drifted apart, or silence it.
+
+Signals: max |γ|, max |γ|/median |γ|, and the share of |γ| < 1e-3. Threshold: a ratio above 10 that is also 3 times its
+first one is a warning [ours]; pretrained models may start with more. All gains 0: the norm puts out nothing, a "fail",
+at once if they are frozen, else after 3 samples over 20 steps, because gains that start at 0 on purpose learn within a step.
+More than half of the gains silent is a warning. Persistence of the warnings: 3 samples over 20 steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from omninorm.watch.alarm import Alarm
+from omninorm.watch.history import History, Sample
+from omninorm.watch.rules.base import Rule
+from omninorm.watch.rules.numbers import Streaks, fold, values_of
+
+RATIO, DRIFT = 10.0, 3.0
+SILENT = 0.5
+SAMPLES, STEPS = 3, 20
+
+
+class GainDrift(Rule):
+    """Names the norm."""
+
+    name = "gain-drift"
+    source = "10-fold: ours"
+    explains = ("branch-silent", "dead-units", "adam-eps", "depth-growth")
+
+    def __init__(self) -> None:
+        self._streaks = Streaks()
+        self._first: dict[int, float] = {}
+
+    def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
+        zero: list[Alarm] = []
+        drifted: list[tuple[float, Alarm]] = []
+        largest, ratios, shares = (values_of(sample, name) for name in ("gain_max", "gain_ratio", "gain_small"))
+        for index, norm in enumerate(history.facts.norms):
+            if self._is_zero(_at(largest, index), norm.frozen, index, sample.step):
+                zero.append(self._explain_zero(norm.name, norm.frozen, sample.step))
+                continue
+            ratio, silent = _at(ratios, index), _at(shares, index)
+            first = self._first.setdefault(index, ratio) if ratio is not None else None
+            grown = ratio is not None and first is not None and ratio > max(RATIO, DRIFT * first)
+            if self._lasts(("ratio", index), grown, sample.step) and ratio and first:
+                drifted.append((ratio, self._explain_ratio(norm.name, ratio, first, sample.step)))
+            if self._lasts(("silent", index), silent is not None and silent > SILENT, sample.step) and silent:
+                drifted.append((silent, self._explain_silent(norm.name, silent, sample.step)))
+        yield from zero
+        yield from (alarm for _, alarm in sorted(drifted, key=lambda found: found[0], reverse=True))
+
+    def _lasts(self, key: tuple[str, int], holds: bool, step: int) -> bool:
+        return self._streaks.lasts(key, holds, step, SAMPLES, STEPS)
+
+    def _is_zero(self, largest: float | None, frozen: bool, index: int, step: int) -> bool:
+        lasting = self._lasts(("zero", index), largest == 0.0, step)
+        return largest == 0.0 and (frozen or lasting)
+
+    def _explain_zero(self, norm: str, frozen: bool, step: int) -> Alarm:
+        evidence = f"All gains of {norm} are 0" + (" and frozen" if frozen else "") + ": what it feeds gets no input."
+        remedy = f"Set the gains of {norm} to 1" + (" and let them learn (requires_grad)." if frozen else ".")
+        return self.alarm(step, "fail", norm, evidence, remedy)
+
+    def _explain_ratio(self, norm: str, ratio: float, first: float, step: int) -> Alarm:
+        evidence = f"The largest gain of {norm} is {fold(ratio)} its median, after {fold(first)} at first."
+        remedy = "Give gains a lower learning rate, and expect outliers in the channels behind them when quantizing."
+        return self.alarm(step, "warn", norm, evidence, remedy)
+
+    def _explain_silent(self, norm: str, silent: float, step: int) -> Alarm:
+        evidence = f"{100 * silent:.0f} % of the gains of {norm} are below 1e-3."
+        return self.alarm(step, "warn", norm, evidence, "Don't apply weight decay to gains.")
+
+
+def _at(values: list[float | None], index: int) -> float | None:
+    return values[index] if index < len(values) else None

@@ -1,0 +1,108 @@
+"""layer-jump: one layer changed from one sample to the next, and the others did not.
+
+Signals: RMS of a group's weights and the largest gain of a norm; then a block's branch, attention and feed-forward
+ratios and its stream. Threshold: at least 5 times both the sample before and the median of up to 8 before that, while
+the median layer changes less than 2-fold. [ours] Weights can't do that by training: a "fail" at once. Activations can:
+a warning; a "fail" from 20-fold on. Persistence of activations: 2 samples.
+If weights jumped, they are the cause and activations are not reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from omninorm.watch.alarm import Alarm
+from omninorm.watch.history import History, Sample
+from omninorm.watch.rules.base import Rule, layer_names
+from omninorm.watch.rules.numbers import earlier, fold, median, values_of
+
+JUMP, HUGE, OTHERS = 5.0, 20.0, 2.0
+SAMPLES, FEWEST = 8, 3
+WEIGHTS = ("weight_rms", "gain_max")
+ACTIVATIONS = ("branch_ratio", "attention_ratio", "feed_forward_ratio", "stream_rms")
+_TITLES = {
+    "weight_rms": "RMS of the weights",
+    "gain_max": "largest gain",
+    "branch_ratio": "share that the block adds to the residual stream",
+    "attention_ratio": "share that the attention adds to the residual stream",
+    "feed_forward_ratio": "share that the feed-forward adds to the residual stream",
+    "stream_rms": "RMS of the residual stream",
+}
+
+
+class LayerJump(Rule):
+    """Remembers the height before a jump for as long as the layer stays up."""
+
+    name = "layer-jump"
+    source = "5-fold and 20-fold: ours"
+    explains = (
+        "learning-rate",
+        "depth-growth",
+        "attention-logits",
+        "attention-entropy",
+        "unrecovered-spike",
+        "massive-activation",
+        "branch-silent",
+        "adam-eps",
+    )
+
+    def __init__(self) -> None:
+        self._before: dict[tuple[str, int], tuple[float, int]] = {}  # the height before a jump, and its step
+
+    def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
+        for signals in (WEIGHTS, ACTIVATIONS[:-1], ACTIVATIONS[-1:]):
+            found = [found for signal in signals for found in self._jumps(history, sample, signal)]
+            if not found:
+                continue
+            if signals == ACTIVATIONS[-1:]:  # the stream carries a jump on: the first block is the cause
+                yield self._explain(history, sample, *min(found, key=lambda jump: jump[2]))
+                return
+            for jump in sorted(found, reverse=True):
+                yield self._explain(history, sample, *jump)
+            return
+
+    def _jumps(self, history: History, sample: Sample, signal: str) -> list[tuple[float, str, int]]:
+        """(factor, signal, index) of the layers that are up at this sample."""
+        values = values_of(sample, signal)
+        new = self._new_jumps(history, signal, values)
+        found = []
+        for index, value in enumerate(values):
+            key = signal, index
+            if key in new and key not in self._before:
+                self._before[key] = new[key], sample.step
+            if key not in self._before or value is None:
+                continue
+            height, since = self._before[key]
+            if value < JUMP * height:
+                del self._before[key]
+            elif signal in WEIGHTS or since < sample.step:
+                found.append((value / height, signal, index))
+        return found
+
+    def _new_jumps(self, history: History, signal: str, values: list[float | None]) -> dict[tuple[str, int], float]:
+        if len(history.samples) <= FEWEST:
+            return {}
+        pairs = enumerate(zip(values, values_of(history.samples[-2], signal), strict=False))
+        ratios = {index: now / then for index, (now, then) in pairs if now is not None and then and then > 0.0}
+        if len(ratios) < 2 or max(ratios.values()) < JUMP or median(list(ratios.values())) >= OTHERS:
+            return {}
+        jumps = {}
+        for index, ratio in ratios.items():
+            past = earlier(history, signal, index, SAMPLES) if ratio >= JUMP else []
+            value = values[index]
+            if len(past) >= FEWEST and value is not None and 0.0 < JUMP * median(past) <= value:
+                jumps[signal, index] = median(past)
+        return jumps
+
+    def _explain(self, history: History, sample: Sample, factor: float, signal: str, index: int) -> Alarm:
+        height, step = self._before[signal, index]
+        layer = layer_names(history.facts, signal)[index]
+        evidence = (
+            f"{layer}: the {_TITLES[signal]} jumped {fold(factor)} by step {step}, "
+            f"from {height:.3g} to {height * factor:.3g}, while other layers stayed as they were."
+        )
+        if signal in WEIGHTS:
+            remedy = "Training does not do that: look for code that writes to these weights, or restore a checkpoint."
+            return self.alarm(sample.step, "fail", layer, evidence, remedy)
+        remedy = f"Compare {layer}'s weights and inputs with a checkpoint before step {step}; lower its learning rate."
+        return self.alarm(sample.step, "fail" if factor >= HUGE else "warn", layer, evidence, remedy)

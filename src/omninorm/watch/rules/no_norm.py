@@ -1,0 +1,51 @@
+"""no-norm: the blocks have no norm, and depth makes the residual stream or its gradient explode or vanish.
+
+Signals: the stream's RMS over depth and its gradient's; the first non-finite value of the forward pass. Threshold: an
+exponent above 0.2 with ends 100-fold apart, or a non-finite value, is a "fail"; an exponent above 0.2 with ends
+8-fold apart a warning. [ours] Models that are built to train without norms (ReZero, Fixup) keep both flat, and raise nothing.
+Persistence: none, as it is a property of the initialization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from omninorm.watch.alarm import Alarm
+from omninorm.watch.history import History, Sample, Step
+from omninorm.watch.rules.base import Rule
+from omninorm.watch.rules.depth import backward_growth, growth, has_no_norm
+
+EXPONENT = 0.2
+WARN_TOTAL, FAIL_TOTAL = 8.0, 100.0
+
+
+class NoNorm(Rule):
+    """Names the missing norms as the cause of what the other rules see."""
+
+    name = "no-norm"
+    source = "0.2 and 100-fold: ours"
+    explains = ("depth-growth", "loss-spike", "gradient-spike", "unrecovered-spike", "massive-activation", "adam-eps")
+
+    def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
+        found = history.nonfinite
+        if found is not None and found.step <= step.step and found.phase == "forward" and has_no_norm(history):
+            evidence = f"None of the {len(history.facts.blocks)} blocks has a norm, and at step {found.step} "
+            evidence += f"the residual stream left the range of its dtype at {found.layer}."
+            yield self._explain(found.step, "fail", evidence)
+
+    def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
+        if not has_no_norm(history):
+            return
+        stream, gradient = growth(sample, "stream_rms"), backward_growth(sample)
+        named = {"the residual stream": stream, "its gradient, on its way back,": gradient}
+        wild = {what: found for what, found in named.items() if found is not None and found.exponent > EXPONENT}
+        largest = max((found.total for found in wild.values()), default=1.0)
+        if largest > WARN_TOTAL:
+            words = ", and ".join(found.words(what) for what, found in wild.items() if found.total > WARN_TOTAL)
+            severity = "fail" if largest > FAIL_TOTAL else "warn"
+            yield self._explain(sample.step, severity, f"The blocks have no norm: {words}.")
+
+    def _explain(self, step: int, severity: str, evidence: str) -> Alarm:
+        remedy = "Use pre-norm: a norm before each attention and feed-forward, and one after the last block. "
+        remedy += "Without norms a branch must start at 0 (ReZero) or be scaled by depth (Fixup)."
+        return self.alarm(step, severity, None, evidence, remedy)

@@ -1,0 +1,25 @@
+"""saturation: most of what a DyT or Derf reads lies where its curve is flat, so little gradient passes.
+
+Signal: share of |αx| > 2. Threshold: above 50 % [ours]. Persistence: 3 samples over 20 steps. A warning.
+"""
+
+from __future__ import annotations
+
+from omninorm.watch.history import History, Sample
+from omninorm.watch.rules.base import Threshold
+
+
+class Saturation(Threshold):
+    """Names the norm."""
+
+    name = "saturation"
+    source = "50 %: ours"
+    signal = "saturation"
+    warn = 0.5
+    persistence = 3
+    span = 20
+
+    def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
+        norm = history.facts.norms[index].name
+        evidence = f"{100 * value:.0f} % of the values that {norm} reads lie in the flat part of its curve, |αx| > 2."
+        return evidence, "Start with a smaller α, or lower the learning rate of α."

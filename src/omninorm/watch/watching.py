@@ -1,0 +1,351 @@
+"""Watch: the context manager around a training loop, and everything that it sets going."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from omninorm.config import check_count
+from omninorm.errors import ConfigError, InputError, RunError
+from omninorm.record import Record
+from omninorm.record.signals import SIGNALS
+from omninorm.watch.alarm import Alarm
+from omninorm.watch.board import UNSEEN, Board, Row
+from omninorm.watch.gradients import Gradients
+from omninorm.watch.history import Facts, History, Sample, Step
+from omninorm.watch.hooks import Hooks, cell_sizes, sentinel_names
+from omninorm.watch.judge import Judge
+from omninorm.watch.optimizer import OptimizerWatch, adam_eps
+from omninorm.watch.output import Output, rank, short, world_size
+from omninorm.watch.reasons import not_seen
+from omninorm.watch.recorder import SampleBuilder, first_nonfinite, has_gradients, step_of
+from omninorm.watch.rules import Rule
+from omninorm.watch.sinks import Sink
+from omninorm.watch.structure import Structure, find_structure, unwrap
+from omninorm.watch.traced import is_compiled
+from omninorm.watch.weights import GAIN_SIGNALS, measure_gains, measure_matrices
+
+FORMAT = 1
+LOG = logging.getLogger("omninorm.watch")
+_watched: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()
+
+
+class Watch:
+    """What `watch` returns. Begins with `open` or `with`, ends with `close`.
+
+    Attributes:
+        alarms: what the rules said, oldest first.
+        history: steps and samples as the rules see them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
+        every: int,
+        folder: str | Path | Record | None,
+        *,
+        step: int,
+        scaler: Any,
+        sinks: Sequence[Sink],
+        rules: Sequence[Rule] | None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError("watch needs a torch.nn.Module", type(model).__name__, "pass the model that is trained")
+        check_count("every", every)
+        check_count("step", step, at_least=0)
+        self._model, self._compiled = unwrap(model), is_compiled(model)
+        self._optimizers = read_optimizers(optimizer)
+        self._every, self._folder, self._scaler, self._sinks = every, folder, scaler, tuple(sinks)
+        self._done = step
+        self._judge = Judge(rules)
+        self.alarms: list[Alarm] = []
+        self.history = History()
+        self._output: Output | None = None
+        self._hooks: Hooks | None = None
+        self._reported_seen = False
+
+    # Beginning and end ------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Watch:
+        return self.open()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close("done" if error is None else f"{type(error).__name__}: {error}")
+
+    def open(self) -> Watch:
+        """Attaches to the model."""
+        if self._model in _watched or self._output is not None:
+            remedy = "close the other watch first, or use that one"
+            raise ConfigError("a model is watched once at a time", "a second watch", remedy)
+        structure = find_structure(self._model)
+        named = list(self._model.named_parameters())
+        if not named:
+            remedy = "pass the model that is trained"
+            raise ConfigError("watch needs a model with parameters", type(self._model).__name__, remedy)
+        self._structure, self._names = structure, [name for name, _ in named]
+        self._parameters = [parameter for _, parameter in named]
+        self._sentinels = sentinel_names(structure)
+        places = {name: at for at, name in enumerate(self._names)}
+        groups = {group: [places[name] for name, _ in members] for group, members in structure.groups.items()}
+        self._builder = SampleBuilder(structure, groups, self._names)
+        device = self._parameters[0].device
+        self._board = Board(device, cell_sizes(structure), len(self._sentinels), len(named), self._every, self._scaler)
+        self._rates: list[float | None] = []
+        self._first = self._done + 1
+        self.history.facts = self._facts(structure)
+        self._output = Output(self._folder)
+        # The owner of a record that is only lent says itself where it goes on.
+        if self._output.continues or (self._done and not isinstance(self._folder, Record)):
+            self._output.append({"kind": "resume", "step": self._done})
+        self._output.append(self._header())
+        self._attach()
+        _watched[self._model] = self
+        self._begin_step()
+        return self
+
+    def _attach(self) -> None:
+        self._hooks = Hooks(self._structure, self._board, self._failed, self._compiled)
+        self._gradients = Gradients(self._board, self._parameters, self._failed)
+        self._optimizer_watch = OptimizerWatch(self._board, self._parameters, self._optimizers, self._failed)
+        self._hooks.attach()
+        self._handles = [*self._gradients.attach(), *self._optimizer_watch.attach()]
+
+    def close(self, reason: str = "done") -> None:
+        """Judges what is pending, removes every hook and closes the record. A second call does nothing."""
+        if self._output is None or self._hooks is None:
+            return
+        try:
+            self.flush()
+        finally:
+            self._hooks.detach()
+            for handle in self._handles:
+                handle.remove()
+            self._hooks = None
+            _watched.pop(self._model, None)
+            self._output.append({"kind": "end", "step": self._done, "reason": reason})
+            self._output.close()
+            for sink in self._sinks:
+                sink.close()
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def step(self, loss: Tensor | float | None = None) -> None:
+        """Ends a training step. On the device the loss stays where it is until the next sample.
+
+        Args:
+            loss: of this step: a tensor (its mean is taken), a number, or None.
+
+        Raises:
+            InputError: the loss is something else.
+            RunError: the watch has not begun or has ended.
+        """
+        hooks = self._hooks
+        if hooks is None:
+            raise RunError("a watch must be open", "one that has not begun or has ended", "use `with watch(…) as w:`")
+        value = read_loss(loss)
+        hooks.rest()
+        self._done += 1
+        self._rates.append(self._optimizer_watch.rate())
+        self._board.end_row(value)
+        if self._board.sampling or self._board.full:
+            self._flush(self._board.sampling)
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        coming = self._done + 1
+        self._board.sampling = coming % self._every == 0 or coming == 1
+        self._gradients.forget()
+
+    def flush(self) -> None:
+        """Moves what has gathered since the last sample to the host, writes it and judges it. Call it between steps."""
+        self._flush(sampled=False)
+
+    def _flush(self, sampled: bool) -> None:
+        board = self._board
+        if board.row == 0 or self._hooks is None:
+            return
+        extra, names = self._measure() if sampled else ([], [])
+        cells, rows, numbers = board.take(extra, sampled)
+        steps = [step_of(row, self._first + at, self._rates[at]) for at, row in enumerate(rows)]
+        self.history.steps.extend(steps)
+        for at, row in enumerate(rows):
+            if self.history.nonfinite is None:
+                self._look_for_nonfinite(row, self._first + at)
+        self._write_steps(steps, rows)
+        alarms = list(self._judge.judge_steps(self.history, steps))
+        if sampled:
+            self.history.placement = self._hooks.placements.verdict(len(self._structure.blocks))
+            self.history.dtype = None if self._hooks.dtype is None else str(self._hooks.dtype).removeprefix("torch.")
+            values = dict(zip(names, numbers, strict=True))
+            sample = self._builder.build(self._done, cells, rows[-1], self._gains(values), values)
+            self._write_sample(sample, steps[-1])
+            alarms += self._judge.judge_sample(self.history)
+        self._tell(alarms)
+        self._first, self._rates = self._done + 1, []
+
+    def _measure(self) -> tuple[list[Tensor], list[str]]:
+        """What a sample takes from parameters and optimizers: tensors, and their names."""
+        found = dict(zip(GAIN_SIGNALS, measure_gains(self._structure.norms, self._board.device), strict=True))
+        found["weight_rms"] = measure_matrices(self._parameters, self._board.device)
+        found |= self._optimizer_watch.take()
+        return list(found.values()), list(found)
+
+    def _gains(self, values: dict[str, list[float]]) -> dict[str, list[float | None]]:
+        return {name: [None if v == UNSEEN else v for v in values.pop(name)] for name in GAIN_SIGNALS}
+
+    def _look_for_nonfinite(self, row: Row, step: int) -> None:
+        found = first_nonfinite(row, step, self._sentinels, self._names)
+        if found is not None:
+            self.history.nonfinite = found
+            self._append({"kind": "nonfinite", **asdict(found)})
+
+    # What is written --------------------------------------------------------------------------------------------------
+
+    def _append(self, event: dict[str, Any]) -> None:
+        assert self._output is not None
+        self._output.append(event)
+
+    def _write_steps(self, steps: Sequence[Step], rows: Sequence[Row]) -> None:
+        """None where a value is not known, as against one that is NaN."""
+        series = {
+            "loss": [row.loss for row in rows],
+            "grad_norm": [
+                step.grad_norm if has_gradients(row) else None for step, row in zip(steps, rows, strict=True)
+            ],
+            "lr": self._rates,
+        }
+        self._append({"kind": "steps", "step": steps[-1].step, "first": steps[0].step, **series})
+
+    def _write_sample(self, sample: Sample, step: Step) -> None:
+        self.history.samples.append(sample)
+        if not self._reported_seen:
+            self._reported_seen = True
+            reasons = not_seen(sample, self.history.facts, bool(self._optimizers))
+            self._append(
+                {"kind": "seen", "step": sample.step, "placement": self.history.placement, "dtype": self.history.dtype}
+                | {"not_seen": reasons}
+            )
+        signals = {name: short(values) for name, values in sample.signals.items()}
+        self._append({"kind": "sample", "step": sample.step, "signals": signals, "worst": sample.worst})
+        if self._sinks:
+            numbers = flatten(sample, self.history.facts)
+            numbers |= {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
+            for sink in self._sinks:
+                sink.log(sample.step, {name: value for name, value in numbers.items() if value == value})
+
+    def _tell(self, alarms: Sequence[Alarm]) -> None:
+        if not alarms:
+            return
+        self.alarms += alarms
+        self._append({"kind": "alarms", "step": self._done, "alarms": [alarm.to_record() for alarm in alarms]})
+        for alarm in alarms:
+            level = logging.ERROR if alarm.severity == "fail" else logging.WARNING
+            where = f" {alarm.layer}:" if alarm.layer else ""
+            LOG.log(level, "step %d, %s:%s %s. %s", alarm.step, alarm.rule, where, alarm.evidence, alarm.remedy)
+            for sink in self._sinks:
+                sink.alarm(alarm)
+
+    @property
+    def record(self) -> list[dict[str, Any]]:
+        """The events so far, as they stand in record.jsonl."""
+        return [] if self._output is None else self._output.events
+
+    def report(self, path: str | Path) -> Path:
+        """Writes the report page: one HTML file that needs nothing else.
+
+        Raises:
+            RunError: nothing has been recorded yet, or the file can't be written.
+        """
+        from omninorm.report import write_report
+
+        if self._hooks is not None:
+            self.flush()
+        return write_report(self.record, Path(path))
+
+    def _header(self) -> dict[str, Any]:
+        from omninorm import __version__
+
+        facts = asdict(self.history.facts)
+        facts.pop("every")
+        return {
+            "kind": "watch",
+            "step": self._done,
+            "format": FORMAT,
+            "every": self._every,
+            "rank": rank(),
+            "world_size": world_size(),
+            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "versions": {"omninorm": __version__, "torch": torch.__version__},
+            **facts,
+        }
+
+    def _facts(self, structure: Structure) -> Facts:
+        return Facts(
+            model=type(structure.model).__name__,
+            parameters=sum(parameter.numel() for parameter in self._parameters),
+            blocks=tuple(block.name for block in structure.blocks),
+            norms=tuple(norm.facts for norm in structure.norms),
+            groups=tuple(structure.groups),
+            attentions=tuple(block.attention for block in structure.blocks),
+            feed_forwards=tuple(block.feed_forward for block in structure.blocks),
+            optimizer=type(self._optimizers[0]).__name__ if self._optimizers else None,
+            adam_eps=adam_eps(self._optimizers),
+            every=self._every,
+        )
+
+    def _failed(self, error: Exception) -> None:
+        """An error of our own: said once, and the statistic is missing."""
+        if not getattr(self, "_failed_once", False):
+            self._failed_once = True
+            warnings.warn(f"omninorm.watch could not measure something: {type(error).__name__}: {error}", stacklevel=3)
+
+
+def read_optimizers(
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
+) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers as a tuple."""
+    if optimizer is None:
+        return ()
+    found = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
+    for item in found:
+        if not isinstance(item, torch.optim.Optimizer):
+            remedy = "pass a torch.optim.Optimizer, several, or None"
+            raise ConfigError("watch needs optimizers of torch", type(item).__name__, remedy)
+    return found
+
+
+def read_loss(loss: Tensor | float | None) -> Tensor | None:
+    """The loss as a tensor.
+
+    Raises:
+        InputError: neither a real tensor nor a number.
+    """
+    if loss is None:
+        return None
+    if isinstance(loss, Tensor) and loss.numel() > 0 and not loss.is_complex():
+        return loss.detach()
+    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+        return torch.tensor(float(loss))
+    received = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise InputError("the loss must be a real tensor, a number or None", received, "pass the loss of the step")
+
+
+def flatten(sample: Sample, facts: Facts) -> dict[str, float]:
+    """A sample as numbers by name, "stream_rms/blocks.3": what dashboards take."""
+    layers = {"block": facts.blocks, "norm": [norm.name for norm in facts.norms], "group": facts.groups, "run": [""]}
+    return {
+        f"{name}/{layer}" if layer else name: value
+        for name, values in sample.signals.items()
+        for layer, value in zip(layers[SIGNALS[name].axis], values, strict=True)
+        if value is not None
+    }

@@ -1,0 +1,54 @@
+"""What the parameters themselves show in a sampled step: the norms' gains, and the size of the matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from omninorm.watch.board import UNSEEN
+from omninorm.watch.gradients import norms_of, stack
+from omninorm.watch.optimizer import some
+from omninorm.watch.structure import Norm
+
+SILENT_GAIN = 1e-3
+GAIN_SIGNALS = ("gain_max", "gain_ratio", "gain_small")
+
+
+@torch.no_grad()
+def measure_gains(norms: Sequence[Norm], device: torch.device) -> list[Tensor]:
+    """max |γ|, max |γ|/median |γ| and the share of |γ| < 1e-3 of every norm: three tensors (norms,), UNSEEN without gain.
+
+    Gains of one width are measured together.
+    """
+    found = [torch.full((len(norms),), UNSEEN, device=device) for _ in GAIN_SIGNALS]
+    by_width: dict[int, list[int]] = {}
+    for place, norm in enumerate(norms):
+        if norm.gain is not None and norm.gain.numel() > 0 and not norm.gain.is_meta:
+            by_width.setdefault(norm.gain.numel(), []).append(place)
+    for places in by_width.values():
+        gains = [norms[at].gain.detach().reshape(-1).to(device, torch.float32) + norms[at].offset for at in places]  # type: ignore[union-attr]
+        sizes = torch.stack(gains).abs()
+        most = sizes.amax(dim=1)
+        index = torch.tensor(places, device=device)
+        found[0][index] = most
+        found[1][index] = most / sizes.sort(dim=1).values[:, (sizes.shape[1] - 1) // 2].clamp_min(1e-30)
+        found[2][index] = (sizes < SILENT_GAIN).float().mean(dim=1)
+    return found
+
+
+@torch.no_grad()
+def measure_matrices(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """RMS of some thousand elements of every matrix, UNSEEN for vectors: (parameters,)."""
+    found = torch.full((len(parameters),), UNSEEN, device=device)
+    places = [
+        at
+        for at, parameter in enumerate(parameters)
+        if parameter.ndim >= 2 and parameter.numel() > 0 and parameter.is_floating_point()
+    ]
+    if places:
+        few = [some(parameters[at]) for at in places]
+        counts = torch.tensor([float(part.numel()) for part in few], device=device)
+        found[torch.tensor(places, device=device)] = stack(norms_of(few), device) / counts.sqrt()
+    return found

@@ -1,0 +1,150 @@
+"""The page in a real browser: it draws, can be used, and nothing that a record holds is ever run."""
+
+from __future__ import annotations
+
+import html
+import re
+
+import pytest
+
+from omninorm.record.signals import SIGNALS
+from omninorm.report import read_run, render
+
+from . import synthetic
+from .browser import open_page
+
+
+@pytest.fixture(scope="module")
+def sick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sick")
+    return read_run(synthetic.run(folder / "run", scene="logits"))
+
+
+def test_a_browser_reports_errors_and_refused_scripts(sick, tmp_path):
+    """Otherwise the tests below could not fail."""
+    broken = render(sick).replace("'use strict';", "'use strict'; nowhere.nothing;")
+    shown = open_page(broken, tmp_path)
+    assert any("Content Security Policy" in line for line in shown.console), "a changed script must be refused"
+    assert "data-ready=" not in shown.dom
+    shown = open_page(render(sick), tmp_path, "nowhere.nothing;")
+    assert any("nowhere is not defined" in line for line in shown.console)
+
+
+def test_a_sick_run_is_drawn_with_its_alarms(sick, tmp_path):
+    shown = open_page(render(sick), tmp_path)
+    assert shown.console == []
+    drawn = len(SIGNALS) - 2 + 3  # two are not seen; the curves of loss, gradient norm and rate are added
+    assert f'data-ready="{drawn}"' in shown.dom
+    assert f'data-drawn="{drawn}"' in shown.dom
+    assert shown.dom.count("<canvas role=") == drawn
+    assert "Failing: the attention logits of blocks.8 passed 1e4" in shown.dom
+    for alarm in sick.alarms:
+        assert (
+            f'aria-label="{"Failure" if alarm.severity == "fail" else "Warning"} at step {alarm.step}: {alarm.rule}'
+            in shown.dom
+        )
+    assert shown.dom.count('class="tick ') == len(sick.alarms) == 5
+    # The alarm of the verdict is chosen, and marked in the maps that have its layer: of blocks and of groups.
+    assert len(re.findall(r'<button[^>]* aria-pressed="true"', shown.dom)) == 1
+    by_layer = [name for name, signal in SIGNALS.items() if signal.axis in ("block", "group")]
+    assert shown.dom.count('class="box"') == len(by_layer)
+
+
+@pytest.mark.parametrize("scene", ["healthy", "nan"])
+def test_other_runs_are_drawn_without_errors(tmp_path, scene):
+    shown = open_page(render(read_run(synthetic.run(tmp_path / "run", scene=scene, samples=20))), tmp_path)
+    assert shown.console == []
+    assert "data-drawn=" in shown.dom
+    assert ("Healthy" in shown.title) == (scene == "healthy")
+    assert (">NaN<" in shown.dom) == (scene == "nan")
+
+
+@pytest.mark.parametrize("kinds", ["train", "empty"])
+def test_panels_without_a_signal_are_there_and_say_why(tmp_path, kinds):
+    folder = synthetic.run(tmp_path / "run", kinds="train" if kinds == "train" else "watch", samples=4)
+    if kinds == "empty":
+        record = folder / "record.jsonl"
+        record.write_bytes(record.read_bytes().splitlines(keepends=True)[0])
+    shown = open_page(render(read_run(folder)), tmp_path)
+    assert shown.console == []
+    reason = "The run was recorded without omninorm.watch." if kinds == "train" else "No sample was taken."
+    assert shown.dom.count(f'<p class="reason"><b>Not seen</b> {reason}') == len(SIGNALS)
+    assert shown.dom.count("data-empty=") == len(SIGNALS) + (0 if kinds == "train" else 4)
+    assert f'data-drawn="{4 if kinds == "train" else 0}"' in shown.dom
+
+
+def test_what_a_record_says_is_never_run(tmp_path):
+    story = read_run(synthetic.run(tmp_path / "run", scene="hostile", prefix=synthetic.HOSTILE, samples=10))
+    # The policy would refuse the scripts as well; without it, escaping alone must hold.
+    page = render(story)
+    bare = page.replace('<meta http-equiv="Content-Security-Policy"', '<meta name="none"')
+    assert bare != page
+    shown = open_page(bare, tmp_path)
+    assert shown.console == []
+    assert shown.title != "pwned"
+    assert "data-drawn=" in shown.dom, "the page's own script must have run"
+    assert html.escape(synthetic.HOSTILE, quote=False) in shown.dom
+    assert shown.dom.count("<script") == 2
+    assert "<img" not in shown.dom
+
+
+USE = """
+const fire = (element, key) => element.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true}));
+const map = document.querySelector('[data-name="attention_logit"] .plot');
+fire(map, 'End'); fire(map, 'ArrowDown'); fire(map, 'ArrowDown');
+const spoken = document.getElementById('live').textContent;
+const box = map.getBoundingClientRect();
+map.dispatchEvent(new PointerEvent('pointermove', {clientX: box.right - 12, clientY: box.top + 16, bubbles: true}));
+const tip = document.getElementById('tip').innerText.replaceAll('\\n', ', ');
+const head = [...document.querySelectorAll('#table-layers thead button')].find(each => each.textContent === 'Largest attention logit');
+const top = () => document.querySelector('#table-layers tbody th').textContent;
+head.click(); const most = top(); const sorted = head.parentElement.getAttribute('aria-sort');
+head.click(); const least = top();
+document.querySelector('.tick').click();
+const marked = document.querySelector('tr.chosen').id;
+document.getElementById('theme').click();
+return [spoken, tip, most, sorted, least, marked, document.documentElement.dataset.theme].join('|');
+"""
+
+
+def test_keys_pointer_sorting_choice_and_theme(sick, tmp_path):
+    shown = open_page(render(sick), tmp_path, USE)
+    assert shown.console == []
+    spoken, tip, most, sorted_, least, marked, theme = html.unescape(shown.result()).split("|")
+    newest = sick.columns[-1].signals["attention_logit"]
+    names = list(sick.watched.blocks)
+    for told, row in ((spoken, 2), (tip, 0)):
+        value, layer, step = told.split(", ")
+        assert (layer, step) == (names[row], "step 600")
+        # bfloat16 rounds to 2^-8, three digits to 1/200 at most.
+        assert float(value.replace(",", "")) == pytest.approx(newest[row], rel=2**-8 + 0.005)
+    assert most == names[newest.index(max(newest))]
+    assert sorted_ == "descending"
+    assert least == names[newest.index(min(newest))], "parts without a value stay at the end"
+    assert marked == "alarm-0"
+    assert theme in ("dark", "light")
+
+
+@pytest.mark.parametrize("scene", ["logits", "hostile"])
+def test_a_phone_never_scrolls_sideways(tmp_path, scene):
+    """In a frame of 360 pixels, since a window has a smallest width."""
+    long = "model.very_long_name_of_layers" * 3
+    inner = render(read_run(synthetic.run(tmp_path / "run", scene=scene, prefix=long, samples=10)))
+    (tmp_path / "inner.html").write_text(_measured(inner), encoding="utf-8")
+    shown = open_page(
+        '<!doctype html><html><iframe src="inner.html" width="360" height="800"></iframe></html>', tmp_path
+    )
+    # By the console, because frames of files can't see each other.
+    (told,) = [re.search(r"window=(\d+) visible=(\d+) page=(\d+)", line) for line in shown.console]
+    window, visible, page = map(int, told.groups())
+    assert window == 360
+    assert page == visible <= window
+
+
+def _measured(page: str) -> str:
+    bare = page.replace('<meta http-equiv="Content-Security-Policy"', '<meta name="none"')
+    root = "document.documentElement"
+    script = (
+        f"console.log(`window=${{window.innerWidth}} visible=${{{root}.clientWidth}} page=${{{root}.scrollWidth}}`)"
+    )
+    return bare.replace("</body>", f"<script>{script}</script></body>")

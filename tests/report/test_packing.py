@@ -1,0 +1,90 @@
+"""What the page's figures are made of: cells of two bytes, and curves that keep their extremes."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from omninorm.report.packing import curve, pack, unpack
+from omninorm.report.story import Series
+from omninorm.report.text import embed, escape, plain, short
+
+
+def test_cells_are_right_to_a_quarter_of_a_percent_and_more():
+    chance = random.Random(1)
+    values = [10 ** chance.uniform(-37, 38) for _ in range(2000)]
+    for value, back in zip(values, unpack(pack([values[:1000], values[1000:]])), strict=True):
+        # bfloat16 rounded to nearest: half of the last of eight significant bits.
+        assert back == pytest.approx(value, rel=2**-8)
+
+
+def test_special_cells_survive():
+    values = [0.0, 1.0, 0.5, -3.0, math.inf, -math.inf, None, 1e300, 1e-300]
+    assert unpack(pack([values])) == [0.0, 1.0, 0.5, -3.0, math.inf, -math.inf, None, math.inf, 0.0]
+    assert math.isnan(unpack(pack([[math.nan]]))[0])
+    assert unpack(pack([[math.nan, 1.0], [None, 2.0]]))[1:] == [1.0, None, 2.0]
+    assert pack([]) == ""
+
+
+def test_a_long_curve_keeps_its_extremes_and_its_size():
+    values = [1.0 + 1e-3 * (step % 7) for step in range(100_000)]
+    values[31_337], values[77_777], values[5] = 99.0, 0.5, math.nan
+    drawn = curve(Series(list(range(1, 100_001)), values), logarithmic=True)
+    assert len(drawn["x"]) == len(drawn["y"]) < 1500
+    points = dict(zip(drawn["x"], drawn["y"], strict=True))
+    assert (points[31_338], points[77_778]) == (99.0, 0.5)
+    assert drawn["bad"] == [6]
+    assert drawn["log"]
+    assert {1, 100_000} <= set(points)
+    assert drawn["x"] == sorted(drawn["x"])
+
+
+def test_a_short_curve_is_drawn_whole():
+    drawn = curve(Series([3, 4, 5], [1.0, math.inf, 2.0]))
+    assert drawn == {"x": [3, 5], "y": [1.0, 2.0], "bad": [4], "log": False, "mean": []}
+    nothing = curve(Series([1, 2], [math.nan, math.nan]), logarithmic=True)
+    assert (nothing["x"], nothing["bad"], nothing["log"]) == ([], [1, 2], False)
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("blocks.0.norm", "blocks.0.norm"),
+        ("γ·ε 漢", "γ·ε 漢"),
+        ("\x1b[31mred", "␛[31mred"),
+        ("a\nb\tc\x7f", "a␊b␉c␡"),
+        ("\u202egnp.exe\u2066", "�gnp.exe�"),
+        ("a\u2028b\ud800", "a�b�"),
+        ("x" * 700, "x" * 599 + "…"),
+    ],
+)
+def test_text_is_one_line_of_what_can_be_seen(given, shown):
+    assert plain(given) == shown
+
+
+def test_text_cannot_become_markup():
+    assert escape("<b class=\"a\" id='c'>&") == "&lt;b class=&quot;a&quot; id=&#x27;c&#x27;&gt;&amp;"
+
+
+@pytest.mark.parametrize("text", ["</script><script>", "<!--<script>", "]]>", "\u2028\u2029", "'\"&\\", "漢\x00\ud800"])
+def test_embedded_data_is_inert_and_comes_back(text):
+    import json
+
+    told = embed({text: [text, 1.5]})
+    assert told.isascii()
+    assert not set("<>&'") & set(told)
+    assert json.loads(told) == {text: [text, 1.5]}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "–"), (0.0, "0"), (1.0, "1"), (12.5, "12.5"), (0.021341, "0.02134"), (-3.14159, "-3.142"), (1234.5, "1,234"),
+        (999.96, "1000"), (123456.0, "123,456"), (3.2e-5, "3.2e-5"), (1.1e12, "1.1e12"), (100.0, "100"), (1e6, "1e6"),
+        (math.nan, "NaN"), (math.inf, "∞"), (-math.inf, "−∞"),
+    ],
+)  # fmt: skip
+def test_numbers_are_short(value, shown):
+    assert short(value) == shown
