@@ -11,7 +11,19 @@ import omninorm
 
 SOURCE = Path(omninorm.__file__).parent
 # DESIGN: each part may import those before it.
-ORDER = ["errors", "record", "config", "kernels", "functional", "layers", "placement", "thinker", "experiments", "bench", "cli"]
+ORDER = [
+    "errors",
+    "record",
+    "config",
+    "kernels",
+    "functional",
+    "layers",
+    "placement",
+    "thinker",
+    "experiments",
+    "bench",
+    "cli",
+]
 # Beside the line: what they may import of it. From `experiments` on, all of them may be used.
 CORE = ORDER[: ORDER.index("placement")]
 ASIDE = {

@@ -95,3 +95,14 @@ def test_threads_change_nothing(tmp_path, threads):
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (4, 64, 32), (5000,), (16, 8, 3, 3)])
+def test_chunks_are_small_and_hold_everything(tmp_path, monkeypatch, shape):
+    monkeypatch.setattr(tensors, "CHUNK", 512)
+    weight = torch.randn(shape)
+    save_file({"weight": weight}, tmp_path / "a.safetensors")
+    (stored,) = tensors.read_safetensors(tmp_path / "a.safetensors")
+    chunks = list(stored.chunks())
+    assert max(chunk.numel() for chunk in chunks) <= 512
+    assert torch.equal(torch.cat([chunk.flatten() for chunk in chunks]), weight.flatten())

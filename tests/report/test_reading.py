@@ -257,3 +257,13 @@ def test_choose_keeps_to_its_limit(limit):
         assert {10, 100_000} <= set(chosen)
     # An event between two samples is in the later one.
     assert 60 in choose(steps, (55,), limit)
+
+
+def test_two_samples_run_together_are_noticed_though_neither_is_shown(tmp_path):
+    lines = [json.dumps(HEAD).encode() + b"\n", *(sample_bytes(step) for step in range(1, 1001))]
+    # Every second is shown, from the newest back, so not 999.
+    lines[999] = lines[999][:40] + lines[999]
+    (tmp_path / "record.jsonl").write_bytes(b"".join(lines))
+    story = read_run(tmp_path)
+    assert story.samples == 999
+    assert "1 damaged line" in story.notes[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from omninorm.watch.rules import Rule
 
 BATCH, SEQ = 8, 32
 EVERY = 5
-# A loss this far above the healthy run's for this many steps running is lost. (Nats per byte, steps.)
+# A run is lost once its loss has been this far above the healthy one's, or no number, for so many steps running; its
+# alarm has to come by the last of them. (Nats per byte, steps.)
 LOST, LOST_STEPS = 0.3, 20
 Illness = Callable[["Training", int], None]
 
@@ -29,7 +30,7 @@ class Recipe:
 
     width: int = 48
     blocks: int = 4
-    steps: int = 100
+    steps: int = 80
     lr: float = 3e-3
     warmup: int = 10
     eps: float = 1e-8
@@ -77,11 +78,11 @@ class Outcome:
         return [alarm for alarm in self.alarms if alarm.severity == "fail"]
 
 
-def run(recipe: Recipe, rules: list[Rule] | None = None) -> Outcome:
-    """Trains under watch, to the end whatever the alarms say."""
+def run(recipe: Recipe, rules: list[Rule] | None = None, every: int = EVERY) -> Outcome:
+    """Trains under watch, to the end whatever the alarms say; `rules` as of `watch`."""
     training = Training(recipe)
     losses = []
-    with watch(training.model, training.optimizer, every=EVERY, rules=rules) as watched:
+    with watch(training.model, training.optimizer, every=every, rules=rules) as watched:
         for step in range(1, recipe.steps + 1):
             training.step = step
             training.tokens = windows(corpus(), recipe.seed, step, BATCH, SEQ)
@@ -126,11 +127,13 @@ def at(step: int, act: Callable[[Training], None]) -> Illness:
 
 @torch.no_grad()
 def multiply_weights(training: Training) -> None:
+    """One feed-forward's weights × 100."""
     for parameter in training.model.blocks[2].feed_forward.parameters():
         parameter.mul_(100.0)
 
 
 def nan_in_batch(training: Training, step: int) -> None:
+    """A NaN in what the batch of step 60 adds to the embeddings."""
     training.noise = math.nan if step == 60 else 0.0
 
 
@@ -143,7 +146,8 @@ def overflow(training: Training) -> None:
 
 @torch.no_grad()
 def grow_queries(training: Training, step: int) -> None:
-    if step > 30:
+    """From step 21 on the queries of a block grow by 15 % at every step."""
+    if step > 20:
         training.model.blocks[1].attention.q.weight.mul_(1.15)
 
 
@@ -155,66 +159,107 @@ def silence(training: Training) -> None:
 
 
 def freeze_gain(training: Training) -> None:
+    """The gains before one feed-forward are 0, and stay so."""
     gain = training.model.blocks[1].around_feed_forward.norm.weight
     nn.init.zeros_(gain)
     gain.requires_grad_(False)
 
 
 def corrupt(training: Training, step: int) -> None:
+    """Random bytes for 20 steps."""
     if 60 <= step < 80:
         training.tokens = torch.randint(256, training.tokens.shape)
 
 
 @dataclass(frozen=True)
 class SickRun:
-    """A run, its healthy twin, and what the first and most severe alarm must say.
+    """A run, and what the alarms must say about it.
 
     Args:
         recipe: the run.
-        rules: names of rules, one of which must be that of the first "fail".
-        layer: what the alarm must name; None where it is the whole run.
-        healthy: the run without the illness, by which it is decided when it was lost; the default one if None.
-        severity: of the most severe alarm.
-        begins: the step before which the alarm would be a false one.
+        rules: the first "fail" must come from one of these rules; the first warning where nothing may fail.
+        layer: what that alarm must name; None where it is about the whole run.
+        begins: the step at which the illness begins; an alarm before it would be a false one.
+        fails: whether it is a matter of a "fail".
     """
 
     recipe: Recipe
     rules: tuple[str, ...]
     layer: str | None = None
-    healthy: Recipe = Recipe()
-    severity: str = "fail"
     begins: int = 1
+    fails: bool = True
 
 
-DEEP = Recipe(width=32, blocks=24, steps=60)
+STEPS = 80
+# What a sick run's loss is compared with: the same batches, and nothing wrong.
+HEALTHY_TWIN = Recipe(steps=140)
 POST = NormConfig(norm_placement="post")
 NONE = NormConfig(normalization="none")
 SICK: dict[str, SickRun] = {
-    "rate 30 × too high": SickRun(Recipe(lr=0.09), ("learning-rate",)),
-    "post-norm, 24 blocks, no warm-up": SickRun(replace(DEEP, norm=POST, warmup=0), ("post-norm-depth",), healthy=DEEP),
-    "no norm": SickRun(Recipe(blocks=8, steps=60, norm=NONE), ("no-norm",), healthy=Recipe(blocks=8, steps=60)),
+    "rate 30 × too high": SickRun(Recipe(steps=STEPS, lr=0.09), ("learning-rate",)),
+    "post-norm, 24 blocks, no warm-up": SickRun(
+        Recipe(steps=40, width=32, blocks=24, norm=POST, warmup=0), ("post-norm-depth",)
+    ),
+    "no norm": SickRun(Recipe(steps=40, blocks=8, norm=NONE), ("no-norm",)),
     "weights × 100 at step 50": SickRun(
-        Recipe(illness=at(50, multiply_weights)), ("layer-jump",), "blocks.2", begins=50
+        Recipe(steps=STEPS, illness=at(50, multiply_weights)), ("layer-jump",), "blocks.2", begins=50
     ),
-    "NaN in a batch": SickRun(Recipe(illness=nan_in_batch), ("nonfinite",), "embedding", begins=60),
-    "fp16 overflow": SickRun(Recipe(prepare=overflow), ("nonfinite",), "blocks.1.feed_forward.down", begins=50),
-    "attention logits grow": SickRun(Recipe(illness=grow_queries), ("attention-logits",), "blocks.1", begins=31),
-    "Adam's ε above the gradients": SickRun(Recipe(eps=1.0), ("adam-eps",)),
-    "dead block": SickRun(Recipe(prepare=silence), ("branch-silent",), "blocks.2", begins=50),
-    "gain frozen at 0": SickRun(Recipe(prepare=freeze_gain), ("gain-drift",), "blocks.1.around_feed_forward.norm"),
+    "NaN in a batch": SickRun(Recipe(steps=STEPS, illness=nan_in_batch), ("nonfinite",), "embedding", begins=60),
+    "fp16 overflow": SickRun(Recipe(steps=STEPS, prepare=overflow), ("nonfinite",), "blocks.1.feed_forward", begins=50),
+    "attention logits grow": SickRun(
+        Recipe(steps=STEPS, illness=grow_queries), ("attention-logits",), "blocks.1", begins=21
+    ),
+    "Adam's ε above the gradients": SickRun(Recipe(steps=40, eps=1.0), ("adam-eps",), "blocks.3.attention.q.weight"),
+    "dead block": SickRun(Recipe(steps=STEPS, prepare=silence), ("branch-silent",), "blocks.2", begins=50),
+    "gain frozen at 0": SickRun(
+        Recipe(steps=40, prepare=freeze_gain), ("gain-drift",), "blocks.1.around_feed_forward.norm"
+    ),
     "20 corrupted batches": SickRun(
-        Recipe(steps=140, illness=corrupt),
-        ("loss-spike", "unrecovered-spike"),
-        severity="warn",
-        begins=60,
-        healthy=Recipe(steps=140),
+        Recipe(steps=140, illness=corrupt), ("loss-spike", "unrecovered-spike"), begins=60, fails=False
     ),
-    "norm ε of 0.1": SickRun(Recipe(norm=NormConfig(norm_eps=0.1)), ("eps-share",), "blocks.0.around_attention.norm"),
+    "norm ε of 0.1": SickRun(
+        Recipe(steps=40, norm=NormConfig(norm_eps=0.1)), ("eps-share",), "blocks.0.around_attention.norm"
+    ),
 }
 
-SIZES = ((32, 2), (48, 4), (64, 6), (32, 12))
+SIZES = ((32, 2), (48, 3), (64, 4), (32, 8))
 HEALTHY = {
-    f"{width} wide, {blocks} blocks, seed {seed}": Recipe(width=width, blocks=blocks, steps=80, seed=seed)
+    f"{width} wide, {blocks} blocks, seed {seed}": Recipe(width=width, blocks=blocks, steps=60, seed=seed)
     for width, blocks in SIZES
     for seed in range(5)
 }
+
+
+def complaints(sick: SickRun, outcome: Outcome, healthy: list[float]) -> list[str]:
+    """What is wrong with the alarms of a sick run; nothing if the illness was told in time, and rightly."""
+    early = [f"false alarm at step {alarm.step}: {alarm.rule}" for alarm in outcome.alarms if alarm.step < sick.begins]
+    told = outcome.fails if sick.fails else outcome.alarms
+    if not told:
+        return [*early, "not caught"]
+    first, lost = told[0], lost_at(outcome.losses, healthy)
+    if first.rule not in sick.rules:
+        early.append(f"the cause was taken to be {first.rule}")
+    if first.layer != sick.layer:
+        early.append(f"the layer was taken to be {first.layer}")
+    if lost is not None and first.step > lost:
+        early.append(f"caught at step {first.step}, when it was lost at {lost}")
+    if not sick.fails and outcome.fails:
+        early.append(f"called lost by {outcome.fails[0].rule}, but it recovered")
+    return early
+
+
+def confusion(outcomes: dict[str, Outcome], healthy: list[float]) -> str:
+    """Runs × rules: the step of each rule's first alarm, with "!" where it is a "fail"."""
+    names = list(dict.fromkeys(alarm.rule for outcome in outcomes.values() for alarm in outcome.alarms))
+    wide = max(map(len, outcomes))
+    lines = [" " * wide + "  lost at  " + "  ".join(names)]
+    for title, outcome in outcomes.items():
+        cells = []
+        for name in names:
+            own = [alarm for alarm in outcome.alarms if alarm.rule == name]
+            fails = [alarm for alarm in own if alarm.severity == "fail"]
+            cells.append(f"{fails[0].step}!" if fails else f"{own[0].step}" if own else "·")
+        row = "  ".join(cell.rjust(len(name)) for cell, name in zip(cells, names, strict=True))
+        lost = lost_at(outcome.losses, healthy) or "·"
+        lines.append(f"{title.ljust(wide)}  {lost:>7}  {row}")
+    return "\n".join(lines)

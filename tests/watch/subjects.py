@@ -165,5 +165,7 @@ def close_to(values: Sequence[float | None], wanted: Sequence[Any], rel: float =
             assert got is None, f"{values} but wanted {wanted}"
             assert want is None, f"{values} but wanted {wanted}"
         else:
-            assert math.isclose(got, float(torch.as_tensor(want).detach()), rel_tol=rel, abs_tol=1e-7), f"{values} but wanted {wanted}"
+            assert math.isclose(got, float(torch.as_tensor(want).detach()), rel_tol=rel, abs_tol=1e-7), (
+                f"{values} but wanted {wanted}"
+            )
     return True

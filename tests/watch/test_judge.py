@@ -94,6 +94,11 @@ def test_a_cause_that_came_later_does_not_explain() -> None:
     assert short(judge(cause, effect)) == [(5, "fail", "effect", "b"), (9, "warn", "cause", "a")]
 
 
+def test_a_rule_does_not_explain_itself() -> None:
+    alarms = judge(Says({1: [("fail", "a")], 2: [("fail", "b")]}, "says", ("says",)))
+    assert short(alarms) == [(1, "fail", "says", "a"), (2, "fail", "says", "b")]
+
+
 def test_a_warning_explains_nothing_and_a_cause_wears_off() -> None:
     cause = Says({1: [("warn", "a")], 10: [("fail", "a")]}, "cause", ("effect",))
     effect = Says({5: [("fail", "b")], 12: [("fail", "c")], 300: [("fail", "d")]}, "effect")

@@ -189,7 +189,7 @@ def test_attention(kv_heads: int, style: str) -> None:
 
 def entropy(p: Tensor) -> float:
     """−Σ p ln p as a share of its largest value."""
-    return float(-(p * p.log()).sum() / math.log(len(p)))
+    return float(-(p * p.log()).sum().detach() / math.log(len(p)))
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "float, −1e9"])
@@ -239,7 +239,9 @@ def test_multihead_attention(batch_first: bool, masked: str) -> None:
     attention = copy.deepcopy(model).double().layers[0].self_attn
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     q, k = (
-        F.linear(x[0].double(), weight[at : at + WIDTH], bias[at : at + WIDTH]).unflatten(-1, (HEADS, -1)).transpose(0, 1)
+        F.linear(x[0].double(), weight[at : at + WIDTH], bias[at : at + WIDTH])
+        .unflatten(-1, (HEADS, -1))
+        .transpose(0, 1)
         for at in (0, WIDTH)
     )
     logits = q @ k.transpose(1, 2) / math.sqrt(WIDTH // HEADS)
@@ -248,6 +250,30 @@ def test_multihead_attention(batch_first: bool, masked: str) -> None:
     for head in range(HEADS):
         share += [entropy(torch.softmax(logits[head, at][visible[at]], 0)) for at in range(6) if visible[at].sum() > 1]
     close_to(signal(watched, "attention_entropy")[:1], [sum(share) / len(share)])
+
+
+@pytest.mark.parametrize("by", ["attn_mask", "key_padding_mask"])
+def test_boolean_masks_of_multihead_attention(by: str) -> None:
+    """True hides a key: each query sees two, and both alike."""
+
+    class Uniform(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.norm = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), nn.LayerNorm(WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tensor([False, False, True, True, True])
+            mask = hidden.expand(len(x), 5) if by == "key_padding_mask" else hidden.expand(5, 5)
+            y: Tensor = x + self.attention(self.norm(x), self.norm(x), self.norm(x), **{by: mask})[0]
+            return y
+
+    model = nn.Sequential(Uniform(), Uniform())
+    x = 3 * torch.randn(2, 5, WIDTH)
+    x[:, :2] = torch.randn(WIDTH)  # the two keys in sight are the same: all entropy that two can have
+    with watch(model, every=1, rules=[]) as watched:
+        model(x).square().mean().backward()
+        watched.step()
+    close_to(signal(watched, "attention_entropy")[:1], [1.0])
 
 
 def test_only_a_softmax_over_keys_is_attention() -> None:
@@ -268,6 +294,14 @@ def test_only_a_softmax_over_keys_is_attention() -> None:
         model(torch.randn(2, 5, WIDTH)).square().mean().backward()
         watched.step()
     assert "attention_logit" not in watched.history.samples[-1].signals
+
+
+def test_a_stream_whose_squares_overflow() -> None:
+    """1e25 is a number in float32, its square is not."""
+    model = Decoder(blocks=1)
+    plain = signal(watched_once(model, some_tokens(1)), "stream_rms")
+    model.blocks[0].register_forward_hook(lambda module, args, y: y * 1e25)
+    close_to(signal(watched_once(model, some_tokens(1)), "stream_rms"), [1e25 * value for value in plain])  # type: ignore[operator]
 
 
 def test_one_key_leaves_no_choice() -> None:
@@ -316,7 +350,9 @@ def test_gains(kind: str) -> None:
     if kind != "ScaleNorm":
         with torch.no_grad():
             norms_of(model)[1].weight[:3] = -offset  # 3 of 16 gains are silent
-    gains = [(norm.scale if kind == "ScaleNorm" else norm.weight).detach().double() + offset for norm in norms_of(model)]
+    gains = [
+        (norm.scale if kind == "ScaleNorm" else norm.weight).detach().double() + offset for norm in norms_of(model)
+    ]
     watched = watched_once(model, some_tokens(5))
     close_to(signal(watched, "gain_max"), [gain.abs().max() for gain in gains])
     close_to(signal(watched, "gain_ratio"), [gain.abs().max() / gain.abs().median() for gain in gains])
@@ -339,7 +375,9 @@ def test_a_norm_far_from_zero() -> None:
         close_to(signal(watched, "eps_share"), [(1 / (y.var(-1, correction=0) + 1)).mean()], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["torch LayerNorm", "our LayerNorm", "torch RMSNorm", "our RMSNorm", "foreign RMSNorm"])
+@pytest.mark.parametrize(
+    "kind", ["torch LayerNorm", "our LayerNorm", "torch RMSNorm", "our RMSNorm", "foreign RMSNorm"]
+)
 @pytest.mark.parametrize("length", [7, 64])
 def test_noise_scale(kind: str, length: int) -> None:
     """tr Σ/|G|² by McCandlish's estimators, from the gradients of each example alone."""

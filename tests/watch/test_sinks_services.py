@@ -9,8 +9,8 @@ from omninorm.errors import ConfigError
 from omninorm.watch import Alarm
 from omninorm.watch.sinks import MLflow, WandB
 
-FAIL = Alarm(7, "fail", "layer-jump", "blocks.2", "its stream is 40 × the one before", "lower the rate", "ours")
-WARN = Alarm(9, "warn", "loss-spike", None, "a spike", "wait", "ours")
+FAIL = Alarm(7, "fail", "layer-jump", "blocks.2", "Its stream is 40 × the one before.", "Lower the rate.", "ours")
+WARN = Alarm(9, "warn", "loss-spike", None, "A spike.", "Wait.", "ours")
 
 
 # Weights & Biases -----------------------------------------------------------------------------------------------------
@@ -43,8 +43,8 @@ def test_wandb_gets_numbers_over_a_step_of_their_own(wandb) -> None:
     assert summary["omninorm/loss"] == 0.25
     assert summary["omninorm/stream_rms/blocks.3"] == math.inf
     assert summary["mine"] == 2.0
-    assert summary["omninorm/alarm/layer-jump"].startswith("fail at step 7, blocks.2: its stream")
-    assert summary["omninorm/alarm/loss-spike"].startswith("warn at step 9: a spike")
+    assert summary["omninorm/alarm/layer-jump"].startswith("fail at step 7, blocks.2: Its stream")
+    assert summary["omninorm/alarm/loss-spike"].startswith("warn at step 9: A spike")
 
 
 def test_wandb_alerts_for_what_is_lost_alone(wandb, monkeypatch: pytest.MonkeyPatch) -> None:

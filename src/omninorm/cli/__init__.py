@@ -18,8 +18,8 @@ BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 70, 128 + signal.SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 done, 1 the training diverged, 2 bad input (one sentence on stderr), 70 an error
-    that omninorm did not foresee, 130 and 143 interrupted by Ctrl-C and SIGTERM.
+    """Runs a command and exits: 0 done, 1 the training diverged or an inspected checkpoint fails, 2 bad input (one
+    sentence on stderr), 70 an error that omninorm did not foresee, 130 and 143 interrupted by Ctrl-C and SIGTERM.
 
     Args:
         arguments: the command line without the program's name; None means this process's own.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -36,7 +37,10 @@ def _omninorm(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    # Commands show alarms themselves; the library's log would say them again.
+    log = logging.getLogger("omninorm.watch")
+    log.propagate = False
+    log.addHandler(logging.NullHandler())
 
 
 for _command in (demo, train, generate, report, inspect, bench, doctor):

@@ -18,18 +18,20 @@ from rich.table import Table
 
 from omninorm.cli.console import console, generate_command, program
 from omninorm.cli.harmless import harmless
+from omninorm.cli.train import REPORT_FILE
 from omninorm.config import check_count
 from omninorm.errors import ConfigError, RunError
 from omninorm.experiments import demo as library
 from omninorm.experiments.corpus import load_corpus, tokenize
 from omninorm.experiments.demo_figure import draw, load_matplotlib
 from omninorm.experiments.interrupt import Interrupt
-from omninorm.record import RECORD_FILE, final_status, read_record
 from omninorm.experiments.run_folder import fresh_folder
 from omninorm.experiments.runs import Plan, load_run, read_plan
 from omninorm.experiments.sample import stream_text
 from omninorm.experiments.tokenizer import ByteTokenizer
 from omninorm.experiments.workers import Workers
+from omninorm.record import RECORD_FILE, final_status, read_record
+from omninorm.report import judge, read_run, write_page
 
 _LABELS = {name: label for name, (label, _) in library.VARIANTS.items()}
 _DEPTH, _STEPS = 24, 150
@@ -196,6 +198,17 @@ def _conclude(screen: Console, folder: Path, outcomes: Sequence[library.Outcome]
     screen.print(f"Runs     {', '.join(str(folder / outcome.name) for outcome in outcomes)}")
     if learned:
         screen.print(f"Try it   {generate_command(folder / best.name)}")
+    _report(screen, [folder / outcome.name for outcome in outcomes])
+
+
+def _report(screen: Console, runs: Sequence[Path]) -> None:
+    """What the instruments say of every run, and where their pages are."""
+    screen.print("\nWhat the instruments say:")
+    for run in runs:
+        story = read_run(run)
+        page = write_page(story, run / REPORT_FILE)
+        screen.print(f"  {_LABELS[run.name]}: {harmless(judge(story).sentence, one_line=True)}")
+        screen.print(f"    Report: {page}")
 
 
 def _table(outcomes: Sequence[library.Outcome], baselines: library.Baselines) -> Table:

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from omninorm.cli.console import console
-from omninorm.experiments.events import CheckpointEvent, EvalEvent, Event, StepEvent, TrainResult
+from omninorm.cli.harmless import harmless
+from omninorm.experiments.events import AlarmEvent, CheckpointEvent, EvalEvent, Event, StepEvent, TrainResult
 from omninorm.experiments.runs import Run
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -47,6 +48,8 @@ class _Bar:
             self._progress.console.print(
                 f"step {event.step:>6}  {event.bits_per_byte:.3f} bits per byte on held-out text"
             )
+        elif isinstance(event, AlarmEvent):
+            self._progress.console.print(alarm_text(event))
 
 
 class _Lines:
@@ -69,6 +72,8 @@ class _Lines:
             self._print(f"step {event.step}/{self._steps}  {held_out}  {self._newest}".rstrip())
         elif isinstance(event, CheckpointEvent):
             self._print(f"step {event.step}/{self._steps}  checkpoint {event.path}")
+        elif isinstance(event, AlarmEvent):
+            self._print(alarm_text(event))
 
     def _time_left(self, step: int) -> str:
         if self._first is None:
@@ -82,6 +87,14 @@ class _Lines:
         # A pipe or a file would otherwise keep lines back until the run is over.
         self._screen.print(line)
         self._screen.file.flush()
+
+
+def alarm_text(event: AlarmEvent) -> str:
+    """An alarm as a paragraph: where, what was measured, what to try."""
+    alarm = event.alarm
+    where = f" {alarm.layer}:" if alarm.layer else ""
+    text = f"step {alarm.step:>6}  {alarm.severity.upper()} {alarm.rule}:{where} {alarm.evidence}\n"
+    return harmless(f"{text}             {alarm.remedy}")
 
 
 def _numbers(event: StepEvent) -> str:

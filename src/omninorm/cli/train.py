@@ -21,10 +21,12 @@ from omninorm.experiments.run_folder import is_finished, read_config
 from omninorm.experiments.runs import Plan, Run, create_run, open_run, read_plan
 from omninorm.experiments.settings import PRECISIONS, SCHEDULES
 from omninorm.experiments.tokenizer import TOKENIZERS
+from omninorm.report import write_report
 from omninorm.thinker.config import FEED_FORWARDS
 
 _PLAN = Plan()
 _SHOWN = 5
+REPORT_FILE = "report.html"
 _DEFAULTS = {
     **{field.name: getattr(_PLAN, field.name) for field in dataclasses.fields(_PLAN)},
     **_PLAN.model.to_dict(),
@@ -118,6 +120,10 @@ def train(
         int | None, _train("keep_checkpoints", "--keep-checkpoints", "How many checkpoints stay.")
     ] = None,
     log_every: Annotated[int | None, _train("log_every", "--log-every", "Record every n-th step.")] = None,
+    watch_every: Annotated[
+        int | None, _train("watch_every", "--watch-every", "Steps between samples of every signal.")
+    ] = None,
+    no_watch: Annotated[bool, _train("", "--no-watch", "Do not watch for what goes wrong.")] = False,
 ) -> None:
     """Train a small transformer on real text, on bytes or BPE tokens.
 
@@ -133,18 +139,24 @@ def train(
             result = show_progress(run)
         except KeyboardInterrupt:
             _give_up(run)
-    _conclude(result, run)
+        page = _report(run)
+    _conclude(result, run, page)
 
 
 def _given(params: Mapping[str, Any]) -> dict[str, Any]:
     """The settings on the command line, by the library's names."""
-    apart = ("out", "resume", "threads", "no_grad_clip")
+    apart = ("out", "resume", "threads", "no_grad_clip", "no_watch")
     given = {name: value for name, value in params.items() if name not in apart and value is not None}
     if params["no_grad_clip"]:
         if "grad_clip" in given:
             received = f"--grad-clip {given['grad_clip']} with --no-grad-clip"
             raise ConfigError("gradients are either clipped or not", received, "give one of the two")
         given["grad_clip"] = None
+    if params["no_watch"]:
+        if "watch_every" in given:
+            received = f"--watch-every {given['watch_every']} with --no-watch"
+            raise ConfigError("a run is either watched or not", received, "give one of the two")
+        given["watch_every"] = None
     return given
 
 
@@ -204,8 +216,17 @@ def _give_up(run: Run) -> NoReturn:
     raise typer.Exit(128 + signal.SIGINT)
 
 
-def _conclude(result: TrainResult, run: Run) -> None:
+def _report(run: Run) -> Path | None:
+    """The run's report.html, if it was watched."""
+    if run.plan.train.watch_every is None:
+        return None
+    return write_report(run.folder.path, run.folder.path / REPORT_FILE)
+
+
+def _conclude(result: TrainResult, run: Run, page: Path | None) -> None:
     screen, folder = console(), run.folder.path
+    if page is not None:
+        screen.print(f"Report: {page}")
     if result.status == "interrupted":
         screen.print(f"Stopped after step {result.steps} with a checkpoint. Go on with:\n  {resume_command(folder)}")
         raise typer.Exit(128 + (result.signal or signal.SIGINT))

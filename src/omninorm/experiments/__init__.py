@@ -6,13 +6,13 @@ from omninorm.experiments.evaluate import bits_per_byte, unigram_bits_per_byte, 
 from omninorm.experiments.events import CheckpointEvent, EvalEvent, Event, StepEvent, StopEvent, TrainResult
 from omninorm.experiments.interrupt import Interrupt
 from omninorm.experiments.optim import build_optimizer, param_groups
-from omninorm.record import Record, read_history, read_record
 from omninorm.experiments.run_folder import RunFolder, fresh_folder, is_finished
 from omninorm.experiments.runs import Plan, Run, build_model, create_run, load_run, open_run, read_plan
 from omninorm.experiments.sample import stream_text
 from omninorm.experiments.settings import TrainConfig, learning_rate
 from omninorm.experiments.tokenizer import BpeTokenizer, ByteTokenizer, build_tokenizer, load_tokenizer
 from omninorm.experiments.train import train
+from omninorm.record import Record, read_history, read_record
 
 __all__ = [
     "BpeTokenizer",

@@ -16,11 +16,11 @@ from torch import nn
 from omninorm.config import NormConfig
 from omninorm.experiments.corpus import Corpus, TokenData, windows
 from omninorm.experiments.evaluate import unigram_bits_per_byte, xz_bits_per_byte
-from omninorm.record.files import write_file, writing
-from omninorm.record import RECORD_FILE, final_status, read_record
 from omninorm.experiments.run_folder import CONFIG_FILE
 from omninorm.experiments.runs import Plan, build_model, create_run
 from omninorm.experiments.settings import TrainConfig
+from omninorm.record import RECORD_FILE, final_status, read_record
+from omninorm.record.files import write_file, writing
 from omninorm.thinker import ThinkerConfig
 
 # Name of the run's folder, what the table calls it, and its norms.

@@ -16,6 +16,7 @@ OPTIONAL = {
     "typer": ("the command line", "train"),
     "rich": ("the command line's progress", "train"),
     "matplotlib": ("the demo's plots", "demo"),
+    "gguf": ("inspecting GGUF", "interop"),
     "transformers": ("comparing with other implementations", "interop"),
 }
 

@@ -19,11 +19,11 @@ from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
 from omninorm.experiments.events import Callback, TrainResult
 from omninorm.experiments.interrupt import Interrupt
 from omninorm.experiments.provenance import git_commit, versions
-from omninorm.record import RECORD_FILE, final_status
 from omninorm.experiments.run_folder import CHECKPOINTS, FolderTakenError, RunFolder, fresh_folder, read_config
 from omninorm.experiments.settings import TrainConfig
 from omninorm.experiments.tokenizer import TOKENIZER_FILE, TOKENIZERS, Tokenizer, build_tokenizer, load_tokenizer
 from omninorm.experiments.train import train
+from omninorm.record import RECORD_FILE, final_status
 from omninorm.thinker import Thinker, ThinkerConfig
 
 _SECTIONS = ("model", "train", "tokenizer", "data", "versions")

@@ -27,9 +27,9 @@ from omninorm.experiments.events import (
     to_record,
 )
 from omninorm.experiments.optim import build_optimizer
-from omninorm.record import RECORD_FILE, read_record
 from omninorm.experiments.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from omninorm.experiments.settings import TrainConfig, learning_rate
+from omninorm.record import RECORD_FILE, read_record
 from omninorm.watch import Watch, watch
 
 

@@ -10,7 +10,7 @@ each block, and each part of the model beside the blocks."""
 
 
 class Signal(NamedTuple):
-    """One row of the table: its axis, a title for people, the formula, and whether it is drawn on a logarithmic scale."""
+    """One row of the table: its axis, a title for people, the formula, and whether its scale is logarithmic."""
 
     axis: str
     title: str

@@ -68,7 +68,7 @@ def missing_reason(story: RunStory, name: str) -> str | None:
     if story.watched is None:
         return "The run was recorded without omninorm.watch."
     if reason := story.not_seen.get(name):
-        return reason
+        return f"{reason[0].upper()}{reason[1:].rstrip('.')}."
     if not story.columns:
         return "No sample was taken."
     if rows:

@@ -34,7 +34,7 @@ class AttentionSite:
         self.board, self.index = board, index
 
     def see(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
-        """q (batch, heads, queries, d), k (batch, kv_heads, keys, d), mask broadcastable to (batch, heads, queries, keys)."""
+        """q (batch, heads, queries, d), k (batch, kv_heads, keys, d), mask as of scaled_dot_product_attention."""
         if q.ndim != 4 or k.ndim != 4 or q.is_nested or q.numel() == 0 or k.numel() == 0:
             return
         queries, keys = q.shape[-2], k.shape[-2]
@@ -118,12 +118,12 @@ class AttentionMode(TorchFunctionMode):
 
 def _take_all() -> list[Any]:
     """The modes, first entered first, off their stack."""
-    return [_pop_mode() for _ in range(_len_torch_function_stack())][::-1]
+    return [_pop_mode() for _ in range(_len_torch_function_stack())][::-1]  # type: ignore[no-untyped-call]
 
 
 def _put_back(modes: Sequence[Any]) -> None:
     for mode in modes:
-        _push_mode(mode)
+        _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
 def see_call(site: AttentionSite, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -160,19 +160,23 @@ def see_multihead(
     query, key = given["query"], given["key"]
     if query.ndim != 3 or module.in_proj_weight is None:
         return
-    example = (lambda x: x[0]) if module.batch_first else (lambda x: x[:, 0])
     width, heads = module.embed_dim, module.num_heads
-    bias = module.in_proj_bias
-    of_q, of_k = (None, None) if bias is None else (bias[:width].to(query.dtype), bias[width : 2 * width].to(key.dtype))
-    q = F.linear(example(query.detach()), module.in_proj_weight[:width].to(query.dtype), of_q)
-    k = F.linear(example(key.detach()), module.in_proj_weight[width : 2 * width].to(key.dtype), of_k)
-    q, k = (x.unflatten(-1, (heads, -1)).transpose(0, 1).unsqueeze(0) for x in (q, k))
+
+    def projected(x: Tensor, at: int) -> Tensor:
+        """The first example's queries or keys: (1, heads, length, d)."""
+        example = x.detach()[0] if module.batch_first else x.detach()[:, 0]
+        weight, all_biases = module.in_proj_weight[at : at + width], module.in_proj_bias
+        bias = None if all_biases is None else all_biases[at : at + width].to(x.dtype)
+        y = F.linear(example, weight.to(x.dtype), bias)
+        return y.reshape(y.shape[0], heads, -1).transpose(0, 1).unsqueeze(0)
+
     mask, padding = given.get("attn_mask"), given.get("key_padding_mask")
     if mask is not None and mask.ndim == 3:
         mask = mask[:heads]
     masks = [mask, None if padding is None else padding[0]]
-    given_masks = [_additive(mask) for mask in masks if mask is not None]
-    site.see(q, k, sum(given_masks) if given_masks else None, False, None)
+    additive = [_additive(mask) for mask in masks if mask is not None]
+    total = additive[0] + additive[1] if len(additive) == 2 else next(iter(additive), None)
+    site.see(projected(query, 0), projected(key, width), total, False, None)
 
 
 def _additive(mask: Tensor) -> Tensor:

@@ -62,10 +62,10 @@ class Board:
 
     def _begin_row(self) -> None:
         row = self._ring[self.row]
-        sentinels, loss, rest = row.split([self._sentinels, 1, 2 * self._parameters])
+        sentinels, loss, rest = torch.split(row, [self._sentinels, 1, 2 * self._parameters])
         self._row_sentinels = list(sentinels.unbind())
         self._row_loss = loss
-        self._row_gradients, self._row_weights = rest.split([self._parameters, self._parameters])
+        self._row_gradients, self._row_weights = torch.split(rest, [self._parameters, self._parameters])
 
     # Writing, on the device -----------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Where the sites hang: hooks on a model's modules, registered once and removed together.
 
-A hook that runs eagerly asks the gate and calls its site. Under torch.compile it puts one opaque operator into the graph,
-which does the same when the graph runs (see `traced`).
+A hook that runs eagerly asks the gate and calls its site. Under torch.compile it puts one opaque operator into the
+graph, which does the same when the graph runs (see `traced`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from omninorm.watch.attention import AttentionMode, AttentionSite, see_multihead
 from omninorm.watch.board import Board
 from omninorm.watch.gate import Gate, in_backward
 from omninorm.watch.norm_site import NormCall, NormSite, hook_examples
+from omninorm.watch.norms import Norm
 from omninorm.watch.sites import BlockSite, LogitsSite, Sentinel, WriterSite
-from omninorm.watch.structure import Block, Norm, Structure, some_tensors
+from omninorm.watch.structure import Block, Structure, some_tensors
 from omninorm.watch.traced import TracedSite, attention_wrapper
 
 # Without blocks, NaNs are looked for in the outputs of so many parameterized leaves.
@@ -55,10 +56,12 @@ def cell_sizes(structure: Structure) -> dict[str, int]:
 
 def sentinel_names(structure: Structure) -> list[str]:
     """The modules that are looked at in every step, in the order in which they run."""
-    names = [name or "the model" for name, _ in structure.embeddings]
+    if not structure.blocks:
+        return [name for name, _ in leaves(structure.model)]
+    names = [name for name, _ in structure.embeddings]
     for block in structure.blocks:
         names += [block.attention or block.name, block.feed_forward or block.name, block.name]
-    return names or [name for name, _ in leaves(structure.model)]
+    return names
 
 
 def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -119,6 +122,7 @@ class Hooks:
         self._running: list[tuple[int, Tensor | None, int]] = []  # blocks: index, input and its version
         self._attention = [AttentionSite(board, index) for index in range(len(structure.blocks))]
         self._mode: AttentionMode | None = None
+        self._calls: list[list[tuple[Tensor, NormCall | None]]] = []  # of norms that run: what they read
         # For graphs: the sites that they call, and the block whose attention is being traced.
         self._compiled = compiled
         self._tick = torch.zeros(1, device=board.device)
@@ -136,18 +140,15 @@ class Hooks:
             self._open.enter_context(attention_wrapper(self._put_attention))
         place = 0
         self._on_root()
-        for _, embedding in structure.embeddings:
-            self._on_output(embedding, Sentinel(board, place))
+        watched = structure.embeddings if structure.blocks else leaves(structure.model)
+        for _, module in watched:
+            self._on_output(module, Sentinel(board, place))
             place += 1
         for index, block in enumerate(structure.blocks):
             self._on_block(block, index, place)
             place += 3
         for index, norm in enumerate(structure.norms):
             self._on_norm(norm, NormSite(board, norm, index))
-        if not structure.embeddings and not structure.blocks:
-            for _, leaf in leaves(structure.model):
-                self._on_output(leaf, Sentinel(board, place))
-                place += 1
 
     def detach(self) -> None:
         """Removes every hook."""
@@ -162,17 +163,19 @@ class Hooks:
         self._leave_attention()
         self.gate.inside = None
         self._running = []
+        for calls in self._calls:
+            calls.clear()
         probe.current = None
 
     def _enter_attention(self) -> None:
         if self._mode is None and self._board.sampling and self.gate.is_open():
             self._mode = AttentionMode(self._running_attention, self._failed)
-            self._mode.enter()  # type: ignore[no-untyped-call]
+            self._mode.enter()
 
     def _leave_attention(self) -> None:
         mode, self._mode = self._mode, None
         if mode is not None:
-            mode.leave()  # type: ignore[no-untyped-call]
+            mode.leave()
 
     def _trace(self, see: Callable[..., None]) -> TracedSite:
         """A site for graphs: what it measures can't reach the training either."""
@@ -200,6 +203,7 @@ class Hooks:
         def before(module: nn.Module, args: Any) -> None:
             if not is_compiling() and not in_backward():
                 self.gate.inside = torch.is_grad_enabled()
+                self._running = []
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if is_compiling():
@@ -248,7 +252,7 @@ class Hooks:
             if is_compiling():
                 self._tracing = index
                 return
-            if not self._board.sampling:
+            if not self._board.sampling or in_backward():
                 return
             x = first_tensor([*args, *kwargs.values()])
             self._running.append((index, x, -1 if x is None else x._version))
@@ -262,13 +266,13 @@ class Hooks:
                     return None
                 self._put(traced, y, *([] if x is None else [x]))
                 return with_first_tensor(output, tapped.tap(y))
-            running = self._running.pop() if self._running else (index, None, -1)
+            running = self._running.pop() if self._running and not in_backward() else (index, None, -1)
             if y is None:
                 return None
             if self.gate.is_open():
                 self._safely(lambda: self._see_block(site, y, running))
             if self._board.sampling and y.requires_grad:
-                y.register_hook(lambda dy: self._safely(lambda: site.see_gradient(dy)))
+                y.register_hook(lambda dy: self._safely(lambda: site.see_gradient(dy)))  # type: ignore[no-untyped-call]
             return None
 
         self._handles += [
@@ -312,8 +316,8 @@ class Hooks:
             if is_compiling():
                 self._put(traced, y, *([] if hidden is None else [hidden]))
                 return
-            if not self.gate.is_open():
-                return
+            if not self.gate.is_open() or (self._running and self._running[-1][0] != site.index):
+                return  # evaluation, or another block that shares this module
             self._safely(lambda: site.see(y, hidden))
             if self._board.sampling and isinstance(module, nn.MultiheadAttention):
                 self._safely(lambda: see_multihead(self._attention[site.index], module, args, kwargs))
@@ -322,6 +326,7 @@ class Hooks:
 
     def _on_norm(self, norm: Norm, site: NormSite) -> None:
         calls: list[tuple[Tensor, NormCall | None]] = []
+        self._calls.append(calls)
         traced, tapped = self._trace(site.see_if_sampled), self._trace(site.see_output_if_sampled)
 
         def before(module: nn.Module, args: Any) -> None:
@@ -333,9 +338,9 @@ class Hooks:
                 return
             if norm.facts.block is not None and counts and self._running:
                 self.placements.norm_read(norm.facts.block, x is self._running[-1][1])
-            call = NormCall(site, x.shape, counts) if norm.facts.ours else None
+            call = NormCall(site, x.shape, counts, self._safely) if norm.facts.ours else None
             probe.current = call
-            calls.append((x, call))
+            calls[:] = [(x, call)]  # one that stands there still has ended in an exception
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             if is_compiling():
@@ -380,7 +385,7 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def with_first_tensor(output: Any, tensor: Tensor) -> Any:
-    """The output with `tensor` in the place of its first tensor; None, for no change, where it is no tensor or tuple."""
+    """The output with `tensor` in the place of its first; None, for no change, where it is no tensor or tuple."""
     if isinstance(output, Tensor):
         return tensor
     if type(output) is tuple and output and isinstance(output[0], Tensor):

@@ -17,14 +17,14 @@ from omninorm.kernels.cpu_autograd import rows_per_block
 from omninorm.layers.pointwise import Pointwise
 from omninorm.watch.board import Board
 from omninorm.watch.gate import in_backward
+from omninorm.watch.norms import Norm
 from omninorm.watch.sites import some_rows
-from omninorm.watch.structure import Norm
 
 SATURATED = 2.0  # |αx| beyond it: tanh is past 0.96, its slope below 0.07
 
 
 class NormSite:
-    """One norm: `see` for its input, `see_scale` for what our operators know, `see_examples` for the gain's gradients."""
+    """One norm: `see` for its input, `see_scale` for what our operators know, `see_examples` for γ's gradients."""
 
     def __init__(self, board: Board, norm: Norm, index: int) -> None:
         self.board, self.norm, self.index = board, norm, index
@@ -129,28 +129,38 @@ def packs_what_is_saved() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+Safely = Callable[[Callable[[], None]], None]
+
+
 class NormCall:
     """One call of one of our norms: what its operators hand over (a `kernels.probe.Probe`).
 
     Args:
         shape: of the input, (examples, …, d).
         counts: whether the forward pass is to be counted; not where activation checkpointing repeats it.
+        safely: calls a function in no_grad, and does not let its errors through.
     """
 
-    def __init__(self, site: NormSite, shape: torch.Size, counts: bool) -> None:
-        self.site, self.shape, self.counts = site, shape, counts
+    def __init__(self, site: NormSite, shape: torch.Size, counts: bool, safely: Safely) -> None:
+        self.site, self.shape, self.counts, self._safely = site, shape, counts, safely
         self.reached = False
         self._kept: Kept | None = None
 
     def forward(self, x: Tensor, scale: Tensor, mean: Tensor | None, eps: float) -> None:
         self.reached = True
         self.site.eps = eps
+        self._safely(lambda: self._see(x.detach(), scale.detach(), None if mean is None else mean.detach()))
+
+    def _see(self, x: Tensor, scale: Tensor, mean: Tensor | None) -> None:
         if self.counts:
-            self.site.see_scale(scale.detach(), None if mean is None else mean.detach())
+            self.site.see_scale(scale, mean)
         if self.site.tells_examples(self.shape) and not self._ends_blocks(rows_per_block(scale.numel())):
-            self._kept = self.site.keep(x.detach(), scale.detach(), None if mean is None else mean.detach())
+            self._kept = self.site.keep(x, scale, mean)
 
     def backward(self, dy: Tensor, dgain: Tensor | None, blocks: Tensor | None, rows_per_block: int) -> None:
+        self._safely(lambda: self._see_gradient(dy, blocks, rows_per_block))
+
+    def _see_gradient(self, dy: Tensor, blocks: Tensor | None, rows_per_block: int) -> None:
         kept, self._kept = self._kept, None
         if not self.site.tells_examples(self.shape):
             return
@@ -170,7 +180,7 @@ class NormCall:
         return self.site.norm.batch_dim == 0 and self.shape[1:-1].numel() % rows_per_block == 0
 
 
-def hook_examples(site: NormSite, y: Tensor, safely: Callable[[Callable[[], None]], None]) -> None:
+def hook_examples(site: NormSite, y: Tensor, safely: Safely) -> None:
     """For a foreign norm: each example's dγ from the gradient of its output y.
 
     Args:
@@ -187,4 +197,4 @@ def hook_examples(site: NormSite, y: Tensor, safely: Callable[[Callable[[], None
             site.see_output(dy, values)
 
     version = y._version
-    y.register_hook(lambda dy: safely(lambda: see(dy)))
+    y.register_hook(lambda dy: safely(lambda: see(dy)))  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from omninorm.watch.gradients import norms_of, stack
 from omninorm.watch.sites import stride
 
 # Elements looked at: of a tensor in a sampled step, and in every step for NaNs.
-SAMPLED, EVERY_STEP = 4096, 256
+SAMPLED, EVERY_STEP = 1024, 256
 
 
 def some(x: Tensor, most: int = SAMPLED) -> Tensor:
@@ -46,6 +46,7 @@ class OptimizerWatch:
         self._learning = [at for at, p in enumerate(parameters) if p.requires_grad and p.is_floating_point()]
         self._before: dict[int, Tensor] = {}
         self._found: dict[str, Tensor] = {}
+        self._rates: list[float] = []
         self._few: list[Tensor] = []
         self._addresses: list[int] = []
 
@@ -61,10 +62,15 @@ class OptimizerWatch:
         ]
 
     def rate(self) -> float | None:
-        """The largest learning rate among the optimizers' groups; None where it is a tensor on a device, or there is none."""
-        rates = [group.get("lr") for optimizer in self._optimizers for group in optimizer.param_groups]
-        known = [float(rate) for rate in rates if isinstance(rate, (int, float)) or _is_on_host(rate)]
-        return max(known, default=None)
+        """The largest learning rate that the last step was taken with; None where none is on the host.
+
+        A scheduler may have moved on since. Without a step, as when a GradScaler skips it, the rate as it stands.
+        """
+        noted, self._rates = self._rates, []
+        return max(noted or [rate for optimizer in self._optimizers for rate in rates(optimizer)], default=None)
+
+    def _note_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        self._rates += rates(optimizer)
 
     def take(self) -> dict[str, Tensor]:
         """ "update_ratio", "adam_ratio", "adam_eps_ratio" of the last step, (parameters,), UNSEEN where unknown."""
@@ -72,15 +78,12 @@ class OptimizerWatch:
         return found
 
     def _watched(self, optimizer: torch.optim.Optimizer) -> list[tuple[int, Tensor, dict[str, Any]]]:
-        """(place, parameter, group) of every parameter with a gradient."""
+        """(place, parameter, group) of every floating-point parameter of the model."""
         return [
             (self._places[id(parameter)], parameter, group)
             for group in optimizer.param_groups
             for parameter in group["params"]
-            if id(parameter) in self._places
-            and parameter.grad is not None
-            and not parameter.grad.is_sparse
-            and parameter.is_floating_point()
+            if id(parameter) in self._places and parameter.is_floating_point()
         ]
 
     def _some_weights(self) -> list[Tensor]:
@@ -102,13 +105,15 @@ class OptimizerWatch:
             self._failed(error)
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._note_rate(optimizer)
+        # Not only those with a gradient: a closure may compute gradients inside of the step.
         if self._board.sampling:
             self._before = {place: some(parameter).clone() for place, parameter, _ in self._watched(optimizer)}
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._learning:
             self._see_weights(stack(norms_of(self._some_weights()), self._board.device))
-        watched = [item for item in self._watched(optimizer) if item[0] in self._before]
+        watched = [item for item in self._watched(optimizer) if item[0] in self._before and has_gradient(item[1])]
         if self._board.sampling and watched:
             self._measure_updates(watched)
             self._measure_adam(optimizer, watched)
@@ -165,7 +170,7 @@ class OptimizerWatch:
         device = self._board.device
         roots = torch.tensor([g.numel() ** 0.5 for g in gradients]).to(device)
         # √(v̂) is kept above ε instead of v̂ above ε², whose square may underflow.
-        floors = list(torch._foreach_sqrt(moments))
+        floors = list(torch._foreach_sqrt(list(moments)))
         torch._foreach_clamp_min_(floors, eps)
         of_eps = stack(norms_of(gradients), device) / roots / eps
         ratios = stack(norms_of(torch._foreach_div(gradients, floors)), device) / roots
@@ -178,8 +183,19 @@ class OptimizerWatch:
         found[torch.tensor(places, device=found.device)] = values
 
 
+def rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rates of the optimizer's groups that can be read without waiting for a device."""
+    found = [group.get("lr") for group in optimizer.param_groups]
+    return [float(rate) for rate in found if rate is not None and (isinstance(rate, (int, float)) or _is_on_host(rate))]
+
+
 def _is_on_host(rate: object) -> bool:
     return isinstance(rate, Tensor) and rate.device.type == "cpu" and rate.numel() == 1
+
+
+def has_gradient(parameter: Tensor) -> bool:
+    """Whether there is a dense gradient."""
+    return parameter.grad is not None and not parameter.grad.is_sparse
 
 
 def adam_eps(optimizers: Sequence[torch.optim.Optimizer]) -> float | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from omninorm.errors import OmninormError
-from omninorm.record import RECORD_FILE, Record
+from omninorm.record import RECORD_FILE, Record, read_history
 
 DIGITS = 4
 
@@ -30,14 +32,15 @@ def record_name(of_rank: int) -> str:
 
 
 class Output:
-    """Keeps events and appends them to a record.
+    """Appends events to a record, and keeps those that are in no file.
 
     Args:
         target: a folder, which is made; a Record that someone else closes; or None for memory alone.
     """
 
     def __init__(self, target: str | Path | Record | None) -> None:
-        self.events: list[dict[str, Any]] = []
+        self._kept: list[dict[str, Any]] = []
+        self._path: Path | None = None
         self.folder: Path | None = None
         self._record: Record | None = None
         self._ours = not isinstance(target, Record)
@@ -59,14 +62,39 @@ class Output:
                 self._give_up(str(error))
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """One event. Numbers in samples are rounded to four significant digits."""
-        self.events.append(dict(event))
-        if self._record is None:
+        """One event."""
+        if self._record is not None:
+            try:
+                self._record.append(event)
+                self._path = self._record.path
+                return
+            except OmninormError as error:
+                self._give_up(str(error))
+        self._kept.append(dict(event))
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """All events so far: those in the file, earlier ones too, and after a failure of the disk what came since."""
+        written: list[dict[str, Any]] = []
+        if self._path is not None:
+            try:
+                written = read_history(self._path)
+            except OmninormError as error:
+                warnings.warn(f"the record can't be read any more: {error}", stacklevel=3)
+        return [*written, *self._kept]
+
+    @contextmanager
+    def file(self) -> Iterator[Path]:
+        """All events as a record's file, which is a temporary one where they are not in one."""
+        if self._path is not None and not self._kept:
+            yield self._path
             return
-        try:
-            self._record.append(event)
-        except OmninormError as error:
-            self._give_up(str(error))
+        with tempfile.TemporaryDirectory() as folder:
+            record = Record(Path(folder) / RECORD_FILE)
+            for event in self.events:
+                record.append(event)
+            record.close()
+            yield record.path
 
     def close(self) -> None:
         if self._record is not None and self._ours:

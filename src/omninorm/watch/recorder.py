@@ -27,7 +27,7 @@ def has_gradients(row: Row) -> bool:
 
 
 def first_nonfinite(row: Row, step: int, sentinels: Sequence[str], parameters: Sequence[str]) -> NonFinite | None:
-    """Where in this step something was first not finite: forward in order, the loss, backward from the loss, the weights."""
+    """Where in this step something was first not finite: forward, the loss, backward from the loss, the weights."""
     for name, value in zip(sentinels, row.sentinels, strict=True):
         if not math.isfinite(value):
             return NonFinite(step, "forward", name, kind(value))
@@ -131,7 +131,7 @@ class SampleBuilder:
         same = ("stream_max", "stream_median", "angle", "attention_logit", "attention_entropy", "dead_units")
         for name in (*same, "eps_share", "mean_share", "saturation", "logz", "logz_mean"):
             signals[name] = cells[name]
-        worst = {}
+        worst: dict[str, Sequence[str | None]] = {}
         for name, choose in (
             ("weight_rms", _rms),
             ("update_ratio", _median),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +16,8 @@ NAMESPACE = "omninorm"
 
 
 class Sink(Protocol):
-    """What `watch(…, sinks=[…])` takes. A sink that raises is told of once and left out from then on."""
+    """What `watch(…, sinks=[…])` takes. One that raises, for a disk or a network that failed, is told of once and left
+    out from then on; the training goes on."""
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """The numbers of a sampled step, by names such as "loss" and "stream_rms/blocks.3"."""
@@ -27,38 +27,6 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """The run has ended."""
-
-
-class Guarded:
-    """A sink whose failure, of a disk or a network, ends its own service and not the training."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._name = type(sink).__name__
-        self._sink: Sink | None = sink
-
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._attempt(lambda sink: sink.log(step, numbers))
-
-    def alarm(self, alarm: Alarm) -> None:
-        self._attempt(lambda sink: sink.alarm(alarm))
-
-    def close(self) -> None:
-        self._attempt(lambda sink: sink.close())
-
-    def _attempt(self, act: Callable[[Sink], None]) -> None:
-        if self._sink is None:
-            return
-        try:
-            act(self._sink)
-        except Exception as error:
-            self._sink = None
-            reason = f"{type(error).__name__}: {error}"
-            warnings.warn(f"omninorm.watch tells {self._name} no more, training goes on: {reason}", stacklevel=2)
-
-
-def guard(sinks: Iterable[Sink]) -> tuple[Sink, ...]:
-    """The sinks, none of which can end a training any more."""
-    return tuple(sink if isinstance(sink, Guarded) else Guarded(sink) for sink in sinks)
 
 
 class TensorBoard:
@@ -214,7 +182,7 @@ class MLflow:
 def sentence(alarm: Alarm) -> str:
     """An alarm as text."""
     where = f", {alarm.layer}" if alarm.layer else ""
-    return f"{alarm.severity} at step {alarm.step}{where}: {alarm.evidence}. Try: {alarm.remedy}"
+    return f"{alarm.severity} at step {alarm.step}{where}: {alarm.evidence} {alarm.remedy}"
 
 
 def load(module: str, sink: str, package: str) -> Any:

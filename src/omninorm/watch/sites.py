@@ -17,7 +17,7 @@ from omninorm.watch.board import Board
 
 MOST_ROWS = 256
 # A hidden unit is silent where it stays below this share of the layer's RMS, for all of so many tokens.
-SILENT, SILENT_ROWS = 1e-3, 1024
+SILENT, SILENT_ROWS = 1e-3, 512
 MEDIAN_OF = 4096
 
 
@@ -51,7 +51,9 @@ def largest(x: Tensor) -> Tensor:
 
 def mean_square(rows: Tensor) -> Tensor:
     """mean(x²), in float64 where there is one: the squares of an exploding stream overflow float32."""
-    return (rows if rows.device.type == "mps" else rows.double()).square().mean()
+    dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(rows, dtype=dtype)
+    return norm.square() / max(1, rows.numel())
 
 
 class Sentinel:
@@ -113,7 +115,7 @@ class WriterSite:
         board.add(f"{self.role}_ms", self.index, mean_square(some_rows(y)))
         if hidden is not None and self.role == "feed_forward":
             rows = some_rows(hidden, SILENT_ROWS)
-            silent = rows.abs().amax(0) <= SILENT * mean_square(rows).sqrt()
+            silent = rows.abs().amax(0) <= SILENT * torch.linalg.vector_norm(rows) / max(1, rows.numel()) ** 0.5
             board.add("dead_units", self.index, silent.to(torch.float32).mean())
 
 

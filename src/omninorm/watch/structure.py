@@ -1,7 +1,7 @@
-"""What a model is made of, found by structure: blocks, norms, attention, what writes to the stream, groups of parameters.
+"""What a model is made of, found by structure: blocks, norms, attention, what writes to the stream, groups.
 
-No list of models: a stack of blocks is a container of like modules that are made of parts; a norm is a leaf with a gain for
-each feature, and what it does (does it centre, is its gain stored as γ − 1) is measured on two small vectors.
+No list of models: a stack of blocks is a container of like modules that are made of parts, and what writes to the
+stream is the last layer as wide as it.
 """
 
 from __future__ import annotations
@@ -10,44 +10,18 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from omninorm.errors import ConfigError
 from omninorm.layers import NORM_TYPES
-from omninorm.layers.pointwise import Pointwise
-from omninorm.watch.history import NormFacts
+from omninorm.watch.norms import Norm, find_gain, is_norm, read_norm
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
-GAIN_NAMES = ("weight", "scale", "gamma", "gain", "g")
 # Layers that read the stream, for feed-forwards as wide as it: they are not the one that writes to it.
 READERS = ("gate", "up", "gate_proj", "up_proj", "w1", "w3", "fc1")
 # Beside the blocks' groups at most so many; a model with more parts is grouped by its first-level modules.
 MOST_OTHER_GROUPS = 32
-
-
-@dataclass
-class Norm:
-    """A norm: its facts, module, whether it subtracts the mean, what must be added to its stored gain, and along which
-    dimension of its input the examples are counted."""
-
-    facts: NormFacts
-    module: nn.Module
-    centred: bool
-    offset: float
-    batch_dim: int = 0
-
-    @property
-    def gain(self) -> Tensor | None:
-        """γ as it is stored."""
-        return find_gain(self.module)
-
-    @property
-    def dims(self) -> int:
-        """Over how many trailing dimensions it normalizes."""
-        return len(getattr(self.module, "normalized_shape", (1,)))
 
 
 @dataclass
@@ -125,7 +99,7 @@ def check_values(model: nn.Module) -> None:
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The members of every outermost stack: a container whose members are mostly of one class, made of parts themselves."""
+    """The members of every outermost stack: a container whose members are mostly of one class and made of parts."""
     found: list[tuple[str, nn.Module]] = []
     stacks: list[str] = []
     for name, module in model.named_modules():
@@ -176,7 +150,7 @@ def find_parts(name: str, block: nn.Module) -> Block:
 
 
 def _wrapper(root: nn.Module, linear: tuple[str, nn.Module]) -> tuple[str, nn.Module]:
-    """The module inside `root` that stands for the linear layer: itself, what adapts it, or the mixture it is one of."""
+    """The module inside `root` that stands for the layer: itself, what adapts it, or the mixture that it is part of."""
     names = linear[0].split(".")
     for end in range(1, len(names)):
         name = ".".join(names[:end])
@@ -217,12 +191,13 @@ def _out_features(module: nn.Module) -> int:
 
 
 def _last_linear(module: nn.Module, skip: nn.Module | None, width: int | None) -> tuple[str, nn.Module] | None:
-    """The last linear layer, in the order of registration, that is not in `skip` and has `width` outputs (None: any)."""
+    """The last linear layer, as they are registered, that is not in `skip` and has `width` outputs (None: any)."""
     skipped = set() if skip is None else {id(part) for part in skip.modules()}
     linears = [part for part in module.named_modules() if _is_linear(part[1]) and id(part[1]) not in skipped]
     fitting = [part for part in linears if width is None or _out_features(part[1]) == width]
     writers = [part for part in fitting if part[0].rpartition(".")[2] not in READERS]
-    return (writers or fitting or [None])[-1]
+    found = writers or fitting
+    return found[-1] if found else None
 
 
 def _last_sublayer(block: nn.Module, skip: nn.Module | None) -> tuple[str, nn.Module] | None:
@@ -239,78 +214,6 @@ def _last_sublayer(block: nn.Module, skip: nn.Module | None) -> tuple[str, nn.Mo
 
 def _block_of(name: str, blocks: list[Block]) -> int | None:
     return next((i for i, block in enumerate(blocks) if name == block.name or name.startswith(f"{block.name}.")), None)
-
-
-# Norms -----------------------------------------------------------------------------------------------------------
-
-
-def is_norm(module: nn.Module) -> bool:
-    """LayerNorm, RMSNorm and their relatives over the last dimension, whoever wrote them."""
-    if isinstance(module, NORM_TYPES):
-        return True
-    if any(True for _ in module.children()) or "norm" not in type(module).__name__.lower():
-        return False
-    gain = find_gain(module)
-    normalizes_batches = isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm))
-    return gain is not None and gain.ndim == 1 and not normalizes_batches
-
-
-def find_gain(module: nn.Module) -> nn.Parameter | None:
-    """A norm's γ, by the names that are in use."""
-    found = (getattr(module, name, None) for name in GAIN_NAMES)
-    return next((gain for gain in found if isinstance(gain, nn.Parameter) and not is_lazy(gain)), None)
-
-
-def read_norm(name: str, module: nn.Module, block: int | None, batch_dim: int = 0) -> Norm:
-    """The norm's facts. Its forward is called some times, without hooks and without gradients."""
-    gains = list(module.parameters(recurse=False))
-    ours = type(module).__module__.startswith("omninorm.")
-    frozen = bool(gains) and not any(gain.requires_grad for gain in gains)
-    facts = NormFacts(name, type(module).__name__, read_eps(module), block, frozen, ours)
-    if isinstance(module, Pointwise):
-        return Norm(facts, module, False, 0.0, batch_dim)
-    return Norm(facts, module, *measure_norm(module), batch_dim)
-
-
-def read_eps(module: nn.Module) -> float | None:
-    """A norm's ε; None where it has none."""
-    found = (getattr(module, name, None) for name in EPS_NAMES)
-    eps = next(
-        (float(value) for value in found if isinstance(value, (int, float)) and not isinstance(value, bool)), None
-    )
-    if eps is None and hasattr(module, "eps") and isinstance(module, NORM_TYPES):  # the machine epsilon
-        gain = find_gain(module)
-        is_double = gain is not None and gain.dtype == torch.float64
-        return torch.finfo(torch.float64 if is_double else torch.float32).eps
-    return eps
-
-
-@torch.no_grad()
-def measure_norm(module: nn.Module) -> tuple[bool, float]:
-    """Whether the norm ignores a constant added to its input, and what it adds to its stored gain (0, or Gemma's 1).
-
-    For x = ±1 by turns, N(x) − N(−x) = 2 γ x but for ε, because mean and deviation of x are 0 and 1.
-    """
-    by_kind, by_name = isinstance(module, nn.LayerNorm), float(getattr(module, "gain_offset", 0.0))
-    gain = find_gain(module)
-    known = isinstance(module, NORM_TYPES)
-    # A module with buffers may count or average what it sees.
-    if known or gain is None or gain.ndim != 1 or gain.numel() < 2 or any(True for _ in module.buffers()):
-        return by_kind, by_name
-    width = gain.numel() - gain.numel() % 2
-    x = torch.ones_like(gain)
-    x[1:width:2] = -1
-    if width < gain.numel():
-        x[-1] = 0
-    try:
-        plus, minus, shifted = (module.forward(row).float() for row in (64 * x, -64 * x, 64 * x + 64))
-        effective = (plus - minus)[:width] / (2 * x[:width].float())
-        offset = (effective - gain[:width].float()).median()
-    except Exception:  # a norm that wants another shape: nothing is known of it
-        return by_kind, by_name
-    centred = torch.allclose(shifted, plus, rtol=1e-2, atol=1e-2 * float(plus.abs().max()) + 1e-6)
-    centred = centred and bool((plus - minus).abs().max() > 0)
-    return bool(centred), 1.0 if abs(float(offset) - 1.0) < 0.1 else 0.0
 
 
 # Parameters ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Watching inside of torch.compile: opaque operators in the graph, which reach the sites when the graph runs.
 
-Whether a step is sampled is asked when an operator runs, so all steps share one graph. `watch_see` writes to a tensor, or
-the compiler would drop it; `watch_gradient` passes a gradient on, at the cost of a copy in every step.
+Whether a step is sampled is asked when an operator runs, so all steps share one graph. `watch_see` writes to a tensor,
+or the compiler would drop it; `watch_gradient` passes a gradient on, at the cost of a copy in every step.
 """
 
 from __future__ import annotations

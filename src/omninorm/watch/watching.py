@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from omninorm.watch.weights import GAIN_SIGNALS, measure_gains, measure_matrices
 
 FORMAT = 1
 LOG = logging.getLogger("omninorm.watch")
-_watched: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()
+_watched: WeakSet[nn.Module] = WeakSet()
 
 
 class Watch:
@@ -103,13 +103,15 @@ class Watch:
         self._rates: list[float | None] = []
         self._first = self._done + 1
         self.history.facts = self._facts(structure)
+        if rank() > 0:
+            self._sinks = ()  # one process tells the dashboards
         self._output = Output(self._folder)
         # The owner of a record that is only lent says itself where it goes on.
         if self._output.continues or (self._done and not isinstance(self._folder, Record)):
             self._output.append({"kind": "resume", "step": self._done})
         self._output.append(self._header())
         self._attach()
-        _watched[self._model] = self
+        _watched.add(self._model)
         self._begin_step()
         return self
 
@@ -131,11 +133,10 @@ class Watch:
             for handle in self._handles:
                 handle.remove()
             self._hooks = None
-            _watched.pop(self._model, None)
+            _watched.discard(self._model)
             self._output.append({"kind": "end", "step": self._done, "reason": reason})
             self._output.close()
-            for sink in self._sinks:
-                sink.close()
+            self._to_sinks(lambda sink: sink.close())
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -171,9 +172,9 @@ class Watch:
         self._flush(sampled=False)
 
     def _flush(self, sampled: bool) -> None:
-        board = self._board
-        if board.row == 0 or self._hooks is None:
+        if self._hooks is None or self._board.row == 0:
             return
+        board = self._board
         extra, names = self._measure() if sampled else ([], [])
         cells, rows, numbers = board.take(extra, sampled)
         steps = [step_of(row, self._first + at, self._rates[at]) for at, row in enumerate(rows)]
@@ -240,8 +241,8 @@ class Watch:
         if self._sinks:
             numbers = flatten(sample, self.history.facts)
             numbers |= {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
-            for sink in self._sinks:
-                sink.log(sample.step, {name: value for name, value in numbers.items() if value == value})
+            known = {name: value for name, value in numbers.items() if value == value}
+            self._to_sinks(lambda sink: sink.log(sample.step, known))
 
     def _tell(self, alarms: Sequence[Alarm]) -> None:
         if not alarms:
@@ -251,9 +252,19 @@ class Watch:
         for alarm in alarms:
             level = logging.ERROR if alarm.severity == "fail" else logging.WARNING
             where = f" {alarm.layer}:" if alarm.layer else ""
-            LOG.log(level, "step %d, %s:%s %s. %s", alarm.step, alarm.rule, where, alarm.evidence, alarm.remedy)
-            for sink in self._sinks:
-                sink.alarm(alarm)
+            text = f"step {alarm.step}, {alarm.rule}:{where} {alarm.evidence} {alarm.remedy}"
+            LOG.log(level, "%s", printable(text))
+            self._to_sinks(lambda sink, alarm=alarm: sink.alarm(alarm))  # type: ignore[misc]
+
+    def _to_sinks(self, call: Callable[[Sink], None]) -> None:
+        """A sink that fails, such as one whose service is away, gets nothing more; training goes on."""
+        for sink in self._sinks:
+            try:
+                call(sink)
+            except Exception as error:
+                self._sinks = tuple(other for other in self._sinks if other is not sink)
+                kind = type(sink).__name__
+                warnings.warn(f"{kind} gets no more from omninorm.watch: {type(error).__name__}: {error}", stacklevel=3)
 
     @property
     def record(self) -> list[dict[str, Any]]:
@@ -270,7 +281,10 @@ class Watch:
 
         if self._hooks is not None:
             self.flush()
-        return write_report(self.record, Path(path))
+        if self._output is None:
+            raise RunError("a report needs a run", "a watch that has not begun", "use `with watch(…) as w:` first")
+        with self._output.file() as record:
+            return write_report(record, path)
 
     def _header(self) -> dict[str, Any]:
         from omninorm import __version__
@@ -338,6 +352,11 @@ def read_loss(loss: Tensor | float | None) -> Tensor | None:
         return torch.tensor(float(loss))
     received = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
     raise InputError("the loss must be a real tensor, a number or None", received, "pass the loss of the step")
+
+
+def printable(text: str) -> str:
+    """Without what would steer a terminal; names of modules may hold anything."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def flatten(sample: Sample, facts: Facts) -> dict[str, float]:

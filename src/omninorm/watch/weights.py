@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from omninorm.watch.board import UNSEEN
 from omninorm.watch.gradients import norms_of, stack
+from omninorm.watch.norms import Norm
 from omninorm.watch.optimizer import some
-from omninorm.watch.structure import Norm
 
 SILENT_GAIN = 1e-3
 GAIN_SIGNALS = ("gain_max", "gain_ratio", "gain_small")
@@ -18,7 +18,7 @@ GAIN_SIGNALS = ("gain_max", "gain_ratio", "gain_small")
 
 @torch.no_grad()
 def measure_gains(norms: Sequence[Norm], device: torch.device) -> list[Tensor]:
-    """max |γ|, max |γ|/median |γ| and the share of |γ| < 1e-3 of every norm: three tensors (norms,), UNSEEN without gain.
+    """max |γ|, max |γ|/median |γ| and the share of |γ| < 1e-3: three tensors (norms,), UNSEEN without gain.
 
     Gains of one width are measured together.
     """

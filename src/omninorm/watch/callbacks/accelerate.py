@@ -17,8 +17,8 @@ from omninorm.watch.sinks import Sink
 from omninorm.watch.watching import Watch, read_loss
 
 try:
-    from accelerate import Accelerator
-    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate import Accelerator  # type: ignore[import-untyped]
+    from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 except ImportError as error:
     remedy = "install it with pip install accelerate"
     raise MissingExtraError("watching an Accelerate loop needs accelerate", "no such package", remedy) from error

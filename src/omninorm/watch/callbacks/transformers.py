@@ -103,7 +103,7 @@ class WatchCallback(Driver, TrainerCallback):
                 scale = getattr(scaler, "_scale", None)
                 self._losses.add(value * (share if scale is None else share / scale))
 
-            loss.register_hook(weigh)
+            loss.register_hook(weigh)  # type: ignore[no-untyped-call]
 
         return model.register_forward_hook(after)
 

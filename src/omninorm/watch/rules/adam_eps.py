@@ -1,9 +1,11 @@
 """adam-eps: Adam's ε is not small against the gradients, so the steps are smaller than the learning rate says.
 
-Signal: RMS(g)/ε of each parameter group's worst tensor. Threshold: below 10 is a warning; below 1 in at least half of the groups
-a "fail": then the run trains at another rate than the one that was set. Persistence: 3 samples over 10 steps.
-Gradients of exactly 0 don't count (a zero-initialized neighbour, a frozen branch), nor do biases (that of a key has no
-gradient but rounding errors, whatever the model).
+Signal: RMS(g)/ε of each parameter group's worst tensor. Threshold: below 10 is a warning; below 1 in at least half of
+the groups a "fail": then the run trains at another rate than the one that was set. Persistence: a "fail" after 3
+samples over 10 steps; a warning after 5 over 100, since the gradients of queries and keys are small until attention
+has learned to look somewhere: with initial weights of 0.02 they passed through 5 times 1e-8 in healthy runs.
+Gradients of exactly 0 don't count (a zero-initialized neighbour, a frozen branch), nor do biases (that of a key has
+no gradient but rounding errors, whatever the model).
 Source: Wortsman et al. saw ε = 1e-8 limit large models; the numbers are theirs by order of magnitude.
 """
 
@@ -21,6 +23,7 @@ SIGNAL = "adam_eps_ratio"
 WARN, FAIL = 10.0, 1.0
 FAIL_SHARE = 0.5
 SAMPLES, STEPS = 3, 10
+WARN_SAMPLES, WARN_STEPS = 5, 100
 
 
 class AdamEps(Rule):
@@ -42,10 +45,11 @@ class AdamEps(Rule):
             if value and index < len(history.facts.groups) and not self._is_bias(history, sample, index)
         ]
         small = [ratio for ratio in ratios if ratio[0] < FAIL]
-        fails = len(small) >= FAIL_SHARE * len(ratios) and bool(ratios)
+        fails = bool(ratios) and len(small) >= FAIL_SHARE * len(ratios)
         failed = self._streaks.lasts("fail", fails, sample.step, SAMPLES, STEPS)
         warns = bool(ratios) and min(ratios)[0] < WARN
-        if self._streaks.lasts("warn", warns, sample.step, SAMPLES, STEPS):
+        warned = self._streaks.lasts("warn", warns, sample.step, WARN_SAMPLES, WARN_STEPS)
+        if failed or warned:
             yield self._explain(history, sample, ratios, failed)
         elif not warns:
             self._named.clear()

@@ -1,7 +1,7 @@
 """adam-underestimation: the gradients have outgrown Adam's second moment, so its steps are too large.
 
-Signal: √mean(g² / max(v, ε²)) of each parameter group's worst tensor; 1 where v is up to date. Threshold: above 2.3, after
-which the loss often spiked (StableAdamW). Persistence: 3 samples over 20 steps [ours]. A warning.
+Signal: √mean(g² / max(v, ε²)) of each parameter group's worst tensor; 1 where v is up to date. Threshold: above 2.3,
+after which the loss often spiked (StableAdamW). Persistence: 5 samples over 50 steps [ours]. A warning.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class AdamUnderestimation(Threshold):
     source = "2.3: StableAdamW, arXiv 2304.13013; persistence: ours"
     signal = "adam_ratio"
     warn = 2.3
-    persistence = 3
-    span = 20
+    persistence = 5
+    span = 50
 
     def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
         tensor = worst_tensor(history, sample, self.signal, index)

@@ -1,13 +1,14 @@
 """attention-logits: the logits of a block's attention grow without bound.
 
-Signal: the largest logit, max |q·k|/√d_head. Threshold: 1e3 is a warning, 1e4 a "fail": every run of Wortsman et al. that
-passed 1e4 diverged. A softmax is one-hot long before, so growth counts too [ours]: beyond 100 and 3-fold over the last
-8 samples is a warning, on the way to 1e4 within as many samples again a "fail". Persistence: 2 samples.
+Signal: the largest logit, max |q·k|/√d_head. Threshold: 1e3 is a warning, 1e4 a "fail": every run of Wortsman et al.
+that passed 1e4 diverged. A softmax is one-hot long before, so growth counts too [ours]: beyond 100 and 3-fold in 3 or
+more rises running is a warning, on the way to 1e4 within as many samples again a "fail". Persistence: 2 samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 from omninorm.watch.alarm import Alarm
 from omninorm.watch.history import History, Sample
@@ -16,7 +17,7 @@ from omninorm.watch.rules.numbers import Streaks, earlier, finite, fold
 
 SIGNAL = "attention_logit"
 WARN, FAIL = 1e3, 1e4
-SUSPECT, GROWTH, SAMPLES = 100.0, 3.0, 8
+SUSPECT, GROWTH, SAMPLES, RISES = 100.0, 3.0, 8, 3
 PERSISTENCE = 2
 
 
@@ -47,14 +48,13 @@ class AttentionLogits(Rule):
 
     @staticmethod
     def _growth(history: History, index: int, value: float) -> float:
-        """By what factor it has grown over the last samples; 1 unless it has hardly ever fallen in between."""
-        if value <= SUSPECT:
+        """By what factor it rose since its lowest among the last 8, at every sample; 1 below 3 rises."""
+        past = earlier(history, SIGNAL, index, SAMPLES) if value > SUSPECT else []
+        if not past or min(past) <= 0.0:
             return 1.0
-        past = earlier(history, SIGNAL, index, SAMPLES)
-        if len(past) < SAMPLES // 2 or past[0] <= 0.0:
-            return 1.0
-        rises = sum(old < new for old, new in zip(past, [*past[1:], value], strict=True))
-        return value / past[0] if rises >= len(past) - 1 else 1.0
+        rising = [*past[past.index(min(past)) :], value]
+        rose = all(old < new for old, new in pairwise(rising))
+        return value / rising[0] if rose and len(rising) > RISES else 1.0
 
     @staticmethod
     def _judge(value: float, growth: float) -> tuple[bool, bool]:
@@ -66,8 +66,7 @@ class AttentionLogits(Rule):
         evidence = f"The largest attention logit of {block} is {value:.3g}"
         growth = self._growth(history, index, value)
         if growth > GROWTH:
-            since = history.samples[max(len(history.samples) - 1 - SAMPLES, 0)].step
-            evidence += f", {fold(growth)} that of step {since}"
+            evidence += f", {fold(growth)} what it was up to {SAMPLES} samples before, and rising"
         evidence += "; its softmax picks single tokens, and its gradient vanishes."
         remedy = "Use qk-norm, or weight decay and a lower learning rate on the query and key projections."
         return self.alarm(sample.step, "fail" if failed else "warn", block, evidence, remedy)

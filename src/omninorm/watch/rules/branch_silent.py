@@ -1,9 +1,9 @@
 """branch-silent: a block, its attention or its feed-forward adds nothing to the residual stream.
 
-Signals: RMS(F(x))/RMS(x) of the block and of its two parts; RMS of its output. Threshold: a block below 0.01 is a warning;
-a block or a part below 1e-6 is dead, a "fail" [ours]. Persistence: a warning after 3 samples over 50 steps; dead after
-2 samples over 10 steps if it had been alive, else after 5 over 50, since branches that start at 0 (zero-initialized
-projections, ReZero, LayerScale) first have to learn.
+Signals: RMS(F(x))/RMS(x) of the block and of its two parts; RMS of its output. Threshold: a block below 0.01 is a
+warning; a block or a part below 1e-6 is dead, a "fail" [ours]. Persistence: a warning after 3 samples over 50 steps;
+dead after 3 samples over 10 steps if it had been alive, else after 5 over 50, since branches that start at 0 (zero-
+initialized projections, ReZero, LayerScale) first have to learn.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class BranchSilent(Rule):
     def _is_dead(self, key: tuple[int, str], value: float, step: int) -> bool:
         if value > DEAD:
             self._alive.add(key)
-        samples, steps = (2, 10) if key in self._alive else (5, 50)
+        samples, steps = (3, 10) if key in self._alive else (5, 50)
         return self._streaks.lasts(key, value <= DEAD, step, samples, steps)
 
     def _is_weak(self, index: int, value: float, step: int) -> bool:

@@ -1,9 +1,9 @@
 """depth-growth: the residual stream or its gradient grows or shrinks exponentially over depth.
 
-Signals: RMS of each block's output, and of the gradient there. Threshold: the exponent (1/L)·|ln(v_L/v_1)| of
-0.05 is a warning if the ends are 100-fold apart, 0.2 a "fail" if they are 10,000-fold apart; and v² over depth follows an
-exponential more closely than a line. [ours] The stream of a healthy pre-norm model grows, too, but its variance does so
-about linearly; trained GPT-2 grows with an exponent of 0.044. Persistence: 3 samples over 20 steps.
+Signals: RMS of each block's output, and of the gradient there. Threshold: the exponent (1/L)·|ln(v_L/v_1)| of 0.05 is
+a warning if the ends are 100-fold apart, 0.2 a "fail" if they are 10,000-fold apart; and v² over depth follows an
+exponential more closely than a line. [ours] The stream of a healthy pre-norm model grows, too, but its variance does
+so about linearly; trained GPT-2 grows with an exponent of 0.044. Persistence: 3 samples over 20 steps.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """gain-drift: a norm's gains have drifted apart, or silence it.
 
-Signals: max |γ|, max |γ|/median |γ|, and the share of |γ| < 1e-3. Threshold: a ratio above 10 that is also 3 times its
-first one is a warning [ours]; pretrained models may start with more. All gains 0: the norm puts out nothing, a "fail",
-at once if they are frozen, else after 3 samples over 20 steps, because gains that start at 0 on purpose learn within a step.
+Signals: max |γ|, max |γ|/median |γ|, and the share of |γ| < 1e-3. Threshold: a ratio above 10 that is also 3 times
+its first one is a warning [ours]; pretrained models may start with more. All gains 0: the norm puts out nothing, a
+"fail", at once if they are frozen, else after 3 samples over 20 steps, because gains that start at 0 on purpose learn
+within a step.
 More than half of the gains silent is a warning. Persistence of the warnings: 3 samples over 20 steps.
 """
 

@@ -1,6 +1,7 @@
 """gradient-spike: one step's gradient norm is far above the last 128.
 
-Signal: the total gradient norm before clipping. Threshold: more than 6σ above the mean and more than 3 times the mean.
+Signal: the total gradient norm before clipping. Threshold: more than 6σ above the mean and more than 3 times the
+mean.
 Persistence: none, it is a warning. Source: 6σ over 128 steps is OLMo-core's. Alone it fires at 57 of the 19,560 steps
 of a healthy GPT-2 124M, mostly at 1.3 to 2.5 times the mean, which clipping takes care of; hence the factor [ours],
 with which it fires there 4 times.

@@ -2,8 +2,8 @@
 
 Signals: RMS of a group's weights and the largest gain of a norm; then a block's branch, attention and feed-forward
 ratios and its stream. Threshold: at least 5 times both the sample before and the median of up to 8 before that, while
-the median layer changes less than 2-fold. [ours] Weights can't do that by training: a "fail" at once. Activations can:
-a warning; a "fail" from 20-fold on. Persistence of activations: 2 samples.
+the median layer changes less than 2-fold. [ours] Weights can't do that by training: a "fail" at once. Activations
+can: a warning; a "fail" from 20-fold on. Persistence of activations: 2 samples.
 If weights jumped, they are the cause and activations are not reported.
 """
 

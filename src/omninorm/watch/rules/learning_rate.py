@@ -3,12 +3,14 @@
 Signals: RMS(Δw)/RMS(w) of a step and RMS(w), by group of parameters; and whether it does harm.
 Threshold: healthy runs change their weights by 0.1 % to 3 % a step once the first steps are over, and 1 % is ample.
 - Above 5 % in nine of ten groups, for 3 samples over 20 steps, is a warning.
-- Above 5 % at a sample after the first, and the weights of nine of ten groups at least doubled within 50 steps: a warning;
-  a "fail" if it does harm: the loss is above its start, has stopped falling, or the attention of a block has collapsed.
-[ours] Measured on a Thinker of width 48 with initial weights of 0.13: at its best rate, 3e-3 to 1e-2, the weights grow by at
-most 8 % in 20 steps; at 3e-2 by 60 %, and it still learns; at 9e-2 they double within 15 steps, and it stops learning.
-It is the quietest tenth of the groups that counts, so matrices that start at 0 (LoRA) don't: their first
-steps are infinite against their size.
+- Above 5 % at a sample after the first, and the weights of nine of ten groups at least doubled within 50 steps: a
+  warning; a "fail" if it does harm: the loss is above its start, has stopped falling, or the attention of a block has
+  collapsed.
+[ours] Measured on a Thinker of width 48 with initial weights of 0.13: at its best rate, 3e-3 to 1e-2, the weights
+grow by at most 8 % in 20 steps; at 3e-2 by 60 %, and it still learns; at 9e-2 they double within 15 steps, and it
+stops learning.
+It is the quietest tenth of the groups that counts, so matrices that start at 0 (LoRA) don't: their first steps are
+infinite against their size.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """logz: the output's normalizer drifts away, so the logits grow or sink as a whole.
 
-Signal: the mean of log Z over tokens, or where that is not known its value of the largest magnitude. Threshold: more than
-10 away from the first sample's (log Z starts near ln of the vocabulary's size, which may itself exceed 10) and
-further away than 8 samples before [ours]. Persistence: 5 samples over 50 steps. A warning: the softmax does not see such
-a drift, but low precision does.
+Signal: the mean of log Z over tokens, or where that is not known its value of the largest magnitude. Threshold: more
+than 10 away from the first sample's (log Z starts near ln of the vocabulary's size, which may itself exceed 10) and
+further away than 8 samples before [ours]. Persistence: 5 samples over 50 steps. A warning: the softmax does not see
+such a drift, but low precision does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """loss-spike: one step's loss is far above the last 128.
 
 Signal: the loss. Threshold: more than 6σ and more than 20 % above the mean. Persistence: none, it is a warning.
-Source: 6σ over 128 steps is OLMo-core's. Alone it fires 15 times in the 19,560 steps of a healthy GPT-2 124M, on single
-batches whose text was harder, by at most 10 % of the loss; hence the 20 % [ours], with which it fires there 0 times.
+Source: 6σ over 128 steps is OLMo-core's. Alone it fires 15 times in the 19,560 steps of a healthy GPT-2 124M, on
+single batches whose text was harder, by at most 10 % of the loss; hence the 20 % [ours], with which it fires there 0
+times.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """massive-activation: single numbers of the residual stream are thousands of times its ordinary ones.
 
-Signal: max |x| and median |x| of each block's output. Threshold: above 100 and above 1000 times the median. Persistence:
-3 samples over 20 steps. A warning: large pretrained models work with them, but low precision and quantization suffer.
+Signal: max |x| and median |x| of each block's output. Threshold: above 100 and above 1000 times the median.
+Persistence: 3 samples over 20 steps. A warning: large pretrained models work with them, but low precision and
+quantization suffer.
 Source: Sun et al., Massive Activations in Large Language Models.
 """
 

@@ -2,7 +2,8 @@
 
 Signals: the stream's RMS over depth and its gradient's; the first non-finite value of the forward pass. Threshold: an
 exponent above 0.2 with ends 100-fold apart, or a non-finite value, is a "fail"; an exponent above 0.2 with ends
-8-fold apart a warning. [ours] Models that are built to train without norms (ReZero, Fixup) keep both flat, and raise nothing.
+8-fold apart a warning. [ours] Models that are built to train without norms (ReZero, Fixup) keep both flat, and raise
+nothing.
 Persistence: none, as it is a property of the initialization.
 """
 

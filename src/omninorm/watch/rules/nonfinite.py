@@ -1,7 +1,7 @@
 """nonfinite: a NaN or an infinity appeared; where it appeared first tells why.
 
-Signal: the first non-finite value of the run, found by the recorder. Threshold: one value. Persistence: none, since what
-a NaN touches becomes NaN. Source: IEEE 754; fp16 ends at 65504.
+Signal: the first non-finite value of the run, found by the recorder. Threshold: one value. Persistence: none, since
+what a NaN touches becomes NaN. Source: IEEE 754; fp16 ends at 65504.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """post-norm-depth: in a deep post-norm model the gradient vanishes on its way to the first block.
 
-Signals: the placement; the stream's gradient over depth; the learning rate's first values. Threshold: 12 blocks or more in
-post-norm, and less than a hundredth of the last block's gradient arrives at the first. [ours] A deep post-norm model
-starts with a gradient that grows towards the first block; steps that are too large at first destroy its norms' balance,
-the gradient vanishes, and the loss stays where a model without attention would be.
+Signals: the placement; the stream's gradient over depth; the learning rate's first values. Threshold: 12 blocks or
+more in post-norm, and less than a hundredth of the last block's gradient arrives at the first. [ours] A deep post-
+norm model starts with a gradient that grows towards the first block; steps that are too large at first destroy its
+norms' balance, the gradient vanishes, and the loss stays where a model without attention would be.
 Persistence: 2 samples over 5 steps. A warm-up is visible if the first rate was less than half of the largest so far.
 Source: Xiong et al., arXiv 2002.04745, for why it needs a warm-up.
 """

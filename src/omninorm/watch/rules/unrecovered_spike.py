@@ -1,8 +1,8 @@
 """unrecovered-spike: the loss rose and stays up.
 
 Signal: the loss, against its mean m over the last 128 ordinary steps. High means: at least 2·m (llm-foundry), or half
-of what the run had learned is lost, loss ≥ (m + first)/2, where that is a fifth of the first loss or more [ours]: small
-models never reach 2·m, since the loss of a model that knows nothing is less than twice theirs.
+of what the run had learned is lost, loss ≥ (m + first)/2, where that is a fifth of the first loss or more [ours]:
+small models never reach 2·m, since the loss of a model that knows nothing is less than twice theirs.
 Persistence: more than 4 steps running is a warning (llm-foundry). More than 64 is a "fail" [ours]: a burst of 20 bad
 batches and as many steps to get over it must end as a warning, and a run that is lost does not come back in 64 steps.
 While the loss is high, m stands still.

@@ -1,0 +1,118 @@
+"""What `omninorm.watch` costs a training step: `python benchmarks/watch_overhead.py [--rounds 12] [--json FILE]`.
+
+The same model is trained three times: not watched, watched in a step without a sample, and watched in a sampled step. The
+three take one step each by turns, in an order that rotates, on one thread. A round gives two ratios; their medians are
+printed. A run with every=10 has nine steps of the second kind for one of the third.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import omninorm
+from omninorm import Thinker, ThinkerConfig
+
+VARIANTS = {"off": None, "unsampled": 1_000_000, "sampled": 1}
+
+
+def thinker() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    """12 blocks of width 256 on 8 windows of 128 bytes."""
+    data = torch.randint(0, 256, (8, 129))
+    model = Thinker(ThinkerConfig(d_model=256, n_layers=12, n_heads=4, max_seq_len=128))
+    return model, lambda model: F.cross_entropy(model(data[:, :-1]).flatten(0, 1), data[:, 1:].flatten())
+
+
+def qwen3() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    """transformers' Qwen3, 6 layers of width 1024, on 512 tokens, float32, its own norms."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=6,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=512,
+    )
+    tokens = torch.randint(0, 4096, (1, 512))
+    return Qwen3ForCausalLM(config), lambda model: model(input_ids=tokens, labels=tokens).loss
+
+
+def stepper(build: Callable[[], tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]], every: int | None):
+    """A training step of a new model, watched or not: forward, loss, backward, clipping, AdamW."""
+    torch.manual_seed(0)
+    model, loss_of = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    watched = None if every is None else omninorm.watch(model, optimizer, every=every).open()
+
+    def step() -> None:
+        loss = loss_of(model)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if watched is None:
+            loss.item()
+        else:
+            watched.step(loss)
+
+    return step
+
+
+def measure(build, rounds: int) -> dict[str, float]:
+    """Median seconds of a step that is not watched, and the ratios."""
+    steps = {name: stepper(build, every) for name, every in VARIANTS.items()}
+    for step in steps.values():
+        step()
+        step()
+    ratios: dict[str, list[float]] = {"unsampled": [], "sampled": []}
+    seconds = []
+    names = list(steps)
+    for turn in range(rounds):
+        taken = {}
+        for name in names[turn % 3 :] + names[: turn % 3]:
+            start = time.perf_counter()
+            steps[name]()
+            taken[name] = time.perf_counter() - start
+        seconds.append(taken["off"])
+        for name, found in ratios.items():
+            found.append(taken[name] / taken["off"])
+    unsampled, sampled = (statistics.median(ratios[name]) for name in ("unsampled", "sampled"))
+    return {
+        "seconds": statistics.median(seconds),
+        "every=10": 0.9 * unsampled + 0.1 * sampled,
+        "every=1": sampled,
+        "unsampled": unsampled,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", choices=["thinker", "qwen3"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    for name, build in (("thinker", thinker), ("qwen3", qwen3)):
+        if arguments.only in (None, name):
+            results[name] = measure(build, arguments.rounds)
+            told = ", ".join(f"{key} {value:.4f}" for key, value in results[name].items())
+            print(f"{name}: {told}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

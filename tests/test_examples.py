@@ -1,0 +1,81 @@
+"""The examples run as their first lines say, and print what they promise."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from omninorm.record import read_history
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, folder: Path) -> str:
+    """An example's output, run as a reader would: on one core and without a network."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(EXAMPLES / name), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "omninorm.watch could not" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def check_run(folder: Path, steps: int) -> None:
+    """A complete record of that many steps, and a page."""
+    events = read_history(folder / "record.jsonl")
+    assert sum(len(event["loss"]) for event in events if event["kind"] == "steps") == steps
+    assert events[-1] == {"kind": "end", "step": steps, "reason": "done"}
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+
+
+def losses(output: str) -> tuple[float, float]:
+    first, last = re.search(r"loss ([\d.]+) → ([\d.]+)", output).groups()
+    return float(first), float(last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "steps"), [("watch_trainer.py", 60), ("watch_accelerate.py", 60), ("watch_lightning.py", 60)]
+)
+def test_examples_in_other_trainers(tmp_path: Path, name: str, steps: int) -> None:
+    output = run(name, tmp_path)
+    assert f"steps watched: {steps}" in output
+    first, last = losses(output)
+    assert last < 3.0 < 5.0 < first, "it learns from about ln 256 = 5.5 on"
+    assert "failures: 0" in output
+    check_run(tmp_path, steps)
+
+
+@pytest.mark.slow
+def test_example_of_a_plain_loop(tmp_path: Path) -> None:
+    output = run("watch_loop.py", tmp_path)
+    assert float(re.search(r"step 100: loss ([\d.]+)", output)[1]) < 2.7
+    assert "failures: 0" in output
+    check_run(tmp_path, 100)
+
+
+@pytest.mark.slow
+def test_example_of_a_run_that_is_healed(tmp_path: Path) -> None:
+    output = run("fix_diverging_run.py", tmp_path)
+    sick, healed = output.split("healed: ")
+    assert re.search(r"^sick: post-norm, .* failures [1-9]", sick)
+    assert "post-norm-depth: Post-norm with 24 blocks" in sick
+    assert "pre-norm" in sick.splitlines()[2], "the remedy that is then applied"
+    assert "failures 0" in healed
+    before, after = (float(re.search(r"loss ([\d.]+)", part)[1]) for part in (sick, healed))
+    assert after < before - 0.1
+    for name in ("sick", "healed"):
+        check_run(tmp_path / name, 60)
+
+
+def test_every_example_is_tested_and_short() -> None:
+    tested = Path(__file__).read_text()
+    found = sorted(EXAMPLES.glob("*.py"))
+    assert len(found) == 5
+    for path in found:
+        assert path.name in tested
+        assert len(path.read_text().splitlines()) <= 60
+        assert path.read_text().startswith('"""')

@@ -1,0 +1,354 @@
+"""What a user may do wrong, and what may go wrong around him: watching says it once and never ends a training."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import logging
+import math
+import os
+import signal as signals
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from subjects import Decoder, adamw, tokens_of, train_watched
+from torch import Tensor, nn
+
+from omninorm.errors import ConfigError, InputError, RunError
+from omninorm.record import RECORD_FILE
+from omninorm.record.jsonl import read_history
+from omninorm.watch import Alarm, Rule, watch
+
+HERE = Path(__file__).parent
+
+
+def test_a_model_without_norms_and_blocks() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched = train_watched(model, optimizer, 3, lambda m, s: m(torch.ones(5, 4)).square().mean())
+    assert set(watched.history.samples[-1].signals) == {"grad_norm", "weight_rms", "update_ratio"}
+    (seen,) = [event for event in watched.record if event["kind"] == "seen"]
+    assert "no stack of blocks" in seen["not_seen"]["stream_rms"]
+    assert "no norm" in seen["not_seen"]["norm_rms"]
+    assert all(reason for reason in seen["not_seen"].values())
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(), nn.ReLU()], ids=["empty", "without parameters"])
+def test_a_model_without_parameters(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="model with parameters"):
+        watch(model).open()
+
+
+@pytest.mark.parametrize("model", ["a name", None, [nn.Linear(1, 1)]])
+def test_no_model(model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"needs a torch\.nn\.Module"):
+        watch(model)
+
+
+def test_parameters_without_values() -> None:
+    with pytest.raises(ConfigError, match=r"lazy '0.weight'.*call the model once"):
+        watch(nn.Sequential(nn.LazyLinear(3))).open()
+    with pytest.raises(ConfigError, match=r"'weight' on the meta device"):
+        watch(nn.Linear(2, 2, device="meta")).open()
+    model = nn.Sequential(nn.LazyLinear(3))
+    model(torch.ones(2, 2))
+    assert len(train_watched(model, None, 1, lambda m, s: m(torch.ones(2, 2)).mean()).history.samples) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"every": 0}, {"every": 1.5}, {"every": True}, {"step": -1}, {"optimizer": "Adam"}, {"optimizer": [3]}]
+)
+def test_arguments_of_the_wrong_kind(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        watch(Decoder(), **options)
+
+
+def test_a_model_is_watched_once_at_a_time() -> None:
+    model = Decoder()
+    watched = watch(model, rules=[])
+    with watched:
+        with pytest.raises(ConfigError, match="once at a time"), watched:
+            pass
+        with pytest.raises(ConfigError, match="once at a time"):
+            watch(model).open()
+        with pytest.raises(ConfigError, match="once at a time"):
+            watch(nn.DataParallel(model)).open()
+        watched.step(1.0)  # still works
+    with pytest.raises(ConfigError), watched:
+        pass
+    with watch(model, rules=[]) as again:
+        again.step(1.0)
+    assert len(again.history.steps) == 1
+
+
+def test_a_watch_that_failed_to_open_leaves_the_model_free(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ConfigError):
+        watch(model).open()
+    model(torch.ones(1, 2))
+    with watch(model, rules=[]) as watched:
+        watched.step(1.0)
+
+
+@pytest.mark.parametrize("loss", [1j, [1.0], "1", True, torch.tensor(1j), torch.tensor([])])
+def test_losses_that_are_none(loss: Any) -> None:
+    with watch(Decoder(), every=1, rules=[]) as watched:
+        with pytest.raises(InputError, match="the loss must be"):
+            watched.step(loss)
+        watched.step(1.0)
+    assert [step.loss for step in watched.history.steps] == [1.0]
+
+
+def test_steps_of_a_watch_that_is_not_open() -> None:
+    watched = watch(Decoder(), rules=[])
+    with pytest.raises(RunError, match="must be open"):
+        watched.step(1.0)
+    watched.flush()
+    watched.close()
+    watched.open()
+    watched.close()
+    watched.close()
+    with pytest.raises(RunError, match="must be open"):
+        watched.step(1.0)
+
+
+def test_modules_deleted_and_replaced() -> None:
+    model = Decoder(blocks=3)
+    optimizer = adamw(model)
+    with watch(model, optimizer, every=1, rules=[]) as watched:
+        for step in range(1, 7):
+            if step == 3:
+                del model.blocks[2]
+            if step == 4:
+                model.blocks[1].feed_forward = nn.Sequential(nn.Linear(16, 16))
+            if step == 5:
+                model.final_norm = nn.Identity()
+            loss = tokens_of(model, step)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            watched.step(loss)
+    assert len(watched.history.samples) == 6
+    rms = [list(sample.signals["stream_rms"]) for sample in watched.history.samples]
+    assert all(v is not None for v in rms[1])
+    assert rms[2][2] is None
+    assert rms[5][0] is not None
+
+
+def test_exceptions_in_the_loop(tmp_path: Path) -> None:
+    model = Decoder()
+    with pytest.raises(KeyError), watch(model, adamw(model), every=2, folder=tmp_path, rules=[]) as watched:  # noqa: PT012
+        for step in range(1, 4):
+            loss = tokens_of(model, step)
+            loss.backward()
+            watched.step(loss)
+        raise KeyError("data")
+    events = read_history(tmp_path / RECORD_FILE)
+    assert events[-1] == {"kind": "end", "step": 3, "reason": "KeyError: 'data'"}
+    assert [event["step"] for event in events if event["kind"] == "steps"] == [1, 2, 3]
+    assert watched.record == events
+    page = watched.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<html" in page
+
+
+class AlwaysAlarms(Rule):
+    name = "always"
+
+    def on_step(self, history: Any, step: Any) -> list[Alarm]:
+        return [Alarm(step.step, "fail", "always", history.facts.blocks[0], "it is so.", "Nothing.")]
+
+
+def test_reports_of_runs_in_memory(tmp_path: Path) -> None:
+    watched = watch(Decoder(), rules=[])
+    with pytest.raises(RunError, match="a report needs a run"):
+        watched.report(tmp_path / "page.html")
+    with watched:
+        watched.step(3.25)
+        assert "3.25" in watched.report(tmp_path / "page.html").read_text(encoding="utf-8")  # the run goes on
+        watched.step(2.25)
+    assert "2.25" in watched.report(tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_names_with_markup_and_escapes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = "<script>alert(1)</script>\x1b[31m\u202e&\n"
+    model = nn.Module()
+    model.add_module(bad, Decoder().blocks)
+    model.forward = lambda x: [x := block(x) for block in getattr(model, bad)][-1]  # type: ignore[assignment]
+    with (
+        caplog.at_level(logging.WARNING, "omninorm.watch"),
+        watch(model, every=1, folder=tmp_path, rules=[AlwaysAlarms()]) as watched,
+    ):
+        model(torch.randn(1, 3, 16)).mean().backward()
+        watched.step(1.0)
+    assert watched.history.facts.blocks == (f"{bad}.0", f"{bad}.1")
+    assert watched.alarms[0].layer == f"{bad}.0"
+    text = "".join(record.getMessage() for record in caplog.records)
+    assert "script" in text
+    assert "\x1b" not in text
+    assert "\n" not in text
+    events = read_history(tmp_path / RECORD_FILE)
+    assert events[0]["blocks"] == [f"{bad}.0", f"{bad}.1"]
+    page = watched.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    model = Decoder()
+    with pytest.warns(UserWarning, match="records no more, training goes on") as told:
+        watched = train_watched(model, adamw(model), 3, folder=tmp_path / "file")
+    assert len(told) == 1
+    assert (tmp_path / "file").read_text() == "mine"
+    assert len(watched.history.samples) == 3
+    assert watched.record[-1]["kind"] == "end"
+
+
+def test_resuming_in_a_folder_that_has_a_record(tmp_path: Path) -> None:
+    model = Decoder()
+    train_watched(model, adamw(model), 5, folder=tmp_path, every=2)
+    with open(tmp_path / RECORD_FILE, "a", encoding="utf-8") as file:
+        file.write('{"kind": "sample", "st')  # killed while it wrote
+    watched = train_watched(model, adamw(model), 3, folder=tmp_path, every=2, step=4)
+    assert [step.step for step in watched.history.steps] == [5, 6, 7]
+    assert [sample.step for sample in watched.history.samples] == [6]
+    kinds = [(event["kind"], event["step"]) for event in read_history(tmp_path / RECORD_FILE)]
+    at = kinds.index(("resume", 4))
+    assert kinds[at - 1] == ("end", 5)
+    assert kinds[at + 1] == ("watch", 4)
+    assert kinds[-1] == ("end", 7)
+
+
+def test_an_error_of_ours_is_told_once_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it happens: at a block, in attention, at a norm, in backward, at the optimizer."""
+    from omninorm.layers import LayerNorm
+    from omninorm.watch import attention, gradients, norm_site, optimizer, sites
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise ArithmeticError("ours")
+
+    places = [
+        (sites.BlockSite, "see"),
+        (sites.BlockSite, "see_gradient"),
+        (attention.AttentionSite, "see"),
+        (norm_site.NormSite, "see_examples"),
+        (norm_site.NormSite, "_add"),
+        (gradients.Gradients, "norms"),
+        (optimizer.OptimizerWatch, "_measure_adam"),
+        (optimizer.OptimizerWatch, "_some_weights"),
+    ]
+    for norm in (None, lambda: LayerNorm(16)):
+        for owner, name in places:
+            model = Decoder(norm)
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, fails)
+                with pytest.warns(UserWarning, match="could not measure.*ours") as told:
+                    watched = train_watched(model, adamw(model), 3)
+            assert len(told) == 1, (owner, name)
+            assert len(watched.history.steps) == 3
+
+
+class Broken:
+    """A sink whose service is away."""
+
+    def log(self, step: int, numbers: Any) -> None:
+        raise ConnectionError("away")
+
+    def alarm(self, alarm: Alarm) -> None:
+        raise ConnectionError("away")
+
+    def close(self) -> None:
+        raise ConnectionError("away")
+
+
+def test_a_sink_that_fails_does_not_end_the_training() -> None:
+    model = Decoder()
+    with pytest.warns(UserWarning, match="Broken gets no more.*ConnectionError: away") as told:
+        watched = train_watched(model, adamw(model), 3, sinks=[Broken()], rules=[AlwaysAlarms()])
+    assert len(told) == 1
+    assert len(watched.history.samples) == 3
+    assert watched.record[-1]["kind"] == "end"
+
+
+def test_the_memory_of_a_run_with_a_folder_does_not_grow(tmp_path: Path) -> None:
+    """The events are in the file; they need not be in memory, too."""
+    model = nn.Linear(2, 2)
+    gc.collect()
+    gc.freeze()
+    with watch(model, every=1, folder=tmp_path, rules=[]) as watched:
+        for _ in range(40):
+            watched.step(1.0)
+        held = sum(
+            1 for item in gc.get_objects() if type(item) is dict and item.get("kind") == "sample" and "step" in item
+        )
+        gc.unfreeze()
+        assert held == 0
+        assert sum(event["kind"] == "sample" for event in watched.record) == 40
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+def run_script(body: str, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    script = "import sys, torch\nfrom subjects import *\nfrom omninorm.watch import watch\n" + textwrap.dedent(body)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-c", script, *args]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """Files may not grow beyond 20 kB: training goes on with one warning, and the record ends at a whole line."""
+    done = run_script(
+        """
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        model = Decoder()
+        watched = train_watched(model, adamw(model), 30, folder=sys.argv[1])
+        print(len(watched.history.samples), sum(event["kind"] == "sample" for event in watched.record))
+        """,
+        str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["30", "30"]
+    assert done.stderr.count("records no more") == 1
+    content = (tmp_path / RECORD_FILE).read_bytes()
+    assert 10000 < len(content) <= 20000
+    assert content.endswith(b"\n")
+    assert all(json.loads(line)["step"] >= 0 for line in content.splitlines())
+
+
+def test_a_kill_leaves_a_readable_record(tmp_path: Path) -> None:
+    done = run_script(
+        """
+        import os, signal
+        model = Decoder()
+        optimizer = adamw(model)
+        with watch(model, optimizer, every=2, folder=sys.argv[1], rules=[]) as watched:
+            for step in range(1, 10):
+                loss = tokens_of(model, step)
+                loss.backward()
+                optimizer.step()
+                watched.step(loss)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        str(tmp_path),
+    )
+    assert done.returncode == -signals.SIGKILL, done.stderr
+    events = read_history(tmp_path / RECORD_FILE)
+    assert [event["step"] for event in events if event["kind"] == "sample"] == [1, 2, 4, 6, 8]
+    assert "end" not in {event["kind"] for event in events}
+    with contextlib.redirect_stderr(io.StringIO()):
+        watched = train_watched(Decoder(), None, 1, folder=tmp_path, step=8)
+    assert watched.history.steps[-1].step == 9
+    assert math.isfinite(watched.history.steps[-1].loss)
+    assert isinstance(torch.ones(1), Tensor)
