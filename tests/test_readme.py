@@ -22,4 +22,4 @@ def test_examples_print_what_they_say(code: str, output: str) -> None:
 
 
 def test_all_examples_were_found() -> None:
-    assert len(EXAMPLES) == README.count("```python") == 2
+    assert len(EXAMPLES) == README.count("```python") == 3

@@ -21,6 +21,8 @@ EVERY = 5
 # A run is lost once its loss has been this far above the healthy one's, or no number, for so many steps running; its
 # alarm has to come by the last of them. (Nats per byte, steps.)
 LOST, LOST_STEPS = 0.3, 20
+# Some are never lost within the few steps of a test; they have to be told so many steps after the illness began.
+LATE = 50
 Illness = Callable[["Training", int], None]
 
 
@@ -232,20 +234,20 @@ HEALTHY = {
 
 def complaints(sick: SickRun, outcome: Outcome, healthy: list[float]) -> list[str]:
     """What is wrong with the alarms of a sick run; nothing if the illness was told in time, and rightly."""
-    early = [f"false alarm at step {alarm.step}: {alarm.rule}" for alarm in outcome.alarms if alarm.step < sick.begins]
+    wrong = [f"false alarm at step {alarm.step}: {alarm.rule}" for alarm in outcome.alarms if alarm.step < sick.begins]
     told = outcome.fails if sick.fails else outcome.alarms
     if not told:
-        return [*early, "not caught"]
+        return [*wrong, "not caught"]
     first, lost = told[0], lost_at(outcome.losses, healthy)
     if first.rule not in sick.rules:
-        early.append(f"the cause was taken to be {first.rule}")
+        wrong.append(f"the cause was taken to be {first.rule}")
     if first.layer != sick.layer:
-        early.append(f"the layer was taken to be {first.layer}")
-    if lost is not None and first.step > lost:
-        early.append(f"caught at step {first.step}, when it was lost at {lost}")
+        wrong.append(f"the layer was taken to be {first.layer}")
+    if first.step > (lost or sick.begins + LATE):
+        wrong.append(f"caught at step {first.step}, when it was lost at {lost} or sick since {sick.begins}")
     if not sick.fails and outcome.fails:
-        early.append(f"called lost by {outcome.fails[0].rule}, but it recovered")
-    return early
+        wrong.append(f"called lost by {outcome.fails[0].rule}, but it recovered")
+    return wrong
 
 
 def confusion(outcomes: dict[str, Outcome], healthy: list[float]) -> str:

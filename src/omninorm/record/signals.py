@@ -47,7 +47,7 @@ SIGNALS: dict[str, Signal] = {
     "weight_rms": Signal("group", "weights", "RMS(w) of the group's matrices", True),
     "update_ratio": Signal("group", "update / weight", "RMS(Δw) / RMS(w) of a step, median over matrices", True),
     "adam_ratio": Signal("group", "Adam under-estimation", "√mean(g² / max(v, ε²)), largest of the tensors", True),
-    "adam_eps_ratio": Signal("group", "gradient / Adam's ε", "RMS(g) / ε, smallest of the tensors", True),
+    "adam_eps_ratio": Signal("group", "gradient / Adam's ε", "RMS(g) / ε, smallest of the matrices", True),
 }
 
 STEP_SERIES = ("loss", "grad_norm", "lr")

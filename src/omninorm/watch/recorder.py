@@ -99,6 +99,8 @@ class SampleBuilder:
     def __init__(self, structure: Structure, places: dict[str, list[int]], names: Sequence[str]) -> None:
         self._structure, self._places, self._names = structure, places, names
         self._noise = NoiseScale()
+        matrices = {name for group in structure.groups.values() for name, tensor in group if tensor.ndim >= 2}
+        self._matrices = {at for at, name in enumerate(names) if name in matrices}
 
     def build(
         self,
@@ -139,12 +141,27 @@ class SampleBuilder:
             ("adam_eps_ratio", min),
         ):
             if name in tensors:
-                signals[name] = self._per_group(tensors[name], lambda *v, choose=choose: choose(v))
+                signals[name] = self._per_group(
+                    self._decisive(name, tensors[name]), lambda *v, choose=choose: choose(v)
+                )
         for name, choice in (("adam_ratio", max), ("adam_eps_ratio", min)):
             if name in tensors:
-                worst[name] = [self._worst(places, tensors[name], choice) for places in self._places.values()]
+                decisive = self._decisive(name, tensors[name])
+                worst[name] = [self._worst(places, decisive, choice) for places in self._places.values()]
         seen = {name: values for name, values in signals.items() if any(value is not None for value in values)}
         return Sample(step, seen, worst)
+
+    def _decisive(self, name: str, values: Sequence[float]) -> Sequence[float]:
+        """The values that count. Gradients are held against Adam's ε in the matrices of a group, if it has any: that of
+        a key's bias, for example, is 0 but for rounding."""
+        if name != "adam_eps_ratio":
+            return values
+        kept = list(values)
+        for places in self._places.values():
+            if self._matrices.intersection(places):
+                for at in set(places) - self._matrices:
+                    kept[at] = UNSEEN
+        return kept
 
     def _per_group(self, values: Sequence[float], choose: Any) -> list[float | None]:
         result: list[float | None] = []

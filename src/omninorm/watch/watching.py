@@ -183,10 +183,11 @@ class Watch:
             if self.history.nonfinite is None:
                 self._look_for_nonfinite(row, self._first + at)
         self._write_steps(steps, rows)
-        alarms = list(self._judge.judge_steps(self.history, steps))
         if sampled:
             self.history.placement = self._hooks.placements.verdict(len(self._structure.blocks))
             self.history.dtype = None if self._hooks.dtype is None else str(self._hooks.dtype).removeprefix("torch.")
+        alarms = list(self._judge.judge_steps(self.history, steps))
+        if sampled:
             values = dict(zip(names, numbers, strict=True))
             sample = self._builder.build(self._done, cells, rows[-1], self._gains(values), values)
             self._write_sample(sample, steps[-1])

@@ -11,11 +11,12 @@ from omninorm.watch.rules.numbers import fold, known, line_error, values_of
 
 class Growth(NamedTuple):
     """From the first block to the last of `blocks`: a ratio v_L/v_1, and whether v² follows an exponential over depth
-    more closely than a line."""
+    more closely than a line. `backward`: it is told in the direction of gradients, v_1/v_L."""
 
     ratio: float
     blocks: int
     exponential: bool
+    backward: bool = False
 
     @property
     def exponent(self) -> float:
@@ -29,7 +30,10 @@ class Growth(NamedTuple):
 
     def words(self, what: str) -> str:
         verb = "grows" if self.ratio >= 1.0 else "shrinks"
-        return f"{what} {verb} {fold(self.total)} from the first to the last of {self.blocks} blocks"
+        way = f"back from the last of {self.blocks} blocks to the first"
+        if not self.backward:
+            way = f"from the first to the last of {self.blocks} blocks"
+        return f"{what} {verb} {fold(self.total)} {way}"
 
 
 def growth(sample: Sample, signal: str) -> Growth | None:
@@ -49,7 +53,7 @@ def growth(sample: Sample, signal: str) -> Growth | None:
 def backward_growth(sample: Sample) -> Growth | None:
     """Of the gradient, in the direction in which it flows: from the last block to the first."""
     found = growth(sample, "stream_grad")
-    return None if found is None else found._replace(ratio=1.0 / found.ratio)
+    return None if found is None else found._replace(ratio=1.0 / found.ratio, backward=True)
 
 
 def has_no_norm(history: History) -> bool:

@@ -35,7 +35,7 @@ class DepthGrowth(Rule):
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         for what, found in (
             ("the residual stream", growth(sample, "stream_rms")),
-            ("the gradient of the residual stream, on its way back,", backward_growth(sample)),
+            ("the gradient of the residual stream", backward_growth(sample)),
         ):
             if found is None:
                 continue
