@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread a test process: two processes of two threads each would fight over two cores.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
-PYTHON_CODE := setup.py src tests examples
+PYTHON_CODE := setup.py src tests examples benchmarks
 
 .PHONY: help demo bench test lint types sanitize check format clean
 

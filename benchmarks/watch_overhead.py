@@ -1,14 +1,16 @@
 """What `omninorm.watch` costs a training step: `python benchmarks/watch_overhead.py [--rounds 12] [--json FILE]`.
 
-The same model is trained three times: not watched, watched in a step without a sample, and watched in a sampled step. The
-three take one step each by turns, in an order that rotates, on one thread. A round gives two ratios; their medians are
-printed. A run with every=10 has nine steps of the second kind for one of the third.
+The same model is trained four times: twice not watched, whose ratio is the noise of the measurement, watched in a step
+without a sample, and watched in a sampled step. The four take one step each by turns, in random order, on one thread. A
+step that is watched is held against the mean of the two that are not; medians over the rounds are printed. A run with
+every=10 has nine steps without a sample for one with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from torch import nn
 import omninorm
 from omninorm import Thinker, ThinkerConfig
 
-VARIANTS = {"off": None, "unsampled": 1_000_000, "sampled": 1}
+VARIANTS = {"off": None, "unsampled": 1_000_000, "sampled": 1, "off again": None}
 
 
 def thinker() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
@@ -76,24 +78,25 @@ def measure(build, rounds: int) -> dict[str, float]:
     for step in steps.values():
         step()
         step()
-    ratios: dict[str, list[float]] = {"unsampled": [], "sampled": []}
+    ratios: dict[str, list[float]] = {"unsampled": [], "sampled": [], "off again": []}
     seconds = []
-    names = list(steps)
-    for turn in range(rounds):
+    for _ in range(rounds):
         taken = {}
-        for name in names[turn % 3 :] + names[: turn % 3]:
+        for name in random.sample(list(steps), len(steps)):
             start = time.perf_counter()
             steps[name]()
             taken[name] = time.perf_counter() - start
-        seconds.append(taken["off"])
-        for name, found in ratios.items():
-            found.append(taken[name] / taken["off"])
-    unsampled, sampled = (statistics.median(ratios[name]) for name in ("unsampled", "sampled"))
+        plain = (taken["off"] + taken["off again"]) / 2
+        seconds.append(plain)
+        ratios["off again"].append(taken["off again"] / taken["off"])
+        for name in ("unsampled", "sampled"):
+            ratios[name].append(taken[name] / plain)
+    medians = {name: statistics.median(found) for name, found in ratios.items()}
     return {
         "seconds": statistics.median(seconds),
-        "every=10": 0.9 * unsampled + 0.1 * sampled,
-        "every=1": sampled,
-        "unsampled": unsampled,
+        "every=10": 0.9 * medians["unsampled"] + 0.1 * medians["sampled"],
+        "every=1": medians["sampled"],
+        "noise: off again / off": medians["off again"],
     }
 
 
@@ -104,6 +107,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["thinker", "qwen3"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    random.seed(0)
     results = {}
     for name, build in (("thinker", thinker), ("qwen3", qwen3)):
         if arguments.only in (None, name):

@@ -103,7 +103,9 @@ def unfinished(command, small, tmp_path):
     run = tmp_path / "unfinished"
     assert command("train", *small, "--out", run, "--checkpoint-every", 2)[0] == 0
     lines = (run / "record.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (run / "record.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 2), encoding="utf-8")
+    (run / "record.jsonl").write_text(
+        "".join(line for line in lines if json.loads(line)["step"] <= 2), encoding="utf-8"
+    )
     for file in (run / "checkpoints" / "step-4").iterdir():
         file.unlink()
     (run / "checkpoints" / "step-4").rmdir()
