@@ -7,7 +7,6 @@ graph, which does the same when the graph runs (see `traced`).
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -23,8 +22,10 @@ from omninorm.watch.board import Board
 from omninorm.watch.gate import Gate, in_backward
 from omninorm.watch.norm_site import NormCall, NormSite, hook_examples
 from omninorm.watch.norms import Norm
+from omninorm.watch.placements import Placements
 from omninorm.watch.sites import BlockSite, LogitsSite, Sentinel, WriterSite
-from omninorm.watch.structure import Block, Structure, some_tensors
+from omninorm.watch.structure import Block, Structure
+from omninorm.watch.tensors import find_logits, first_tensor, with_first_tensor
 from omninorm.watch.traced import TracedSite, attention_wrapper
 
 # Without blocks, NaNs are looked for in the outputs of so many parameterized leaves.
@@ -71,36 +72,6 @@ def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if any(True for _ in module.parameters(recurse=False))
     ]
     return found[:MOST_LEAVES]
-
-
-class Placements:
-    """Where the blocks' norms stand, measured in one forward pass by which tensors they read and make."""
-
-    def __init__(self, structure: Structure) -> None:
-        inside = [norm.facts.block for norm in structure.norms if norm.facts.block is not None]
-        self._with_norms = set(inside)
-        self._reads_input: set[int] = set()
-        self._makes_output: set[int] = set()
-        self._newest: weakref.ref[Tensor] | None = None
-
-    def norm_read(self, block: int, is_input: bool) -> None:
-        if is_input:
-            self._reads_input.add(block)
-
-    def norm_made(self, y: Tensor) -> None:
-        self._newest = weakref.ref(y)
-
-    def block_made(self, block: int, y: Tensor) -> None:
-        if self._newest is not None and self._newest() is y:
-            self._makes_output.add(block)
-        self._newest = None
-
-    def verdict(self, blocks: int) -> str | None:
-        """ "pre", "post", "both", "none", or None where it is something else; the majority of the blocks decides."""
-        if not self._with_norms:
-            return "none" if blocks else None
-        pre, post = 2 * len(self._reads_input) > blocks, 2 * len(self._makes_output) > blocks
-        return "both" if pre and post else "pre" if pre else "post" if post else None
 
 
 class Hooks:
@@ -220,6 +191,9 @@ class Hooks:
             self.gate.inside = None
 
         root = self._structure.model
+        if self._compiled:
+            # A compiled model calls its own hooks outside of its graph; each would become a graph of its own.
+            before, after = torch.compiler.disable(before), torch.compiler.disable(after)
         self._handles += [root.register_forward_pre_hook(before), root.register_forward_hook(after)]
 
     def _on_output(self, module: nn.Module, site: Sentinel) -> None:
@@ -377,26 +351,3 @@ class Hooks:
                 measure()
         except Exception as error:
             self._failed(error)
-
-
-def first_tensor(value: Any) -> Tensor | None:
-    """The first floating-point tensor of two dimensions or more in a module's arguments or output."""
-    return next(some_tensors(value), None)
-
-
-def with_first_tensor(output: Any, tensor: Tensor) -> Any:
-    """The output with `tensor` in the place of its first; None, for no change, where it is no tensor or tuple."""
-    if isinstance(output, Tensor):
-        return tensor
-    if type(output) is tuple and output and isinstance(output[0], Tensor):
-        return (tensor, *output[1:])
-    return None
-
-
-def find_logits(output: Any, vocabularies: set[int]) -> Tensor | None:
-    """The logits in a model's output: its attribute or item "logits", or a tensor as wide as a vocabulary."""
-    named = getattr(output, "logits", None) if not isinstance(output, dict) else output.get("logits")
-    if isinstance(named, Tensor) and named.is_floating_point() and named.ndim >= 2:
-        return named
-    first = first_tensor(output)
-    return first if first is not None and first.shape[-1] in vocabularies else None

@@ -7,7 +7,6 @@ stream is the last layer as wide as it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -236,16 +235,3 @@ def group_parameters(model: nn.Module, blocks: list[Block]) -> dict[str, list[tu
             owner = owner.partition(".")[0]
         groups.setdefault(owner, []).append((name, parameter))
     return {name: group for name, group in groups.items() if group}
-
-
-def some_tensors(value: object) -> Iterator[Tensor]:
-    """The floating-point tensors of at least two dimensions in a module's arguments or output, in order."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and value.ndim >= 2:
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from some_tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from some_tensors(item)
