@@ -193,7 +193,7 @@ class Hooks:
         root = self._structure.model
         if self._compiled:
             # A compiled model calls its own hooks outside of its graph; each would become a graph of its own.
-            before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+            before, after = (torch.compiler.disable(hook) for hook in (before, after))  # type: ignore[no-untyped-call]
         self._handles += [root.register_forward_pre_hook(before), root.register_forward_hook(after)]
 
     def _on_output(self, module: nn.Module, site: Sentinel) -> None:
