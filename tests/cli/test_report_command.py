@@ -88,7 +88,7 @@ def test_a_run_of_train_has_a_report(command, small, tmp_path):
     [
         (None, "must have a record.jsonl"),
         (b"", "at least one event"),
-        (b"\x1b[31mnonsense\n", "at least one event"),
+        (b"\x1b[31mnonsense\n", "needs a record of omninorm"),
         (b'{"kind": "watch", "step": 0, "format": 9}\n', "upgrade omninorm"),
     ],
 )

@@ -96,6 +96,18 @@ def test_gemmas_gains_are_read_as_one_plus(tmp_path):
     assert "put config.json beside it" in blind.remedy
 
 
+def test_a_norm_of_zeros_puts_out_nothing(tmp_path):
+    (finding,) = [
+        each
+        for each in inspect_checkpoint(
+            save(llama_tensors() | {FINAL: torch.zeros(WIDTH)}, tmp_path / "a.safetensors")
+        ).findings
+        if each.rule == "silent-norm"
+    ]
+    assert finding.remedy.startswith("this norm puts out nothing")
+    assert "cut off" in finding.remedy
+
+
 def test_findings_of_one_role_become_one_with_the_worst_first(tmp_path):
     tensors = llama_tensors()
     for block, gain in ((0, 15.0), (3, 40.0), (1, 30.0)):

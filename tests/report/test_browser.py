@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import html
+import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from omninorm.record.signals import SIGNALS
 from omninorm.report import read_run, render
+from omninorm.report.story import Series
 
 from . import synthetic
 from .browser import open_page
@@ -37,7 +40,8 @@ def test_a_sick_run_is_drawn_with_its_alarms(sick, tmp_path):
     assert f'data-ready="{drawn}"' in shown.dom
     assert f'data-drawn="{drawn}"' in shown.dom
     assert shown.dom.count("<canvas role=") == drawn
-    assert "Failing: the attention logits of blocks.8 passed 1e4" in shown.dom
+    assert "<h1>Failing: attention logits in blocks.8</h1>" in shown.dom
+    assert "The attention logits of blocks.8 passed 1e4 and went on growing" in html.unescape(shown.dom)
     for alarm in sick.alarms:
         assert (
             f'aria-label="{"Failure" if alarm.severity == "fail" else "Warning"} at step {alarm.step}: {alarm.rule}'
@@ -123,6 +127,69 @@ def test_keys_pointer_sorting_choice_and_theme(sick, tmp_path):
     assert least == names[newest.index(min(newest))], "parts without a value stay at the end"
     assert marked == "alarm-0"
     assert theme in ("dark", "light")
+
+
+# Everything is drawn anew for a change of theme, and at once for a print.
+LABELS = """
+const told = {}, before = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, x, y, most) {
+  const figure = this.canvas.closest('figure');
+  if (figure) {
+    const wide = Math.min(this.measureText(text).width, most ?? Infinity);
+    (told[figure.dataset.name] ??= []).push([text, this.textAlign, this.textAlign === 'right' ? x - wide : x - wide / 2]);
+  }
+};
+document.getElementById('theme').click();
+window.dispatchEvent(new Event('beforeprint'));
+return JSON.stringify(told);
+"""
+
+
+def labels_of(story, folder):
+    """Each figure's labels: text, alignment, and where its left end is."""
+    shown = open_page(render(story), folder, LABELS)
+    assert shown.console == []
+    return json.loads(html.unescape(shown.result()))
+
+
+@pytest.mark.parametrize(
+    ("rates", "labels"),
+    [
+        ([0.00105] * 600, ["0.00105"]),
+        ([1.25e-7] * 600, ["1.25e-7"]),
+        ([0.0] * 600, ["0"]),
+        ([0.00095 + 1e-4 * step / 600 for step in range(1, 601)], ["0.00095", "0.00100", "0.00105"]),
+        ([6e-5 * step / 600 for step in range(1, 601)], ["0", "2e-5", "4e-5", "6e-5"]),
+        ([2e8 + 1e6 * step / 600 for step in range(1, 601)], ["2.000e8", "2.005e8", "2.010e8"]),
+    ],
+)  # fmt: skip
+def test_an_axis_has_one_notation_and_no_label_is_cut(sick, tmp_path, rates, labels):
+    story = replace(sick, series={**sick.series, "lr": Series(list(range(1, 601)), rates)})
+    told = labels_of(story, tmp_path)
+    assert [text for text, align, _ in told["step-lr"] if align == "right"] == labels
+    assert all(left >= 0 for drawn in told.values() for _, _, left in drawn)
+
+
+def test_steps_begin_with_the_first_and_rows_have_their_names(sick, tmp_path):
+    told = labels_of(sick, tmp_path)
+    for name in ("step-loss", "stream_rms", "weight_rms"):
+        assert [text for text, align, _ in told[name] if align == "center"][:2] == ["1", "100"], name
+    rows = [text for text, align, _ in told["weight_rms"] if align == "right"]
+    assert rows[0] == "0"
+    assert "embedding" in rows
+
+
+@pytest.mark.parametrize("width", [500, 1200])
+def test_the_alarms_are_never_wider_than_their_place(tmp_path, width):
+    long = "model.very_long_name_of_layers" * 3
+    page = render(read_run(synthetic.run(tmp_path / "run", scene="logits", prefix=long, samples=10)))
+    script = """
+const place = document.querySelector('#table-alarms').parentElement;
+return [place.scrollWidth - place.clientWidth, place.scrollHeight - place.clientHeight, place.clientWidth];
+"""
+    wider, higher, wide = map(int, open_page(page, tmp_path, script, width).result().split(","))
+    assert (wider, higher) == (0, 0)
+    assert 300 < wide < width
 
 
 @pytest.mark.parametrize("scene", ["logits", "hostile"])

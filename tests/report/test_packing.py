@@ -48,6 +48,17 @@ def test_a_short_curve_is_drawn_whole():
     assert (nothing["x"], nothing["bad"], nothing["log"]) == ([], [1, 2], False)
 
 
+def test_what_rounding_would_make_infinite_counts_as_not_finite():
+    most = 1.7976931348623157e308
+    drawn = curve(Series([1, 2, 3, 4], [1.0, most, -most, 2.0]))
+    assert (drawn["x"], drawn["y"], drawn["bad"]) == ([1, 4], [1.0, 2.0], [2, 3])
+    embed(drawn)
+    long = curve(Series(list(range(1, 3001)), [1e300 if step % 2 else most for step in range(1, 3001)]))
+    assert set(long["y"]) == {1e300}
+    assert {value for _, value in long["mean"]} == {1e300}
+    embed(long)
+
+
 @pytest.mark.parametrize(
     ("given", "shown"),
     [

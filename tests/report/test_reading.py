@@ -107,7 +107,18 @@ def test_a_second_run_in_the_same_record_replaces_the_first(tmp_path):
     story = read_run(write(tmp_path, HEAD, sample(1), sample(9), warning(9), HEAD, sample(1, 5.0)))
     assert [(column.step, column.signals["logz"]) for column in story.columns] == [(1, [5.0])]
     assert story.alarms == []
-    assert any("only the newest is shown" in note for note in story.notes)
+    assert story.notes == ["An earlier run of 9 steps in this record is not shown."]
+
+
+def test_a_run_that_goes_on_from_nothing_is_told_from_one_that_goes_on_from_a_checkpoint(tmp_path):
+    again = [{"kind": "resume", "step": 0}, HEAD, chunk(1, 1, [5.0])]
+    story = read_run(write(tmp_path / "again", HEAD, chunk(3, 1, [1.0, 2.0, 3.0]), sample(2), *again))
+    assert story.series["loss"].values == [5.0]
+    assert story.notes == ["An earlier run of 3 steps in this record is not shown."]
+    assert read_run(write(tmp_path / "new", *again)).notes == []
+    later = [{**HEAD, "step": 2}, chunk(3, 3, [7.0])]
+    story = read_run(write(tmp_path / "later", HEAD, chunk(3, 1, [1.0, 2.0, 3.0]), *later))
+    assert story.notes == ["What an earlier run did after step 2 in this record is not shown."]
 
 
 def test_a_torn_end_is_dropped_and_damage_is_counted(tmp_path):
@@ -204,7 +215,10 @@ def test_ranks_are_merged(tmp_path):
         (None, r"a run's folder must have a record.jsonl, but got .*; name the folder of a run"),
         (b"", "a record must hold at least one event"),
         (b'{"kind": "watch", "st', "a record must hold at least one event"),
-        (b"\0\0\0\n", "a record must hold at least one event"),
+        (b"\0\0\0\n", r"a report needs a record of omninorm, but got .*, which is none; name the folder"),
+        (b"Dear diary,\ntoday", "a report needs a record of omninorm"),
+        (b"a text without a line's end", "a report needs a record of omninorm"),
+        (b'{"loss": 3.0}\n', "a report needs a record of omninorm"),
         (
             json.dumps({**HEAD, "format": 2}).encode() + b"\n",
             "a record must have format 1, but got format 2 .*upgrade omninorm",
@@ -240,11 +254,11 @@ def test_samples_are_thinned_but_not_those_at_alarms(tmp_path):
     story = read_run(folder)
     shown = [column.step for column in story.columns]
     assert story.samples == count
-    assert len(shown) <= 800
+    assert len(shown) <= 500
     assert {1, 777, 1234, count} <= set(shown)
     gaps = {after - before for before, after in pairwise(shown)}
-    assert max(gaps) == 3
-    assert len(shown) == 1 + 667 + 2, "the first, every third from the newest back, and the two at alarms"
+    assert max(gaps) == 5
+    assert len(shown) == 1 + 400 + 2, "the first, every fifth from the newest back, and the two at alarms"
 
 
 @pytest.mark.parametrize("limit", [8, 50, 800])
@@ -261,7 +275,7 @@ def test_choose_keeps_to_its_limit(limit):
 
 def test_two_samples_run_together_are_noticed_though_neither_is_shown(tmp_path):
     lines = [json.dumps(HEAD).encode() + b"\n", *(sample_bytes(step) for step in range(1, 1001))]
-    # Every second is shown, from the newest back, so not 999.
+    # Every third is shown, from the newest back, so not 999.
     lines[999] = lines[999][:40] + lines[999]
     (tmp_path / "record.jsonl").write_bytes(b"".join(lines))
     story = read_run(tmp_path)

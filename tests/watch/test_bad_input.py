@@ -81,7 +81,7 @@ def test_a_model_is_watched_once_at_a_time() -> None:
         with pytest.raises(ConfigError, match="once at a time"):
             watch(nn.DataParallel(model)).open()
         watched.step(1.0)  # still works
-    with pytest.raises(ConfigError), watched:
+    with pytest.raises(RunError, match="used once"), watched:
         pass
     with watch(model, rules=[]) as again:
         again.step(1.0)

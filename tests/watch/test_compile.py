@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omninorm import Thinker, ThinkerConfig
+from omninorm import NormConfig, Thinker, ThinkerConfig
 from omninorm.watch import Watch, watch
 
-pytestmark = [  # torch's own calls
+pytestmark = [  # Dynamo's own doing
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
 ]
@@ -52,6 +53,23 @@ def train(model: nn.Module, steps: int, every: int, evaluate: bool = False) -> W
                     model(torch.zeros_like(tokens[:, 1:]))
             watched.step(loss)
     return watched
+
+
+@pytest.mark.parametrize(
+    ("placement", "backend"),
+    [
+        *((placement, "aot_eager") for placement in ("pre", "post", "keel", "reordered")),
+        pytest.param("post", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_where_the_norms_stand(placement: str, backend: str) -> None:
+    torch.manual_seed(0)
+    config = ThinkerConfig(d_model=16, n_layers=3, n_heads=2, max_seq_len=TOKENS, norm=NormConfig("rmsnorm", placement))
+    model = Thinker(config)
+    eager = train(copy.deepcopy(model), 1, every=1)
+    compiled = train(torch.compile(model, backend=backend), 1, every=1)
+    assert compiled.history.placement == eager.history.placement
+    assert eager.history.placement == {"keel": "both", "reordered": None}.get(placement, placement)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,3 +140,48 @@ def test_foreign_norms_and_in_place_training() -> None:
     assert missing <= {"noise_scale", "attention_logit", "attention_entropy"}
     for name, values in found.signals.items():
         assert known(values) == pytest.approx(known(expected.signals[name]), rel=2e-3, abs=1e-6, nan_ok=True), name
+
+
+def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
+    """More blocks than Dynamo would recompile for: numbers of their own in the graph would end in an error."""
+    torch.manual_seed(0)
+    model = Thinker(ThinkerConfig(d_model=16, n_layers=10, n_heads=2, max_seq_len=TOKENS))
+    eager = train(copy.deepcopy(model), 2, every=1).history.samples[-1]
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        found = train(model, 2, every=1).history.samples[-1]
+    assert found.signals.keys() == eager.signals.keys()
+    for name, values in found.signals.items():
+        assert known(values) == pytest.approx(known(eager.signals[name]), rel=2e-3, abs=1e-6, nan_ok=True), name
+
+
+def test_a_compiled_function_inside_of_an_eager_attention() -> None:
+    attend = torch.compile(
+        lambda q, k: F.scaled_dot_product_attention(q, k, k).unflatten(-1, (2, -1)).flatten(-2),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.attention = nn.RMSNorm(16), nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = (f(self.norm(x)).unflatten(-1, (4, 4)).transpose(1, 2) for f in self.attention)
+            return x + attend(q, k).transpose(1, 2).flatten(2)
+
+    model = nn.Sequential(nn.Embedding(256, 16), nn.Sequential(Block(), Block()), nn.Linear(16, 256))
+    assert [sample.step for sample in train(model, 3, every=2).history.samples] == [1, 2]
+
+
+def test_two_watches_at_once_and_nothing_left() -> None:
+    attention, softmax = F.scaled_dot_product_attention, torch.softmax
+    first, second = watch(thinker(), every=1).open(), watch(thinker(), every=1).open()
+    assert F.scaled_dot_product_attention is not attention
+    first.close()
+    second.close()
+    assert F.scaled_dot_product_attention is attention
+    assert torch.softmax is softmax
+    assert "softmax" not in Tensor.__dict__

@@ -23,4 +23,5 @@ def test_a_healthy_run_of_19560_steps() -> None:
     assert number == 19560
     assert [alarm for alarm in alarms if alarm.severity == "fail"] == []
     # OLMo-core's bare 6σ over 128 steps fires at 15 losses and 57 gradient norms of it.
-    assert Counter(alarm.rule for alarm in alarms) == {"gradient-spike": 4}
+    # Spikes that are 3-fold, too, are 4; only one of them comes again within 64 steps or does harm.
+    assert Counter(alarm.rule for alarm in alarms) == {"gradient-spike": 1}

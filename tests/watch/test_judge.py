@@ -107,11 +107,18 @@ def test_a_warning_explains_nothing_and_a_cause_wears_off() -> None:
     ]  # fmt: skip
 
 
-def test_after_a_final_rule_there_is_silence() -> None:
-    last = Says({5: [("fail", "a"), ("fail", "b")]}, "last")
+def test_while_a_final_rule_reports_there_is_silence() -> None:
+    last = Says({5: [("fail", "a"), ("fail", "b")], 6: [("fail", "a")], 7: [("fail", "a")]}, "last")
     last.final = True  # type: ignore[misc]
-    other = Says({5: [("fail", "x")], 6: [("fail", "y")]}, "other")
-    assert short(judge(last, other)) == [(5, "fail", "last", "a")]
+    other = Says({5: [("fail", "x")], 7: [("fail", "y")], 8: [("fail", "z")]}, "other")
+    assert short(judge(last, other)) == [(5, "fail", "last", "a"), (8, "fail", "other", "z")]
+
+
+def test_many_layers_are_told_without_those_that_were_told_before() -> None:
+    two: list[tuple[str, str | None]] = [("warn", "a"), ("warn", "b")]
+    alarms = judge(Says({1: two, 2: [("warn", name) for name in "abcde"]}))
+    assert short(alarms[2:]) == [(2, "warn", "says", "c")]
+    assert alarms[2].evidence == "says at c. So it is with 2 more: d, e."
 
 
 def test_a_rule_that_fails_is_dropped_with_a_warning() -> None:

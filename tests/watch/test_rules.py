@@ -146,6 +146,13 @@ def test_eps_share_names_the_norm_and_its_eps() -> None:
     assert "mean(x²) is 0.016" in alarm.remedy
 
 
+def test_an_extreme_eps_share_is_told_at_its_second_sample() -> None:
+    reports = give_samples(EpsShare(), [{"eps_share": layers(1e-4, 0.91)}] * 2)
+    assert [[alarm.severity for alarm in alarms] for alarms in reports] == [[], ["fail"]]
+    assert first(give_samples(EpsShare(), [{"eps_share": layers(1e-4, 0.89)}] * 2)) is None
+    assert first(give_samples(EpsShare(), [{"eps_share": layers(1e-4, 1.0)}, {"eps_share": layers(1e-4)}] * 4)) is None
+
+
 def test_massive_activations_need_both_conditions() -> None:
     def signals(largest: float, middle: float | None) -> Signals:
         return {"stream_max": layers(1.0, largest), "stream_median": layers(0.5, middle)}
@@ -223,9 +230,23 @@ def test_loss_spike_tells_a_bad_batch_from_a_bad_update() -> None:
 def test_gradient_spike() -> None:
     norms = noise(200, 1.0, 0.1)
     assert give_steps(GradientSpike(), [3.0] * 250, noise(250, 1.0, 0.1)) == []
-    assert give_steps(GradientSpike(), [3.0] * 201, [*norms, 2.9]) == []
-    alarms = give_steps(GradientSpike(), [3.0] * 201, [*norms, 3.2])
-    assert [(alarm.step, alarm.severity) for alarm in alarms] == [(201, "warn")]
+    assert give_steps(GradientSpike(), [3.0] * 250, [*norms, 3.2, *norms[:30]]) == [], "once, and without harm"
+    assert give_steps(GradientSpike(), [3.0] * 250, [*norms, 2.9, 2.9, *norms[:30]]) == []
+    alarms = give_steps(GradientSpike(), [3.0] * 250, [*norms, 3.2, *norms[:20], 3.3])
+    assert [(alarm.step, alarm.severity) for alarm in alarms] == [(222, "warn")]
+    assert "another was at step 201" in alarms[0].evidence
+    assert "Make sure that gradients are clipped" in alarms[0].remedy
+    assert give_steps(GradientSpike(), [3.0] * 300, [*norms, 3.2, *norms[:64], 3.2]) == [], "too far apart"
+
+
+def test_gradient_spike_that_does_harm() -> None:
+    norms, losses = noise(70, 1.0, 0.1), noise(70)
+    alarms = give_steps(GradientSpike(), [*losses, 3.0, 3.0, 3.3], [*norms, 3.2, 1.0, 1.0])
+    assert [alarm.step for alarm in alarms] == [73]
+    assert "over the last 70 steps" in alarms[0].evidence
+    assert "the loss rose to 3.3 from" in alarms[0].evidence
+    assert give_steps(GradientSpike(), [*losses, *[3.0] * 6, 3.3], [*norms, 3.2, *[1.0] * 6]) == []
+    assert give_steps(GradientSpike(), [*losses[:60], 3.0, 3.3], [*norms[:60], 3.2, 1.0]) == [], "60 steps are too few"
 
 
 def test_unrecovered_spike() -> None:
@@ -258,7 +279,10 @@ def test_layer_jump_names_the_weights_that_jumped() -> None:
     assert [[(alarm.severity, alarm.layer) for alarm in alarms] for alarms in reports] == [
         *[[]] * 5, [("fail", "blocks.2")], [("fail", "blocks.2")], [],
     ]  # fmt: skip
-    assert "jumped 50-fold by step 50, from 0.1 to 5" in reports[5][0].evidence
+    assert (
+        "Weights jumped at blocks.2: the RMS of the weights rose 50-fold by step 50, from 0.1 to 5"
+        in reports[5][0].evidence
+    )
 
 
 def test_layer_jump_of_a_gain() -> None:
@@ -270,6 +294,7 @@ def test_layer_jump_of_a_gain() -> None:
 def test_layer_jump_of_the_stream_is_the_first_blocks(factor: float, expected: str | None) -> None:
     before, after = {"stream_rms": layers(1.0, count=8)}, {"stream_rms": [*[1.0] * 5, *[factor] * 3]}
     history = History(facts=facts(8))
+    history.steps.extend(Step(step, 3.0 if step < 35 else 3.2, 1.0, 1e-3) for step in range(1, 51))
     reports = give_samples(LayerJump(), [*[before] * 4, after, after], history)
     assert first(reports) == (5 if expected else None)
     if expected:
@@ -299,8 +324,12 @@ def test_a_silent_block_and_silent_parts() -> None:
         reports = give_samples(BranchSilent(), [alive, alive, dead, dead, dead])
         assert first(reports) == 4, "alive before: three samples"
         assert [(alarm.severity, alarm.layer) for alarm in reports[4]] == [("fail", layer)]
-        assert first(give_samples(BranchSilent(), [*[dead] * 5, alive])) is None, "zero-initialized: it gets time"
-        assert first(give_samples(BranchSilent(), [dead] * 9)) == 6
+        assert first(give_samples(BranchSilent(), [*[dead] * 2, alive])) is None, "zero-initialized: it learns at once"
+        assert first(give_samples(BranchSilent(), [dead] * 9)) == 3, "0 and nothing but 0"
+        tiny = {**alive, signal: layers(0.3, 1e-7)}
+        assert first(give_samples(BranchSilent(), [*[tiny] * 5, alive])) is None, "it gets time"
+        assert first(give_samples(BranchSilent(), [tiny] * 9)) == 6
+        assert first(give_samples(BranchSilent(), [dead, *[tiny] * 8])) == 6
 
 
 def test_a_weak_block_is_a_warning() -> None:
@@ -381,6 +410,7 @@ def test_a_rate_too_high_doubles_the_weights_and_does_harm() -> None:
     assert first(reports) == 3
     assert [(alarm.severity, alarm.layer) for alarm in reports[3]] == [("fail", None)]
     assert "12 % (step 10)" in reports[3][0].evidence
+    assert reports[3][0].evidence.startswith("Learning rate about 12-fold too high: ")
     assert "about 12-fold" in reports[3][0].remedy
     harmless = [rates(ratio["update_ratio"][0], ratio["weight_rms"][0]) for ratio in grown]
     assert give_samples(LearningRate(), harmless)[3][0].severity == "warn"
@@ -497,7 +527,8 @@ def post(blocks: int, ratio: float, first_rate: float, placement: str = "post") 
 def test_post_norm_depth() -> None:
     (alarm,) = post(24, 0.0099, 1e-3)
     assert (alarm.severity, alarm.layer) == ("fail", None)
-    assert "Post-norm with 24 blocks without warm-up, at a rate of 0.001" in alarm.evidence
+    assert alarm.evidence.startswith("Post-norm with 24 blocks: ")
+    assert "without warm-up, at a rate of 0.001" in alarm.evidence
     assert "101-fold" in alarm.evidence
     (warmed,) = post(24, 0.0099, 1e-4)
     assert "with a warm-up" in warmed.evidence
@@ -571,7 +602,7 @@ def test_no_rule_stumbles_over_junk() -> None:
 def test_rules_do_without_facts() -> None:
     judge, history = Judge(), History()
     for step in range(1, 100):
-        history.steps.append(Step(step, 3.0, math.nan, math.nan))
+        history.steps.append(Step(step, 3.0 - 0.01 * step, math.nan, math.nan))
         assert judge.judge_steps(history, [history.steps[-1]]) == []
         history.samples.append(Sample(step, {name: [1e9] * 3 for name in SIGNALS}))
         judge.judge_sample(history)
@@ -580,10 +611,11 @@ def test_rules_do_without_facts() -> None:
 
 def test_rules_are_documented() -> None:
     rules = default_rules()
-    assert len({rule.name for rule in rules}) == len(rules) == 21
+    assert len({rule.name for rule in rules}) == len(rules) == 23
     for rule in rules:
         module = __import__(type(rule).__module__, fromlist=["_"])
         assert module.__doc__.startswith(f"{rule.name}: ")
         assert "Persistence" in module.__doc__ or rule.name == "learning-rate"
         assert rule.source
+        assert ": ours" not in rule.source
         assert set(rule.explains) <= {other.name for other in rules}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ RECORD_FILE = "record.jsonl"
 # Ways for a process to stop. What they say is no longer true once the run goes on.
 _STOPS = ("interrupted", "diverged", "finished")
 # What a training run says of itself, in numbers alone. The events of `omninorm.watch` hold names and lists, too.
+_KIND = re.compile(rb'\{"kind": "([a-z]+)"')
 _NUMBERS = ("step", "eval", "resume", *_STOPS)
 
 
@@ -62,8 +64,12 @@ class Record:
         os.close(self._descriptor)
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
+def read_history(path: Path, kinds: Container[str] | None = None) -> list[dict[str, Any]]:
     """Every event in the file, in the order in which it was written; a torn last line is dropped.
+
+    Args:
+        path: the record.
+        kinds: those that are wanted; lines that begin with another are not looked at. None means all.
 
     Raises:
         RunError: the file can't be read, or a whole line of it is not an event.
@@ -76,6 +82,9 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         raise RunError("a run's record must be readable", f"{error.strerror} at {path}", "check the folder") from error
     events = []
     for number, line in enumerate(content[: _whole(content)].splitlines(), start=1):
+        named = _KIND.match(line)
+        if kinds is not None and named is not None and named[1].decode() not in kinds:
+            continue
         try:
             event = _decode(json.loads(line))
             _check_event(event)
@@ -94,7 +103,7 @@ def read_record(path: Path) -> list[dict[str, Any]]:
     `omninorm.watch` has added is left out; `omninorm.report.read_run` reads that.
     """
     story: dict[tuple[str, int], dict[str, Any]] = {}
-    for event in read_history(path):
+    for event in read_history(path, _NUMBERS):
         if event["kind"] == "resume":
             story = {key: old for key, old in story.items() if key[1] <= event["step"] and key[0] not in _STOPS}
         elif event["kind"] in _NUMBERS:

@@ -33,7 +33,8 @@ def facts(story: RunStory) -> list[tuple[str, str]]:
         ("Largest learning rate", short(max(rates)) if rates else _UNKNOWN),
         ("Steps", _steps(story)),
         ("Samples", samples(story)),
-        ("Newest loss", short(story.series["loss"].values[-1]) if rates_of(story, "loss") else _UNKNOWN),
+        ("Newest loss", _loss(story)),
+        ("Newest evaluation", f"{short(story.evals.values[-1])} bits per byte" if story.evals.values else ""),
         ("Speed", f"{short(story.tokens_per_second)} tokens/s, median" if story.tokens_per_second else ""),
         ("Ranks", _ranks(story, known)),
         ("Started", _moment(known.started or str(story.config.get("started") or _UNKNOWN))),
@@ -68,8 +69,17 @@ def settings(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
     return found[:200]
 
 
-def rates_of(story: RunStory, name: str) -> bool:
-    return name in story.series and bool(story.series[name].values)
+def loss_unit(story: RunStory) -> str:
+    """What a loss is counted in. Of a loop of somebody else's, nothing is known."""
+    trained = story.evals.values or "train" in story.config
+    return "nats per token" if trained else "in the unit that was given"
+
+
+def _loss(story: RunStory) -> str:
+    if "loss" not in story.series or not story.series["loss"].values:
+        return _UNKNOWN
+    unit = loss_unit(story)
+    return f"{short(story.series['loss'].values[-1])}{' ' if unit.startswith('nats') else ', '}{unit}"
 
 
 def _typical_stride(story: RunStory) -> int:

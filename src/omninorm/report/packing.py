@@ -14,6 +14,8 @@ from omninorm.report.story import Series, Values
 NOTHING = -3e38
 """Stands for a cell without a value. No signal that is drawn as a map can be negative."""
 BUCKETS = 700
+LARGEST = 1e300
+"""What is beyond is drawn as not finite: rounded, or spread on an axis, it would be."""
 
 
 def pack(columns: Iterable[Values]) -> str:
@@ -49,17 +51,17 @@ def unpack(packed: str) -> list[float | None]:
 
 
 def curve(series: Series, logarithmic: bool = False) -> dict[str, Any]:
-    """A curve's points {x, y}, and {bad}: the steps at which it was not finite.
+    """A curve's points {x, y}, and {bad}: the steps at which it was not finite, or beyond 1e300.
 
     Of each of 700 buckets of steps the smallest and the largest value stay, in their order, so that a spike of a single
     step is still there; then {mean} has the buckets' middles and means. Non-finite steps are thinned to one a bucket.
     """
     steps, values = series
     bad: list[int] = []
-    # A sum is finite only if all are, and is quick to make.
-    if not math.isfinite(sum(values)):
-        bad = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
-        steps, values = _finite(series)
+    # A sum is small only if all are, is NaN if one is, and is quick to make.
+    if not sum(map(abs, values)) <= LARGEST:
+        bad = [step for step, value in zip(steps, values, strict=True) if not abs(value) <= LARGEST]
+        steps, values = _drawable(series)
     kept = _extremes(values)
     x, y = [steps[index] for index in kept], [float(f"{values[index]:.5g}") for index in kept]
     stride = -(-len(bad) // BUCKETS) or 1
@@ -67,8 +69,8 @@ def curve(series: Series, logarithmic: bool = False) -> dict[str, Any]:
     return {"x": x, "y": y, "bad": bad[::stride], "log": logarithmic and _spans(y), "mean": means}
 
 
-def _finite(series: Series) -> Series:
-    pairs = [(step, value) for step, value in zip(*series, strict=True) if math.isfinite(value)]
+def _drawable(series: Series) -> Series:
+    pairs = [(step, value) for step, value in zip(*series, strict=True) if abs(value) <= LARGEST]
     return Series([step for step, _ in pairs], [value for _, value in pairs])
 
 

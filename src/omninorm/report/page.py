@@ -22,7 +22,7 @@ from omninorm.report.verdict import Verdict, judge
 _SCRIPTS = ("base.js", "figure.js", "map.js", "line.js", "alarms.js", "tables.js", "main.js")
 _POLICY = "default-src 'none'; script-src {script}; style-src {style}; base-uri 'none'; form-action 'none'"
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
-_MARKS = {"failing": "▲", "warnings": "○", "healthy": "✓", "unjudged": "–"}
+_MARKS = {"failing": "▲", "warnings": "○", "healthy": "✓", "quiet": "–", "unjudged": "–"}
 
 
 def write_report(path: str | Path, out: str | Path) -> Path:
@@ -61,7 +61,7 @@ def render(story: RunStory) -> str:
     style, script = _template("page.css"), "(() => {\n'use strict';\n" + "".join(map(_template, _SCRIPTS)) + "})();\n"
     slots = {
         "policy": _POLICY.format(script=_hash(script), style=_hash(style)),
-        "title": escape(f"{_name(story)}: {verdict.sentence}", 160),
+        "title": escape(f"{_name(story)}: {verdict.title}", 160),
         "style": style,
         "name": escape(_name(story), 120),
         "verdict": _verdict(verdict),
@@ -97,7 +97,8 @@ def _data(story: RunStory, verdict: Verdict, figures: Sequence[panels.Panel]) ->
     axes = {axis: known.names(axis) if known else [] for axis in ("block", "norm", "group")}
     alarms = tables.shown_alarms(story)
     return {
-        "first": story.first_step,
+        # An evaluation may come before the first step.
+        "first": min([story.first_step, *story.evals.steps[:1]]),
         "last": story.last_step,
         "steps": [column.step for column in story.columns],
         "axes": {axis: [plain(name, 120) for name in names] for axis, names in axes.items()},
@@ -116,28 +117,36 @@ def _ticks(story: RunStory, axis: str) -> list[str]:
     if story.watched is None:
         return []
     numbers = {name: str(index) for index, name in enumerate(story.watched.blocks)}
+    names = story.watched.names(axis)
     if axis == "norm":
         taken: set[int] = set()
         labels = []
         for norm in story.watched.norms:
             repeated = norm.block is not None and norm.block in taken
-            labels.append("" if repeated else _tail(norm.name) if norm.block is None else str(norm.block))
+            labels.append("" if repeated else _tail(norm.name, names) if norm.block is None else str(norm.block))
             taken |= {norm.block} if norm.block is not None else set()
         return labels
-    return [numbers.get(name) or _tail(name) for name in story.watched.names(axis)]
+    return [numbers.get(name) or _tail(name, names) for name in names]
 
 
-def _tail(name: str) -> str:
-    end = plain(name, 120).rsplit(".", 1)[-1]
-    return end if len(end) <= 14 else end[:13] + "…"
+def _tail(name: str, names: Sequence[str]) -> str:
+    """So many of a name's last parts that no other name ends alike and they are no block's number or lone letter."""
+    parts = plain(name, 120).split(".")
+    for count in range(1, len(parts) + 1):
+        end = ".".join(parts[-count:])
+        alike = sum(other == end or other.endswith(f".{end}") for other in names)
+        if alike <= 1 and len(end) > 2 and not end.isdigit():
+            return end
+    return ".".join(parts)
 
 
 def _verdict(verdict: Verdict) -> str:
+    evidence = f'<p class="evidence">{escape(verdict.evidence, 1200)}</p>' if verdict.evidence else ""
     remedy = f'<p class="remedy"><b>What to try</b> {escape(verdict.remedy)}</p>' if verdict.remedy else ""
     more = f'<p class="more">{escape(verdict.more, 1200)}</p>' if verdict.more else ""
     return (
         f'<div class="verdict {verdict.status}"><span class="mark" aria-hidden="true">{_MARKS[verdict.status]}</span>'
-        f"<div><h1>{escape(verdict.sentence, 1200)}</h1>{remedy}{more}</div></div>"
+        f"<div><h1>{escape(verdict.title)}</h1>{evidence}{remedy}{more}</div></div>"
     )
 
 

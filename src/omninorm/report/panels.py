@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from omninorm.record.signals import SIGNALS
+from omninorm.report.facts import loss_unit
 from omninorm.report.packing import curve, pack
 from omninorm.report.story import RunStory, Series, Values
 from omninorm.report.text import escape, plural, short
@@ -21,7 +22,7 @@ NORMS = ("norm_rms", "eps_share", "gain_max", "gain_ratio", "gain_small", "mean_
 GROUPS = ("weight_rms", "update_ratio", "adam_ratio", "adam_eps_ratio")
 OUTPUT = ("logz", "logz_mean", "noise_scale")
 _CURVES = {
-    "loss": ("Loss", "as given to the watch or trained on, each step", True),
+    "loss": ("Loss", "{unit}, each step", True),
     "grad_norm": ("Gradient norm", "‖∂loss/∂w‖ of all parameters, before clipping, each step", True),
     "lr": ("Learning rate", "the largest of the optimizer's groups", False),
 }
@@ -43,7 +44,14 @@ def training_panels(story: RunStory) -> list[Panel]:
         "lr": "No learning rate was recorded: omninorm.watch(model, optimizer) reads it from the optimizer.",
     }
     panels = [
-        _line(f"step-{name}", title, formula, story.series.get(name, Series([], [])), log, unknown[name])
+        _line(
+            f"step-{name}",
+            title,
+            formula.format(unit=loss_unit(story)),
+            story.series.get(name, Series([], [])),
+            log,
+            unknown[name],
+        )
         for name, (title, formula, log) in _CURVES.items()
     ]
     reason = "No evaluation was recorded: omninorm train makes them, a watch alone does not."

@@ -16,9 +16,11 @@ from omninorm.record import RECORD_FILE
 from omninorm.record.signals import SIGNALS
 from omninorm.report.scan import Scan
 from omninorm.report.story import Bad, Column, RunStory, Series, StoryAlarm, Watched
+from omninorm.report.text import plural
 from omninorm.report.values import DamageError, mapping, numbers, text, text_or_none
 
-MAX_COLUMNS = 800
+MAX_COLUMNS = 500
+"""A map is about so many pixels wide."""
 # With two bytes each in base64, 2.5 MB of a page that may have three.
 MAX_NUMBERS = 940_000
 _RANK = re.compile(r"record-rank(\d{1,6})\.jsonl")
@@ -28,7 +30,7 @@ _REMEDY = "name the folder of a run that omninorm.watch or omninorm train wrote"
 def read_run(path: str | Path) -> RunStory:
     """Reads a run's folder, or its record.jsonl.
 
-    Of the samples at most 800 are parsed, evenly spaced, and those at whose step an alarm or a non-finite value was
+    Of the samples at most 500 are parsed, evenly spaced, and those at whose step an alarm or a non-finite value was
     recorded. Damaged lines are skipped and counted in `notes`; among the samples that are not parsed, only those whose
     beginning or end is damaged are noticed.
 
@@ -38,7 +40,8 @@ def read_run(path: str | Path) -> RunStory:
     file = find_record(path)
     scan = Scan(file)
     if not scan.events:
-        raise RunError("a record must hold at least one event", f"none in {file}", _REMEDY)
+        invariant = "a record must hold at least one event" if scan.hopeful else "a report needs a record of omninorm"
+        raise RunError(invariant, f"none in {file}" if scan.hopeful else f"{file}, which is none", _REMEDY)
     ranks = [Scan(other, rank) for rank, other in _other_ranks(file)]
     alarms, bad = _merge([scan, *ranks])
     steps = sorted(scan.samples)
@@ -191,8 +194,11 @@ def _notes(scans: Sequence[Scan], lost: int) -> list[str]:
         if damaged:
             lines, were = ("1 damaged line", "was") if damaged == 1 else (f"{damaged:,} damaged lines", "were")
             notes.append(f"{lines} of {scan.path.name} could not be read and {were} skipped.")
-    if scans[0].overwritten:
-        notes.append("The record holds an earlier run in the same place; only the newest is shown.")
+    for step, last in scans[0].replaced:
+        which = (
+            f"An earlier run of {plural(last, 'step')}" if step == 0 else f"What an earlier run did after step {step:,}"
+        )
+        notes.append(f"{which} in this record is not shown.")
     if len(scans) > 1:
         names = ", ".join(str(scan.rank) for scan in scans[1:])
         notes.append(f"Curves and maps are rank 0's; alarms are of all ranks (also read: {names}).")

@@ -43,7 +43,10 @@ class Scan:
         self.alarms: list[StoryAlarm] = []
         self.bad: Bad | None = None
         self.speeds: list[float] = []
-        self.events = self.damaged = self.overwritten = 0
+        self.replaced: list[tuple[int, int]] = []
+        """Runs that were begun anew: after which step, and the last step that had been recorded."""
+        self.events = self.damaged = 0
+        self._begun = True
         self._end: tuple[int, str] | None = None
         self._stop: tuple[int, str] | None = None
         try:
@@ -53,6 +56,11 @@ class Scan:
         except OSError as error:
             received = f"{error.strerror} at {path}"
             raise RunError("a run's record must be readable", received, "check the path and the permissions") from error
+
+    @property
+    def hopeful(self) -> bool:
+        """Whether the file may be a record though it has no event yet: it is empty, or its first line was cut off."""
+        return self._begun and not self.damaged
 
     @property
     def ending(self) -> Ending:
@@ -72,6 +80,7 @@ class Scan:
     def _read(self, file: BinaryIO) -> None:
         offset = 0
         for line in file:
+            self._begun = self._begun and line.lstrip()[:1] in (b"", b"{")
             if line.endswith(b"\n"):  # else it was torn, or is being written just now
                 self._line(line, offset)
             offset += len(line)
@@ -98,7 +107,9 @@ class Scan:
         elif kind == "end":
             self._end = (step, text(event.get("reason"), "no reason"))
         elif kind == "resume":
-            self._void(step)
+            last = self._void(step)
+            # A run that goes on from a checkpoint takes back a few steps; one that goes on from nothing is another.
+            self.replaced += [(0, last)] if last and step == 0 else []
         else:
             handler = getattr(self, f"_on_{kind}", None) if kind in _HANDLED else None
             if handler:
@@ -130,7 +141,8 @@ class Scan:
             received = f"format {written} in {self.path}"
             raise RunError(f"a record must have format {FORMAT}", received, "upgrade omninorm to the one that wrote it")
         # A watch that starts at step N without a resume was entered anew: what follows replaces what was after N.
-        self.overwritten += self._void(event["step"])
+        last = self._void(event["step"])
+        self.replaced += [(event["step"], last)] if last else []
         self.watched = watched(event)
 
     def _on_seen(self, event: dict[str, Any]) -> None:
@@ -158,16 +170,16 @@ class Scan:
         layer, value = text_or_none(event.get("layer")), text(event.get("value"), "nan")
         self.bad = self.bad or Bad(event["step"], text(event.get("phase"), "unknown"), layer, value, self.rank)
 
-    def _void(self, step: int) -> bool:
-        """Takes back everything after a step, and every end; says whether there was anything after it."""
+    def _void(self, step: int) -> int:
+        """Takes back everything after a step, and every end; returns the last step of it, 0 if there was nothing."""
         curves: list[Mapping[int, float]] = [*self.series.values(), self.samples]
-        later = any(max(curve, default=0) > step for curve in curves)
+        last = max(max(curve, default=0) for curve in curves)
         self.series = {name: _until(step, values) for name, values in self.series.items()}
         self.samples, self.evals = _until(step, self.samples), _until(step, self.evals)
         self.alarms = [alarm for alarm in self.alarms if alarm.step <= step]
         self.bad = self.bad if self.bad and self.bad.step <= step else None
         self._end = self._stop = None
-        return later
+        return last if last > step else 0
 
 
 _HANDLED = {name.removeprefix("_on_") for name in vars(Scan) if name.startswith("_on_")}

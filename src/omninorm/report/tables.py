@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from omninorm.record.signals import SIGNALS
 from omninorm.report.panels import missing_reason, title_of
 from omninorm.report.story import RunStory, StoryAlarm
-from omninorm.report.text import escape, plural, short
+from omninorm.report.text import escape, plain, plural, short
 
 MAX_ROWS = 400
+FEW_ALARMS = 8
+"""So many are shown whole, without a bar to scroll within the page."""
 _MARKS = {"fail": "▲", "warn": "○"}
 _WORDS = {"fail": "failure", "warn": "warning"}
 
@@ -24,17 +26,17 @@ def shown_alarms(story: RunStory) -> list[StoryAlarm]:
 
 
 def alarm_table(story: RunStory) -> str:
-    """Step, severity, rule, layer, evidence, remedy and source of every alarm."""
+    """Step, severity, rule and layer of every alarm; below its evidence what to try, and the source."""
     alarms = shown_alarms(story)
     if not alarms:
         return ""
     several = any(alarm.ranks != (0,) for alarm in alarms)
-    heads = ["Step", "Severity", "Rule", "Layer", *(["Rank"] if several else []), "Evidence", "What to try", "Source"]
+    heads = ["Step", "Severity", "Rule", "Layer", *(["Rank"] if several else []), "Evidence"]
     rows = "".join(_alarm_row(number, alarm, several) for number, alarm in enumerate(alarms))
     hidden = len(story.alarms) - len(alarms)
     caption = f"{plural(len(story.alarms), 'alarm')}, in the order of their steps"
     caption += f"; {hidden:,} of them are not listed here" if hidden else ""
-    return _table("alarms", caption, heads, rows)
+    return _table("alarms", caption, heads, rows, "scroll" if len(alarms) > FEW_ALARMS else "scroll whole")
 
 
 def _alarm_row(number: int, alarm: StoryAlarm, several: bool) -> str:
@@ -45,10 +47,20 @@ def _alarm_row(number: int, alarm: StoryAlarm, several: bool) -> str:
         _cell(f"<code>{escape(alarm.rule, 80)}</code>"),
         _cell(f"<code>{escape(alarm.layer, 200)}</code>" if alarm.layer else "whole run"),
         *([_cell(escape(ranks, 80))] if several else []),
-        *(_cell(escape(text)) for text in (alarm.evidence, alarm.remedy, alarm.source)),
+        _cell(_told(alarm)),
     ]
     show = f'<button type="button" class="show" data-alarm="{number}">{alarm.step:,}</button>'
     return f'<tr id="alarm-{number}"><th scope="row" data-value="{alarm.step}">{show}</th>{"".join(cells)}</tr>'
+
+
+def _told(alarm: StoryAlarm) -> str:
+    remedy = plain(alarm.remedy).removeprefix("try ")
+    parts = [
+        f"<p>{escape(alarm.evidence)}</p>",
+        f'<p class="remedy"><b>What to try</b> {escape(remedy)}</p>' if remedy else "",
+        f'<p class="source">Source: {escape(alarm.source)}</p>' if alarm.source else "",
+    ]
+    return "".join(parts)
 
 
 def layer_table(story: RunStory) -> str:
@@ -120,9 +132,9 @@ def _cell(content: str, value: str | None = None) -> str:
     return f'<td data-value="{value}">{content}</td>' if value else f"<td>{content}</td>"
 
 
-def _table(key: str, caption: str, heads: Sequence[str], rows: str) -> str:
+def _table(key: str, caption: str, heads: Sequence[str], rows: str, kind: str = "scroll") -> str:
     columns = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table id="table-{key}">'
+        f'<div class="{kind}" tabindex="0" role="region" aria-label="{escape(caption)}"><table id="table-{key}">'
         f"<caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table></div>"
     )

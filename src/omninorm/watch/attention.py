@@ -1,30 +1,22 @@
-"""Attention logits and entropy, seen where attention is computed: at scaled_dot_product_attention, or at a softmax.
-
-A torch-function mode is active during sampled steps. It belongs to no architecture: queries and keys are what attention
-really gets, with position, norms and scale applied. Of each call one example and some queries are looked at.
-"""
+"""Attention logits and entropy, of what `listening` hears: of each call, one example and some of its queries."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _len_torch_function_stack
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
-from torch.utils._device import DeviceContext
 
 from omninorm.watch.board import Board
 
 MOST_QUERIES = 32
 # Additive masks hide a key with −∞ or with a large negative number.
 HIDDEN_BELOW = -1e4
-
-SDPA = F.scaled_dot_product_attention
-SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax)
+# In the place of a scale: 1/√d.
+UNKNOWN = -1.0
 
 
 class AttentionSite:
@@ -54,10 +46,11 @@ class AttentionSite:
             logits = logits if part.dtype == torch.bool else logits + part.float()
         self._add(logits, hidden.expand_as(logits))
 
-    def see_some(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> None:
-        """As `see`, in a graph: causality as a mask, the scale in q, and only in sampled steps."""
+    def see_some(self, q: Tensor, k: Tensor, constants: Tensor, mask: Tensor | None = None) -> None:
+        """As `see`, from a graph in sampled steps: `constants` holds the scale, twice where attention is causal."""
         if self.board.sampling:
-            self.see(q, k, mask, False, None)
+            scale = float(constants[0])
+            self.see(q, k, mask, len(constants) == 2, None if scale == UNKNOWN else scale)
 
     def see_logits(self, logits: Tensor) -> None:
         """logits (batch, heads, queries, keys), masked ones included, before the softmax."""
@@ -80,81 +73,10 @@ class AttentionSite:
         self.board.add("attention_entropy", self.index, mean)
 
 
-class AttentionMode(TorchFunctionMode):
-    """Hands the arguments of every attention to the site of the block that is running.
-
-    Args:
-        site: the running block's, None outside of blocks.
-        failed: told of an error of ours, which must not reach the training.
-    """
-
-    def __init__(self, site: Callable[[], AttentionSite | None], failed: Callable[[Exception], None]) -> None:
-        super().__init__()
-        self.site, self.failed = site, failed
-
-    def enter(self) -> None:
-        """Puts this mode onto the stack: at its bottom, where the user's may be left in any order, as far as possible.
-        The default device's insists on a place below."""
-        modes = _take_all()
-        place = sum(isinstance(mode, DeviceContext) for mode in modes)
-        _put_back([*modes[:place], self, *modes[place:]])
-
-    def leave(self) -> None:
-        """Takes this mode off the stack, wherever it stands."""
-        _put_back([mode for mode in _take_all() if mode is not self])
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if (func is SDPA or func in SOFTMAX) and (site := self.site()) is not None:
-            try:
-                with torch.no_grad():
-                    see_call(site, func, args, kwargs)
-            except Exception as error:
-                self.failed(error)
-        return func(*args, **kwargs)
-
-
-def _take_all() -> list[Any]:
-    """The modes, first entered first, off their stack."""
-    return [_pop_mode() for _ in range(_len_torch_function_stack())][::-1]  # type: ignore[no-untyped-call]
-
-
-def _put_back(modes: Sequence[Any]) -> None:
-    for mode in modes:
-        _push_mode(mode)  # type: ignore[no-untyped-call]
-
-
-def see_call(site: AttentionSite, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Hands on the arguments of an attention, or of a softmax over keys."""
-    if func is SDPA:
-        site.see(*read_attention(*args, **kwargs))
-        return
-    logits = args[0] if args else kwargs["input"]
-    dim = args[1] if len(args) > 1 else kwargs.get("dim")
-    if dim in (-1, logits.ndim - 1):
-        site.see_logits(logits)
-
-
-def read_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, bool, float | None]:
-    """What matters of scaled_dot_product_attention's arguments."""
-    return query, key, attn_mask, is_causal, scale
-
-
 def see_multihead(
     site: AttentionSite, module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> None:
-    """torch.nn.MultiheadAttention hides its calls from modes: queries and keys of its first example, computed again."""
+    """torch.nn.MultiheadAttention computes its weights in several ways: its first example's, once more."""
     given = dict(zip(("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask"), args, strict=False))
     given |= kwargs
     query, key = given["query"], given["key"]

@@ -57,6 +57,7 @@ class Board:
         self._ring = torch.full((rows, sentinels + 1 + 2 * parameters), UNSEEN, device=device, dtype=dtype)
         self._losses: list[bool] = []
         self.sampling = False
+        self.order: dict[int, int] = {}  # sentinels, in the order in which they first ran
         self.row = 0
         self._begin_row()
 
@@ -95,6 +96,7 @@ class Board:
 
     def sentinel(self, index: int, largest: Tensor) -> None:
         """The largest |x| of a module's output in this step."""
+        self.order.setdefault(index, len(self.order))
         cell = self._row_sentinels[index]
         torch.maximum(cell, largest.to(cell.dtype), out=cell)
 

@@ -42,6 +42,7 @@ class Gradients:
     ) -> None:
         self._board, self._parameters, self._failed = board, parameters, failed
         self._pending: weakref.ref[Pending] | None = None
+        self.measured = False
         self._places: tuple[list[int], Tensor] | None = None
 
     def attach(self) -> list[RemovableHandle]:
@@ -49,7 +50,8 @@ class Gradients:
         learning = [parameter for parameter in self._parameters if parameter.requires_grad]
         if not learning:
             return []
-        # A hook on each would cost more than the norms. Whatever a backward pass reaches, it reaches some of these.
+        # A hook on each would cost more than the norms. Where a backward pass reaches none of these, or parameters have
+        # been frozen since, `before_step` looks.
         few = learning[:: -(-len(learning) // MOST_HOOKS)] + learning[-1:]
         return [register_multi_grad_hook(few, self._on_first, mode="any")]
 
@@ -60,9 +62,10 @@ class Gradients:
             # Twice, since DistributedDataParallel writes the averaged gradients in a callback of its own.
             _at_the_end(lambda: _at_the_end(lambda: self._measure(pending)))
 
-    def _measure(self, pending: Pending) -> None:
+    def _measure(self, pending: Pending | None = None) -> None:
         try:
             self._board.set_gradients(self.norms())
+            self.measured = True
         except Exception as error:
             if self._failed is None:
                 raise
@@ -73,7 +76,6 @@ class Gradients:
         """‖gradient‖ of every parameter, UNSEEN where there is none: (parameters,), float32."""
         device = self._board.device
         gradients = [_values(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
-        norms = torch.full((len(self._parameters),), UNSEEN, device=device)
         if gradients:
             found = stack(norms_of(gradients), device)
             scale = self._board.scale
@@ -83,8 +85,10 @@ class Gradients:
             if len(gradients) == len(self._parameters):
                 return found
             places = [at for at, parameter in enumerate(self._parameters) if parameter.grad is not None]
+            norms = torch.full((len(self._parameters),), UNSEEN, device=device, dtype=found.dtype)
             norms[self._index(places)] = found
-        return norms
+            return norms
+        return torch.full((len(self._parameters),), UNSEEN, device=device)
 
     def _index(self, places: list[int]) -> Tensor:
         """The places on the device. They seldom change, and each move would wait for the device."""
@@ -95,6 +99,12 @@ class Gradients:
     def forget(self) -> None:
         """Begins a step."""
         self._pending = None
+        self.measured = False
+
+    def before_step(self) -> None:
+        """Before an optimizer's step: gradients that no hook has announced, clipped if they are."""
+        if not self.measured:
+            self._measure()
 
 
 def _at_the_end(function: Any) -> None:
@@ -106,15 +116,24 @@ def _values(gradient: Tensor) -> Tensor:
 
 
 def norms_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """‖·‖₂ of each, in float32 at least, so that 16-bit tensors do not overflow."""
+    """‖·‖₂ of each, in float32 at least, so that 16-bit tensors do not overflow.
+
+    On a CPU, where looking waits for nothing, those that overflow float32 (from 1e19 on) are taken in float64.
+    Elsewhere a finite tensor of that size counts as infinite.
+    """
     tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
     wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    norms: Sequence[Tensor] = torch._foreach_norm(tensors, 2, dtype=wide)
+    norms: list[Tensor] = list(torch._foreach_norm(tensors, 2, dtype=wide))
+    if wide == torch.float32 and all(tensor.is_cpu for tensor in tensors) and not torch.stack(norms).sum().isfinite():
+        for at, norm in enumerate(norms):
+            if not norm.isfinite():
+                norms[at] = torch.linalg.vector_norm(tensors[at], dtype=torch.float64)
     return norms
 
 
 def stack(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Numbers of any device as one float32 tensor."""
-    if len({scalar.device for scalar in scalars}) > 1:
-        scalars = [scalar.to(device, non_blocking=True) for scalar in scalars]
-    return torch.stack(list(scalars)).to(device, torch.float32, non_blocking=True)
+    """Numbers of any device and precision as one tensor, in float64 where there is one."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if len({(scalar.device, scalar.dtype) for scalar in scalars}) > 1:
+        scalars = [scalar.to(device, dtype, non_blocking=True) for scalar in scalars]
+    return torch.stack(list(scalars)).to(device, dtype, non_blocking=True)

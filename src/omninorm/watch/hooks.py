@@ -6,7 +6,7 @@ graph, which does the same when the graph runs (see `traced`).
 
 from __future__ import annotations
 
-import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -17,18 +17,19 @@ from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from omninorm.kernels import probe
-from omninorm.watch.attention import AttentionMode, AttentionSite, see_multihead
+from omninorm.watch.attention import UNKNOWN, AttentionSite, see_multihead
 from omninorm.watch.board import Board
 from omninorm.watch.gate import Gate, in_backward
+from omninorm.watch.listening import Ear, listening
 from omninorm.watch.norm_site import NormCall, NormSite, hook_examples
 from omninorm.watch.norms import Norm
 from omninorm.watch.placements import Placements
 from omninorm.watch.sites import BlockSite, LogitsSite, Sentinel, WriterSite
 from omninorm.watch.structure import Block, Structure
 from omninorm.watch.tensors import find_logits, first_tensor, with_first_tensor
-from omninorm.watch.traced import TracedSite, attention_wrapper
+from omninorm.watch.traced import TracedSite
 
-# Without blocks, NaNs are looked for in the outputs of so many parameterized leaves.
+# Beside the blocks NaNs are looked for in the outputs of so many modules.
 MOST_LEAVES = 64
 
 BLOCK_CELLS = (
@@ -56,22 +57,39 @@ def cell_sizes(structure: Structure) -> dict[str, int]:
 
 
 def sentinel_names(structure: Structure) -> list[str]:
-    """The modules that are looked at in every step, in the order in which they run."""
-    if not structure.blocks:
-        return [name for name, _ in leaves(structure.model)]
-    names = [name for name, _ in structure.embeddings]
+    """The modules that are looked at in every step."""
+    names = [name for name, _ in leaves(structure)]
     for block in structure.blocks:
         names += [block.attention or block.name, block.feed_forward or block.name, block.name]
     return names
 
 
-def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def leaves(structure: Structure) -> list[tuple[str, nn.Module]]:
+    """The modules beside the blocks that have parameters of their own: embeddings, a last norm, a head."""
+    inside = {id(part) for block in structure.blocks for part in block.module.modules()}
     found = [
         (name or "the model", module)
-        for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
+        for name, module in structure.model.named_modules()
+        if id(module) not in inside and any(True for _ in module.parameters(recurse=False))
     ]
     return found[:MOST_LEAVES]
+
+
+class Hook:
+    """A hook of ours. In a copy of the model, or a pickled one, it does nothing: nobody watches that."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (do_nothing,)
+
+
+def do_nothing(*args: Any) -> None:
+    """What is left of a hook."""
 
 
 class Hooks:
@@ -92,13 +110,12 @@ class Hooks:
         self._handles: list[RemovableHandle] = []
         self._running: list[tuple[int, Tensor | None, int]] = []  # blocks: index, input and its version
         self._attention = [AttentionSite(board, index) for index in range(len(structure.blocks))]
-        self._mode: AttentionMode | None = None
         self._calls: list[list[tuple[Tensor, NormCall | None]]] = []  # of norms that run: what they read
         # For graphs: the sites that they call, and the block whose attention is being traced.
         self._compiled = compiled
-        self._tick = torch.zeros(1, device=board.device)
         self._traced: list[TracedSite] = []
-        self._tracing: int | None = None
+        self._tracing: TracedSite | None = None
+        self._thread = threading.get_ident()
         self._open = ExitStack()
         self._vocabularies = {embedding.num_embeddings for _, embedding in structure.embeddings}
 
@@ -106,13 +123,11 @@ class Hooks:
 
     def attach(self) -> None:
         structure, board = self._structure, self._board
-        if self._compiled and structure.blocks:
-            self._traced_attention = [self._trace(site.see_some) for site in self._attention]
-            self._open.enter_context(attention_wrapper(self._put_attention))
+        if structure.blocks:
+            self._open.enter_context(listening(Ear(self._hear_attention, self._hear_softmax)))
         place = 0
         self._on_root()
-        watched = structure.embeddings if structure.blocks else leaves(structure.model)
-        for _, module in watched:
+        for _, module in leaves(structure):
             self._on_output(module, Sentinel(board, place))
             place += 1
         for index, block in enumerate(structure.blocks):
@@ -131,39 +146,54 @@ class Hooks:
 
     def rest(self) -> None:
         """Ends a step; clears what an exception in a forward pass may have left."""
-        self._leave_attention()
         self.gate.inside = None
         self._running = []
         for calls in self._calls:
             calls.clear()
         probe.current = None
 
-    def _enter_attention(self) -> None:
-        if self._mode is None and self._board.sampling and self.gate.is_open():
-            self._mode = AttentionMode(self._running_attention, self._failed)
-            self._mode.enter()
-
-    def _leave_attention(self) -> None:
-        mode, self._mode = self._mode, None
-        if mode is not None:
-            mode.leave()
-
     def _trace(self, see: Callable[..., None]) -> TracedSite:
         """A site for graphs: what it measures can't reach the training either."""
-        site = TracedSite(lambda *tensors: self._safely(lambda: see(*tensors)), self._tick)
+        site = TracedSite(lambda *tensors: self._safely(lambda: see(*tensors)))
         self._traced.append(site)
         return site
 
-    def _put_attention(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
-        if self._tracing is not None and torch.is_grad_enabled():
-            site = self._traced_attention[self._tracing]
-            with torch.no_grad():
-                scaled = q if scale is None else q * (scale * math.sqrt(q.shape[-1]))
-                causal_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-            site.put([scaled, k, *([causal_mask] if causal else [] if mask is None else [mask])])
+    def _hear_attention(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
+        if is_compiling():
+            if self._tracing is not None and torch.is_grad_enabled():
+                self._put_attention(self._tracing, q, k, mask, causal, scale)
+            return
+        site = self._running_attention()
+        if site is not None:
+            self._safely(lambda: site.see(q, k, mask, causal, scale))
+
+    def _hear_softmax(self, logits: Any, dim: Any) -> None:
+        site = self._running_attention()
+        if site is not None and isinstance(logits, Tensor) and dim in (-1, logits.ndim - 1):
+            self._safely(lambda: site.see_logits(logits))
+
+    def _put_attention(
+        self, site: TracedSite, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+    ) -> None:
+        # The operator takes tensors alone: the scale is one, on the host, and causality its length.
+        with torch.no_grad():
+            constants = torch.full((2 if causal else 1,), UNKNOWN if scale is None else scale)
+        site.put([q, k, constants, *([] if mask is None else [mask])])
 
     def _running_attention(self) -> AttentionSite | None:
-        return self._attention[self._running[-1][0]] if self._running and self.gate.is_open() else None
+        """That of the block that runs in a sampled step; None for torch's own module, seen from outside."""
+        if not self._board.sampling or not self._running or threading.get_ident() != self._thread:
+            return None
+        index = self._running[-1][0]
+        hidden = isinstance(self._structure.blocks[index].attention_module, nn.MultiheadAttention)
+        return None if hidden or not self.gate.is_open() else self._attention[index]
+
+    def _hang(
+        self, module: nn.Module, before: Callable[..., Any] | None, after: Callable[..., Any], with_kwargs: bool = False
+    ) -> None:
+        if before is not None:
+            self._handles.append(module.register_forward_pre_hook(Hook(before), with_kwargs=with_kwargs))
+        self._handles.append(module.register_forward_hook(Hook(after), with_kwargs=with_kwargs))
 
     # The hooks --------------------------------------------------------------------------------------------------------
 
@@ -193,8 +223,12 @@ class Hooks:
         root = self._structure.model
         if self._compiled:
             # A compiled model calls its own hooks outside of its graph; each would become a graph of its own.
-            before, after = (torch.compiler.disable(hook) for hook in (before, after))  # type: ignore[no-untyped-call]
-        self._handles += [root.register_forward_pre_hook(before), root.register_forward_hook(after)]
+            for hook in (before, after):
+                quiet = torch.compiler.disable(Hook(hook).__call__)  # type: ignore[no-untyped-call]
+                register = root.register_forward_pre_hook if hook is before else root.register_forward_hook
+                self._handles.append(register(quiet))
+            return
+        self._hang(root, before, after)
 
     def _on_output(self, module: nn.Module, site: Sentinel) -> None:
         traced = self._trace(site.see)
@@ -208,23 +242,25 @@ class Hooks:
             elif self.gate.is_open():
                 self._safely(lambda: site.see(y))
 
-        self._handles.append(module.register_forward_hook(after))
+        self._hang(module, None, after)
 
     def _on_block(self, block: Block, index: int, place: int) -> None:
-        self._on_attention(block)
         self._on_writer(block.attention_writer, WriterSite(self._board, place, index, "attention"))
         self._on_writer(block.feed_forward_writer, WriterSite(self._board, place + 1, index, "feed_forward"))
         site = BlockSite(self._board, place + 2, index)
 
         def see(y: Tensor, x: Tensor | None = None) -> None:
-            self.dtype = self.dtype or y.dtype
             site.see(y, x)
+            if self._board.sampling:
+                self.dtype = self.dtype or y.dtype
+                self.placements.graph_block(index, y, x)
 
         traced, tapped = self._trace(see), self._trace(site.see_gradient_if_sampled)
+        attention = self._trace(self._attention[index].see_some)
 
         def before(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             if is_compiling():
-                self._tracing = index
+                self._tracing = attention
                 return
             if not self._board.sampling or in_backward():
                 return
@@ -249,10 +285,7 @@ class Hooks:
                 y.register_hook(lambda dy: self._safely(lambda: site.see_gradient(dy)))  # type: ignore[no-untyped-call]
             return None
 
-        self._handles += [
-            block.module.register_forward_pre_hook(before, with_kwargs=True),
-            block.module.register_forward_hook(after, with_kwargs=True),
-        ]
+        self._hang(block.module, before, after, with_kwargs=True)
 
     def _see_block(self, site: BlockSite, y: Tensor, running: tuple[int, Tensor | None, int]) -> None:
         _, x, version = running
@@ -261,20 +294,6 @@ class Hooks:
         if self._board.sampling:
             self.dtype = self.dtype or y.dtype
             self.placements.block_made(site.index, y)
-
-    def _on_attention(self, block: Block) -> None:
-        """The mode sees every use of a tensor, so it is active while an attention runs, and no longer."""
-        module = block.attention_module or block.module
-
-        def before(module: nn.Module, args: Any) -> None:
-            if not is_compiling():
-                self._enter_attention()
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            if not is_compiling():
-                self._leave_attention()
-
-        self._handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
     def _on_writer(self, module: nn.Module | None, site: WriterSite) -> None:
         if module is None:
@@ -296,12 +315,19 @@ class Hooks:
             if self._board.sampling and isinstance(module, nn.MultiheadAttention):
                 self._safely(lambda: see_multihead(self._attention[site.index], module, args, kwargs))
 
-        self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+        self._hang(module, None, after, with_kwargs=True)
 
     def _on_norm(self, norm: Norm, site: NormSite) -> None:
         calls: list[tuple[Tensor, NormCall | None]] = []
         self._calls.append(calls)
-        traced, tapped = self._trace(site.see_if_sampled), self._trace(site.see_output_if_sampled)
+        block = norm.facts.block
+
+        def see(x: Tensor, y: Tensor | None = None) -> None:
+            site.see_if_sampled(x)
+            if self._board.sampling and block is not None and y is not None:
+                self.placements.graph_norm(block, x, y)
+
+        traced, tapped = self._trace(see), self._trace(site.see_output_if_sampled)
 
         def before(module: nn.Module, args: Any) -> None:
             if is_compiling() or not self._board.sampling:
@@ -320,7 +346,7 @@ class Hooks:
             if is_compiling():
                 x = first_tensor(args)
                 if x is not None:
-                    self._put(traced, x)
+                    self._put(traced, x, *([output] if isinstance(output, Tensor) else []))
                 # Our backward pass is an operator of its own anyway, so nothing is lost by seeing its gradient.
                 grown = isinstance(output, Tensor) and torch.is_grad_enabled() and norm.facts.ours and site.learns
                 return tapped.tap(output, keep=True) if grown else None
@@ -337,7 +363,7 @@ class Hooks:
             self.placements.norm_made(output)
             return None
 
-        self._handles += [norm.module.register_forward_pre_hook(before), norm.module.register_forward_hook(after)]
+        self._hang(norm.module, before, after)
 
     def _put(self, traced: TracedSite, *tensors: Tensor) -> None:
         """Puts a site into the graph that is being traced, unless it is one for evaluation."""

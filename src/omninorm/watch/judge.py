@@ -33,7 +33,7 @@ class Judge:
     - as a warning that names the cause, where another rule has a "fail" standing that explains it;
     - in the order: fails before warnings, and as the rules are listed, which for ours is causes before consequences.
 
-    After the alarm of a rule that is `final` (a NaN or an infinity) nothing more is raised: the rest comes of it.
+    While a rule that is `final` reports (a NaN or an infinity) nothing more is raised: the rest comes of it.
 
     Args:
         rules: the rules, with fresh state; None means `default_rules()`.
@@ -48,7 +48,6 @@ class Judge:
         self._order = {rule.name: place for place, rule in enumerate(self.rules)}
         self._raised: dict[str, dict[str | None, _Raised]] = {}
         self._standing: dict[str, tuple[Rule, Alarm]] = {}  # fails without a cause among the other fails
-        self._over = False
 
     def judge_steps(self, history: History, new_steps: Sequence[Step]) -> list[Alarm]:
         """Alarms about steps that are new in the history, oldest first."""
@@ -75,15 +74,13 @@ class Judge:
             raise ConfigError("every rule must have a name of its own", f"{', '.join(twice)} twice", "rename one")
 
     def _raise(self, history: History, step: int, ask: Callable[[Rule], Iterable[Alarm]]) -> list[Alarm]:
-        if self._over:
-            return []
         clear = max(CLEAR_STEPS, CLEAR_SAMPLES * history.facts.every)
         alarms: list[Alarm] = []
         for rule in list(self.rules):
             reports = self._ask(rule, ask)
             if reports and rule.final:
-                self._over = True
-                return [*alarms, *reports[:1]]
+                self._forget(rule, step - clear)
+                return [*alarms, *self._told(rule, step, reports[:1])]
             if reports or rule.name in self._raised:
                 self._forget(rule, step - clear)
                 alarms += self._told(rule, step, [self._attribute(rule, alarm) for alarm in reports])
@@ -130,7 +127,7 @@ class Judge:
             state.reported = step
         if known > rule.most_layers:  # it has been said that many layers do this; that some more do is no news
             return []
-        return [_merge(new[0], reports)] if new and len(reports) > rule.most_layers else new
+        return [_merge(new[0], new)] if new and len(reports) > rule.most_layers else new
 
     @staticmethod
     def _is_news(state: _Raised | None, alarm: Alarm) -> bool:
@@ -143,8 +140,10 @@ def _checked(alarm: Alarm) -> Alarm:
     return alarm
 
 
-def _merge(worst: Alarm, reports: Sequence[Alarm]) -> Alarm:
-    """The worst layer's alarm, with the number of the others and some of their names."""
-    others = [str(alarm.layer) for alarm in reports if alarm.layer != worst.layer]
+def _merge(worst: Alarm, new: Sequence[Alarm]) -> Alarm:
+    """The worst layer's alarm, with the number of the others that are news and some of their names."""
+    others = list(dict.fromkeys(str(alarm.layer) for alarm in new if alarm.layer != worst.layer))
+    if not others:
+        return worst
     names = ", ".join(others[:NAMED]) + (", …" if len(others) > NAMED else "")
     return replace(worst, evidence=f"{worst.evidence} So it is with {len(others)} more: {names}.")

@@ -88,8 +88,8 @@ class NormSite:
         gradients = gradients.float() if gradients.device.type == "mps" else gradients.double()
         small = gradients.square().sum(dim=-1).mean() * count * count
         big = gradients.sum(dim=0).square().sum()
-        self.board.add("noise_small", self.index, small)
-        self.board.add("noise_big", self.index, big)
+        self.board.add_gradient("noise_small", self.index, small)
+        self.board.add_gradient("noise_big", self.index, big)
         self.board.add("examples", self.index, torch.tensor(float(count)))
 
     def see_output(self, dy: Tensor, y: Tensor) -> None:

@@ -32,6 +32,7 @@ class OptimizerWatch:
     Args:
         parameters: all that are watched; results are in their order.
         failed: told of an error of ours, which must not reach the training.
+        announce: called before each optimizer's step.
     """
 
     def __init__(
@@ -40,13 +41,17 @@ class OptimizerWatch:
         parameters: Sequence[nn.Parameter],
         optimizers: Sequence[torch.optim.Optimizer],
         failed: Callable[[Exception], None] | None = None,
+        announce: Callable[[], None] | None = None,
     ) -> None:
         self._board, self._parameters, self._optimizers, self._failed = board, parameters, optimizers, failed
+        self._announce = announce
         self._places = {id(parameter): at for at, parameter in enumerate(parameters)}
         self._learning = [at for at, p in enumerate(parameters) if p.requires_grad and p.is_floating_point()]
         self._before: dict[int, Tensor] = {}
         self._found: dict[str, Tensor] = {}
         self._rates: list[float] = []
+        self._stepped = False
+        self._learning_index: Tensor | None = None
         self._few: list[Tensor] = []
         self._addresses: list[int] = []
 
@@ -106,13 +111,20 @@ class OptimizerWatch:
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._note_rate(optimizer)
+        if self._announce is not None:
+            self._announce()
         # Not only those with a gradient: a closure may compute gradients inside of the step.
         if self._board.sampling:
             self._before = {place: some(parameter).clone() for place, parameter, _ in self._watched(optimizer)}
 
-    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._learning:
+    def see_weights(self) -> None:
+        """Once all optimizers have made their steps: the weights' norms, for NaNs."""
+        stepped, self._stepped = self._stepped, False
+        if stepped and self._learning:
             self._see_weights(stack(norms_of(self._some_weights()), self._board.device))
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._stepped = True
         watched = [item for item in self._watched(optimizer) if item[0] in self._before and has_gradient(item[1])]
         if self._board.sampling and watched:
             self._measure_updates(watched)
@@ -121,8 +133,11 @@ class OptimizerWatch:
 
     def _see_weights(self, norms: Tensor) -> None:
         if len(self._learning) < len(self._parameters):
-            some_norms, norms = norms, torch.full((len(self._parameters),), UNSEEN, device=norms.device)
-            norms[torch.tensor(self._learning, device=norms.device)] = some_norms
+            some_norms = norms
+            norms = torch.full((len(self._parameters),), UNSEEN, device=norms.device, dtype=norms.dtype)
+            if self._learning_index is None:  # kept, because each move would wait for the device
+                self._learning_index = torch.tensor(self._learning, device=norms.device)
+            norms[self._learning_index] = some_norms
         self._board.set_weights(norms)
 
     def _measure_updates(self, watched: Sequence[tuple[int, Tensor, dict[str, Any]]]) -> None:
@@ -159,7 +174,8 @@ class OptimizerWatch:
             if places:
                 # A tensor that came late has made fewer steps than others.
                 corrected = [
-                    1 - group["betas"][1] ** count.to(g.device) for count, g in zip(counts, gradients, strict=True)
+                    1 - group["betas"][1] ** count
+                    for count in torch.stack(counts).to(gradients[0].device, non_blocking=True).unbind()
                 ]
                 eps = max(float(group["eps"]), 1e-30)
                 self._write_adam(places, gradients, torch._foreach_div(moments, corrected), eps)
@@ -179,8 +195,10 @@ class OptimizerWatch:
             self._write(key, places, torch.where(values.isfinite(), values, UNSEEN))
 
     def _write(self, key: str, places: Sequence[int], values: Tensor) -> None:
-        found = self._found.setdefault(key, torch.full((len(self._parameters),), UNSEEN, device=self._board.device))
-        found[torch.tensor(places, device=found.device)] = values
+        device = self._board.device
+        if key not in self._found:
+            self._found[key] = torch.full((len(self._parameters),), UNSEEN, device=device, dtype=values.dtype)
+        self._found[key][torch.tensor(places, device=device)] = values
 
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:

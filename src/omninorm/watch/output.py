@@ -68,7 +68,7 @@ class Output:
                 self._record.append(event)
                 self._path = self._record.path
                 return
-            except OmninormError as error:
+            except (OmninormError, ValueError) as error:  # ValueError: a name that is no Unicode
                 self._give_up(str(error))
         self._kept.append(dict(event))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 
+import torch
 from torch import Tensor
 
 from omninorm.watch.structure import Structure
@@ -18,6 +19,9 @@ class Placements:
         self._reads_input: set[int] = set()
         self._makes_output: set[int] = set()
         self._newest: weakref.ref[Tensor] | None = None
+        self._reads: set[int] = set()
+        self._made: tuple[int, Tensor] | None = None
+        self._judged: set[int] = set()
 
     def norm_read(self, block: int, is_input: bool) -> None:
         if is_input:
@@ -31,9 +35,32 @@ class Placements:
             self._makes_output.add(block)
         self._newest = None
 
+    # In a compiled graph tensors have no identity that lasts; their addresses tell while they live, and a few numbers
+    # tell whether an address has been taken over.
+
+    def graph_norm(self, block: int, x: Tensor, y: Tensor) -> None:
+        """A norm of this block has run on x, and made y."""
+        self._reads.add(x.data_ptr())
+        self._made = y.data_ptr(), few(y)
+
+    def graph_block(self, block: int, y: Tensor, x: Tensor | None) -> None:
+        """The block has run on x, and made y."""
+        if block not in self._judged:
+            self._judged.add(block)
+            self.norm_read(block, x is not None and x.data_ptr() in self._reads)
+            if self._made is not None and self._made[0] == y.data_ptr() and torch.equal(self._made[1], few(y)):
+                self._makes_output.add(block)
+        self._reads.clear()
+        self._made = None
+
     def verdict(self, blocks: int) -> str | None:
         """ "pre", "post", "both", "none", or None where it is something else; the majority of the blocks decides."""
         if not self._with_norms:
             return "none" if blocks else None
         pre, post = 2 * len(self._reads_input) > blocks, 2 * len(self._makes_output) > blocks
         return "both" if pre and post else "pre" if pre else "post" if post else None
+
+
+def few(x: Tensor) -> Tensor:
+    """The first numbers of x, apart from it."""
+    return x.detach().reshape(-1)[:16].clone()

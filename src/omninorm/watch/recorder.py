@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omninorm.watch.board import UNSEEN, Row
@@ -26,11 +26,17 @@ def has_gradients(row: Row) -> bool:
     return any(norm != UNSEEN for norm in row.gradients)
 
 
-def first_nonfinite(row: Row, step: int, sentinels: Sequence[str], parameters: Sequence[str]) -> NonFinite | None:
-    """Where in this step something was first not finite: forward, the loss, backward from the loss, the weights."""
-    for name, value in zip(sentinels, row.sentinels, strict=True):
-        if not math.isfinite(value):
-            return NonFinite(step, "forward", name, kind(value))
+def first_nonfinite(
+    row: Row, step: int, sentinels: Sequence[str], parameters: Sequence[str], order: Mapping[int, int]
+) -> NonFinite | None:
+    """Where in this step something was first not finite: forward, the loss, backward from the loss, the weights.
+
+    Args:
+        order: of the sentinels that have run, the place in the order in which they did.
+    """
+    for at in sorted(order, key=lambda index: order[index]):
+        if not math.isfinite(row.sentinels[at]):
+            return NonFinite(step, "forward", sentinels[at], kind(row.sentinels[at]))
     if row.loss is not None and not math.isfinite(row.loss):
         return NonFinite(step, "loss", None, kind(row.loss))
     # Backward passes through the last layers first, and what is before them is not finite either.

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from omninorm.errors import ConfigError, MissingExtraError
+from omninorm.record.signals import SIGNALS
 from omninorm.watch.alarm import Alarm
+from omninorm.watch.history import Facts, Sample
 
 NAMESPACE = "omninorm"
 
@@ -196,3 +198,14 @@ def load(module: str, sink: str, package: str) -> Any:
     except ImportError as error:
         remedy = f"install it with pip install {package}"
         raise MissingExtraError(f"the sink {sink} needs the package {package}", "no such package", remedy) from error
+
+
+def flatten(sample: Sample, facts: Facts) -> dict[str, float]:
+    """A sample as numbers by name, "stream_rms/blocks.3": what dashboards take."""
+    layers = {"block": facts.blocks, "norm": [norm.name for norm in facts.norms], "group": facts.groups, "run": [""]}
+    return {
+        f"{name}/{layer}" if layer else name: value
+        for name, values in sample.signals.items()
+        for layer, value in zip(layers[SIGNALS[name].axis], values, strict=True)
+        if value is not None
+    }

@@ -19,6 +19,7 @@ MOST_ROWS = 256
 # A hidden unit is silent where it stays below this share of the layer's RMS, for all of so many tokens.
 SILENT, SILENT_ROWS = 1e-3, 512
 MEDIAN_OF = 4096
+LARGE = 2**22
 
 
 @lru_cache(maxsize=4096)
@@ -63,7 +64,8 @@ class Sentinel:
         self.board, self.sentinel = board, sentinel
 
     def see(self, y: Tensor) -> None:
-        self.board.sentinel(self.sentinel, largest(y))
+        # Of logits over a large vocabulary some rows must do.
+        self.board.sentinel(self.sentinel, largest(y if y.numel() <= LARGE else some_rows(y)))
 
 
 class BlockSite:
@@ -130,4 +132,4 @@ class LogitsSite:
             return
         z = some_rows(logits, 64).logsumexp(dim=-1)
         self.board.add("logz_mean", 0, z.mean())
-        self.board.add("logz", 0, z[z.abs().argmax()])
+        self.board.add("logz", 0, z.gather(0, z.abs().argmax(0, keepdim=True)).squeeze(0))

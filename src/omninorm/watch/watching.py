@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.config import check_count
-from omninorm.errors import ConfigError, InputError, RunError
+from omninorm.errors import ConfigError, RunError
 from omninorm.record import Record
-from omninorm.record.signals import SIGNALS
 from omninorm.watch.alarm import Alarm
+from omninorm.watch.arguments import check_places, printable, read_loss, read_optimizers, uncovered
 from omninorm.watch.board import UNSEEN, Board, Row
 from omninorm.watch.gradients import Gradients
 from omninorm.watch.history import Facts, History, Sample, Step
@@ -29,12 +29,14 @@ from omninorm.watch.output import Output, rank, short, world_size
 from omninorm.watch.reasons import not_seen
 from omninorm.watch.recorder import SampleBuilder, first_nonfinite, has_gradients, step_of
 from omninorm.watch.rules import Rule
-from omninorm.watch.sinks import Sink
+from omninorm.watch.sinks import Sink, flatten
 from omninorm.watch.structure import Structure, find_structure, unwrap
 from omninorm.watch.traced import is_compiled
 from omninorm.watch.weights import GAIN_SIGNALS, measure_gains, measure_matrices
 
 FORMAT = 1
+# A ring of more steps would be large; it is emptied earlier then.
+MOST_ROWS = 256
 LOG = logging.getLogger("omninorm.watch")
 _watched: WeakSet[nn.Module] = WeakSet()
 
@@ -63,6 +65,7 @@ class Watch:
             raise ConfigError("watch needs a torch.nn.Module", type(model).__name__, "pass the model that is trained")
         check_count("every", every)
         check_count("step", step, at_least=0)
+        check_places(folder, scaler, sinks)
         self._model, self._compiled = unwrap(model), is_compiled(model)
         self._optimizers = read_optimizers(optimizer)
         self._every, self._folder, self._scaler, self._sinks = every, folder, scaler, tuple(sinks)
@@ -84,7 +87,9 @@ class Watch:
 
     def open(self) -> Watch:
         """Attaches to the model."""
-        if self._model in _watched or self._output is not None:
+        if self._output is not None and self._hooks is None:
+            raise RunError("a watch is used once", "one that has ended", "make another with omninorm.watch(…)")
+        if self._model in _watched:
             remedy = "close the other watch first, or use that one"
             raise ConfigError("a model is watched once at a time", "a second watch", remedy)
         structure = find_structure(self._model)
@@ -99,7 +104,9 @@ class Watch:
         groups = {group: [places[name] for name, _ in members] for group, members in structure.groups.items()}
         self._builder = SampleBuilder(structure, groups, self._names)
         device = self._parameters[0].device
-        self._board = Board(device, cell_sizes(structure), len(self._sentinels), len(named), self._every, self._scaler)
+        self._board = Board(
+            device, cell_sizes(structure), len(self._sentinels), len(named), min(self._every, MOST_ROWS), self._scaler
+        )
         self._rates: list[float | None] = []
         self._first = self._done + 1
         self.history.facts = self._facts(structure)
@@ -108,17 +115,21 @@ class Watch:
         self._output = Output(self._folder)
         # The owner of a record that is only lent says itself where it goes on.
         if self._output.continues or (self._done and not isinstance(self._folder, Record)):
+            LOG.info("the record in %s goes on; what it holds after step %d is void", self._folder, self._done)
             self._output.append({"kind": "resume", "step": self._done})
         self._output.append(self._header())
         self._attach()
         _watched.add(self._model)
+        self._tell(uncovered(named, self._optimizers, self._done))
         self._begin_step()
         return self
 
     def _attach(self) -> None:
         self._hooks = Hooks(self._structure, self._board, self._failed, self._compiled)
         self._gradients = Gradients(self._board, self._parameters, self._failed)
-        self._optimizer_watch = OptimizerWatch(self._board, self._parameters, self._optimizers, self._failed)
+        self._optimizer_watch = OptimizerWatch(
+            self._board, self._parameters, self._optimizers, self._failed, self._gradients.before_step
+        )
         self._hooks.attach()
         self._handles = [*self._gradients.attach(), *self._optimizer_watch.attach()]
 
@@ -126,17 +137,15 @@ class Watch:
         """Judges what is pending, removes every hook and closes the record. A second call does nothing."""
         if self._output is None or self._hooks is None:
             return
-        try:
-            self.flush()
-        finally:
-            self._hooks.detach()
-            for handle in self._handles:
-                handle.remove()
-            self._hooks = None
-            _watched.discard(self._model)
-            self._output.append({"kind": "end", "step": self._done, "reason": reason})
-            self._output.close()
-            self._to_sinks(lambda sink: sink.close())
+        self.flush()
+        self._hooks.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._hooks = None
+        _watched.discard(self._model)
+        self._output.append({"kind": "end", "step": self._done, "reason": reason})
+        self._output.close()
+        self._to_sinks(lambda sink: sink.close())
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -157,7 +166,8 @@ class Watch:
         hooks.rest()
         self._done += 1
         self._rates.append(self._optimizer_watch.rate())
-        self._board.end_row(value)
+        self._safely(self._optimizer_watch.see_weights)
+        self._safely(lambda: self._board.end_row(value))
         if self._board.sampling or self._board.full:
             self._flush(self._board.sampling)
         self._begin_step()
@@ -171,7 +181,18 @@ class Watch:
         """Moves what has gathered since the last sample to the host, writes it and judges it. Call it between steps."""
         self._flush(sampled=False)
 
+    def _safely(self, work: Callable[[], None]) -> None:
+        """What fails here is told, and does not reach the training."""
+        try:
+            with torch.no_grad():
+                work()
+        except Exception as error:
+            self._failed(error)
+
     def _flush(self, sampled: bool) -> None:
+        self._safely(lambda: self._move(sampled))
+
+    def _move(self, sampled: bool) -> None:
         if self._hooks is None or self._board.row == 0:
             return
         board = self._board
@@ -206,7 +227,7 @@ class Watch:
         return {name: [None if v == UNSEEN else v for v in values.pop(name)] for name in GAIN_SIGNALS}
 
     def _look_for_nonfinite(self, row: Row, step: int) -> None:
-        found = first_nonfinite(row, step, self._sentinels, self._names)
+        found = first_nonfinite(row, step, self._sentinels, self._names, self._board.order)
         if found is not None:
             self.history.nonfinite = found
             self._append({"kind": "nonfinite", **asdict(found)})
@@ -323,49 +344,3 @@ class Watch:
         if not getattr(self, "_failed_once", False):
             self._failed_once = True
             warnings.warn(f"omninorm.watch could not measure something: {type(error).__name__}: {error}", stacklevel=3)
-
-
-def read_optimizers(
-    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
-) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimizers as a tuple."""
-    if optimizer is None:
-        return ()
-    found = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
-    for item in found:
-        if not isinstance(item, torch.optim.Optimizer):
-            remedy = "pass a torch.optim.Optimizer, several, or None"
-            raise ConfigError("watch needs optimizers of torch", type(item).__name__, remedy)
-    return found
-
-
-def read_loss(loss: Tensor | float | None) -> Tensor | None:
-    """The loss as a tensor.
-
-    Raises:
-        InputError: neither a real tensor nor a number.
-    """
-    if loss is None:
-        return None
-    if isinstance(loss, Tensor) and loss.numel() > 0 and not loss.is_complex():
-        return loss.detach()
-    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
-        return torch.tensor(float(loss))
-    received = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-    raise InputError("the loss must be a real tensor, a number or None", received, "pass the loss of the step")
-
-
-def printable(text: str) -> str:
-    """Without what would steer a terminal; names of modules may hold anything."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def flatten(sample: Sample, facts: Facts) -> dict[str, float]:
-    """A sample as numbers by name, "stream_rms/blocks.3": what dashboards take."""
-    layers = {"block": facts.blocks, "norm": [norm.name for norm in facts.norms], "group": facts.groups, "run": [""]}
-    return {
-        f"{name}/{layer}" if layer else name: value
-        for name, values in sample.signals.items()
-        for layer, value in zip(layers[SIGNALS[name].axis], values, strict=True)
-        if value is not None
-    }

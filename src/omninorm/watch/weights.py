@@ -41,7 +41,6 @@ def measure_gains(norms: Sequence[Norm], device: torch.device) -> list[Tensor]:
 @torch.no_grad()
 def measure_matrices(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
     """RMS of some thousand elements of every matrix, UNSEEN for vectors: (parameters,)."""
-    found = torch.full((len(parameters),), UNSEEN, device=device)
     places = [
         at
         for at, parameter in enumerate(parameters)
@@ -50,5 +49,8 @@ def measure_matrices(parameters: Sequence[nn.Parameter], device: torch.device) -
     if places:
         few = [some(parameters[at]) for at in places]
         counts = torch.tensor([float(part.numel()) for part in few], device=device)
-        found[torch.tensor(places, device=device)] = stack(norms_of(few), device) / counts.sqrt()
-    return found
+        sizes = stack(norms_of(few), device) / counts.sqrt()
+        found = torch.full((len(parameters),), UNSEEN, device=device, dtype=sizes.dtype)
+        found[torch.tensor(places, device=device)] = sizes
+        return found
+    return torch.full((len(parameters),), UNSEEN, device=device)

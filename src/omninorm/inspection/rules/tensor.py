@@ -56,7 +56,8 @@ def _gains(tensor: TensorStats, gains: Gains) -> Iterator[Finding]:
     if gains.largest < SILENT:
         final = tensor.place.block is None
         evidence = f"all {gains.count} gains are silent, the largest |γ| is {gains.largest:.2g}"
-        remedy = "this norm's output is nothing but its bias: check that γ was trained and saved"
+        remedy = "this norm puts out nothing, or its bias alone if it has one: what follows it is cut off"
+        remedy += "; check that γ was trained and saved"
         remedy += "; if the file stores γ − 1, as Gemma's do, put config.json beside it"
         yield about(tensor, "fail" if final else "warn", "silent-norm", evidence, remedy, gains.count)
         return

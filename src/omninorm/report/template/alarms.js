@@ -41,7 +41,7 @@ function tickOf(number) {
 }
 
 function axis() {
-  const line = make('div', 'axis'), found = ticks(range.low, range.high, window.innerWidth < 560 ? 4 : 8).filter(Number.isInteger);
+  const line = make('div', 'axis'), found = stepTicks(window.innerWidth < 560 ? 4 : 8);
   line.setAttribute('aria-hidden', 'true');
   for (const step of found) {
     const label = line.appendChild(make('span', '', stepLabel(step))), part = (step - range.low) / (range.high - range.low);

@@ -1,18 +1,25 @@
 // What maps and curves share: the axis of steps, which is the same in all of them, and the marks of alarms.
-const LEFT = 50, RIGHT = 10, TOP = 14, BOTTOM = 20;
+const LEFT = 72, RIGHT = 10, TOP = 14, BOTTOM = 20;
 const gaps = data.steps.slice(1).map((step, i) => step - data.steps[i]).sort((a, b) => a - b);
 const gap = gaps.length ? gaps[gaps.length >> 1] : 1;
 const range = {
-  low: Math.min(data.first, data.steps.length ? data.steps[0] - gap / 2 : Infinity),
+  low: Math.min(data.first, data.steps.length ? data.steps[0] : Infinity),
   high: Math.max(data.last, data.steps.length ? data.steps[data.steps.length - 1] + gap / 2 : -Infinity),
 };
 if (!(range.high > range.low)) { range.low -= 0.5; range.high = range.low + 1; }
 const figures = [];
 
-// A text shortened until it is no wider than so many pixels.
+// Round steps for an axis, and the first one where there is room for it: a run begins at step 1 and not at 0.
+function stepTicks(number) {
+  const found = ticks(range.low, range.high, number).filter(Number.isInteger), room = (range.high - range.low) / (2.5 * number);
+  if (Number.isInteger(range.low) && !(found[0] - range.low < room)) found.unshift(range.low);
+  return found;
+}
+
+// A text shortened in its middle until it is no wider than so many pixels: names differ at either end.
 function fitting(context, text, wide) {
   for (let end = text.length; end > 0; end--) {
-    const cut = end < text.length ? `${text.slice(0, end)}…` : text;
+    const cut = end < text.length ? `${text.slice(0, Math.ceil(end / 2))}…${text.slice(text.length - Math.floor(end / 2))}` : text;
     if (context.measureText(cut).width <= wide) return cut;
   }
   return '';
@@ -62,8 +69,7 @@ class Figure {
     context.strokeStyle = paint('line');
     context.lineWidth = 1;
     context.textBaseline = 'top';
-    const found = ticks(range.low, range.high, Math.max(2, this.inner / 75)).filter(tick => Number.isInteger(tick));
-    for (const tick of found) {
+    for (const tick of stepTicks(Math.max(2, this.inner / 75))) {
       const x = this.x(tick), label = stepLabel(tick), half = context.measureText(label).width / 2;
       context.beginPath(); context.moveTo(x, base); context.lineTo(x, base + 4); context.stroke();
       context.textAlign = 'center';

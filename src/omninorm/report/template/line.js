@@ -3,6 +3,7 @@ class Curve extends Figure {
   constructor(element) {
     super(element, 180);
     const {y, log} = this.data, low = Math.min(...y), high = Math.max(...y);
+    this.constant = low === high;
     const room = log ? 1.12 : (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
     // A rate or a loss that is never negative has no axis below nought.
     Object.assign(this, log ? {low: low / room, high: high * room} : {low: low >= 0 ? Math.max(0, low - room) : low - room, high: high + room});
@@ -15,6 +16,7 @@ class Curve extends Figure {
   }
 
   levels() {
+    if (this.constant) return [this.data.y[0]];
     if (!this.data.log) return ticks(this.low, this.high, 5);
     const found = [], first = Math.floor(Math.log10(this.low)), last = Math.ceil(Math.log10(this.high));
     const decades = last - first, thin = Math.max(1, Math.ceil((decades - 1) / 5)), digits = decades <= 1 ? [1, 2, 3, 5, 7] : decades <= 2 ? [1, 2, 5] : decades <= 3 ? [1, 3] : [1];
@@ -22,16 +24,26 @@ class Curve extends Figure {
     return found.filter(level => level >= this.low && level <= this.high);
   }
 
+  // One notation for all of an axis, and as many digits as tell its levels apart. A label is pressed before it is cut.
+  labelsOf(levels) {
+    const most = Math.max(...levels.map(Math.abs)), step = levels.length > 1 ? levels[1] - levels[0] : 0;
+    if (this.constant || this.data.log || !step) return levels.map(level => short(level, 4));
+    const places = Math.ceil(-Math.log10(step) - 1e-9), digits = clamp(places, 0, 9);
+    if (most >= 1e-3 && most < 1e6) return levels.map(level => level ? level.toLocaleString('en', {minimumFractionDigits: digits, maximumFractionDigits: digits}) : '0');
+    return levels.map(level => level ? level.toExponential(clamp(Math.floor(Math.log10(Math.abs(level)) + 1e-9) + places, 0, 6)).replace('e+', 'e') : '0');
+  }
+
   paint(context) {
     context.textAlign = 'right';
     context.textBaseline = 'middle';
     context.lineWidth = 1;
-    for (const level of this.levels()) {
+    const levels = this.levels(), labels = this.labelsOf(levels);
+    for (const [i, level] of levels.entries()) {
       const y = this.y(level);
       context.strokeStyle = paint('grid');
       context.beginPath(); context.moveTo(LEFT, y); context.lineTo(this.width - RIGHT, y); context.stroke();
       context.fillStyle = paint('soft');
-      context.fillText(short(level, 3), LEFT - 6, y);
+      context.fillText(labels[i], LEFT - 6, y, LEFT - 8);
     }
     this.paintAlarmLines(context);
     context.fillStyle = PATTERNS.nan;

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.errors import ConfigError, MissingExtraError
+from omninorm.watch.arguments import read_loss
 from omninorm.watch.callbacks.driver import Total
 from omninorm.watch.output import rank
 from omninorm.watch.rules import Rule
 from omninorm.watch.sinks import Sink
-from omninorm.watch.watching import Watch, read_loss
+from omninorm.watch.watching import Watch
 
 try:
     from accelerate import Accelerator  # type: ignore[import-untyped]

@@ -18,10 +18,12 @@ from omninorm.watch.rules.logz import LogZ
 from omninorm.watch.rules.loss_spike import LossSpike
 from omninorm.watch.rules.massive_activation import MassiveActivation
 from omninorm.watch.rules.no_norm import NoNorm
+from omninorm.watch.rules.no_progress import NoProgress
 from omninorm.watch.rules.nonfinite import NonFiniteRule
 from omninorm.watch.rules.post_norm_depth import PostNormDepth
 from omninorm.watch.rules.saturation import Saturation
 from omninorm.watch.rules.unrecovered_spike import UnrecoveredSpike
+from omninorm.watch.rules.weights_vanish import WeightsVanish
 
 __all__ = ["Rule", "Threshold", "default_rules"]
 
@@ -32,6 +34,7 @@ def default_rules() -> list[Rule]:
         NoNorm(),
         NonFiniteRule(),
         LayerJump(),
+        WeightsVanish(),
         GainDrift(),
         BranchSilent(),
         EpsShare(),
@@ -43,6 +46,7 @@ def default_rules() -> list[Rule]:
         AttentionEntropy(),
         Headroom(),
         UnrecoveredSpike(),
+        NoProgress(),
         LossSpike(),
         GradientSpike(),
         AdamUnderestimation(),

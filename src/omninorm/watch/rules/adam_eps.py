@@ -30,6 +30,7 @@ class AdamEps(Rule):
     """One alarm about the worst tensor, and for how many groups it holds."""
 
     name = "adam-eps"
+    explains = ("no-progress",)
     source = "gradients below Adam's ε: Wortsman et al., arXiv 2309.14322"
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class AdamEps(Rule):
         size = "Adam's ε" if eps is None else f"Adam's ε, {eps:g}"
         beyond = sum(ratio < WARN for ratio, _ in ratios)
         evidence = (
-            f"The gradient of {tensor} is {value:.2g} times {size}; "
+            f"Adam's ε too large: the gradient of {tensor} is {value:.2g} times {size}; "
             f"in {beyond} of {len(ratios)} groups of parameters some gradient is less than {WARN:g} times it."
         )
         target = "1e-15" if eps is None else f"{max(eps * value / 100, 1e-15):.0e}"

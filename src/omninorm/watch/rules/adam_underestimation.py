@@ -14,7 +14,7 @@ class AdamUnderestimation(Threshold):
     """Names the tensor."""
 
     name = "adam-underestimation"
-    source = "2.3: StableAdamW, arXiv 2304.13013; persistence: ours"
+    source = "the threshold of 2.3 is from StableAdamW, arXiv 2304.13013; for how long is omninorm's own"
     signal = "adam_ratio"
     warn = 2.3
     persistence = 5

@@ -16,7 +16,7 @@ class AttentionEntropy(Threshold):
     """Low entropy is where growing logits end."""
 
     name = "attention-entropy"
-    source = "entropy collapse: Zhai et al., arXiv 2303.06296; 0.03 of ln T: ours"
+    source = "entropy collapse is described by Zhai et al., arXiv 2303.06296; the threshold of 0.03 is omninorm's own"
     signal = "attention_entropy"
     warn = 0.03
     below = True

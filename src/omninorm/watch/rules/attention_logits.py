@@ -25,7 +25,7 @@ class AttentionLogits(Rule):
     """Compares each block with the two limits, and with its own past."""
 
     name = "attention-logits"
-    source = "1e3 and 1e4: Wortsman et al., arXiv 2309.14322; growth towards them: ours"
+    source = "the limits 1e3 and 1e4 are from Wortsman et al., arXiv 2309.14322; to judge growth is omninorm's own"
     explains = ("attention-entropy", "layer-jump", "learning-rate", "unrecovered-spike")
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class AttentionLogits(Rule):
 
     def _explain(self, history: History, sample: Sample, index: int, value: float, failed: bool) -> Alarm:
         block = history.facts.blocks[index]
-        evidence = f"The largest attention logit of {block} is {value:.3g}"
+        evidence = f"Attention logits too large: the largest of {block} is {value:.3g}"
         growth = self._growth(history, index, value)
         if growth > GROWTH:
             evidence += f", {fold(growth)} what it was up to {SAMPLES} samples before, and rising"

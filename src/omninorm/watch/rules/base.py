@@ -11,6 +11,9 @@ from omninorm.watch.alarm import Alarm
 from omninorm.watch.history import Facts, History, Sample, Step
 from omninorm.watch.rules.numbers import Streaks, finite
 
+EXTREME_SPAN = 4
+"""What starts at 0 on purpose has learned by then, with a sample at every step, too."""
+
 
 class Rule(ABC):
     """Looks at every step or at every sample, and reports what is wrong for as long as it is wrong.
@@ -44,7 +47,7 @@ class Rule(ABC):
     most_layers: ClassVar[int] = 3
     """If it reports more layers at once, they become one alarm about the worst."""
     final: ClassVar[bool] = False
-    """Whether after an alarm of this rule there is nothing left to judge."""
+    """Whether nothing else is judged for as long as this rule reports."""
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
         """Called for every step, in order, with `step` already in the history."""
@@ -70,6 +73,8 @@ class Threshold(Rule):
     fail: ClassVar[float | None] = None
     below: ClassVar[bool] = False
     """Whether it is the small values that are wrong."""
+    extreme: ClassVar[float | None] = None
+    """A "fail" at the second sample beyond it that is `EXTREME_SPAN` steps or more after the first."""
     persistence: ClassVar[int] = 1
     span: ClassVar[int] = 0
     """Steps that the samples must span, too: with a sample at every step a few of them say little."""
@@ -96,12 +101,16 @@ class Threshold(Rule):
             if not self._beyond(value, loosest) or not self.applies(history, sample, index, value):
                 self._streaks.end(index)
                 self._streaks.end((index, "fail"))
+                self._streaks.end((index, "extreme"))
                 continue
             lasting = self._streaks.lasts(index, True, sample.step, self.persistence, self.span)
             severe = self._beyond(value, self.fail)
             failing = self._streaks.lasts((index, "fail"), severe, sample.step, self.persistence, self.span)
-            if lasting or failing:
-                found.append((failing, -value if self.below else value, index, names[index]))
+            extreme = self._streaks.lasts(
+                (index, "extreme"), self._beyond(value, self.extreme), sample.step, 2, EXTREME_SPAN
+            )
+            if lasting or failing or extreme:
+                found.append((failing or extreme, -value if self.below else value, index, names[index]))
         for failed, key, index, layer in sorted(found, key=lambda item: item[:2], reverse=True):
             evidence, remedy = self.explain(history, sample, index, -key if self.below else key)
             yield self.alarm(sample.step, "fail" if failed else "warn", layer, evidence, remedy)

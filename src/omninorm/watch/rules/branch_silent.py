@@ -2,8 +2,8 @@
 
 Signals: RMS(F(x))/RMS(x) of the block and of its two parts; RMS of its output. Threshold: a block below 0.01 is a
 warning; a block or a part below 1e-6 is dead, a "fail" [ours]. Persistence: a warning after 3 samples over 50 steps;
-dead after 3 samples over 10 steps if it had been alive, else after 5 over 50, since branches that start at 0 (zero-
-initialized projections, ReZero, LayerScale) first have to learn.
+dead after 3 samples over 10 steps if it had been alive; over 20 if it is exactly 0 from the start, since branches that
+start at 0 on purpose (zero-initialized projections, ReZero) leave it with their first update; else after 5 over 50.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class BranchSilent(Rule):
     """Names the attention or feed-forward where that is what is silent, else the block."""
 
     name = "branch-silent"
-    source = "0.01 and 1e-6: ours"
+    source = "the thresholds, shares of 0.01 and 1e-6, are omninorm's own; see docs/watching.md"
     explains = ("depth-growth", "dead-units", "eps-share", "adam-eps")
 
     def __init__(self) -> None:
@@ -56,7 +56,8 @@ class BranchSilent(Rule):
         if value > DEAD:
             self._alive.add(key)
         samples, steps = (3, 10) if key in self._alive else (5, 50)
-        return self._streaks.lasts(key, value <= DEAD, step, samples, steps)
+        zero = self._streaks.lasts((*key, "zero"), value == 0.0, step, 3, 20)
+        return self._streaks.lasts(key, value <= DEAD, step, samples, steps) or zero
 
     def _is_weak(self, index: int, value: float, step: int) -> bool:
         return self._streaks.lasts((index, "weak"), value < WARN, step, 3, 50)

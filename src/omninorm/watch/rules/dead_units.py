@@ -13,7 +13,7 @@ class DeadUnits(Threshold):
     """Names the feed-forward."""
 
     name = "dead-units"
-    source = "10 %: ours"
+    source = "the threshold of 10 % is omninorm's own; see docs/watching.md"
     signal = "dead_units"
     warn = 0.1
     persistence = 3
@@ -22,4 +22,7 @@ class DeadUnits(Threshold):
     def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
         block = history.facts.blocks[index]
         evidence = f"{100 * value:.0f} % of the hidden units of {block}'s feed-forward are 0 for every token."
-        return evidence, "Lower the learning rate, lengthen the warm-up, or use GELU or SwiGLU in place of ReLU."
+        return (
+            evidence,
+            "Lower the learning rate, or lengthen the warm-up; if the activation is a ReLU, try a smooth one.",
+        )

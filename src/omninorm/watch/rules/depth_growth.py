@@ -26,7 +26,7 @@ class DepthGrowth(Rule):
     """About the whole run: no single layer is to blame."""
 
     name = "depth-growth"
-    source = "0.05 and 0.2: ours"
+    source = "the thresholds of the exponent, 0.05 and 0.2, are omninorm's own; see docs/watching.md"
     explains = ("adam-eps", "massive-activation")
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class DepthGrowth(Rule):
 
     def _explain(self, history: History, sample: Sample, what: str, found: Growth, severity: str) -> Alarm:
         words = found.words(what)
-        evidence = f"{words[0].upper()}{words[1:]}, exponentially rather than linearly (exponent {found.exponent:.2g})."
+        evidence = f"Exponential over depth: {words} (exponent {found.exponent:.2g})."
         place = _PLACES.get(history.placement or "")
         if place:
             evidence += f" The model has {place}."

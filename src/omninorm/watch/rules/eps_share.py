@@ -2,7 +2,8 @@
 
 Signal: ε/(mean(x²) + ε). Threshold: above 5 % is a warning, above 50 % a "fail": the norm hardly normalizes. [ours]
 1 % would be cautious, but ordinary initializations pass it: embeddings of standard deviation 0.02 with ε = 1e-5 start
-at 2.4 %, and are none the worse for it. Persistence: 3 samples over 20 steps.
+at 2.4 %, and are none the worse for it. Persistence: 3 samples over 20 steps; above 90 %
+2 samples over 4, a "fail".
 """
 
 from __future__ import annotations
@@ -15,19 +16,22 @@ class EpsShare(Threshold):
     """Names the norm and its ε."""
 
     name = "eps-share"
-    source = "5 % and 50 %: ours"
+    source = "the thresholds of 5, 50 and 90 % are omninorm's own; see docs/watching.md"
     explains = ("depth-growth", "branch-silent", "adam-underestimation")
     most_layers = 1  # ε is a setting of all norms: one alarm, about the worst
     signal = "eps_share"
     warn = 0.05
     fail = 0.5
+    extreme = 0.9
     persistence = 3
     span = 20
 
     def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
         norm = history.facts.norms[index]
         eps = "ε" if norm.eps is None else f"ε = {norm.eps:g}"
-        evidence = f"At {norm.name} {eps} makes up {100 * value:.3g} % of mean(x²) + ε, under the root"
+        evidence = (
+            f"Norm's ε too large: at {norm.name} {eps} makes up {100 * value:.3g} % of mean(x²) + ε, under the root"
+        )
         evidence += ": it scales its input by a constant in place of normalizing it." if value > 0.5 else "."
         size = 0.0 if norm.eps is None or value <= 0.0 else norm.eps * (1.0 / value - 1.0)
         if size <= 0.0:

@@ -25,7 +25,7 @@ class GainDrift(Rule):
     """Names the norm."""
 
     name = "gain-drift"
-    source = "10-fold: ours"
+    source = "the threshold, 10-fold, is omninorm's own; see docs/watching.md"
     explains = ("branch-silent", "dead-units", "adam-eps", "depth-growth")
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ class Headroom(Threshold):
     """Silent unless the facts say that the run computes in fp16."""
 
     name = "headroom"
-    source = "fp16 ends at 65504; a tenth of it: ours"
+    source = "fp16 ends at 65504; to warn at a tenth of it is omninorm's own"
     signal = "stream_max"
     warn = 0.1 * LARGEST
     fail = LARGEST * (1 - 1e-3)

@@ -3,7 +3,8 @@
 Signals: RMS of a group's weights and the largest gain of a norm; then a block's branch, attention and feed-forward
 ratios and its stream. Threshold: at least 5 times both the sample before and the median of up to 8 before that, while
 the median layer changes less than 2-fold. [ours] Weights can't do that by training: a "fail" at once. Activations
-can: a warning; a "fail" from 20-fold on. Persistence of activations: 2 samples.
+can, above all in the first steps: a warning; a "fail" from 20-fold on if the loss is at least 5 % above what it was
+before, and updates above 5 % of all weights are not the cause. Persistence of activations: 2 samples.
 If weights jumped, they are the cause and activations are not reported.
 """
 
@@ -14,9 +15,11 @@ from collections.abc import Iterable
 from omninorm.watch.alarm import Alarm
 from omninorm.watch.history import History, Sample
 from omninorm.watch.rules.base import Rule, layer_names
-from omninorm.watch.rules.numbers import earlier, fold, median, values_of
+from omninorm.watch.rules.numbers import earlier, finite, fold, known, median, values_of
 
 JUMP, HUGE, OTHERS = 5.0, 20.0, 2.0
+LARGE = 0.05  # of the weights; no healthy update is that large once the first steps are over
+WORSE, BEFORE, AFTER = 0.05, 10, 5  # of the loss: how much it rose, and the steps whose means are compared
 SAMPLES, FEWEST = 8, 3
 WEIGHTS = ("weight_rms", "gain_max")
 ACTIVATIONS = ("branch_ratio", "attention_ratio", "feed_forward_ratio", "stream_rms")
@@ -30,11 +33,15 @@ _TITLES = {
 }
 
 
+def _cause(signal: str) -> str:
+    return "Weights" if signal in WEIGHTS else "Activations"
+
+
 class LayerJump(Rule):
     """Remembers the height before a jump for as long as the layer stays up."""
 
     name = "layer-jump"
-    source = "5-fold and 20-fold: ours"
+    source = "the thresholds, 5-fold and 20-fold, are omninorm's own; see docs/watching.md"
     explains = (
         "learning-rate",
         "depth-growth",
@@ -57,8 +64,12 @@ class LayerJump(Rule):
             if signals == ACTIVATIONS[-1:]:  # the stream carries a jump on: the first block is the cause
                 yield self._explain(history, sample, *min(found, key=lambda jump: jump[2]))
                 return
-            for jump in sorted(found, reverse=True):
-                yield self._explain(history, sample, *jump)
+            told: set[str | None] = set()
+            for factor, signal, index in sorted(found, reverse=True):
+                layer = layer_names(history.facts, signal)[index]
+                if layer not in told:  # a part's jump is its block's, too
+                    yield self._explain(history, sample, factor, signal, index)
+                told.add(layer)
             return
 
     def _jumps(self, history: History, sample: Sample, signal: str) -> list[tuple[float, str, int]]:
@@ -98,11 +109,37 @@ class LayerJump(Rule):
         height, step = self._before[signal, index]
         layer = layer_names(history.facts, signal)[index]
         evidence = (
-            f"{layer}: the {_TITLES[signal]} jumped {fold(factor)} by step {step}, "
+            f"{_cause(signal)} jumped at {layer}: the {_TITLES[signal]} rose {fold(factor)} by step {step}, "
             f"from {height:.3g} to {height * factor:.3g}, while other layers stayed as they were."
         )
         if signal in WEIGHTS:
             remedy = "Training does not do that: look for code that writes to these weights, or restore a checkpoint."
             return self.alarm(sample.step, "fail", layer, evidence, remedy)
         remedy = f"Compare {layer}'s weights and inputs with a checkpoint before step {step}; lower its learning rate."
-        return self.alarm(sample.step, "fail" if factor >= HUGE else "warn", layer, evidence, remedy)
+        update = _largest_update(history, step)
+        if update > LARGE:  # then the weights did change, and the rate is to blame
+            evidence += f" Updates changed the weights by up to {100 * update:.2g} % a step."
+            remedy = "Lower the learning rate, and warm up to it."
+        worse = _loss_rise(history, step) if factor >= HUGE and update <= LARGE else None
+        if worse:
+            return self.alarm(sample.step, "fail", layer, f"{evidence} The loss got worse, {worse}.", remedy)
+        return self.alarm(sample.step, "warn", layer, evidence, remedy)
+
+
+def _largest_update(history: History, jump: int) -> float:
+    """The largest median update from the sample before the jump on; 0 where none is known."""
+    samples = [sample for sample in history.samples if 1 < sample.step >= jump - history.facts.every]
+    ratios = [known(values_of(sample, "update_ratio")) for sample in samples]
+    return max((median(found) for found in ratios if found), default=0.0)
+
+
+def _loss_rise(history: History, jump: int) -> str | None:
+    """From what to what the loss rose, if it did: its newest values' mean against that from before the jump."""
+    before = jump - history.facts.every  # a jump seen at a sample may be as old as the sample before it
+    steps = list(history.steps)
+    past = known(finite(step.loss) for step in steps if step.step <= before)[-BEFORE:]
+    newest = known(finite(step.loss) for step in steps if step.step >= jump)[-AFTER:]
+    if not past or not newest:
+        return None
+    old, new = sum(past) / len(past), sum(newest) / len(newest)
+    return f"from {old:.4g} to {new:.4g}" if new - old >= WORSE * abs(old) else None

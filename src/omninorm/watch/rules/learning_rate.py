@@ -34,13 +34,17 @@ class LearningRate(Rule):
     """About the whole run, with how many times too high the rate is."""
 
     name = "learning-rate"
-    source = "1 % per step is ample: ours, near Karpathy's rule of 0.1 %"
+    source = "that 1 % a step is ample is omninorm's own measurement, near Karpathy's rule of 0.1 %"
     explains = (
         "depth-growth",
         "layer-jump",
         "attention-logits",
         "attention-entropy",
         "unrecovered-spike",
+        "loss-spike",
+        "gradient-spike",
+        "no-progress",
+        "dead-units",
         "adam-eps",
         "gain-drift",
         "branch-silent",
@@ -96,11 +100,12 @@ class LearningRate(Rule):
 
     def _explain(self, sample: Sample, ratio: float, growth: float | None, since: int, harm: str | None) -> Alarm:
         largest, step = self._peak or (ratio, sample.step)
-        evidence = f"A step changed the weights by {100 * largest:.2g} % (step {step}), where 1 % is ample"
+        evidence = f"Learning rate about {largest / AMPLE:.2g}-fold too high: a step changed the weights by "
+        evidence += f"{100 * largest:.2g} % (step {step}), where 1 % is ample"
         if growth is not None:
             evidence += f"; from step {since} on nearly all of them have grown {growth:.2g}-fold"
         evidence += f"; {harm}." if harm else "."
-        remedy = f"The learning rate is too high, about {largest / AMPLE:.2g}-fold: lower it, and warm up to it."
+        remedy = f"Lower the learning rate about {largest / AMPLE:.2g}-fold, and warm up to it."
         return self.alarm(sample.step, "fail" if harm else "warn", None, evidence, remedy)
 
 

@@ -23,7 +23,7 @@ class LogZ(Rule):
     """Compares log Z with its start."""
 
     name = "logz"
-    source = "drift of log Z: Chowdhery et al. (PaLM), arXiv 2204.02311; 10: ours"
+    source = "drift of log Z is described in PaLM's report, arXiv 2204.02311; the limit of 10 is omninorm's own"
 
     def __init__(self) -> None:
         self._streaks = Streaks()

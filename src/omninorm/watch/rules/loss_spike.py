@@ -1,45 +1,52 @@
-"""loss-spike: one step's loss is far above the last 128.
+"""loss-spike: one step's loss is far above those of up to 128 steps before.
 
 Signal: the loss. Threshold: more than 6σ and more than 20 % above the mean. Persistence: none, it is a warning.
 Source: 6σ over 128 steps is OLMo-core's. Alone it fires 15 times in the 19,560 steps of a healthy GPT-2 124M, on
 single batches whose text was harder, by at most 10 % of the loss; hence the 20 % [ours], with which it fires there 0
-times.
+times. A batch is blamed only if nothing else is known: not if the learning rate rose 2-fold within 6 steps, if the
+newest sample's updates were above 5 % of the weights, or if a gradient norm was unusual before.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 from omninorm.watch.alarm import Alarm
 from omninorm.watch.history import History, Step
 from omninorm.watch.rules.base import Rule
-from omninorm.watch.rules.numbers import finite
+from omninorm.watch.rules.numbers import finite, fold, known, median, values_of
 from omninorm.watch.rules.rolling import Rolling
 
 SIGMAS = 6.0
 RISE = 0.2
+RATE_JUMP, RATE_STEPS = 2.0, 6
+LARGE = 0.05  # a share of the weights; no healthy update is that large once the first steps are over
 ORDINARY = 3.0  # σ; a gradient norm below mean + 3σ is an ordinary one
 
 
 class LossSpike(Rule):
-    """The evidence tells whether the updates before it were ordinary: then the batch is to blame."""
+    """The evidence tells whether rate, updates and gradients before it were ordinary: then the batch is to blame."""
 
     name = "loss-spike"
-    source = "6σ over 128 steps: OLMo-core; at least 20 %: calibrated on a healthy GPT-2 124M"
+    source = "6σ over 128 steps is OLMo-core's limit; the 20 % are calibrated on a healthy GPT-2 124M"
 
     def __init__(self) -> None:
         self._losses = Rolling()
         self._gradients = Rolling()
         self._unusual: int | None = None  # the last step whose gradient norm was not ordinary
         self._before: float | None = None
+        self._rates: deque[tuple[int, float]] = deque(maxlen=RATE_STEPS + 1)
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
-        loss = finite(step.loss)
+        loss, rate = finite(step.loss), finite(step.lr)
+        if rate is not None:
+            self._rates.append((step.step, rate))
         if loss is not None:
             expected = self._losses.expected()
             self._losses.add(loss, expected)
             if expected is not None and loss > expected[0] + max(SIGMAS * expected[1], RISE * abs(expected[0])):
-                yield self._explain(step.step, loss, expected)
+                yield self._explain(history, step.step, loss, expected)
             self._before = loss
         self._look_at_gradient(step)
 
@@ -52,17 +59,49 @@ class LossSpike(Rule):
         if expected is not None and norm > expected[0] + ORDINARY * expected[1]:
             self._unusual = step.step
 
-    def _explain(self, step: int, loss: float, expected: tuple[float, float]) -> Alarm:
+    def _explain(self, history: History, step: int, loss: float, expected: tuple[float, float]) -> Alarm:
         mean, sigma = expected
         height = f"{(loss - mean) / sigma:.1f}σ" if sigma > 0.0 else f"{100 * (loss / mean - 1):.0f} %"
-        evidence = f"The loss is {loss:.4g}, {height} above its mean over the last 128 steps, {mean:.4g}."
+        rise = f"the loss is {loss:.4g}, {height} above its mean over the last {self._losses.before} steps, {mean:.4g}"
+        cause, detail, remedy = self._rate(step) or _updates(history, step) or self._gradient_or_batch(step, expected)
+        return self.alarm(step, "warn", None, f"{cause}: {rise}. {detail}", remedy)
+
+    def _rate(self, step: int) -> tuple[str, str, str] | None:
+        """If the learning rate rose within the last steps: the cause in short, the evidence, and the remedy."""
+        recent = [(at, rate) for at, rate in self._rates if step - at <= RATE_STEPS]
+        for place, (at, rate) in enumerate(recent):
+            lowest = min((before for _, before in recent[:place] if before > 0.0), default=rate)
+            if 0.0 < RATE_JUMP * lowest <= rate:
+                jump = fold(rate / lowest)
+                detail = f"The rate rose from {lowest:.3g} to {rate:.3g} by step {at}."
+                return (
+                    f"Learning rate jumped {jump}",
+                    detail,
+                    f"Undo the jump at step {at}, or warm up to the new rate.",
+                )
+        return None
+
+    def _gradient_or_batch(self, step: int, expected: tuple[float, float]) -> tuple[str, str, str]:
+        mean, sigma = expected
         at_once = self._before is not None and self._before <= mean + ORDINARY * sigma
         recent = self._unusual is not None and step - self._unusual <= 4
         if at_once and not recent:
-            evidence += f" It rose from {self._before:.4g} within one step, after updates with ordinary gradients."
-            remedy = f"Look at the batch of step {step}: the data changed, not the model."
-        else:
-            cause = f"the gradient norm was unusual at step {self._unusual}" if recent else "it rose over several steps"
-            evidence += f" The model moved first: {cause}."
-            remedy = "Clip gradients at 1.0, lower the learning rate, or lower Adam's β₂ to 0.95."
-        return self.alarm(step, "warn", None, evidence, remedy)
+            detail = f"It rose from {self._before:.4g} within one step, after updates with ordinary gradients."
+            return "Unusual batch", detail, f"Look at the batch of step {step}: the data changed, not the model."
+        cause = f"the gradient norm was unusual at step {self._unusual}" if recent else "it rose over several steps"
+        remedy = "Clip gradients at 1.0, lower the learning rate, or lower Adam's β₂ to 0.95."
+        return "Harmful update", f"The model moved first: {cause}.", remedy
+
+
+def _updates(history: History, step: int) -> tuple[str, str, str] | None:
+    """As `_rate`, if the newest sample's updates were too large. At step 1 they may be, as weights start small."""
+    sample = history.samples[-1] if history.samples else None
+    if sample is None or sample.step == 1 or step - sample.step > 2 * history.facts.every:
+        return None
+    ratios = known(values_of(sample, "update_ratio"))
+    if not ratios or median(ratios) <= LARGE:
+        return None
+    detail = (
+        f"The update of step {sample.step} changed the weights by {100 * median(ratios):.2g} %, where 1 % is ample."
+    )
+    return "Updates too large", detail, "Lower the learning rate, and warm up to it."

@@ -19,7 +19,7 @@ class MassiveActivation(Threshold):
     """Judges stream_max where stream_median is known, too."""
 
     name = "massive-activation"
-    source = "100 and 1000 × median: Sun et al., arXiv 2402.17762"
+    source = "the thresholds, 100 and 1000 times the median, are from Sun et al., arXiv 2402.17762"
     signal = "stream_max"
     warn = 100.0
     persistence = 3

@@ -24,13 +24,21 @@ class NoNorm(Rule):
     """Names the missing norms as the cause of what the other rules see."""
 
     name = "no-norm"
-    source = "0.2 and 100-fold: ours"
-    explains = ("depth-growth", "loss-spike", "gradient-spike", "unrecovered-spike", "massive-activation", "adam-eps")
+    source = "the thresholds, an exponent of 0.2 and 100-fold, are omninorm's own; see docs/watching.md"
+    explains = (
+        "depth-growth",
+        "loss-spike",
+        "gradient-spike",
+        "unrecovered-spike",
+        "no-progress",
+        "massive-activation",
+        "adam-eps",
+    )
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
         found = history.nonfinite
         if found is not None and found.step <= step.step and found.phase == "forward" and has_no_norm(history):
-            evidence = f"None of the {len(history.facts.blocks)} blocks has a norm, and at step {found.step} "
+            evidence = f"No norm in {len(history.facts.blocks)} blocks: at step {found.step} "
             evidence += f"the residual stream left the range of its dtype at {found.layer}."
             yield self._explain(found.step, "fail", evidence)
 
@@ -44,7 +52,7 @@ class NoNorm(Rule):
         if largest > WARN_TOTAL:
             words = ", and ".join(found.words(what) for what, found in wild.items() if found.total > WARN_TOTAL)
             severity = "fail" if largest > FAIL_TOTAL else "warn"
-            yield self._explain(sample.step, severity, f"The blocks have no norm: {words}.")
+            yield self._explain(sample.step, severity, f"No norm in {len(history.facts.blocks)} blocks: {words}.")
 
     def _explain(self, step: int, severity: str, evidence: str) -> Alarm:
         remedy = "Use pre-norm: a norm before each attention and feed-forward, and one after the last block. "

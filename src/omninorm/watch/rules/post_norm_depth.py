@@ -27,8 +27,8 @@ class PostNormDepth(Rule):
     """Names the placement, and the missing warm-up where it is missing."""
 
     name = "post-norm-depth"
-    source = "post-norm's need of a warm-up: Xiong et al., arXiv 2002.04745; a hundredth: ours"
-    explains = ("depth-growth", "adam-eps", "adam-underestimation", "learning-rate", "unrecovered-spike")
+    source = "why post-norm needs a warm-up: Xiong et al., arXiv 2002.04745; the limit of a hundredth is omninorm's own"
+    explains = ("depth-growth", "adam-eps", "adam-underestimation", "learning-rate", "unrecovered-spike", "no-progress")
 
     def __init__(self) -> None:
         self._streaks = Streaks()
@@ -48,8 +48,9 @@ class PostNormDepth(Rule):
         if history.placement != "post" or depth < DEPTH or found is None:
             return
         if self._streaks.lasts("vanished", found.ratio < VANISHED, sample.step, SAMPLES, STEPS):
-            evidence = f"Post-norm with {depth} blocks{self._warm_up()}: the gradient shrinks {fold(found.total)} on "
+            evidence = f"Post-norm with {depth} blocks: the gradient shrinks {fold(found.total)} on "
             evidence += "its way from the last block to the first, whose weights hardly learn from the data any more."
+            evidence += self._warm_up()
             remedy = "Start again with pre-norm, or with a warm-up and a quarter of the learning rate."
             if self._warmed():
                 remedy = "Start again with pre-norm, or with a quarter of the learning rate and a longer warm-up."
@@ -61,4 +62,4 @@ class PostNormDepth(Rule):
     def _warm_up(self) -> str:
         if self._first is None or self._first[0] != 1:  # the rates are not known, or not from the start
             return ""
-        return ", with a warm-up" if self._warmed() else f" without warm-up, at a rate of {self._largest:.2g}"
+        return f" The run began {'with a' if self._warmed() else 'without'} warm-up, at a rate of {self._first[1]:.2g}."

@@ -19,8 +19,14 @@ class Rolling:
     """
 
     def __init__(self) -> None:
+        self._before = 0
         self._values: deque[float] = deque(maxlen=WINDOW)
         self._squares: deque[float] = deque(maxlen=WINDOW - 1)  # of the differences
+
+    @property
+    def before(self) -> int:
+        """How many values the newest one was compared with."""
+        return self._before
 
     def expected(self) -> tuple[float, float] | None:
         """(m, σ), or None while there are too few values."""
@@ -31,6 +37,7 @@ class Rolling:
 
     def add(self, value: float, expected: tuple[float, float] | None) -> None:
         """Appends a finite value; `expected` is what was expected of it."""
+        self._before = len(self._values)
         value = value if expected is None else min(value, expected[0] + 6.0 * expected[1])
         if self._values:
             difference = value - self._values[-1]

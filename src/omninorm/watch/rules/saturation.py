@@ -13,7 +13,7 @@ class Saturation(Threshold):
     """Names the norm."""
 
     name = "saturation"
-    source = "50 %: ours"
+    source = "the threshold of 50 % is omninorm's own; see docs/watching.md"
     signal = "saturation"
     warn = 0.5
     persistence = 3

@@ -28,7 +28,7 @@ class UnrecoveredSpike(Rule):
     """The loss is lost; why is for other rules to say."""
 
     name = "unrecovered-spike"
-    source = "2 × rolling mean for more than 4 steps: llm-foundry; more than 64 steps: ours"
+    source = "twice the mean for more than 4 steps is llm-foundry's limit; more than 64 steps is omninorm's own"
 
     def __init__(self) -> None:
         self._ordinary: deque[float] = deque(maxlen=WINDOW)
@@ -61,7 +61,7 @@ class UnrecoveredSpike(Rule):
     def _explain(self, step: int, loss: float, mean: float) -> Alarm:
         since = step - self._high + 1
         evidence = (
-            f"The loss has been high since step {since}, for {self._high} steps running: {loss:.4g}, "
+            f"Loss high for {self._high} steps: it has been since step {since}, {loss:.4g}, "
             f"{fold(loss / mean)} its mean before, {mean:.4g}."
         )
         if self._high > FAIL_STEPS:

@@ -1,0 +1,141 @@
+"""What must not reach the training or the next one: copies of a watched model, errors of ours, numbers at the end of float32."""
+
+import copy
+import io
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from omninorm.errors import ConfigError
+from omninorm.watch import watch
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.norm(x))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 1)  # declared first, and last to run
+        self.stem = nn.Linear(3, WIDTH)
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    loss = model(torch.ones(4, 5, 3)).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+def test_copies_are_not_watched() -> None:
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model, optimizer, every=1, rules=[]) as watched:
+        twin = copy.deepcopy(model)
+        file = io.BytesIO()
+        torch.save(model, file)
+        twin(1e4 * torch.ones(4, 5, 3)).sum().backward()
+        watched.step(step(model, optimizer))
+    assert watched.history.samples[0].signals["stream_max"][0] < 100  # type: ignore[operator]
+    twin(torch.ones(4, 5, 3)).sum().backward()  # with hooks that do nothing
+
+
+def test_finite_numbers_whose_squares_are_not() -> None:
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torch.no_grad():
+        model.head.weight[0, 0] = 1e25
+    with watch(model, optimizer, every=1, rules=[]) as watched:
+        loss = model(torch.ones(4, 5, 3)).mean() * 1e-3
+        loss.backward()
+        optimizer.step()
+        watched.step(loss.detach())
+    assert watched.history.nonfinite is None
+    assert 1e19 < watched.history.steps[0].grad_norm < math.inf
+
+
+@pytest.mark.parametrize(("broken", "named"), [("stem", "stem"), ("head", "head"), ("blocks.1.down", "blocks.1.down")])
+def test_the_first_module_to_run_is_named(broken: str, named: str) -> None:
+    model = Model()
+    with torch.no_grad():
+        model.get_submodule(broken).weight[0, 0] = torch.nan
+    with watch(model, every=10, rules=[]) as watched:
+        watched.step(model(torch.ones(4, 5, 3)).sum())
+    assert watched.history.nonfinite is not None
+    assert (watched.history.nonfinite.phase, watched.history.nonfinite.layer) == ("forward", named)
+
+
+def test_gradients_of_what_learns_later() -> None:
+    """Everything is frozen when the watch begins, so that no hook announces a backward pass."""
+    model = Model().requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model, optimizer, every=10, rules=[]) as watched:
+        model.stem.requires_grad_(True)
+        watched.step(step(model, optimizer))
+    assert watched.history.steps[0].grad_norm > 0
+
+
+def test_an_error_of_ours_hides_none_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    watched = watch(model, every=1, rules=[])
+
+    def loop() -> None:
+        with watched:
+            monkeypatch.setattr(watched._board, "take", lambda *args: 1 / 0)
+            watched.step(1.0)
+            raise KeyError("theirs")
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyError, match="theirs"):
+            loop()
+    assert sum("ZeroDivisionError" in str(warning.message) for warning in told) == 1
+    assert not any(module._forward_hooks for module in model.modules())
+    assert watched.record[-1]["reason"] == "KeyError: 'theirs'"
+
+
+def test_a_long_interval_does_not_make_a_large_ring() -> None:
+    model = Model()
+    with watch(model, every=100_000, rules=[]) as watched:
+        for _ in range(600):
+            watched.step(1.0)
+        assert watched._board._ring.shape[0] <= 256
+    assert [point.step for point in watched.history.steps] == list(range(1, 601))
+
+
+def test_weights_that_no_optimizer_holds() -> None:
+    model = Model()
+    optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if not name.startswith("head")], lr=0.01)
+    with watch(model, optimizer, rules=[]) as watched:
+        watched.step(step(model, optimizer))
+    (alarm,) = watched.alarms
+    assert (alarm.rule, alarm.severity, alarm.layer) == ("optimizer-coverage", "warn", "head.weight")
+    assert alarm.evidence.startswith("Weights without an optimizer: 2 of 12 parameters")
+    with watch(model, torch.optim.SGD(Model().parameters(), lr=0.01), rules=[]) as watched:
+        pass
+    assert "it holds no parameter of this model" in watched.alarms[0].evidence
+    with watch(model, rules=[]) as watched:
+        pass
+    assert watched.alarms == []
+
+
+@pytest.mark.parametrize("wrong", [{"folder": 3}, {"scaler": "x"}, {"sinks": "tb"}, {"sinks": [None]}])
+def test_wrong_places(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        watch(Model(), **wrong)  # type: ignore[arg-type]
