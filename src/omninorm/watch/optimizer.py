@@ -17,7 +17,7 @@ from omninorm.watch.gradients import norms_of, stack
 from omninorm.watch.sites import stride
 
 # Elements looked at: of a tensor in a sampled step, and in every step for NaNs.
-SAMPLED, EVERY_STEP = 1024, 256
+SAMPLED, EVERY_STEP = 1024, 64
 
 
 def some(x: Tensor, most: int = SAMPLED) -> Tensor:
