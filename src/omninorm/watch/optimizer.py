@@ -125,8 +125,10 @@ class OptimizerWatch:
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._stepped = True
+        if not self._board.sampling:
+            return
         watched = [item for item in self._watched(optimizer) if item[0] in self._before and has_gradient(item[1])]
-        if self._board.sampling and watched:
+        if watched:
             self._measure_updates(watched)
             self._measure_adam(optimizer, watched)
         self._before = {}
