@@ -49,7 +49,9 @@ def call(name: str, inputs: Inputs) -> Any:
 
 def test_no_operator_is_forgotten_here() -> None:
     schemas = {schema.name for schema in torch._C._jit_get_all_schemas()}
-    assert {name for name in schemas if name.startswith("omninorm::")} == {f"omninorm::{name}" for name in CALLS}
+    ours = {name for name in schemas if name.startswith("omninorm::")}
+    # The watch's compute nothing; tests/watch has them in graphs.
+    assert ours - {"omninorm::watch_see", "omninorm::watch_gradient"} == {f"omninorm::{name}" for name in CALLS}
 
 
 INPUTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from test_rules import facts, first, give_samples, give_steps, layers, noise, rates
+from test_each_rule import facts, first, give_samples, give_steps, layers, noise, rates
 
 from omninorm.watch import Alarm, History, NonFinite, Sample, Step
 from omninorm.watch.judge import Judge
