@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from omninorm.errors import RunError
+from omninorm.record.signals import STEP_SERIES
 from omninorm.report.story import Bad, Ending, StoryAlarm, Watched
 from omninorm.report.values import DamageError, count, mapping, number, numbers, parse, text, text_or_none, watched
 
 FORMAT = 1
 _SAMPLE = re.compile(rb'\s*\{\s*"kind"\s*:\s*"sample"\s*,\s*"step"\s*:\s*(\d{1,15})\s*[,}]')
 _STOPS = ("finished", "diverged", "interrupted")
-_SERIES = ("loss", "grad_norm", "lr")
 
 
 class Scan:
@@ -36,7 +36,7 @@ class Scan:
         self.path, self.rank = path, rank
         self.watched: Watched | None = None
         self.seen: dict[str, Any] = {}
-        self.series: dict[str, dict[int, float]] = {name: {} for name in _SERIES}
+        self.series: dict[str, dict[int, float]] = {name: {} for name in STEP_SERIES}
         self.evals: dict[int, float] = {}
         self.samples: dict[int, int] = {}
         """Offset in the file, by step."""
@@ -116,7 +116,7 @@ class Scan:
                 handler(event)
 
     def _on_step(self, event: dict[str, Any]) -> None:
-        for name in _SERIES:
+        for name in STEP_SERIES:
             value = number(event.get(name))
             if value is not None:
                 self.series[name][event["step"]] = value
@@ -126,7 +126,7 @@ class Scan:
 
     def _on_steps(self, event: dict[str, Any]) -> None:
         first = count(event.get("first"))
-        for name in _SERIES:
+        for name in STEP_SERIES:
             pairs = dict(zip(range(first, event["step"] + 1), numbers(event.get(name) or []), strict=False))
             self.series[name].update(_known(pairs))
 

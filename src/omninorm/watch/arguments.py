@@ -49,12 +49,10 @@ def uncovered(
     missing = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in held]
     if not optimizers or not missing:
         return []
-    which = "None" if len(missing) == len(named) else f"{len(missing)}"
-    evidence = (
-        f"Weights without an optimizer: {which} of {len(named)} parameters that require gradients, {missing[0]} first."
-    )
-    if which == "None":
-        evidence = "Weights without an optimizer: it holds no parameter of this model."
+    found = f"{len(missing)} of {len(named)} parameters that require gradients, {missing[0]} first"
+    if len(missing) == len(named):
+        found = "it holds no parameter of this model"
+    evidence = f"Weights without an optimizer: {found}."
     remedy = "Pass every optimizer to watch, and these parameters to one of them; or freeze them."
     return [
         Alarm(step, "warn", "optimizer-coverage", missing[0], evidence, remedy, "every weight that learns needs one")

@@ -1,6 +1,8 @@
-"""The gate: whether what passes through a module now belongs to the training step that is being watched."""
+"""The gate: what belongs to the training step that is being watched; and that nothing of ours gets out into it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -25,3 +27,12 @@ class Gate:
 def in_backward() -> bool:
     """Whether autograd's engine is running a backward pass in this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def safely(work: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+    """Measures without a graph. An error of ours is told to `failed` and does not reach the training."""
+    try:
+        with torch.no_grad():
+            work()
+    except Exception as error:
+        failed(error)

@@ -13,13 +13,13 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
 from omninorm.watch.board import UNSEEN, Board
+from omninorm.watch.gate import safely
+
+MOST_HOOKS = 8
 
 
 class Pending:
     """A measurement that has been ordered. It dies with the backward pass that holds it, whether that ends or fails."""
-
-
-MOST_HOOKS = 8
 
 
 class Gradients:
@@ -38,7 +38,7 @@ class Gradients:
         self,
         board: Board,
         parameters: Sequence[nn.Parameter],
-        failed: Callable[[Exception], None] | None = None,
+        failed: Callable[[Exception], None],
     ) -> None:
         self._board, self._parameters, self._failed = board, parameters, failed
         self._pending: weakref.ref[Pending] | None = None
@@ -63,15 +63,12 @@ class Gradients:
             _at_the_end(lambda: _at_the_end(lambda: self._measure(pending)))
 
     def _measure(self, pending: Pending | None = None) -> None:
-        try:
+        def work() -> None:
             self._board.set_gradients(self.norms())
             self.measured = True
-        except Exception as error:
-            if self._failed is None:
-                raise
-            self._failed(error)
 
-    @torch.no_grad()
+        safely(work, self._failed)
+
     def norms(self) -> Tensor:
         """‖gradient‖ of every parameter, UNSEEN where there is none: (parameters,), float32."""
         device = self._board.device
@@ -85,9 +82,7 @@ class Gradients:
             if len(gradients) == len(self._parameters):
                 return found
             places = [at for at, parameter in enumerate(self._parameters) if parameter.grad is not None]
-            norms = torch.full((len(self._parameters),), UNSEEN, device=device, dtype=found.dtype)
-            norms[self._index(places)] = found
-            return norms
+            return spread(found, self._index(places), len(self._parameters))
         return torch.full((len(self._parameters),), UNSEEN, device=device)
 
     def _index(self, places: list[int]) -> Tensor:
@@ -137,3 +132,10 @@ def stack(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
     if len({(scalar.device, scalar.dtype) for scalar in scalars}) > 1:
         scalars = [scalar.to(device, dtype, non_blocking=True) for scalar in scalars]
     return torch.stack(list(scalars)).to(device, dtype, non_blocking=True)
+
+
+def spread(values: Tensor, places: Tensor, count: int) -> Tensor:
+    """The values at their places among `count`, UNSEEN at the others."""
+    found = torch.full((count,), UNSEEN, device=values.device, dtype=values.dtype)
+    found[places] = values
+    return found

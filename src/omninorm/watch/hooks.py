@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from omninorm.kernels import probe
 from omninorm.watch.attention import UNKNOWN, AttentionSite, see_multihead
 from omninorm.watch.board import Board
-from omninorm.watch.gate import Gate, in_backward
+from omninorm.watch.gate import Gate, in_backward, safely
 from omninorm.watch.listening import Ear, listening
 from omninorm.watch.norm_site import NormCall, NormSite, hook_examples
 from omninorm.watch.norms import Norm
@@ -372,8 +372,5 @@ class Hooks:
 
     def _safely(self, measure: Callable[[], None]) -> None:
         """Measures without a graph; an error of ours is told and does not reach the training."""
-        try:
-            with torch.no_grad(), torch._C.DisableTorchFunction():
-                measure()
-        except Exception as error:
-            self._failed(error)
+        with torch._C.DisableTorchFunction():
+            safely(measure, self._failed)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from omninorm.watch.board import UNSEEN, Board
-from omninorm.watch.gradients import norms_of, stack
+from omninorm.watch.gate import safely
+from omninorm.watch.gradients import norms_of, spread, stack
 from omninorm.watch.sites import stride
 
 # Elements looked at: of a tensor in a sampled step, and in every step for NaNs.
@@ -40,8 +41,8 @@ class OptimizerWatch:
         board: Board,
         parameters: Sequence[nn.Parameter],
         optimizers: Sequence[torch.optim.Optimizer],
-        failed: Callable[[Exception], None] | None = None,
-        announce: Callable[[], None] | None = None,
+        failed: Callable[[Exception], None],
+        announce: Callable[[], None],
     ) -> None:
         self._board, self._parameters, self._optimizers, self._failed = board, parameters, optimizers, failed
         self._announce = announce
@@ -61,8 +62,12 @@ class OptimizerWatch:
             handle
             for optimizer in self._optimizers
             for handle in (
-                optimizer.register_step_pre_hook(lambda *of_step: self._safely(self._before_step, of_step[0])),
-                optimizer.register_step_post_hook(lambda *of_step: self._safely(self._after_step, of_step[0])),
+                optimizer.register_step_pre_hook(
+                    lambda it, *_: safely(lambda: self._before_step(it), self._failed),
+                ),
+                optimizer.register_step_post_hook(
+                    lambda it, *_: safely(lambda: self._after_step(it), self._failed),
+                ),
             )
         ]
 
@@ -100,19 +105,9 @@ class OptimizerWatch:
             self._few = [some(parameter, EVERY_STEP) for parameter in parameters]
         return self._few
 
-    def _safely(self, measure: Callable[[torch.optim.Optimizer], None], optimizer: torch.optim.Optimizer) -> None:
-        try:
-            with torch.no_grad():
-                measure(optimizer)
-        except Exception as error:
-            if self._failed is None:
-                raise
-            self._failed(error)
-
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._note_rate(optimizer)
-        if self._announce is not None:
-            self._announce()
+        self._announce()
         # Not only those with a gradient: a closure may compute gradients inside of the step.
         if self._board.sampling:
             self._before = {place: some(parameter).clone() for place, parameter, _ in self._watched(optimizer)}
@@ -135,11 +130,9 @@ class OptimizerWatch:
 
     def _see_weights(self, norms: Tensor) -> None:
         if len(self._learning) < len(self._parameters):
-            some_norms = norms
-            norms = torch.full((len(self._parameters),), UNSEEN, device=norms.device, dtype=norms.dtype)
             if self._learning_index is None:  # kept, because each move would wait for the device
                 self._learning_index = torch.tensor(self._learning, device=norms.device)
-            norms[self._learning_index] = some_norms
+            norms = spread(norms, self._learning_index, len(self._parameters))
         self._board.set_weights(norms)
 
     def _measure_updates(self, watched: Sequence[tuple[int, Tensor, dict[str, Any]]]) -> None:

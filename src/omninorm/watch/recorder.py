@@ -103,7 +103,7 @@ class SampleBuilder:
     """
 
     def __init__(self, structure: Structure, places: dict[str, list[int]], names: Sequence[str]) -> None:
-        self._structure, self._places, self._names = structure, places, names
+        self._places, self._names = places, names
         self._noise = NoiseScale()
         matrices = {name for group in structure.groups.values() for name, tensor in group if tensor.ndim >= 2}
         self._matrices = {at for at, name in enumerate(names) if name in matrices}
@@ -133,26 +133,20 @@ class SampleBuilder:
             "stream_grad": root(cells["stream_grad_ms"]),
             "norm_rms": root(cells["norm_ms"]),
             "noise_scale": [noise],
-            "grad_norm": self._per_group(row.gradients, math.hypot),
+            "grad_norm": self._per_group(row.gradients, _norm),
             **gains,
         }
         same = ("stream_max", "stream_median", "angle", "attention_logit", "attention_entropy", "dead_units")
         for name in (*same, "eps_share", "mean_share", "saturation", "logz", "logz_mean"):
             signals[name] = cells[name]
         worst: dict[str, Sequence[str | None]] = {}
-        for name, choose in (
-            ("weight_rms", _rms),
-            ("update_ratio", _median),
-            ("adam_ratio", max),
-            ("adam_eps_ratio", min),
-        ):
+        for name, choose in (("weight_rms", _rms), ("update_ratio", _median)):
             if name in tensors:
-                signals[name] = self._per_group(
-                    self._decisive(name, tensors[name]), lambda *v, choose=choose: choose(v)
-                )
+                signals[name] = self._per_group(tensors[name], choose)
         for name, choice in (("adam_ratio", max), ("adam_eps_ratio", min)):
             if name in tensors:
                 decisive = self._decisive(name, tensors[name])
+                signals[name] = self._per_group(decisive, choice)
                 worst[name] = [self._worst(places, decisive, choice) for places in self._places.values()]
         seen = {name: values for name, values in signals.items() if any(value is not None for value in values)}
         return Sample(step, seen, worst)
@@ -173,12 +167,16 @@ class SampleBuilder:
         result: list[float | None] = []
         for places in self._places.values():
             known = [values[at] for at in places if values[at] != UNSEEN]
-            result.append(float(choose(*known)) if known else None)
+            result.append(float(choose(known)) if known else None)
         return result
 
     def _worst(self, places: Sequence[int], values: Sequence[float], choice: Any) -> str | None:
         known = [at for at in places if values[at] != UNSEEN]
         return self._names[choice(known, key=lambda at: values[at])] if known else None
+
+
+def _norm(values: Sequence[float]) -> float:
+    return math.hypot(*values)
 
 
 def _median(values: Sequence[float]) -> float:

@@ -20,6 +20,7 @@ from omninorm.record import Record
 from omninorm.watch.alarm import Alarm
 from omninorm.watch.arguments import check_places, printable, read_loss, read_optimizers, uncovered
 from omninorm.watch.board import UNSEEN, Board, Row
+from omninorm.watch.gate import safely
 from omninorm.watch.gradients import Gradients
 from omninorm.watch.history import Facts, History, Sample, Step
 from omninorm.watch.hooks import Hooks, cell_sizes, sentinel_names
@@ -75,7 +76,7 @@ class Watch:
         self.history = History()
         self._output: Output | None = None
         self._hooks: Hooks | None = None
-        self._reported_seen = False
+        self._reported_seen = self._failed_once = False
 
     # Beginning and end ------------------------------------------------------------------------------------------------
 
@@ -166,8 +167,8 @@ class Watch:
         hooks.rest()
         self._done += 1
         self._rates.append(self._optimizer_watch.rate())
-        self._safely(self._optimizer_watch.see_weights)
-        self._safely(lambda: self._board.end_row(value))
+        safely(self._optimizer_watch.see_weights, self._failed)
+        safely(lambda: self._board.end_row(value), self._failed)
         if self._board.sampling or self._board.full:
             self._flush(self._board.sampling)
         self._begin_step()
@@ -181,16 +182,8 @@ class Watch:
         """Moves what has gathered since the last sample to the host, writes it and judges it. Call it between steps."""
         self._flush(sampled=False)
 
-    def _safely(self, work: Callable[[], None]) -> None:
-        """What fails here is told, and does not reach the training."""
-        try:
-            with torch.no_grad():
-                work()
-        except Exception as error:
-            self._failed(error)
-
     def _flush(self, sampled: bool) -> None:
-        self._safely(lambda: self._move(sampled))
+        safely(lambda: self._move(sampled), self._failed)
 
     def _move(self, sampled: bool) -> None:
         if self._hooks is None or self._board.row == 0:
@@ -341,6 +334,6 @@ class Watch:
 
     def _failed(self, error: Exception) -> None:
         """An error of our own: said once, and the statistic is missing."""
-        if not getattr(self, "_failed_once", False):
+        if not self._failed_once:
             self._failed_once = True
             warnings.warn(f"omninorm.watch could not measure something: {type(error).__name__}: {error}", stacklevel=3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.watch.board import UNSEEN
-from omninorm.watch.gradients import norms_of, stack
+from omninorm.watch.gradients import norms_of, spread, stack
 from omninorm.watch.norms import Norm
 from omninorm.watch.optimizer import some
 
@@ -50,7 +50,5 @@ def measure_matrices(parameters: Sequence[nn.Parameter], device: torch.device) -
         few = [some(parameters[at]) for at in places]
         counts = torch.tensor([float(part.numel()) for part in few], device=device)
         sizes = stack(norms_of(few), device) / counts.sqrt()
-        found = torch.full((len(parameters),), UNSEEN, device=device, dtype=sizes.dtype)
-        found[torch.tensor(places, device=device)] = sizes
-        return found
+        return spread(sizes, torch.tensor(places, device=device), len(parameters))
     return torch.full((len(parameters),), UNSEEN, device=device)
