@@ -1,7 +1,9 @@
-// The norms for one instruction set, OMNINORM_SET; compiled once for each.
+// The norms for one instruction set, OMNINORM_SET; compiled once for each. With AVX-512 only for rows of 16 bits: see
+// select.cpp.
 #include "kernels.h"
 
 #include "layer_norm.h"
+#include "rms_norm.h"
 
 namespace omninorm::OMNINORM_SET {
 
@@ -76,7 +78,11 @@ void prepare_gain_any(Dtype dtype, const void* gain, double offset, void* to, in
   }
 }
 
+#if defined(__AVX512F__)
+#define OF_EVERY_DTYPE(function) {nullptr, nullptr, function<BFloat16>, function<Float16>}
+#else
 #define OF_EVERY_DTYPE(function) {function<double>, function<float>, function<BFloat16>, function<Float16>}
+#endif
 #define NAME_OF(set) #set
 #define QUOTED(set) NAME_OF(set)
 

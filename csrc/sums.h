@@ -99,9 +99,10 @@ INLINE void add_to(Total<float>& total, Floats v) { total.add(v); }
 INLINE void add_to(Total<float>& total, EvenOdd v) { total.add(v.even + v.odd); }
 INLINE void add_to(Total<double>& total, Doubles v) { total.add(v); }
 
-// Four registers take turns, since an addition must wait for the last one into the same register.
-template <class T>
-constexpr int UNROLL = sizeof(Vector<T>) > BYTES ? 2 : 4;
+// Registers take turns, since an addition must wait for the last one into the same register: four, or fewer where a sum
+// takes two of them, or three sums are taken at once.
+template <class T, int K>
+constexpr int UNROLL = 4 / (sizeof(Vector<T>) > BYTES ? 2 : 1) / (K > 1 ? 2 : 1);
 // Steps until the lanes move to the total. Eight additions err by four last places at the worst.
 constexpr int STEPS = 8;
 
@@ -110,20 +111,22 @@ template <class T, int K, class Add>
 INLINE void row_sums(int64_t width, Pair (&sums)[K], Add add) {
   using V = Vector<T>;
   constexpr int64_t N = LANES<T>;
-  constexpr int64_t BLOCK = UNROLL<T> * N;
+  constexpr int TURNS = UNROLL<T, K>;
+  constexpr int64_t BLOCK = TURNS * N;
   Total<Compute<T>> totals[K];
   int64_t i = 0;
   const int64_t whole = width - width % BLOCK;
   while (i < whole) {
-    V lanes[UNROLL<T>][K] = {};
+    V lanes[TURNS][K] = {};
     const int64_t stop = (whole - i > STEPS * BLOCK) ? i + STEPS * BLOCK : whole;
     for (; i < stop; i += BLOCK) {
 #pragma GCC unroll 4
-      for (int u = 0; u < UNROLL<T>; ++u) add(Whole{}, i + u * N, lanes[u]);
+      for (int u = 0; u < TURNS; ++u) add(Whole{}, i + u * N, lanes[u]);
     }
     for (int k = 0; k < K; ++k) {
-      V sum = lanes[0][k] + lanes[1][k];
-      if constexpr (UNROLL<T> == 4) sum = sum + (lanes[2][k] + lanes[3][k]);
+      V sum = lanes[0][k];
+      if constexpr (TURNS > 1) sum = sum + lanes[1][k];
+      if constexpr (TURNS > 2) sum = sum + (lanes[2][k] + lanes[3][k]);
       add_to(totals[k], sum);
     }
   }

@@ -14,6 +14,8 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+// For a lambda, behind its parameters: what it captures then stays in registers.
+#define INLINED __attribute__((always_inline))
 
 namespace omninorm::OMNINORM_SET {
 
@@ -153,7 +155,19 @@ INLINE Words to_upper_half(Floats v) {
 }
 INLINE EvenOdd widen(Words pairs) { return {(Floats)(pairs << 16), (Floats)(pairs & 0xffff0000)}; }
 INLINE Words narrow(EvenOdd v) {
+#if defined(__AVX512BW__)
+  // The upper halves of all words in their order, one more where the lower half is above ½, or ½ and the upper one odd.
+  const Words from = {0x210001, 0x230003, 0x250005, 0x270007, 0x290009, 0x2b000b, 0x2d000d, 0x2f000f,
+                      0x310011, 0x330013, 0x350015, 0x370017, 0x390019, 0x3b001b, 0x3d001d, 0x3f001f};
+  const __m512i upper = _mm512_permutex2var_epi16((__m512i)v.even, (__m512i)from, (__m512i)v.odd);
+  const __m512i lower = _mm512_permutex2var_epi16((__m512i)v.even, (__m512i)(from - 0x10001), (__m512i)v.odd);
+  const __m512i half = _mm512_set1_epi16(int16_t(0x8000)), one = _mm512_set1_epi16(1);
+  constexpr int HALF_OR_EVEN_ONE = 0xce;  // half | (~upper & one): the least lower half that is rounded up, less 0 or 1
+  const __m512i least = _mm512_ternarylogic_epi32(upper, half, one, HALF_OR_EVEN_ONE);
+  return (Words)_mm512_mask_add_epi16(upper, _mm512_cmpge_epu16_mask(lower, least), upper, one);
+#else
   return (to_upper_half(v.even) >> 16) | (to_upper_half(v.odd) & 0xffff0000);
+#endif
 }
 
 INLINE Floats widen(Float16, Halfwords bits) {
@@ -372,22 +386,24 @@ INLINE Vector<T> load_gain(At at, const Compute<T>* gain, int64_t i) {
   }
 }
 
-// do_vector(Whole or Part, index of its first element) over a row of T. While a row is written memory would wait for the
-// next one to be asked for; so what lies at `next` and `also_next`, if not null, is fetched meanwhile. An address beyond
-// the tensor does no harm. (A function of its own for that would be dropped by GCC, which sees no effect in it.)
+// do_vector(Whole or Part, index of its first element) over a row of T.
 template <class T, class Do>
-INLINE void each_vector(int64_t width, const T* next, const T* also_next, Do do_vector) {
+INLINE void each_vector(int64_t width, Do do_vector) {
   constexpr int N = LANES<T>;
-  constexpr int LINE = 64 / sizeof(T) > N ? 64 / sizeof(T) : N;
   int64_t i = 0;
-  for (; i + LINE <= width; i += LINE) {
-    __builtin_prefetch(next + i);
-    if (also_next) __builtin_prefetch(also_next + i);
-#pragma GCC unroll 16
-    for (int u = 0; u < LINE; u += N) do_vector(Whole{}, i + u);
+  for (; i + 4 * N <= width; i += 4 * N) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) do_vector(Whole{}, i + u * N);
   }
   for (; i + N <= width; i += N) do_vector(Whole{}, i);
   if (i < width) do_vector(Part{int(width - i)}, i);
 }
+
+// Asks memory for a line, into the second level of the caches. An address beyond the tensor does no harm. (As a function
+// it would be dropped by GCC, which sees no effect in it.)
+#define FETCH(address) __builtin_prefetch(address, 0, 2)
+// So many elements before they are read: 2 to 8 KiB make no difference, 1 KiB is too late.
+template <class T>
+constexpr int64_t AHEAD = 4096 / sizeof(T);
 
 }  // namespace omninorm::OMNINORM_SET
