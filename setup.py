@@ -43,7 +43,7 @@ TARGET_MACRO = f"-DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}00000000
 # Contraction would give each instruction set its own roundings; what the kernels fuse they fuse by name.
 # GCC's guesses about values that are never set are wrong about its own headers, and clang doesn't know the option.
 FLAGS = """-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math
-    -Wall -Wextra -Wno-unknown-warning-option -Wno-maybe-uninitialized""".split()  # noqa: SIM905
+    -Wall -Wextra -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-uninitialized""".split()  # noqa: SIM905
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 # kernels.cpp is compiled once per set. The plainest set stands first, and is linked first: of an inline function that

@@ -133,16 +133,18 @@ class Gain {
       data_ = given->const_data_ptr();
       return;
     }
-    prepared_.reset(new double[x.width + omninorm::GAIN_PADDING]);  // room for either compute type
-    data_ = prepared_.get();
+    // Room for either compute type, and to begin at a line of the cache.
+    prepared_.reset(new double[x.width + omninorm::GAIN_PADDING + 8]);
+    void* const to = prepared_.get() + (64 - reinterpret_cast<uintptr_t>(prepared_.get()) % 64) / sizeof(double);
+    data_ = to;
     const auto prepare = set.prepare_gain[x.dtype];
     if (!given) {
       const std::vector<double> filled(x.width, fill);
-      prepare(omninorm::FLOAT64, filled.data(), 0, prepared_.get(), x.width);
+      prepare(omninorm::FLOAT64, filled.data(), 0, to, x.width);
       return;
     }
     const Tensor gain = given->is_contiguous() ? *given : torch::stable::contiguous(*given);
-    prepare(dtype_of(gain), gain.const_data_ptr(), offset, prepared_.get(), x.width);
+    prepare(dtype_of(gain), gain.const_data_ptr(), offset, to, x.width);
   }
 
   const void* data() const { return data_; }

@@ -170,18 +170,17 @@ struct ColumnSums {
   using V = Vector<T>;
   double* const sums;   // or null, if the gradient is not wanted
   const int64_t width;
+  const int64_t padded;
+  Scratch<C> memory;
   C* const few;         // the order of the places is V's; padded to whole vectors
   int rows = 0;
 
   ColumnSums(double* sums, int64_t width)
-      : sums(sums), width(width), few(sums ? new C[width + LANES<T>] : nullptr) {
+      : sums(sums), width(width), padded(sums ? width + LANES<T> : 0), memory(padded),
+        few(sums ? memory.values : nullptr) {
     clear();
   }
-  ~ColumnSums() {
-    flush();
-    delete[] few;
-  }
-  ColumnSums(const ColumnSums&) = delete;
+  ~ColumnSums() { flush(); }
 
   void row_done() {
     if (++rows == STEPS) flush();
@@ -189,7 +188,7 @@ struct ColumnSums {
 
   void clear() {
     rows = 0;
-    if (few) __builtin_memset(few, 0, (width + LANES<T>) * sizeof(C));
+    __builtin_memset(memory.values, 0, padded * sizeof(C));
   }
   __attribute__((noinline)) void flush() {
     if (!few || rows == 0) return;

@@ -319,11 +319,15 @@ INLINE void end_of_stream() {
 #endif
 }
 
+// Memory whose vectors lie in one line each: 64 bytes that cross into another line take twice as long.
 template <class C>
 struct Scratch {
+  char* const memory;
   C* const values;
-  explicit Scratch(int64_t width) : values(new C[width]) {}
-  ~Scratch() { delete[] values; }
+  explicit Scratch(int64_t count)
+      : memory(new char[count * sizeof(C) + 64]),
+        values(reinterpret_cast<C*>(memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64))) {}
+  ~Scratch() { delete[] memory; }
   Scratch(const Scratch&) = delete;
 };
 
