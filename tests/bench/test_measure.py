@@ -30,7 +30,10 @@ def test_every_round_has_everyone_once_in_changing_order(monkeypatch) -> None:
     monkeypatch.setattr(measure, "_SHORTEST_SAMPLE_NS", 0)
     case, calls = counted([OURS, "a", "b"], 2)
     samples = time_case(case, 0.0, min_rounds=20, warm_up=2)
-    rounds = [tuple(name for name, _ in calls[start : start + 3]) for start in range(6, len(calls), 3)]
+    # A sample is a call that is not timed and one that is; two samples of each warm up.
+    assert all(calls[at][0] == calls[at + 1][0] for at in range(0, len(calls), 2))
+    names = [name for name, _ in calls[::2]]
+    rounds = [tuple(names[start : start + 3]) for start in range(6, len(names), 3)]
     assert len(rounds) == 20
     assert all(sorted(each) == sorted([OURS, "a", "b"]) for each in rounds)
     assert len(set(rounds)) > 2, "the order is drawn anew"
@@ -64,6 +67,21 @@ def test_grad_mode_is_the_cases_and_garbage_waits(grad: bool) -> None:
     assert seen == {(grad, False)}
     assert gc.isenabled()
     assert torch.is_grad_enabled()
+
+
+def test_the_call_behind_another_contestants_is_not_timed(monkeypatch) -> None:
+    """Its result takes memory that the other has just freed. The first call of three takes 1 ms, the others 0.1."""
+    clock, number = [0], [0]
+
+    def call(_: int) -> None:
+        clock[0] += 1_000_000 if number[0] % 3 == 0 else 100_000
+        number[0] += 1
+
+    monkeypatch.setattr(measure.time, "perf_counter_ns", lambda: clock[0])
+    for inputs, wanted in ((2, 100_000.0), (1, 550_000.0)):
+        number[0] = 0
+        loop = measure._Loop(Case("a case", [Contestant(OURS, call, "ours")], inputs, False))
+        assert loop.sample(Contestant(OURS, call, "ours"), 2) == wanted
 
 
 def test_a_slow_call_is_a_sample_by_itself_and_a_fast_one_is_not(monkeypatch) -> None:
