@@ -77,7 +77,7 @@ def thinker_training(dtype: torch.dtype) -> Case:
     """Forward, loss, backward and AdamW on 2,048 tokens, with our RMSNorm, torch.nn's, and torch.nn's LayerNorm."""
     config = ThinkerConfig(d_model=THINKER_WIDTH, n_layers=8, n_heads=8)
     first = Thinker(config).to(dtype)
-    # All are copies: the original, whose weights lie elsewhere in memory, was up to 5 % slower than one with the same norms.
+    # All are copies: the original, whose weights lie elsewhere in memory, was up to 5 % slower than its own copy.
     variants: dict[str, Any] = {name: copy.deepcopy(first) for name in (OURS, "torch.nn", "torch.nn.LayerNorm")}
     kind = omninorm.RMSNorm
     replace_norms(variants["torch.nn"], kind, lambda _: peers.torch_rms_norm(THINKER_WIDTH, dtype))
