@@ -34,7 +34,7 @@ def thinker() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
 
 
 def qwen3() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
-    """transformers' Qwen3, 6 layers of width 1024, on 512 tokens, float32, its own norms."""
+    """transformers' Qwen3, 6 layers of width 1024, on 512 tokens, bfloat16, its own norms."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -48,7 +48,7 @@ def qwen3() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
         max_position_embeddings=512,
     )
     tokens = torch.randint(0, 4096, (1, 512))
-    return Qwen3ForCausalLM(config), lambda model: model(input_ids=tokens, labels=tokens).loss
+    return Qwen3ForCausalLM(config).to(torch.bfloat16), lambda model: model(input_ids=tokens, labels=tokens).loss
 
 
 def stepper(build: Callable[[], tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]], every: int | None):
