@@ -40,7 +40,7 @@ class BenchConfig:
     seconds: float = 0.7
     compile: bool = True
     models: bool = True
-    patience: float = 90.0
+    patience: float = 150.0
 
     def __post_init__(self) -> None:
         for name in ("rows", "widths", "dtypes", "threads"):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from omninorm.cli.bench import bench
+from omninorm.cli.compare import compare
 from omninorm.cli.demo import demo
 from omninorm.cli.doctor import doctor
 from omninorm.cli.generate import generate
@@ -43,5 +44,5 @@ def _omninorm(
     log.addHandler(logging.NullHandler())
 
 
-for _command in (demo, train, generate, report, inspect, bench, doctor):
+for _command in (demo, train, generate, compare, report, inspect, bench, doctor):
     app.command()(_command)

@@ -42,7 +42,7 @@ class RunFolder:
         self.path = path
         read_config(path)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_locked(path))
+            stack.enter_context(locked(path))
             self._open(stack)
             self._resources = stack.pop_all()
 
@@ -59,7 +59,7 @@ class RunFolder:
         _check_empty(path)
         made = _make_folder(path)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_locked(path))
+            stack.enter_context(locked(path))
             _check_empty(path)  # again: until the lock was held another process could fill it
             try:
                 run._open(stack)
@@ -194,7 +194,12 @@ def _undo(path: Path, names: Sequence[str], made: bool) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder.
+
+    Raises:
+        FolderTakenError: another one has it.
+    """
     with writing(path):
         descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:

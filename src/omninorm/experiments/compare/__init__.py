@@ -1,0 +1,7 @@
+"""Comparisons: which norm, which placement? A plan becomes cells, cells become outcomes, outcomes verdicts."""
+
+from omninorm.experiments.compare.cells import Cell, Measurement
+from omninorm.experiments.compare.plan import ComparePlan, Study, parse_plan, read_plan
+from omninorm.experiments.compare.presets import PRESETS, preset
+
+__all__ = ["PRESETS", "Cell", "ComparePlan", "Measurement", "Study", "parse_plan", "preset", "read_plan"]

@@ -1,0 +1,157 @@
+"""Runs cells on this machine: worker processes of one thread each, which take the next cell when they have done one."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO
+
+from omninorm.experiments.compare.cells import Cell
+from omninorm.experiments.compare.store import Store
+
+# As in experiments.workers: not `-m`, which would put the current folder before the installed packages.
+_START = """
+import sys
+sys.path = [path for path in sys.path if path]
+from omninorm.experiments.compare.work import main
+main(int(sys.argv[1]), sys.argv[2])
+"""
+TRIES = 2
+_LOOK_EVERY = 0.5
+
+
+class Engine:
+    """Takes cells in the order given, at most `workers` at a time.
+
+    A cell that fails, or takes longer than `time_limit` seconds, is tried once more; then its failure is kept and the
+    others go on.
+    """
+
+    def __init__(self, store: Store, workers: int, time_limit: float) -> None:
+        self._store, self._count, self._limit = store, workers, time_limit
+
+    def run(self, cells: Iterable[Cell], look: Callable[[dict[str, float], int, int], bool]) -> None:
+        """Works until all is done, or `look` says false. It is told twice a second what runs (id → seconds so far), how
+        many cells are done, and how many failed."""
+        waiting = [(cell, 1) for cell in cells]
+        waiting.reverse()
+        done = failed = 0
+        with self._workers(min(self._count, len(waiting))) as workers:
+            while waiting or any(worker.cell for worker in workers):
+                for worker in workers:
+                    if worker.cell is None and waiting:
+                        worker.take(*waiting.pop())
+                for worker, why in self._finished(workers):
+                    cell, tries = worker.give()
+                    if why is None:
+                        done += 1
+                    elif tries < TRIES:
+                        waiting.append((cell, tries + 1))
+                    else:
+                        self._store.fail(cell, why)
+                        failed += 1
+                if not look({w.cell.id: w.seconds for w in workers if w.cell is not None}, done, failed):
+                    return
+
+    def _finished(self, workers: list[_Worker]) -> Iterator[tuple[_Worker, str | None]]:
+        """Workers whose cell has come to an end, each with the reason if it failed. Waits for a moment."""
+        with selectors.DefaultSelector() as selector:
+            for worker in workers:
+                if worker.cell is not None:
+                    selector.register(worker.answers, selectors.EVENT_READ, worker)
+            ready = {key.data for key, _ in selector.select(_LOOK_EVERY)}
+        for worker in workers:
+            if worker in ready:
+                yield worker, worker.answer()
+            elif worker.cell is not None and worker.seconds > self._limit:
+                worker.restart()
+                yield worker, f"it took longer than {self._limit:.0f} s, the time limit of a run"
+
+    @contextmanager
+    def _workers(self, count: int) -> Iterator[list[_Worker]]:
+        workers = [_Worker(self._store) for _ in range(count)]
+        try:
+            yield workers
+        finally:
+            for worker in workers:
+                worker.end()
+
+
+class _Worker:
+    """A process, and the cell that it has."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.cell: Cell | None = None
+        self._tries = 0
+        self._since = 0.0
+        self._start()
+
+    def _start(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in `end`
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, str(os.getpid()), str(self._store.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,  # a Ctrl-C reaches us alone
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    @property
+    def answers(self) -> IO[bytes]:
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._since
+
+    def take(self, cell: Cell, tries: int) -> None:
+        """Begins a cell."""
+        self.cell, self._tries, self._since = cell, tries, time.monotonic()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has died; its answer will say so
+            self._process.stdin.write(json.dumps(cell.to_dict()).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def give(self) -> tuple[Cell, int]:
+        """Lets go of its cell; returns it, and which try it was."""
+        assert self.cell is not None
+        cell, self.cell = self.cell, None
+        return cell, self._tries
+
+    def answer(self) -> str | None:
+        """None if the cell is done, else why not. A process that has died is started anew."""
+        line = self.answers.readline()
+        if line:
+            told = json.loads(line)
+            return told["why"] if "failed" in told else None
+        code = self._process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        self.restart()
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return f"its process ended ({how}{', perhaps for lack of memory' if code == -9 else ''})" + (
+            f": {said[-1]}" if said else ""
+        )
+
+    def restart(self) -> None:
+        self.end()
+        self._start()
+
+    def end(self) -> None:
+        """Stops the process at once: what a cell has not finished is run again."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()

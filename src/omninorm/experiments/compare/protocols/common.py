@@ -1,0 +1,30 @@
+"""What the protocols share: the tokens of a cell, and numbers for JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omninorm.experiments.compare.cells import Cell
+from omninorm.experiments.corpus import Corpus, TokenData, tokenize
+from omninorm.experiments.tokenizer import ByteTokenizer
+
+_DIGITS = 9
+
+
+def tokens_of(cell: Cell, corpus: Corpus) -> TokenData:
+    """The text as bytes, cut as the cell's settings say."""
+    config = cell.plan.train
+    return tokenize(corpus, ByteTokenizer(), config.seq_len, config.eval_bytes)
+
+
+def plain(value: Any) -> Any:
+    """For JSON: numbers at nine digits, None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,50 @@
+"""The init protocol: streams and gradients by depth before the first step."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omninorm.experiments.compare.cells import Cell, Measurement
+from omninorm.experiments.compare.protocols.common import plain, tokens_of
+from omninorm.experiments.corpus import Corpus, windows
+from omninorm.experiments.runs import build_model
+
+
+def measure(cell: Cell, corpus: Corpus) -> Measurement:
+    """One forward and backward pass on the first batch.
+
+    The outcome, block 1 first: "stream_rms", RMS(x) of each block's output; "grad_norms" of each block's parameters;
+    "growth", (ln RMS of the last output − ln RMS of the first)/(blocks − 1), None for one block or what is not finite.
+    """
+    plan = cell.plan
+    config = plan.train
+    started = time.perf_counter()
+    model = build_model(plan.model, config.seed)
+    tokens = windows(tokens_of(cell, corpus).train, config.seed, 1, config.batch_size, config.seq_len)
+    streams: list[float] = []
+
+    def look(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        stream = output[0] if isinstance(output, tuple) else output  # "residual" has two
+        streams.append(float(stream.detach().double().square().mean().sqrt()))
+
+    for block in model.blocks:
+        block.register_forward_hook(look)
+    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()  # type: ignore[no-untyped-call]
+    norms = [
+        float(nn.utils.get_total_norm([p.grad.double() for p in block.parameters() if p.grad is not None]))
+        for block in model.blocks
+    ]
+    outcome = {"loss": float(loss.detach()), "stream_rms": streams, "grad_norms": norms, "growth": growth(streams)}
+    return Measurement(plain(outcome), plain({"seconds": time.perf_counter() - started}))
+
+
+def growth(values: list[float]) -> float:
+    """The mean change of the logarithm from one value to the next."""
+    if len(values) < 2 or not all(math.isfinite(value) and value > 0 for value in values):
+        return math.nan
+    return (math.log(values[-1]) - math.log(values[0])) / (len(values) - 1)

@@ -1,0 +1,38 @@
+"""The ramp protocol: the largest learning rate that a configuration tolerates, from one run whose rate rises (KEEL)."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+from omninorm.experiments.compare.cells import Cell, Measurement
+from omninorm.experiments.compare.divergence import find_divergence
+from omninorm.experiments.compare.protocols.common import plain, tokens_of
+from omninorm.experiments.corpus import Corpus
+from omninorm.experiments.evaluate import unigram_bits_per_byte
+from omninorm.experiments.runs import build_model
+from omninorm.experiments.settings import learning_rate
+from omninorm.experiments.train import train
+
+
+def measure(cell: Cell, corpus: Corpus) -> Measurement:
+    """Trains with a rate that rises linearly from 0 to the cell's `lr` over all steps.
+
+    The outcome: "largest_rate", that of the last good step; "sign" of the run's loss, None where it survived, and the
+    largest tolerable rate is then not below "largest_rate"; "losses" of the steps in bits per byte.
+    """
+    plan = cell.plan
+    config = replace(plan.train, warmup_steps=plan.train.steps, eval_every=plan.train.steps)
+    data = tokens_of(cell, corpus)
+    started = time.perf_counter()
+    result = train(build_model(plan.model, config.seed), data, config)
+    seconds = time.perf_counter() - started
+    losses = [loss / math.log(2.0) for loss in result.losses]
+    unigram = unigram_bits_per_byte(corpus.train, corpus.held_out)
+    found = find_divergence(losses, config.steps, unigram)
+    rate = learning_rate(found.step, config) if found.step else 0.0
+    return Measurement(
+        plain({"largest_rate": rate, "sign": found.sign, "last_good_step": found.step, "losses": losses}),
+        plain({"seconds": seconds}),
+    )

@@ -1,0 +1,59 @@
+"""The train protocol: held-out bits per byte at the end of a run, and how rough the way there was."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+
+from omninorm.experiments.compare.cells import Cell, Measurement
+from omninorm.experiments.compare.protocols.common import plain, tokens_of
+from omninorm.experiments.corpus import Corpus
+from omninorm.experiments.runs import build_model
+from omninorm.experiments.train import train
+
+UNIFORM_BITS = 8.0
+SPIKE_SIGMA, SPIKE_WINDOW, SPIKE_HISTORY = 7.0, 1000, 32
+
+
+def measure(cell: Cell, corpus: Corpus) -> Measurement:
+    """Trains the cell's model.
+
+    The outcome: "status"; "bits_per_byte" of the held-out text at the end, None for a run that diverged;
+    "initial_bits" before the first step; "score", its bits per byte, but for a run that diverged or ended worse the 8
+    of a uniform guess (after Wortsman et al. 2023, arXiv 2309.14322, who take the loss at initialization);
+    "diverged_at"; "largest_grad_norm"; "spike_score", see there; "losses" of the steps in bits per byte.
+    """
+    plan = cell.plan
+    data = tokens_of(cell, corpus)
+    started = time.perf_counter()
+    result = train(build_model(plan.model, plan.train.seed), data, plan.train)
+    seconds = time.perf_counter() - started
+    initial = result.eval_events[0].bits_per_byte
+    finished = result.status == "finished"
+    final = result.eval_events[-1].bits_per_byte if finished else math.inf
+    outcome = {
+        "status": result.status,
+        "bits_per_byte": final,
+        "initial_bits": initial,
+        "score": min(final, UNIFORM_BITS),
+        "diverged_at": None if finished else result.steps,
+        "largest_grad_norm": result.largest_grad_norm,
+        "spike_score": spike_score(result.grad_norms),
+        "losses": [loss / math.log(2.0) for loss in result.losses],
+    }
+    speed = (
+        statistics.median(event.tokens_per_second for event in result.step_events) if result.step_events else math.nan
+    )
+    return Measurement(plain(outcome), plain({"seconds": seconds, "tokens_per_second": speed}))
+
+
+def spike_score(norms: Sequence[float]) -> float:
+    """The share of steps whose gradient norm is 7 standard deviations above the mean of the last 1,000; of the first 32
+    steps none counts."""
+    spikes = 0
+    for at in range(SPIKE_HISTORY, len(norms)):
+        before = norms[max(0, at - SPIKE_WINDOW) : at]
+        spikes += norms[at] > statistics.fmean(before) + SPIKE_SIGMA * statistics.pstdev(before)
+    return spikes / len(norms) if norms else 0.0

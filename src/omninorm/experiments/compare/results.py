@@ -1,0 +1,191 @@
+"""From cells to results: each configuration's values over the seeds, and paired comparisons with the first one.
+
+results.json holds nothing that depends on the clock, on the order in which cells ran, or on where the folder is: the
+same plan on the same machine gives the same file. What depends on the clock is in timings.json.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from omninorm.experiments.compare.cells import Cell
+from omninorm.experiments.compare.plan import ComparePlan, Study
+from omninorm.experiments.compare.statistics import Paired, holm, judge, paired
+from omninorm.experiments.compare.store import Store, to_json
+from omninorm.experiments.corpus import Corpus
+from omninorm.experiments.evaluate import unigram_bits_per_byte
+from omninorm.record.files import write_file, writing
+
+RESULTS_FILE, TIMINGS_FILE, TABLE_FILE = "results.json", "timings.json", "results.csv"
+FORMAT = 1
+# What is compared: the value of an outcome, its unit, and whether less of it is better.
+VALUES = {
+    "train": ("score", "bits per byte", True),
+    "ramp": ("largest_rate", "largest rate", False),
+    "init": ("growth", "ln of the stream's growth per block", True),
+}
+Outcomes = Mapping[int, Mapping[str, Any]]
+
+
+def collect(plan: ComparePlan, store: Store, corpus: Corpus) -> dict[str, Any]:
+    """Everything that the cells say, as results.json has it."""
+    text = {
+        "name": corpus.name,
+        "sha256": corpus.sha256,
+        "bytes": len(corpus.train) + len(corpus.held_out),
+        "unigram_bits_per_byte": unigram_bits_per_byte(corpus.train, corpus.held_out),
+    }
+    return {
+        "format": FORMAT,
+        "plan": plan.model_dump(exclude={"text"}),
+        "text": text,
+        "studies": [_study(study, plan, store) for study in plan.studies],
+        "failures": store.failures(),
+    }
+
+
+def write(plan: ComparePlan, store: Store, results: Mapping[str, Any]) -> None:
+    """Writes results.json, results.csv and timings.json.
+
+    Raises:
+        RunError: the folder can't be written.
+    """
+    timings = {cell.id: dict(store.clock(cell)) for cell in plan.cells().values()}
+    with writing(store.path):
+        write_file(store.path / RESULTS_FILE, to_json(results))
+        write_file(store.path / TABLE_FILE, table(results).encode())
+        write_file(store.path / TIMINGS_FILE, to_json(timings))
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """One row for each configuration and seed."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow(["study", "protocol", "depth", "configuration", "lr", "seed", "value", "lost"])
+    for study in results["studies"]:
+        for row in study["configurations"]:
+            for seed, value in row["values"].items():
+                lost = seed in row["lost"]
+                head = [study["name"], study["protocol"], row["depth"], row["label"]]
+                lines.writerow([*head, row["lr"], seed, value, int(lost)])
+    return out.getvalue()
+
+
+def _study(study: Study, plan: ComparePlan, store: Store) -> dict[str, Any]:
+    rows = [_configuration(study, plan, store, name, depth) for depth in study.depth for name in _names(study)]
+    comparisons = []
+    for depth in study.depth:
+        at_depth = [row for row in rows if row["depth"] == depth]
+        comparisons += _compare(study, at_depth)
+    if study.protocol != "init":  # a start that grows less is not better
+        _judge(study, comparisons)
+    what, unit, lower = VALUES[study.protocol]
+    head = {"name": study.name, "protocol": study.protocol, "value": what, "unit": unit, "lower_is_better": lower}
+    return {**head, "margin": study.margin, "configurations": rows, "comparisons": comparisons}
+
+
+def _names(study: Study) -> Iterator[dict[str, Any]]:
+    """The configurations: variants without depth and rate."""
+    seen = []
+    for variant in study.variants():
+        name = {key: value for key, value in variant.items() if key not in ("depth", "lr")}
+        if name not in seen:
+            seen.append(name)
+            yield name
+
+
+def _configuration(
+    study: Study, plan: ComparePlan, store: Store, name: Mapping[str, Any], depth: int
+) -> dict[str, Any]:
+    """A configuration at a depth, at its best rate; with several rates also how much depends on them."""
+    by_rate: dict[float | None, Outcomes] = {}
+    for variant in study.variants():
+        if variant["depth"] == depth and all(variant[key] == value for key, value in name.items()):
+            by_rate[variant["lr"]] = dict(_outcomes(study, plan, store, variant))
+    values = {rate: _values(study, outcomes) for rate, outcomes in by_rate.items()}
+    best = min(values, key=lambda rate: _mean(values[rate], worst=math.inf))
+    row: dict[str, Any] = {
+        "label": " ".join(str(value) for value in name.values()),
+        "configuration": dict(name),
+        "depth": depth,
+        "lr": best,
+        "values": {str(seed): value for seed, value in values[best].items()},
+        "lost": [str(seed) for seed, outcome in by_rate[best].items() if _is_lost(study, outcome)],
+        "missing": study.seeds - len(values[best]),
+    }
+    if len(values) > 1 and study.protocol == "train":
+        means = [_mean(each, worst=8.0) for each in values.values()]
+        row["sensitivity"] = statistics.fmean(means) - min(means)
+        row["by_rate"] = [[rate, mean] for rate, mean in zip(values, means, strict=True)]
+    return row
+
+
+def _outcomes(
+    study: Study, plan: ComparePlan, store: Store, variant: Mapping[str, Any]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for seed in range(study.seeds):
+        cell: Cell = study.cell(variant, seed, plan.text)
+        outcome = store.outcome(cell)
+        if outcome is not None:
+            yield seed, outcome
+
+
+def _values(study: Study, outcomes: Outcomes) -> dict[int, float | None]:
+    return {seed: outcome[VALUES[study.protocol][0]] for seed, outcome in outcomes.items()}
+
+
+def _is_lost(study: Study, outcome: Mapping[str, Any]) -> bool:
+    """A run that diverged, or whose ramp found an end."""
+    return outcome.get("status") == "diverged" or outcome.get("sign") is not None
+
+
+def _mean(values: Mapping[int, float | None], worst: float) -> float:
+    known = [worst if value is None else value for value in values.values()]
+    return statistics.fmean(known) if known else worst
+
+
+def _compare(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every configuration but the first against the first."""
+    baseline, *others = rows
+    return [
+        {
+            "depth": row["depth"],
+            "label": row["label"],
+            "against": baseline["label"],
+            **_difference(study, row["values"], baseline["values"]),
+        }
+        for row in others
+    ]
+
+
+def _difference(study: Study, ours: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
+    shared = [seed for seed in ours if ours[seed] is not None and baseline.get(seed) is not None]
+    scale = math.log if study.protocol == "ramp" else float
+    pairs = [(scale(ours[s]), scale(baseline[s])) for s in shared if study.protocol != "ramp" or ours[s] * baseline[s]]
+    if not pairs:
+        return {"seeds": 0, "mean": None, "low": None, "high": None, "p": 1.0, "spread": None}
+    found = paired(*zip(*pairs, strict=True))
+    ends = [None if not math.isfinite(end) else end for end in (found.low, found.high, found.spread)]
+    return dict(zip(("low", "high", "spread"), ends, strict=True)) | {
+        "seeds": found.seeds,
+        "mean": found.mean,
+        "p": found.p,
+    }
+
+
+def _judge(study: Study, comparisons: list[dict[str, Any]]) -> None:
+    """Adds verdicts; all comparisons of a study are one family."""
+    lower = VALUES[study.protocol][2]
+    corrected = holm([each["p"] for each in comparisons])
+    for each, p in zip(comparisons, corrected, strict=True):
+        each["p_holm"] = p
+        if each["seeds"] < 2:
+            known = Paired(math.nan, -math.inf, math.inf, 1.0, math.nan, each["seeds"])
+        else:
+            known = Paired(*(each[name] for name in ("mean", "low", "high", "p", "spread", "seeds")))
+        each["verdict"] = judge(known, p, study.margin, lower)

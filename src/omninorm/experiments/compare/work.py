@@ -1,0 +1,53 @@
+"""The worker process: takes cells from stdin, one JSON line each, and tells on stdout what became of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omninorm.errors import OmninormError
+from omninorm.experiments.compare.cells import Cell
+from omninorm.experiments.compare.protocols import MEASURE
+from omninorm.experiments.compare.store import Store
+from omninorm.experiments.corpus import Corpus, load_corpus
+from omninorm.experiments.workers import end_with_parent
+
+
+def main(parent: int, folder: str) -> None:
+    """Works until stdin ends, or until the parent process does."""
+    end_with_parent(parent)
+    torch.set_num_threads(1)
+    store, texts = Store(Path(folder)), _Texts()
+    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    for line in sys.stdin:
+        cell = Cell.from_dict(json.loads(line))
+        print(json.dumps(run(cell, store, texts.read)), file=told, flush=True)
+
+
+def run(cell: Cell, store: Store, read: Any = load_corpus) -> dict[str, str]:
+    """Runs a cell and keeps its outcome; {"done": id}, or {"failed": id, "why": …}."""
+    try:
+        store.save(cell, MEASURE[cell.protocol](cell, read(cell.text)))
+        return {"done": cell.id}
+    except OmninormError as error:
+        return {"failed": cell.id, "why": str(error)}
+    except Exception as error:  # a cell that fails must not end the others
+        return {"failed": cell.id, "why": f"{type(error).__name__}: {error}"}
+
+
+class _Texts:
+    """The last text that was read, which most often is the next."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str | None, Corpus] | None = None
+
+    def read(self, text: str | None) -> Corpus:
+        if self._last is None or self._last[0] != text:
+            self._last = text, load_corpus(text)
+        return self._last[1]

@@ -1,0 +1,60 @@
+"""The rule for a lost run, on curves that show one sign each."""
+
+import math
+import random
+
+import pytest
+
+from omninorm.experiments.compare.divergence import find_divergence
+
+STEPS, UNIGRAM = 200, 4.0
+
+
+def healthy(noise: float = 0.05) -> list[float]:
+    """5 → 2, as exp(−t), with noise."""
+    draw = random.Random(1)
+    return [2 + 3 * math.exp(-4 * step / STEPS) + draw.gauss(0, noise) for step in range(STEPS)]
+
+
+def test_a_healthy_run_is_not_lost() -> None:
+    assert find_divergence(healthy(), STEPS, UNIGRAM) == (None, STEPS)
+
+
+def test_a_spike_that_recovers_is_none() -> None:
+    losses = healthy()
+    losses[100:105] = [8.0] * 5
+    assert find_divergence(losses, STEPS, UNIGRAM).sign is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite(bad: float) -> None:
+    losses = [*healthy()[:120], bad]
+    sign, step = find_divergence(losses, STEPS, UNIGRAM)
+    assert sign == "not finite"
+    assert 100 < step <= 120
+
+
+def test_a_run_that_ended_early_diverged() -> None:
+    assert find_divergence(healthy()[:50], STEPS, UNIGRAM).sign == "not finite"
+    assert find_divergence([math.nan], STEPS, UNIGRAM) == ("not finite", 0)
+
+
+def test_an_unrecovered_spike_ends_the_run_where_it_was_best() -> None:
+    losses = healthy(0.0)
+    losses[130:] = [5.0] * 70
+    sign, step = find_divergence(losses, STEPS, UNIGRAM)
+    assert sign == "spike"
+    assert 120 < step <= 130
+
+
+def test_stagnation() -> None:
+    losses = healthy(0.0)[:100] + [healthy(0.0)[100] + 0.02] * 100
+    sign, step = find_divergence(losses, STEPS, UNIGRAM)
+    assert sign == "stagnation"
+    assert step == pytest.approx(100, abs=10)
+
+
+def test_a_run_that_learns_no_more_than_letters_is_slow() -> None:
+    losses = [5.5 - 1.6 * step / STEPS for step in range(STEPS)]
+    assert find_divergence(losses, STEPS, UNIGRAM).sign == "slow"
+    assert find_divergence(losses, STEPS, unigram=5.0).sign is None

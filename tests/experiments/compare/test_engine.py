@@ -1,0 +1,111 @@
+"""The engine with real worker processes: order does not matter, failures are kept, nothing is run twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from omninorm.errors import RunError
+from omninorm.experiments.compare import ComparePlan, parse_plan
+from omninorm.experiments.compare.engine import Engine
+from omninorm.experiments.compare.estimate import estimate_seconds, longest_first
+from omninorm.experiments.compare.results import collect, table, write
+from omninorm.experiments.compare.store import Store, to_json
+from omninorm.experiments.corpus import load_corpus
+
+TINY = {"d_model": 16, "n_heads": 2, "seq_len": 16, "batch_size": 2, "eval_bytes": 256, "steps": 3}
+
+
+def plan(text: Path, **study: object) -> ComparePlan:
+    base = {"name": "a", "protocol": "train", "depth": [1], "seeds": 2, "settings": TINY}
+    return parse_plan({"studies": [{**base, **study}], "text": str(text)}, "here")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("In the beginning God created the heaven and the earth. " * 60)
+    return path
+
+
+def done_in(folder: Path, chosen: ComparePlan, workers: int, backwards: bool = False, limit: float = 120.0) -> Store:
+    store = Store.create(folder, chosen)
+    cells = list(chosen.cells().values())
+    Engine(store, workers, limit).run(cells[::-1] if backwards else cells, lambda *_: True)
+    return store
+
+
+def test_results_do_not_depend_on_order_or_workers(tmp_path: Path, text: Path) -> None:
+    chosen, corpus = plan(text, normalization=["rmsnorm", "layernorm"]), load_corpus(str(text))
+    found = []
+    for name, workers, backwards in (("one", 1, False), ("two", 2, True)):
+        store = done_in(tmp_path / name, chosen, workers, backwards)
+        results = collect(chosen, store, corpus)
+        write(chosen, store, results)
+        found.append((tmp_path / name / "results.json").read_bytes())
+        assert set(json.loads((tmp_path / name / "timings.json").read_text())) == set(chosen.cells())
+    assert found[0] == found[1]
+    assert str(tmp_path).encode() not in found[0]
+    (comparison,) = json.loads(found[0])["studies"][0]["comparisons"]
+    assert comparison["seeds"] == 2
+    assert comparison["label"] == "layernorm pre"
+    rows = table(json.loads(found[0])).splitlines()
+    assert len(rows) == 1 + 4
+    assert rows[1].startswith("a,train,1,rmsnorm pre,0.003,0,")
+
+
+def test_a_failure_is_kept_and_the_others_go_on(tmp_path: Path, text: Path) -> None:
+    """Held-out text that is shorter than a window: the run fails, twice, in words."""
+    chosen = plan(text, vary={"seq_len": [16, 4000]}, seeds=1)
+    store = done_in(tmp_path / "c", chosen, 2)
+    (why,) = store.failures().values()
+    assert "at least seq_len + 1 = 4001 tokens" in why
+    assert len(store.done()) == 1
+    results = collect(chosen, store, load_corpus(str(text)))
+    assert results["failures"] == store.failures()
+    assert [row["missing"] for row in results["studies"][0]["configurations"]] == [0, 1]
+    assert "no verdict" in results["studies"][0]["comparisons"][0]["verdict"]
+
+
+def test_a_run_that_takes_too_long_is_ended(tmp_path: Path, text: Path) -> None:
+    chosen = plan(text, settings={**TINY, "steps": 10**7}, seeds=1)
+    store = done_in(tmp_path / "c", chosen, 1, limit=1.0)
+    (why,) = store.failures().values()
+    assert "time limit" in why
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, text: Path) -> None:
+    chosen = plan(text)
+    store = done_in(tmp_path / "c", chosen, 1)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "cells").iterdir()}
+    again, read = Store.open(tmp_path / "c")
+    assert read == chosen
+    assert again.done() == set(chosen.cells()) == {path.stem for path in before}
+    assert store.failures() == {}
+
+
+def test_a_stop_leaves_what_is_done(tmp_path: Path, text: Path) -> None:
+    chosen = plan(text, seeds=4)
+    store = Store.create(tmp_path / "c", chosen)
+    Engine(store, 1, 120.0).run(chosen.cells().values(), lambda running, done, failed: done < 1)
+    assert 1 <= len(store.done()) < 4
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(RunError, match="empty or a new folder"):
+        Store.create(tmp_path, plan(text))
+    with pytest.raises(RunError, match=r"plan\.json"):
+        Store.open(tmp_path)
+
+
+def test_the_estimate_grows_with_the_work(text: Path) -> None:
+    small = list(plan(text).cells().values())
+    large = list(plan(text, settings={**TINY, "steps": 3000}).cells().values())
+    assert estimate_seconds([], 2) == 0
+    assert estimate_seconds(large, 1) > estimate_seconds(small, 1) > 0
+    assert longest_first([*small, *large])[0] in large
+
+
+def test_json_refuses_what_is_not_finite() -> None:
+    with pytest.raises(ValueError, match="Out of range"):
+        to_json({"a": float("nan")})

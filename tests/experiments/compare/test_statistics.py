@@ -1,0 +1,67 @@
+"""Paired comparisons against published quantiles, and how often they find what is not there."""
+
+import math
+import random
+
+import pytest
+
+from omninorm.experiments.compare.statistics import BETTER, EQUAL, WORSE, holm, judge, paired, seeds_needed
+
+
+def test_the_interval_is_students() -> None:
+    """Differences 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.303 (Student's table)."""
+    found = paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert found.mean == pytest.approx(2.0)
+    assert found.high - found.mean == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert found.low == pytest.approx(2 * found.mean - found.high)
+    assert found.p == pytest.approx(0.0742, abs=1e-4)  # t = 2√3 with 2 degrees of freedom
+    assert found.seeds == 3
+
+
+def test_pairs_matter() -> None:
+    """Seeds that differ a lot, differences that do not: pairing finds what means alone could not."""
+    baseline = [1.0, 2.0, 3.0, 4.0]
+    found = paired(
+        [value - 0.1 + wobble for value, wobble in zip(baseline, (0.01, -0.01, 0.0, 0.0), strict=True)], baseline
+    )
+    assert found.p < 0.001
+    assert judge(found, found.p, 0.02) == BETTER
+    assert judge(found, found.p, 0.02, lower_is_better=False) == WORSE
+
+
+def test_one_seed_gets_no_verdict() -> None:
+    found = paired([1.0], [5.0])
+    assert math.isinf(found.high)
+    assert "no verdict" in judge(found, found.p, 0.02)
+
+
+def test_equality_is_only_said_within_the_margin() -> None:
+    close = paired([1.001, 0.999, 1.0, 1.0], [1.0] * 4)
+    assert judge(close, 1.0, 0.02) == EQUAL
+    assert judge(close, 1.0, 1e-4).startswith("not enough evidence: needs about ")
+    assert judge(paired([1.0] * 3, [1.0] * 3), 1.0, 1e-9) == EQUAL
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_more_spread_needs_more_seeds() -> None:
+    """For a difference of one deviation the tables give 10 pairs at 80 % power."""
+    assert seeds_needed(1.0, 1.0) in (10, 11)
+    assert seeds_needed(4.0, 1.0) > 100
+    assert seeds_needed(0.0, 1.0) == 2
+
+
+def test_two_equal_configurations_are_seldom_told_apart() -> None:
+    """200 comparisons of five seeds against five others of the same distribution: at most 5 % verdicts, within what
+    200 draws can tell (the 99 % quantile of a binomial with p = 0.05 is 18)."""
+    draw = random.Random(0)
+    false = 0
+    for _ in range(200):
+        ours, baseline = ([draw.gauss(3.0, 0.05) for _ in range(5)] for _ in range(2))
+        found = paired(ours, baseline)
+        false += judge(found, found.p, 0.02) in (BETTER, WORSE)
+    assert 0 < false <= 18
