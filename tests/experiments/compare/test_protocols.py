@@ -80,7 +80,9 @@ def test_spikes_are_counted() -> None:
     assert spike_score(calm) == 0
     spiky = list(calm)
     spiky[100] = spiky[150] = 5.0
-    # The first spike raises the deviation of what is before the second, which then is none.
+    # With the first one before it the second stands at 1.06 + 7 · 0.33 = 3.4 and more.
+    assert spike_score(spiky) == pytest.approx(2 / 200)
+    spiky[150] = 3.0
     assert spike_score(spiky) == pytest.approx(1 / 200)
     assert spike_score([100.0, *calm[:20]]) == 0, "there is no history yet"
     assert spike_score([]) == 0

@@ -8,8 +8,8 @@ The losses are smoothed over a twentieth of the run. The run got further where t
 - it **stagnates**: it did not get further in the last `PATIENCE` of its steps;
 - it is **abnormally slow**: its lowest smoothed loss is not below `LEARNED` times what the frequencies of letters give;
 
-and then it was lost behind the last step at which it got further. The protocol is KEEL's (arXiv 2601.19895), which names
-these four signs without numbers; the numbers are ours.
+and then it was lost behind the last step at which it got further. The protocol is KEEL's (arXiv 2601.19895), which
+names these four signs without numbers; the numbers are ours.
 """
 
 from __future__ import annotations
