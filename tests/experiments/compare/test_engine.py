@@ -67,6 +67,20 @@ def test_a_failure_is_kept_and_the_others_go_on(tmp_path: Path, text: Path) -> N
     assert "no verdict" in results["studies"][0]["comparisons"][0]["verdict"]
 
 
+def test_a_run_that_failed_once_is_tried_again(tmp_path: Path, text: Path) -> None:
+    chosen = plan(tmp_path / "later.txt", seeds=1)
+    store = Store.create(tmp_path / "c", chosen)
+
+    def look(running: dict[str, float], done: int, failed: int) -> bool:
+        if not running:  # the first try has come to nothing
+            text.rename(tmp_path / "later.txt") if text.exists() else None
+        return True
+
+    Engine(store, 1, 120.0).run(chosen.cells().values(), look)
+    assert store.failures() == {}
+    assert store.done() == set(chosen.cells())
+
+
 def test_a_run_that_takes_too_long_is_ended(tmp_path: Path, text: Path) -> None:
     chosen = plan(text, settings={**TINY, "steps": 10**7}, seeds=1)
     store = done_in(tmp_path / "c", chosen, 1, limit=1.0)

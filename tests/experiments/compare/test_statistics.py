@@ -40,6 +40,10 @@ def test_equality_is_only_said_within_the_margin() -> None:
     assert judge(close, 1.0, 0.02) == EQUAL
     assert judge(close, 1.0, 1e-4).startswith("not enough evidence: needs about ")
     assert judge(paired([1.0] * 3, [1.0] * 3), 1.0, 1e-9) == EQUAL
+    for sign in (1, -1):  # the interval reaches beyond the margin on one side only
+        found = paired([1 + 0.012 * sign, 1 + 0.002 * sign, 1 + 0.018 * sign], [1.0] * 3)
+        assert min(abs(found.low), abs(found.high)) < 0.02 < max(abs(found.low), abs(found.high))
+        assert judge(found, 0.2, 0.02).startswith("not enough evidence")
 
 
 def test_holm_by_hand() -> None:
