@@ -7,6 +7,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
+
+from omninorm.experiments.compare import parse_plan
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 # A block of Python, and the indented output that follows it.
@@ -19,6 +22,12 @@ def test_examples_print_what_they_say(code: str, output: str) -> None:
     with contextlib.redirect_stdout(printed):
         exec(code, {})
     assert printed.getvalue() == textwrap.dedent(output)
+
+
+def test_plans_are_plans() -> None:
+    plans = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert len(plans) == 1
+    assert len(parse_plan(yaml.safe_load(plans[0]), "README").cells()) == 2 * 3 * 2 * 5
 
 
 def test_all_examples_were_found() -> None:

@@ -19,7 +19,8 @@ TINY = ["--rows", "4", "--widths", "24", "--dtypes", "fp32", "--threads", "1", "
 TINY += ["--no-compile", "--no-models"]
 
 
-def test_it_measures_shows_and_writes(command, tmp_path) -> None:
+def test_it_measures_shows_and_writes(command, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # a wild ratio makes a column wide, and 80 would then cut names
     folder = tmp_path / "new" / "bench"
     code, out, err = command("bench", *TINY, "--out", folder)
     assert (code, err) == (0, "")

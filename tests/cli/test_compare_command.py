@@ -51,6 +51,16 @@ def test_from_plan_to_verdict(tmp_path: Path) -> None:
     assert "0 runs to do" in again.stderr
 
 
+@pytest.mark.parametrize("package", ["scipy", "yaml"])
+def test_a_missing_package_is_named(tmp_path: Path, package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from omninorm.cli import main; main(['compare', '--dry-run'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert f"without {package}" in done.stderr
+    assert "omninorm[compare]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
     plan, text = write_plan(tmp_path, steps=400)
     folder = tmp_path / "c"

@@ -49,7 +49,8 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if named:
         figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle(f"{rows} rows, {threads} thread{'s' if threads > 1 else ''}; clone is the measured memory limit")
+    told = "clone reads and writes once, through the caches"
+    figure.suptitle(f"{rows} rows, {threads} thread{'s' if threads > 1 else ''}; {told}")
     plotting.save_png(figure, path)
 
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from omninorm.bench import BenchConfig, measure_all
 from omninorm.bench.config import all_threads
 from omninorm.bench.figure import load_matplotlib
 from omninorm.bench.files import to_json, write
 from omninorm.cli.console import console
+from omninorm.cli.counting import Counting
 from omninorm.cli.doctor import inspect_machine
 from omninorm.errors import ConfigError
 from omninorm.experiments.run_folder import fresh_folder
 
-_SECONDS_BETWEEN_LINES = 15.0
 _QUICK: dict[str, Any] = {"rows": (512,), "dtypes": ("fp32", "bf16"), "threads": (1,), "seconds": 0.3}
 
 
@@ -58,7 +56,7 @@ def bench(
         load_matplotlib()  # now, not when everything is measured
     screen = Console(file=sys.stderr, soft_wrap=True, markup=False) if as_json else console()
     try:
-        with _Progress(screen) as progress:
+        with Counting(screen) as progress:
             result = {"machine": inspect_machine()["machine"], **measure_all(config, progress)}
     except KeyboardInterrupt:
         screen.print("Stopped; nothing was written.")
@@ -127,30 +125,3 @@ def _show(result: dict[str, Any], written: list[Path]) -> None:
     tables.show(screen, result)
     for path in written:
         screen.print(f"Written: {path}")
-
-
-class _Progress:
-    """What is being measured: a bar on a terminal, a plain line now and then elsewhere."""
-
-    def __init__(self, screen: Console) -> None:
-        self._screen = screen
-        columns = (BarColumn(bar_width=10), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        self._bar = Progress(*columns, console=screen)
-        self._task = self._bar.add_task("starting", total=None)
-        self._last = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        if self._screen.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._screen.is_terminal:
-            self._bar.stop()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total, description=what)
-        if not self._screen.is_terminal and time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            self._screen.print(f"{done}/{total} {what}")
-            self._screen.file.flush()

@@ -16,7 +16,7 @@ from omninorm.experiments.compare.plan import ComparePlan
 from omninorm.experiments.compare.results import RESULTS_FILE, TABLE_FILE, TIMINGS_FILE
 
 
-def introduce(screen: Console, plan: ComparePlan, runs: int, workers: int) -> None:
+def introduce(screen: Console, plan: ComparePlan, runs: int) -> None:
     """What is compared."""
     screen.print(harmless(plan.title, one_line=True))
     for study in plan.studies:
