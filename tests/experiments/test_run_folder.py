@@ -150,7 +150,7 @@ def test_a_loser_leaves_the_winner_s_folder_alone(tmp_path, monkeypatch):
     def lose(folder):
         check(folder)
         folder.mkdir()
-        winner.enter_context(run_folder._locked(folder))
+        winner.enter_context(run_folder.locked(folder))
 
     monkeypatch.setattr(run_folder, "_check_empty", lose)
     with winner:
