@@ -54,6 +54,21 @@ def test_results_do_not_depend_on_order_or_workers(tmp_path: Path, text: Path) -
     assert rows[1].startswith("a,train,1,rmsnorm pre,0.003,0,")
 
 
+def test_a_configuration_stands_at_its_best_rate(tmp_path: Path, text: Path) -> None:
+    corpus = load_corpus(str(text))
+    for protocol, lower in (("train", True), ("ramp", False)):
+        chosen = plan(text, protocol=protocol, lr=[1e-6, 0.02], settings={**TINY, "steps": 30})
+        store = done_in(tmp_path / protocol, chosen, 2)
+        (row,) = collect(chosen, store, corpus)["studies"][0]["configurations"]
+        name = "score" if lower else "largest_rate"
+        means = {}
+        for cell in chosen.cells().values():
+            means[cell.lr] = means.get(cell.lr, 0) + store.outcome(cell)[name] / 2
+        assert row["lr"] == (min if lower else max)(means, key=means.get) == 0.02
+        if lower:
+            assert row["sensitivity"] == pytest.approx((means[1e-6] - means[0.02]) / 2)
+
+
 def test_a_failure_is_kept_and_the_others_go_on(tmp_path: Path, text: Path) -> None:
     """Held-out text that is shorter than a window: the run fails, twice, in words."""
     chosen = plan(text, vary={"seq_len": [16, 4000]}, seeds=1)

@@ -108,7 +108,8 @@ def _configuration(
         if variant["depth"] == depth and all(variant[key] == value for key, value in name.items()):
             by_rate[variant["lr"]] = dict(_outcomes(study, plan, store, variant))
     values = {rate: _values(study, outcomes) for rate, outcomes in by_rate.items()}
-    best = min(values, key=lambda rate: _mean(values[rate], worst=math.inf))
+    sign = 1 if VALUES[study.protocol][2] else -1
+    best = min(values, key=lambda rate: sign * _mean(values[rate], worst=sign * math.inf))
     row: dict[str, Any] = {
         "label": " ".join(str(value) for value in name.values()),
         "configuration": dict(name),
