@@ -11,15 +11,16 @@ PYTHON_CODE := setup.py src tests examples benchmarks
 .PHONY: help demo bench test lint types sanitize check format clean
 
 help:
-	@echo "make demo    train the same deep transformer with and without good normalization and compare"
+	@echo "make demo    train deep transformers with and without good normalization, and compare with verdicts"
 	@echo "make bench   time the norms on this machine"
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, import direction, tests with warnings as errors, sanitizers"
 	@echo "make format  format the code"
 	@echo "make clean   remove .venv, caches and what was compiled"
 
-demo: .venv/demo .venv/cpu
+demo: .venv/compare .venv/cpu
 	$(BIN)/omninorm demo
+	$(BIN)/omninorm compare --preset quick
 
 bench: .venv/bench .venv/cpu
 	$(BIN)/omninorm bench
@@ -65,7 +66,7 @@ clean:
 	@test -f src/omninorm/kernels/_cpu_missing.txt || touch $@
 
 # The operators are compiled before, but their changes are no reason to install again.
-.venv/demo .venv/bench .venv/dev: .venv/%: .venv/torch pyproject.toml constraints.txt | .venv/cpu
+.venv/compare .venv/bench .venv/dev: .venv/%: .venv/torch pyproject.toml constraints.txt | .venv/cpu
 	@echo "Installing omninorm[$*] into .venv"
 	$(INSTALL) --editable '.[$*]'
 	@touch $@

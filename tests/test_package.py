@@ -14,6 +14,7 @@ SOURCE = Path(omninorm.__file__).parent
 ORDER = [
     "errors",
     "record",
+    "timing",
     "config",
     "kernels",
     "functional",

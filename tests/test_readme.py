@@ -11,7 +11,8 @@ import yaml
 
 from omninorm.experiments.compare import parse_plan
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A block of Python, and the indented output that follows it.
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n((?: {4}[^\n]*\n)+)", README, re.DOTALL)
 
@@ -24,10 +25,10 @@ def test_examples_print_what_they_say(code: str, output: str) -> None:
     assert printed.getvalue() == textwrap.dedent(output)
 
 
-def test_plans_are_plans() -> None:
-    plans = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    assert len(plans) == 1
-    assert len(parse_plan(yaml.safe_load(plans[0]), "README").cells()) == 2 * 3 * 2 * 5
+@pytest.mark.parametrize(("page", "cells"), [("README.md", 2 * 3 * 2 * 5), ("docs/comparing.md", 2 * 3 * 2 * 5)])
+def test_plans_are_plans(page: str, cells: int) -> None:
+    (plan,) = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert len(parse_plan(yaml.safe_load(plan), page).cells()) == cells
 
 
 def test_all_examples_were_found() -> None:

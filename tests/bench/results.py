@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from omninorm.bench.config import BenchConfig
-from omninorm.bench.measure import OURS
 from omninorm.bench.process import new_result
+from omninorm.timing import OURS
 
 PLACE = {"dtype": "fp32", "rows": 512, "width": 1024, "threads": 1, "allocator": "raised"}
 _ROLES = {"clone": "limit", "torch.add": "limit", "torch.nn.LayerNorm": "other"}

@@ -12,10 +12,10 @@ import omninorm
 from omninorm.bench import cases, memory, models, peers
 from omninorm.bench.buffers import Buffers
 from omninorm.bench.config import BenchConfig
-from omninorm.bench.measure import OURS, Case, Contestant
 from omninorm.bench.onnx_model import rms_norm_model
 from omninorm.bench.peers import Unavailable
 from omninorm.bench.plan import plan
+from omninorm.timing import OURS, Case, Contestant
 
 EAGER = [name for name in cases.CASES if name != cases.RMS_COMPILED]
 

@@ -9,11 +9,11 @@ import pytest
 from omninorm.bench import cases, memory, models
 from omninorm.bench.figure import draw, lines_of
 from omninorm.bench.files import to_json
-from omninorm.bench.measure import OURS
 from omninorm.bench.process import add_event
 from omninorm.bench.tables import show
 from omninorm.bench.targets import FAIL, PASS, TARGETS, UNKNOWN, find_losses, judge
 from omninorm.cli.console import console
+from omninorm.timing import OURS
 
 from .results import measurement, result
 

@@ -22,12 +22,47 @@ studies:
 """
 
 
+MODELS = """
+import os, time
+from torch import nn
+from omninorm import Block, NormConfig
+from omninorm.placement import FinalNorm, enter
+
+class Small(nn.Module):
+    def __init__(self, norm, depth, vocab_size):
+        super().__init__()
+        self.norm, self.embedding = norm, nn.Embedding(vocab_size, 8)
+        parts = lambda: (nn.Linear(8, 8), nn.Linear(8, 8))
+        self.blocks = nn.ModuleList(Block(norm, 8, *parts(), block=n, blocks=depth) for n in range(1, depth + 1))
+        self.final, self.head = FinalNorm(norm, 8), nn.Linear(8, vocab_size)
+
+    def forward(self, tokens):
+        stream = enter(self.norm, self.embedding(tokens))
+        for block in self.blocks:
+            stream = block(stream)
+        return self.head(self.final(stream))
+
+def build(norm, depth, vocab_size):
+    print("built")
+    return Small(norm, depth, vocab_size)
+
+def deaf(norm, depth, vocab_size):
+    return Small(NormConfig(), depth, vocab_size)
+
+def dies(norm, depth, vocab_size):
+    return os._exit(9) if norm.normalization == "layernorm" else Small(norm, depth, vocab_size)
+
+def hangs(norm, depth, vocab_size):
+    return time.sleep(1000) if norm.normalization == "layernorm" else Small(norm, depth, vocab_size)
+"""
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "omninorm", "compare", *arguments]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, check=False)
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=180, check=False, cwd=cwd)
 
 
 def write_plan(folder: Path, steps: int = 3) -> tuple[str, str]:
@@ -49,6 +84,90 @@ def test_from_plan_to_verdict(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout) == results
     assert "0 runs to do" in again.stderr
+
+
+def test_claims_end_as_cards_and_as_a_page(tmp_path: Path) -> None:
+    plan, text = write_plan(tmp_path)
+    Path(plan).write_text(Path(plan).read_text().replace("title:", "claims: [C3]\ntitle:"))
+    done = run(plan, "--text", text, "--out", str(tmp_path / "c"))
+    assert done.returncode == 0, done.stderr
+    assert "C3  Subtracting the mean is not needed" in done.stdout
+    assert "→ not enough evidence: needs about" in done.stdout
+    assert "Again: omninorm compare plan.json" in done.stdout
+    page = tmp_path / "c" / "report.html"
+    whole = page.read_bytes()
+    page.unlink()
+    reported = subprocess.run(
+        [sys.executable, "-m", "omninorm", "report", str(tmp_path / "c")], capture_output=True, text=True, check=False
+    )
+    assert "C3  Subtracting" in reported.stdout
+    assert page.read_bytes() == whole
+
+
+def models(folder: Path) -> None:
+    (folder / "models_of_mine.py").write_text(MODELS)
+
+
+def test_a_model_of_the_users_own(tmp_path: Path) -> None:
+    plan, text = write_plan(tmp_path)
+    models(tmp_path)
+    done = run(plan, "--text", text, "--out", "c", "--model", "models_of_mine:build", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 runs to do, about" in done.stdout
+    cells = [json.loads(path.read_text())["cell"] for path in (tmp_path / "c" / "cells").glob("*.json")]
+    assert len(cells) == 4
+    assert {cell["model"] for cell in cells} == {"models_of_mine:build"}
+    assert "d_model" not in cells[0]["settings"]
+
+
+def test_a_model_that_ignores_its_norm_is_found_out(tmp_path: Path) -> None:
+    plan, text = write_plan(tmp_path)
+    models(tmp_path)
+    done = run(plan, "--text", text, "--out", "c", "--model", "models_of_mine:deaf", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "for layernorm, pre, 4 blocks and rmsnorm, pre, 4 blocks" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(("name", "why"), [("dies", "its process ended (exit code 9)"), ("hangs", "longer than 3 s")])
+def test_a_model_that_ends_or_hangs_is_reported_and_the_others_go_on(tmp_path: Path, name: str, why: str) -> None:
+    plan, text = write_plan(tmp_path)
+    models(tmp_path)
+    limit = ("--time-limit", "3", "--workers", "2")
+    done = run(plan, "--text", text, "--out", "c", "--model", f"models_of_mine:{name}", *limit, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "for how long is not known" in done.stdout
+    assert "2 runs failed" in done.stdout
+    failures = json.loads((tmp_path / "c" / "results.json").read_text())["failures"]
+    assert [why in each for each in failures.values()] == [True, True]
+    assert len(list((tmp_path / "c" / "cells").glob("*.json"))) == 2
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_results_and_reports_the_same_failures(tmp_path: Path) -> None:
+    plan, text = write_plan(tmp_path)
+    models(tmp_path)
+    shared = (plan, "--text", text, "--workers", "2", "--model", "models_of_mine:dies", "--time-limit", "60")
+    here = run(*shared, "--out", "here", cwd=tmp_path)
+    there = run(*shared, "--out", "there", "--engine", "ray", cwd=tmp_path)
+    assert (here.returncode, there.returncode) == (0, 0), there.stderr
+    one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("here", "there"))
+    assert set(one["failures"]) == set(other["failures"])
+    assert all("its process ended" in why for why in other["failures"].values())
+    assert {**one, "failures": {}} == {**other, "failures": {}}
+    assert len(list((tmp_path / "there" / "cells").glob("*.json"))) == 2
+
+
+def test_a_cluster_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    plan, text = write_plan(tmp_path)
+    done = subprocess.run(
+        command(plan, "--text", text, "--out", str(tmp_path / "c"), "--engine", "ray"),
+        capture_output=True, text=True, timeout=180, check=False, env={**os.environ, "RAY_ADDRESS": "nowhere"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "a Ray that can be reached" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("package", ["scipy", "yaml"])
@@ -93,6 +212,9 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None
         (["p.yaml", "--preset", "quick"], "a comparison has one plan"),
         (["--workers", "0"], "workers must be"),
         (["--text", "missing.txt"], "missing.txt"),
+        (["--engine", "slurm"], "engine must be one of local, ray"),
+        (["--model", "nowhere"], "package.module:function"),
+        (["--model", "nowhere:build"], "No module named 'nowhere'"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -101,3 +223,12 @@ def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], said: s
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_too_short_for_a_held_out_part_is_one_sentence(tmp_path: Path) -> None:
+    plan, text = write_plan(tmp_path)
+    Path(text).write_text("And God said, Let there be light: and there was light. " * 2)
+    done = run(plan, "--text", text, "--out", str(tmp_path / "c"))
+    assert done.returncode == 2
+    assert "the held-out part of the text must have at least" in done.stderr
+    assert not (tmp_path / "c").exists()

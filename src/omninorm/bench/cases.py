@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from omninorm import functional
 from omninorm.bench import peers
 from omninorm.bench.buffers import Buffers
-from omninorm.bench.measure import OURS, Case, Contestant
 from omninorm.bench.peers import EPS, Unavailable
 from omninorm.kernels import cpu
+from omninorm.timing import OURS, Case, Contestant
 
 RMS_FORWARD = "RMSNorm forward"
 RMS_BACKWARD = "RMSNorm backward"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omninorm.bench import cases
-from omninorm.bench.measure import OURS
 from omninorm.experiments import plotting
+from omninorm.timing import OURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.bench import peers
-from omninorm.bench.measure import OURS
 from omninorm.bench.peers import Unavailable
+from omninorm.timing import OURS
 
 RMS_KEPT, LAYER_KEPT = "RMSNorm", "LayerNorm"
 _NORMS = {

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import omninorm
 from omninorm.bench import peers
 from omninorm.bench.config import DTYPES
-from omninorm.bench.measure import OURS, Case, Contestant
 from omninorm.bench.peers import Unavailable
 from omninorm.thinker import Thinker, ThinkerConfig
+from omninorm.timing import OURS, Case, Contestant
 
 QWEN_TRAINING, QWEN_PREFILL, THINKER_TRAINING = "Qwen3 training step", "Qwen3 prefill", "Thinker training step"
 QWEN_WIDTH, QWEN_TOKENS = 1024, 512

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from omninorm.bench import cases, memory, models
-from omninorm.bench.measure import OURS
+from omninorm.timing import OURS
 
 PASS, FAIL, UNKNOWN = "pass", "FAIL", "not measured"
 # The sizes that the limits hold for; models and the one row have sizes of their own.

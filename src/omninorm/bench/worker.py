@@ -13,9 +13,9 @@ import torch
 from omninorm.bench import cases, memory, models
 from omninorm.bench.buffers import Buffers, last_level_cache_bytes
 from omninorm.bench.config import DTYPES, BenchConfig
-from omninorm.bench.measure import OURS, report_samples, time_case
 from omninorm.bench.peers import Unavailable
 from omninorm.bench.plan import KEPT, Group, Job
+from omninorm.timing import OURS, report_samples, time_case
 
 Tell = Callable[[dict[str, Any]], None]
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from omninorm.bench.config import all_threads
 from omninorm.cli.console import console
-from omninorm.config import check_count, check_number
+from omninorm.config import check_choice, check_count, check_number
 
 _DEFAULT = "quick"
 
@@ -19,7 +19,10 @@ _DEFAULT = "quick"
 def compare(
     plan: Annotated[Path | None, typer.Argument(help="A plan: YAML, TOML or JSON.", show_default="a preset")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="quick (a minute) or placements (all of them).", show_default=_DEFAULT)
+        str | None,
+        typer.Option(
+            help="quick, chapter (C1 to C7 and more), placements, or one claim such as C3.", show_default=_DEFAULT
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The comparison's folder, new or empty.", show_default="runs/compare-N")
@@ -28,6 +31,13 @@ def compare(
     text: Annotated[
         str | None, typer.Option(help="A text file, or a folder of them.", show_default="King James Bible")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Your own: package.module:build, from (norm, depth, vocab_size).", show_default="Thinker"),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: on the cluster that RAY_ADDRESS names, else on this machine.")
+    ] = "local",
     workers: Annotated[
         int | None, typer.Option(help="Runs at the same time, one thread each.", show_default="cores")
     ] = None,
@@ -44,12 +54,13 @@ def compare(
     count = all_threads() if workers is None else workers
     check_count("workers", count)
     check_number("time_limit", time_limit, above=0.0)
+    check_choice("engine", engine, ("local", "ray"))
     screen = Console(file=sys.stderr, soft_wrap=True, markup=False) if as_json else console()
     if resume is None:
-        job = comparing.begin(plan, preset or (None if plan else _DEFAULT), text, out)
+        job = comparing.begin(plan, preset or (None if plan else _DEFAULT), text, model, out)
     else:
-        job = comparing.go_on(resume, others=(plan, preset, text, out))
-    todo = job.introduce(screen, count)
+        job = comparing.go_on(resume, others=(plan, preset, text, model, out))
+    todo = job.introduce(screen, count, time_limit)
     if not dry_run:
-        job.run(screen, todo, count, time_limit)
+        job.run(screen, todo, engine, count, time_limit)
         job.conclude(screen, as_json)

@@ -22,7 +22,7 @@ def introduce(screen: Console, plan: ComparePlan, runs: int) -> None:
     for study in plan.studies:
         norms, places = ", ".join(study.normalization), ", ".join(study.placement)
         depths = ", ".join(map(str, study.depth))
-        rates = "" if study.protocol == "init" else f"; rates {', '.join(f'{rate:g}' for rate in study.lr)}"
+        rates = "" if study.protocol in ("init", "speed") else f"; rates {', '.join(f'{rate:g}' for rate in study.lr)}"
         vary = "".join(f"; {name} {values}" for name, values in study.vary.items())
         screen.print(
             f"  {study.name}, {study.protocol}: {norms} × {places}; blocks {depths}{rates}{vary}; {study.seeds} seeds"
@@ -40,7 +40,9 @@ def conclude(screen: Console, results: Mapping[str, Any]) -> None:
             screen.print(f"  {name}: {harmless(why, one_line=True)}")
 
 
-def where(screen: Console, folder: Path) -> None:
+def where(screen: Console, folder: Path, page: Path) -> None:
+    """What was written."""
+    screen.print(f"\nPage     {page}")
     for title, name in (("Results", RESULTS_FILE), ("Table  ", TABLE_FILE), ("Timings", TIMINGS_FILE)):
         screen.print(f"{title}  {folder / name}")
 

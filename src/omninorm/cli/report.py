@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from omninorm.cli.compare_cards import show_cards
 from omninorm.cli.console import console
 from omninorm.cli.harmless import harmless
 from omninorm.report import RunStory, Verdict, judge, read_run, write_page
+
+TIMINGS_FILE = "timings.json"  # of a comparison
 
 
 def report(
@@ -18,7 +21,13 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page's file.", show_default="RUN/report.html")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
-    """Turn a run's record into one HTML page that says what went wrong, where, and what to try."""
+    """Turn a run's record into one HTML page that says what went wrong, where, and what to try.
+
+    Of a comparison's folder, the page of its results; where --out ends in .md, as Markdown with figures beside it.
+    """
+    if (run / TIMINGS_FILE).exists():
+        _comparison(run, out or run / "report.html", as_json)
+        return
     story = read_run(run)
     verdict = judge(story)
     page = write_page(story, out or (run if run.is_dir() else run.parent) / "report.html")
@@ -32,6 +41,21 @@ def report(
     for line in (verdict.more, f"Alarms: {_count(story)}.", *story.notes):
         if line:
             screen.print(harmless(line, one_line=True))
+    screen.print(f"Written to {harmless(str(page), one_line=True)}")
+
+
+def _comparison(folder: Path, out: Path, as_json: bool) -> None:
+    from omninorm.report import comparison as pages  # they need more packages
+
+    comparison = pages.read_comparison(folder)
+    write = pages.write_markdown if out.suffix == ".md" else pages.write_comparison_page
+    page = write(comparison, out)
+    cards = [card.model_dump() for card in comparison.claims]
+    if as_json:
+        typer.echo(json.dumps({"comparison": str(folder), "page": str(page), "claims": cards}, indent=2))
+        return
+    screen = console()
+    show_cards(screen, cards)
     screen.print(f"Written to {harmless(str(page), one_line=True)}")
 
 

@@ -58,3 +58,17 @@ def test_a_run_that_learns_no_more_than_letters_is_slow() -> None:
     losses = [5.5 - 1.6 * step / STEPS for step in range(STEPS)]
     assert find_divergence(losses, STEPS, UNIGRAM).sign == "slow"
     assert find_divergence(losses, STEPS, unigram=5.0).sign is None
+
+
+def test_on_the_plateau_of_letters_chance_is_no_progress() -> None:
+    """Down to the letters' 4.0 in 40 steps, then there, with a dip of 3 % for a while."""
+    losses = [max(4.02, 6.0 - step / 20) for step in range(STEPS)]
+    losses[150:170] = [3.9] * 20
+    sign, step = find_divergence(losses, STEPS, UNIGRAM)
+    assert sign == "stagnation"
+    assert 35 <= step <= 55
+
+
+def test_progress_below_the_plateau_counts() -> None:
+    losses = [6 - 3 * step / STEPS for step in range(STEPS)]  # through the plateau, and on
+    assert find_divergence(losses, STEPS, UNIGRAM) == (None, STEPS)

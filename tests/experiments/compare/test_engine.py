@@ -9,7 +9,7 @@ from omninorm.errors import RunError
 from omninorm.experiments.compare import ComparePlan, parse_plan
 from omninorm.experiments.compare.engine import Engine
 from omninorm.experiments.compare.estimate import estimate_seconds, longest_first
-from omninorm.experiments.compare.results import collect, table, write
+from omninorm.experiments.compare.results import collect, collect_timings, table, write
 from omninorm.experiments.compare.store import Store, to_json
 from omninorm.experiments.corpus import load_corpus
 
@@ -41,9 +41,9 @@ def test_results_do_not_depend_on_order_or_workers(tmp_path: Path, text: Path) -
     for name, workers, backwards in (("one", 1, False), ("two", 2, True)):
         store = done_in(tmp_path / name, chosen, workers, backwards)
         results = collect(chosen, store, corpus)
-        write(chosen, store, results)
+        write(store, results, collect_timings(chosen, store))
         found.append((tmp_path / name / "results.json").read_bytes())
-        assert set(json.loads((tmp_path / name / "timings.json").read_text())) == set(chosen.cells())
+        assert set(json.loads((tmp_path / name / "timings.json").read_text())["cells"]) == set(chosen.cells())
     assert found[0] == found[1]
     assert str(tmp_path).encode() not in found[0]
     (comparison,) = json.loads(found[0])["studies"][0]["comparisons"]
@@ -138,3 +138,56 @@ def test_the_estimate_grows_with_the_work(text: Path) -> None:
 def test_json_refuses_what_is_not_finite() -> None:
     with pytest.raises(ValueError, match="Out of range"):
         to_json({"a": float("nan")})
+
+
+def test_what_is_timed_runs_alone_when_all_else_is_done(tmp_path: Path, text: Path) -> None:
+    studies = [
+        {"name": "a", "protocol": "train", "depth": [1], "seeds": 4, "settings": TINY},
+        {"name": "b", "protocol": "speed", "depth": [1], "seeds": 2, "settings": TINY},
+    ]
+    chosen = parse_plan({"studies": studies, "text": str(text)}, "here")
+    store = Store.create(tmp_path / "c", chosen)
+    seen: list[tuple[set[str], int]] = []
+
+    def look(running: dict[str, float], done: int, failed: int) -> bool:
+        seen.append(({name.split("-")[0] for name in running for _ in range(2)}, done + failed))
+        timed = [name for name in running if name.startswith("speed")]
+        assert not timed or len(running) == 1
+        assert not timed or done >= 4
+        return True
+
+    Engine(store, 2, 120.0).run(list(chosen.cells().values())[::-1], look)
+    assert store.failures() == {}
+    assert len(store.done()) == 6
+    assert any("speed" in kinds for kinds, _ in seen)
+    assert any("train" in kinds for kinds, _ in seen)
+
+
+def test_speed_is_no_part_of_results_but_of_timings(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two folders with other times have the same results.json."""
+    study = {"name": "speed", "protocol": "speed", "depth": [1], "seeds": 2, "settings": TINY}
+    chosen = parse_plan({"claims": ["C2"], "studies": [study], "text": str(text)}, "here")
+    found = []
+    for name in ("one", "two"):
+        store = done_in(tmp_path / name, chosen, 1)
+        results, timings = collect(chosen, store, load_corpus(str(text))), collect_timings(chosen, store)
+        assert results["claims"] == results["studies"] == []
+        assert [card["id"] for card in timings["claims"]] == ["C2"]
+        assert all(
+            set(clock["ratios"]) == {"norm", "norm, torch.nn", "block", "step"} for clock in timings["cells"].values()
+        )
+        found.append(to_json(results))
+    assert found[0] == found[1]
+
+
+def test_commands_repeat_a_claim(tmp_path: Path, text: Path) -> None:
+    from omninorm.experiments.compare import preset
+    from omninorm.experiments.compare.results import _command
+
+    assert _command("C3", preset("chapter")) == _command("C3", preset("C3")) == "omninorm compare --preset C3"
+    assert _command("C3", preset("quick")) == "omninorm compare --preset quick"
+    assert _command("C3", plan(text)) == "omninorm compare plan.json"
+    own = preset("C3").model_copy(update={"model": "mine:build", "text": "x"})
+    assert _command("C3", own) == "omninorm compare --preset C3 --model mine:build --text TEXT"

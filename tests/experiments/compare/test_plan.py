@@ -111,5 +111,5 @@ def test_presets_are_plans() -> None:
         cells = preset(name).cells()
         assert cells
     assert {cell.norm.norm_placement for cell in preset("placements").cells().values()} >= {"pre", "keel", "residual"}
-    with pytest.raises(ConfigError, match="quick, placements"):
+    with pytest.raises(ConfigError, match="quick, chapter, placements, C1"):
         preset("qiuck")

@@ -44,15 +44,15 @@ def test_a_run_that_diverges_counts_as_a_uniform_guess(corpus: Corpus) -> None:
 
 def test_the_ramp_finds_a_lower_rate_for_deep_post_norm(corpus: Corpus) -> None:
     """KEEL's order, at 12 blocks: post tolerates less than pre."""
-    study = {"placement": ["pre", "post"], "depth": [12], "lr": [0.1], "seeds": 1}
-    settings = {"steps": 100, "batch_size": 8}
+    study = {"placement": ["pre", "post"], "depth": [12], "lr": [0.03], "seeds": 1}
+    settings = {"steps": 150, "batch_size": 8}
     found = {
         cell.norm.norm_placement: MEASURE["ramp"](cell, corpus).outcome
         for cell in cells(protocol="ramp", settings=settings, **study)
     }
     assert found["post"]["largest_rate"] < 0.5 * found["pre"]["largest_rate"]
     assert found["post"]["sign"] is not None
-    assert 0 < found["pre"]["largest_rate"] <= 0.1
+    assert 0 < found["pre"]["largest_rate"] <= 0.03
 
 
 def test_streams_at_the_start_as_theory_has_them(corpus: Corpus) -> None:

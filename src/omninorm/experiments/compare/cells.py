@@ -11,7 +11,7 @@ from typing import Any
 from omninorm.config import NormConfig
 from omninorm.experiments.runs import Plan
 
-PROTOCOLS = ("init", "ramp", "train")
+PROTOCOLS = ("init", "ramp", "train", "speed")
 _DIGITS = 10
 
 
@@ -24,9 +24,10 @@ class Cell:
         norm: how the model is normalized.
         depth: its blocks.
         seed: of weights and batches. Cells that differ in the norm alone see the same batches.
-        lr: the learning rate, of a ramp the largest; None for "init".
+        lr: the learning rate, of a ramp the largest; None for "init" and "speed".
         settings: further ones, flat: those of `Plan.change`.
         text: None for the default text, or the path of a file or folder.
+        model: "package.module:build", a factory of the user's own; None for the Thinker.
     """
 
     protocol: str
@@ -36,6 +37,7 @@ class Cell:
     lr: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     text: str | None = None
+    model: str | None = None
 
     @property
     def id(self) -> str:
@@ -65,6 +67,7 @@ class Cell:
             "lr": self.lr,
             "settings": dict(sorted(self.settings.items())),
             "text": self.text,
+            "model": self.model,
         }
 
     @classmethod

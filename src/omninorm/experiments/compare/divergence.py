@@ -1,7 +1,8 @@
 """When a training run whose learning rate rises has been lost, and at which step it still got further.
 
 The losses are smoothed over a twentieth of the run. The run got further where the smoothed loss falls by a share of
-`GAIN` below its value at the last such step. It was lost if
+`GAIN` below its value at the last such step, unless it is then on `PLATEAU`, near what the frequencies of letters give:
+a run that has stopped there falls now and then by the chance of its batches alone. It was lost if
 
 - a loss is **not finite**, or the run ended early;
 - it has **an unrecovered spike**: at the end the smoothed loss is more than `RISE` times its lowest value;
@@ -23,6 +24,7 @@ RISE = 1.1
 GAIN = 0.02
 PATIENCE = 0.2
 LEARNED = 0.95
+PLATEAU = (LEARNED, 1.02)  # times what the frequencies of letters give
 
 
 class Divergence(NamedTuple):
@@ -49,7 +51,7 @@ def find_divergence(losses: Sequence[float], steps: int, unigram: float) -> Dive
     smooth = [math.fsum(finite[at - window : at]) / window for at in range(window, len(finite) + 1)]
     if not smooth:
         return Divergence("not finite", 0) if len(finite) < steps else Divergence(None, steps)
-    last_good = _last_gain(smooth) + window
+    last_good = _last_gain(smooth, unigram) + window
     lowest = min(smooth)
     if len(finite) < steps:
         return Divergence("not finite", last_good)
@@ -66,10 +68,11 @@ def _first_bad(losses: Sequence[float]) -> int:
     return next((at for at, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
 
 
-def _last_gain(smooth: Sequence[float]) -> int:
-    """The last place at which the smoothed loss had become lower, by a share of GAIN, than at the gain before."""
+def _last_gain(smooth: Sequence[float], unigram: float) -> int:
+    """The last place off the plateau at which the smoothed loss had become lower, by a share of GAIN, than before."""
     best, at = smooth[0], 0
     for place, value in enumerate(smooth):
-        if value < (1 - GAIN) * best:
+        on_plateau = PLATEAU[0] * unigram <= value <= PLATEAU[1] * unigram
+        if value < (1 - GAIN) * best and not on_plateau:
             best, at = value, place
     return at

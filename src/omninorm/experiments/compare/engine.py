@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO
+from typing import IO, Protocol
 
 from omninorm.experiments.compare.cells import Cell
 from omninorm.experiments.compare.store import Store
@@ -24,7 +25,17 @@ from omninorm.experiments.compare.work import main
 main(int(sys.argv[1]), sys.argv[2])
 """
 TRIES = 2
+Look = Callable[[dict[str, float], int, int], bool]
 _LOOK_EVERY = 0.5
+_START_LIMIT = 120.0  # seconds that a process may take to start, which are no part of a cell's time
+
+
+class Runner(Protocol):
+    """Runs cells and keeps their outcomes, or why they have none."""
+
+    def run(self, cells: Iterable[Cell], look: Look) -> None:
+        """Works until all is done, or `look` says false. It is told twice a second what runs (id → seconds so far), how
+        many cells are done, and how many failed. What is timed runs last and has the machine for itself."""
 
 
 class Engine:
@@ -36,14 +47,19 @@ class Engine:
 
     def __init__(self, store: Store, workers: int, time_limit: float) -> None:
         self._store, self._count, self._limit = store, workers, time_limit
+        self._done = self._failed = 0
 
-    def run(self, cells: Iterable[Cell], look: Callable[[dict[str, float], int, int], bool]) -> None:
-        """Works until all is done, or `look` says false. It is told twice a second what runs (id → seconds so far), how
-        many cells are done, and how many failed."""
-        waiting = [(cell, 1) for cell in cells]
-        waiting.reverse()
-        done = failed = 0
-        with self._workers(min(self._count, len(waiting))) as workers:
+    def run(self, cells: Iterable[Cell], look: Look) -> None:
+        cells = list(cells)
+        self._done = self._failed = 0
+        timed = [cell for cell in cells if cell.protocol == "speed"]
+        if self._run([cell for cell in cells if cell.protocol != "speed"], self._count, look):
+            self._run(timed, 1, look)
+
+    def _run(self, cells: list[Cell], count: int, look: Look) -> bool:
+        """Whether `look` let it work to the end."""
+        waiting = [(cell, 1) for cell in reversed(cells)]
+        with self._workers(min(count, len(waiting))) as workers:
             while waiting or any(worker.cell for worker in workers):
                 for worker in workers:
                     if worker.cell is None and waiting:
@@ -51,14 +67,16 @@ class Engine:
                 for worker, why in self._finished(workers):
                     cell, tries = worker.give()
                     if why is None:
-                        done += 1
+                        self._done += 1
                     elif tries < TRIES:
                         waiting.append((cell, tries + 1))
                     else:
                         self._store.fail(cell, why)
-                        failed += 1
-                if not look({w.cell.id: w.seconds for w in workers if w.cell is not None}, done, failed):
-                    return
+                        self._failed += 1
+                running = {w.cell.id: w.seconds for w in workers if w.cell is not None}
+                if not look(running, self._done, self._failed):
+                    return False
+        return True
 
     def _finished(self, workers: list[_Worker]) -> Iterator[tuple[_Worker, str | None]]:
         """Workers whose cell has come to an end, each with the reason if it failed. Waits for a moment."""
@@ -69,8 +87,10 @@ class Engine:
             ready = {key.data for key, _ in selector.select(_LOOK_EVERY)}
         for worker in workers:
             if worker in ready:
-                yield worker, worker.answer()
-            elif worker.cell is not None and worker.seconds > self._limit:
+                ended, why = worker.answer()
+                if ended:
+                    yield worker, why
+            elif worker.cell is not None and worker.seconds > self._limit + (0 if worker.is_ready else _START_LIMIT):
                 worker.restart()
                 yield worker, f"it took longer than {self._limit:.0f} s, the time limit of a run"
 
@@ -95,6 +115,7 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
+        self.is_ready = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in `end`
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, str(os.getpid()), str(self._store.path)],
@@ -128,20 +149,22 @@ class _Worker:
         cell, self.cell = self.cell, None
         return cell, self._tries
 
-    def answer(self) -> str | None:
-        """None if the cell is done, else why not. A process that has died is started anew."""
+    def answer(self) -> tuple[bool, str | None]:
+        """Whether the cell has come to an end, and if it failed, why. A process that has died is started anew."""
         line = self.answers.readline()
         if line:
             told = json.loads(line)
-            return told["why"] if "failed" in told else None
+            if "ready" in told:
+                self.is_ready, self._since = True, time.monotonic()
+                return False, None
+            return True, told.get("why")
         code = self._process.wait()
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip().splitlines()
         self.restart()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return f"its process ended ({how}{', perhaps for lack of memory' if code == -9 else ''})" + (
-            f": {said[-1]}" if said else ""
-        )
+        memory = ", perhaps for lack of memory" if code == -signal.SIGKILL else ""
+        return True, f"its process ended ({how}{memory})" + (f": {said[-1]}" if said else "")
 
     def restart(self) -> None:
         self.end()

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from omninorm.experiments.compare.cells import Cell
-from omninorm.experiments.runs import build_model
+from omninorm.experiments.compare.factory import build_cell
+from omninorm.experiments.compare.protocols.speed import SECONDS as TIMED
 
+_TIMED_CASES = 4
 _START_SECONDS = 4.0  # of a worker: it imports torch and reads the text
 
 
@@ -22,6 +24,9 @@ def estimate_seconds(cells: Iterable[Cell], workers: int) -> float:
     seconds: dict[tuple[object, ...], float] = {}
     total = 0.0
     for cell in todo:
+        if cell.protocol == "speed":
+            total += workers * (_TIMED_CASES * TIMED + _START_SECONDS)  # alone on the machine
+            continue
         size = _size(cell)
         if size not in seconds:
             seconds[size] = _step_seconds(cell)
@@ -51,7 +56,7 @@ def _step_seconds(cell: Cell) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = build_model(plan.model, 0)
+        model = build_cell(cell)
         tokens = torch.zeros((plan.train.batch_size, plan.train.seq_len + 1), dtype=torch.long)
         taken = []
         for _ in range(2):

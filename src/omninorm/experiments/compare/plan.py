@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from omninorm.config import NORMALIZATIONS, PLACEMENTS, NormConfig
 from omninorm.errors import ConfigError
 from omninorm.experiments.compare.cells import Cell
+from omninorm.thinker import ThinkerConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,10 +46,10 @@ class Study(_Strict):
 
     Args:
         name: of the study, without spaces.
-        protocol: "init", "ramp" or "train".
+        protocol: "init", "ramp", "train" or "speed".
         normalization, placement: names as in NormConfig. `none` goes with `none` alone; other pairs of it are left out.
         depth: numbers of blocks.
-        lr: learning rates; of a ramp, the largest. Not for "init".
+        lr: learning rates; of a ramp, the largest. Not for "init" and "speed".
         seeds: how many, from 0 on.
         vary: one further setting and its values, such as {qk_norm: [true, false]}.
         settings: what all cells share: settings of the model, of its training and of NormConfig, flat.
@@ -56,7 +57,7 @@ class Study(_Strict):
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    protocol: Literal["init", "ramp", "train"]
+    protocol: Literal["init", "ramp", "train", "speed"]
     normalization: list[str] = Field(default=["rmsnorm"], min_length=1)
     placement: list[str] = Field(default=["pre"], min_length=1)
     depth: list[int] = Field(default=[4], min_length=1)
@@ -91,34 +92,57 @@ class Study(_Strict):
     def variants(self) -> Iterator[dict[str, Any]]:
         """What is compared, without seeds: {"normalization", "placement", "depth", "lr" and the varied setting}."""
         name, values = next(iter(self.vary.items()), (None, [None]))
-        rates: list[float | None] = [None] if self.protocol == "init" else [*self.lr]
+        rates: list[float | None] = [None] if self.protocol in ("init", "speed") else [*self.lr]
         for (norm, placement), depth, lr, value in itertools.product(self.pairs(), self.depth, rates, values):
             varied = {} if name is None else {name: value}
             yield {"normalization": norm, "placement": placement, "depth": depth, "lr": lr, **varied}
 
-    def cell(self, variant: Mapping[str, Any], seed: int, text: str | None) -> Cell:
-        """One run of a variant."""
+    def cell(self, variant: Mapping[str, Any], seed: int, text: str | None, model: str | None) -> Cell:
+        """One run of a variant. Of a model of the user's own, the Thinker's settings say nothing and are left out."""
         own = {key: value for key, value in variant.items() if key not in ("normalization", "placement", "depth", "lr")}
         settings = {"seq_len": 128, "checkpoint_every": 10**9, "eval_every": 10**9, **self.settings, **own}
+        if model is not None:
+            settings = {key: value for key, value in settings.items() if key not in ThinkerConfig.__dataclass_fields__}
         names = set(NormConfig.__dataclass_fields__)
         norm = {name: settings.pop(name) for name in list(settings) if name in names}
         config = NormConfig(variant["normalization"], variant["placement"], **norm)
-        return Cell(self.protocol, config, variant["depth"], seed, variant["lr"], settings, text)
+        return Cell(self.protocol, config, variant["depth"], seed, variant["lr"], settings, text, model)
 
 
 class ComparePlan(_Strict):
-    """A comparison: a title, studies, and the text that all of them read."""
+    """A comparison.
+
+    Args:
+        title: of its page.
+        studies: what is compared.
+        claims: what is judged besides, by the ids of `omninorm.experiments.compare.claims`, from the studies they name.
+        text: that all studies read: None for the default text, or a path.
+        model: "package.module:build", a factory of the user's own; None for the Thinker.
+    """
 
     title: str = "comparison"
     studies: list[Study] = Field(min_length=1)
+    claims: list[str] = Field(default_factory=list)
     text: str | None = None
+    model: str | None = None
 
     @model_validator(mode="after")
     def _names_differ(self) -> ComparePlan:
         names = [study.name for study in self.studies]
         if len(set(names)) < len(names):
             raise ValueError(f"studies need names of their own, not {', '.join(names)}")
+        for claim in self.claims:
+            self._check_claim(claim, names)
         return self
+
+    def _check_claim(self, claim: str, names: list[str]) -> None:
+        from omninorm.experiments.compare.claims import CLAIMS  # claims speak of studies, which are defined here
+
+        if claim not in CLAIMS:
+            raise ValueError(f"{claim!r} is none of {', '.join(CLAIMS)}")
+        wanted = [study["name"] for study in CLAIMS[claim].studies]
+        if not set(wanted) & set(names):
+            raise ValueError(f"claim {claim} is judged by a study named {' or '.join(wanted)}")
 
     def cells(self) -> dict[str, Cell]:
         """Every run by its id; what two studies share stands there once.
@@ -129,7 +153,7 @@ class ComparePlan(_Strict):
         found: dict[str, Cell] = {}
         for study in self.studies:
             for variant, seed in itertools.product(study.variants(), range(study.seeds)):
-                cell = study.cell(variant, seed, self.text)
+                cell = study.cell(variant, seed, self.text, self.model)
                 cell.plan  # noqa: B018  refuses bad settings
                 found[cell.id] = cell
         if len(found) > _MOST_CELLS:

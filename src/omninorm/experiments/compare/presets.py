@@ -6,40 +6,25 @@ from typing import Any
 
 from omninorm.config import PLACEMENTS
 from omninorm.errors import ConfigError
+from omninorm.experiments.compare.claims import CLAIMS, c1_without_norms, studies_of
+from omninorm.experiments.compare.claims.common import DEPTHS, NORMS, TINY
 from omninorm.experiments.compare.plan import ComparePlan, parse_plan
-
-_TINY = {"d_model": 32, "n_heads": 2, "seq_len": 64, "batch_size": 8, "feed_forward": "gelu", "eval_bytes": 16384}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "title": "RMSNorm or LayerNorm, before or after?",
+        "claims": ["C1", "C3", "C4", "C6", "C7"],
         "studies": [
-            {
-                "name": "norms",
-                "protocol": "train",
-                "normalization": ["rmsnorm", "layernorm"],
-                "depth": [4],
-                "seeds": 4,
-                "settings": {**_TINY, "steps": 200},
-            },
-            {
-                "name": "placements",
-                "protocol": "train",
-                "placement": ["pre", "post"],
-                "depth": [4, 16],
-                "seeds": 3,
-                "settings": {**_TINY, "steps": 200},
-            },
-            {
-                "name": "start",
-                "protocol": "init",
-                "normalization": ["rmsnorm", "none"],
-                "placement": ["pre", "post", "none"],
-                "depth": [16],
-                "seeds": 3,
-                "settings": _TINY,
-            },
+            {**NORMS, "depth": [4], "seeds": 4},
+            {**DEPTHS, "depth": [4, 16], "lr": [0.003], "seeds": 3},
+            {**c1_without_norms.STUDIES[0], "depth": [16], "seeds": 3},
+            {**c1_without_norms.STUDIES[1], "seeds": 2},
         ],
+    },
+    "chapter": {
+        "title": "The chapter's claims",
+        "claims": list(CLAIMS),
+        "studies": studies_of(list(CLAIMS)),
     },
     "placements": {
         "title": "Every placement",
@@ -50,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "placement": [name for name in PLACEMENTS if name != "none"],
                 "depth": [12],
                 "seeds": 3,
-                "settings": {**_TINY, "steps": 200},
+                "settings": {**TINY, "steps": 200},
             },
             {
                 "name": "ramp",
@@ -60,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "lr": [0.1],
                 "seeds": 2,
                 "margin": 0.7,
-                "settings": {**_TINY, "steps": 200},
+                "settings": {**TINY, "steps": 200},
             },
         ],
     },
@@ -68,11 +53,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> ComparePlan:
-    """The plan of this name.
+    """The plan of this name; a claim's name stands for the studies of this claim.
 
     Raises:
         ConfigError: there is none.
     """
-    if name not in PRESETS:
-        raise ConfigError("a preset must exist", repr(name), f"choose one of {', '.join(PRESETS)}")
-    return parse_plan(PRESETS[name], f"preset {name}")
+    claims = {each: {"title": f"Claim {each}", "claims": [each], "studies": studies_of([each])} for each in CLAIMS}
+    known = PRESETS | claims
+    if name not in known:
+        raise ConfigError("a preset must exist", repr(name), f"choose one of {', '.join(known)}")
+    return parse_plan(known[name], f"preset {name}")

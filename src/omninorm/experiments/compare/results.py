@@ -14,7 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omninorm.experiments.compare.cells import Cell
+from omninorm.experiments.compare.claims import CLAIMS
+from omninorm.experiments.compare.evidence import Evidence, gather
 from omninorm.experiments.compare.plan import ComparePlan, Study
+from omninorm.experiments.compare.presets import PRESETS
+from omninorm.experiments.compare.presets import preset as named
+from omninorm.experiments.compare.protocols.common import plain
 from omninorm.experiments.compare.statistics import Paired, holm, judge, paired
 from omninorm.experiments.compare.store import Store, to_json
 from omninorm.experiments.corpus import Corpus
@@ -22,40 +27,73 @@ from omninorm.experiments.evaluate import unigram_bits_per_byte
 from omninorm.record.files import write_file, writing
 
 RESULTS_FILE, TIMINGS_FILE, TABLE_FILE = "results.json", "timings.json", "results.csv"
-FORMAT = 1
+FORMAT = 2
+_CURVE_POINTS = 50
 # What is compared: the value of an outcome, its unit, and whether less of it is better.
 VALUES = {
     "train": ("score", "bits per byte", True),
     "ramp": ("largest_rate", "largest rate", False),
     "init": ("growth", "ln of the stream's growth per block", True),
+    "speed": ("operations", "times", False),  # its times are in timings.json
 }
 Outcomes = Mapping[int, Mapping[str, Any]]
 
 
 def collect(plan: ComparePlan, store: Store, corpus: Corpus) -> dict[str, Any]:
     """Everything that the cells say, as results.json has it."""
+    unigram = unigram_bits_per_byte(corpus.train, corpus.held_out)
     text = {
         "name": corpus.name,
         "sha256": corpus.sha256,
         "bytes": len(corpus.train) + len(corpus.held_out),
-        "unigram_bits_per_byte": unigram_bits_per_byte(corpus.train, corpus.held_out),
+        "unigram_bits_per_byte": unigram,
     }
+    evidence = gather(plan, store, unigram)
     return {
         "format": FORMAT,
         "plan": plan.model_dump(exclude={"text"}),
         "text": text,
-        "studies": [_study(study, plan, store) for study in plan.studies],
+        "studies": [_study(study, plan, store) for study in plan.studies if study.protocol != "speed"],
+        "claims": plain(_cards(plan, evidence, timed=False)),
         "failures": store.failures(),
     }
 
 
-def write(plan: ComparePlan, store: Store, results: Mapping[str, Any]) -> None:
+def collect_timings(plan: ComparePlan, store: Store) -> dict[str, Any]:
+    """What depends on the clock, as timings.json has it: the claims about speed, and every cell's times."""
+    return {
+        "format": FORMAT,
+        "claims": plain(_cards(plan, gather(plan, store, 0.0), timed=True)),
+        "cells": {cell.id: dict(store.clock(cell)) for cell in plan.cells().values()},
+    }
+
+
+def _cards(plan: ComparePlan, evidence: Evidence, timed: bool) -> list[dict[str, Any]]:
+    names = [name for name in plan.claims if CLAIMS[name].timed == timed]
+    return [{**CLAIMS[name].judge(evidence).to_dict(), "command": _command(name, plan)} for name in names]
+
+
+def _command(claim: str, plan: ComparePlan) -> str:
+    """What measures a claim again."""
+    own = {study.name: study for study in plan.studies}
+    whole = [Study.model_validate(study) for study in CLAIMS[claim].studies]
+    preset = next(
+        (name for name in PRESETS if PRESETS[name].get("claims") and named(name).studies == plan.studies), None
+    )
+    if all(own.get(study.name) == study for study in whole):
+        preset = claim
+    chosen = "plan.json" if preset is None else f"--preset {preset}"
+    model = f" --model {plan.model}" if plan.model and preset else ""
+    text = " --text TEXT" if plan.text and preset else ""
+    return f"omninorm compare {chosen}{model}{text}"
+
+
+def write(store: Store, results: Mapping[str, Any], timings: Mapping[str, Any]) -> None:
     """Writes results.json, results.csv and timings.json.
 
     Raises:
         RunError: the folder can't be written.
     """
-    timings = {cell.id: dict(store.clock(cell)) for cell in plan.cells().values()}
     with writing(store.path):
         write_file(store.path / RESULTS_FILE, to_json(results))
         write_file(store.path / TABLE_FILE, table(results).encode())
@@ -119,6 +157,7 @@ def _configuration(
         "lost": [str(seed) for seed, outcome in by_rate[best].items() if _is_lost(study, outcome)],
         "missing": study.seeds - len(values[best]),
     }
+    row.update(_drawn(study, by_rate[best]))
     if len(values) > 1 and study.protocol == "train":
         means = [_mean(each, worst=8.0) for each in values.values()]
         row["sensitivity"] = statistics.fmean(means) - min(means)
@@ -126,11 +165,34 @@ def _configuration(
     return row
 
 
+def _drawn(study: Study, outcomes: Outcomes) -> dict[str, Any]:
+    """Means over the seeds, to be drawn: the training loss by step, or stream and gradient by block."""
+    if study.protocol == "init":
+        names = ("stream_rms", "grad_norms")
+        return {name: _means([outcome[name] for outcome in outcomes.values()]) for name in names}
+    losses = [outcome["losses"] for outcome in outcomes.values()]
+    steps = max((len(each) for each in losses), default=0)
+    every = max(1, math.ceil(steps / _CURVE_POINTS))
+    ends = range(every, steps + 1, every)
+    # Runs that ended early are no part of what comes after.
+    smooth = [_means([[_mean_of(each[end - every : end])] for each in losses if len(each) >= end]) for end in ends]
+    return {"curve": [[end, value[0]] for end, value in zip(ends, smooth, strict=True) if value]}
+
+
+def _means(series: Sequence[Sequence[float | None]]) -> list[float | None]:
+    return [plain(_mean_of(each)) for each in zip(*series, strict=True)]
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) and known else None
+
+
 def _outcomes(
     study: Study, plan: ComparePlan, store: Store, variant: Mapping[str, Any]
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for seed in range(study.seeds):
-        cell: Cell = study.cell(variant, seed, plan.text)
+        cell: Cell = study.cell(variant, seed, plan.text, plan.model)
         outcome = store.outcome(cell)
         if outcome is not None:
             yield seed, outcome

@@ -17,6 +17,8 @@ from omninorm.experiments.compare.store import Store
 from omninorm.experiments.corpus import Corpus, load_corpus
 from omninorm.experiments.workers import end_with_parent
 
+READY = {"ready": True}  # said once, when all is imported
+
 
 def main(parent: int, folder: str) -> None:
     """Works until stdin ends, or until the parent process does."""
@@ -25,6 +27,7 @@ def main(parent: int, folder: str) -> None:
     store, texts = Store(Path(folder)), _Texts()
     told = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
+    print(json.dumps(READY), file=told, flush=True)
     for line in sys.stdin:
         cell = Cell.from_dict(json.loads(line))
         print(json.dumps(run(cell, store, texts.read)), file=told, flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from omninorm.experiments.compare.cells import Cell
@@ -17,6 +17,12 @@ def tokens_of(cell: Cell, corpus: Corpus) -> TokenData:
     """The text as bytes, cut as the cell's settings say."""
     config = cell.plan.train
     return tokenize(corpus, ByteTokenizer(), config.seq_len, config.eval_bytes)
+
+
+def check_text(cells: Iterable[Cell], corpus: Corpus) -> None:
+    """Raises DataError where the text is too short for a cell's windows, or for its held-out part."""
+    for config in {(cell.plan.train.seq_len, cell.plan.train.eval_bytes) for cell in cells}:
+        tokenize(corpus, ByteTokenizer(), *config)
 
 
 def plain(value: Any) -> Any:

@@ -8,10 +8,12 @@ import time
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omninorm.errors import ConfigError
 from omninorm.experiments.compare.cells import Cell, Measurement
+from omninorm.experiments.compare.factory import build_cell
 from omninorm.experiments.compare.protocols.common import plain, tokens_of
 from omninorm.experiments.corpus import Corpus, windows
-from omninorm.experiments.runs import build_model
+from omninorm.watch.structure import find_blocks
 
 
 def measure(cell: Cell, corpus: Corpus) -> Measurement:
@@ -23,7 +25,11 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
     plan = cell.plan
     config = plan.train
     started = time.perf_counter()
-    model = build_model(plan.model, config.seed)
+    model = build_cell(cell)
+    blocks = [block for _, block in find_blocks(model)]
+    if not blocks:
+        remedy = "keep the blocks in an nn.ModuleList or an nn.Sequential, or leave out the protocol init"
+        raise ConfigError("the protocol init needs a model made of blocks", f"none found in {cell.model}", remedy)
     tokens = windows(tokens_of(cell, corpus).train, config.seed, 1, config.batch_size, config.seq_len)
     streams: list[float] = []
 
@@ -31,13 +37,13 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
         stream = output[0] if isinstance(output, tuple) else output  # "residual" has two
         streams.append(float(stream.detach().double().square().mean().sqrt()))
 
-    for block in model.blocks:
+    for block in blocks:
         block.register_forward_hook(look)
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()  # type: ignore[no-untyped-call]
     norms = [
         float(nn.utils.get_total_norm([p.grad.double() for p in block.parameters() if p.grad is not None]))
-        for block in model.blocks
+        for block in blocks
     ]
     outcome = {"loss": float(loss.detach()), "stream_rms": streams, "grad_norms": norms, "growth": growth(streams)}
     return Measurement(plain(outcome), plain({"seconds": time.perf_counter() - started}))

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from omninorm.experiments.compare.cells import Cell, Measurement
 from omninorm.experiments.compare.divergence import find_divergence
+from omninorm.experiments.compare.factory import build_cell
 from omninorm.experiments.compare.protocols.common import plain, tokens_of
 from omninorm.experiments.corpus import Corpus
 from omninorm.experiments.evaluate import unigram_bits_per_byte
-from omninorm.experiments.runs import build_model
 from omninorm.experiments.settings import learning_rate
 from omninorm.experiments.train import train
 
@@ -26,7 +26,7 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
     config = replace(plan.train, warmup_steps=plan.train.steps, eval_every=plan.train.steps)
     data = tokens_of(cell, corpus)
     started = time.perf_counter()
-    result = train(build_model(plan.model, config.seed), data, config)
+    result = train(build_cell(cell), data, config)
     seconds = time.perf_counter() - started
     losses = [loss / math.log(2.0) for loss in result.losses]
     unigram = unigram_bits_per_byte(corpus.train, corpus.held_out)

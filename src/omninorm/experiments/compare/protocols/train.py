@@ -7,10 +7,14 @@ import statistics
 import time
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from omninorm.experiments.compare.cells import Cell, Measurement
+from omninorm.experiments.compare.factory import build_cell
 from omninorm.experiments.compare.protocols.common import plain, tokens_of
-from omninorm.experiments.corpus import Corpus
-from omninorm.experiments.runs import build_model
+from omninorm.experiments.compare.protocols.undo import measure_undo
+from omninorm.experiments.corpus import Corpus, TokenData
+from omninorm.experiments.settings import TrainConfig
 from omninorm.experiments.train import train
 
 UNIFORM_BITS = 8.0
@@ -23,12 +27,14 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
     The outcome: "status"; "bits_per_byte" of the held-out text at the end, None for a run that diverged;
     "initial_bits" before the first step; "score", its bits per byte, but for a run that diverged or ended worse the 8
     of a uniform guess (after Wortsman et al. 2023, arXiv 2309.14322, who take the loss at initialization);
-    "diverged_at"; "largest_grad_norm"; "spike_score", see there; "losses" of the steps in bits per byte.
+    "diverged_at"; "largest_grad_norm"; "spike_score", see there; "losses" of the steps in bits per byte; "undo",
+    what the trained model's gains leave of the norms, see `measure_undo`, on a batch of the held-out text.
     """
     plan = cell.plan
     data = tokens_of(cell, corpus)
     started = time.perf_counter()
-    result = train(build_model(plan.model, plan.train.seed), data, plan.train)
+    model = build_cell(cell)
+    result = train(model, data, plan.train)
     seconds = time.perf_counter() - started
     initial = result.eval_events[0].bits_per_byte
     finished = result.status == "finished"
@@ -42,11 +48,18 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
         "largest_grad_norm": result.largest_grad_norm,
         "spike_score": spike_score(result.grad_norms),
         "losses": [loss / math.log(2.0) for loss in result.losses],
+        "undo": measure_undo(model, _probe(data, plan.train)) if finished else None,
     }
     speed = (
         statistics.median(event.tokens_per_second for event in result.step_events) if result.step_events else math.nan
     )
     return Measurement(plain(outcome), plain({"seconds": seconds, "tokens_per_second": speed}))
+
+
+def _probe(data: TokenData, config: TrainConfig) -> Tensor:
+    """The first windows of the held-out text, int64 (≤ batch_size, seq_len)."""
+    count = min(config.batch_size, len(data.held_out) // config.seq_len)
+    return data.held_out[: count * config.seq_len].view(count, config.seq_len).long()
 
 
 def spike_score(norms: Sequence[float]) -> float:

@@ -7,8 +7,8 @@ import gc
 import pytest
 import torch
 
-from omninorm.bench import measure
-from omninorm.bench.measure import OURS, Case, Contestant, paired_ratios, report_samples, summarize, time_case
+from omninorm import timing as measure
+from omninorm.timing import OURS, Case, Contestant, paired_ratios, report_samples, summarize, time_case
 
 
 def counted(names: list[str], inputs: int, grad: bool = False) -> tuple[Case, list[tuple[str, int]]]:

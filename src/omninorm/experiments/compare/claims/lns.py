@@ -1,0 +1,50 @@
+"""Published: LayerNorm Scaling keeps the stream's variance below pre-norm's (Curse of Depth)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from omninorm.experiments.compare.cards import Card, Condition, Question
+from omninorm.experiments.compare.claims.common import TINY, card, differences, one, values
+from omninorm.experiments.compare.evidence import Evidence, Outcome
+
+STUDIES = [
+    {
+        "name": "stream",
+        "protocol": "init",
+        "placement": ["pre", "lns"],
+        "depth": [32],
+        "seeds": 5,
+        "settings": TINY,
+    }
+]
+
+
+def judge(evidence: Evidence) -> Card:
+    questions = []
+    for depth in evidence.values("stream", "depth"):
+        lns, pre = (
+            values(one(evidence.rows("stream", placement=place, depth=depth)), _last) for place in ("lns", "pre")
+        )
+        questions.append(
+            Question(f"{depth} blocks", differences(lns, pre), 0.0, False, "lns's variance over pre-norm's", "log")
+        )
+
+    def found(conditions: Sequence[Condition]) -> str:
+        said = "; ".join(f"{each.label}: {math.exp(each.mean):.2f}" for each in conditions if each.mean is not None)
+        return f"The mean square of the stream behind the last block, lns's over pre-norm's: {said}."
+
+    return card(
+        "lns",
+        "Scaling the norms by 1/√block keeps the stream's variance below that of pre-norm.",
+        "The mean square of the stream behind the last block before training, the same weights with and without the scaling.",
+        questions,
+        found,
+        "Curse of Depth (Sun et al. 2025): with the scaling the variance grows slower than exponentially, and deep blocks learn.",
+    )
+
+
+def _last(outcome: Outcome) -> float | None:
+    last = outcome["stream_rms"][-1]
+    return 2 * math.log(last) if last else None

@@ -1,0 +1,144 @@
+"""Runs cells on Ray: on the cluster that RAY_ADDRESS names, else on a Ray of its own on this machine.
+
+The nodes need the same omninorm and, for a model of the user's own, its module; the text travels with the cells, and
+the outcomes come back: only this process writes to the comparison's folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omninorm.errors import MissingExtraError, OmninormError, RunError
+from omninorm.experiments.compare.cells import Cell, Measurement
+from omninorm.experiments.compare.engine import TRIES, Look
+from omninorm.experiments.compare.protocols import MEASURE
+from omninorm.experiments.compare.store import Store
+from omninorm.experiments.corpus import Corpus, load_corpus
+
+# Ray would otherwise report its use to its makers.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+try:
+    import ray
+    from ray.exceptions import RayError
+except ImportError as missing:
+    raise MissingExtraError(
+        "the engine ray needs Ray", "an installation without it", 'install it with pip install "omninorm[ray]"'
+    ) from missing
+
+_LOOK_EVERY = 0.5
+
+
+def measure(values: Mapping[str, Any], corpus: Corpus) -> dict[str, Any]:
+    """A cell's outcome and clock, or why it has none. Runs on a node."""
+    torch.set_num_threads(1)
+    cell = Cell.from_dict(values)
+    try:
+        measured = MEASURE[cell.protocol](cell, corpus)
+        return {"outcome": dict(measured.outcome), "clock": dict(measured.clock)}
+    except OmninormError as error:
+        return {"why": str(error)}
+    except Exception as error:  # a cell that fails must not end the others
+        return {"why": f"{type(error).__name__}: {error}"}
+
+
+@dataclass
+class _Task:
+    """A cell on its way, which try it is, and since when."""
+
+    cell: Cell
+    tries: int
+    since: float
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.since
+
+
+class RayEngine:
+    """As `engine.Engine`, on Ray. workers: cells at the same time, each on one CPU of the cluster."""
+
+    def __init__(self, store: Store, workers: int, time_limit: float) -> None:
+        self._store, self._count, self._limit = store, workers, time_limit
+        self._done = self._failed = 0
+
+    def run(self, cells: Iterable[Cell], look: Look) -> None:
+        """See `engine.Runner`.
+
+        Raises:
+            RunError: Ray can't be reached or started.
+        """
+        todo = list(cells)
+        self._done = self._failed = 0
+        if not todo:
+            return
+        _start(todo)
+        try:
+            self._texts = {text: ray.put(load_corpus(text)) for text in {cell.text for cell in todo}}
+            timed = [cell for cell in todo if cell.protocol == "speed"]
+            if self._run([cell for cell in todo if cell.protocol != "speed"], self._count, look):
+                self._run(timed, 1, look)
+        finally:
+            ray.shutdown()
+
+    def _run(self, cells: list[Cell], count: int, look: Look) -> bool:
+        """Whether `look` let it work to the end."""
+        remote = ray.remote(num_cpus=1, max_retries=0)(measure)
+        waiting = [(cell, 1) for cell in reversed(cells)]
+        running: dict[Any, _Task] = {}
+        while waiting or running:
+            while waiting and len(running) < count:
+                cell, tries = waiting.pop()
+                reference = remote.remote(cell.to_dict(), self._texts[cell.text])
+                running[reference] = _Task(cell, tries, time.monotonic())
+            ready, _ = ray.wait(list(running), num_returns=len(running), timeout=_LOOK_EVERY)
+            late = [each for each, task in running.items() if each not in ready and task.seconds > self._limit]
+            for reference in [*ready, *late]:
+                task = running.pop(reference)
+                why = self._take(reference, task.cell, reference in late)
+                if why is None:
+                    self._done += 1
+                elif task.tries < TRIES:
+                    waiting.append((task.cell, task.tries + 1))
+                else:
+                    self._store.fail(task.cell, why)
+                    self._failed += 1
+            if not look({task.cell.id: task.seconds for task in running.values()}, self._done, self._failed):
+                return False
+        return True
+
+    def _take(self, reference: Any, cell: Cell, late: bool) -> str | None:
+        """Keeps an outcome; returns why there is none."""
+        if late:
+            ray.cancel(reference, force=True)
+            return f"it took longer than {self._limit:.0f} s, the time limit of a run"
+        try:
+            told = ray.get(reference)
+        except RayError as error:
+            return f"its process ended: {' '.join(str(error).split())[:300]}"
+        if "why" in told:
+            return str(told["why"])
+        self._store.save(cell, Measurement(told["outcome"], told["clock"]))
+        return None
+
+
+def _start(cells: list[Cell]) -> None:
+    """Connects to a cluster, or starts a Ray here."""
+    variables = {"OMP_NUM_THREADS": "1"}
+    if any(cell.model for cell in cells):
+        known = os.environ.get("PYTHONPATH", "")
+        variables["PYTHONPATH"] = os.pathsep.join(path for path in (known, str(Path.cwd())) if path)
+    own: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables}, **own)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        remedy = "check RAY_ADDRESS, or use --engine local"
+        said = " ".join(str(error).split())[:300]
+        raise RunError("the engine ray needs a Ray that can be reached", said, remedy) from error

@@ -1,0 +1,58 @@
+"""How far a norm's gain can undo the norm, and how far it does, on the streams of a trained model.
+
+A norm divides every token by a number of its own; γ multiplies every feature by one number for all tokens. With x a
+stream (tokens, features) and x̂ the norm of x before the gain, the least that can be left of undoing is
+
+    min over γ (and β, where the norm has one) of  Σ (x − γ·x̂ − β)² / Σ x²
+
+which is 0 exactly where all tokens are divided by the same number.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from torch import Tensor, nn
+
+from omninorm import functional
+from omninorm.watch.norms import find_gain
+
+
+def measure_undo(model: nn.Module, tokens: Tensor) -> dict[str, float] | None:
+    """Medians over the model's RMSNorms and LayerNorms: "best", what the best γ and β leave, and "learned", what the
+    model's own leave. None for a model without such norms over a stream of (batch, sequence, features)."""
+    best: list[float] = []
+    learned: list[float] = []
+
+    def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach().double()
+        if x.ndim == 3:
+            rows, told = x.flatten(0, 1), output.detach().double().flatten(0, 1)
+            best.append(remainder(rows, isinstance(module, nn.LayerNorm), float(module.eps or 0.0)))  # type: ignore[arg-type]
+            learned.append(float((rows - told).square().sum() / rows.square().sum()))
+
+    kinds = (nn.RMSNorm, nn.LayerNorm)
+    hooks = [
+        m.register_forward_hook(look) for m in model.modules() if isinstance(m, kinds) and find_gain(m) is not None
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(tokens)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return {"best": statistics.median(best), "learned": statistics.median(learned)} if best else None
+
+
+def remainder(x: Tensor, centred: bool, eps: float) -> float:
+    """The share of Σ x² that the best γ (and β, for a LayerNorm) leave; x is float64, (tokens, features)."""
+    normed = functional.layer_norm(x, eps=eps) if centred else functional.rms_norm(x, eps=eps)
+    target, power = x, x.square().sum()
+    if centred:
+        normed, target = normed - normed.mean(0), x - x.mean(0)
+    gain = (normed * target).sum(0) / normed.square().sum(0).clamp_min(torch.finfo(x.dtype).tiny)
+    return float((target - gain * normed).square().sum() / power)

@@ -1,0 +1,192 @@
+"""The page of a comparison: verdict cards, then every study with its figure and table."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from omninorm.record.files import write_file, writing
+from omninorm.report.comparison.figures import claim_figure, study_figure
+from omninorm.report.comparison.reading import Card, Comparison, Condition, Configuration, Difference, StudyResults
+from omninorm.report.text import escape, plain, plural, short
+
+_POLICY = "default-src 'none'; img-src data:; style-src {style}; base-uri 'none'; form-action 'none'"
+MARKS = {"holds": ("healthy", "✓"), "partly": ("warnings", "◐"), "fails": ("failing", "✗"), "unclear": ("quiet", "?")}
+NOTES = (
+    "Seeds are paired: what is compared starts from the same weights' seed and sees the same batches. Bars are 95 % "
+    "intervals of Student's t; what is said of a claim or a study is corrected for all its questions together by "
+    "Holm's procedure, so that an interval may miss a threshold and yet decide nothing. Runs that diverge count, with "
+    "the 8 bits per byte of a uniform guess."
+)
+
+
+def write_comparison_page(comparison: Comparison, out: Path) -> Path:
+    """Writes the page; an existing one is replaced in one go.
+
+    Raises:
+        RunError: it can't be written.
+        MissingExtraError: matplotlib is not installed.
+    """
+    content = render(comparison).encode()
+    with writing(out):
+        write_file(out, content)
+    return out
+
+
+def render(comparison: Comparison) -> str:
+    """The page as text. It has no script, and loads nothing."""
+    style = (files("omninorm.report") / "template" / "comparison.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = _POLICY.format(style=f"'sha256-{digest}'")
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">',
+            f"<title>{escape(comparison.title, 160)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>",
+            *_body(comparison),
+            "</main>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def _body(comparison: Comparison) -> Iterator[str]:
+    yield f'<header><p class="brand"><b>omninorm</b> compare</p><h1>{escape(comparison.title, 200)}</h1>'
+    yield f'<p class="facts">{escape(" · ".join(facts(comparison)))}</p></header>'
+    if comparison.claims:
+        yield '<section id="claims"><h2>Claims</h2>'
+        yield _overview(comparison.claims)
+        yield from map(_card, comparison.claims)
+        yield "</section>"
+    yield '<section id="studies"><h2>Studies</h2>'
+    yield from map(_study, comparison.studies)
+    yield "</section>"
+    if comparison.failures:
+        yield f'<section id="failures"><h2>Runs that failed</h2>{table((), comparison.failures.items())}</section>'
+    yield f"<footer><p>{escape(NOTES, 2000)}</p></footer>"
+
+
+def facts(comparison: Comparison) -> list[str]:
+    """The text, and the work."""
+    text = comparison.text
+    told = [
+        f"{plain(text.name, 80)}, {plural(text.bytes, 'byte')}",
+        f"byte frequencies need {short(text.unigram_bits_per_byte)} bits per byte",
+    ]
+    return told if comparison.seconds is None else [*told, f"{comparison.seconds / 60:.1f} core minutes"]
+
+
+# Claims ----------------------------------------------------------------------------------------------------------
+
+
+def kind(verdict: str) -> str:
+    """What sort of verdict it is: a key of `MARKS`."""
+    if verdict == "holds":
+        return "holds"
+    return "partly" if verdict.startswith("holds only") else "fails" if verdict.startswith("does not") else "unclear"
+
+
+def _overview(cards: Sequence[Card]) -> str:
+    rows = "".join(
+        f'<tr><td><a href="#{anchor(card.id)}">{escape(card.id)}</a></td><td>{escape(card.claim)}</td>'
+        f'<td class="{MARKS[kind(card.verdict)][0]}"><span class="mark">{MARKS[kind(card.verdict)][1]}</span> '
+        f"{escape(card.verdict.split(':')[0])}</td></tr>"
+        for card in cards
+    )
+    return f'<div class="scroll"><table class="overview"><tbody>{rows}</tbody></table></div>'
+
+
+def _card(card: Card) -> str:
+    sort, mark = MARKS[kind(card.verdict)]
+    figure = claim_figure(card)
+    name = escape(card.id)
+    picture = _image(figure, f"Intervals of claim {card.id}; the table has the numbers") if figure else ""
+    return (
+        f'<article class="card {sort}" id="{anchor(card.id)}"><p class="id">{name}</p><h3>{escape(card.claim)}</h3>'
+        f'<p class="verdict"><span class="mark" aria-hidden="true">{mark}</span> {escape(card.verdict, 1500)}</p>'
+        f"<p>{escape(card.found, 2000)}</p>{picture}"
+        f"<details><summary>The measurement, its numbers, its sources</summary><p>{escape(card.measured, 1500)}</p>"
+        f"{_conditions(card.conditions)}<p>{escape(card.source, 1500)}</p></details>"
+        f'<p class="again">Again: <code>{escape(card.command)}</code></p></article>'
+    )
+
+
+def _conditions(conditions: Sequence[Condition]) -> str:
+    head = ("condition", "mean", "95 % interval", "the claim says", "seeds", "so")
+    return table(head, (condition_row(each) for each in conditions))
+
+
+def condition_row(each: Condition) -> tuple[str, ...]:
+    """A condition's cells."""
+    says = f"{'>' if each.above else '<'} {short(_shown(each.threshold, each))} {each.unit}"
+    more = f" (+{each.more})" if each.more else ""
+    mean, ends = short(_shown(each.mean, each)), interval(each.low, each.high, each)
+    return each.label, mean, ends, says, str(each.seeds), each.outcome + more
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of texts; everything is escaped."""
+    title = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{title}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def interval(low: float | None, high: float | None, each: Condition | None = None) -> str:
+    """An interval in words; – without ends."""
+    if low is None or high is None:
+        return "–"
+    return f"{short(_shown(low, each))} … {short(_shown(high, each))}"
+
+
+def _shown(value: float | None, each: Condition | None) -> float | None:
+    """Logarithms are shown as what they are of."""
+    if value is None or each is None or each.scale != "log":
+        return value
+    return math.exp(min(value, 700.0))
+
+
+# Studies ---------------------------------------------------------------------------------------------------------
+
+
+def _study(study: StudyResults) -> str:
+    figure = study_figure(study)
+    picture = _image(figure, f"Study {study.name}; the table has the numbers") if figure else ""
+    better = f", {'less' if study.lower_is_better else 'more'} is better; a difference of {study.margin:g} matters"
+    rows = table(*study_rows(study))
+    return (
+        f'<article class="study"><h3>{escape(study.name)}</h3>'
+        f'<p class="intro">{escape(study.unit)}{"" if study.protocol == "init" else better}</p>'
+        f"{picture}<details><summary>Numbers</summary>{rows}</details></article>"
+    )
+
+
+def study_rows(study: StudyResults) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The head and the rows of a study's table."""
+    found = {(each.depth, each.label): each for each in study.comparisons}
+    head = ("configuration", "blocks", "rate", "mean", "lost", "difference, 95 %", "verdict")
+    return head, [_row(row, found.get((row.depth, row.label))) for row in study.configurations]
+
+
+def _row(row: Configuration, each: Difference | None) -> tuple[str, ...]:
+    known = [value for value in row.values.values() if value is not None]
+    mean = short(statistics.fmean(known)) if known else "–"
+    rate = "" if row.lr is None else short(row.lr)
+    told = ("", "baseline")
+    if each is not None:
+        told = ("–" if each.mean is None else f"{each.mean:+.3f} ({interval(each.low, each.high)})", each.verdict)
+    return row.label, str(row.depth), rate, mean, f"{len(row.lost)}/{len(row.values)}", *told
+
+
+def _image(svg: bytes, alternative: str) -> str:
+    return f'<img alt="{escape(alternative)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
+
+
+def anchor(name: str) -> str:
+    """A name that can stand in an address."""
+    return "".join(character if character.isalnum() and character.isascii() else "-" for character in name)[:60]
