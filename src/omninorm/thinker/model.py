@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -77,9 +78,26 @@ class Thinker(nn.Module):
             cache.advance(count)
         return self._logits(self.final_norm(stream))
 
+    def untie_head(self) -> Callable[[], None]:
+        """Gives the head a weight of its own, equal to the embedding's; returns the function that ties it again.
+
+        For what changes the one and not the other, such as `omninorm.surgery.center`. An untied model stays as it is.
+        """
+        if self.head is not None:
+            return lambda: None
+        before, weight = self.config, self.embedding.weight
+        with torch.device("meta"):
+            self.head = nn.Linear(before.d_model, before.vocab_size, bias=False)
+        self.head.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        self.config = replace(before, tied_head=False)
+
+        def tie() -> None:
+            self.head, self.config = None, before
+
+        return tie
+
     def _logits(self, x: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(x, weight)
+        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
     def _check(self, tokens: Tensor, cache: KVCache | None) -> None:
         if not isinstance(tokens, Tensor):

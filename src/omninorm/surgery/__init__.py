@@ -1,0 +1,23 @@
+"""Surgery on models: what a norm is, found by measurement; norms replaced, folded and centred, with proof and undo."""
+
+from omninorm.surgery.center import center
+from omninorm.surgery.fold import fold_gains
+from omninorm.surgery.identify import Identity, Refusal, identify
+from omninorm.surgery.report import Report, Surgery
+from omninorm.surgery.swap import SwapReport, swap_norms, swapped
+from omninorm.surgery.verify import Verification, verify
+
+__all__ = [
+    "Identity",
+    "Refusal",
+    "Report",
+    "Surgery",
+    "SwapReport",
+    "Verification",
+    "center",
+    "fold_gains",
+    "identify",
+    "swap_norms",
+    "swapped",
+    "verify",
+]

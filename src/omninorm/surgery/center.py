@@ -1,0 +1,172 @@
+"""LayerNorm → RMSNorm, exactly: the mean is taken out of everything that writes to the residual stream.
+
+If every summand of the stream has mean zero, so has the stream, and LayerNorm of it is RMSNorm of it. A matrix that
+writes W x + b to the stream is centred by subtracting the mean over its outputs from W and from b, an embedding by
+subtracting each row's mean (Jiang et al. 2023, arXiv 2305.14858).
+
+Which matrices write to the stream is not looked up but measured: one writes only to it exactly if centring it changes
+no output, since every reader of the stream is a LayerNorm that subtracts the mean anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from omninorm.layers import LayerNorm, RMSNorm
+from omninorm.surgery.flow import trace
+from omninorm.surgery.fold import fold, plan_folds, untie, untie_head
+from omninorm.surgery.identify import Identity, identify
+from omninorm.surgery.linear import read_linear
+from omninorm.surgery.report import Surgery
+from omninorm.surgery.verify import EXACT, distance, in_double, outputs, probe_inputs, shadow
+
+# mean² over mean square at a norm's input: rounding leaves about 1e-30 of it.
+_NO_MEAN = 1e-20
+
+
+def center(model: nn.Module, inputs: Sequence[Any] | None = None) -> Surgery:
+    """Turns the LayerNorms of a pre-norm model into RMSNorms, in place, with the same outputs.
+
+    First β is folded into the linear maps behind each LayerNorm (see `fold_gains`), since RMSNorm has none; then what
+    writes to the stream is centred; then each LayerNorm whose inputs have no mean any more becomes an RMSNorm with its
+    own ε. A LayerNorm whose bias can't be folded, or whose input keeps a mean (behind a post-norm's bias, for
+    instance), stays one and is refused with the reason; the outputs are the same either way.
+
+    Args, Returns, Raises: as `fold_gains`.
+    """
+    done = Surgery()
+    made = shadow(model)
+    untie_head(made, Surgery())
+    untie_head(model, done)
+    probes = probe_inputs(made) if inputs is None else [in_double(probe) for probe in inputs]
+    before = [outputs(made, probe) for probe in probes]
+
+    def error() -> float:
+        return max(distance(a, outputs(made, probe)) for a, probe in zip(before, probes, strict=True))
+
+    norms = {name: module for name, module in made.named_modules() if isinstance(module, LayerNorm)}
+    if not norms:
+        done.undo()
+        return done
+    _fold_biases(model, made, norms, probes, error, done)
+    _center_writers(model, made, {module.normalized_shape[0] for module in norms.values()}, error, done)
+    shares = trace(made, list(norms), {}, probes).mean_share
+    for name in norms:
+        found = identify(made.get_submodule(name))
+        assert isinstance(found, Identity)
+        if name in done.refused:
+            continue
+        if shares[name] > _NO_MEAN:
+            done.refused[name] = f"its input keeps a mean, up to {shares[name]:.1e} of its mean square"
+            continue
+        for each, report in ((made, Surgery()), (model, done)):
+            _replace(each, name, report)
+        done.changed[name] = "LayerNorm → RMSNorm"
+    done.error = error()
+    if not done.error <= EXACT:
+        done.refused = dict.fromkeys(norms, f"the outputs would change by {done.error:.1e}")
+    if len(done.refused) == len(norms):  # for nothing
+        done.undo()
+        done.changed.clear()
+    return done
+
+
+def _fold_biases(
+    model: nn.Module, made: nn.Module, norms: dict[str, LayerNorm], probes: Sequence[Any], error: Any, done: Surgery
+) -> None:
+    """Gains go along: a gain that stays would do no harm, but a head must be untied for either."""
+    plans = plan_folds(made, probes, done.refused)
+    for name in norms:
+        module = norms[name]
+        if module.bias is None or not bool(module.bias.detach().any()):
+            done.refused.pop(name, None)
+            continue
+        if name not in plans:
+            done.refused[name] = f"its bias can't be folded: {done.refused.get(name, 'nothing reads it')}"
+            continue
+        trial = Surgery()
+        fold(made, name, plans[name], trial)
+        if not error() <= EXACT:
+            trial.undo()
+            done.refused[name] = "its bias can't be folded: something that is no linear map reads it, too"
+            continue
+        fold(model, name, plans[name], done)
+
+
+def _center_writers(model: nn.Module, made: nn.Module, widths: set[int], error: Any, done: Surgery) -> None:
+    """Takes the mean out of everything from which it can be taken with the same outputs."""
+    for name, module in made.named_modules():
+        for parameters in _candidates(module, widths):
+            trial = Surgery()
+            _center(made, module, parameters, trial)
+            if not error() <= EXACT:
+                trial.undo()
+                continue
+            _center(model, model.get_submodule(name), parameters, done)
+            what = ", ".join(f"{name}.{parameter}".lstrip(".") for parameter, _ in parameters)
+            done.changed[name or what] = f"the mean taken out of {what}"
+
+
+def _candidates(module: nn.Module, widths: set[int]) -> Iterator[list[tuple[str, int]]]:
+    """What may write to the stream: a module's parameters that go together, each with the dimension of its outputs.
+
+    Of a linear map its outputs, of an embedding its rows, of a convolution its channels, of loose parameters such as a
+    class token or positions the last dimension.
+    """
+    found = read_linear(module)
+    weight = module._parameters.get("weight")
+    if found is not None:
+        if found.outputs in widths:
+            bias = [] if found.bias is None else [("bias", 0)]
+            yield [("weight", 1 if found.transposed else 0), *bias]
+    elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+        if module.out_channels in widths:
+            yield [("weight", 0), *([] if module.bias is None else [("bias", 0)])]
+    else:
+        for name, parameter in module._parameters.items():
+            if (
+                parameter is not None
+                and parameter is not weight
+                and parameter.ndim > 1
+                and parameter.shape[-1] in widths
+            ):
+                yield [(name, parameter.ndim - 1)]
+
+
+def _center(model: nn.Module, module: nn.Module, parameters: Sequence[tuple[str, int]], done: Surgery) -> None:
+    """Subtracts the mean over the outputs, in float64."""
+    if isinstance(module, nn.Embedding):
+        _untie_readers(model, module, done)
+    for name, dim in parameters:
+        parameter = module.get_parameter(name)
+        done.keep(parameter)
+        values = parameter.detach().double()
+        with torch.no_grad():
+            parameter.copy_(values - values.mean(dim, keepdim=True))
+
+
+def _untie_readers(model: nn.Module, embedding: nn.Module, done: Surgery) -> None:
+    """A head that shares the embedding's weight must keep it as it was."""
+    weight = embedding._parameters["weight"]
+    for module in model.modules():
+        if module is not embedding and module._parameters.get("weight") is weight:
+            untie(model, module, done)
+
+
+def _replace(model: nn.Module, name: str, done: Surgery) -> None:
+    """Puts an RMSNorm with the same gain in a LayerNorm's place."""
+    parent, _, child = name.rpartition(".")
+    before = model.get_submodule(name)
+    found = identify(before)
+    assert isinstance(found, Identity)
+    assert found.width is not None
+    gain = None if found.gain is None else before.get_parameter(found.gain)
+    with torch.device("meta"):
+        new = RMSNorm(found.width, found.eps, gain is not None)
+    if gain is not None:
+        new._parameters["weight"] = gain
+    done.set_module(model.get_submodule(parent), child, new.train(before.training))

@@ -1,0 +1,162 @@
+"""Gains and biases of norms moved into the linear maps that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omninorm.surgery.flow import trace
+from omninorm.surgery.identify import Identity, identify
+from omninorm.surgery.linear import LinearMap, read_linear
+from omninorm.surgery.report import Surgery
+from omninorm.surgery.verify import EXACT, distance, in_double, outputs, probe_inputs, shadow
+
+
+def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None) -> Surgery:
+    """Moves γ and β of every norm into the linear maps behind it, in place.
+
+        W·(γ·x̂ + β) + b = (W·diag γ)·x̂ + (b + W·β)
+
+    Afterwards γ is 1 (0 where the norm adds one to it) and β is 0. The products are taken in float64 and rounded to the
+    weights' dtype once. Who reads a norm is seen in a run; that nobody else does is proved: the outputs of a copy in
+    float64 must stay the same, norm by norm, or the norm is refused. A head that is tied to the embedding gets a weight
+    of its own first.
+
+    Args:
+        model: any model whose norms `identify` knows.
+        inputs: probes as in `verify`; None means random tokens.
+
+    Returns:
+        A report: `changed` (name → readers), `refused` (name → why not), `error`, `undo()`.
+
+    Raises:
+        InputError: weights without values or quantized, or inputs that do not fit.
+    """
+    done = Surgery()
+    made = shadow(model)
+    untie_head(made, Surgery())
+    untie_head(model, done)
+    probes = probe_inputs(made) if inputs is None else [in_double(probe) for probe in inputs]
+    plans = plan_folds(made, probes, done.refused)
+    before = [outputs(made, probe) for probe in probes]
+    for name, readers in plans.items():
+        trial = Surgery()
+        fold(made, name, readers, trial)
+        error = max(distance(a, outputs(made, probe)) for a, probe in zip(before, probes, strict=True))
+        if not error <= EXACT:
+            trial.undo()
+            done.refused[name] = f"the outputs would change by {error:.1e}: something else reads it, too"
+            continue
+        fold(model, name, readers, done)
+        done.changed[name] = f"into {', '.join(readers)}"
+        done.error = max(done.error, error)
+    if not done.changed:
+        done.undo()
+    return done
+
+
+def plan_folds(model: nn.Module, probes: Sequence[Any], refused: dict[str, str]) -> dict[str, list[str]]:
+    """The readers of every norm that has something to fold and is read by linear maps alone, as far as can be seen."""
+    norms = {
+        name: identity for name, module in model.named_modules() if isinstance(identity := _identity(module), Identity)
+    }
+    maps = {name: module for name, module in model.named_modules() if _reads(module)}
+    reading = trace(model, list(norms), maps, probes)
+    counted = [reader for readers in reading.readers.values() for reader in readers]
+    plans = {}
+    for name, identity in norms.items():
+        readers = reading.readers[name]
+        if identity.gain is None and identity.bias is None:
+            continue
+        if not readers:
+            refused[name] = "no linear map reads it directly"
+        elif any(counted.count(reader) > 1 for reader in readers):
+            refused[name] = "a linear map behind it reads another norm, too"
+        else:
+            plans[name] = readers
+    return plans
+
+
+def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery) -> None:
+    """Moves one norm's gain and bias into its readers."""
+    norm = model.get_submodule(name)
+    identity = identify(norm)
+    assert isinstance(identity, Identity)
+    gain = None if identity.gain is None else norm.get_parameter(identity.gain)
+    bias = None if identity.bias is None else norm.get_parameter(identity.bias)
+    factor = None if gain is None else gain.detach().double().cpu() + identity.gain_offset
+    shift = None if bias is None else bias.detach().double().cpu()
+    for reader in readers:
+        module = model.get_submodule(reader)
+        untie(model, module, done)
+        found = read_linear(module)
+        assert found is not None
+        _scale(found, factor, shift, done)
+    with torch.no_grad():
+        if gain is not None:
+            done.keep(gain)
+            gain.fill_(1.0 - identity.gain_offset)
+        if bias is not None:
+            done.keep(bias)
+            bias.zero_()
+
+
+def untie(model: nn.Module, module: nn.Module, done: Surgery) -> None:
+    """Gives a module whose weight stands elsewhere, too, a weight of its own."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    holders = [
+        other
+        for other in model.modules()
+        if other is not module and any(p is weight for p in other._parameters.values())
+    ]
+    if not holders:
+        return
+    done.set_parameter(module, "weight", nn.Parameter(weight.detach().clone(), weight.requires_grad))
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", None):
+        assert config is not None
+        config.tie_word_embeddings = False
+        done.later(lambda: setattr(config, "tie_word_embeddings", True))
+
+
+def untie_head(model: nn.Module, done: Surgery) -> None:
+    """Asks a model whose head is the embedding itself, no module, for a head of its own: `model.untie_head()`, which
+    returns how to undo it."""
+    if callable(ask := getattr(model, "untie_head", None)):
+        done.later(ask())
+
+
+def _scale(found: LinearMap, factor: Tensor | None, shift: Tensor | None, done: Surgery) -> None:
+    """W ← W·diag(factor), b ← b + W·shift, computed in float64."""
+    weight, bias = found.weight, found.bias
+    matrix = weight.detach().double().cpu()
+    matrix = matrix.T if found.transposed else matrix  # (outputs, inputs)
+    with torch.no_grad():
+        if shift is not None and bool(shift.any()):
+            moved = matrix @ shift
+            if bias is None:
+                new = nn.Parameter(moved.to(weight.dtype).to(weight.device), weight.requires_grad)
+                done.set_parameter(found.module, "bias", new)
+            else:
+                done.keep(bias)
+                bias.copy_(bias.double().cpu() + moved)
+        if factor is not None:
+            done.keep(weight)
+            scaled = matrix * factor
+            weight.copy_(scaled.T if found.transposed else scaled)
+
+
+def _identity(module: nn.Module) -> object:
+    """A norm's identity, of those that `shadow` has made omninorm's; the others were refused there."""
+    from omninorm.layers import LayerNorm, RMSNorm
+
+    return identify(module) if isinstance(module, (LayerNorm, RMSNorm)) else None
+
+
+def _reads(module: nn.Module) -> bool:
+    found = read_linear(module)
+    return found is not None and found.inputs is not None

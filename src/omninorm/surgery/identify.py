@@ -1,0 +1,294 @@
+"""What a module computes, found by measurement: no class is trusted by its name.
+
+A copy of the module, with parameters drawn at random, is fed probes in float64:
+
+    odd               f(x) + f(−x) = 2β, the same for all rows
+    rows              a row's output does not depend on other rows
+    scale             f(2²⁵x) = f(2¹⁵x): the size of a row is divided out
+    shift             f(x + c) = f(x): the mean is subtracted, it is a LayerNorm
+    shape             f(x) − β = γ·x̂, with one γ for all rows and x̂ RMSNorm's or LayerNorm's
+    gain, bias        γ is a parameter, or one plus a parameter, or 1; β is a parameter or 0
+    ε                 from rows whose mean square is near it: r = 1/√(mean square + ε), and not 1/(rms + ε)
+    rounding          in bfloat16, bit for bit: where the product with γ is rounded
+
+What answers otherwise is refused, with the first answer that differs as the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from omninorm import functional
+from omninorm.config import CASTS
+
+_ROWS = (3, 5)
+_FREE_WIDTH = 64  # of a norm without parameters
+# Modules that compute in float32 inside are right to about 1e-6 of the largest output.
+_CLOSE = 1e-5
+_EPS_CLOSE = 1e-4
+_LOG2_SCALES = range(0, -80, -1)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A norm over the last dimension.
+
+    Args:
+        kind: "rmsnorm" or "layernorm".
+        width: its features; None for a norm that takes any.
+        eps: ε, added to the mean square or the variance; None for the machine epsilon of the compute dtype.
+        gain: the name of the parameter that holds γ, None without one.
+        gain_offset: what is added to that parameter: 0, or 1 in Gemma's form.
+        bias: the name of the parameter that holds β, None without one.
+        cast: "fp32" or "llama", as in NormConfig, where a bfloat16 copy computes bit for bit (but for one place in a
+            hundred, one unit in the last place off) what omninorm's norm does; None where it rounds in another way.
+    """
+
+    kind: str
+    width: int | None
+    eps: float | None
+    gain: str | None
+    gain_offset: float
+    bias: str | None
+    cast: str | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a module is not a norm that can be replaced."""
+
+    reason: str
+
+
+class _RefusedError(Exception):
+    pass
+
+
+def identify(module: nn.Module) -> Identity | Refusal:
+    """Finds out what a module computes; the module itself is left alone.
+
+    Returns:
+        An `Identity` for RMSNorm and LayerNorm over the last dimension, whoever wrote them; else a `Refusal`.
+
+    Example:
+        >>> identify(nn.LayerNorm(8, eps=1e-5))
+        Identity(kind='layernorm', width=8, eps=1e-05, gain='weight', gain_offset=0.0, bias='bias', cast='fp32')
+        >>> identify(nn.Linear(8, 8))
+        Refusal(reason='it has parameters that are no vectors of one size')
+    """
+    try:
+        return _Probe(module).identity()
+    except _RefusedError as refused:
+        return Refusal(str(refused))
+
+
+class _Probe:
+    """A copy of a module that can be fed and changed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.width = _width(module)
+        try:
+            self.module = copy.deepcopy(module).eval()
+        except Exception as error:  # a module may hold anything
+            raise _RefusedError(f"it can't be copied ({type(error).__name__})") from error
+        _forget_hooks(self.module)
+        self.module.to(device="cpu", dtype=torch.float64)
+        self.generator = torch.Generator().manual_seed(0)
+        for parameter in self.module.parameters():
+            parameter.data = 0.5 + torch.rand(parameter.shape, generator=self.generator, dtype=torch.float64)
+
+    def identity(self) -> Identity:
+        x = torch.randn(*_ROWS, self.width or _FREE_WIDTH, generator=self.generator, dtype=torch.float64)
+        x = x + 0.3  # rows with means of their own
+        large = x * 2**15
+        self._check_rows(large)
+        bias = self._bias(large)
+        centred = self._close(self.run(large), self.run(large + 2**17))
+        gain = self._gain(large, bias, centred)
+        gain_name, offset = self._name_of_gain(gain)
+        bias_name = self._name_of_bias(bias)
+        if not centred and bias_name is not None:
+            raise _RefusedError("it has a bias but does not subtract the mean")
+        eps = self._eps(x, gain, bias, centred)
+        kind = "layernorm" if centred else "rmsnorm"
+        found = Identity(kind, self.width, eps, gain_name, offset, bias_name, None)
+        return Identity(**{**vars(found), "cast": self._cast(found)})
+
+    def run(self, x: Tensor) -> Tensor:
+        """f(x)."""
+        try:
+            with torch.no_grad():
+                y = self.module(x.clone())
+        except Exception as error:  # whatever its forward needs
+            said = " ".join(str(error).split())[:120]
+            raise _RefusedError(f"it can't be called with a tensor alone ({type(error).__name__}: {said})") from error
+        if not isinstance(y, Tensor):
+            raise _RefusedError(f"it returns a {type(y).__name__}, no tensor")
+        if y.shape != x.shape or not y.is_floating_point():
+            raise _RefusedError(f"it maps {tuple(x.shape)} to {tuple(y.shape)} of {y.dtype}")
+        return y.double()
+
+    # The probes, in the order of the head ------------------------------------------------------------------------
+
+    def _check_rows(self, x: Tensor) -> None:
+        y = self.run(x)
+        if not y.isfinite().all():
+            raise _RefusedError("its outputs are not finite")
+        if not torch.equal(y, self.run(x)):
+            raise _RefusedError("it gives two answers to one input")
+        other = x.clone()
+        other[0] = x[0].flip(0) * 3
+        if not self._close(self.run(other)[1:], y[1:]):
+            raise _RefusedError("a row's output depends on other rows: it does not normalize the last dimension alone")
+        if not self._close(self.run(x * 2**10), y):
+            raise _RefusedError("its output grows with its input: it does not normalize")
+
+    def _bias(self, x: Tensor) -> Tensor:
+        """β, from the even part."""
+        even = (self.run(x) + self.run(-x)) / 2
+        if not self._close(even, even[:1, :1].expand_as(even), like=self.run(x)):
+            raise _RefusedError("its output for −x is not the opposite of that for x, plus one bias")
+        return even.flatten(0, -2).mean(0)
+
+    def _gain(self, x: Tensor, bias: Tensor, centred: bool) -> Tensor:
+        """γ, the same for all rows."""
+        normed, odd = _normalize(x, centred), self.run(x) - bias
+        gain = (odd * normed).flatten(0, -2).sum(0) / normed.square().flatten(0, -2).sum(0)
+        if not self._close(gain * normed, odd):
+            raise _RefusedError("it is neither RMSNorm nor LayerNorm over the last dimension, times a gain")
+        return gain
+
+    def _name_of_gain(self, gain: Tensor) -> tuple[str | None, float]:
+        for name, parameter in self.module.named_parameters(recurse=False):
+            for offset in (0.0, 1.0):
+                if self._close(gain, parameter.detach() + offset):
+                    return name, offset
+        if self._close(gain, torch.ones_like(gain)):
+            return None, 0.0
+        raise _RefusedError("its gain is neither a parameter, nor one plus a parameter, nor 1")
+
+    def _name_of_bias(self, bias: Tensor) -> str | None:
+        for name, parameter in self.module.named_parameters(recurse=False):
+            if self._close(bias, parameter.detach()):
+                return name
+        if float(bias.abs().max()) <= _CLOSE:
+            return None
+        raise _RefusedError("its bias is no parameter")
+
+    def _eps(self, x: Tensor, gain: Tensor, bias: Tensor, centred: bool) -> float | None:
+        """ε, where it is of the size of a row's mean square; checked by the law at four sizes."""
+        row = x.flatten(0, -2)[:1]
+        row = row - row.mean() if centred else row
+        row = row / row.square().mean().sqrt()
+        measured: list[tuple[float, float]] = []  # (mean square, 1/r²)
+        for power in _LOG2_SCALES:
+            small = row * 2.0**power
+            odd = self.run(small.expand(*_ROWS, -1))[0, :1] - bias
+            r = float((odd * gain * small).sum() / (gain * small).square().sum())
+            if r > 0 and math.isfinite(r):
+                measured.append((4.0**power, 1 / r**2))
+        near = [(m, whole - m) for m, whole in measured if 0.05 * m < whole - m < 20 * m]
+        if not near:
+            return 0.0
+        found = sorted(eps for _, eps in near)[len(near) // 2]
+        if any(abs(m + found - whole) > 1e-3 * whole for m, whole in measured if m > 1e-3 * found):
+            raise _RefusedError("its ε is not added to the mean square, under the root")
+        return self._exact_eps(found)
+
+    def _exact_eps(self, found: float) -> float | None:
+        """The number that was meant: an attribute of the module, the machine epsilon, or one of few digits."""
+        known = [value for value in vars(self.module).values() if isinstance(value, float)]
+        if abs(found - torch.finfo(torch.float64).eps) < _EPS_CLOSE * found and found not in known:
+            return None
+        for value in [*known, float(f"{found:.2e}")]:
+            if abs(value - found) <= _EPS_CLOSE * found:
+                return value
+        raise _RefusedError(f"its ε, about {found:.6g}, can't be told exactly")
+
+    def _cast(self, found: Identity) -> str | None:
+        """Which of omninorm's orders of rounding a bfloat16 copy follows."""
+        module = copy.deepcopy(self.module).to(torch.bfloat16)
+        x = torch.randn(64, self.width or _FREE_WIDTH, generator=self.generator).bfloat16() * 3
+        with torch.no_grad():
+            try:
+                y = module(x)
+            except Exception:  # a module that knows no bfloat16
+                return None
+        if y.dtype != torch.bfloat16:
+            return None
+        for cast in CASTS if found.kind == "rmsnorm" else CASTS[:1]:
+            if _almost_equal(y, apply(found, module, x, cast)):
+                return cast
+        return None
+
+    def _close(self, a: Tensor, b: Tensor, like: Tensor | None = None) -> bool:
+        size = float((b if like is None else like).abs().max())
+        return float((a - b).abs().max()) <= _CLOSE * max(size, 1e-30)
+
+
+def apply(found: Identity, module: nn.Module, x: Tensor, cast: str) -> Tensor:
+    """What omninorm's norm makes of x with the module's parameters."""
+    gain = None if found.gain is None else module.get_parameter(found.gain)
+    if found.kind == "rmsnorm":
+        return functional.rms_norm(x, gain, found.eps, gain_offset=found.gain_offset, cast=cast)
+    bias = None if found.bias is None else module.get_parameter(found.bias)
+    if found.gain_offset:
+        return functional.layer_norm(x, None if gain is None else gain + found.gain_offset, bias, found.eps)
+    return functional.layer_norm(x, gain, bias, found.eps)
+
+
+def _width(module: nn.Module) -> int | None:
+    """The features of a module whose parameters are vectors of one size; None without parameters."""
+    if any(True for _ in module.children()):
+        raise _RefusedError("it is made of other modules")
+    parameters = list(module.parameters())
+    for parameter in parameters:
+        if is_lazy(parameter) or parameter.is_meta:
+            raise _RefusedError("its parameters have no values yet")
+        if not parameter.is_floating_point():
+            raise _RefusedError(f"its parameters are {parameter.dtype}: it is quantized")
+    sizes = {tuple(parameter.shape) for parameter in parameters}
+    if not sizes:
+        shape = getattr(module, "normalized_shape", None)
+        return int(shape[0]) if isinstance(shape, tuple) and len(shape) == 1 else None
+    if len(sizes) > 1 or len(next(iter(sizes))) != 1 or next(iter(sizes))[0] < 2:
+        raise _RefusedError("it has parameters that are no vectors of one size")
+    return int(next(iter(sizes))[0])
+
+
+def _normalize(x: Tensor, centred: bool) -> Tensor:
+    """x̂ in float64, without ε."""
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
+    return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+def _almost_equal(a: Tensor, b: Tensor) -> bool:
+    """bfloat16 numbers that are equal, but for one in a hundred that is off by one unit in the last place."""
+    steps = (_ordered(a) - _ordered(b)).abs()
+    return int(steps.max()) <= 1 and float((steps > 0).float().mean()) <= 0.01
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """Integers in the order of the numbers, neighbours one apart."""
+    bits = values.view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+def _forget_hooks(module: nn.Module) -> None:
+    for hooks in _hooks(module):
+        hooks.clear()
+
+
+def _hooks(module: nn.Module) -> Iterator[dict[int, object]]:
+    """The dictionaries of a module's hooks."""
+    for name, value in vars(module).items():
+        if name.endswith("hooks") and isinstance(value, dict):
+            yield value

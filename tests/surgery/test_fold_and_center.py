@@ -1,0 +1,211 @@
+"""fold_gains and center: exact in float64 on real architectures, undone bit for bit, refused with the reason elsewhere."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import omninorm
+from omninorm import NormConfig, Thinker, ThinkerConfig
+from omninorm.errors import InputError
+from omninorm.surgery import center, fold_gains, verify
+from omninorm.surgery.verify import outputs
+
+from . import subjects
+
+PRE_NORM = [name for name in subjects.MODELS if name not in ("bert", "olmo2", "gemma2")]
+WITH_LAYER_NORM = ["gpt2", "opt", "gpt_neox", "vit", "thinker layernorm", "phi"]
+# Norms of queries and keys stand before a rotation, not before a matrix.
+UNFOLDABLE = {"qwen3": "_norm", "whisper encoder": "layer_norm", "olmo2": "norm", "gemma2": "post_"}
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", PRE_NORM)
+def test_gains_are_folded_exactly(name: str) -> None:
+    model, probes = subjects.build(name), subjects.inputs(name)
+    before, weights = copy.deepcopy(model), state(model)
+    report = fold_gains(model, probes)
+    assert len(report.changed) >= 3  # Phi's blocks have one
+    assert all(UNFOLDABLE.get(name, "?") in each for each in report.refused), report.refused
+    proof = verify(before, model, probes)
+    assert proof.exact
+    assert 0 <= proof.relative <= 1e-10
+    assert not same(weights, state(model))
+    for each in report.changed:
+        norm = model.get_submodule(each)
+        offset = 1.0 if name == "gemma" else 0.0
+        assert torch.all(norm.weight + offset == 1)
+        assert getattr(norm, "bias", None) is None or not norm.bias.any()
+    report.undo()
+    assert same(weights, state(model))
+    assert verify(before, model, probes).largest == 0
+
+
+@pytest.mark.parametrize("name", WITH_LAYER_NORM)
+def test_layer_norms_become_rms_norms_exactly(name: str) -> None:
+    model, probes = subjects.build(name), subjects.inputs(name)
+    before, weights = copy.deepcopy(model), state(model)
+    report = center(model, probes)
+    became = [each for each, what in report.changed.items() if "RMSNorm" in what]
+    kept = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    assert len(became) >= 3
+    assert len(kept) == len(report.refused)
+    assert all(isinstance(model.get_submodule(each), omninorm.RMSNorm) for each in became)
+    assert all(model.get_submodule(each).eps == before.get_submodule(each).eps for each in became)
+    assert verify(before, model, probes).relative <= 1e-10
+    report.undo()
+    assert same(weights, state(model))
+    assert [type(module) for module in model.modules()] == [type(module) for module in before.modules()]
+
+
+@pytest.mark.parametrize("name", WITH_LAYER_NORM)
+def test_in_float32_logits_stay_within_1e4(name: str) -> None:
+    model, probes = subjects.build(name, torch.float32), subjects.inputs(name)
+    before = [outputs(model, probe) for probe in probes]
+    center(model, probes)
+    for probe, expected in zip(probes, before, strict=True):
+        assert float((outputs(model, probe) - expected).abs().max()) <= 1e-4
+
+
+def test_a_thinker_that_has_been_trained() -> None:
+    """A LayerNorm Thinker after some steps on text, whose gains and biases have moved."""
+    torch.manual_seed(0)
+    model = Thinker(ThinkerConfig(d_model=32, n_layers=3, n_heads=2, norm=NormConfig("layernorm", "pre")))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    text = torch.tensor(
+        [list(b"In the beginning God created the heaven and the earth. And the earth was without form")]
+    )
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(text[:, :-1])[0], text[0, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(loss.detach()) < 3
+    before = copy.deepcopy(model)
+    report = center(model)
+    assert report.refused == {}
+    assert report.error <= 1e-10
+    with torch.no_grad():
+        assert float((model(text) - before(text)).abs().max()) <= 1e-4
+    assert not any(isinstance(module, nn.LayerNorm) for module in model.modules())
+    assert model.head is not None
+    assert not model.config.tied_head
+    report.undo()
+    assert model.head is None
+    assert model.config == before.config
+
+
+def test_tied_heads_are_untied_when_they_must() -> None:
+    model = subjects.build("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    report = center(model)
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    assert model.config.tie_word_embeddings is False
+    report.undo()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.config.tie_word_embeddings is True
+
+
+@pytest.mark.parametrize("name", ["bert", "olmo2", "gemma2"])
+def test_elsewhere_what_is_exact_is_done_and_the_rest_refused(name: str) -> None:
+    """BERT's norms are the stream; those of OLMo-2 and half of Gemma-2's stand behind a sublayer."""
+    model = subjects.build(name)
+    before, weights = copy.deepcopy(model), state(model)
+    folded = fold_gains(model)
+    assert folded.refused
+    assert verify(before, model).exact
+    folded.undo()
+    centred = center(model)
+    assert centred.changed == {}
+    assert bool(centred.refused) == (name == "bert")
+    assert same(weights, state(model))
+
+
+def test_a_mean_that_no_weight_writes_stays() -> None:
+    """Whisper's stream begins behind a GELU, whose mean no matrix can take out."""
+    model, probes = subjects.build("whisper encoder"), subjects.inputs("whisper encoder")
+    weights = state(model)
+    report = center(model, probes)
+    assert report.changed == {}
+    assert "its input keeps a mean" in report.refused["layers.0.self_attn_layer_norm"]
+    assert same(weights, state(model))
+
+
+def test_a_norm_that_something_else_reads_is_refused() -> None:
+    """The matrix behind it is seen; that its output is also added to the stream only the outputs tell."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm, self.out = nn.Embedding(10, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            normed = self.norm(self.table(tokens))
+            return self.out(normed) + normed
+
+    model = Both().double()
+    nn.init.uniform_(model.norm.weight, 0.5, 2.0)
+    weights = state(model)
+    report = fold_gains(model)
+    assert report.changed == {}
+    assert "something else reads it" in report.refused["norm"]
+    assert same(weights, state(model))
+
+
+def test_a_matrix_behind_two_norms_is_refused() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.a, self.b, self.out = (
+                nn.Embedding(10, 8),
+                nn.LayerNorm(8),
+                nn.LayerNorm(8),
+                nn.Linear(8, 8),
+            )
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.table(tokens)
+            return self.out(self.a(x)) + self.out(self.b(x + 1))
+
+    report = fold_gains(Shared())
+    assert report.changed == {}
+    assert all("reads another norm" in why for why in report.refused.values())
+
+
+@pytest.mark.parametrize("operation", [fold_gains, center])
+def test_weights_that_can_not_be_computed_with(operation) -> None:
+    with pytest.raises(InputError, match="no values"):
+        operation(nn.Sequential(nn.Embedding(4, 8), nn.LayerNorm(8)).to("meta"))
+    quantized = nn.Sequential(nn.Embedding(4, 8), nn.LayerNorm(8))
+    quantized.register_parameter("packed", nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False))
+    with pytest.raises(InputError, match="int8"):
+        operation(quantized)
+
+
+def test_inputs_that_are_missing_or_do_not_fit() -> None:
+    with pytest.raises(InputError, match="without an embedding needs inputs"):
+        fold_gains(subjects.build("vit"))
+    with pytest.raises(InputError, match="must take the inputs"):
+        fold_gains(subjects.build("llama"), [{"pixels": subjects.TOKENS}])
+
+
+def test_verify_sees_a_difference_and_where_it_begins() -> None:
+    before = subjects.build("llama")
+    after = copy.deepcopy(before)
+    after.model.layers[1].mlp.down_proj.weight.data += 1e-6
+    proof = verify(before, after)
+    assert not proof.exact
+    assert proof.relative > 1e-8
+    assert proof.blocks["model.layers.0"] == 0
+    assert proof.blocks["model.layers.1"] > 0
+    assert verify(before, after, limit=1e-2).exact

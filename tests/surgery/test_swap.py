@@ -1,0 +1,144 @@
+"""swap_norms: the same parameters, keys and hooks, outputs as near to float64's as the stock norms', and a way back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import omninorm
+from omninorm.surgery import swap_norms, swapped, verify
+
+from . import subjects
+
+
+@pytest.mark.parametrize("name", subjects.MODELS)
+def test_every_norm_is_swapped_and_nothing_else_changes(name: str) -> None:
+    model = subjects.build(name, torch.float32)
+    before = copy.deepcopy(model)
+    keys = {key: value.data_ptr() for key, value in model.state_dict().items()}
+    report = swap_norms(model)
+    if not name.startswith("thinker"):
+        assert report.changed
+    assert report.refused == {}
+    assert {key: value.data_ptr() for key, value in model.state_dict().items()} == keys
+    kinds = (omninorm.RMSNorm, omninorm.LayerNorm)
+    assert all(isinstance(model.get_submodule(each), kinds) for each in report.changed)
+    assert verify(before, model, subjects.inputs(name)).exact
+    report.undo()
+    assert [type(module) for module in model.modules()] == [type(module) for module in before.modules()]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_in_bfloat16_every_norm_is_within_a_unit_and_logits_are_no_farther_from_the_truth(name: str) -> None:
+    stock = subjects.build(name, torch.bfloat16)
+    ours, truth = copy.deepcopy(stock), copy.deepcopy(stock).double()
+    report = swap_norms(ours)
+    for each in report.changed:
+        norm, own = stock.get_submodule(each), ours.get_submodule(each)
+        x = (torch.randn(64, norm.weight.numel(), generator=torch.Generator().manual_seed(1)) * 3).bfloat16()
+        with torch.no_grad():
+            steps = norm(x).view(torch.int16).int() - own(x).view(torch.int16).int()
+        assert int(steps.abs().max()) <= 1
+    errors = {}
+    with torch.no_grad():
+        for label, model in (("stock", stock), ("ours", ours)):
+            gaps = [model(tokens).logits.double() - truth(tokens).logits for tokens in _batches(6)]
+            errors[label] = float(torch.stack(gaps).square().mean().sqrt())
+    assert errors["ours"] <= 1.05 * errors["stock"]
+
+
+def _batches(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, subjects.VOCABULARY, (4, 24), generator=generator) for _ in range(count)]
+
+
+def test_gains_train_on_in_the_optimizer_that_has_them() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    report = swap_norms(model)
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    moved = model[1].weight.detach().clone()
+    assert not torch.equal(moved, torch.ones(8))
+    report.undo()
+    assert type(model[1]) is nn.LayerNorm
+    assert torch.equal(model[1].weight, moved)
+
+
+def test_hooks_ties_and_shared_modules_stay() -> None:
+    norm = nn.LayerNorm(8)
+    other = nn.LayerNorm(8)
+    other.weight = norm.weight
+    model = nn.ModuleDict({"a": norm, "b": norm, "c": other})
+    seen = []
+    norm.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    norm.note = "kept"
+    report = swap_norms(model)
+    assert set(report.changed) == {"a", "b", "c"}
+    assert model["a"] is model["b"]
+    assert model["a"].weight is model["c"].weight is norm.weight
+    assert model["a"].note == "kept"
+    model["a"](torch.randn(2, 8))
+    assert seen == [omninorm.LayerNorm]
+
+
+def test_the_context_puts_them_back_even_after_an_error() -> None:
+    model = nn.Sequential(nn.LayerNorm(8))
+    seen = []
+
+    def fail() -> None:
+        with swapped(model) as report:
+            seen.extend([type(model[0]), report.changed])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert seen[0] is omninorm.LayerNorm
+    assert seen[1]
+    assert type(model[0]) is nn.LayerNorm
+
+
+class RMSNormWithScale(nn.Module):
+    """In many codebases the gain is called scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.scale
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (RMSNormWithScale(), "its parameters are named 'scale'"),
+        (nn.BatchNorm1d(8), "can't be called"),
+        (nn.GroupNorm(2, 8), "can't be called"),
+        (nn.LayerNorm((2, 4)), "no vectors of one size"),
+    ],
+)
+def test_what_is_not_swapped_is_told(module: nn.Module, why: str) -> None:
+    model = nn.Sequential(module, nn.Linear(8, 8))
+    report = swap_norms(model)
+    assert report.changed == {}
+    assert why in report.refused["0"]
+    assert model[0] is module
+
+
+def test_orders_of_rounding_that_omninorm_lacks_are_refused_in_bfloat16_only() -> None:
+    class BF16Norm(nn.Module):
+        """All in the input's dtype."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight
+
+    assert "rounds in an order" in swap_norms(nn.Sequential(BF16Norm()).bfloat16()).refused["0"]
+    assert set(swap_norms(nn.Sequential(BF16Norm())).changed) == {"0"}
