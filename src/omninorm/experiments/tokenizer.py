@@ -74,11 +74,11 @@ class BpeTokenizer:
     name = "bpe"
 
     def __init__(self, serialized: str) -> None:
-        library = _tokenizers()
+        library = tokenizers_library()
         try:
             self._tokenizer = library.Tokenizer.from_str(serialized)
             vocabulary: dict[str, int] = self._tokenizer.get_vocab()
-            pieces = {index: bytes(_BYTE_OF[character] for character in word) for word, index in vocabulary.items()}
+            pieces = {index: bytes(BYTE_OF[character] for character in word) for word, index in vocabulary.items()}
             self._pieces = [pieces[index] for index in range(len(vocabulary))]
         except Exception as error:  # the Rust library raises plain Exception
             received = f"a file that can't be read ({type(error).__name__}: {error})"
@@ -97,7 +97,7 @@ class BpeTokenizer:
         if vocab_size > _LARGEST_VOCABULARY:
             invariant = f"vocab_size of a BPE tokenizer must be at most {_LARGEST_VOCABULARY}"
             raise ConfigError(invariant, str(vocab_size), "choose a smaller one")
-        library = _tokenizers()
+        library = tokenizers_library()
         tokenizer = library.Tokenizer(library.models.BPE())
         tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = library.decoders.ByteLevel()
@@ -176,7 +176,8 @@ def _pieces(text: str) -> Iterator[str]:
         start = stop
 
 
-def _tokenizers() -> Any:
+def tokenizers_library() -> Any:
+    """The package `tokenizers`; raises MissingExtraError without it."""
     try:
         import tokenizers
     except ImportError as error:
@@ -192,4 +193,4 @@ def _printable_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
 
 
-_BYTE_OF = _printable_bytes()
+BYTE_OF = _printable_bytes()

@@ -42,12 +42,22 @@ def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None) -> Surgery
     probes = probe_inputs(made) if inputs is None else [in_double(probe) for probe in inputs]
     plans = plan_folds(made, probes, done.refused)
     before = [outputs(made, probe) for probe in probes]
-    for name, readers in plans.items():
+
+    def attempt(names: Sequence[str]) -> float:
+        """Folds in the copy, and leaves it so where the outputs stay the same; returns the difference."""
         trial = Surgery()
-        fold(made, name, readers, trial)
+        for name in names:
+            fold(made, name, plans[name], trial)
         error = max(distance(a, outputs(made, probe)) for a, probe in zip(before, probes, strict=True))
         if not error <= EXACT:
             trial.undo()
+        return error
+
+    # All at once, and only where that fails one by one.
+    together = attempt(list(plans)) if plans else 0.0
+    for name, readers in plans.items():
+        error = together if together <= EXACT else attempt([name])
+        if not error <= EXACT:
             done.refused[name] = f"the outputs would change by {error:.1e}: something else reads it, too"
             continue
         fold(model, name, readers, done)

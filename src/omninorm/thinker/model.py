@@ -189,8 +189,13 @@ class Thinker(nn.Module):
         return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Thinker:
-        """Reads a Hugging Face Llama or Qwen3 folder; see `omninorm.thinker.pretrained.load`."""
-        from omninorm.thinker.pretrained import load
+    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Thinker:
+        """Reads a Llama or Qwen3 model: a folder in Hugging Face's format, or a .gguf file.
 
-        return load(folder, dtype=dtype)
+        See `omninorm.thinker.pretrained.load` and `omninorm.thinker.gguf.load`.
+        """
+        from omninorm.thinker import gguf, pretrained
+
+        if Path(path).suffix == ".gguf":
+            return gguf.load(path, dtype=dtype)
+        return pretrained.load(path, dtype=dtype)
