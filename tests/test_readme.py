@@ -13,8 +13,15 @@ from omninorm.experiments.compare import parse_plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# A block of Python, and the indented output that follows it.
-EXAMPLES = re.findall(r"```python\n(.*?)```\n\n((?: {4}[^\n]*\n)+)", README, re.DOTALL)
+
+
+def examples(page: str) -> list[tuple[str, str]]:
+    """Blocks of Python, each with the indented output that follows it."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```\n\n((?: {4}[^\n]*\n)+)", text, re.DOTALL)
+
+
+EXAMPLES = examples("README.md")
 
 
 @pytest.mark.parametrize(("code", "output"), EXAMPLES)
@@ -25,6 +32,11 @@ def test_examples_print_what_they_say(code: str, output: str) -> None:
     assert printed.getvalue() == textwrap.dedent(output)
 
 
+@pytest.mark.parametrize(("code", "output"), examples("docs/surgery.md"))
+def test_the_cookbooks_examples_print_what_they_say(code: str, output: str) -> None:
+    test_examples_print_what_they_say(code, output)
+
+
 @pytest.mark.parametrize(("page", "cells"), [("README.md", 2 * 3 * 2 * 5), ("docs/comparing.md", 2 * 3 * 2 * 5)])
 def test_plans_are_plans(page: str, cells: int) -> None:
     (plan,) = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
@@ -32,4 +44,4 @@ def test_plans_are_plans(page: str, cells: int) -> None:
 
 
 def test_all_examples_were_found() -> None:
-    assert len(EXAMPLES) == README.count("```python") == 3
+    assert len(EXAMPLES) == README.count("```python") == 4

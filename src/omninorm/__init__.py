@@ -6,6 +6,7 @@ from omninorm.errors import OmninormError
 from omninorm.kernels.dispatch import backends, use_backend
 from omninorm.layers import CRMSNorm, DynamicErf, DynamicTanh, LayerNorm, RMSNorm, ScaleNorm
 from omninorm.placement import Block
+from omninorm.surgery import swapped
 from omninorm.thinker import Thinker, ThinkerConfig
 from omninorm.watch import watch
 
@@ -25,6 +26,7 @@ __all__ = [
     "ThinkerConfig",
     "backends",
     "functional",
+    "swapped",
     "use_backend",
     "watch",
 ]

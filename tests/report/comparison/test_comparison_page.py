@@ -103,6 +103,15 @@ def test_a_study_is_drawn_by_its_protocol(tmp_path: Path, protocol: str) -> None
     ] in svg.decode()
 
 
+def test_a_loss_beyond_all_bounds_does_not_flatten_the_others(tmp_path: Path) -> None:
+    """Axes end near the 8 bits of a uniform guess."""
+    wild = {**ROW, "label": "wild", "curve": [[10, 5000.0], [20, 8.0], [30, 4.0]]}
+    study = read_comparison(write(tmp_path, changed("studies", 0, "configurations", to=[ROW, wild]))).studies[0]
+    ticks = re.findall(r">(-?\d+(?:\.\d+)?)<", study_figure(study).decode())
+    assert ticks
+    assert all(abs(float(tick)) <= 40 for tick in ticks)
+
+
 def test_where_there_is_nothing_to_draw_nothing_is_drawn(tmp_path: Path) -> None:
     empty = {**ROW, "values": {}, "lost": [], "curve": []}
     results = changed("studies", 0, "configurations", to=[empty])

@@ -158,6 +158,8 @@ def _configuration(
         "missing": study.seeds - len(values[best]),
     }
     row.update(_drawn(study, by_rate[best]))
+    if study.protocol == "train":
+        row["spike_score"] = _mean_of([outcome["spike_score"] for outcome in by_rate[best].values()])
     if len(values) > 1 and study.protocol == "train":
         means = [_mean(each, worst=8.0) for each in values.values()]
         row["sensitivity"] = statistics.fmean(means) - min(means)

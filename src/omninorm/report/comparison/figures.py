@@ -44,6 +44,7 @@ _MOST_DEPTHS = 5
 _WIDTH = 9.0
 # An interval is drawn to here beyond what all means span.
 _REACH = 1.0
+_UNIFORM = 8.0  # bits per byte
 
 
 def claim_figure(card: Card) -> bytes | None:
@@ -115,7 +116,11 @@ def _draw_train(study: StudyResults) -> bytes | None:
         panels[0, 0].set_ylabel("training loss, bits per byte")
         if with_rates:
             panels[1, 0].set_ylabel("held out, bits per byte")
-        panels[0, 0].set_ylim(top=min(8.2, panels[0, 0].get_ylim()[1]))
+        shown = [
+            y for rows in by_depth.values() for row in rows for _, y in row.curve if y is not None and y <= _UNIFORM
+        ]
+        if shown:  # what is worse than a uniform guess is off the panel
+            panels[0, 0].set_ylim(min(shown) - 0.2, max(shown) + 0.2)
         _legend(figure, panels[0, 0])
     return out.getvalue()
 

@@ -63,6 +63,7 @@ class Configuration(BaseModel):
     missing: int
     by_rate: list[tuple[float, Number]] = Field(default_factory=list)
     sensitivity: Number = None
+    spike_score: Number = None
     curve: list[tuple[int, Number]] = Field(default_factory=list)
     stream_rms: list[Number] = Field(default_factory=list)
     grad_norms: list[Number] = Field(default_factory=list)
