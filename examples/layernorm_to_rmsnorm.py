@@ -1,0 +1,60 @@
+"""Would RMSNorm do the same? A LayerNorm model is trained and watched, then its LayerNorms become RMSNorms, in two ways.
+
+python examples/layernorm_to_rmsnorm.py        # needs pip install "omninorm[train]" for its text
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+import omninorm
+from omninorm.experiments.corpus import load_corpus
+from omninorm.surgery import center
+
+BATCH, LENGTH, STEPS = 8, 64, 150
+
+
+def train() -> tuple[omninorm.Thinker, list[dict], torch.Tensor]:
+    """The model, its record, and held-out text (8, LENGTH + 1)."""
+    torch.manual_seed(0)
+    corpus = load_corpus()
+    text = torch.frombuffer(bytearray(corpus.train), dtype=torch.uint8).long()
+    norm = omninorm.NormConfig("layernorm", "pre")
+    model = omninorm.Thinker(omninorm.ThinkerConfig(d_model=64, n_layers=4, n_heads=4, max_seq_len=LENGTH, norm=norm))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    with omninorm.watch(model, optimizer, every=10) as w:
+        for _ in range(STEPS):
+            starts = torch.randint(len(text) - LENGTH - 1, (BATCH,))
+            batch = torch.stack([text[start : start + LENGTH + 1] for start in starts])
+            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            w.step(loss)
+    return model, w.record, torch.tensor(list(corpus.held_out[: 8 * (LENGTH + 1)])).view(8, -1)
+
+
+def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float(F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()))
+
+
+def drop_the_mean(model: torch.nn.Module) -> None:
+    """RMSNorms with the same γ and ε in the LayerNorms' places; the mean stays in, β is lost."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.LayerNorm):
+            model.set_submodule(name, omninorm.RMSNorm(module.normalized_shape, module.eps))
+            model.get_submodule(name).weight = module.weight
+
+
+if __name__ == "__main__":
+    model, record, held_out = train()
+    sample = [event for event in record if event["kind"] == "sample"][-1]
+    print("mean share by norm:", ", ".join(f"{share:.3f}" for share in sample["signals"]["mean_share"]))
+    careless, exact = copy.deepcopy(model), copy.deepcopy(model)
+    drop_the_mean(careless)
+    report = center(exact, [held_out[:, :-1]])
+    before = loss_of(model, held_out)
+    print(f"held-out loss {before:.4f}; the mean dropped {loss_of(careless, held_out):.4f}")
+    print(f"centred {loss_of(exact, held_out):.4f}, in float64 {report.error:.0e} apart; refused: {report.refused}")
