@@ -1,4 +1,4 @@
-"""Would RMSNorm do the same? A LayerNorm model is trained and watched, then its LayerNorms become RMSNorms, in two ways.
+"""Would RMSNorm do the same? A LayerNorm model, watched in training; its LayerNorms become RMSNorms, in two ways.
 
 python examples/layernorm_to_rmsnorm.py        # needs pip install "omninorm[train]" for its text
 """

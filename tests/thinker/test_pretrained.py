@@ -1,6 +1,7 @@
 """Hugging Face folders: the same logits as transformers, and one clear error for each folder that can't be read."""
 
 import json
+import random
 import sys
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from omninorm.errors import ConfigError, InputError, MissingExtraError, RunError
+from omninorm.errors import ConfigError, InputError, MissingExtraError, OmninormError, RunError
 from omninorm.thinker import Thinker
 
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
@@ -320,3 +321,24 @@ def test_without_safetensors_the_extra_is_named(folder, monkeypatch):
         "reading weights needs the package safetensors, but got an environment without it; "
         "install it by `pip install 'omninorm[interop]'`"
     )
+
+
+def test_broken_bytes_never_end_in_another_error(folder):
+    """config.json and the header of the weights with bytes changed at random, or cut: refused in words, or read."""
+    draw = random.Random(0)
+    whole = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    refused = 0
+    for _ in range(120):
+        name = draw.choice(list(whole))
+        broken = bytearray(whole[name][: draw.randrange(len(whole[name]))] if draw.random() < 0.2 else whole[name])
+        for _ in range(draw.randrange(1, 4)):
+            if broken:
+                broken[draw.randrange(min(len(broken), 1500))] = draw.randrange(256)
+        (folder / name).write_bytes(broken)
+        try:
+            Thinker.from_pretrained(folder)
+        except OmninormError:
+            refused += 1
+        (folder / name).write_bytes(whole[name])
+    assert refused > 60
+    Thinker.from_pretrained(folder)

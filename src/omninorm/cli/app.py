@@ -9,6 +9,7 @@ import typer
 
 from omninorm.cli.bench import bench
 from omninorm.cli.compare import compare
+from omninorm.cli.convert import convert
 from omninorm.cli.demo import demo
 from omninorm.cli.doctor import doctor
 from omninorm.cli.generate import generate
@@ -44,5 +45,5 @@ def _omninorm(
     log.addHandler(logging.NullHandler())
 
 
-for _command in (demo, train, generate, compare, report, inspect, bench, doctor):
+for _command in (demo, train, generate, compare, report, inspect, convert, bench, doctor):
     app.command()(_command)

@@ -28,7 +28,9 @@ from omninorm.surgery.verify import EXACT, distance, in_double, outputs, probe_i
 _NO_MEAN = 1e-20
 
 
-def center(model: nn.Module, inputs: Sequence[Any] | None = None) -> Surgery:
+def center(
+    model: nn.Module, inputs: Sequence[Any] | None = None, *, new_biases: bool = True, replace: bool = True
+) -> Surgery:
     """Turns the LayerNorms of a pre-norm model into RMSNorms, in place, with the same outputs.
 
     First β is folded into the linear maps behind each LayerNorm (see `fold_gains`), since RMSNorm has none; then what
@@ -36,7 +38,11 @@ def center(model: nn.Module, inputs: Sequence[Any] | None = None) -> Surgery:
     own ε. A LayerNorm whose bias can't be folded, or whose input keeps a mean (behind a post-norm's bias, for
     instance), stays one and is refused with the reason; the outputs are the same either way.
 
-    Args, Returns, Raises: as `fold_gains`.
+    Args:
+        model, inputs, new_biases: as `fold_gains` has them.
+        replace: False keeps the LayerNorms, which then compute what RMSNorms would: for classes that have them.
+
+    Returns, raises: as `fold_gains`.
     """
     done = Surgery()
     made = shadow(model)
@@ -52,7 +58,7 @@ def center(model: nn.Module, inputs: Sequence[Any] | None = None) -> Surgery:
     if not norms:
         done.undo()
         return done
-    _fold_biases(model, made, norms, probes, error, done)
+    _fold_biases(model, made, norms, plan_folds(made, probes, done.refused, new_biases), error, done)
     _center_writers(model, made, {module.normalized_shape[0] for module in norms.values()}, error, done)
     shares = trace(made, list(norms), {}, probes).mean_share
     for name in norms:
@@ -63,9 +69,10 @@ def center(model: nn.Module, inputs: Sequence[Any] | None = None) -> Surgery:
         if shares[name] > _NO_MEAN:
             done.refused[name] = f"its input keeps a mean, up to {shares[name]:.1e} of its mean square"
             continue
-        for each, report in ((made, Surgery()), (model, done)):
-            _replace(each, name, report)
-        done.changed[name] = "LayerNorm → RMSNorm"
+        _replace(made, name, Surgery())
+        if replace:
+            _replace(model, name, done)
+        done.changed[name] = "LayerNorm → RMSNorm" if replace else "LayerNorm that equals RMSNorm"
     done.error = error()
     if not done.error <= EXACT:
         done.refused = dict.fromkeys(norms, f"the outputs would change by {done.error:.1e}")
@@ -76,10 +83,14 @@ def center(model: nn.Module, inputs: Sequence[Any] | None = None) -> Surgery:
 
 
 def _fold_biases(
-    model: nn.Module, made: nn.Module, norms: dict[str, LayerNorm], probes: Sequence[Any], error: Any, done: Surgery
+    model: nn.Module,
+    made: nn.Module,
+    norms: dict[str, LayerNorm],
+    plans: dict[str, list[str]],
+    error: Any,
+    done: Surgery,
 ) -> None:
     """Gains go along: a gain that stays would do no harm, but a head must be untied for either."""
-    plans = plan_folds(made, probes, done.refused)
     for name in norms:
         module = norms[name]
         if module.bias is None or not bool(module.bias.detach().any()):

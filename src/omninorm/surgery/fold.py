@@ -15,7 +15,7 @@ from omninorm.surgery.report import Surgery
 from omninorm.surgery.verify import EXACT, distance, in_double, outputs, probe_inputs, shadow
 
 
-def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None) -> Surgery:
+def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None, *, new_biases: bool = True) -> Surgery:
     """Moves γ and β of every norm into the linear maps behind it, in place.
 
         W·(γ·x̂ + β) + b = (W·diag γ)·x̂ + (b + W·β)
@@ -28,6 +28,8 @@ def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None) -> Surgery
     Args:
         model: any model whose norms `identify` knows.
         inputs: probes as in `verify`; None means random tokens.
+        new_biases: whether a matrix without a bias may get one for a β. A checkpoint's class has no place for it: False
+            refuses such norms.
 
     Returns:
         A report: `changed` (name → readers), `refused` (name → why not), `error`, `undo()`.
@@ -40,7 +42,7 @@ def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None) -> Surgery
     untie_head(made, Surgery())
     untie_head(model, done)
     probes = probe_inputs(made) if inputs is None else [in_double(probe) for probe in inputs]
-    plans = plan_folds(made, probes, done.refused)
+    plans = plan_folds(made, probes, done.refused, new_biases)
     before = [outputs(made, probe) for probe in probes]
 
     def attempt(names: Sequence[str]) -> float:
@@ -68,7 +70,9 @@ def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None) -> Surgery
     return done
 
 
-def plan_folds(model: nn.Module, probes: Sequence[Any], refused: dict[str, str]) -> dict[str, list[str]]:
+def plan_folds(
+    model: nn.Module, probes: Sequence[Any], refused: dict[str, str], new_biases: bool = True
+) -> dict[str, list[str]]:
     """The readers of every norm that has something to fold and is read by linear maps alone, as far as can be seen."""
     norms = {
         name: identity for name, module in model.named_modules() if isinstance(identity := _identity(module), Identity)
@@ -85,9 +89,23 @@ def plan_folds(model: nn.Module, probes: Sequence[Any], refused: dict[str, str])
             refused[name] = "no linear map reads it directly"
         elif any(counted.count(reader) > 1 for reader in readers):
             refused[name] = "a linear map behind it reads another norm, too"
+        elif (
+            not new_biases
+            and _has_bias(model, name, identity)
+            and not all(_takes_bias(model, each) for each in readers)
+        ):
+            refused[name] = "a linear map behind it has no bias that could take its bias up"
         else:
             plans[name] = readers
     return plans
+
+
+def _has_bias(model: nn.Module, name: str, identity: Identity) -> bool:
+    return identity.bias is not None and bool(model.get_submodule(name).get_parameter(identity.bias).detach().any())
+
+
+def _takes_bias(model: nn.Module, name: str) -> bool:
+    return model.get_submodule(name)._parameters.get("bias") is not None
 
 
 def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery) -> None:

@@ -1,0 +1,244 @@
+"""convert and undo on folders: the new one loads in plain transformers, the old one is untouched, bad ones are refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from omninorm.errors import ConfigError, OmninormError, RunError
+from omninorm.surgery.convert import convert, undo
+
+from . import subjects
+
+KINDS = {
+    "gpt2": hf.GPT2LMHeadModel,
+    "llama": hf.LlamaForCausalLM,
+    "opt": hf.OPTForCausalLM,
+    "vit": hf.ViTForImageClassification,
+}
+
+
+def save(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32, **settings) -> dict[str, bytes]:
+    """Writes a random model and a tokenizer's file; returns the folder's bytes."""
+    subjects.build(name, dtype).save_pretrained(folder, **settings)
+    (folder / "tokenizer.json").write_text("{}")
+    return content(folder)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in folder.glob("model*.safetensors") for name, value in load_file(path).items()}
+
+
+def logits(folder: Path, name: str) -> torch.Tensor:
+    model = KINDS[name].from_pretrained(folder).eval()
+    (probe,) = subjects.inputs(name)
+    with torch.no_grad():
+        return (
+            model(**{key: value.to(model.dtype) for key, value in probe.items()})
+            if isinstance(probe, dict)
+            else model(probe)
+        ).logits
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [("llama", "fold"), ("gpt2", "fold"), ("gpt2", "center"), ("opt", "center"), ("vit", "center")],
+)
+def test_the_new_folder_computes_the_same_in_transformers_and_is_undone_bit_for_bit(
+    tmp_path: Path, name: str, operation: str
+) -> None:
+    before = save(tmp_path / "in", name)
+    done = convert(tmp_path / "in", tmp_path / "out", operation)
+    assert done.changed
+    assert done.error <= 1e-10
+    assert done.rounded <= 1e-5
+    assert content(tmp_path / "in") == before, "the original is only read"
+    expected, got = logits(tmp_path / "in", name), logits(tmp_path / "out", name)
+    assert float((expected - got).abs().max()) <= 1e-4
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    proof = json.loads((tmp_path / "out" / "surgery.json").read_text())
+    assert proof["error"] == done.error
+    assert proof["before_sha256"] != proof["after_sha256"]
+    assert proof["changed_tensors"]
+
+    undo(tmp_path / "out", tmp_path / "back")
+    one, other = tensors(tmp_path / "in"), tensors(tmp_path / "back")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(before["config.json"])
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == sorted(before)
+
+
+def test_shards_and_bfloat16(tmp_path: Path) -> None:
+    save(tmp_path / "in", "llama", torch.bfloat16, max_shard_size="20KB")
+    assert (tmp_path / "in" / "model.safetensors.index.json").exists()
+    done = convert(tmp_path / "in", tmp_path / "out", "fold")
+    assert done.error <= 1e-10
+    assert {value.dtype for value in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+    undo(tmp_path / "out", tmp_path / "back")
+    one, other = tensors(tmp_path / "in"), tensors(tmp_path / "back")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    save(tmp_path / "in")
+    assert convert(tmp_path / "in", None, "fold").changed
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_was_not_kept_or_has_changed_can_not_be_undone(tmp_path: Path) -> None:
+    save(tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "out", "fold", keep_delta=False)
+    with pytest.raises(RunError, match=r"no surgery_delta\.safetensors"):
+        undo(tmp_path / "out", tmp_path / "back")
+    convert(tmp_path / "in", tmp_path / "kept", "fold")
+    weights = load_file(tmp_path / "kept" / "model.safetensors")
+    weights["model.embed_tokens.weight"][0, 0] += 1
+    save_file(weights, tmp_path / "kept" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match="the files have been changed"):
+        undo(tmp_path / "kept", tmp_path / "back")
+    with pytest.raises(RunError, match=r"a converted folder has surgery\.json"):
+        undo(tmp_path / "in", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def damage(folder: Path, how: str) -> None:
+    weights = folder / "model.safetensors"
+    config = json.loads((folder / "config.json").read_text())
+    match how:
+        case "no config":
+            (folder / "config.json").unlink()
+        case "no JSON":
+            (folder / "config.json").write_text("{")
+        case "pickled":
+            weights.rename(folder / "pytorch_model.bin")
+        case "cut":
+            weights.write_bytes(weights.read_bytes()[:5000])
+        case "no header":
+            weights.write_bytes(b"\xff" * 40)
+        case "a link outside":
+            shutil.move(weights, folder.parent / "elsewhere.safetensors")
+            weights.symlink_to(folder.parent / "elsewhere.safetensors")
+        case "a missing shard":
+            index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "twice":
+            shutil.copyfile(weights, folder / "model-2.safetensors")
+            index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "a missing tensor":
+            found = load_file(weights)
+            del found["model.norm.weight"]
+            save_file(found, weights, metadata={"format": "pt"})
+        case "a strange tensor":
+            save_file({**load_file(weights), "strange": torch.zeros(3)}, weights, metadata={"format": "pt"})
+        case "a strange class":
+            (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Strange"]}))
+        case "code of its own":
+            (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "x.Y"}}))
+        case "quantized":
+            (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("no config", "must hold config.json"), ("no JSON", "must be JSON"), ("pickled", "pytorch_model.bin, which is pickled"),
+        ("cut", "must be a whole"), ("no header", "whole safetensors file"), ("a link outside", "must lie in its folder"),
+        ("a missing shard", "every shard"), ("twice", "must stand once"), ("a missing tensor", "missing keys: model.norm.weight"),
+        ("a strange tensor", "unexpected keys: strange"), ("a strange class", "one of transformers' classes"),
+        ("code of its own", "one of transformers' classes"), ("quantized", "quantized ones"),
+    ],
+)  # fmt: skip
+def test_bad_folders_are_refused_and_nothing_is_left(tmp_path: Path, how: str, said: str) -> None:
+    save(tmp_path / "in")
+    damage(tmp_path / "in", how)
+    before = content(tmp_path / "in")
+    with pytest.raises(OmninormError) as caught:
+        convert(tmp_path / "in", tmp_path / "out", "fold")
+    assert said in str(caught.value)
+    assert content(tmp_path / "in") == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"in", "elsewhere.safetensors"}
+
+
+def test_a_target_that_exists_and_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RunError, match="must not exist"):
+        convert(tmp_path / "in", tmp_path / "out", "fold")
+    (tmp_path / "out").rmdir()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("omninorm.surgery.convert._save", full)
+    with pytest.raises(RunError, match="No space left"):
+        convert(tmp_path / "in", tmp_path / "out", "fold")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_nothing_to_do_is_told(tmp_path: Path) -> None:
+    save(tmp_path / "in", "llama")
+    with pytest.raises(RunError, match="something to center"):
+        convert(tmp_path / "in", tmp_path / "out", "center")
+    with pytest.raises(ConfigError, match="one of fold, center"):
+        convert(tmp_path / "in", tmp_path / "out", "melt")
+
+
+def test_broken_headers_never_end_in_another_error(tmp_path: Path) -> None:
+    save(tmp_path / "in")
+    weights = tmp_path / "in" / "model.safetensors"
+    whole, draw, refused = weights.read_bytes(), random.Random(0), 0
+    for _ in range(25):
+        broken = bytearray(whole)
+        for _ in range(3):
+            broken[draw.randrange(1200)] = draw.randrange(256)
+        weights.write_bytes(broken)
+        try:
+            convert(tmp_path / "in", None, "fold")
+        except OmninormError:
+            refused += 1
+    assert refused > 15
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "omninorm", "convert", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    save(tmp_path / "in", "gpt2")
+    source, target = str(tmp_path / "in"), str(tmp_path / "out")
+    dry = run(source, "--center", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "transformer.h.0.ln_1: LayerNorm that equals RMSNorm" in dry.stdout
+    assert "Nothing was written." in dry.stdout
+    done = run(source, target, "--fold", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["error"] <= 1e-10
+    back = run(target, str(tmp_path / "back"), "--undo")
+    assert "Restored bit for bit." in back.stdout
+    for wrong, said in (
+        ((source, target, "--fold"), "must not exist"),
+        ((source, target), "one of --fold"),
+        ((source, "--fold"), "writes a new folder"),
+        ((source, target, "--fold", "--dry-run"), "writes a new folder"),
+        ((source, target, "--fold", "--center"), "one of --fold"),
+    ):
+        refused = run(*wrong)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+        assert "Traceback" not in refused.stderr
