@@ -88,7 +88,7 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_all(descriptor: int, content: bytes) -> None:
+def write_all(descriptor: int, content: bytes | memoryview) -> None:
     """Writes every byte: the system may take only a part of what it is given, for example on a nearly full disk."""
     rest = memoryview(content)
     while rest:

@@ -10,7 +10,8 @@ no output, since every reader of the stream is a LayerNorm that subtracts the me
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from omninorm.surgery.fold import fold, plan_folds, untie, untie_head
 from omninorm.surgery.identify import Identity, identify
 from omninorm.surgery.linear import read_linear
 from omninorm.surgery.report import Surgery
-from omninorm.surgery.verify import EXACT, distance, in_double, outputs, probe_inputs, shadow
+from omninorm.surgery.settle import Probed, settle
+from omninorm.surgery.streamed import StreamedMap
+from omninorm.surgery.verify import EXACT, in_double, probe_inputs, shadow
 
 # mean² over mean square at a norm's input: rounding leaves about 1e-30 of it.
 _NO_MEAN = 1e-20
@@ -49,77 +52,117 @@ def center(
     untie_head(made, Surgery())
     untie_head(model, done)
     probes = probe_inputs(made) if inputs is None else [in_double(probe) for probe in inputs]
-    before = [outputs(made, probe) for probe in probes]
+    center_all(made, model, probes, done, new_biases, replace)
+    return done
 
-    def error() -> float:
-        return max(distance(a, outputs(made, probe)) for a, probe in zip(before, probes, strict=True))
 
+def center_all(
+    made: nn.Module, model: nn.Module | None, probes: Sequence[Any], done: Surgery, new_biases: bool, replace: bool
+) -> None:
+    """Centres a model in float64, and the one that it stands for, if any."""
     norms = {name: module for name, module in made.named_modules() if isinstance(module, LayerNorm)}
     if not norms:
         done.undo()
-        return done
-    _fold_biases(model, made, norms, plan_folds(made, probes, done.refused, new_biases), error, done)
-    _center_writers(model, made, {module.normalized_shape[0] for module in norms.values()}, error, done)
+        return
+    before = Probed(made, probes)
+    _fold_biases(made, model, norms, plan_folds(made, probes, done.refused, new_biases), before, done)
+    _center_writers(made, model, {module.normalized_shape[0] for module in norms.values()}, before, done)
     shares = trace(made, list(norms), {}, probes).mean_share
+    replaced = Surgery()
     for name in norms:
-        found = identify(made.get_submodule(name))
-        assert isinstance(found, Identity)
         if name in done.refused:
             continue
         if shares[name] > _NO_MEAN:
             done.refused[name] = f"its input keeps a mean, up to {shares[name]:.1e} of its mean square"
             continue
-        _replace(made, name, Surgery())
-        if replace:
+        _replace(made, name, replaced)
+        if replace and model is not None:
             _replace(model, name, done)
         done.changed[name] = "LayerNorm → RMSNorm" if replace else "LayerNorm that equals RMSNorm"
-    done.error = error()
+    done.error = before.distance()
+    if not replace:
+        replaced.undo()
     if not done.error <= EXACT:
         done.refused = dict.fromkeys(norms, f"the outputs would change by {done.error:.1e}")
     if len(done.refused) == len(norms):  # for nothing
         done.undo()
         done.changed.clear()
-    return done
 
 
 def _fold_biases(
-    model: nn.Module,
     made: nn.Module,
+    model: nn.Module | None,
     norms: dict[str, LayerNorm],
     plans: dict[str, list[str]],
-    error: Any,
+    before: Probed,
     done: Surgery,
 ) -> None:
     """Gains go along: a gain that stays would do no harm, but a head must be untied for either."""
-    for name in norms:
-        module = norms[name]
+    for name, module in norms.items():
         if module.bias is None or not bool(module.bias.detach().any()):
             done.refused.pop(name, None)
-            continue
-        if name not in plans:
+            plans.pop(name, None)
+        elif name not in plans:
             done.refused[name] = f"its bias can't be folded: {done.refused.get(name, 'nothing reads it')}"
-            continue
-        trial = Surgery()
-        fold(made, name, plans[name], trial)
-        if not error() <= EXACT:
-            trial.undo()
-            done.refused[name] = "its bias can't be folded: something that is no linear map reads it, too"
-            continue
-        fold(model, name, plans[name], done)
+
+    def attempt(names: Sequence[str], trial: Surgery) -> float:
+        for name in names:
+            fold(made, name, plans[name], trial)
+        return before.distance()
+
+    accepted, rejected = settle([name for name in norms if name in plans], attempt)
+    for name in rejected:
+        done.refused[name] = "its bias can't be folded: something that is no linear map reads it, too"
+    for name in accepted:
+        if model is not None:
+            fold(model, name, plans[name], done)
 
 
-def _center_writers(model: nn.Module, made: nn.Module, widths: set[int], error: Any, done: Surgery) -> None:
-    """Takes the mean out of everything from which it can be taken with the same outputs."""
-    for name, module in made.named_modules():
-        for parameters in _candidates(module, widths):
-            trial = Surgery()
-            _center(made, module, parameters, trial)
-            if not error() <= EXACT:
-                trial.undo()
-                continue
-            _center(model, model.get_submodule(name), parameters, done)
-            what = ", ".join(f"{name}.{parameter}".lstrip(".") for parameter, _ in parameters)
+def _center_writers(made: nn.Module, model: nn.Module | None, widths: set[int], before: Probed, done: Surgery) -> None:
+    """Takes the mean out of everything from which it can be taken with the same outputs.
+
+    What stands in the same place of every block is tried together. Where that fails, so does each of them, or only some
+    do: three are tried alone before all are.
+    """
+    candidates = {
+        f"{name}:{' '.join(own for own, _ in parameters)}": (name, parameters)
+        for name, module in made.named_modules()
+        for parameters in _candidates(module, widths)
+    }
+
+    def attempt(keys: Sequence[str], trial: Surgery) -> float:
+        for key in keys:
+            name, parameters = candidates[key]
+            _center(made, made.get_submodule(name), parameters, trial)
+        return before.distance()
+
+    for group in _by_place(candidates):
+        accepted, _ = settle(group, attempt) if _promising(group, attempt) else ({}, {})
+        for key in accepted:
+            name, parameters = candidates[key]
+            if model is not None:
+                _center(model, model.get_submodule(name), parameters, done)
+            what = ", ".join(f"{name}.{own}".lstrip(".") for own, _ in parameters)
             done.changed[name or what] = f"the mean taken out of {what}"
+
+
+def _by_place(names: Iterable[str]) -> list[list[str]]:
+    """Groups names that differ in numbers only."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return list(groups.values())
+
+
+def _promising(group: Sequence[str], attempt: Callable[[Sequence[str], Surgery], float]) -> bool:
+    """Whether the first, the middle or the last of them could be changed alone."""
+    for name in {0: group[0], 1: group[len(group) // 2], 2: group[-1]}.values():
+        trial = Surgery()
+        error = attempt([name], trial)
+        trial.undo()
+        if error <= EXACT:
+            return True
+    return False
 
 
 def _candidates(module: nn.Module, widths: set[int]) -> Iterator[list[tuple[str, int]]]:
@@ -150,6 +193,9 @@ def _candidates(module: nn.Module, widths: set[int]) -> Iterator[list[tuple[str,
 
 def _center(model: nn.Module, module: nn.Module, parameters: Sequence[tuple[str, int]], done: Surgery) -> None:
     """Subtracts the mean over the outputs, in float64."""
+    if isinstance(module, StreamedMap):
+        module.center(done)
+        return
     if isinstance(module, nn.Embedding):
         _untie_readers(model, module, done)
     for name, dim in parameters:

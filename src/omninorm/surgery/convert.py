@@ -1,36 +1,42 @@
 """Surgery on a checkpoint: a Hugging Face folder in, another one out, with the plan and the proof in surgery.json.
 
-The model is loaded by transformers, whole, and written by it: the new folder loads in transformers as the old one did.
-Therefore nothing is folded into a bias that the class does not have, and centred LayerNorms stay LayerNorms.
+Neither the model nor the checkpoint is ever in memory as a whole (see streamed.py). The new folder has the old one's
+files, tensors and class; therefore nothing is folded into a bias that the class does not have, and centred LayerNorms
+stay LayerNorms.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from omninorm.errors import ConfigError, MissingExtraError, RunError
-from omninorm.record.files import write_file, writing
-from omninorm.surgery.center import center
-from omninorm.surgery.fold import fold_gains
-from omninorm.surgery.report import Surgery
-from omninorm.surgery.verify import distance, outputs
+from omninorm.errors import ConfigError, RunError
+from omninorm.record.files import sync_folder, write_file, writing
+from omninorm.surgery.center import center_all
+from omninorm.surgery.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, Stored, others, read_header, read_json
+from omninorm.surgery.checkpoint import read_tensor as read
+from omninorm.surgery.fold import fold_all
+from omninorm.surgery.report import Report, Surgery
+from omninorm.surgery.settle import Probed
+from omninorm.surgery.streamed import StreamedMap, StreamedModel, open_model
+from omninorm.surgery.swap import swap_norms
+from omninorm.surgery.writer import Writer, pieces, size
 
-OPERATIONS = ("fold", "center")
-PROOF_FILE, DELTA_FILE, CONFIG_FILE = "surgery.json", "surgery_delta.safetensors", "config.json"
-FORMAT = 1
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_WRITTEN_ANEW = (".safetensors", *_PICKLED)
+OPERATIONS = ("swap", "fold", "center")
+PROOF_FILE, DELTA_FILE = "surgery.json", "surgery_delta.safetensors"
+FORMAT = 2
+
+Tell = Callable[[str, float], None]
+"""Is told what is being done, and the share of it that is done."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +44,34 @@ class Conversion:
     """What was done, or would be.
 
     Args:
-        operation: "fold" or "center".
+        operation: "swap", "fold" or "center".
         changed, refused: as in the report of the operation.
         error: the largest difference of the outputs in float64, over the largest.
-        rounded: the same in the checkpoint's own dtype, where every changed weight was rounded once.
+        rounded: the same with the weights as they were written, each that changed rounded once; None where nothing was
+            written.
     """
 
     operation: str
     changed: Mapping[str, str]
     refused: Mapping[str, str]
     error: float
-    rounded: float
+    rounded: float | None
 
 
-def convert(source: Path, target: Path | None, operation: str, *, keep_delta: bool = True) -> Conversion:
+def convert(
+    source: Path, target: Path | None, operation: str, *, keep_delta: bool = True, tell: Tell = lambda what, share: None
+) -> Conversion:
     """Folds the gains of a checkpoint's norms, or centres it, and writes another one.
+
+    Needs memory for twice the largest tensor, and some 400 MB for torch and transformers themselves.
 
     Args:
         source: a folder with config.json and safetensors; it is only read.
         target: a folder that does not exist; None writes nothing.
-        operation: "fold" or "center".
+        operation: "fold", "center", or "swap", which changes no weight: the copy's surgery.json says which norms
+            omninorm's can replace, and how far that moves the outputs.
         keep_delta: keep the weights that were changed beside the new ones, so that `undo` can restore them.
+        tell: is told of progress.
 
     Raises:
         RunError: the source is no such folder, or damaged; the target exists or can't be written; or there is nothing
@@ -68,145 +81,238 @@ def convert(source: Path, target: Path | None, operation: str, *, keep_delta: bo
     """
     if operation not in OPERATIONS:
         raise ConfigError(f"an operation is one of {', '.join(OPERATIONS)}", repr(operation), "choose one")
-    check_folder(source)
-    _check_target(target)
-    model = _load(source)
-    report, rounded = _operate(model, operation)
+    check_target(target)
+    checkpoint = Checkpoint(source)
+    tell("proving in float64", 0.0)
+    opened = open_model(checkpoint, None if operation == "swap" else torch.float64)
+    probes = _probes(opened)
+    report, error, before = _operate(opened, operation, probes)
     if not report.changed:
         why = next(iter(report.refused.items()), ("the model", "it has no such norms"))
         raise RunError(f"there must be something to {operation}", f"{why[0]}: {why[1]}", "see docs/surgery.md")
-    done = Conversion(operation, report.changed, report.refused, report.error, rounded)
-    if target is not None:
-        with _new_folder(target) as folder:
-            _write(model, source, folder, done, keep_delta)
+    done = Conversion(operation, report.changed, report.refused, error, None)
+    if target is None:
+        return done
+    with new_folder(target) as folder:
+        written = _write(opened, folder, keep_delta, tell)
+        tell("proving what was written", 1.0)
+        again = open_model(Checkpoint(folder)).model
+        if operation != "swap":
+            swap_norms(again)
+        rounded = before.distance_to(Probed(again, probes))
+        done = Conversion(operation, report.changed, report.refused, error, rounded)
+        proof = {"format": FORMAT, **asdict(done), **written, "config": checkpoint.config}
+        write_file(folder / PROOF_FILE, (json.dumps(proof, indent=1, ensure_ascii=False) + "\n").encode())
     return done
 
 
-def undo(source: Path, target: Path) -> None:
+def undo(source: Path, target: Path, tell: Tell = lambda what, share: None) -> None:
     """Restores what `convert` changed, bit for bit, from the weights that it kept.
 
     Raises:
         RunError: the folder was not converted, its weights were not kept or have changed, or the target can't be
             written.
     """
-    check_folder(source)
-    _check_target(target)
-    proof = _read_proof(source)
-    delta_file = source / DELTA_FILE
-    if not delta_file.is_file():
-        raise RunError(
-            "an undo needs the weights that were changed", f"no {DELTA_FILE} in {source}", "convert it again"
-        )
-    tensors = {name: value for path in _weight_files(source) for name, value in _read(path).items()}
-    for name in proof["added"]:
-        tensors.pop(name, None)
-    tensors.update(_read(delta_file))
-    if _digest(tensors) != proof["before_sha256"]:
-        raise RunError("undone weights must be those before", "others: the files have been changed", "restore them")
-    with _new_folder(target) as folder:
-        _save(tensors, folder / "model.safetensors")
+    check_target(target)
+    checkpoint, proof = Checkpoint(source), _read_proof(source)
+    delta = _read_delta(source, set(proof["changed_tensors"]))
+    before: dict[str, str] = proof["before_sha256"]
+    files = {
+        file: {name: delta.get(name, stored) for name, stored in entries.items() if name not in proof["added"]}
+        for file, entries in checkpoint.files.items()
+    }
+
+    def value(name: str) -> Tensor:
+        return read(source / DELTA_FILE, name) if name in delta else checkpoint.tensor(name)
+
+    with new_folder(target) as folder:
+        hashes: dict[str, str] = {}
+        for file, entries, told in _with_progress(files, "restoring", tell):
+            with Writer(folder / file, entries) as out:
+                for name in entries:
+                    out.add(name, pieces(value(name)))
+                    told(name)
+            hashes |= out.hashes
+        if hashes != before:
+            wrong = next(iter(sorted(set(hashes.items()) ^ set(before.items()))))[0]
+            raise RunError("undone weights must be those before", f"others in {wrong}: it was changed", "restore it")
+        _write_index(checkpoint, files, folder)
         write_file(folder / CONFIG_FILE, (json.dumps(proof["config"], indent=2) + "\n").encode())
-        _copy_others(source, folder, without=(PROOF_FILE, DELTA_FILE))
+        _copy_others(source, folder, without=(PROOF_FILE,))
 
 
-def check_folder(folder: Path) -> None:
-    """Raises RunError for what is no folder of a model with whole safetensors, or reaches out of itself."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise RunError("a model's folder must hold config.json", str(folder), "name a Hugging Face folder")
-    inside = folder.resolve()
-    for path in folder.rglob("*"):
-        if not path.resolve().is_relative_to(inside):
-            raise RunError("a model's files must lie in its folder", f"the link {path}", "copy the file")
-    if not _weight_files(folder):
-        pickled = next((path.name for path in folder.iterdir() if path.suffix in _PICKLED), None)
-        received = f"{pickled}, which is pickled" if pickled else f"none in {folder}"
-        raise RunError("weights must be safetensors", received, "save the model as safetensors first")
-    seen: dict[str, Path] = {}
-    for path in _weight_files(folder):
-        for name in _names(path):
-            if name in seen:
-                raise RunError("a tensor must stand once", f"{name} in {seen[name].name} and {path.name}", "remove one")
-            seen[name] = path
+# Proving -----------------------------------------------------------------------------------------------------------
 
 
-# Parts -----------------------------------------------------------------------------------------------------------
-
-
-def _load(folder: Path) -> nn.Module:
-    try:
-        import transformers
-    except ImportError as error:
-        remedy = 'install it with pip install "omninorm[interop]"'
-        raise MissingExtraError("converting needs transformers", "an installation without it", remedy) from error
-    config = _read_json(folder / CONFIG_FILE)
-    names = config.get("architectures") or [None]
-    found = getattr(transformers, str(names[0]), None)
-    if not isinstance(found, type) or not issubclass(found, nn.Module) or config.get("auto_map"):
-        remedy = "use a model that transformers itself has; code that comes with a model is not run"
-        raise ConfigError("config.json must name one of transformers' classes", repr(names[0]), remedy)
-    if config.get("quantization_config"):
-        raise ConfigError("weights must be floating-point", "quantized ones", "dequantize the model first")
-    settings = {"local_files_only": True, "use_safetensors": True, "dtype": "auto", "output_loading_info": True}
-    try:
-        model, info = found.from_pretrained(folder, **settings)  # type: ignore[attr-defined]
-    except Exception as error:  # whatever transformers makes of a damaged folder
-        said = " ".join(str(error).split())[:300]
-        raise RunError(f"{folder} must be a whole model", said, "download it again") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if wrong := sorted(map(str, info.get(kind) or ())):
-            what = f"{kind.replace('_', ' ')}: {', '.join(wrong[:3])}"
-            raise RunError("the weights must be those of config.json's class", what, "check that both belong together")
-    loaded: nn.Module = model.eval()
-    return loaded
-
-
-def _operate(model: nn.Module, operation: str) -> tuple[Surgery, float]:
-    """The operation's report, and how far the outputs moved in the model's own dtype."""
-    probes = _probes(model)
-    before = [outputs(model, probe) for probe in probes]
+def _operate(opened: StreamedModel, operation: str, probes: list[Any]) -> tuple[Report, float, Probed]:
+    """The operation's report, how far the outputs moved, and what they were."""
+    model = opened.model
+    if operation == "swap":
+        report: Report = (swap := swap_norms(model))  # in the checkpoint's dtypes, whose rounding counts
+        swap.undo()
+        opened.model = model = open_model(opened.checkpoint).model
+        before = Probed(model, probes)
+        for name in set(swap_norms(model).changed) - set(report.changed):
+            report.refused.setdefault(name, "in the checkpoint's dtype it rounds in an order of its own")
+        return report, before.distance(), before
+    swap_norms(model)
+    before, done = Probed(model, probes), Surgery()
     if operation == "fold":
-        report = fold_gains(model, probes, new_biases=False)
+        fold_all(model, None, probes, done, new_biases=False)
     else:
-        report = center(model, probes, new_biases=False, replace=False)
-    after = [outputs(model, probe) for probe in probes]
-    return report, max(distance(a, b) for a, b in zip(before, after, strict=True))
+        center_all(model, None, probes, done, new_biases=False, replace=False)
+    return done, done.error, before
 
 
-def _probes(model: Any) -> list[Any]:
+def _probes(opened: StreamedModel) -> list[Any]:
+    model = opened.model
     name, config = getattr(model, "main_input_name", "input_ids"), model.config
     generator = torch.Generator().manual_seed(0)
     if name == "input_ids" and not getattr(config, "is_encoder_decoder", False):
-        return [torch.randint(0, config.vocab_size, (2, 16), generator=generator)]
+        return [torch.randint(0, config.get_text_config().vocab_size, (2, 16), generator=generator)]
     if name == "pixel_values":
         size = (2, config.num_channels, config.image_size, config.image_size)
-        return [{"pixel_values": torch.randn(size, generator=generator).to(model.dtype)}]
+        return [{"pixel_values": torch.randn(size, generator=generator, dtype=torch.float64)}]
     remedy = "load it, and call omninorm.surgery with inputs=[…]"
     raise ConfigError("the model must take tokens or images alone", f"{type(model).__name__} takes {name}", remedy)
 
 
-def _write(model: Any, source: Path, folder: Path, done: Conversion, keep_delta: bool) -> None:
-    config = _read_json(source / CONFIG_FILE)
-    model.save_pretrained(folder)
-    _copy_others(source, folder)
-    after = {name: value for path in _weight_files(folder) for name, value in _read(path).items()}
-    stored = {name: value for path in _weight_files(source) for name, value in _read(path).items()}
-    changed = {name: value for name, value in stored.items() if name not in after or not _equal(value, after[name])}
-    if keep_delta:
-        _save(changed, folder / DELTA_FILE)
-    proof = {
-        "format": FORMAT,
-        **asdict(done),
+# Writing -----------------------------------------------------------------------------------------------------------
+
+
+def _write(opened: StreamedModel, folder: Path, keep_delta: bool, tell: Tell) -> dict[str, Any]:
+    """The new weights, index, config and other files; returns what surgery.json says of them."""
+    checkpoint = opened.checkpoint
+    values, added = _values(opened)
+    changed = {name: checkpoint.stored(name) for name in checkpoint.names() if name in values}
+    files = dict(checkpoint.files)
+    last = next(reversed(files))
+    files[last] = files[last] | {name: checkpoint.stored(opened.stored[of]) for name, of in added.items()}
+    _check_space(folder, sum(map(size, changed.values())) * keep_delta, files)
+    after: dict[str, str] = {}
+    with ExitStack() as stack:
+        delta = stack.enter_context(Writer(folder / DELTA_FILE if keep_delta and changed else None, changed))
+        for file, entries, told in _with_progress(files, "writing", tell):
+            with Writer(folder / file, entries) as out:
+                for name, stored in entries.items():
+                    if name in changed:
+                        delta.add(name, pieces(checkpoint.tensor(name)))
+                    whole = pieces(checkpoint.tensor(name)) if name not in values else values[name](stored)
+                    out.add(name, whole)
+                    told(name)
+            after |= out.hashes
+    _write_index(checkpoint, files, folder)
+    _write_config(checkpoint, folder, untied=bool(added))
+    _copy_others(checkpoint.folder, folder)
+    before = {name: delta.hashes.get(name, hash) for name, hash in after.items() if name not in added}
+    return {
         "changed_tensors": sorted(changed),
-        "added": sorted(set(after) - set(stored)),
-        "config": config,
-        "before_sha256": _digest(stored),
-        "after_sha256": _digest(after),
+        "added": sorted(added),
+        "before_sha256": before,
+        "after_sha256": after,
     }
-    write_file(folder / PROOF_FILE, (json.dumps(proof, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+Value = Callable[[Stored], Iterator[Tensor]]
+
+
+def _values(opened: StreamedModel) -> tuple[dict[str, Value], dict[str, str]]:
+    """Of every tensor in the file that changes its pieces, and of those that were tied and are no more the name of the
+    parameter: their name in the file → the parameter."""
+    values: dict[str, Value] = {}
+    owners: dict[str, str] = {}
+    added: dict[str, str] = {}
+    made: dict[str, tuple[Any, ...]] = {}
+    for name, module, own, parameter in _parameters(opened.model):
+        stored = opened.stored.get(name)
+        if stored is None:
+            continue
+        streamed = isinstance(module, StreamedMap) and own == "weight"
+        kind = (module.centred, module.factor) if streamed else ()
+        if stored in owners and (not streamed or _alike(kind, made[stored])):
+            continue
+        under = stored
+        if stored in owners:
+            under = opened.written_under(name)
+            added[under] = name
+        owners[under], made[under] = name, kind
+        if streamed and (module.changed or under in added):
+            values[under] = _rows_of(module)
+        elif not streamed and not torch.equal(parameter, opened.checkpoint.tensor(stored).to(parameter.dtype)):
+            values[under] = _rounded(parameter)
+    return values, added
+
+
+def _parameters(model: Any) -> Iterator[tuple[str, Any, str, Tensor]]:
+    """(name, module, name in the module, parameter), a module's first place first."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{own}".lstrip("."), module, own, parameter
+
+
+def _alike(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether two modules do the same to the matrix that they share."""
+    if a[0] != b[0] or (a[1] is None) != (b[1] is None):
+        return False
+    return a[1] is None or torch.equal(a[1], b[1])
+
+
+def _rows_of(module: StreamedMap) -> Value:
+    return lambda stored: (chunk.to(_DTYPES[stored.dtype]) for _, chunk in module.rows())
+
+
+def _rounded(parameter: Tensor) -> Value:
+    return lambda stored: pieces(parameter.detach().to(_DTYPES[stored.dtype]))
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _with_progress(
+    files: Mapping[str, Mapping[str, Stored]], what: str, tell: Tell
+) -> Iterator[tuple[str, Mapping[str, Stored], Callable[[str], None]]]:
+    """The files, each with a function that is told the names of tensors that are done."""
+    total, done = sum(size(stored) for entries in files.values() for stored in entries.values()), 0
+
+    for file, entries in files.items():
+
+        def told(name: str, entries: Mapping[str, Stored] = entries) -> None:
+            nonlocal done
+            done += size(entries[name])
+            tell(what, done / max(total, 1))
+
+        yield file, entries, told
+
+
+def _write_index(checkpoint: Checkpoint, files: Mapping[str, Mapping[str, Stored]], folder: Path) -> None:
+    """Which file a tensor is in, where the source has an index."""
+    if not (checkpoint.folder / INDEX_FILE).is_file():
+        return
+    index = read_json(checkpoint.folder / INDEX_FILE)
+    index["weight_map"] = {name: file for file, entries in files.items() for name in entries}
+    if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+        index["metadata"]["total_size"] = sum(size(stored) for entries in files.values() for stored in entries.values())
+    write_file(folder / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path, untied: bool) -> None:
+    """As it was, but for what says that the head is the embedding."""
+    config = checkpoint.config | ({"tie_word_embeddings": False} if untied else {})
+    if config == checkpoint.config:
+        shutil.copyfile(checkpoint.folder / CONFIG_FILE, folder / CONFIG_FILE)
+    else:
+        write_file(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _copy_others(source: Path, folder: Path, without: tuple[str, ...] = ()) -> None:
+    for path in others(source):
+        if path.name not in without and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
 
 
 @contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """A folder under a temporary name, which gets its own when all is written, and else is removed."""
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -214,98 +320,48 @@ def _new_folder(target: Path) -> Iterator[Path]:
         folder.mkdir()
         try:
             yield folder
-            os.replace(folder, target)
+            sync_folder(folder)
+            os.rename(folder, target)
+            sync_folder(target.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_target(target: Path | None) -> None:
+def check_target(target: Path | None) -> None:
+    """Raises RunError for a folder that exists."""
     if target is not None and (target.exists() or target.is_symlink()):
         raise RunError("the new folder must not exist", str(target), "choose another name")
 
 
-def _copy_others(source: Path, folder: Path, without: tuple[str, ...] = ()) -> None:
-    """Tokenizers and the like."""
-    for path in sorted(source.iterdir()):
-        weights = path.suffix in _WRITTEN_ANEW or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name not in without and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+def _check_space(folder: Path, more: int, files: Mapping[str, Mapping[str, Stored]]) -> None:
+    needed = more + sum(size(stored) for entries in files.values() for stored in entries.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        received = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB to write"
+        raise RunError("the disk must have space for the new weights", received, "free some, or leave out the delta")
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files of the weights, by the index where there is one.
-
-    Raises:
-        RunError: a shard is missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        return [single] if single.is_file() else []
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise RunError("every shard must lie in the folder", f"no {name!r}", "download it again")
-    return [folder / name for name in names]
-
-
-def _names(path: Path) -> list[str]:
-    with _open(path) as file:
-        return list(file.keys())
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    with _open(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
-
-
-def _open(path: Path) -> Any:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        remedy = 'install it with pip install "omninorm[interop]"'
-        raise MissingExtraError("reading weights needs safetensors", "an installation without it", remedy) from error
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} must be a whole safetensors file", str(error), "download it again") from error
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} must be JSON", str(error), "download it again") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path} must be a JSON object", type(found).__name__, "download it again")
-    return found
+# Undoing -----------------------------------------------------------------------------------------------------------
 
 
 def _read_proof(folder: Path) -> dict[str, Any]:
     if not (folder / PROOF_FILE).is_file():
         raise RunError(f"a converted folder has {PROOF_FILE}", f"none in {folder}", "name one that omninorm wrote")
-    proof = _read_json(folder / PROOF_FILE)
-    wanted = ("config", "added", "before_sha256")
-    if proof.get("format") != FORMAT or any(name not in proof for name in wanted):
+    proof = read_json(folder / PROOF_FILE)
+    wanted = {"config": dict, "added": list, "changed_tensors": list, "before_sha256": dict}
+    if proof.get("format") != FORMAT or any(not isinstance(proof.get(name), kind) for name, kind in wanted.items()):
         raise RunError(f"{PROOF_FILE} must be whole", str(folder / PROOF_FILE), "name a folder that omninorm wrote")
     return proof
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _read_delta(folder: Path, names: set[str]) -> dict[str, Stored]:
+    """The kept tensors."""
+    if not names:
+        return {}
+    path = folder / DELTA_FILE
+    if not path.is_file():
+        raise RunError("an undo needs the weights that were changed", f"no {path.name} in {folder}", "convert it again")
+    found = dict(read_header(path))
+    if missing := sorted(names - set(found)):
+        raise RunError("an undo needs the weights that were changed", f"no {missing[0]} in {path}", "convert it again")
+    return {name: found[name] for name in names}

@@ -12,7 +12,9 @@ from omninorm.surgery.flow import trace
 from omninorm.surgery.identify import Identity, identify
 from omninorm.surgery.linear import LinearMap, read_linear
 from omninorm.surgery.report import Surgery
-from omninorm.surgery.verify import EXACT, distance, in_double, outputs, probe_inputs, shadow
+from omninorm.surgery.settle import Probed, settle
+from omninorm.surgery.streamed import StreamedMap
+from omninorm.surgery.verify import in_double, probe_inputs, shadow
 
 
 def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None, *, new_biases: bool = True) -> Surgery:
@@ -42,32 +44,30 @@ def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None, *, new_bia
     untie_head(made, Surgery())
     untie_head(model, done)
     probes = probe_inputs(made) if inputs is None else [in_double(probe) for probe in inputs]
-    plans = plan_folds(made, probes, done.refused, new_biases)
-    before = [outputs(made, probe) for probe in probes]
+    fold_all(made, model, probes, done, new_biases)
+    return done
 
-    def attempt(names: Sequence[str]) -> float:
-        """Folds in the copy, and leaves it so where the outputs stay the same; returns the difference."""
-        trial = Surgery()
+
+def fold_all(made: nn.Module, model: nn.Module | None, probes: Sequence[Any], done: Surgery, new_biases: bool) -> None:
+    """Folds what can be folded in a model in float64, and in the one that it stands for, if any."""
+    before = Probed(made, probes)
+    plans = plan_folds(made, probes, done.refused, new_biases)
+
+    def attempt(names: Sequence[str], trial: Surgery) -> float:
         for name in names:
             fold(made, name, plans[name], trial)
-        error = max(distance(a, outputs(made, probe)) for a, probe in zip(before, probes, strict=True))
-        if not error <= EXACT:
-            trial.undo()
-        return error
+        return before.distance()
 
-    # All at once, and only where that fails one by one.
-    together = attempt(list(plans)) if plans else 0.0
-    for name, readers in plans.items():
-        error = together if together <= EXACT else attempt([name])
-        if not error <= EXACT:
-            done.refused[name] = f"the outputs would change by {error:.1e}: something else reads it, too"
-            continue
-        fold(model, name, readers, done)
-        done.changed[name] = f"into {', '.join(readers)}"
+    accepted, rejected = settle(list(plans), attempt)
+    for name, error in rejected.items():
+        done.refused[name] = f"the outputs would change by {error:.1e}: something else reads it, too"
+    for name, error in accepted.items():
+        if model is not None:
+            fold(model, name, plans[name], done)
+        done.changed[name] = f"into {', '.join(plans[name])}"
         done.error = max(done.error, error)
     if not done.changed:
         done.undo()
-    return done
 
 
 def plan_folds(
@@ -122,7 +122,10 @@ def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery) -> 
         untie(model, module, done)
         found = read_linear(module)
         assert found is not None
-        _scale(found, factor, shift, done)
+        if isinstance(module, StreamedMap):
+            module.scale(factor, shift, done)
+        else:
+            _scale(found, factor, shift, done)
     with torch.no_grad():
         if gain is not None:
             done.keep(gain)

@@ -39,6 +39,8 @@ class LinearMap:
 
 def read_linear(module: nn.Module) -> LinearMap | None:
     """The map that a module computes, None where it is no plain linear map or embedding."""
+    if isinstance(streamed := getattr(module, "map", None), LinearMap):
+        return streamed
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     named = {name for name, value in module._parameters.items() if value is not None}
     if weight is None or weight.ndim != 2 or not named <= {"weight", "bias"} or any(True for _ in module.children()):

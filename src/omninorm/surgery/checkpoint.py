@@ -1,0 +1,160 @@
+"""A Hugging Face folder, read tensor by tensor: never more of it in memory than what is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from omninorm.errors import ConfigError, MissingExtraError, RunError
+
+CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file says of a tensor: its dtype in safetensors' words, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """The safetensors of a folder, by name.
+
+    Args:
+        folder: with config.json and one or more safetensors.
+
+    Raises:
+        RunError: it is no such folder, a file is missing or damaged, or reaches out of the folder.
+        MissingExtraError: safetensors is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        _check_folder(folder)
+        self.folder = folder
+        self.config = read_json(folder / CONFIG_FILE)
+        self.files: dict[str, dict[str, Stored]] = {}
+        self._file_of: dict[str, str] = {}
+        for name in _weight_files(folder):
+            self.files[name] = dict(read_header(folder / name))
+            for tensor in self.files[name]:
+                if tensor in self._file_of:
+                    both = f"{tensor} in {self._file_of[tensor]} and {name}"
+                    raise RunError("a tensor must stand once", both, "remove one")
+                self._file_of[tensor] = name
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def names(self) -> list[str]:
+        """All tensors, in the order of the files."""
+        return list(self._file_of)
+
+    def stored(self, name: str) -> Stored:
+        """Dtype and shape."""
+        return self.files[self._file_of[name]][name]
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the file, whose pages are let go with it."""
+        return read_tensor(self.folder / self._file_of[name], name)
+
+
+def read_header(path: Path) -> Iterator[tuple[str, Stored]]:
+    """Names, dtypes and shapes of a safetensors file, in the order of its bytes.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    with _open(path) as file:
+        for name in file.offset_keys():
+            part = file.get_slice(name)
+            yield name, Stored(part.get_dtype(), tuple(part.get_shape()))
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, as a view of it."""
+    with _open(path) as file:
+        found: Tensor = file.get_tensor(name)
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file.
+
+    Raises:
+        RunError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} must be JSON", str(error), "download it again") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path} must be a JSON object", type(found).__name__, "download it again")
+    return found
+
+
+def others(folder: Path) -> list[Path]:
+    """Tokenizers and the like: files that are neither weights nor their index."""
+    weights = (".safetensors", *PICKLED)
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    return [path for path in files if path.suffix not in weights and not path.name.endswith(".index.json")]
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / CONFIG_FILE).is_file():
+        raise RunError("a model's folder must hold config.json", str(folder), "name a Hugging Face folder")
+    inside = folder.resolve()
+    for path in folder.rglob("*"):
+        if not path.resolve().is_relative_to(inside):
+            raise RunError("a model's files must lie in its folder", f"the link {path}", "copy the file")
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The files of the weights, by the index where there is one."""
+    if (folder / INDEX_FILE).is_file():
+        weights = read_json(folder / INDEX_FILE).get("weight_map")
+        names = sorted({str(name) for name in weights.values()}) if isinstance(weights, dict) else []
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise RunError("every shard must lie in the folder", f"no {name!r}", "download it again")
+    else:
+        names = [SINGLE_FILE] if (folder / SINGLE_FILE).is_file() else []
+    if not names:
+        pickled = next((path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED), None)
+        received = f"{pickled}, which is pickled" if pickled else f"none in {folder}"
+        raise RunError("weights must be safetensors", received, "save the model as safetensors first")
+    return names
+
+
+def _open(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        remedy = 'install it with pip install "omninorm[interop]"'
+        raise MissingExtraError("reading weights needs safetensors", "an installation without it", remedy) from error
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} must be a whole safetensors file", str(error), "download it again") from error
+
+
+def check_plain(config: dict[str, Any]) -> str:
+    """The class that config.json names, of a model without code of its own and not quantized.
+
+    Raises:
+        ConfigError: it is another kind of model.
+    """
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else "none"
+    if config.get("auto_map"):
+        remedy = "use a model that transformers itself has; code that comes with a model is not run"
+        raise ConfigError("config.json must name one of transformers' classes", f"{name}, with code of its own", remedy)
+    if config.get("quantization_config"):
+        raise ConfigError("weights must be floating-point", "quantized ones", "dequantize the model first")
+    return name

@@ -1,0 +1,110 @@
+"""Safetensors written and hashed piece by piece: the library's own writer takes whole files in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from omninorm.record.files import write_all
+from omninorm.surgery.checkpoint import Stored
+
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_PIECE = 2**22
+_AHEAD = 4  # pieces that wait for the disk
+
+
+def size(stored: Stored) -> int:
+    """Bytes."""
+    return prod(stored.shape) * _BYTES.get(stored.dtype, 1)
+
+
+class Writer:
+    """A safetensors file that grows tensor by tensor, hashed and written by a thread of its own.
+
+    Args:
+        path: the file, which must not exist; None only hashes.
+        entries: its tensors, in the order in which they will come.
+    """
+
+    def __init__(self, path: Path | None, entries: Mapping[str, Stored]) -> None:
+        self.hashes: dict[str, str] = {}
+        self._digest = hashlib.sha256()
+        self._file = None if path is None else open(path, "xb", buffering=0)  # noqa: SIM115  closed on leaving
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+        self._later(self._write, _header(entries))
+
+    def add(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Adds the next tensor, its elements in pieces that are not changed any more.
+
+        Raises:
+            OSError: an earlier piece could not be written.
+        """
+        for piece in pieces:
+            self._later(self._hash_and_write, piece)
+        self._later(self._finish, name)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            while error is None and self._waiting:
+                self._waiting.popleft().result()
+            if error is None and self._file is not None:
+                os.fsync(self._file.fileno())
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            if self._file is not None:
+                self._file.close()
+
+    def _later(self, step: Callable[..., None], *arguments: object) -> None:
+        self._waiting.append(self._thread.submit(step, *arguments))
+        if len(self._waiting) > _AHEAD:
+            self._waiting.popleft().result()
+
+    def _write(self, content: bytes | memoryview) -> None:
+        if self._file is not None:
+            write_all(self._file.fileno(), content)
+
+    def _hash_and_write(self, piece: Tensor) -> None:
+        content = as_bytes(piece)
+        self._digest.update(content)
+        self._write(content)
+
+    def _finish(self, name: str) -> None:
+        self.hashes[name], self._digest = self._digest.hexdigest(), hashlib.sha256()
+
+
+def pieces(value: Tensor) -> Iterator[Tensor]:
+    """A tensor's elements, a few megabytes at a time."""
+    flat = value.contiguous().view(-1)
+    step = max(1, _PIECE // value.element_size())
+    yield from (flat[start : start + step] for start in range(0, len(flat), step))
+
+
+def as_bytes(value: Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    return value.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _header(entries: Mapping[str, Stored]) -> bytes:
+    """The format: the length of a JSON object in eight bytes, little-endian; the object; the tensors."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, stored in entries.items():
+        end = start + size(stored)
+        table[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
