@@ -255,3 +255,27 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         assert refused.returncode == 2
         assert said in refused.stderr
         assert "Traceback" not in refused.stderr
+
+
+def test_a_swap_changes_no_weight_and_says_which_norms_can_be_replaced(tmp_path: Path) -> None:
+    save(tmp_path / "in", "llama", torch.bfloat16, max_shard_size="20KB")
+    done = convert(tmp_path / "in", tmp_path / "out", "swap")
+    assert len(done.changed) == 5
+    assert done.refused == {}
+    assert 0 < done.error <= 1e-5, "transformers' norms round to float32 inside"
+    one, other = tensors(tmp_path / "in"), tensors(tmp_path / "out")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not (tmp_path / "out" / "surgery_delta.safetensors").exists()
+    undo(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").exists()
+
+
+def test_names_without_the_base_models_prefix(tmp_path: Path) -> None:
+    """As in the GPT-2 that was first published."""
+    save(tmp_path / "in", "gpt2")
+    weights = {name.removeprefix("transformer."): value for name, value in tensors(tmp_path / "in").items()}
+    save_file(weights, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    expected = logits(tmp_path / "in", "gpt2")
+    convert(tmp_path / "in", tmp_path / "out", "center")
+    assert float((logits(tmp_path / "out", "gpt2") - expected).abs().max()) <= 1e-4
