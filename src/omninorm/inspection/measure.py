@@ -13,7 +13,8 @@ from omninorm.inspection.channels import Channels, ChannelSums
 from omninorm.inspection.gains import Gains, measure_gains
 from omninorm.inspection.names import Place
 from omninorm.inspection.quantize import int4_error, int8_error
-from omninorm.inspection.tensors import FLOATS, StoredTensor, as_float
+from omninorm.inspection.tensors import StoredTensor, as_float
+from omninorm.record.tensors import FLOATS
 
 FP16_MAX, FP16_NORMAL = 65504.0, 2.0**-14
 FP16_ZERO = 2.0**-25

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omninorm.errors import MissingExtraError, RunError
+from omninorm.record.tensors import FLOATS, bits, open_safetensors
 
 CHUNK = 1 << 20
 """Elements that are read at once: 4 MiB in float32, which stays in a core's caches for the passes over it."""
 # A convolution's kernel is at most this wide; the last axis of stacked experts is wider.
 _WIDEST_KERNEL = 16
-FLOATS = ("F64", "F32", "F16", "BF16")
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
@@ -98,29 +97,7 @@ def read_safetensors(path: Path) -> list[SafetensorsTensor]:
 
 def _describe(path: Path, name: str, part: Any) -> SafetensorsTensor:
     shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
-    return SafetensorsTensor(name, shape, dtype, math.prod(shape) * _bits(dtype) // 8, path)
-
-
-def _bits(dtype: str) -> int:
-    """Bits of an element: the number in the name; a bool takes a byte."""
-    digits = "".join(character for character in dtype.split("_")[0] if character.isdigit())
-    return int(digits) if digits else 8
-
-
-def open_safetensors(path: Path) -> Any:
-    """The open file, for `with`."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError as error:
-        remedy = "install it by `pip install 'omninorm[interop]'`"
-        raise MissingExtraError(
-            "reading weights needs the package safetensors", "an environment without it", remedy
-        ) from error
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        remedy = "download or save it again"
-        raise RunError(f"{path} must be a whole safetensors file", str(error), remedy) from error
+    return SafetensorsTensor(name, shape, dtype, math.prod(shape) * bits(dtype) // 8, path)
 
 
 def _ranges(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from omninorm.errors import ConfigError, MissingExtraError, RunError
+from omninorm.errors import ConfigError, RunError
+from omninorm.record.tensors import open_safetensors
 
 CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -71,7 +72,7 @@ def read_header(path: Path) -> Iterator[tuple[str, Stored]]:
     Raises:
         RunError: the file is damaged.
     """
-    with _open(path) as file:
+    with open_safetensors(path) as file:
         for name in file.offset_keys():
             part = file.get_slice(name)
             yield name, Stored(part.get_dtype(), tuple(part.get_shape()))
@@ -79,7 +80,7 @@ def read_header(path: Path) -> Iterator[tuple[str, Stored]]:
 
 def read_tensor(path: Path, name: str) -> Tensor:
     """One tensor of a safetensors file, as a view of it."""
-    with _open(path) as file:
+    with open_safetensors(path) as file:
         found: Tensor = file.get_tensor(name)
     return found
 
@@ -130,18 +131,6 @@ def _weight_files(folder: Path) -> list[str]:
         received = f"{pickled}, which is pickled" if pickled else f"none in {folder}"
         raise RunError("weights must be safetensors", received, "save the model as safetensors first")
     return names
-
-
-def _open(path: Path) -> Any:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        remedy = 'install it with pip install "omninorm[interop]"'
-        raise MissingExtraError("reading weights needs safetensors", "an installation without it", remedy) from error
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} must be a whole safetensors file", str(error), "download it again") from error
 
 
 def check_plain(config: dict[str, Any]) -> str:

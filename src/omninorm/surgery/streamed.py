@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from omninorm.errors import ConfigError, MissingExtraError, RunError
+from omninorm.record.tensors import FLOATS
 from omninorm.surgery.checkpoint import Checkpoint, check_plain
 from omninorm.surgery.linear import LinearMap, read_linear
 from omninorm.surgery.report import Surgery
@@ -25,7 +26,6 @@ from omninorm.surgery.report import Surgery
 _CHUNK = 2**18
 # Of parameters that are no matrices: 64 MiB in float64.
 _LARGEST_LOADED = 2**23
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class StreamedMap(nn.Module):
@@ -252,7 +252,7 @@ def _names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
             what = f"{kind} keys: {', '.join(wrong[:3])}"
             raise RunError("the weights must be those of config.json's class", what, "check that both belong together")
     for name, stored in found.items():
-        if isinstance(tensors[name], nn.Parameter) and checkpoint.stored(stored).dtype not in _FLOATS:
+        if isinstance(tensors[name], nn.Parameter) and checkpoint.stored(stored).dtype not in FLOATS:
             received = f"{stored}, which is {checkpoint.stored(stored).dtype}"
             raise ConfigError("weights must be floating-point", received, "dequantize the model first")
         other = first.get(id(tensors[name]), stored)

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from omninorm.record.files import write_all
+from omninorm.record.tensors import bits
 from omninorm.surgery.checkpoint import Stored
 
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _PIECE = 2**22
 _AHEAD = 4  # pieces that wait for the disk
 
 
 def size(stored: Stored) -> int:
     """Bytes."""
-    return prod(stored.shape) * _BYTES.get(stored.dtype, 1)
+    return prod(stored.shape) * bits(stored.dtype) // 8
 
 
 class Writer:

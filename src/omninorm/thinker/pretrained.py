@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.config import NormConfig
-from omninorm.errors import ConfigError, InputError, MissingExtraError, RunError
+from omninorm.errors import ConfigError, InputError, RunError
+from omninorm.record.tensors import open_safetensors
 from omninorm.thinker.config import ThinkerConfig
 from omninorm.thinker.model import Thinker
 
@@ -176,21 +177,9 @@ def _read_tensor(path: Path, name: str) -> Tensor:
 
 
 def _open(path: Path) -> Any:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError as error:
-        remedy = "install it by `pip install 'omninorm[interop]'`"
-        raise MissingExtraError(
-            "reading weights needs the package safetensors", "an environment without it", remedy
-        ) from error
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise RunError(
-            f"{path.parent} must hold its weights as safetensors", f"no {path.name}", "download it"
-        ) from error
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} must be a whole safetensors file", str(error), "download it again") from error
+    if not path.exists():
+        raise RunError(f"{path.parent} must hold its weights as safetensors", f"no {path.name}", "download it")
+    return open_safetensors(path)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
