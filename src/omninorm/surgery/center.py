@@ -19,7 +19,7 @@ from torch import nn
 
 from omninorm.layers import LayerNorm, RMSNorm
 from omninorm.surgery.flow import trace
-from omninorm.surgery.fold import fold, plan_folds, untie, untie_head
+from omninorm.surgery.fold import fold, plan_folds, settle_folds, untie, untie_head
 from omninorm.surgery.identify import Identity, identify
 from omninorm.surgery.linear import read_linear
 from omninorm.surgery.report import Surgery
@@ -52,22 +52,20 @@ def center(
     untie_head(made, Surgery())
     untie_head(model, done)
     probes = probe_inputs(made) if inputs is None else [in_double(probe) for probe in inputs]
-    center_all(made, model, probes, done, new_biases, replace)
+    center_all(Probed(made, probes), model, done, new_biases, replace)
     return done
 
 
-def center_all(
-    made: nn.Module, model: nn.Module | None, probes: Sequence[Any], done: Surgery, new_biases: bool, replace: bool
-) -> None:
+def center_all(before: Probed, model: nn.Module | None, done: Surgery, new_biases: bool, replace: bool) -> None:
     """Centres a model in float64, and the one that it stands for, if any."""
+    made = before.model
     norms = {name: module for name, module in made.named_modules() if isinstance(module, LayerNorm)}
     if not norms:
         done.undo()
         return
-    before = Probed(made, probes)
-    _fold_biases(made, model, norms, plan_folds(made, probes, done.refused, new_biases), before, done)
-    _center_writers(made, model, {module.normalized_shape[0] for module in norms.values()}, before, done)
-    shares = trace(made, list(norms), {}, probes).mean_share
+    _fold_biases(before, model, norms, plan_folds(before, done.refused, new_biases), done)
+    _center_writers(before, model, {module.normalized_shape[0] for module in norms.values()}, done)
+    shares = trace(made, list(norms), {}, before.probes).mean_share
     replaced = Surgery()
     for name in norms:
         if name in done.refused:
@@ -90,11 +88,10 @@ def center_all(
 
 
 def _fold_biases(
-    made: nn.Module,
+    before: Probed,
     model: nn.Module | None,
     norms: dict[str, LayerNorm],
     plans: dict[str, list[str]],
-    before: Probed,
     done: Surgery,
 ) -> None:
     """Gains go along: a gain that stays would do no harm, but a head must be untied for either."""
@@ -105,12 +102,7 @@ def _fold_biases(
         elif name not in plans:
             done.refused[name] = f"its bias can't be folded: {done.refused.get(name, 'nothing reads it')}"
 
-    def attempt(names: Sequence[str], trial: Surgery) -> float:
-        for name in names:
-            fold(made, name, plans[name], trial)
-        return before.distance()
-
-    accepted, rejected = settle([name for name in norms if name in plans], attempt)
+    accepted, rejected = settle_folds(before, {name: plans[name] for name in norms if name in plans})
     for name in rejected:
         done.refused[name] = "its bias can't be folded: something that is no linear map reads it, too"
     for name in accepted:
@@ -118,12 +110,13 @@ def _fold_biases(
             fold(model, name, plans[name], done)
 
 
-def _center_writers(made: nn.Module, model: nn.Module | None, widths: set[int], before: Probed, done: Surgery) -> None:
+def _center_writers(before: Probed, model: nn.Module | None, widths: set[int], done: Surgery) -> None:
     """Takes the mean out of everything from which it can be taken with the same outputs.
 
     What stands in the same place of every block is tried together. Where that fails, so does each of them, or only some
     do: three are tried alone before all are.
     """
+    made = before.model
     candidates = {
         f"{name}:{' '.join(own for own, _ in parameters)}": (name, parameters)
         for name, module in made.named_modules()
@@ -137,8 +130,7 @@ def _center_writers(made: nn.Module, model: nn.Module | None, widths: set[int], 
         return before.distance()
 
     for group in _by_place(candidates):
-        accepted, _ = settle(group, attempt) if _promising(group, attempt) else ({}, {})
-        for key in accepted:
+        for key in _settle_place(group, attempt):
             name, parameters = candidates[key]
             if model is not None:
                 _center(model, model.get_submodule(name), parameters, done)
@@ -154,15 +146,19 @@ def _by_place(names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _promising(group: Sequence[str], attempt: Callable[[Sequence[str], Surgery], float]) -> bool:
-    """Whether the first, the middle or the last of them could be changed alone."""
-    for name in {0: group[0], 1: group[len(group) // 2], 2: group[-1]}.values():
-        trial = Surgery()
-        error = attempt([name], trial)
-        trial.undo()
+def _settle_place(group: Sequence[str], attempt: Callable[[Sequence[str], Surgery], float]) -> Sequence[str]:
+    """Those that were accepted: all; or else none, where the first, the middle and the last are rejected alone, too."""
+    trial = Surgery()
+    if attempt(group, trial) <= EXACT:
+        return group
+    trial.undo()
+    for name in dict.fromkeys((group[0], group[len(group) // 2], group[-1])):
+        alone = Surgery()
+        error = attempt([name], alone)
+        alone.undo()
         if error <= EXACT:
-            return True
-    return False
+            return list(settle(group, attempt)[0])
+    return []
 
 
 def _candidates(module: nn.Module, widths: set[int]) -> Iterator[list[tuple[str, int]]]:

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,16 @@ from torch import Tensor
 from omninorm.errors import ConfigError, RunError
 from omninorm.record.files import sync_folder, write_file, writing
 from omninorm.surgery.center import center_all
-from omninorm.surgery.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, Stored, others, read_header, read_json
-from omninorm.surgery.checkpoint import read_tensor as read
+from omninorm.surgery.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    Checkpoint,
+    Stored,
+    others,
+    read_header,
+    read_json,
+    read_tensor,
+)
 from omninorm.surgery.fold import fold_all
 from omninorm.surgery.report import Report, Surgery
 from omninorm.surgery.settle import Probed
@@ -81,7 +89,7 @@ def convert(
     """
     if operation not in OPERATIONS:
         raise ConfigError(f"an operation is one of {', '.join(OPERATIONS)}", repr(operation), "choose one")
-    check_target(target)
+    _check_target(target)
     checkpoint = Checkpoint(source)
     tell("proving in float64", 0.0)
     opened = open_model(checkpoint, None if operation == "swap" else torch.float64)
@@ -93,14 +101,14 @@ def convert(
     done = Conversion(operation, report.changed, report.refused, error, None)
     if target is None:
         return done
-    with new_folder(target) as folder:
+    with _new_folder(target) as folder:
         written = _write(opened, folder, keep_delta, tell)
         tell("proving what was written", 1.0)
         again = open_model(Checkpoint(folder)).model
         if operation != "swap":
             swap_norms(again)
         rounded = before.distance_to(Probed(again, probes))
-        done = Conversion(operation, report.changed, report.refused, error, rounded)
+        done = replace(done, rounded=rounded)
         proof = {"format": FORMAT, **asdict(done), **written, "config": checkpoint.config}
         write_file(folder / PROOF_FILE, (json.dumps(proof, indent=1, ensure_ascii=False) + "\n").encode())
     return done
@@ -113,7 +121,7 @@ def undo(source: Path, target: Path, tell: Tell = lambda what, share: None) -> N
         RunError: the folder was not converted, its weights were not kept or have changed, or the target can't be
             written.
     """
-    check_target(target)
+    _check_target(target)
     checkpoint, proof = Checkpoint(source), _read_proof(source)
     delta = _read_delta(source, set(proof["changed_tensors"]))
     before: dict[str, str] = proof["before_sha256"]
@@ -123,9 +131,9 @@ def undo(source: Path, target: Path, tell: Tell = lambda what, share: None) -> N
     }
 
     def value(name: str) -> Tensor:
-        return read(source / DELTA_FILE, name) if name in delta else checkpoint.tensor(name)
+        return read_tensor(source / DELTA_FILE, name) if name in delta else checkpoint.tensor(name)
 
-    with new_folder(target) as folder:
+    with _new_folder(target) as folder:
         hashes: dict[str, str] = {}
         for file, entries, told in _with_progress(files, "restoring", tell):
             with Writer(folder / file, entries) as out:
@@ -158,9 +166,9 @@ def _operate(opened: StreamedModel, operation: str, probes: list[Any]) -> tuple[
     swap_norms(model)
     before, done = Probed(model, probes), Surgery()
     if operation == "fold":
-        fold_all(model, None, probes, done, new_biases=False)
+        fold_all(before, None, done, new_biases=False)
     else:
-        center_all(model, None, probes, done, new_biases=False, replace=False)
+        center_all(before, None, done, new_biases=False, replace=False)
     return done, done.error, before
 
 
@@ -171,8 +179,8 @@ def _probes(opened: StreamedModel) -> list[Any]:
     if name == "input_ids" and not getattr(config, "is_encoder_decoder", False):
         return [torch.randint(0, config.get_text_config().vocab_size, (2, 16), generator=generator)]
     if name == "pixel_values":
-        size = (2, config.num_channels, config.image_size, config.image_size)
-        return [{"pixel_values": torch.randn(size, generator=generator, dtype=torch.float64)}]
+        shape = (2, config.num_channels, config.image_size, config.image_size)
+        return [{"pixel_values": torch.randn(shape, generator=generator, dtype=torch.float64)}]
     remedy = "load it, and call omninorm.surgery with inputs=[…]"
     raise ConfigError("the model must take tokens or images alone", f"{type(model).__name__} takes {name}", remedy)
 
@@ -312,7 +320,7 @@ def _copy_others(source: Path, folder: Path, without: tuple[str, ...] = ()) -> N
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def _new_folder(target: Path) -> Iterator[Path]:
     """A folder under a temporary name, which gets its own when all is written, and else is removed."""
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -327,7 +335,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_target(target: Path | None) -> None:
+def _check_target(target: Path | None) -> None:
     """Raises RunError for a folder that exists."""
     if target is not None and (target.exists() or target.is_symlink()):
         raise RunError("the new folder must not exist", str(target), "choose another name")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,21 +44,14 @@ def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None, *, new_bia
     untie_head(made, Surgery())
     untie_head(model, done)
     probes = probe_inputs(made) if inputs is None else [in_double(probe) for probe in inputs]
-    fold_all(made, model, probes, done, new_biases)
+    fold_all(Probed(made, probes), model, done, new_biases)
     return done
 
 
-def fold_all(made: nn.Module, model: nn.Module | None, probes: Sequence[Any], done: Surgery, new_biases: bool) -> None:
+def fold_all(before: Probed, model: nn.Module | None, done: Surgery, new_biases: bool) -> None:
     """Folds what can be folded in a model in float64, and in the one that it stands for, if any."""
-    before = Probed(made, probes)
-    plans = plan_folds(made, probes, done.refused, new_biases)
-
-    def attempt(names: Sequence[str], trial: Surgery) -> float:
-        for name in names:
-            fold(made, name, plans[name], trial)
-        return before.distance()
-
-    accepted, rejected = settle(list(plans), attempt)
+    plans = plan_folds(before, done.refused, new_biases)
+    accepted, rejected = settle_folds(before, plans)
     for name, error in rejected.items():
         done.refused[name] = f"the outputs would change by {error:.1e}: something else reads it, too"
     for name, error in accepted.items():
@@ -70,15 +63,25 @@ def fold_all(made: nn.Module, model: nn.Module | None, probes: Sequence[Any], do
         done.undo()
 
 
-def plan_folds(
-    model: nn.Module, probes: Sequence[Any], refused: dict[str, str], new_biases: bool = True
-) -> dict[str, list[str]]:
+def settle_folds(before: Probed, plans: Mapping[str, Sequence[str]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Folds those of the norms that leave the outputs as they are; see `settle`."""
+
+    def attempt(names: Sequence[str], trial: Surgery) -> float:
+        for name in names:
+            fold(before.model, name, plans[name], trial)
+        return before.distance()
+
+    return settle(list(plans), attempt)
+
+
+def plan_folds(before: Probed, refused: dict[str, str], new_biases: bool) -> dict[str, list[str]]:
     """The readers of every norm that has something to fold and is read by linear maps alone, as far as can be seen."""
+    model = before.model
     norms = {
         name: identity for name, module in model.named_modules() if isinstance(identity := _identity(module), Identity)
     }
     maps = {name: module for name, module in model.named_modules() if _reads(module)}
-    reading = trace(model, list(norms), maps, probes)
+    reading = trace(model, list(norms), maps, before.probes)
     counted = [reader for readers in reading.readers.values() for reader in readers]
     plans = {}
     for name, identity in norms.items():
