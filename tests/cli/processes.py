@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def _run(arguments: list[str], out: str, err: str) -> None:
         os.dup2(descriptor, stream)
         os.close(descriptor)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
+    # A shell ignores it for what it runs in the background, tests too, and the children of such a process do as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from omninorm.cli import main
 
     main(arguments)
