@@ -115,6 +115,39 @@ def test_what_was_not_kept_or_has_changed_can_not_be_undone(tmp_path: Path) -> N
     assert not (tmp_path / "back").exists()
 
 
+class Harmful:
+    """Unpickled, it would end the tests."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_tensors_become_safetensors(tmp_path: Path, shards: int, zipped: bool) -> None:
+    save(tmp_path / "in")
+    before, expected = tensors(tmp_path / "in"), logits(tmp_path / "in", "llama")
+    (tmp_path / "in" / "model.safetensors").unlink()
+    names = sorted(before)
+    weight_map = {}
+    for shard in range(shards):
+        file = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{shard + 1:05}-of-{shards:05}.bin"
+        part = {name: before[name] for name in names[shard::shards]}
+        torch.save(part, tmp_path / "in" / file, _use_new_zipfile_serialization=zipped)
+        weight_map |= dict.fromkeys(part, file)
+    if shards > 1:
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (tmp_path / "in" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    done = convert(tmp_path / "in", tmp_path / "out", "fold")
+    assert done.error <= 1e-10
+    assert not list((tmp_path / "out").glob("*.bin*"))
+    assert float((expected - logits(tmp_path / "out", "llama")).abs().max()) <= 1e-4
+    undo(tmp_path / "out", tmp_path / "back")
+    after = tensors(tmp_path / "back")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], after[name]) for name in names)
+
+
 def damage(folder: Path, how: str) -> None:
     weights = folder / "model.safetensors"
     config = json.loads((folder / "config.json").read_text())
@@ -125,6 +158,22 @@ def damage(folder: Path, how: str) -> None:
             (folder / "config.json").write_text("{")
         case "pickled":
             weights.rename(folder / "pytorch_model.bin")
+        case "pickled code":
+            weights.unlink()
+            torch.save({"model.norm.weight": torch.ones(3), "more": Harmful()}, folder / "pytorch_model.bin")
+        case "a pickled list":
+            weights.unlink()
+            torch.save([torch.ones(3)], folder / "pytorch_model.bin")
+        case "a pickled number":
+            weights.unlink()
+            torch.save({"model.norm.weight": torch.ones(3), "step": 3}, folder / "pytorch_model.bin")
+        case "a cut pickle":
+            torch.save(load_file(weights), folder / "pytorch_model.bin")
+            content = (folder / "pytorch_model.bin").read_bytes()
+            (folder / "pytorch_model.bin").write_bytes(content[: len(content) // 2])
+            weights.unlink()
+        case "pickled under another name":
+            weights.rename(folder / "weights.pt")
         case "cut":
             weights.write_bytes(weights.read_bytes()[:5000])
         case "no header":
@@ -156,7 +205,9 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("no config", "must hold config.json"), ("no JSON", "must be JSON"), ("pickled", "pytorch_model.bin, which is pickled"),
+        ("no config", "must hold config.json"), ("no JSON", "must be JSON"), ("pickled", "must hold tensors by name"),
+        ("pickled code", "must hold tensors by name"), ("a pickled list", "pytorch_model.bin, a list"), ("a pickled number", "with 'step'"),
+        ("a cut pickle", "must hold tensors by name"), ("pickled under another name", "only weights.pt, which is pickled"),
         ("cut", "must be a whole"), ("no header", "whole safetensors file"), ("a link outside", "must lie in its folder"),
         ("a missing shard", "every shard"), ("twice", "must stand once"), ("a missing tensor", "missing keys: model.norm.weight"),
         ("a strange tensor", "unexpected keys: strange"), ("a strange class", "one of transformers' classes"),

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from omninorm.errors import ConfigError, RunError
-from omninorm.record.tensors import open_safetensors
+from omninorm.surgery.weight_files import PICKLED, PickledFile, SafetensorsFile, Stored, WeightFile
 
 CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a file says of a tensor: its dtype in safetensors' words, and its shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
+_PICKLED_INDEX, _PICKLED_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 
 class Checkpoint:
-    """The safetensors of a folder, by name.
+    """The weights of a folder, by name.
 
     Args:
-        folder: with config.json and one or more safetensors.
+        folder: with config.json and one or more safetensors, or files of torch.save with nothing but tensors.
+
+    `files` has its files under the names that they have, or would have, as safetensors.
 
     Raises:
         RunError: it is no such folder, a file is missing or damaged, or reaches out of the folder.
@@ -42,8 +34,9 @@ class Checkpoint:
         self.config = read_json(folder / CONFIG_FILE)
         self.files: dict[str, dict[str, Stored]] = {}
         self._file_of: dict[str, str] = {}
-        for name in _weight_files(folder):
-            self.files[name] = dict(read_header(folder / name))
+        self.index, self._sources = _weights(folder)
+        for name, file in self._sources.items():
+            self.files[name] = file.entries()
             for tensor in self.files[name]:
                 if tensor in self._file_of:
                     both = f"{tensor} in {self._file_of[tensor]} and {name}"
@@ -63,26 +56,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """A view of the file, whose pages are let go with it."""
-        return read_tensor(self.folder / self._file_of[name], name)
-
-
-def read_header(path: Path) -> Iterator[tuple[str, Stored]]:
-    """Names, dtypes and shapes of a safetensors file, in the order of its bytes.
-
-    Raises:
-        RunError: the file is damaged.
-    """
-    with open_safetensors(path) as file:
-        for name in file.offset_keys():
-            part = file.get_slice(name)
-            yield name, Stored(part.get_dtype(), tuple(part.get_shape()))
-
-
-def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file, as a view of it."""
-    with open_safetensors(path) as file:
-        found: Tensor = file.get_tensor(name)
-    return found
+        return self._sources[self._file_of[name]].tensor(name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -116,21 +90,35 @@ def _check_folder(folder: Path) -> None:
             raise RunError("a model's files must lie in its folder", f"the link {path}", "copy the file")
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """The files of the weights, by the index where there is one."""
-    if (folder / INDEX_FILE).is_file():
-        weights = read_json(folder / INDEX_FILE).get("weight_map")
-        names = sorted({str(name) for name in weights.values()}) if isinstance(weights, dict) else []
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise RunError("every shard must lie in the folder", f"no {name!r}", "download it again")
-    else:
-        names = [SINGLE_FILE] if (folder / SINGLE_FILE).is_file() else []
-    if not names:
-        pickled = next((path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED), None)
-        received = f"{pickled}, which is pickled" if pickled else f"none in {folder}"
-        raise RunError("weights must be safetensors", received, "save the model as safetensors first")
+def _weights(folder: Path) -> tuple[dict[str, Any] | None, dict[str, WeightFile]]:
+    """The index, where there is one, and the files, by their names as safetensors."""
+    for kind, single, index in (
+        (SafetensorsFile, SINGLE_FILE, INDEX_FILE),
+        (PickledFile, _PICKLED_SINGLE, _PICKLED_INDEX),
+    ):
+        if (folder / index).is_file():
+            found = read_json(folder / index)
+            return found, {_as_safetensors(name): kind(folder / name) for name in _shards(folder, found)}
+        if (folder / single).is_file():
+            return None, {SINGLE_FILE: kind(folder / single)}
+    pickled = next((path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED), None)
+    received = f"only {pickled}, which is pickled" if pickled else f"none in {folder}"
+    raise RunError("weights must be safetensors", received, "save the model as safetensors first")
+
+
+def _shards(folder: Path, index: dict[str, Any]) -> list[str]:
+    weights = index.get("weight_map")
+    names = sorted({str(name) for name in weights.values()}) if isinstance(weights, dict) else []
+    for name in names or ["none"]:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise RunError("every shard must lie in the folder", f"no {name!r}", "download it again")
     return names
+
+
+def _as_safetensors(name: str) -> str:
+    """pytorch_model-00001-of-00002.bin → model-00001-of-00002.safetensors."""
+    path = Path(name)
+    return name if path.suffix == ".safetensors" else f"{path.stem.removeprefix('pytorch_')}.safetensors"
 
 
 def check_plain(config: dict[str, Any]) -> str:

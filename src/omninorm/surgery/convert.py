@@ -26,17 +26,15 @@ from omninorm.surgery.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     Checkpoint,
-    Stored,
     others,
-    read_header,
     read_json,
-    read_tensor,
 )
 from omninorm.surgery.fold import fold_all
 from omninorm.surgery.report import Report, Surgery
 from omninorm.surgery.settle import Probed
 from omninorm.surgery.streamed import StreamedMap, StreamedModel, open_model
 from omninorm.surgery.swap import swap_norms
+from omninorm.surgery.weight_files import DTYPES, SafetensorsFile, Stored
 from omninorm.surgery.writer import Writer, pieces, size
 
 OPERATIONS = ("swap", "fold", "center")
@@ -131,7 +129,7 @@ def undo(source: Path, target: Path, tell: Tell = lambda what, share: None) -> N
     }
 
     def value(name: str) -> Tensor:
-        return read_tensor(source / DELTA_FILE, name) if name in delta else checkpoint.tensor(name)
+        return SafetensorsFile(source / DELTA_FILE).tensor(name) if name in delta else checkpoint.tensor(name)
 
     with _new_folder(target) as folder:
         hashes: dict[str, str] = {}
@@ -267,14 +265,11 @@ def _alike(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def _rows_of(module: StreamedMap) -> Value:
-    return lambda stored: (chunk.to(_DTYPES[stored.dtype]) for _, chunk in module.rows())
+    return lambda stored: (chunk.to(DTYPES[stored.dtype]) for _, chunk in module.rows())
 
 
 def _rounded(parameter: Tensor) -> Value:
-    return lambda stored: pieces(parameter.detach().to(_DTYPES[stored.dtype]))
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return lambda stored: pieces(parameter.detach().to(DTYPES[stored.dtype]))
 
 
 def _with_progress(
@@ -295,12 +290,13 @@ def _with_progress(
 
 def _write_index(checkpoint: Checkpoint, files: Mapping[str, Mapping[str, Stored]], folder: Path) -> None:
     """Which file a tensor is in, where the source has an index."""
-    if not (checkpoint.folder / INDEX_FILE).is_file():
+    if checkpoint.index is None:
         return
-    index = read_json(checkpoint.folder / INDEX_FILE)
+    index = dict(checkpoint.index)
     index["weight_map"] = {name: file for file, entries in files.items() for name in entries}
     if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
-        index["metadata"]["total_size"] = sum(size(stored) for entries in files.values() for stored in entries.values())
+        total = sum(size(stored) for entries in files.values() for stored in entries.values())
+        index["metadata"] = index["metadata"] | {"total_size": total}
     write_file(folder / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
 
 
@@ -369,7 +365,7 @@ def _read_delta(folder: Path, names: set[str]) -> dict[str, Stored]:
     path = folder / DELTA_FILE
     if not path.is_file():
         raise RunError("an undo needs the weights that were changed", f"no {path.name} in {folder}", "convert it again")
-    found = dict(read_header(path))
+    found = SafetensorsFile(path).entries()
     if missing := sorted(names - set(found)):
         raise RunError("an undo needs the weights that were changed", f"no {missing[0]} in {path}", "convert it again")
     return {name: found[name] for name in names}

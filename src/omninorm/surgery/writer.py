@@ -16,7 +16,7 @@ from torch import Tensor
 
 from omninorm.record.files import write_all
 from omninorm.record.tensors import bits
-from omninorm.surgery.checkpoint import Stored
+from omninorm.surgery.weight_files import Stored
 
 _PIECE = 2**22
 _AHEAD = 4  # pieces that wait for the disk
