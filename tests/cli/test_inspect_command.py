@@ -35,7 +35,7 @@ def test_a_healthy_checkpoint(inspect, weights):
     assert (code, err) == (0, "")
     assert lines[0] == "Healthy: nothing wrong in 10 tensors with 19,904 parameters."
     assert [line.split()[0] for line in lines[-2 - BLOCKS : -2]] == ["0", "1", "2", "3"]
-    assert lines[-1] == "10 tensors, 19,904 parameters, 0.1 MB (F32 10)"
+    assert lines[-1] == "10 tensors, 5 norms, 19,904 parameters, 0.1 MB (F32 10)"
 
 
 def test_a_warning_exits_with_0_and_a_failure_with_1(inspect, weights):
@@ -47,6 +47,20 @@ def test_a_warning_exits_with_0_and_a_failure_with_1(inspect, weights):
     code, out, err = inspect(weights)
     assert (code, err) == (1, "")
     assert out.index("FAIL  non-finite  model.layers.3.self_attn.o_proj.weight") < out.index("WARN  gain-drift")
+
+
+def test_a_table_of_every_norm(inspect, weights):
+    weights["model.layers.1.input_layernorm.weight"][:3] = torch.tensor([0.0, -0.5, 3.0])
+    code, out, _ = inspect(weights, "--norms")
+    assert code == 0
+    table = out.split("norms\n")[1].split("\n\n")[0]
+    rows = {name: values for name, *values in (line.split() for line in table.splitlines()[1:])}
+    assert list(rows) == [
+        "model.norm.weight",
+        *(f"model.layers.{block}.input_layernorm.weight" for block in range(BLOCKS)),
+    ]
+    assert rows["model.layers.1.input_layernorm.weight"] == ["64", "0", "1", "3", "1.6%"]
+    assert rows["model.norm.weight"] == ["64", "1", "1", "1", "0.0%"]
 
 
 def test_json_is_one_strict_document(inspect, weights):

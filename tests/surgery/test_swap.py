@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 import omninorm
@@ -33,26 +35,61 @@ def test_every_norm_is_swapped_and_nothing_else_changes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_in_bfloat16_every_norm_is_within_a_unit_and_logits_are_no_farther_from_the_truth(name: str) -> None:
-    stock = subjects.build(name, torch.bfloat16)
+    check_in_bfloat16(subjects.build(name, torch.bfloat16), batches=6)
+
+
+@pytest.mark.slow
+def test_the_same_of_real_weights(smollm2: Path) -> None:
+    stock = hf.AutoModelForCausalLM.from_pretrained(
+        str(smollm2.parent),
+        gguf_file=smollm2.name,
+        dtype=torch.bfloat16,
+        quantization_config=hf.GgufConfig(dequantize=True),
+    )
+    assert check_in_bfloat16(stock) == 61
+
+
+@pytest.mark.slow
+def test_the_same_of_qwen3_at_its_real_width() -> None:
+    config = hf.Qwen3Config(
+        hidden_size=1024, head_dim=128, num_attention_heads=16, num_key_value_heads=8, intermediate_size=3072,
+        num_hidden_layers=6, vocab_size=4096,
+    )  # fmt: skip
+    stock = hf.Qwen3ForCausalLM(config).bfloat16().eval()
+    subjects.draw_vectors(stock)
+    assert check_in_bfloat16(stock) == 6 * 4 + 1
+
+
+def check_in_bfloat16(stock: nn.Module, batches: int = 2) -> int:
+    """How many norms were swapped. Logits are compared by the root mean square of their distance to float64's."""
     ours, truth = copy.deepcopy(stock), copy.deepcopy(stock).double()
+    swap_norms(truth)  # stock norms compute in float32 even then
     report = swap_norms(ours)
     for each in report.changed:
         norm, own = stock.get_submodule(each), ours.get_submodule(each)
         x = (torch.randn(64, norm.weight.numel(), generator=torch.Generator().manual_seed(1)) * 3).bfloat16()
         with torch.no_grad():
-            steps = norm(x).view(torch.int16).int() - own(x).view(torch.int16).int()
-        assert int(steps.abs().max()) <= 1
-    errors = {}
+            theirs, here = norm(x), own(x)
+        # A unit of the row's largest output, as the numerics contract counts. Of its own an output may be two off in
+        # Llama's order: where x̂ is rounded the other way, at most one in a thousand.
+        unit = 2.0 ** (theirs.abs().amax(-1, keepdim=True).double().log2().floor() - 7)
+        assert ((theirs.double() - here.double()).abs() <= unit).all()
+        steps = (theirs.view(torch.int16).int() - here.view(torch.int16).int()).abs()
+        assert int(steps.max()) <= 2
+        assert float((steps > 0).float().mean()) <= 1e-3
+    squares = dict.fromkeys(("stock", "ours"), 0.0)
     with torch.no_grad():
-        for label, model in (("stock", stock), ("ours", ours)):
-            gaps = [model(tokens).logits.double() - truth(tokens).logits for tokens in _batches(6)]
-            errors[label] = float(torch.stack(gaps).square().mean().sqrt())
-    assert errors["ours"] <= 1.05 * errors["stock"]
+        for tokens in _batches(batches, stock.config.vocab_size):
+            expected = truth(tokens).logits
+            for label, model in (("stock", stock), ("ours", ours)):
+                squares[label] += float((model(tokens).logits.double() - expected).square().sum())
+    assert 0 < squares["ours"] <= 1.05**2 * squares["stock"]
+    return len(report.changed)
 
 
-def _batches(count: int) -> list[torch.Tensor]:
+def _batches(count: int, vocabulary: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, subjects.VOCABULARY, (4, 24), generator=generator) for _ in range(count)]
+    return [torch.randint(0, vocabulary, (4, 24), generator=generator) for _ in range(count)]
 
 
 def test_gains_train_on_in_the_optimizer_that_has_them() -> None:

@@ -31,6 +31,7 @@ def inspect(
         typer.Argument(help="A .safetensors or .gguf file, a folder with weights, or a run's.", show_default=False),
     ],
     top: Annotated[int, typer.Option(min=0, help="Findings to show at most.")] = 10,
+    norms: Annotated[bool, typer.Option("--norms", help="A table of every norm's gains, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with everything measured.")] = False,
 ) -> None:
     """Show the static health of a checkpoint: non-finite values, gains, dead and massive weights, odd blocks.
@@ -43,7 +44,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(result.to_record(), indent=2, allow_nan=False))
     else:
-        _show(screen, result, top)
+        _show(screen, result, top, norms)
     if result.failed:
         raise typer.Exit(FAILED)
 
@@ -67,7 +68,7 @@ def _progress(screen: Console) -> Iterator[Report | None]:
         yield report
 
 
-def _show(screen: Console, result: Inspection, top: int) -> None:
+def _show(screen: Console, result: Inspection, top: int, norms: bool) -> None:
     screen.print(_line(result.verdict), style="bold")
     for finding in result.findings[:top]:
         _show_finding(screen, finding)
@@ -77,6 +78,9 @@ def _show(screen: Console, result: Inspection, top: int) -> None:
     for stack, blocks in groupby(result.blocks, key=lambda block: block.stack):
         screen.print()
         screen.print(_block_table(stack, list(blocks)))
+    if norms:
+        screen.print()
+        screen.print(_norm_table(result))
     screen.print()
     screen.print(_line(_totals(result)))
 
@@ -92,14 +96,31 @@ def _show_finding(screen: Console, finding: Finding) -> None:
 
 
 def _block_table(stack: str, blocks: list[BlockStats]) -> Table:
-    table = Table(title=f"{_line(stack)}: RMS of the weights by block", title_justify="left", box=None, pad_edge=False)
     titles = ("block", "attention out", "feed-forward out", "matrices", "max |w|", "median γ", "max |γ|")
-    for title in titles:
-        table.add_column(title, justify="right")
+    table = _table(f"{_line(stack)}: RMS of the weights by block", titles)
     for block in blocks:
         weights = (block.attention_out, block.feed_forward_out, block.matrices, block.max_abs)
         numbers = (*weights, block.gain_median, block.gain_max)
         table.add_row(str(block.block), *("–" if number is None else f"{number:.3g}" for number in numbers))
+    return table
+
+
+def _norm_table(result: Inspection) -> Table:
+    table = _table("norms", ("gain", "width", "min |γ|", "median", "max |γ|", "silent"))
+    table.columns[0].justify, table.columns[0].overflow = "left", "fold"
+    table.columns[0].min_width = 38
+    found = [tensor for tensor in result.tensors if tensor.gains is not None]
+    for tensor in sorted(found, key=lambda each: -1 if each.place.block is None else each.place.block):
+        assert (gains := tensor.gains) is not None
+        sizes = (f"{size:.3g}" for size in (gains.smallest, gains.median, gains.largest))
+        table.add_row(_line(tensor.name), str(gains.count), *sizes, f"{gains.silent:.1%}")
+    return table
+
+
+def _table(title: str, titles: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for each in titles:
+        table.add_column(each, justify="right")
     return table
 
 
@@ -109,7 +130,8 @@ def _totals(result: Inspection) -> str:
     skipped = f"; {totals['not_measured']} of types that are not measured" if totals["not_measured"] else ""
     eps = f"; norms' ε {totals['norm_eps']:g}" if totals["norm_eps"] is not None else ""
     return (
-        f"{totals['tensors']} tensors, {totals['parameters']:,} parameters, {totals['bytes'] / 1e6:,.1f} MB"
+        f"{totals['tensors']} tensors, {totals['norms']} norms, {totals['parameters']:,} parameters,"
+        f" {totals['bytes'] / 1e6:,.1f} MB"
         f" ({dtypes}){skipped}{eps}"
     )
 

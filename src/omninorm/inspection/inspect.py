@@ -69,13 +69,14 @@ class Inspection:
         return f"{count} {_plural('finding', count)}{failing} in {size}: {kinds}{told}."
 
     def totals(self) -> dict[str, Any]:
-        """Counts of tensors, parameters and bytes, and of tensors by dtype.
+        """Counts of tensors, norms' gains, parameters and bytes, and of tensors by dtype.
 
         parameters are floating-point values outside of buffers; not_measured counts tensors of other types.
         """
         kept = [each for each in self.tensors if each.measured and each.place.kind != "buffer"]
         return {
             "tensors": len(self.tensors),
+            "norms": sum(each.gains is not None for each in self.tensors),
             "parameters": sum(each.numel for each in kept),
             "bytes": sum(each.nbytes for each in self.tensors),
             "dtypes": dict(Counter(each.dtype for each in self.tensors).most_common()),

@@ -175,7 +175,7 @@ def _probes(opened: StreamedModel) -> list[Any]:
     name, config = getattr(model, "main_input_name", "input_ids"), model.config
     generator = torch.Generator().manual_seed(0)
     if name == "input_ids" and not getattr(config, "is_encoder_decoder", False):
-        return [torch.randint(0, config.get_text_config().vocab_size, (2, 16), generator=generator)]
+        return [torch.randint(0, config.get_text_config().vocab_size, (2, 8), generator=generator)]
     if name == "pixel_values":
         shape = (2, config.num_channels, config.image_size, config.image_size)
         return [{"pixel_values": torch.randn(shape, generator=generator, dtype=torch.float64)}]

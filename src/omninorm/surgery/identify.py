@@ -271,9 +271,13 @@ def _normalize(x: Tensor, centred: bool) -> Tensor:
 
 
 def _almost_equal(a: Tensor, b: Tensor) -> bool:
-    """bfloat16 numbers that are equal, but for one in a hundred that is off by one unit in the last place."""
+    """bfloat16 numbers that are equal, but for one in a hundred: another order of rounding changes a quarter of them.
+
+    Off by two units, too: where statistics that differ in their last bit round x̂ the other way, its product with the
+    gain may move by two.
+    """
     steps = (_ordered(a) - _ordered(b)).abs()
-    return int(steps.max()) <= 1 and float((steps > 0).float().mean()) <= 0.01
+    return int(steps.max()) <= 2 and float((steps > 0).float().mean()) <= 0.01
 
 
 def _ordered(values: Tensor) -> Tensor:
