@@ -111,7 +111,8 @@ def _norm_table(result: Inspection) -> Table:
     table.columns[0].min_width = 38
     found = [tensor for tensor in result.tensors if tensor.gains is not None]
     for tensor in sorted(found, key=lambda each: -1 if each.place.block is None else each.place.block):
-        assert (gains := tensor.gains) is not None
+        gains = tensor.gains
+        assert gains is not None
         sizes = (f"{size:.3g}" for size in (gains.smallest, gains.median, gains.largest))
         table.add_row(_line(tensor.name), str(gains.count), *sizes, f"{gains.silent:.1%}")
     return table
