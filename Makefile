@@ -8,12 +8,13 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 PYTHON_CODE := setup.py src tests examples benchmarks
 
-.PHONY: help demo bench test lint types sanitize check format clean
+.PHONY: help demo bench test test-triton lint types sanitize check format clean
 
 help:
 	@echo "make demo    train deep transformers with and without good normalization, and compare with verdicts"
 	@echo "make bench   time the norms on this machine"
 	@echo "make test    run the tests"
+	@echo "make test-triton  all tests of the GPU kernels that need no GPU: interpreted, and compiled ahead of time"
 	@echo "make check   formatting, lint, types, import direction, tests with warnings as errors, sanitizers"
 	@echo "make format  format the code"
 	@echo "make clean   remove .venv, caches and what was compiled"
@@ -25,8 +26,14 @@ demo: .venv/compare .venv/cpu
 bench: .venv/bench .venv/cpu
 	$(BIN)/omninorm bench
 
+# The second line is the GPU kernels by Triton's interpreter, as far as it has time: `make test-triton` has the rest.
 test: .venv/dev .venv/cpu .venv/weights
 	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_edges.py
+
+test-triton: .venv/dev .venv/cpu
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+	$(PYTEST) -m 'exhaustive or not exhaustive' tests/backends/test_triton_ahead.py
 
 lint: .venv/dev
 	$(BIN)/ruff format --check $(PYTHON_CODE)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omninorm.config import CASTS, LARGEST, is_finite
 from omninorm.errors import InputError
-from omninorm.kernels import cpu, dispatch
+from omninorm.kernels import dispatch, operators
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm", "z_score"]
 
@@ -51,7 +51,7 @@ def rms_norm(
     """
     if dispatch.is_plain_cpu(x, weight, None, eps, gain_offset):
         try:
-            return cpu.rms_norm(x, weight, eps, gain_offset, cast)
+            return operators.rms_norm(x, weight, eps, gain_offset, cast)
         except REFUSALS:
             check_rms_norm(x, weight, eps, gain_offset, cast)
             raise
@@ -82,7 +82,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     """
     if dispatch.is_plain_cpu(x, weight, bias, eps):
         try:
-            return cpu.layer_norm(x, weight, bias, eps)
+            return operators.layer_norm(x, weight, bias, eps)
         except REFUSALS:
             check_layer_norm(x, weight, bias, eps)
             raise

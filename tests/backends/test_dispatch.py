@@ -1,5 +1,6 @@
 """Who computes: plain CPU tensors reach the operators, everything else the reference, and a demand is met or refused."""
 
+import importlib.metadata
 import re
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import omninorm
 from omninorm import functional
 from omninorm.errors import ConfigError, InputError
-from omninorm.kernels import cpu, dispatch
+from omninorm.kernels import cpu, dispatch, gpu
 
 needs_operators = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable())
 
@@ -99,9 +100,9 @@ def test_what_the_operators_cannot_take_goes_to_the_reference_or_is_refused(name
 
 @needs_operators
 def test_forward_differentiation_gets_the_reference() -> None:
-    assert dispatch.on_cpu(torch.ones(1))
+    assert dispatch.has_operators(torch.ones(1))
     with forward_ad.dual_level():
-        assert not dispatch.on_cpu(torch.ones(1))
+        assert not dispatch.has_operators(torch.ones(1))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, on its first tangent
@@ -120,8 +121,8 @@ class Wrapped(torch.Tensor):
 
 def test_a_subclass_as_gain_or_residual_gets_the_reference() -> None:
     x, gain = torch.randn(2, 8), torch.randn(8)
-    assert dispatch.on_cpu(x, gain, None)
-    assert not dispatch.on_cpu(x, gain.as_subclass(Wrapped))
+    assert dispatch.has_operators(x, gain, None)
+    assert not dispatch.has_operators(x, gain.as_subclass(Wrapped))
     with dispatch.use_backend("reference"):
         expected = functional.rms_norm(x, gain)
     assert torch.equal(functional.rms_norm(x, gain.as_subclass(Wrapped)), expected)
@@ -136,7 +137,7 @@ def test_the_sum_needs_a_gradient_only_if_its_parts_do() -> None:
 
 
 def test_an_unknown_back_end_is_refused_with_the_choices() -> None:
-    message = "the back end must exist, but got 'gpu'; choose one of cpu, reference"
+    message = "the back end must exist, but got 'gpu'; choose one of triton, cpu, reference"
     with pytest.raises(ConfigError, match=re.escape(message)), dispatch.use_backend("gpu"):
         pass
 
@@ -144,9 +145,43 @@ def test_an_unknown_back_end_is_refused_with_the_choices() -> None:
 def test_a_back_end_that_is_missing_is_refused_with_the_reason(monkeypatch) -> None:
     monkeypatch.setattr(cpu, "_reason", "no compiler was there")
     monkeypatch.setattr(dispatch, "CPU_RUNS", False)
-    assert not dispatch.backends()[0].available
+    assert not {backend.name: backend for backend in dispatch.backends()}["cpu"].available
     with pytest.raises(ConfigError, match="'cpu': no compiler was there; choose another"), dispatch.use_backend("cpu"):
         pass
+
+
+@pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter computes them")
+def test_triton_is_refused_without_a_gpu_and_cpu_tensors_with_one(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = "'triton': no GPU that PyTorch can use; choose another"
+    with pytest.raises(ConfigError, match=re.escape(said)), dispatch.use_backend("triton"):
+        pass
+    monkeypatch.setattr(gpu, "device", lambda: "some GPU")
+    with dispatch.use_backend("triton"), pytest.raises(InputError) as caught:
+        functional.rms_norm(torch.ones(2, 4))
+    assert str(caught.value) == (
+        "back end 'triton' computes plain tensors of a GPU, outside of torch.func and forward-mode differentiation, "
+        "but got Tensor on cpu; leave the choice to omninorm"
+    )
+
+
+@pytest.mark.parametrize(
+    ("versions", "reason"),
+    [
+        ({}, "Triton is not installed"),
+        ({"triton": "3.2.0"}, "Triton is 3.2.0, and 3.3 is needed"),
+        ({"triton": "3.10.1+git1"}, ""),
+        ({"pytorch-triton-rocm": "3.4.0"}, ""),
+    ],
+)
+def test_a_missing_or_old_triton_is_named(monkeypatch, versions: dict[str, str], reason: str) -> None:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError
+        return versions[name]
+
+    monkeypatch.setattr(gpu.importlib.metadata, "version", version)
+    assert gpu.unavailable.__wrapped__() == reason
 
 
 def test_the_choice_is_restored_after_an_error_and_blocks_nest() -> None:
@@ -168,11 +203,11 @@ def test_the_choice_holds_in_all_threads() -> None:
     """Backward runs on threads of autograd's own."""
     seen: list[bool] = []
     with dispatch.use_backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(dispatch.on_cpu(torch.ones(1))))
+        thread = threading.Thread(target=lambda: seen.append(dispatch.has_operators(torch.ones(1))))
         thread.start()
         thread.join()
     assert seen == [False]
-    assert dispatch.on_cpu(torch.ones(1))
+    assert dispatch.has_operators(torch.ones(1))
 
 
 # Bad input -------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ try:
     refused = ""
 except omninorm.errors.ConfigError as error:
     refused = str(error)
-backend = omninorm.backends()[0]
+backend = next(each for each in omninorm.backends() if each.name == "cpu")
 print(json.dumps({
     "at import": [str(w.message) for w in at_import], "first": caught[0], "second": caught[1], "y": y.tolist(),
     "refused": refused, "backend": list(backend), "sets": cpu.instruction_sets(), "set": cpu.instruction_set(),

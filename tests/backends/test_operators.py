@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omninorm.kernels import cpu
+from omninorm.kernels import cpu, operators
 
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable())
 
@@ -52,6 +52,13 @@ def test_no_operator_is_forgotten_here() -> None:
     ours = {name for name in schemas if name.startswith("omninorm::")}
     # The watch's compute nothing; tests/watch has them in graphs.
     assert ours - {"omninorm::watch_see", "omninorm::watch_gradient"} == {f"omninorm::{name}" for name in CALLS}
+
+
+def test_the_definitions_for_where_there_is_no_library_are_its_own() -> None:
+    ours = [torch._C.parse_schema(f"omninorm::{schema}") for schema in operators.SCHEMAS]
+    assert {schema.name for schema in ours} == {f"omninorm::{name}" for name in CALLS}
+    for schema in ours:
+        assert str(schema) == str(getattr(OPERATORS, schema.name.removeprefix("omninorm::")).default._schema)
 
 
 INPUTS = {

@@ -5,9 +5,12 @@ import torch
 from torch import Tensor
 
 from omninorm import functional
+from omninorm.kernels import gpu
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
+# A million rows; as many as Triton's interpreter has time for, which are 128 blocks of a gain's gradient.
+MANY_ROWS = 2**13 if gpu.INTERPRETED else 2**20
 
 
 def spread(*shape: int, dtype: torch.dtype) -> Tensor:

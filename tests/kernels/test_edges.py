@@ -3,6 +3,7 @@
 import oracle
 import pytest
 import torch
+from checks import MANY_ROWS
 from torch import Tensor
 
 from omninorm import functional
@@ -168,7 +169,7 @@ def test_a_row_of_262144_features(dtype: torch.dtype) -> None:
 
 def test_a_bfloat16_gain_gradient_over_a_million_rows() -> None:
     """Accumulated in bfloat16 the sum would stop at 256."""
-    rows = 2**20
+    rows = MANY_ROWS
     x = torch.ones(rows, 2, dtype=torch.bfloat16)
     weight = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
     functional.rms_norm(x, weight, eps=0.0).backward(torch.ones_like(x))
@@ -177,7 +178,7 @@ def test_a_bfloat16_gain_gradient_over_a_million_rows() -> None:
 
 @pytest.mark.parametrize("width", [4, 7, 8])
 def test_gain_gradients_over_a_million_bfloat16_rows(width: int) -> None:
-    x, dy = torch.randn(2**20, width).bfloat16(), torch.randn(2**20, width).bfloat16()
+    x, dy = torch.randn(MANY_ROWS, width).bfloat16(), torch.randn(MANY_ROWS, width).bfloat16()
     weight, bias = torch.randn(width, requires_grad=True), torch.randn(width, requires_grad=True)
     exact, along, eps = x.double(), dy.double(), oracle.rounded_eps(1e-6, x.dtype)
     none = torch.zeros_like(along)

@@ -1,6 +1,6 @@
-"""The CPU back end: the C++ operators of csrc/ and their fake kernels. Their derivatives are in `cpu_autograd`.
+"""The CPU back end: the library with the C++ operators of csrc/.
 
-The library is one shared object beside this file, built on installation. Where it is missing, `unavailable()` says why
+It is one shared object beside this file, built on installation. Where it is missing, `unavailable()` says why
 and the reference computes in its place. Inside it, the arithmetic exists once per instruction set; the best that
 the processor has is used, or the one that the environment variable OMNINORM_CPU names.
 """
@@ -9,31 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.compiler import is_compiling
 
 from omninorm.errors import ConfigError
-from omninorm.kernels import probe, reference
-from omninorm.kernels.cpu_autograd import (
-    AddLayerNormFunction,
-    AddRMSNormFunction,
-    LayerNormFunction,
-    RMSNormFunction,
-    rows_per_block,
-)
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_cpu.so"
 # Written by the installation in place of the library: the reason, in one line.
 NOTE = FOLDER / "_cpu_missing.txt"
-
-
-# The library -----------------------------------------------------------------------------------------------------
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -56,10 +41,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 _library, _reason = _load()
-_operators: Any = torch.ops.omninorm
-# Looked up once: a norm of one row costs about as much as finding its operator.
-_rms_norm: Any = None if _library is None else _operators.rms_norm.default._op
-_layer_norm: Any = None if _library is None else _operators.layer_norm.default._op
 
 
 def unavailable() -> str:
@@ -94,169 +75,3 @@ def use_instruction_set(name: str) -> None:
 
 if _library is not None and (_wish := os.environ.get("OMNINORM_CPU")):
     use_instruction_set(_wish)
-
-
-# The norms -------------------------------------------------------------------------------------------------------
-
-
-# What eps=None means: the machine epsilon of the compute dtype. Another dtype is refused with a KeyError.
-MACHINE_EPS = {
-    dtype: torch.finfo(reference.compute_dtype(dtype)).eps
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-}
-# Llama's order rounds x̂ before the gain; any other name is refused with a KeyError.
-ROUND_FIRST = {"fp32": False, "llama": True}
-
-
-def rms_norm(
-    x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str, *, traced: bool = False
-) -> Tensor:
-    """As `reference.rms_norm_forward`; the operator raises RuntimeError for what does not fit together.
-
-    `traced` says that torch.compile is looking, which must see the operator itself.
-    """
-    if eps.__class__ is not float:
-        eps = _eps(eps, x)
-    round_first = ROUND_FIRST[cast]
-    y: Tensor
-    if torch.is_grad_enabled() and (x.requires_grad or _learns(weight)):
-        watcher = None if traced else probe.current
-        y = RMSNormFunction.apply(x, weight, eps, gain_offset, round_first, watcher)  # type: ignore[no-untyped-call]
-    elif traced:
-        y = _operators.rms_norm.default(x, weight, eps, gain_offset, round_first)
-    elif gain_offset == 0 and not round_first:
-        y = _rms_norm(x, weight, eps)  # each further argument costs as much as normalizing a thousand numbers
-    else:
-        y = _rms_norm(x, weight, eps, gain_offset, round_first)
-    return y
-
-
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
-) -> tuple[Tensor, Tensor]:
-    """The norm of x + residual, and x + residual."""
-    constants = eps if eps.__class__ is float else _eps(eps, x), gain_offset, ROUND_FIRST[cast]
-    pair: tuple[Tensor, Tensor]
-    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight)):
-        pair = AddRMSNormFunction.apply(x, residual, weight, *constants, _watcher())  # type: ignore[no-untyped-call]
-    else:
-        pair = _operators.add_rms_norm.default(x, residual, weight, *constants)
-    return pair
-
-
-def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, *, traced: bool = False
-) -> Tensor:
-    """As `reference.layer_norm_forward`."""
-    eps = eps if eps.__class__ is float else _eps(eps, x)
-    y: Tensor
-    if torch.is_grad_enabled() and (x.requires_grad or _learns(weight) or _learns(bias)):
-        watcher = None if traced else probe.current
-        y = LayerNormFunction.apply(x, weight, bias, eps, watcher)  # type: ignore[no-untyped-call]
-    elif traced:
-        y = _operators.layer_norm.default(x, weight, bias, eps)
-    else:
-        y = _layer_norm(x, weight, bias, eps)
-    return y
-
-
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
-) -> tuple[Tensor, Tensor]:
-    """The norm of x + residual, and x + residual."""
-    eps = eps if eps.__class__ is float else _eps(eps, x)
-    pair: tuple[Tensor, Tensor]
-    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight) or _learns(bias)):
-        pair = AddLayerNormFunction.apply(x, residual, weight, bias, eps, _watcher())  # type: ignore[no-untyped-call]
-    else:
-        pair = _operators.add_layer_norm.default(x, residual, weight, bias, eps)
-    return pair
-
-
-def _learns(gain: Tensor | None) -> bool:
-    return gain is not None and gain.requires_grad
-
-
-def _watcher() -> probe.Probe | None:
-    """Who watches this norm. A trace must not ask, or every change would compile it again."""
-    return None if is_compiling() else probe.current
-
-
-def _eps(eps: float | None, x: Tensor) -> float:
-    """ε where it is no float: None, or an integer, which `functional` has checked."""
-    return MACHINE_EPS[x.dtype] if eps is None else float(eps)
-
-
-# Meta kernels: shapes and dtypes without values, for torch.compile, torch.export and meta tensors -----------------
-
-
-def _like(x: Tensor) -> Tensor:
-    if not x.is_meta:  # a gain on the meta device brought us here
-        raise RuntimeError("omninorm: x and the gain must be on one device")
-    return x.new_empty(x.shape)
-
-
-def _one_per_row(x: Tensor) -> Tensor:
-    return x.new_empty((x.numel() // x.shape[-1],), dtype=reference.compute_dtype(x.dtype))
-
-
-def _gradient(gain: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
-    if gain is None:
-        return x.new_empty((0,), dtype=torch.float32)
-    return gain.new_empty((x.shape[-1] if wanted else 0,))
-
-
-def _meta_rms_norm_backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    gain_offset: float = 0.0,
-    round_first: bool = False,
-    gains_wanted: bool = True,
-) -> tuple[Tensor, Tensor]:
-    return _like(x), _gradient(weight, x, gains_wanted)
-
-
-def _meta_layer_norm_backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    gains_wanted: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x), _gradient(weight, x, gains_wanted), _gradient(bias, x, gains_wanted)
-
-
-def _with_blocks(dx: Tensor, dweight: Tensor, *dbias: Tensor) -> tuple[Tensor, ...]:
-    """What the backward kernels return, and the blocks of dγ: none if it is not wanted."""
-    width = dx.shape[-1]
-    rows = dx.numel() // width
-    blocks = -(-rows // rows_per_block(rows)) if dweight.shape[0] else 0
-    return dx, dweight, *dbias, dx.new_empty((blocks, width), dtype=torch.float64)
-
-
-META_KERNELS: dict[str, Callable[..., Any]] = {
-    "rms_norm": lambda x, *_: _like(x),
-    "rms_norm_forward": lambda x, *_: (_like(x), _one_per_row(x)),
-    "add_rms_norm": lambda x, *_: (_like(x), _like(x)),
-    "add_rms_norm_forward": lambda x, *_: (_like(x), _like(x), _one_per_row(x)),
-    "rms_norm_backward": _meta_rms_norm_backward,
-    "rms_norm_backward_blocks": lambda *given: _with_blocks(*_meta_rms_norm_backward(*given)),
-    "layer_norm": lambda x, *_: _like(x),
-    "layer_norm_forward": lambda x, *_: (_like(x), _one_per_row(x), _one_per_row(x)),
-    "add_layer_norm": lambda x, *_: (_like(x), _like(x)),
-    "add_layer_norm_forward": lambda x, *_: (_like(x), _like(x), _one_per_row(x), _one_per_row(x)),
-    "layer_norm_backward": _meta_layer_norm_backward,
-    "layer_norm_backward_blocks": lambda *given: _with_blocks(*_meta_layer_norm_backward(*given)),
-}
-if _library is not None:
-    _meta: Any = torch.library.Library("omninorm", "IMPL", "Meta")  # type: ignore[no-untyped-call]
-    for _name, _kernel in META_KERNELS.items():
-        _meta.impl(_name, _kernel)

@@ -1,14 +1,15 @@
 """Which back end computes a norm, and what can run here.
 
 A back end is a module of this folder. `reference` computes everywhere; `cpu` computes plain CPU tensors, where its
-operators were built. The choice is made here, so that callers never name a back end.
+operators were built, and `gpu` those of a GPU, where Triton is. The choice is made here, so that callers never name a
+back end.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from omninorm.errors import ConfigError, InputError
-from omninorm.kernels import cpu, reference
+from omninorm.kernels import autograd, cpu, gpu, operators, reference
 
 # What the operators take as it is. Other subclasses of Tensor decide for themselves what PyTorch's functions do with
 # them, and the reference is made of those.
@@ -45,11 +46,14 @@ def backends() -> list[Backend]:
 
     Example:
         >>> [backend.name for backend in backends()]
-        ['cpu', 'reference']
+        ['triton', 'cpu', 'reference']
     """
     sets = ", ".join(cpu.instruction_sets())
     how = cpu.unavailable() or f"C++ for CPU tensors, using {cpu.instruction_set()} (this processor has {sets})"
+    where, why_not = gpu.device(), gpu.unavailable()
+    gpu_how = why_not or (f"Triton, on {where}" if where else "no GPU that PyTorch can use")
     return [
+        Backend("triton", bool(where and not why_not), gpu_how),
         Backend("cpu", CPU_RUNS, how),
         Backend("reference", True, "plain PyTorch, on every device"),
     ]
@@ -60,7 +64,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Inside the block this back end computes RMSNorm and LayerNorm, in all threads; what it can't raises InputError.
 
     Args:
-        name: "cpu" or "reference".
+        name: "triton", "cpu" or "reference".
 
     Raises:
         ConfigError: there is no such back end, or it can't run here.
@@ -78,7 +82,8 @@ def use_backend(name: str) -> Iterator[None]:
         raise ConfigError("the back end must be able to run here", f"{name!r}: {known[name].reason}", "choose another")
     before, _forced = _forced, name
     try:
-        yield
+        with gpu.emulated() if name == "triton" and gpu.INTERPRETED else nullcontext():
+            yield
     finally:
         _forced = before
 
@@ -96,7 +101,7 @@ def is_plain_cpu(x: Any, gain: Any = None, bias: Any = None, eps: Any = None, ga
         and (bias is None or bias.__class__ in PLAIN)
         and (eps is None or eps.__class__ is float)
         and gain_offset.__class__ is float
-        and _forced != "reference"
+        and (_forced is None or _forced == "cpu")
         and not is_compiling()
         # function transforms and forward-mode differentiation see through the reference only
         and not are_functorch_transforms_active()
@@ -104,36 +109,45 @@ def is_plain_cpu(x: Any, gain: Any = None, bias: Any = None, eps: Any = None, ga
     )
 
 
-def on_cpu(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the C++ operators compute norms of these: plain CPU tensors, and what stands for them in a trace."""
+def has_operators(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether omninorm's operators compute norms of these: plain tensors of the CPU or a GPU, and what stands for them
+    in a trace.
+
+    Raises:
+        InputError: they don't, and `use_backend` demands one of theirs.
+    """
     classes = TRACED if is_compiling() else PLAIN
     suits = (
         all(tensor is None or tensor.__class__ in classes for tensor in (x, *others))
-        and x.device.type == "cpu"
         and not are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
-    if CPU_RUNS and suits and _forced != "reference":
+    device = x.device.type
+    by_cpp = device == "cpu" and CPU_RUNS and _forced in (None, "cpu")
+    by_triton = device == "cuda" and not gpu.unavailable() and _forced in (None, "triton")
+    emulated = device == "cpu" and autograd.emulated and _forced == "triton"
+    if suits and (by_cpp or by_triton or emulated):
         return True
-    if _forced == "cpu":
-        invariant = "back end 'cpu' computes plain CPU tensors, outside of torch.func and forward-mode differentiation"
+    if _forced in ("cpu", "triton"):
+        what = "plain CPU tensors" if _forced == "cpu" else "plain tensors of a GPU"
+        invariant = f"back end {_forced!r} computes {what}, outside of torch.func and forward-mode differentiation"
         raise InputError(invariant, f"{type(x).__name__} on {x.device}", "leave the choice to omninorm")
-    if not CPU_RUNS and x.device.type == "cpu" and not is_compiling():
-        _warn_of_missing_operators()
+    if _forced is None and not is_compiling():
+        if device == "cpu" and not CPU_RUNS:
+            _warn("CPU", "its C++ operators", cpu.unavailable())
+        if device == "cuda" and gpu.unavailable():
+            _warn("GPU", "Triton", gpu.unavailable())
     return False
 
 
 @cache
-def _warn_of_missing_operators() -> None:
-    warnings.warn(
-        f"norms of CPU tensors are several times slower without omninorm's C++ operators: {cpu.unavailable()}",
-        stacklevel=2,
-    )
+def _warn(kind: str, what: str, why: str) -> None:
+    warnings.warn(f"norms of {kind} tensors are several times slower without {what}: {why}", stacklevel=2)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
-    if on_cpu(x, weight):
-        return cpu.rms_norm(x, weight, eps, gain_offset, cast, traced=is_compiling())
+    if has_operators(x, weight):
+        return operators.rms_norm(x, weight, eps, gain_offset, cast, traced=is_compiling())
     if forward_ad._current_level >= 0:  # the formula's own operations carry tangents
         return reference.rms_norm_forward(x, weight, eps, gain_offset, cast)
     y: Tensor = reference.RMSNormFunction.apply(x, weight, eps, gain_offset, cast)  # type: ignore[no-untyped-call]
@@ -143,15 +157,15 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: f
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
 ) -> tuple[Tensor, Tensor]:
-    if on_cpu(x, residual, weight):
-        return cpu.add_rms_norm(x, residual, weight, eps, gain_offset, cast)
+    if has_operators(x, residual, weight):
+        return operators.add_rms_norm(x, residual, weight, eps, gain_offset, cast)
     total = x + residual
     return rms_norm(total, weight, eps, gain_offset, cast), total
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
-    if on_cpu(x, weight, bias):
-        return cpu.layer_norm(x, weight, bias, eps, traced=is_compiling())
+    if has_operators(x, weight, bias):
+        return operators.layer_norm(x, weight, bias, eps, traced=is_compiling())
     if forward_ad._current_level >= 0:
         return reference.layer_norm_forward(x, weight, bias, eps)
     y: Tensor = reference.LayerNormFunction.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
@@ -161,7 +175,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
-    if on_cpu(x, residual, weight, bias):
-        return cpu.add_layer_norm(x, residual, weight, bias, eps)
+    if has_operators(x, residual, weight, bias):
+        return operators.add_layer_norm(x, residual, weight, bias, eps)
     total = x + residual
     return layer_norm(total, weight, bias, eps), total

@@ -13,7 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from omninorm.kernels.cpu_autograd import rows_per_block
+from omninorm.kernels.autograd import by_triton, rows_per_block
 from omninorm.layers.pointwise import Pointwise
 from omninorm.watch.board import Board
 from omninorm.watch.gate import in_backward
@@ -154,7 +154,8 @@ class NormCall:
     def _see(self, x: Tensor, scale: Tensor, mean: Tensor | None) -> None:
         if self.counts:
             self.site.see_scale(scale, mean)
-        if self.site.tells_examples(self.shape) and not self._ends_blocks(rows_per_block(scale.numel())):
+        each = rows_per_block(scale.numel(), by_triton(x))
+        if self.site.tells_examples(self.shape) and not self._ends_blocks(each):
             self._kept = self.site.keep(x, scale, mean)
 
     def backward(self, dy: Tensor, dgain: Tensor | None, blocks: Tensor | None, rows_per_block: int) -> None:

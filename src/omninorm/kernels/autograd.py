@@ -1,4 +1,4 @@
-"""The derivatives of the CPU back end's operators, and what they show to whoever watches a norm.
+"""The derivatives of omninorm's operators, and what they show to whoever watches a norm.
 
 Backward keeps x and r = 1/√(mean square + ε), one number a row; LayerNorm keeps the mean too. The second derivative is
 the reference's, whose backward functions are made of differentiable operations.
@@ -199,14 +199,26 @@ def layer_norm_backward(
 
 def _show(watcher: Probe, dy: Tensor, dgain: Tensor | None, blocks: Tensor) -> None:
     rows = dy.numel() // dy.shape[-1]
-    watcher.backward(dy, dgain, None if dgain is None else blocks, rows_per_block(rows))
+    watcher.backward(dy, dgain, None if dgain is None else blocks, rows_per_block(rows, by_triton(dy)))
 
 
-# How operators.cpp divides the rows, so that the bits of dγ depend on their number alone.
+# How the rows are divided, so that the bits of dγ depend on their number alone: by operators.cpp, and for Triton, which
+# needs many blocks to be busy with.
 BLOCK_ROWS, MOST_BLOCKS = 64, 256
 
+# Whether Triton's interpreter computes CPU tensors: see `gpu.emulated`.
+emulated = False
 
-def rows_per_block(rows: int) -> int:
+
+def by_triton(x: Tensor) -> bool:
+    """Whether the operators that compute x are Triton's."""
+    return x.is_cuda or emulated
+
+
+def rows_per_block(rows: int, triton: bool) -> int:
     """Over how many rows at once dγ is summed; the last block may have fewer."""
-    rows_each: int = torch.sym_max(BLOCK_ROWS, -(-rows // MOST_BLOCKS))  # type: ignore[no-untyped-call]
-    return rows_each
+    rows_each = -(-rows // MOST_BLOCKS)
+    if triton:
+        return max(1, min(BLOCK_ROWS, rows_each))
+    most: int = torch.sym_max(BLOCK_ROWS, rows_each)  # type: ignore[no-untyped-call]
+    return most

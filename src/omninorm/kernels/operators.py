@@ -1,0 +1,214 @@
+"""omninorm's operators: what they are called, the norms by them, and their shapes and dtypes without values.
+
+`cpu` computes plain CPU tensors and `gpu` those of a GPU, under the same names; `autograd` has their derivatives. The
+C++ library defines the names where it was built, this module where it was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from omninorm.kernels import cpu, probe, reference
+from omninorm.kernels.autograd import (
+    AddLayerNormFunction,
+    AddRMSNormFunction,
+    LayerNormFunction,
+    RMSNormFunction,
+    rows_per_block,
+)
+
+_RMS = "Tensor? weight, float eps, float gain_offset=0.0, bool round_first=False"
+_LAYER = "Tensor? weight, Tensor? bias, float eps"
+_RMS_BACKWARD = f"(Tensor dy, Tensor? dtotal, Tensor x, Tensor scale, {_RMS}, bool gains_wanted=True)"
+_LAYER_BACKWARD = f"(Tensor dy, Tensor? dtotal, Tensor x, Tensor mean, Tensor scale, {_LAYER}, bool gains_wanted=True)"
+# As in operators.cpp, which says what the names mean.
+SCHEMAS = (
+    f"rms_norm(Tensor x, {_RMS}) -> Tensor",
+    f"rms_norm_forward(Tensor x, {_RMS}) -> (Tensor y, Tensor scale)",
+    f"add_rms_norm(Tensor x, Tensor residual, {_RMS}) -> (Tensor y, Tensor total)",
+    f"add_rms_norm_forward(Tensor x, Tensor residual, {_RMS}) -> (Tensor y, Tensor total, Tensor scale)",
+    f"rms_norm_backward{_RMS_BACKWARD} -> (Tensor dx, Tensor dweight)",
+    f"rms_norm_backward_blocks{_RMS_BACKWARD} -> (Tensor dx, Tensor dweight, Tensor blocks)",
+    f"layer_norm(Tensor x, {_LAYER}) -> Tensor",
+    f"layer_norm_forward(Tensor x, {_LAYER}) -> (Tensor y, Tensor mean, Tensor scale)",
+    f"add_layer_norm(Tensor x, Tensor residual, {_LAYER}) -> (Tensor y, Tensor total)",
+    f"add_layer_norm_forward(Tensor x, Tensor residual, {_LAYER})"
+    " -> (Tensor y, Tensor total, Tensor mean, Tensor scale)",
+    f"layer_norm_backward{_LAYER_BACKWARD} -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    f"layer_norm_backward_blocks{_LAYER_BACKWARD} -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor blocks)",
+)
+if cpu.unavailable():
+    _definitions: Any = torch.library.Library("omninorm", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for _schema in SCHEMAS:
+        _definitions.define(_schema)
+
+_operators: Any = torch.ops.omninorm
+# Looked up once: a norm of one row costs about as much as finding its operator.
+_rms_norm: Any = _operators.rms_norm.default._op
+_layer_norm: Any = _operators.layer_norm.default._op
+
+# What eps=None means: the machine epsilon of the compute dtype. Another dtype is refused with a KeyError.
+MACHINE_EPS = {
+    dtype: torch.finfo(reference.compute_dtype(dtype)).eps
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+# Llama's order rounds x̂ before the gain; any other name is refused with a KeyError.
+ROUND_FIRST = {"fp32": False, "llama": True}
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str, *, traced: bool = False
+) -> Tensor:
+    """As `reference.rms_norm_forward`; the operator raises RuntimeError for what does not fit together.
+
+    `traced` says that torch.compile is looking, which must see the operator itself.
+    """
+    if eps.__class__ is not float:
+        eps = _eps(eps, x)
+    round_first = ROUND_FIRST[cast]
+    y: Tensor
+    if torch.is_grad_enabled() and (x.requires_grad or _learns(weight)):
+        watcher = None if traced else probe.current
+        y = RMSNormFunction.apply(x, weight, eps, gain_offset, round_first, watcher)  # type: ignore[no-untyped-call]
+    elif traced:
+        y = _operators.rms_norm.default(x, weight, eps, gain_offset, round_first)
+    elif gain_offset == 0 and not round_first:
+        y = _rms_norm(x, weight, eps)  # each further argument costs as much as normalizing a thousand numbers
+    else:
+        y = _rms_norm(x, weight, eps, gain_offset, round_first)
+    return y
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
+) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual, and x + residual."""
+    constants = eps if eps.__class__ is float else _eps(eps, x), gain_offset, ROUND_FIRST[cast]
+    pair: tuple[Tensor, Tensor]
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight)):
+        pair = AddRMSNormFunction.apply(x, residual, weight, *constants, _watcher())  # type: ignore[no-untyped-call]
+    else:
+        pair = _operators.add_rms_norm.default(x, residual, weight, *constants)
+    return pair
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, *, traced: bool = False
+) -> Tensor:
+    """As `reference.layer_norm_forward`."""
+    eps = eps if eps.__class__ is float else _eps(eps, x)
+    y: Tensor
+    if torch.is_grad_enabled() and (x.requires_grad or _learns(weight) or _learns(bias)):
+        watcher = None if traced else probe.current
+        y = LayerNormFunction.apply(x, weight, bias, eps, watcher)  # type: ignore[no-untyped-call]
+    elif traced:
+        y = _operators.layer_norm.default(x, weight, bias, eps)
+    else:
+        y = _layer_norm(x, weight, bias, eps)
+    return y
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual, and x + residual."""
+    eps = eps if eps.__class__ is float else _eps(eps, x)
+    pair: tuple[Tensor, Tensor]
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight) or _learns(bias)):
+        pair = AddLayerNormFunction.apply(x, residual, weight, bias, eps, _watcher())  # type: ignore[no-untyped-call]
+    else:
+        pair = _operators.add_layer_norm.default(x, residual, weight, bias, eps)
+    return pair
+
+
+def _learns(gain: Tensor | None) -> bool:
+    return gain is not None and gain.requires_grad
+
+
+def _watcher() -> probe.Probe | None:
+    """Who watches this norm. A trace must not ask, or every change would compile it again."""
+    return None if is_compiling() else probe.current
+
+
+def _eps(eps: float | None, x: Tensor) -> float:
+    """ε where it is no float: None, or an integer, which `functional` has checked."""
+    return MACHINE_EPS[x.dtype] if eps is None else float(eps)
+
+
+# Meta kernels: shapes and dtypes without values, for torch.compile, torch.export and meta tensors -----------------
+
+
+def _like(x: Tensor) -> Tensor:
+    if not x.is_meta:  # a gain on the meta device brought us here
+        raise RuntimeError("omninorm: x and the gain must be on one device")
+    return x.new_empty(x.shape)
+
+
+def _one_per_row(x: Tensor) -> Tensor:
+    return x.new_empty((x.numel() // x.shape[-1],), dtype=reference.compute_dtype(x.dtype))
+
+
+def _gradient(gain: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
+    if gain is None:
+        return x.new_empty((0,), dtype=torch.float32)
+    return gain.new_empty((x.shape[-1] if wanted else 0,))
+
+
+def _meta_rms_norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gain_offset: float = 0.0,
+    round_first: bool = False,
+    gains_wanted: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return _like(x), _gradient(weight, x, gains_wanted)
+
+
+def _meta_layer_norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gains_wanted: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), _gradient(weight, x, gains_wanted), _gradient(bias, x, gains_wanted)
+
+
+def _with_blocks(dx: Tensor, dweight: Tensor, *dbias: Tensor) -> tuple[Tensor, ...]:
+    """What the backward kernels return, and the blocks of dγ: none if it is not wanted."""
+    width = dx.shape[-1]
+    rows = dx.numel() // width
+    blocks = -(-rows // rows_per_block(rows, triton=False)) if dweight.shape[0] else 0
+    return dx, dweight, *dbias, dx.new_empty((blocks, width), dtype=torch.float64)
+
+
+META_KERNELS: dict[str, Callable[..., Any]] = {
+    "rms_norm": lambda x, *_: _like(x),
+    "rms_norm_forward": lambda x, *_: (_like(x), _one_per_row(x)),
+    "add_rms_norm": lambda x, *_: (_like(x), _like(x)),
+    "add_rms_norm_forward": lambda x, *_: (_like(x), _like(x), _one_per_row(x)),
+    "rms_norm_backward": _meta_rms_norm_backward,
+    "rms_norm_backward_blocks": lambda *given: _with_blocks(*_meta_rms_norm_backward(*given)),
+    "layer_norm": lambda x, *_: _like(x),
+    "layer_norm_forward": lambda x, *_: (_like(x), _one_per_row(x), _one_per_row(x)),
+    "add_layer_norm": lambda x, *_: (_like(x), _like(x)),
+    "add_layer_norm_forward": lambda x, *_: (_like(x), _like(x), _one_per_row(x), _one_per_row(x)),
+    "layer_norm_backward": _meta_layer_norm_backward,
+    "layer_norm_backward_blocks": lambda *given: _with_blocks(*_meta_layer_norm_backward(*given)),
+}
+_meta: Any = torch.library.Library("omninorm", "IMPL", "Meta")  # type: ignore[no-untyped-call]
+for _name, _kernel in META_KERNELS.items():
+    _meta.impl(_name, _kernel)

@@ -1,0 +1,423 @@
+"""The norms in Triton. A program has ROWS rows at a time, each whole in a tile; rows wider than that come in steps.
+
+With x a row of d features in the compute type C, γ the gain, β the bias, o the gain offset:
+
+    RMSNorm    x̂ = x · r           r = 1/√(mean(x²) + ε)            y = x̂ · (γ + o)
+    LayerNorm  x̂ = (x − μ) · r     r = 1/√(mean((x − μ)²) + ε)      y = x̂ · γ + β
+
+    with g = dy · (γ + o):   RMSNorm    dx = r · (g − x̂ mean(g · x̂))              dγ = Σ_rows dy · x̂
+                             LayerNorm  dx = r · (g − mean(g) − x̂ mean(g · x̂))    dβ = Σ_rows dy
+
+The arithmetic is the reference's: a row is measured in a unit of its own, a power of two, so that no square overflows
+or vanishes, and r is kept as root · per_unit, whose product alone may have no number; μ is subtracted twice, as a
+number and then what rounding that number left (`rest`). A backward pass takes r and μ from the forward one, where that
+r is plain, and else measures the row again.
+
+Sums over a row have one order, that of its tile, so no row depends on those around it. Of gains' gradients each program
+sums a block of rows, whose size depends on the number of rows alone; `column_totals` adds the blocks up in float64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language import constexpr
+
+from omninorm.kernels.gpu import INTERPRETED
+
+_INTERPRETED = constexpr(INTERPRETED)
+
+# Arithmetic ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def divide(a, b):
+    """a / b, rounded once: in float32 what stands for / is an approximation."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def widen(v, C: constexpr):
+    """v in the compute type. The interpreter's own conversion from bfloat16 is wrong for subnormal numbers."""
+    if _INTERPRETED and v.dtype == tl.bfloat16:
+        bits = v.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True).to(C)
+    else:
+        return v.to(C)
+
+
+@triton.jit
+def narrow(v, to: constexpr):
+    """v rounded to the nearest number, of two the even one. The interpreter's own conversion to bfloat16 cuts off."""
+    if to == tl.bfloat16:
+        v = v.to(tl.float32)
+        if _INTERPRETED:
+            bits = v.to(tl.uint32, bitcast=True)
+            bits = tl.where(v == v, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+            return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        else:
+            return v.to(tl.bfloat16)
+    else:
+        return v.to(to)
+
+
+@triton.jit
+def reciprocal_root(a):
+    """1/√a, rounded twice."""
+    if a.dtype == tl.float64:
+        return 1.0 / tl.sqrt(a)
+    else:
+        return tl.div_rn(tl.full(a.shape, 1.0, tl.float32), tl.sqrt_rn(a))
+
+
+@triton.jit
+def reciprocal_unit(largest, least: constexpr):
+    """2^-e that brings the larger of `largest` and `least` into [½, 1); up to an eighth of the largest number, so that
+    it is no subnormal itself."""
+    if largest.dtype == tl.float64:
+        largest = tl.minimum(tl.maximum(largest, max(least, 2.2250738585072014e-308)), 2.247116418577895e307)
+        exponent = (largest.to(tl.int64, bitcast=True) >> 52) & 2047
+        return ((2045 - exponent) << 52).to(tl.float64, bitcast=True)
+    else:
+        largest = tl.minimum(tl.maximum(largest, max(least, 1.1754943508222875e-38)), 4.253529586511731e37)
+        exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+        return ((253 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def headroom_of(largest):
+    """⅛ for rows so large that the difference of two elements could overflow, else 1."""
+    limit: constexpr = 2.247116418577895e307 if largest.dtype == tl.float64 else 4.253529586511731e37
+    return tl.where(largest > limit, 0.125, 1.0).to(largest.dtype)
+
+
+@triton.jit
+def is_plain(r):
+    """Whether squares of the row neither overflow nor vanish in the compute type."""
+    if r.dtype == tl.float64:
+        return (r >= 2.0**-400) & (r <= 2.0**400)
+    else:
+        return (r >= 2.0**-60) & (r <= 2.0**50)
+
+
+# Rows: x̂ = ((x · headroom − center · headroom) · per_unit − rest) · root, the first parts for LayerNorm only --------
+
+
+@triton.jit
+def read(x, residual, columns, width, present, C: constexpr, ADD: constexpr):
+    """Elements of rows that begin at x, with those of the residual added and rounded; 0 beyond the width."""
+    inside = present & (columns < width)
+    values = tl.load(x + columns, inside, 0.0)
+    if ADD:
+        values = narrow(widen(values, C) + widen(tl.load(residual + columns, inside, 0.0), C), values.dtype)
+    return widen(values, C)
+
+
+@triton.jit
+def read_gain(gain, columns, width, default, C: constexpr, GIVEN: constexpr):
+    """γ or β, or what stands for it."""
+    if GIVEN:
+        return widen(tl.load(gain + columns, columns < width, 0.0), C)
+    else:
+        return tl.full(columns.shape, default, C)
+
+
+@triton.jit
+def mean(values, width, C: constexpr):
+    """Of each row, (ROWS, 1); what lies beyond the width must be 0."""
+    return divide(tl.sum(values, 1, keep_dims=True), tl.full((1, 1), 1, C) * width)
+
+
+@triton.jit
+def measure_rms(held, x, residual, columns, width, present, steps,
+                EPS: constexpr, LEAST: constexpr, C: constexpr, ADD: constexpr, WHOLE: constexpr):  # fmt: skip
+    """root and per_unit."""
+    largest = tl.zeros_like(held)
+    for step in range(steps):
+        v = held if WHOLE else read(x, residual, columns + step * columns.shape[1], width, present, C, ADD)
+        largest = tl.maximum(largest, tl.abs(v))
+    per_unit = reciprocal_unit(tl.max(largest, 1, keep_dims=True), LEAST)
+    squares = tl.zeros_like(held)
+    for step in range(steps):
+        v = held if WHOLE else read(x, residual, columns + step * columns.shape[1], width, present, C, ADD)
+        v *= per_unit
+        squares += v * v
+    return reciprocal_root(mean(squares, width, C) + EPS * per_unit * per_unit), per_unit
+
+
+@triton.jit
+def measure_layer(held, x, residual, columns, width, present, steps,
+                  EPS: constexpr, LEAST: constexpr, C: constexpr, ADD: constexpr, WHOLE: constexpr):  # fmt: skip
+    """root, per_unit, rest, headroom and center, which is the mean as the compute type holds it."""
+    top = tl.full(held.shape, float("-inf"), C)
+    bottom = tl.full(held.shape, float("inf"), C)
+    for step in range(steps):
+        at = columns + step * columns.shape[1]
+        v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
+        top = tl.where(at < width, tl.maximum(top, v), top)
+        bottom = tl.where(at < width, tl.minimum(bottom, v), bottom)
+    highest = tl.max(top, 1, keep_dims=True)
+    largest = tl.maximum(highest, -tl.min(bottom, 1, keep_dims=True))
+    headroom = headroom_of(largest)
+    per_unit = reciprocal_unit(largest, 0.0)
+
+    # From the differences to one of its elements the mean of a constant row is exact.
+    differences = tl.zeros_like(held)
+    for step in range(steps):
+        at = columns + step * columns.shape[1]
+        v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
+        differences += tl.where(at < width, v * per_unit - highest * per_unit, 0.0)
+    center = divide(highest * per_unit + mean(differences, width, C), per_unit)
+
+    largest_deviation = tl.zeros_like(held)
+    for step in range(steps):
+        at = columns + step * columns.shape[1]
+        v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
+        deviation = tl.abs(v * headroom - center * headroom)
+        largest_deviation = tl.where(at < width, tl.maximum(largest_deviation, deviation), largest_deviation)
+    per_unit = reciprocal_unit(tl.max(largest_deviation, 1, keep_dims=True), LEAST)
+
+    sums = tl.zeros_like(held)
+    for step in range(steps):
+        at = columns + step * columns.shape[1]
+        v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
+        sums += tl.where(at < width, (v * headroom - center * headroom) * per_unit, 0.0)
+    rest = mean(sums, width, C)
+
+    squares = tl.zeros_like(held)
+    for step in range(steps):
+        at = columns + step * columns.shape[1]
+        v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
+        deviation = (v * headroom - center * headroom) * per_unit - rest
+        squares += tl.where(at < width, deviation * deviation, 0.0)
+    in_units = per_unit * headroom
+    root = reciprocal_root(mean(squares, width, C) + EPS * in_units * in_units)
+    return root, per_unit, rest, headroom, center
+
+
+# Kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rms_norm_forward(
+    x_ptr, residual_ptr, gain_ptr, y_ptr, total_ptr, scale_ptr, rows, width, x_stride, residual_stride,
+    EPS: constexpr, LEAST: constexpr, OFFSET: constexpr, ROUND_FIRST: constexpr, C: constexpr,
+    ADD: constexpr, GAIN: constexpr, KEEP: constexpr, WHOLE: constexpr, ROWS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """y, x + residual where there is one, and r where it is to be kept."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    present = row < rows
+    x, residual = x_ptr + row * x_stride, residual_ptr + row * residual_stride
+    steps = 1 if WHOLE else tl.cdiv(width, BLOCK)
+    held = read(x, residual, columns, width, present, C, ADD)
+    root, per_unit = measure_rms(held, x, residual, columns, width, present, steps, EPS, LEAST, C, ADD, WHOLE)
+    for step in range(steps):
+        at = columns + step * BLOCK
+        v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
+        inside = present & (at < width)
+        if ADD:
+            tl.store(total_ptr + row * width + at, narrow(v, total_ptr.dtype.element_ty), inside)
+        normed = v * per_unit * root
+        if ROUND_FIRST:
+            normed = widen(narrow(normed, y_ptr.dtype.element_ty), C)
+        gain = read_gain(gain_ptr, at, width, 1.0 - OFFSET, C, GAIN) + OFFSET
+        tl.store(y_ptr + row * width + at, narrow(normed * gain, y_ptr.dtype.element_ty), inside)
+    if KEEP:
+        tl.store(scale_ptr + row, root * per_unit, present)
+
+
+@triton.jit
+def layer_norm_forward(
+    x_ptr, residual_ptr, gain_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, scale_ptr,
+    rows, width, x_stride, residual_stride,
+    EPS: constexpr, LEAST: constexpr, C: constexpr, ADD: constexpr, GAIN: constexpr, BIAS: constexpr,
+    KEEP: constexpr, WHOLE: constexpr, ROWS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """y, x + residual where there is one, and μ and r where they are to be kept."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    present = row < rows
+    x, residual = x_ptr + row * x_stride, residual_ptr + row * residual_stride
+    steps = 1 if WHOLE else tl.cdiv(width, BLOCK)
+    held = read(x, residual, columns, width, present, C, ADD)
+    root, per_unit, rest, headroom, center = measure_layer(
+        held, x, residual, columns, width, present, steps, EPS, LEAST, C, ADD, WHOLE
+    )
+    for step in range(steps):
+        at = columns + step * BLOCK
+        v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
+        inside = present & (at < width)
+        if ADD:
+            tl.store(total_ptr + row * width + at, narrow(v, total_ptr.dtype.element_ty), inside)
+        normed = ((v * headroom - center * headroom) * per_unit - rest) * root
+        gain = read_gain(gain_ptr, at, width, 1.0, C, GAIN)
+        y = normed * gain + read_gain(bias_ptr, at, width, 0.0, C, BIAS)
+        tl.store(y_ptr + row * width + at, narrow(y, y_ptr.dtype.element_ty), inside)
+    if KEEP:
+        tl.store(mean_ptr + row, center, present)
+        tl.store(scale_ptr + row, root * per_unit * headroom, present)
+
+
+@triton.jit
+def rms_norm_backward(
+    dy_ptr, dtotal_ptr, x_ptr, scale_ptr, gain_ptr, dx_ptr, dgain_ptr,
+    rows, width, rows_each, dy_stride, dtotal_stride, x_stride,
+    EPS: constexpr, LEAST: constexpr, OFFSET: constexpr, ROUND_FIRST: constexpr, C: constexpr,
+    ADD: constexpr, GAIN: constexpr, LEARNS: constexpr, WHOLE: constexpr, ROWS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """dx, plus dtotal where there is one, and the block's sum of dy · x̂ where the gain learns."""
+    block = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)[None, :]
+    steps = 1 if WHOLE else tl.cdiv(width, BLOCK)
+    dgain = tl.zeros((ROWS, BLOCK), C)
+    for start in range(0, rows_each, ROWS):
+        of_block = (start + tl.arange(0, ROWS))[:, None]
+        row = block * rows_each + of_block
+        present = (row < rows) & (of_block < rows_each)
+        x, dy = x_ptr + row * x_stride, dy_ptr + row * dy_stride
+        held, held_dy = read(x, x, columns, width, present, C, False), read(dy, dy, columns, width, present, C, False)
+        root = tl.load(scale_ptr + row, present, 1.0)
+        per_unit = tl.full((ROWS, 1), 1, C)
+        plain = is_plain(root)
+        if tl.min(plain.to(tl.int32)) == 0:
+            measured, unit = measure_rms(held, x, x, columns, width, present, steps, EPS, LEAST, C, False, WHOLE)
+            root, per_unit = tl.where(plain, root, measured), tl.where(plain, per_unit, unit)
+
+        products = tl.zeros((ROWS, BLOCK), C)
+        for step in range(steps):
+            at = columns + step * BLOCK
+            v = held if WHOLE else read(x, x, at, width, present, C, False)
+            g = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
+            g *= read_gain(gain_ptr, at, width, 1.0 - OFFSET, C, GAIN) + OFFSET
+            products += g * (v * per_unit * root)
+        mean_product = mean(products, width, C)
+
+        for step in range(steps):
+            at = columns + step * BLOCK
+            v = held if WHOLE else read(x, x, at, width, present, C, False)
+            dys = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
+            inside = present & (at < width)
+            g = dys * (read_gain(gain_ptr, at, width, 1.0 - OFFSET, C, GAIN) + OFFSET)
+            normed = v * per_unit * root
+            dx = narrow((g - normed * mean_product) * root * per_unit, dx_ptr.dtype.element_ty)
+            if ADD:
+                more = tl.load(dtotal_ptr + row * dtotal_stride + at, inside, 0.0)
+                dx = narrow(widen(dx, C) + widen(more, C), dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + row * width + at, dx, inside)
+            if LEARNS:
+                if ROUND_FIRST:
+                    normed = widen(narrow(normed, x_ptr.dtype.element_ty), C)
+                term = tl.where(inside, dys * normed, 0.0)
+                if WHOLE:
+                    dgain += term
+                else:
+                    add_to(dgain_ptr + block * width + at, term, start, inside)
+    if LEARNS and WHOLE:
+        tl.store(dgain_ptr + block * width + columns, tl.sum(dgain, 0, keep_dims=True), columns < width)
+
+
+@triton.jit
+def layer_norm_backward(
+    dy_ptr, dtotal_ptr, x_ptr, mean_ptr, scale_ptr, gain_ptr, dx_ptr, dgain_ptr, dbias_ptr,
+    rows, width, rows_each, dy_stride, dtotal_stride, x_stride,
+    EPS: constexpr, LEAST: constexpr, C: constexpr, ADD: constexpr, GAIN: constexpr,
+    GAIN_LEARNS: constexpr, BIAS_LEARNS: constexpr, WHOLE: constexpr, ROWS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """dx, plus dtotal where there is one, and the block's sums of dy · x̂ and dy where gain and bias learn."""
+    block = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)[None, :]
+    steps = 1 if WHOLE else tl.cdiv(width, BLOCK)
+    dgain = tl.zeros((ROWS, BLOCK), C)
+    dbias = tl.zeros((ROWS, BLOCK), C)
+    for start in range(0, rows_each, ROWS):
+        of_block = (start + tl.arange(0, ROWS))[:, None]
+        row = block * rows_each + of_block
+        present = (row < rows) & (of_block < rows_each)
+        x, dy = x_ptr + row * x_stride, dy_ptr + row * dy_stride
+        held, held_dy = read(x, x, columns, width, present, C, False), read(dy, dy, columns, width, present, C, False)
+        center, root = tl.load(mean_ptr + row, present, 0.0), tl.load(scale_ptr + row, present, 1.0)
+        per_unit = tl.full((ROWS, 1), 1, C)
+        headroom = tl.full((ROWS, 1), 1, C)
+        sums = tl.zeros((ROWS, BLOCK), C)
+        for step in range(steps):
+            at = columns + step * BLOCK
+            v = held if WHOLE else read(x, x, at, width, present, C, False)
+            sums += tl.where(at < width, v - center, 0.0)
+        rest = mean(sums, width, C)
+        plain = is_plain(root)
+        if tl.min(plain.to(tl.int32)) == 0:
+            root_, per_unit_, rest_, headroom_, center_ = measure_layer(
+                held, x, x, columns, width, present, steps, EPS, LEAST, C, False, WHOLE
+            )
+            root, per_unit, rest = (
+                tl.where(plain, root, root_),
+                tl.where(plain, per_unit, per_unit_),
+                tl.where(plain, rest, rest_),
+            )
+            headroom, center = tl.where(plain, headroom, headroom_), tl.where(plain, center, center_)
+
+        gs = tl.zeros((ROWS, BLOCK), C)
+        products = tl.zeros((ROWS, BLOCK), C)
+        for step in range(steps):
+            at = columns + step * BLOCK
+            v = held if WHOLE else read(x, x, at, width, present, C, False)
+            g = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
+            g *= read_gain(gain_ptr, at, width, 1.0, C, GAIN)
+            gs += g
+            normed = ((v * headroom - center * headroom) * per_unit - rest) * root
+            products += tl.where(at < width, g * normed, 0.0)
+        mean_g, mean_product = mean(gs, width, C), mean(products, width, C)
+
+        for step in range(steps):
+            at = columns + step * BLOCK
+            v = held if WHOLE else read(x, x, at, width, present, C, False)
+            dys = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
+            inside = present & (at < width)
+            g = dys * read_gain(gain_ptr, at, width, 1.0, C, GAIN)
+            normed = ((v * headroom - center * headroom) * per_unit - rest) * root
+            dx = narrow((g - mean_g - normed * mean_product) * root * per_unit * headroom, dx_ptr.dtype.element_ty)
+            if ADD:
+                more = tl.load(dtotal_ptr + row * dtotal_stride + at, inside, 0.0)
+                dx = narrow(widen(dx, C) + widen(more, C), dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + row * width + at, dx, inside)
+            if GAIN_LEARNS:
+                term = tl.where(inside, dys * normed, 0.0)
+                if WHOLE:
+                    dgain += term
+                else:
+                    add_to(dgain_ptr + block * width + at, term, start, inside)
+            if BIAS_LEARNS:
+                if WHOLE:
+                    dbias += dys
+                else:
+                    add_to(dbias_ptr + block * width + at, dys, start, inside)
+    if GAIN_LEARNS and WHOLE:
+        tl.store(dgain_ptr + block * width + columns, tl.sum(dgain, 0, keep_dims=True), columns < width)
+    if BIAS_LEARNS and WHOLE:
+        tl.store(dbias_ptr + block * width + columns, tl.sum(dbias, 0, keep_dims=True), columns < width)
+
+
+@triton.jit
+def add_to(sums, terms, start, inside):
+    """Adds a row to sums in memory, or puts it there where it is the first."""
+    before = tl.load(sums, inside & (start > 0), 0.0)
+    tl.store(sums, before + terms, inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def column_totals(blocks_ptr, total_ptr, blocks, width, ROWS: constexpr, BLOCK: constexpr):
+    """The sum of all blocks, in their order."""
+    columns = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = columns < width
+    total = tl.zeros((1, BLOCK), tl.float64)
+    for start in range(0, blocks, ROWS):
+        block = (start + tl.arange(0, ROWS))[:, None]
+        at = blocks_ptr + block.to(tl.int64) * width + columns
+        values = tl.load(at, inside & (block < blocks), 0.0).to(tl.float64)
+        total += tl.sum(values, 0, keep_dims=True)
+    tl.store(total_ptr + columns, narrow(total, total_ptr.dtype.element_ty), inside)
