@@ -4,7 +4,7 @@ from omninorm import functional
 from omninorm.config import NormConfig
 from omninorm.errors import OmninormError
 from omninorm.kernels.dispatch import backends, use_backend
-from omninorm.layers import CRMSNorm, DynamicErf, DynamicTanh, LayerNorm, RMSNorm, ScaleNorm
+from omninorm.layers import CRMSNorm, DynamicErf, DynamicTanh, LayerNorm, RMSNorm, ScaleNorm, param_groups
 from omninorm.placement import Block
 from omninorm.surgery import swapped
 from omninorm.thinker import Thinker, ThinkerConfig
@@ -26,6 +26,7 @@ __all__ = [
     "ThinkerConfig",
     "backends",
     "functional",
+    "param_groups",
     "swapped",
     "use_backend",
     "watch",

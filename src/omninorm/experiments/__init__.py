@@ -5,7 +5,7 @@ from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
 from omninorm.experiments.evaluate import bits_per_byte, unigram_bits_per_byte, xz_bits_per_byte
 from omninorm.experiments.events import CheckpointEvent, EvalEvent, Event, StepEvent, StopEvent, TrainResult
 from omninorm.experiments.interrupt import Interrupt
-from omninorm.experiments.optim import build_optimizer, param_groups
+from omninorm.experiments.optim import build_optimizer
 from omninorm.experiments.run_folder import RunFolder, fresh_folder, is_finished
 from omninorm.experiments.runs import Plan, Run, build_model, create_run, load_run, open_run, read_plan
 from omninorm.experiments.sample import stream_text
@@ -45,7 +45,6 @@ __all__ = [
     "load_run",
     "load_tokenizer",
     "open_run",
-    "param_groups",
     "read_history",
     "read_plan",
     "read_record",

@@ -28,7 +28,7 @@ class TrainConfig:
         warmup_steps: steps of linear warm-up, at most `steps`; None means a tenth of the steps, at most 100.
         schedule: "cosine" falls to min_lr_ratio · lr at the last step; "constant" stays at lr.
         min_lr_ratio: where the cosine ends, as a share of lr, in [0, 1].
-        weight_decay: AdamW's decoupled decay, ≥ 0; see `omninorm.experiments.optim` for what it applies to.
+        weight_decay: AdamW's decoupled decay, ≥ 0; see `omninorm.param_groups` for what it applies to.
         betas: AdamW's averaging factors, each in [0, 1).
         adam_eps: AdamW's ε, in [1e-38, 3e38].
         grad_clip: largest total gradient norm, in [1e-38, 3e38]; None never clips. The norm is recorded either way.

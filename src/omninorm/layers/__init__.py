@@ -1,6 +1,7 @@
 """The norms as modules: parameters and initial values only; the arithmetic is in `omninorm.functional`."""
 
 from omninorm.layers.build import NORM_TYPES, build_norm
+from omninorm.layers.groups import param_groups
 from omninorm.layers.norms import CRMSNorm, LayerNorm, RMSNorm, ScaleNorm
 from omninorm.layers.pointwise import DynamicErf, DynamicTanh
 
@@ -13,4 +14,5 @@ __all__ = [
     "RMSNorm",
     "ScaleNorm",
     "build_norm",
+    "param_groups",
 ]
