@@ -32,6 +32,7 @@ ASIDE = {
     "watch": [*CORE, "report"],
     "surgery": CORE,
     "inspection": ["errors", "record"],
+    "onnx": ["errors", "kernels"],
 }
 FACADES = {"__init__", "__main__"}
 

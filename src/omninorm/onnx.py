@@ -1,0 +1,144 @@
+"""Export to ONNX: what omninorm's operators are called there.
+
+    torch.onnx.export(model, (x,), "model.onnx", dynamo=True, opset_version=23,
+                      custom_translation_table=omninorm.onnx.translations())
+
+RMSNorm becomes RMSNormalization, which is in opset 23, and LayerNorm LayerNormalization, which is in opset 17. Float16
+and bfloat16 are cast to float32 before and back after it, since ONNX's operators would round to 16 bits before the gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from omninorm.errors import MissingExtraError
+from omninorm.kernels import operators as _operators  # noqa: F401  defines them
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """The table for torch.onnx.export's custom_translation_table, with `dynamo=True`.
+
+    Returns:
+        operator → how it is written, with opset 23.
+
+    Raises:
+        MissingExtraError: onnxscript is not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        remedy = 'install it with pip install "omninorm[onnx]"'
+        raise MissingExtraError("ONNX is written by onnxscript", "an installation without it", remedy) from error
+    names = torch.ops.omninorm
+    return {
+        names.rms_norm.default: _rms_norm,
+        names.rms_norm_forward.default: _rms_norm_forward,
+        names.add_rms_norm.default: _add_rms_norm,
+        names.add_rms_norm_forward.default: _add_rms_norm_forward,
+        names.layer_norm.default: _layer_norm,
+        names.layer_norm_forward.default: _layer_norm_forward,
+        names.add_layer_norm.default: _add_layer_norm,
+        names.add_layer_norm_forward.default: _add_layer_norm_forward,
+    }
+
+
+# The operators. Arguments and results are those of omninorm's; ONNX's are in capitals. -----------------------------
+
+
+def _rms_norm(x: Any, weight: Any, eps: float, gain_offset: float = 0.0, round_first: bool = False) -> Any:
+    op, wide = _opset(), _wide(x)
+    gain = _ones(wide) if weight is None else op.CastLike(weight, wide)
+    if gain_offset and weight is not None:
+        gain = op.Add(gain, op.CastLike(op.Constant(value_float=gain_offset), wide))
+    if round_first and wide is not x:
+        normed = op.RMSNormalization(wide, _ones(wide), axis=-1, epsilon=eps)
+        return op.CastLike(op.Mul(op.CastLike(op.CastLike(normed, x), wide), gain), x)
+    return op.CastLike(op.RMSNormalization(wide, gain, axis=-1, epsilon=eps), x)
+
+
+def _rms_norm_forward(x: Any, weight: Any, eps: float, gain_offset: float = 0.0, round_first: bool = False) -> Any:
+    return _rms_norm(x, weight, eps, gain_offset, round_first), _scale(_wide(x), eps)
+
+
+def _add_rms_norm(
+    x: Any, residual: Any, weight: Any, eps: float, gain_offset: float = 0.0, round_first: bool = False
+) -> Any:
+    total = _sum(x, residual)
+    return _rms_norm(total, weight, eps, gain_offset, round_first), total
+
+
+def _add_rms_norm_forward(
+    x: Any, residual: Any, weight: Any, eps: float, gain_offset: float = 0.0, round_first: bool = False
+) -> Any:
+    y, total = _add_rms_norm(x, residual, weight, eps, gain_offset, round_first)
+    return y, total, _scale(_wide(total), eps)
+
+
+def _layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    return _layer_norm_forward(x, weight, bias, eps)[0]
+
+
+def _layer_norm_forward(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    op, wide = _opset(), _wide(x)
+    gains = [_ones(wide) if weight is None else op.CastLike(weight, wide)]
+    gains += [] if bias is None else [op.CastLike(bias, wide)]
+    y, mean, scale = op.LayerNormalization(wide, *gains, axis=-1, epsilon=eps)
+    return op.CastLike(y, x), _flat(mean), _flat(scale)
+
+
+def _add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> Any:
+    total = _sum(x, residual)
+    return _layer_norm(total, weight, bias, eps), total
+
+
+def _add_layer_norm_forward(x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> Any:
+    total = _sum(x, residual)
+    y, mean, scale = _layer_norm_forward(total, weight, bias, eps)
+    return y, total, mean, scale
+
+
+# Parts -----------------------------------------------------------------------------------------------------------
+
+
+def _opset() -> Any:
+    from onnxscript import opset23
+
+    return opset23
+
+
+def _sum(x: Any, residual: Any) -> Any:
+    total = _opset().Add(x, residual)
+    total.dtype, total.shape = x.dtype, x.shape
+    return total
+
+
+def _wide(x: Any) -> Any:
+    """x in the compute type, itself where it is of that."""
+    if x.dtype.bitwidth >= 32:
+        return x
+    wide = _opset().Cast(x, to=_FLOAT)
+    wide.shape = x.shape
+    return wide
+
+
+def _ones(x: Any) -> Any:
+    op = _opset()
+    return op.CastLike(op.Constant(value_floats=[1.0] * int(x.shape[-1])), x)
+
+
+def _scale(x: Any, eps: float) -> Any:
+    """1/√(mean(x²) + ε) of each row. Where nobody reads it the exporter leaves it out."""
+    op = _opset()
+    power = op.ReduceMean(op.Mul(x, x), op.Constant(value_ints=[-1]), keepdims=1)
+    return _flat(op.Reciprocal(op.Sqrt(op.Add(power, op.CastLike(op.Constant(value_float=eps), power)))))
+
+
+def _flat(x: Any) -> Any:
+    op = _opset()
+    return op.Reshape(x, op.Constant(value_ints=[-1]))
+
+
+_FLOAT = 1  # TensorProto's number for float32

@@ -1,0 +1,125 @@
+"""torch.export and ONNX: the exported model computes what the model does, for other sizes too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import omninorm
+import omninorm.onnx
+
+pytestmark = [
+    # torch's own, when it exports.
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
+]
+WIDTH = 24
+NORMS = {
+    "RMSNorm": lambda: omninorm.RMSNorm(WIDTH, 1e-6),
+    "RMSNorm of Llama": lambda: omninorm.RMSNorm(WIDTH, 1e-6, cast="llama"),
+    "RMSNorm of Gemma": lambda: omninorm.RMSNorm(WIDTH, 1e-6, gain_offset=1.0),
+    "RMSNorm without gain": lambda: omninorm.RMSNorm(WIDTH, 1e-6, elementwise_affine=False),
+    "LayerNorm": lambda: omninorm.LayerNorm(WIDTH),
+    "LayerNorm without bias": lambda: omninorm.LayerNorm(WIDTH, bias=False),
+    "LayerNorm without gain": lambda: omninorm.LayerNorm(WIDTH, elementwise_affine=False),
+}
+
+
+class Two(nn.Module):
+    """A norm, and the same behind a residual addition in one step."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.norm(x)
+        if isinstance(self.norm, omninorm.LayerNorm):
+            return omninorm.functional.add_layer_norm(x, y, self.norm.weight, self.norm.bias, self.norm.eps)
+        norm = self.norm
+        return omninorm.functional.add_rms_norm(
+            x, y, norm.weight, norm.eps, gain_offset=norm.gain_offset, cast=norm.cast
+        )
+
+
+def model(name: str, dtype: torch.dtype = torch.float32) -> Two:
+    made = Two(NORMS[name]())
+    for parameter in made.parameters():
+        nn.init.normal_(parameter)
+    return made.to(dtype).eval()
+
+
+SIZES = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("learns", [True, False])
+def test_export(name: str, learns: bool) -> None:
+    """One operator a norm, also where nobody wants gradients; sizes stay free."""
+    made = model(name).requires_grad_(learns)
+    program = torch.export.export(made, (torch.randn(2, 3, WIDTH),), dynamic_shapes=SIZES)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert len([target for target in called if target.startswith("omninorm.")]) == 2
+    assert not [target for target in called if target.startswith("aten.") and "sym_size" not in target]
+    x = torch.randn(5, 7, WIDTH)
+    for ours, expected in zip(program.module()(x), made(x), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_export_by_the_reference_needs_no_omninorm() -> None:
+    made = model("RMSNorm")
+    with omninorm.use_backend("reference"):
+        program = torch.export.export(made, (torch.randn(2, 3, WIDTH),))
+    assert not [node for node in program.graph.nodes if "omninorm" in str(node.target)]
+    x = torch.randn(2, 3, WIDTH)
+    torch.testing.assert_close(program.module()(x), made(x))
+
+
+def to_onnx(made: nn.Module, x: Tensor, path: Path) -> onnxruntime.InferenceSession:
+    torch.onnx.export(
+        made, (x,), path, dynamo=True, opset_version=23, verbose=False, dynamic_shapes=SIZES, external_data=False,
+        custom_translation_table=omninorm.onnx.translations(),
+    )  # fmt: skip
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("learns", [True, False])
+def test_onnx(name: str, learns: bool, tmp_path: Path) -> None:
+    made = model(name).requires_grad_(learns)
+    session = to_onnx(made, torch.randn(2, 3, WIDTH), tmp_path / "model.onnx")
+    x = torch.randn(5, 7, WIDTH) * 3
+    with torch.no_grad():
+        expected = [value.double() for value in made.double()(x.double())]
+    for ours, exact in zip(session.run(None, {"x": x.numpy()}), expected, strict=True):
+        assert ours.dtype == numpy.float32
+        # onnxruntime's own sums of 24 numbers
+        torch.testing.assert_close(torch.from_numpy(ours).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "RMSNorm of Llama", "LayerNorm"])
+def test_onnx_in_float16(name: str, tmp_path: Path) -> None:
+    """Within two units: onnxruntime rounds the sum in between as we do."""
+    made = model(name, torch.float16)
+    x = torch.randn(2, 3, WIDTH).half()
+    session = to_onnx(made, x, tmp_path / "model.onnx")
+    with torch.no_grad():
+        expected = made(x)
+    for ours, theirs in zip(session.run(None, {"x": x.numpy()}), expected, strict=True):
+        assert ours.dtype == numpy.float16
+        torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=2e-3, atol=2e-3)
+
+
+def test_onnx_has_the_operators_by_name(tmp_path: Path) -> None:
+    made = nn.Sequential(omninorm.RMSNorm(WIDTH, 1e-6), omninorm.LayerNorm(WIDTH)).eval()
+    program = torch.onnx.export(
+        made, (torch.randn(2, WIDTH),), dynamo=True, opset_version=23, verbose=False,
+        custom_translation_table=omninorm.onnx.translations(),
+    )  # fmt: skip
+    assert [node.op_type for node in program.model.graph] == ["RMSNormalization", "LayerNormalization"]
