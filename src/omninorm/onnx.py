@@ -4,7 +4,7 @@
                       custom_translation_table=omninorm.onnx.translations())
 
 RMSNorm becomes RMSNormalization, which is in opset 23, and LayerNorm LayerNormalization, which is in opset 17. Float16
-and bfloat16 are cast to float32 before and back after it, since ONNX's operators would round to 16 bits before the gain.
+and bfloat16 are cast to float32 before and back after it, since they would be rounded before the gain otherwise.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from omninorm.errors import ConfigError, InputError
-from omninorm.kernels import autograd, cpu, gpu, operators, reference
+from omninorm.kernels import autograd, cpu, distributed, gpu, operators, reference
 
 # What the operators take as it is. Other subclasses of Tensor decide for themselves what PyTorch's functions do with
 # them, and the reference is made of those.
@@ -146,6 +146,8 @@ def _warn(kind: str, what: str, why: str) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
+    if distributed.is_distributed(x):
+        return distributed.rms_norm(x, weight, eps, gain_offset, cast, on_rows=rms_norm)  # type: ignore[no-any-return]
     if has_operators(x, weight):
         return operators.rms_norm(x, weight, eps, gain_offset, cast, traced=is_compiling())
     if forward_ad._current_level >= 0:  # the formula's own operations carry tangents
@@ -164,6 +166,8 @@ def add_rms_norm(
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
+    if distributed.is_distributed(x):
+        return distributed.layer_norm(x, weight, bias, eps, on_rows=layer_norm)  # type: ignore[no-any-return]
     if has_operators(x, weight, bias):
         return operators.layer_norm(x, weight, bias, eps, traced=is_compiling())
     if forward_ad._current_level >= 0:

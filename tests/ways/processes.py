@@ -1,0 +1,33 @@
+"""Functions run by several processes at once, which talk to each other by gloo."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+
+def run_in_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Calls a module's function in so many processes; what one of them raises is raised here."""
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"file://{Path(folder) / 'meeting'}"
+        torch.multiprocessing.start_processes(
+            _run, (count, meeting, function, arguments), nprocs=count, start_method="spawn"
+        )
+
+
+def _run(rank: int, count: int, meeting: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
+    try:
+        function(*arguments)
+    finally:
+        dist.destroy_process_group()
