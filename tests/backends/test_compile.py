@@ -70,6 +70,20 @@ def test_one_graph_without_breaks_and_the_same_bits(norm, dtype: torch.dtype) ->
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("norm", [rms, layer])
+def test_inputs_of_two_and_four_dimensions_in_turns_are_compiled_once_each(norm) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(norm, fullgraph=True, backend=counter, dynamic=True)
+    weight, bias = torch.randn(16, requires_grad=True), torch.randn(16, requires_grad=True)
+    attempts = []
+    for turn in range(8):
+        for shape in [(6 + turn, 16), (2, 3, 5 + turn, 16)]:
+            x = torch.randn(shape, requires_grad=True)
+            assert torch.equal(compiled(x, weight, bias)[0], norm(x, weight, bias)[0])
+        attempts.append(counter.frame_count)
+    assert attempts[-1] == attempts[1] <= 4
+
+
 @pytest.mark.parametrize("norm", [rms, add_layer])
 def test_dynamic_shapes_are_not_compiled_again(norm) -> None:
     """The first call may take Dynamo several attempts; the sizes that follow take none."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import sharding
 from processes import run_in_processes
 from torch.distributed.tensor import Replicate, Shard
 
 
-@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()], ids=["batch", "sequence", "replicated"])
-def test_rows(placement: object) -> None:
-    run_in_processes(2, sharding.sharded_norms, (2,), [placement])
+def test_rows_of_a_batch_or_a_sequence_or_replicated() -> None:
+    run_in_processes(2, sharding.sharded_norms, (2,), [Shard(0)], [Shard(1)], [Replicate()])
 
 
 def test_features() -> None:
