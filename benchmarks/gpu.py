@@ -2,11 +2,11 @@
 
 Runs unattended on any GPU that PyTorch sees. First every kernel is checked against float64, on awkward shapes, too;
 then ours, torch.nn.functional (fused CUDA), torch.compile of the formula, and Liger and quack where they are installed
-take turns in random order, over buffers that rotate through more memory than the caches hold. Medians are printed as
-GB/s of the bytes that must be moved (forward x and y; backward x, dy and dx; with an addition one more of each), and as
-a share of what copying reaches in the same run. What fails is written down and the rest goes on.
+take turns in random order, over buffers that rotate through more memory than caches hold. Medians are told as GB/s
+of the bytes that must be moved (forward x and y; backward x, dy and dx; with an addition one more of each), and as a
+share of what copying reaches in the same run. What fails is written down and the rest goes on.
 
-`--device cpu` with TRITON_INTERPRET=1 runs the same on tiny shapes by Triton's interpreter: a check of this script, whose
+`--device cpu` with TRITON_INTERPRET=1 runs the same on tiny shapes by the interpreter: a check of this script, whose
 times mean nothing.
 """
 

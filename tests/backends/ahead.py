@@ -86,7 +86,7 @@ def totals(dtype: torch.dtype, target: str) -> Any:
 
 
 def local_memory(made: Any) -> int:
-    """Bytes of a thread's stack and the instructions that reach it: 0 if everything stays in registers."""
+    """Bytes that a thread keeps outside of its registers."""
     if "amdgcn" in made.asm:
         sizes = re.findall(r"\.(?:private_segment_fixed_size|[sv]gpr_spill_count):\s*(\d+)", made.asm["amdgcn"])
         assert len(sizes) >= 3
@@ -97,7 +97,8 @@ def local_memory(made: Any) -> int:
         usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
     (stack,) = re.findall(r"STACK:(\d+)", usage)
     assert "EXIT" in code
-    return int(stack) + len(re.findall(r"\b(?:STL|LDL)\b", code))
+    assert bool(int(stack)) == bool(re.search(r"\b(?:STL|LDL)\b", code))
+    return int(stack)
 
 
 def bytes_moved(case: Case, kind: str) -> dict[int, int]:

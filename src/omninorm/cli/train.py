@@ -17,6 +17,7 @@ from omninorm.cli.progress import show_progress
 from omninorm.config import NORMALIZATIONS, PLACEMENTS, check_count
 from omninorm.errors import ConfigError
 from omninorm.experiments.events import TrainResult
+from omninorm.experiments.processes import Processes, joined
 from omninorm.experiments.run_folder import is_finished, read_config
 from omninorm.experiments.runs import Plan, Run, create_run, open_run, read_plan
 from omninorm.experiments.settings import PRECISIONS, SCHEDULES
@@ -127,20 +128,57 @@ def train(
 ) -> None:
     """Train a small transformer on real text, on bytes or BPE tokens.
 
+    Started by torchrun, all processes train one model, each on its share of every batch.
+
     Ctrl-C stops after the current step with a checkpoint, and prints the command to go on.
     """
     given = _given(context.params)
-    if resume is not None and is_finished(resume):
-        console().print(f"The run in {resume} is finished. Try it: {generate_command(resume)}")
-        return
-    with _open(resume, out, threads, given, context.obj) as run:
-        _introduce(run)
-        try:
-            result = show_progress(run)
-        except KeyboardInterrupt:
-            _give_up(run)
-        page = _report(run)
+    with joined() as processes:
+        if not processes.first:
+            _follow(processes, text)
+            return
+        if resume is not None and is_finished(resume):
+            processes.from_first(lambda: None)
+            console().print(f"The run in {resume} is finished. Try it: {generate_command(resume)}")
+            return
+        with _open_for_all(processes, resume, out, threads, given, context.obj) as run:
+            _introduce(run)
+            try:
+                result = show_progress(run)
+            except KeyboardInterrupt:
+                _give_up(run)
+            page = _report(run)
     _conclude(result, run, page)
+
+
+def _open_for_all(
+    processes: Processes,
+    resume: Path | None,
+    out: Path | None,
+    threads: int | None,
+    given: dict[str, Any],
+    command: Sequence[str],
+) -> Run:
+    """Opens the run and tells the other processes where it is, or that there is none."""
+    folder: str | None = None
+    try:
+        batch_size = given.get("batch_size", read_plan(resume).train.batch_size if resume else _PLAN.train.batch_size)
+        processes.check_batch(batch_size)
+        run = _open(resume, out, threads, given, command)
+        run.processes = processes
+        folder = str(run.folder.path)
+    finally:
+        processes.from_first(lambda: folder)
+    return run
+
+
+def _follow(processes: Processes, text: str | None) -> None:
+    """Trains along with the first process, which speaks for all."""
+    folder = processes.from_first(lambda: None)
+    if folder is None:
+        return
+    with open_run(Path(folder), text, processes) as run:
+        run.train()
 
 
 def _given(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,21 @@ class RunFolder:
             self._resources = stack.pop_all()
 
     @classmethod
+    def follow(cls, path: Path, rank: int) -> RunFolder:
+        """The folder of a run that another process writes, which has told of it: only a record of one's own is kept.
+
+        Args:
+            path: the folder.
+            rank: this process's number, which names its record.
+        """
+        run = cls.__new__(cls)
+        run.path = path
+        run.record = Record(path / f"record-rank{rank}.jsonl")
+        run._resources = contextlib.ExitStack()
+        run._resources.callback(run.record.close)
+        return run
+
+    @classmethod
     def create(cls, path: Path, config: Mapping[str, Any], files: Mapping[str, bytes]) -> RunFolder:
         """Makes a new folder with config.json and `files`.
 

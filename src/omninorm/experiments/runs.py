@@ -18,6 +18,7 @@ from omninorm.experiments.checkpoint import check_packages, list_checkpoints, lo
 from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
 from omninorm.experiments.events import Callback, TrainResult
 from omninorm.experiments.interrupt import Interrupt
+from omninorm.experiments.processes import Processes
 from omninorm.experiments.provenance import git_commit, versions
 from omninorm.experiments.run_folder import CHECKPOINTS, FolderTakenError, RunFolder, fresh_folder, read_config
 from omninorm.experiments.settings import TrainConfig
@@ -89,6 +90,7 @@ class Run:
     data: TokenData
     model: Thinker
     notices: tuple[str, ...] = ()
+    processes: Processes = field(default_factory=Processes)
 
     def train(self, on_event: Callback | None = None) -> TrainResult:
         """Trains to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`."""
@@ -100,6 +102,7 @@ class Run:
                 run=self.folder,
                 on_event=on_event,
                 stopped_by=lambda: interrupt.signal,
+                processes=self.processes,
             )
 
     def __enter__(self) -> Run:
@@ -146,12 +149,13 @@ def _create_folder(path: Path | None, name: str, config: Mapping[str, Any], file
     return RunFolder.create(path, config, files)
 
 
-def open_run(path: Path, text: str | None = None) -> Run:
+def open_run(path: Path, text: str | None = None, processes: Processes | None = None) -> Run:
     """Opens a run to continue it from its newest checkpoint, with its own settings.
 
     Args:
         path: the run's folder.
         text: where the text is now, if it has moved.
+        processes: those that train together, of which the first has opened the run already; None means this one alone.
 
     Raises:
         RunError: no run, a damaged one, one that another process is at work on, one that diverged, or the text is
@@ -172,7 +176,9 @@ def open_run(path: Path, text: str | None = None) -> Run:
     tokenizer = _load_tokenizer(path, plan, config)
     data = tokenize(corpus, tokenizer, plan.train.seq_len, plan.train.eval_bytes)
     model = build_model(plan.model, plan.train.seed)
-    return Run(plan, RunFolder(path), corpus, tokenizer, data, model, _changes(config))
+    processes = processes or Processes()
+    folder = RunFolder(path) if processes.first else RunFolder.follow(path, processes.rank)
+    return Run(plan, folder, corpus, tokenizer, data, model, _changes(config), processes)
 
 
 def _load_again(plan: Plan, text: str | None) -> Corpus:

@@ -27,6 +27,7 @@ from omninorm.experiments.events import (
     to_record,
 )
 from omninorm.experiments.optim import build_optimizer
+from omninorm.experiments.processes import Processes
 from omninorm.experiments.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from omninorm.experiments.settings import TrainConfig, learning_rate
 from omninorm.record import RECORD_FILE, read_record
@@ -41,6 +42,7 @@ def train(
     run: RunFolder | None = None,
     on_event: Callback | None = None,
     stopped_by: Callable[[], int | None] = lambda: None,
+    processes: Processes | None = None,
 ) -> TrainResult:
     """Trains a model, from the newest checkpoint of `run` if there is one.
 
@@ -55,27 +57,34 @@ def train(
         run: where to record and to write checkpoints; None keeps everything in memory, and then nothing watches.
         on_event: called with every event as it happens.
         stopped_by: asked after every step; a signal's number ends the run there, with a checkpoint.
+        processes: those that train the model together, each with its share of every batch; None means this one alone.
+            A step's loss and gradients are those of one process up to rounding.
 
     Returns:
         How it ended and what was recorded. A loss or gradient that is no longer finite, or weights that are not when
         a checkpoint is due, end the run as "diverged": that is a result, not an error.
 
     Raises:
-        RunError: the run's folder can't be written, or its newest checkpoint can't be used.
+        RunError: the run's folder can't be written, its newest checkpoint can't be used, or a process is gone.
+        ConfigError: a batch that can't be shared out evenly.
     """
+    processes = processes or Processes()
+    processes.check_batch(config.batch_size)
     optimizer = build_optimizer(model, config)
-    log = _Log(run, on_event)
+    log = _Log(run, on_event, processes)
     done = log.restore(model, optimizer)
     model.train()
     if done == 0 and not log.evaluate(0, model, data, config):
         return log.stop(StopEvent(0, "diverged"))
-    with log.watching(model, optimizer, done, config):
-        end = _steps(model, optimizer, data, config, done, log, stopped_by)
+    wrapped = processes.wrap(model)
+    with log.watching(wrapped, optimizer, done, config):
+        end = _steps(model, wrapped, optimizer, data, config, done, log, stopped_by)
     return log.stop(end)
 
 
 def _steps(
     model: nn.Module,
+    wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
     data: TokenData,
     config: TrainConfig,
@@ -83,13 +92,14 @@ def _steps(
     log: _Log,
     stopped_by: Callable[[], int | None],
 ) -> StopEvent:
-    """The steps after `done`, and how they end."""
+    """The steps after `done`, and how they end; `wrapped` is the model as it is called."""
+    processes = log.processes
     for step in range(done + 1, config.steps + 1):
         started = time.perf_counter()
         rate = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = _accumulate(model, data, config, step)
+        loss = _accumulate(wrapped, data, config, step, processes)
         grad_norm = _clip(model, config.grad_clip)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             log.watch_step(loss)
@@ -103,7 +113,7 @@ def _steps(
             log.emit(StepEvent(step, loss, grad_norm, rate, seconds, config.tokens_per_step / seconds))
         if _due(step, config.eval_every, config) and not log.evaluate(step, model, data, config):
             return StopEvent(step, "diverged", loss, grad_norm)
-        signal = stopped_by() if step < config.steps else None
+        signal = (processes.largest(stopped_by() or 0) or None) if step < config.steps else None
         if signal is not None or _due(step, config.checkpoint_every, config):
             if not _is_finite(model):  # never write such a checkpoint in the place of a good one
                 return StopEvent(step, "diverged", loss, grad_norm)
@@ -113,19 +123,21 @@ def _steps(
     return StopEvent(config.steps, "finished")
 
 
-def _accumulate(model: nn.Module, data: TokenData, config: TrainConfig, step: int) -> float:
+def _accumulate(model: nn.Module, data: TokenData, config: TrainConfig, step: int, processes: Processes) -> float:
     """Adds up the gradients of the step's mean loss, one micro-batch at a time; returns that loss in nats per token."""
     device = next(model.parameters()).device
     count = config.batch_size * config.grad_accumulation
     total = torch.zeros((), dtype=torch.float64)
     batches = windows(data.train, config.seed, step, count, config.seq_len)
-    for tokens in batches.view(config.grad_accumulation, config.batch_size, -1).to(device):
-        with autocast(config.precision, device):
-            logits = model(tokens[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-        (loss / config.grad_accumulation).backward()  # type: ignore[no-untyped-call]
+    for number, batch in enumerate(batches.view(config.grad_accumulation, config.batch_size, -1), start=1):
+        tokens = processes.share(batch).to(device)
+        with processes.accumulating(model, last=number == config.grad_accumulation):
+            with autocast(config.precision, device):
+                logits = model(tokens[:, :-1])
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+            (loss / config.grad_accumulation).backward()  # type: ignore[no-untyped-call]
         total += loss.detach().double().cpu() / config.grad_accumulation
-    return float(total)
+    return processes.mean(float(total))
 
 
 def _clip(model: nn.Module, limit: float | None) -> float:
@@ -146,11 +158,13 @@ def _due(step: int, every: int, config: TrainConfig) -> bool:
 
 
 class _Log:
-    """Sends every event to the callback, to the record, and to the result."""
+    """Sends every event to the callback, to the record, and to the result. Of several processes the first one writes
+    events and checkpoints; each has a record of its own for what its watch sees."""
 
-    def __init__(self, run: RunFolder | None, on_event: Callback | None) -> None:
+    def __init__(self, run: RunFolder | None, on_event: Callback | None, processes: Processes) -> None:
         self._run = run
         self._on_event = on_event
+        self.processes = processes
         self._steps: list[StepEvent] = []
         self._evals: dict[int, EvalEvent] = {}
         self._watch: Watch | None = None
@@ -160,11 +174,11 @@ class _Log:
         """Loads the newest checkpoint and the events up to it; returns its step, 0 if there is none."""
         if self._run is None:
             return 0
-        step = self._run.newest()
+        step = self.processes.from_first(self._run.newest)
         if step is not None:
             load_checkpoint(self._run.checkpoints, step, model, optimizer)
         path = self._run.path / RECORD_FILE
-        if read_record(path):
+        if self.processes.from_first(lambda: bool(read_record(path))):
             self._run.record.append({"kind": "resume", "step": step or 0})
             for line in read_record(path):
                 self._keep(_event(line, path))
@@ -194,8 +208,9 @@ class _Log:
             self.emit(AlarmEvent(alarm.step, alarm))
 
     def emit(self, event: Event) -> None:
-        if self._run is not None and not isinstance(event, (CheckpointEvent, AlarmEvent)):
-            self._run.record.append(to_record(event))
+        written = self._run if self.processes.first else None
+        if written is not None and not isinstance(event, (CheckpointEvent, AlarmEvent)):
+            written.record.append(to_record(event))
         self._keep(event)
         if self._on_event is not None:
             self._on_event(event)
@@ -203,8 +218,10 @@ class _Log:
     def evaluate(self, step: int, model: nn.Module, data: TokenData, config: TrainConfig) -> bool:
         """Measures held-out bits per byte; false if they are not finite."""
         started = time.perf_counter()
-        bits = bits_per_byte(
-            model, data, seq_len=config.seq_len, batch_size=config.batch_size, precision=config.precision
+        bits = self.processes.from_first(
+            lambda: bits_per_byte(
+                model, data, seq_len=config.seq_len, batch_size=config.batch_size, precision=config.precision
+            )
         )
         self.emit(EvalEvent(step, bits, time.perf_counter() - started))
         return math.isfinite(bits)
@@ -214,6 +231,8 @@ class _Log:
             if self._watch is not None:
                 self._watch.flush()
             self._run.record.sync()
+            if not self.processes.first:
+                return
             path = save_checkpoint(self._run.checkpoints, step, model, optimizer, config.keep_checkpoints)
             self.emit(CheckpointEvent(step, path))
 

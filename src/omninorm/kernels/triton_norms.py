@@ -65,6 +65,17 @@ def narrow(v, to: constexpr):
 
 
 @triton.jit
+def multiply_add(a, b, c):
+    """a · b + c, rounded once."""
+    if _INTERPRETED and a.dtype == tl.float32:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    elif _INTERPRETED:
+        return a * b + c
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
 def reciprocal_root(a):
     """1/√a, rounded twice."""
     if a.dtype == tl.float64:
@@ -198,6 +209,15 @@ def measure_layer(held, x, residual, columns, width, present, steps,
     return root, per_unit, rest, headroom, center
 
 
+@triton.jit
+def normalize_layer(x, root, per_unit, rest, headroom, center):
+    """x̂ of LayerNorm."""
+    deviation = (x * headroom - center * headroom) * per_unit
+    return multiply_add(
+        deviation, tl.broadcast_to(root, deviation.shape), tl.broadcast_to(-rest * root, deviation.shape)
+    )
+
+
 # Kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -253,9 +273,9 @@ def layer_norm_forward(
         inside = present & (at < width)
         if ADD:
             tl.store(total_ptr + row * width + at, narrow(v, total_ptr.dtype.element_ty), inside)
-        normed = ((v * headroom - center * headroom) * per_unit - rest) * root
-        gain = read_gain(gain_ptr, at, width, 1.0, C, GAIN)
-        y = normed * gain + read_gain(bias_ptr, at, width, 0.0, C, BIAS)
+        normed = normalize_layer(v, root, per_unit, rest, headroom, center)
+        gain, bias = read_gain(gain_ptr, at, width, 1.0, C, GAIN), read_gain(bias_ptr, at, width, 0.0, C, BIAS)
+        y = multiply_add(normed, tl.broadcast_to(gain, normed.shape), tl.broadcast_to(bias, normed.shape))
         tl.store(y_ptr + row * width + at, narrow(y, y_ptr.dtype.element_ty), inside)
     if KEEP:
         tl.store(mean_ptr + row, center, present)
@@ -303,7 +323,7 @@ def rms_norm_backward(
             inside = present & (at < width)
             g = dys * (read_gain(gain_ptr, at, width, 1.0 - OFFSET, C, GAIN) + OFFSET)
             normed = v * per_unit * root
-            dx = narrow((g - normed * mean_product) * root * per_unit, dx_ptr.dtype.element_ty)
+            dx = narrow(projected(g, normed, mean_product) * root * per_unit, dx_ptr.dtype.element_ty)
             if ADD:
                 more = tl.load(dtotal_ptr + row * dtotal_stride + at, inside, 0.0)
                 dx = narrow(widen(dx, C) + widen(more, C), dx_ptr.dtype.element_ty)
@@ -368,7 +388,7 @@ def layer_norm_backward(
             g = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
             g *= read_gain(gain_ptr, at, width, 1.0, C, GAIN)
             gs += g
-            normed = ((v * headroom - center * headroom) * per_unit - rest) * root
+            normed = normalize_layer(v, root, per_unit, rest, headroom, center)
             products += tl.where(at < width, g * normed, 0.0)
         mean_g, mean_product = mean(gs, width, C), mean(products, width, C)
 
@@ -378,8 +398,10 @@ def layer_norm_backward(
             dys = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
             inside = present & (at < width)
             g = dys * read_gain(gain_ptr, at, width, 1.0, C, GAIN)
-            normed = ((v * headroom - center * headroom) * per_unit - rest) * root
-            dx = narrow((g - mean_g - normed * mean_product) * root * per_unit * headroom, dx_ptr.dtype.element_ty)
+            normed = normalize_layer(v, root, per_unit, rest, headroom, center)
+            dx = narrow(
+                projected(g - mean_g, normed, mean_product) * root * per_unit * headroom, dx_ptr.dtype.element_ty
+            )
             if ADD:
                 more = tl.load(dtotal_ptr + row * dtotal_stride + at, inside, 0.0)
                 dx = narrow(widen(dx, C) + widen(more, C), dx_ptr.dtype.element_ty)
@@ -399,6 +421,12 @@ def layer_norm_backward(
         tl.store(dgain_ptr + block * width + columns, tl.sum(dgain, 0, keep_dims=True), columns < width)
     if BIAS_LEARNS and WHOLE:
         tl.store(dbias_ptr + block * width + columns, tl.sum(dbias, 0, keep_dims=True), columns < width)
+
+
+@triton.jit
+def projected(g, normed, mean_product):
+    """g − x̂ · mean(g · x̂)."""
+    return multiply_add(-normed, tl.broadcast_to(mean_product, normed.shape), g)
 
 
 @triton.jit

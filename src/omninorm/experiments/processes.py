@@ -1,0 +1,124 @@
+"""Several processes that train one model, as `torchrun` starts them: each has its share of every batch.
+
+The model's gradients are averaged by DistributedDataParallel; the first process writes the run and tells the others
+what only it can know. Checkpoints are those of one process, so a run can go on with another number of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from omninorm.errors import ConfigError, RunError
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train.
+
+    Args:
+        rank: its number, from 0.
+        count: how many there are; with 1 nothing is told to anybody.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model to call, whose gradients are the mean over the processes."""
+        return DistributedDataParallel(model) if self.count > 1 else model
+
+    def accumulating(self, model: nn.Module, last: bool) -> Any:
+        """Around a micro-batch: gradients are averaged with the last one of a step."""
+        return nullcontext() if self.count == 1 or last else model.no_sync()  # type: ignore[operator]
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's rows."""
+        return batch.chunk(self.count)[self.rank]
+
+    def mean(self, value: float) -> float:
+        """Over the processes, the same number on each."""
+        return sum(self._all(value)) / self.count
+
+    def largest(self, value: int) -> int:
+        return int(max(self._all(float(value))))
+
+    def from_first(self, compute: Callable[[], _Value]) -> _Value:
+        """What the first process computes, on all of them. Its OmninormErrors end all of them."""
+        told: list[Any] = [None]
+        if self.first:
+            told[0] = compute()
+        if self.count > 1:
+            dist.broadcast_object_list(told, src=0)
+        return told[0]  # type: ignore[no-any-return]
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raises ConfigError unless every process gets equally many windows of a micro-batch."""
+        if batch_size % self.count:
+            received = f"a batch of {batch_size} on {self.count} processes"
+            raise ConfigError("every process must get equally many windows", received, "choose a multiple of it")
+
+    def _all(self, value: float) -> list[float]:
+        if self.count == 1:
+            return [value]
+        mine = torch.tensor([value], dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(everyone, mine)
+        return [float(each) for each in everyone]
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process with others."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Meets the other processes, if there are any, and leaves them at the end.
+
+    Raises:
+        RunError: they can't be reached, or one of them is gone.
+    """
+    if not launched():
+        yield Processes()
+        return
+    try:
+        dist.init_process_group("gloo")
+    except (RuntimeError, ValueError) as error:
+        remedy = "start the command by torchrun: torchrun --nproc-per-node 2 -m omninorm train …"
+        raise RunError("the processes of a run must reach each other", _short(error), remedy) from error
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        remedy = "start them again with --resume and the run's folder; the newest checkpoint is whole"
+        raise RunError("every process must stay to the end", f"one is gone ({_short(error)})", remedy) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether the other side of a connection is no longer there."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "Connection closed", "reset by peer")
+    )
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]

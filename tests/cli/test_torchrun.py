@@ -1,0 +1,116 @@
+"""`torchrun … -m omninorm train`: the run of one process, by several; one that dies ends all, and the run goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from omninorm.record import read_record
+
+OPTIONS = [
+    "--d-model", "32", "--layers", "2", "--heads", "2", "--batch-size", "4", "--grad-accumulation", "2", "--seq-len", "32",
+    "--eval-every", "6", "--checkpoint-every", "6", "--keep-checkpoints", "9", "--log-every", "1", "--eval-bytes", "2000",
+    "--warmup-steps", "3",
+]  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+# Many more than the checkpoint that a process is killed behind.
+STEPS = "120"
+
+
+def command(processes: int, *arguments: str | Path) -> list[str]:
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(together if processes > 1 else []), "-m", "omninorm", "train", *map(str, arguments)]
+
+
+def train(processes: int, *arguments: str | Path) -> str:
+    done = subprocess.run(command(processes, *arguments), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(folder: Path) -> list[float]:
+    return [event["loss"] for event in read_record(folder / "record.jsonl") if event["kind"] == "step"]
+
+
+def weights(folder: Path, step: int) -> torch.Tensor:
+    tensors = load_file(folder / "checkpoints" / f"step-{step}" / "model.safetensors")
+    return torch.cat([value.flatten() for _, value in sorted(tensors.items())])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train(1, *OPTIONS, "--steps", STEPS, "--out", folder, "--threads", "1")
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
+    said = train(2, *OPTIONS, "--steps", STEPS, "--out", tmp_path / "run")
+    assert said.count("Done: ") == 1, "one process speaks for all"
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
+    assert len(losses(alone)) == int(STEPS)
+    # Adam divides by the gradients' size, so what rounding leaves of tiny ones counts.
+    torch.testing.assert_close(weights(tmp_path / "run", 120), weights(alone, 120), rtol=1e-3, atol=1e-4)
+    names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
+    assert names == {"config.json", "record.jsonl", "record-rank1.jsonl", "checkpoints", "report.html"}
+    watched = [read_record(tmp_path / "run" / "record-rank1.jsonl")]
+    assert watched
+    assert "rank" in (tmp_path / "run" / "record-rank1.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_one_is_killed_the_others_say_so_and_the_run_goes_on_alone(alone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = command(2, *OPTIONS, "--steps", STEPS, "--out", folder)
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "step-6").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(worker(process.pid, rank=1), signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "every process must stay to the end, but got one is gone" in said
+    newest = max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
+    assert 6 <= newest < int(STEPS)
+    train(1, "--resume", folder)
+    by_step = {
+        event["step"]: event["loss"] for event in read_record(folder / "record.jsonl") if event["kind"] == "step"
+    }
+    assert [by_step[step] for step in range(1, int(STEPS) + 1)] == pytest.approx(losses(alone), rel=1e-5)
+
+
+def worker(launcher: int, rank: int) -> int:
+    """The process that torchrun gave a rank."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(re.search(r"PPid:\s+(\d+)", (path / "status").read_text())[1])
+            environment = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == launcher and f"RANK={rank}".encode() in environment:
+            return int(path.name)
+    raise AssertionError("no such process")
+
+
+def test_a_batch_that_can_not_be_shared_out_is_refused_once(tmp_path: Path) -> None:
+    arguments = [*OPTIONS, "--batch-size", "3", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command(2, *arguments), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    said = "omninorm: every process must get equally many windows, but got a batch of 3 on 2 processes"
+    assert done.stderr.count(said) == 1
+    assert not (tmp_path / "run").exists()
