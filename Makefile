@@ -8,13 +8,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 PYTHON_CODE := setup.py src tests examples benchmarks
 
-.PHONY: help demo bench test test-triton lint types sanitize check format clean
+.PHONY: help demo bench test test-triton test-distributed lint types sanitize check format clean
 
 help:
 	@echo "make demo    train deep transformers with and without good normalization, and compare with verdicts"
 	@echo "make bench   time the norms on this machine"
 	@echo "make test    run the tests"
 	@echo "make test-triton  all tests of the GPU kernels that need no GPU: interpreted, and compiled ahead of time"
+	@echo "make test-distributed  the tests with several processes"
 	@echo "make check   formatting, lint, types, import direction, tests with warnings as errors, sanitizers"
 	@echo "make format  format the code"
 	@echo "make clean   remove .venv, caches and what was compiled"
@@ -30,6 +31,9 @@ bench: .venv/bench .venv/cpu
 test: .venv/dev .venv/cpu .venv/weights
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_edges.py
+
+test-distributed: .venv/dev .venv/cpu
+	$(PYTEST) tests/ways/test_sharding.py tests/ways/test_training.py tests/watch/test_distributed.py tests/cli/test_torchrun.py
 
 test-triton: .venv/dev .venv/cpu
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels

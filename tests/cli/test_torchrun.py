@@ -76,11 +76,7 @@ def test_one_is_killed_the_others_say_so_and_the_run_goes_on_alone(alone: Path, 
     folder = tmp_path / "run"
     arguments = command(2, *OPTIONS, "--steps", STEPS, "--out", folder)
     process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "step-6").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_checkpoint(process, folder)
     os.kill(worker(process.pid, rank=1), signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -92,6 +88,35 @@ def test_one_is_killed_the_others_say_so_and_the_run_goes_on_alone(alone: Path, 
         event["step"]: event["loss"] for event in read_record(folder / "record.jsonl") if event["kind"] == "step"
     }
     assert [by_step[step] for step in range(1, int(STEPS) + 1)] == pytest.approx(losses(alone), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_after_a_step_and_more_processes_go_on(alone: Path, tmp_path: Path) -> None:
+    """The terminal sends it to every process, and torchrun passes it on."""
+    folder = tmp_path / "run"
+    arguments = command(2, *OPTIONS, "--steps", STEPS, "--out", folder)
+    process = subprocess.Popen(
+        arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for_checkpoint(process, folder)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    stopped = int(re.search(r"Stopped after step (\d+) with a checkpoint", said)[1])
+    assert (folder / "checkpoints" / f"step-{stopped}" / "model.safetensors").exists()
+    assert 6 <= stopped < int(STEPS)
+    train(4, "--resume", folder)
+    by_step = {
+        event["step"]: event["loss"] for event in read_record(folder / "record.jsonl") if event["kind"] == "step"
+    }
+    assert [by_step[step] for step in range(1, int(STEPS) + 1)] == pytest.approx(losses(alone), rel=1e-5)
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "step-6").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def worker(launcher: int, rank: int) -> int:

@@ -13,13 +13,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupt:
     """While it is entered, the first SIGINT or SIGTERM is only noted, in `signal`; the second stops at once.
 
+    Args:
+        patient: the second does nothing, either: torchrun passes on what the terminal has already sent to all.
+
     The earlier handlers come back at the end. Outside the main thread Python allows no handlers: nothing is noted then.
 
     Raises:
         KeyboardInterrupt: at the second signal, wherever the program is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
+        self.patient = patient
         self.signal: int | None = None
         self._earlier: dict[int, Any] = {}
 
@@ -36,6 +40,7 @@ class Interrupt:
         self._earlier = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal = number
+        elif not self.patient:
             raise KeyboardInterrupt
-        self.signal = number

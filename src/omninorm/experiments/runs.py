@@ -94,7 +94,7 @@ class Run:
 
     def train(self, on_event: Callback | None = None) -> TrainResult:
         """Trains to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`."""
-        with Interrupt() as interrupt:
+        with Interrupt(patient=self.processes.count > 1) as interrupt:
             return train(
                 self.model,
                 self.data,
