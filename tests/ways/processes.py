@@ -29,5 +29,6 @@ def _run(rank: int, count: int, meeting: str, function: Callable[..., None], arg
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     try:
         function(*arguments)
+        dist.barrier()  # nobody leaves while another one still asks
     finally:
         dist.destroy_process_group()

@@ -103,6 +103,7 @@ def joined() -> Iterator[Processes]:
         raise RunError("the processes of a run must reach each other", _short(error), remedy) from error
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # nobody leaves while another one still asks
     except RuntimeError as error:
         if not _is_lost(error):
             raise
