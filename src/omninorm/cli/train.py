@@ -17,7 +17,7 @@ from omninorm.cli.progress import show_progress
 from omninorm.config import NORMALIZATIONS, PLACEMENTS, check_count
 from omninorm.errors import ConfigError
 from omninorm.experiments.events import TrainResult
-from omninorm.experiments.processes import Processes, joined
+from omninorm.experiments.processes import Processes, SilentExit, joined
 from omninorm.experiments.run_folder import is_finished, read_config
 from omninorm.experiments.runs import Plan, Run, create_run, open_run, read_plan
 from omninorm.experiments.settings import PRECISIONS, SCHEDULES
@@ -135,7 +135,10 @@ def train(
     given = _given(context.params)
     with joined() as processes:
         if not processes.first:
-            _follow(processes, text)
+            try:
+                _follow(processes, text)
+            except SilentExit:
+                raise typer.Exit(2) from None
             return
         if resume is not None and is_finished(resume):
             processes.from_first(lambda: None)
@@ -159,17 +162,18 @@ def _open_for_all(
     given: dict[str, Any],
     command: Sequence[str],
 ) -> Run:
-    """Opens the run and tells the other processes where it is, or that there is none."""
-    folder: str | None = None
-    try:
+    """Opens the run and tells the other processes where it is, or that there is none to train."""
+    opened: list[Run] = []
+
+    def open_and_tell() -> str:
         batch_size = given.get("batch_size", read_plan(resume).train.batch_size if resume else _PLAN.train.batch_size)
         processes.check_batch(batch_size)
-        run = _open(resume, out, threads, given, command)
-        run.processes = processes
-        folder = str(run.folder.path)
-    finally:
-        processes.from_first(lambda: folder)
-    return run
+        opened.append(_open(resume, out, threads, given, command))
+        return str(opened[0].folder.path)
+
+    processes.from_first(open_and_tell)
+    opened[0].processes = processes
+    return opened[0]
 
 
 def _follow(processes: Processes, text: str | None) -> None:

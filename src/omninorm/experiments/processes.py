@@ -6,6 +6,7 @@ what only it can know. Checkpoints are those of one process, so a run can go on 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,9 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from omninorm.errors import ConfigError, RunError
+from omninorm.errors import ConfigError, OmninormError, RunError
 
 _Value = TypeVar("_Value")
+
+
+class SilentExit(Exception):  # noqa: N818  no error of this process
+    """The first process has said why all of them end."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +63,38 @@ class Processes:
         return int(max(self._all(float(value))))
 
     def from_first(self, compute: Callable[[], _Value]) -> _Value:
-        """What the first process computes, on all of them. Its OmninormErrors end all of them."""
-        told: list[Any] = [None]
+        """What the first process computes, a JSON value, on all of them. An OmninormError of its ends all of them."""
+        if self.count == 1:
+            return compute()
+        value, failure = None, None
         if self.first:
-            told[0] = compute()
-        if self.count > 1:
-            dist.broadcast_object_list(told, src=0)
-        return told[0]  # type: ignore[no-any-return]
+            try:
+                value = compute()
+            except OmninormError as error:
+                failure = error
+        told = self._tell({"value": value, "failed": failure is not None})
+        if failure is not None:
+            raise failure
+        if told["failed"]:
+            raise SilentExit
+        return told["value"]  # type: ignore[no-any-return]
 
     def check_batch(self, batch_size: int) -> None:
         """Raises ConfigError unless every process gets equally many windows of a micro-batch."""
         if batch_size % self.count:
             received = f"a batch of {batch_size} on {self.count} processes"
             raise ConfigError("every process must get equally many windows", received, "choose a multiple of it")
+
+    def _tell(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The first process's message, as JSON: nothing is unpickled."""
+        content = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, src=0)
+        if not self.first:
+            content = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(content, src=0)
+        found: dict[str, Any] = json.loads(bytes(content.tolist()))
+        return found
 
     def _all(self, value: float) -> list[float]:
         if self.count == 1:

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -110,18 +110,25 @@ def _forward(
     compute = reference.compute_dtype(x.dtype)
     scale = x.new_empty((rows.number,), dtype=compute) if keep else x
     mean = torch.empty_like(scale) if keep and centered else x
-    shape = tile(rows.width, x.dtype, backward=False)
     if rows.number:
+        options |= {"BIAS": bias is not None} if centered else {}
+        shape, settings = _settings(
+            rows.width,
+            x.dtype,
+            eps,
+            backward=False,
+            ADD=residual is not None,
+            GAIN=weight is not None,
+            KEEP=keep,
+            **options,
+        )
         gains = (_dense(weight, x), _dense(bias, x)) if centered else (_dense(weight, x),)
         statistics = (mean, scale) if centered else (scale,)
-        options |= {"BIAS": bias is not None} if centered else {}
         kernel = _kernels().layer_norm_forward if centered else _kernels().rms_norm_forward
         with _on(x):
             kernel[-(-rows.number // shape.ROWS),](
                 rows.values, others.values, *gains, y, total, *statistics,
-                rows.number, rows.width, rows.stride, others.stride,
-                **_constants(x, eps), **options, **shape._asdict(), ADD=residual is not None, GAIN=weight is not None,
-                KEEP=keep,
+                rows.number, rows.width, rows.stride, others.stride, **settings,
             )  # fmt: skip
     return y, total, mean, scale
 
@@ -140,18 +147,18 @@ def _backward(
     of_gain, of_bias = (
         x.new_empty((blocks * learns, rows.width), dtype=compute) for learns in (gain_learns, bias_learns)
     )
-    shape = tile(rows.width, x.dtype, backward=True)
     if rows.number:
         statistics = (scale,) if mean is None else (mean, scale)
         sums = (of_gain,) if mean is None else (of_gain, of_bias)
-        learning = {"LEARNS": gain_learns} if mean is None else {"GAIN_LEARNS": gain_learns, "BIAS_LEARNS": bias_learns}
+        options |= {"LEARNS": gain_learns} if mean is None else {"GAIN_LEARNS": gain_learns, "BIAS_LEARNS": bias_learns}
+        _, settings = _settings(
+            rows.width, x.dtype, eps, backward=True, ADD=dtotal is not None, GAIN=weight is not None, **options
+        )
         kernel = _kernels().rms_norm_backward if mean is None else _kernels().layer_norm_backward
         with _on(x):
             kernel[blocks,](
                 dys.values, more.values, rows.values, *statistics, _dense(weight, x), dx, *sums,
-                rows.number, rows.width, each, dys.stride, more.stride, rows.stride,
-                **_constants(x, eps), **options, **learning, **shape._asdict(), ADD=dtotal is not None,
-                GAIN=weight is not None,
+                rows.number, rows.width, each, dys.stride, more.stride, rows.stride, **settings,
             )  # fmt: skip
     return dx, _total(of_gain, weight, gain_learns), _total(of_bias, bias, bias_learns), of_gain
 
@@ -184,12 +191,18 @@ def _dense(gain: Tensor | None, x: Tensor) -> Tensor:
     return x if gain is None else gain.contiguous()
 
 
-def _constants(x: Tensor, eps: float) -> dict[str, Any]:
+@lru_cache(maxsize=4096)
+def _settings(
+    width: int, dtype: torch.dtype, eps: float, *, backward: bool, **options: Any
+) -> tuple[Tile, dict[str, Any]]:
+    """How a kernel is launched; the same for all its calls in a model."""
     import triton.language as tl
 
-    compute = tl.float64 if x.dtype == torch.float64 else tl.float32
-    # Products and sums are rounded one by one, as the reference's are.
-    return {"EPS": eps, "LEAST": math.sqrt(eps), "C": compute, "enable_fp_fusion": False}
+    shape = tile(width, dtype, backward)
+    compute = tl.float64 if dtype == torch.float64 else tl.float32
+    settings = {"EPS": eps, "LEAST": math.sqrt(eps), "C": compute, **options, **shape._asdict()}
+    # The compiler fuses no multiplications and additions: what is to be rounded once is written so.
+    return shape, {**settings, "enable_fp_fusion": False}
 
 
 def _on(x: Tensor) -> Any:

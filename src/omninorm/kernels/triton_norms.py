@@ -128,10 +128,10 @@ def read(x, residual, columns, width, present, C: constexpr, ADD: constexpr):
 
 
 @triton.jit
-def read_gain(gain, columns, width, default, C: constexpr, GIVEN: constexpr):
-    """γ or β, or what stands for it."""
+def read_gain(gain, columns, width, default, C: constexpr, GIVEN: constexpr, OFFSET: constexpr = 0.0):
+    """γ + o or β, or what stands for it where there is none."""
     if GIVEN:
-        return widen(tl.load(gain + columns, columns < width, 0.0), C)
+        return widen(tl.load(gain + columns, columns < width, 0.0), C) + OFFSET
     else:
         return tl.full(columns.shape, default, C)
 
@@ -244,7 +244,7 @@ def rms_norm_forward(
         normed = v * per_unit * root
         if ROUND_FIRST:
             normed = widen(narrow(normed, y_ptr.dtype.element_ty), C)
-        gain = read_gain(gain_ptr, at, width, 1.0 - OFFSET, C, GAIN) + OFFSET
+        gain = read_gain(gain_ptr, at, width, 1.0, C, GAIN, OFFSET)
         tl.store(y_ptr + row * width + at, narrow(normed * gain, y_ptr.dtype.element_ty), inside)
     if KEEP:
         tl.store(scale_ptr + row, root * per_unit, present)
@@ -312,7 +312,7 @@ def rms_norm_backward(
             at = columns + step * BLOCK
             v = held if WHOLE else read(x, x, at, width, present, C, False)
             g = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
-            g *= read_gain(gain_ptr, at, width, 1.0 - OFFSET, C, GAIN) + OFFSET
+            g *= read_gain(gain_ptr, at, width, 1.0, C, GAIN, OFFSET)
             products += g * (v * per_unit * root)
         mean_product = mean(products, width, C)
 
@@ -321,7 +321,7 @@ def rms_norm_backward(
             v = held if WHOLE else read(x, x, at, width, present, C, False)
             dys = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
             inside = present & (at < width)
-            g = dys * (read_gain(gain_ptr, at, width, 1.0 - OFFSET, C, GAIN) + OFFSET)
+            g = dys * (read_gain(gain_ptr, at, width, 1.0, C, GAIN, OFFSET))
             normed = v * per_unit * root
             dx = narrow(projected(g, normed, mean_product) * root * per_unit, dx_ptr.dtype.element_ty)
             if ADD:
