@@ -1,4 +1,4 @@
-"""Two processes that train one model: each writes its own record, and both see the averaged gradients."""
+"""Two processes that train one model by DDP or FSDP2: each writes its own record, both see the averaged gradients."""
 
 from __future__ import annotations
 
@@ -20,14 +20,24 @@ STEPS = 3
 SCRIPT = """
 import sys, torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from subjects import *
 from omninorm.watch import watch
 
 rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-for how in ("plain", "accumulates"):
+for how in ("plain", "accumulates", "sharded"):
     torch.manual_seed(0)
-    model = torch.nn.parallel.DistributedDataParallel(Decoder())
+    model = Decoder()
+    if how == "sharded":
+        for block in model.modules():
+            if isinstance(block, torch.nn.ModuleList):
+                for each in block:
+                    fully_shard(each, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    else:
+        model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with watch(model, optimizer, every=1, folder=f"{folder}/{how}", rules=[]) as watched:
         for step in range(1, %d + 1):
@@ -69,15 +79,16 @@ def test_two_processes(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], errors
     check(tmp_path / "plain", averaged_norms(accumulates=False))
     check(tmp_path / "accumulates", averaged_norms(accumulates=True))
+    check(tmp_path / "sharded", averaged_norms(accumulates=False), "FSDPDecoder")
 
 
-def check(folder: Path, wanted: list[float]) -> None:
+def check(folder: Path, wanted: list[float], name: str = "Decoder") -> None:
     """Two records of one training, with these gradient norms."""
     assert sorted(path.name for path in folder.iterdir()) == ["record-rank1.jsonl", "record.jsonl"]
     records = [read_history(folder / name) for name in ("record.jsonl", "record-rank1.jsonl")]
     assert [record[0]["rank"] for record in records] == [0, 1]
     assert [record[0]["world_size"] for record in records] == [2, 2]
-    assert records[0][0]["model"] == "Decoder"
+    assert records[0][0]["model"] == name
     steps, samples = ([[e for e in record if e["kind"] == kind] for record in records] for kind in ("steps", "sample"))
     norms = [[event["grad_norm"][0] for event in events] for events in steps]
     assert norms[0] == norms[1]

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from omninorm.watch.board import UNSEEN, Board
 from omninorm.watch.gate import safely
+from omninorm.watch.tensors import here, is_distributed, norms_of_whole
 
 MOST_HOOKS = 8
 
@@ -53,6 +54,9 @@ class Gradients:
         # A hook on each would cost more than the norms. Where a backward pass reaches none of these, or parameters have
         # been frozen since, `before_step` looks.
         few = learning[:: -(-len(learning) // MOST_HOOKS)] + learning[-1:]
+        if any(map(is_distributed, few)):
+            # FSDP2 differentiates others in their places, and calls these hooks when it has a gradient for them.
+            return [p.register_post_accumulate_grad_hook(self._on_first) for p in few]  # type: ignore[no-untyped-call]
         return [register_multi_grad_hook(few, self._on_first, mode="any")]
 
     def _on_first(self, gradient: Tensor) -> None:
@@ -74,7 +78,7 @@ class Gradients:
         device = self._board.device
         gradients = [_values(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
         if gradients:
-            found = stack(norms_of(gradients), device)
+            found = norms_of_whole(stack(norms_of([here(gradient) for gradient in gradients]), device), gradients)
             scale = self._board.scale
             if scale is not None:
                 scale = scale.to(device)

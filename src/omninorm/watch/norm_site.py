@@ -19,6 +19,7 @@ from omninorm.watch.board import Board
 from omninorm.watch.gate import in_backward
 from omninorm.watch.norms import Norm
 from omninorm.watch.sites import some_rows
+from omninorm.watch.tensors import whole
 
 SATURATED = 2.0  # |αx| beyond it: tanh is past 0.96, its slope below 0.07
 
@@ -96,7 +97,7 @@ class NormSite:
         """dy, y (examples, …, d): the output and its gradient. x̂ is (y − β)/γ where γ is not 0."""
         gain = self.norm.gain
         assert gain is not None
-        effective = (gain.detach() + self.norm.offset).float()
+        effective = (whole(gain.detach()) + self.norm.offset).float()
         bias = getattr(self.norm.module, "bias", None)
         scaled = y if bias is None else y - bias.detach()
         sums = self.per_example(dy * scaled.to(dy.dtype))

@@ -16,14 +16,16 @@ from omninorm.watch.board import UNSEEN, Board
 from omninorm.watch.gate import safely
 from omninorm.watch.gradients import norms_of, spread, stack
 from omninorm.watch.sites import stride
+from omninorm.watch.tensors import here
 
 # Elements looked at: of a tensor in a sampled step, and in every step for NaNs.
 SAMPLED, EVERY_STEP = 1024, 64
 
 
 def some(x: Tensor, most: int = SAMPLED) -> Tensor:
-    """At most about `most` evenly spaced elements of x, 1-D, a view where x is contiguous."""
-    flat = x.detach().reshape(-1)
+    """At most about `most` evenly spaced elements of x, 1-D, a view where x is contiguous. Of a DTensor those that are
+    here: each process watches its part."""
+    flat = here(x.detach()).reshape(-1)
     return flat[:: stride(flat.numel(), most)]
 
 
@@ -98,7 +100,7 @@ class OptimizerWatch:
 
     def _some_weights(self) -> list[Tensor]:
         """Some elements of every parameter that learns: views, made again only where a parameter has moved."""
-        parameters = [self._parameters[at] for at in self._learning]
+        parameters = [here(self._parameters[at]) for at in self._learning]
         addresses = [parameter.data_ptr() for parameter in parameters]
         if addresses != self._addresses or not all(parameter.is_contiguous() for parameter in parameters):
             self._addresses = addresses

@@ -1,11 +1,47 @@
-"""The tensors in what modules take and return."""
+"""The tensors in what modules take and return, and what this process has of distributed ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+
+
+def is_distributed(x: Tensor) -> bool:
+    """Whether x is a DTensor, as FSDP2's parameters and gradients are."""
+    return x.__class__.__name__ == "DTensor"
+
+
+def here(x: Any) -> Tensor:
+    """This process's part of a DTensor; another tensor as it is."""
+    return x.to_local() if is_distributed(x) else x  # type: ignore[no-any-return]
+
+
+def whole(x: Any) -> Tensor:
+    """All of a DTensor, which every process must ask for; another tensor as it is."""
+    return x.full_tensor() if is_distributed(x) else x  # type: ignore[no-any-return]
+
+
+def norms_of_whole(norms: Tensor, tensors: Sequence[Any]) -> Tensor:
+    """‖part‖ of each tensor → ‖whole‖: squares are summed over the processes that have other parts, all at once."""
+    by_group: dict[tuple[Any, int], list[int]] = {}
+    for at, tensor in enumerate(tensors):
+        if is_distributed(tensor):
+            for dim, placement in enumerate(tensor.placements):
+                if placement.is_shard():
+                    by_group.setdefault((tensor.device_mesh, dim), []).append(at)
+    if not by_group:
+        return norms
+    squares = norms.double().square()
+    for (mesh, dim), places in by_group.items():
+        index = torch.tensor(places, device=squares.device)
+        of_these = squares[index]
+        dist.all_reduce(of_these, group=mesh.get_group(dim))
+        squares[index] = of_these
+    return squares.sqrt().to(norms.dtype)
 
 
 def some_tensors(value: object) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from omninorm.watch.board import UNSEEN
 from omninorm.watch.gradients import norms_of, spread, stack
 from omninorm.watch.norms import Norm
 from omninorm.watch.optimizer import some
+from omninorm.watch.tensors import whole
 
 SILENT_GAIN = 1e-3
 GAIN_SIGNALS = ("gain_max", "gain_ratio", "gain_small")
@@ -28,7 +29,9 @@ def measure_gains(norms: Sequence[Norm], device: torch.device) -> list[Tensor]:
         if norm.gain is not None and norm.gain.numel() > 0 and not norm.gain.is_meta:
             by_width.setdefault(norm.gain.numel(), []).append(place)
     for places in by_width.values():
-        gains = [norms[at].gain.detach().reshape(-1).to(device, torch.float32) + norms[at].offset for at in places]  # type: ignore[union-attr]
+        gains = [
+            whole(norms[at].gain).detach().reshape(-1).to(device, torch.float32) + norms[at].offset for at in places
+        ]
         sizes = torch.stack(gains).abs()
         most = sizes.amax(dim=1)
         index = torch.tensor(places, device=device)
@@ -48,7 +51,7 @@ def measure_matrices(parameters: Sequence[nn.Parameter], device: torch.device) -
     ]
     if places:
         few = [some(parameters[at]) for at in places]
-        counts = torch.tensor([float(part.numel()) for part in few], device=device)
+        counts = torch.tensor([float(max(part.numel(), 1)) for part in few], device=device)
         sizes = stack(norms_of(few), device) / counts.sqrt()
         return spread(sizes, torch.tensor(places, device=device), len(parameters))
     return torch.full((len(parameters),), UNSEEN, device=device)
