@@ -84,12 +84,14 @@ def test_accumulation_is_one_big_batch(data, small):
 
 def test_accumulated_gradients_are_one_big_batch(data, small):
     """Plain gradient descent instead of AdamW shows the gradients themselves, element by element."""
+    from omninorm.experiments.processes import Processes
     from omninorm.experiments.train import _accumulate
 
     gradients = []
     for parts in (1, 4):
         model = build_model(SHAPE, 0)
-        _accumulate(model, data, replace(small, batch_size=8 // parts, grad_accumulation=parts), 1)
+        settings = replace(small, batch_size=8 // parts, grad_accumulation=parts)
+        _accumulate(model, data, settings, 1, Processes())
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     largest = gradients[0].abs().max()
     assert (gradients[0] - gradients[1]).abs().max() <= 128 * 2**-24 * largest

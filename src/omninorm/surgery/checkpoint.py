@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from omninorm.surgery.weight_files import PICKLED, PickledFile, SafetensorsFile,
 
 CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _PICKLED_INDEX, _PICKLED_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+
+
+_PIECE = 2**20  # numbers
+_OPEN_FOR = 2**23  # numbers that are read of an open file
 
 
 class Checkpoint:
@@ -57,6 +63,28 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """A view of the file, whose pages are let go with it."""
         return self._sources[self._file_of[name]].tensor(name)
+
+    def rows(self, name: str, numbers: int) -> Iterator[tuple[slice, Tensor]]:
+        """A tensor some rows at a time, at most so many numbers or else one row; a vector is a column of them.
+
+        Its file is opened anew now and then: what has been read stays in memory for as long as it is open.
+        """
+        shape = self.stored(name).shape
+        step = max(1, numbers // max(1, prod(shape[1:])))
+        each = max(1, _OPEN_FOR // numbers)
+        for count, start in enumerate(range(0, shape[0], step)):
+            if count % each == 0:
+                stored = self.tensor(name)
+            part = slice(start, min(start + step, shape[0]))
+            yield part, stored[part]
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """All of a tensor, some megabytes at a time."""
+        if not self.stored(name).shape:
+            yield self.tensor(name).reshape(1)
+            return
+        for _, rows in self.rows(name, _PIECE):
+            yield rows
 
 
 def read_json(path: Path) -> dict[str, Any]:

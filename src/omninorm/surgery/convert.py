@@ -102,6 +102,8 @@ def convert(
     with _new_folder(target) as folder:
         written = _write(opened, folder, keep_delta, tell)
         tell("proving what was written", 1.0)
+        del opened
+        before.forget_model()
         again = open_model(Checkpoint(folder)).model
         if operation != "swap":
             swap_norms(again)
@@ -202,8 +204,8 @@ def _write(opened: StreamedModel, folder: Path, keep_delta: bool, tell: Tell) ->
             with Writer(folder / file, entries) as out:
                 for name, stored in entries.items():
                     if name in changed:
-                        delta.add(name, pieces(checkpoint.tensor(name)))
-                    whole = pieces(checkpoint.tensor(name)) if name not in values else values[name](stored)
+                        delta.add(name, checkpoint.pieces(name))
+                    whole = checkpoint.pieces(name) if name not in values else values[name](stored)
                     out.add(name, whole)
                     told(name)
             after |= out.hashes

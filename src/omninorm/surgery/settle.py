@@ -18,6 +18,10 @@ class Probed:
         self.model, self.probes = model, probes
         self.before = [outputs(model, probe) for probe in probes]
 
+    def forget_model(self) -> None:
+        """Keeps the outputs alone."""
+        del self.model
+
     def distance(self) -> float:
         """The largest difference of the outputs now, over the largest output."""
         return max(distance(a, outputs(self.model, probe)) for a, probe in zip(self.before, self.probes, strict=True))

@@ -87,10 +87,8 @@ class StreamedMap(nn.Module):
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """The matrix as it is to be, some stored rows at a time."""
-        stored = self.checkpoint.tensor(self.name)
-        means = self._means(stored) if self.centred and not self.transposed else None
-        for part in _slices(stored):
-            chunk = self._scaled(stored, part)
+        means = self._means() if self.centred and not self.transposed else None
+        for part, chunk in self._scaled():
             if self.centred:
                 chunk -= chunk.mean(1, keepdim=True) if means is None else means
             yield part, chunk
@@ -115,21 +113,18 @@ class StreamedMap(nn.Module):
                 torch.mm(x, chunk.T, out=y[:, part])
         return y
 
-    def _scaled(self, stored: Tensor, part: slice) -> Tensor:
-        chunk = stored[part].to(torch.float64, copy=True)
-        if self.factor is not None:
-            chunk *= self.factor[part, None] if self.transposed else self.factor
-        return chunk
+    def _scaled(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each chunk in the memory of the one before."""
+        place = torch.empty(max(_CHUNK, self.weight.shape[1]), dtype=torch.float64)
+        for part, stored in self.checkpoint.rows(self.name, _CHUNK):
+            chunk = place[: stored.numel()].view(stored.shape).copy_(stored)
+            if self.factor is not None:
+                chunk *= self.factor[part, None] if self.transposed else self.factor
+            yield part, chunk
 
-    def _means(self, stored: Tensor) -> Tensor:
+    def _means(self) -> Tensor:
         """Over the outputs, which are the rows."""
-        return sum((self._scaled(stored, part).sum(0) for part in _slices(stored)), torch.zeros(())) / len(stored)
-
-
-def _slices(stored: Tensor) -> list[slice]:
-    """Rows that are computed with at a time."""
-    step = max(1, _CHUNK // stored.shape[1])
-    return [slice(start, min(start + step, len(stored))) for start in range(0, len(stored), step)]
+        return sum((chunk.sum(0) for _, chunk in self._scaled()), torch.zeros(())) / len(self.weight)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from omninorm.record.tensors import bits
 from omninorm.surgery.weight_files import Stored
 
 _PIECE = 2**22
-_AHEAD = 8  # steps that wait: twice as many as pieces
+_AHEAD = 4  # steps that wait, two a piece
 
 
 def size(stored: Stored) -> int:
