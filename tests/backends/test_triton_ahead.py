@@ -32,9 +32,9 @@ if not gpu.INTERPRETED:
 
     @pytest.mark.parametrize("case", CASES)
     def test_rows_stay_in_registers(case: Case) -> None:
-        """Backward, NVIDIA's compiler parks up to four numbers of a thread in memory before its loop over rows: masks and
-        addresses, which don't depend on the row. A row that did not fit would take 16 bytes and more of each tensor."""
-        assert local_memory(compiled(case)) <= (16 if "backward" in case.kernel else 0)
+        """Backward, NVIDIA's compiler parks up to six numbers of a thread in memory before its loop over rows: masks and
+        addresses, which don't depend on the row. A row that did not fit would take 64 bytes of each tensor."""
+        assert local_memory(compiled(case)) <= (24 if "backward" in case.kernel else 0)
 
     @pytest.mark.parametrize("case", [case for case in COUNTED if case.tile.WHOLE], ids=str)
     def test_every_byte_of_a_row_is_moved_once_16_at_a_time(case: Case) -> None:
