@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from omninorm.record import read_record
+from omninorm.record import read_history, read_record
 
 OPTIONS = [
     "--d-model", "32", "--layers", "2", "--heads", "2", "--batch-size", "4", "--grad-accumulation", "2", "--seq-len", "32",
@@ -66,9 +66,9 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(weights(tmp_path / "run", 120), weights(alone, 120), rtol=1e-3, atol=1e-4)
     names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
     assert names == {"config.json", "record.jsonl", "record-rank1.jsonl", "checkpoints", "report.html"}
-    watched = [read_record(tmp_path / "run" / "record-rank1.jsonl")]
-    assert watched
-    assert "rank" in (tmp_path / "run" / "record-rank1.jsonl").read_text()
+    watched = read_history(tmp_path / "run" / "record-rank1.jsonl")
+    assert (watched[0]["rank"], watched[0]["world_size"]) == (1, 2)
+    assert any(event["kind"] == "sample" for event in watched)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from omninorm.errors import RunError
 from omninorm.experiments.checkpoint import is_whole, list_checkpoints, load_checkpoint, save_checkpoint
 from omninorm.record import RECORD_FILE, Record, final_status
 from omninorm.record.files import TEMPORARY, remove_temporaries, write_file, writing
+from omninorm.watch.output import record_name
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -56,7 +57,7 @@ class RunFolder:
         """
         run = cls.__new__(cls)
         run.path = path
-        run.record = Record(path / f"record-rank{rank}.jsonl")
+        run.record = Record(path / record_name(rank))
         run._resources = contextlib.ExitStack()
         run._resources.callback(run.record.close)
         return run

@@ -321,7 +321,7 @@ def rms_norm_backward(
             v = held if WHOLE else read(x, x, at, width, present, C, False)
             dys = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
             inside = present & (at < width)
-            g = dys * (read_gain(gain_ptr, at, width, 1.0, C, GAIN, OFFSET))
+            g = dys * read_gain(gain_ptr, at, width, 1.0, C, GAIN, OFFSET)
             normed = v * per_unit * root
             dx = narrow(projected(g, normed, mean_product) * root * per_unit, dx_ptr.dtype.element_ty)
             if ADD:

@@ -12,9 +12,10 @@ from torch.autograd import Variable
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
+from omninorm.kernels.distributed import is_distributed
 from omninorm.watch.board import UNSEEN, Board
 from omninorm.watch.gate import safely
-from omninorm.watch.tensors import here, is_distributed, norms_of_whole
+from omninorm.watch.tensors import here, norms_of_whole
 
 MOST_HOOKS = 8
 

@@ -9,14 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def is_distributed(x: Tensor) -> bool:
-    """Whether x is a DTensor, as FSDP2's parameters and gradients are."""
-    return x.__class__.__name__ == "DTensor"
+from omninorm.kernels.distributed import is_distributed
 
 
 def here(x: Any) -> Tensor:
-    """This process's part of a DTensor; another tensor as it is."""
+    """This process's part of a DTensor, as FSDP2's parameters and gradients are; another tensor as it is."""
     return x.to_local() if is_distributed(x) else x  # type: ignore[no-any-return]
 
 
