@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,12 @@ def losses(folder: Path) -> list[float]:
     return [event["loss"] for event in read_record(folder / "record.jsonl") if event["kind"] == "step"]
 
 
+def alarms(folder: Path) -> list[tuple[int, str]]:
+    return [
+        (event["step"], event["rule"]) for event in read_history(folder / "record.jsonl") if event["kind"] == "alarm"
+    ]
+
+
 def weights(folder: Path, step: int) -> torch.Tensor:
     tensors = load_file(folder / "checkpoints" / f"step-{step}" / "model.safetensors")
     return torch.cat([value.flatten() for _, value in sorted(tensors.items())])
@@ -57,8 +64,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
-    said = train(2, *OPTIONS, "--steps", STEPS, "--out", tmp_path / "run")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(alone: Path, tmp_path: Path, parallel: str) -> None:
+    said = train(2, *OPTIONS, "--steps", STEPS, "--out", tmp_path / "run", "--parallel", parallel)
     assert said.count("Done: ") == 1, "one process speaks for all"
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
     assert len(losses(alone)) == int(STEPS)
@@ -69,6 +77,11 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
     watched = read_history(tmp_path / "run" / "record-rank1.jsonl")
     assert (watched[0]["rank"], watched[0]["world_size"]) == (1, 2)
     assert any(event["kind"] == "sample" for event in watched)
+    assert alarms(tmp_path / "run") == alarms(alone)
+    written = {path.name for path in (tmp_path / "run" / "checkpoints" / "step-120").iterdir()}
+    assert written - {"model.safetensors", "state.json"} == {
+        "optimizer" if parallel == "fsdp" else "optimizer.safetensors"
+    }
 
 
 @pytest.mark.slow
@@ -91,10 +104,16 @@ def test_one_is_killed_the_others_say_so_and_the_run_goes_on_alone(alone: Path, 
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_after_a_step_and_more_processes_go_on(alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("parallel", "going_on"),
+    [("ddp", [(4, "ddp"), (2, "fsdp")]), ("fsdp", [(2, "ddp"), (1, "ddp")])],
+)
+def test_ctrl_c_stops_all_after_a_step_and_any_number_goes_on(
+    alone: Path, tmp_path: Path, parallel: str, going_on: list[tuple[int, str]]
+) -> None:
     """The terminal sends it to every process, and torchrun passes it on."""
     folder = tmp_path / "run"
-    arguments = command(2, *OPTIONS, "--steps", STEPS, "--out", folder)
+    arguments = command(2, *OPTIONS, "--steps", STEPS, "--out", folder, "--parallel", parallel)
     process = subprocess.Popen(
         arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -104,11 +123,14 @@ def test_ctrl_c_stops_all_after_a_step_and_more_processes_go_on(alone: Path, tmp
     stopped = int(re.search(r"Stopped after step (\d+) with a checkpoint", said)[1])
     assert (folder / "checkpoints" / f"step-{stopped}" / "model.safetensors").exists()
     assert 6 <= stopped < int(STEPS)
-    train(4, "--resume", folder)
-    by_step = {
-        event["step"]: event["loss"] for event in read_record(folder / "record.jsonl") if event["kind"] == "step"
-    }
-    assert [by_step[step] for step in range(1, int(STEPS) + 1)] == pytest.approx(losses(alone), rel=1e-5)
+    for count, way in going_on:
+        copy = tmp_path / f"{count}-{way}"
+        shutil.copytree(folder, copy)
+        train(count, "--resume", copy, "--parallel", way)
+        by_step = {
+            event["step"]: event["loss"] for event in read_record(copy / "record.jsonl") if event["kind"] == "step"
+        }
+        assert [by_step[step] for step in range(1, int(STEPS) + 1)] == pytest.approx(losses(alone), rel=1e-5)
 
 
 def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
@@ -132,6 +154,13 @@ def worker(launcher: int, rank: int) -> int:
     raise AssertionError("no such process")
 
 
+def test_an_unknown_way_to_share_the_model_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(command(1, "--parallel", "zero3"), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "omninorm: parallel must be one of ddp, fsdp, but got 'zero3'; choose one of these"
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_batch_that_can_not_be_shared_out_is_refused_once(tmp_path: Path) -> None:
     arguments = [*OPTIONS, "--batch-size", "3", "--out", str(tmp_path / "run")]
     done = subprocess.run(command(2, *arguments), env=ENVIRONMENT, capture_output=True, text=True)
@@ -139,3 +168,12 @@ def test_a_batch_that_can_not_be_shared_out_is_refused_once(tmp_path: Path) -> N
     said = "omninorm: every process must get equally many windows, but got a batch of 3 on 2 processes"
     assert done.stderr.count(said) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_run_is_refused_once(tmp_path: Path) -> None:
+    done = subprocess.run(command(2, "--resume", tmp_path / "none"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("omninorm:")] == [
+        f"omninorm: a run's folder must have a config.json, but got No such file or directory at {tmp_path / 'none' / 'config.json'}; "
+        "name the folder that omninorm train wrote"
+    ]

@@ -132,7 +132,7 @@ def test_another_format_is_refused(saved):
     folder, model, _ = saved
     path = folder / "step-4" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 9}))
-    with pytest.raises(RunError, match="must have format 1, but got format 9"):
+    with pytest.raises(RunError, match="must have format 1 or 2, but got format 9"):
         load_checkpoint(folder, 4, model)
 
 

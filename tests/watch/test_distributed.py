@@ -39,6 +39,9 @@ for how in ("plain", "accumulates", "sharded"):
     else:
         model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if how == "sharded":
+        with torch.no_grad():  # an evaluation, which leaves gathered parameters behind
+            model(some_tokens(0))
     with watch(model, optimizer, every=1, folder=f"{folder}/{how}", rules=[]) as watched:
         for step in range(1, %d + 1):
             if how == "accumulates":
@@ -92,6 +95,7 @@ def check(folder: Path, wanted: list[float], name: str = "Decoder") -> None:
     steps, samples = ([[e for e in record if e["kind"] == kind] for record in records] for kind in ("steps", "sample"))
     norms = [[event["grad_norm"][0] for event in events] for events in steps]
     assert norms[0] == norms[1]
+    assert not [event for record in records for event in record if event["kind"] == "alarm"]
     assert norms[0] == pytest.approx(wanted, rel=1e-4)
     by_group = [[event["signals"]["grad_norm"] for event in events] for events in samples]
     assert len(by_group[0]) == STEPS

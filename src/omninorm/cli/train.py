@@ -17,7 +17,7 @@ from omninorm.cli.progress import show_progress
 from omninorm.config import NORMALIZATIONS, PLACEMENTS, check_count
 from omninorm.errors import ConfigError
 from omninorm.experiments.events import TrainResult
-from omninorm.experiments.processes import Processes, SilentExit, joined
+from omninorm.experiments.processes import PARALLEL, Processes, SilentExit, joined
 from omninorm.experiments.run_folder import is_finished, read_config
 from omninorm.experiments.runs import Plan, Run, create_run, open_run, read_plan
 from omninorm.experiments.settings import PRECISIONS, SCHEDULES
@@ -75,6 +75,9 @@ def train(
     out: Annotated[Path | None, _option("", "--out", "Run", "The run's folder, new or empty.", "runs/NAME-N")] = None,
     resume: Annotated[Path | None, _option("", "--resume", "Run", "Go on with the run in this folder.")] = None,
     threads: Annotated[int | None, _option("", "--threads", "Run", "CPU threads.", "torch's choice")] = None,
+    parallel: Annotated[
+        str, _option("", "--parallel", "Run", f"How torchrun's processes share the model. {_one_of(PARALLEL)}", "ddp")
+    ] = PARALLEL[0],
     d_model: Annotated[int | None, _model("d_model", "--d-model", "Width of the residual stream.")] = None,
     n_layers: Annotated[int | None, _model("n_layers", "--layers", "Blocks.")] = None,
     n_heads: Annotated[int | None, _model("n_heads", "--heads", "Query heads.")] = None,
@@ -128,23 +131,25 @@ def train(
 ) -> None:
     """Train a small transformer on real text, on bytes or BPE tokens.
 
-    Started by torchrun, all processes train one model, each on its share of every batch.
+    Started by torchrun, all processes train one model, each on its share of every batch. With --parallel ddp each has
+    the whole model, with fsdp a part of every tensor of it. Any number of processes, either way, can --resume a run.
 
     Ctrl-C stops after the current step with a checkpoint, and prints the command to go on.
     """
     given = _given(context.params)
-    with joined() as processes:
+    with joined(parallel) as processes:
         if not processes.first:
             try:
                 _follow(processes, text)
             except SilentExit:
                 raise typer.Exit(2) from None
             return
-        if resume is not None and is_finished(resume):
-            processes.from_first(lambda: None)
+        opened = _open_for_all(processes, resume, out, threads, given, context.obj)
+        if opened is None:
+            assert resume is not None
             console().print(f"The run in {resume} is finished. Try it: {generate_command(resume)}")
             return
-        with _open_for_all(processes, resume, out, threads, given, context.obj) as run:
+        with opened as run:
             _introduce(run)
             try:
                 result = show_progress(run)
@@ -161,17 +166,20 @@ def _open_for_all(
     threads: int | None,
     given: dict[str, Any],
     command: Sequence[str],
-) -> Run:
-    """Opens the run and tells the other processes where it is, or that there is none to train."""
+) -> Run | None:
+    """Opens the run, and tells the other processes where it is; None where it is finished."""
     opened: list[Run] = []
 
-    def open_and_tell() -> str:
-        batch_size = given.get("batch_size", read_plan(resume).train.batch_size if resume else _PLAN.train.batch_size)
-        processes.check_batch(batch_size)
+    def open_and_tell() -> str | None:
+        if resume is not None and is_finished(resume):
+            return None
+        plan = _PLAN if resume is None else read_plan(resume)
+        processes.check_batch(given.get("batch_size", plan.train.batch_size))  # before there is a folder
         opened.append(_open(resume, out, threads, given, command))
         return str(opened[0].folder.path)
 
-    processes.from_first(open_and_tell)
+    if processes.from_first(open_and_tell) is None:
+        return None
     opened[0].processes = processes
     return opened[0]
 
@@ -187,7 +195,7 @@ def _follow(processes: Processes, text: str | None) -> None:
 
 def _given(params: Mapping[str, Any]) -> dict[str, Any]:
     """The settings on the command line, by the library's names."""
-    apart = ("out", "resume", "threads", "no_grad_clip", "no_watch")
+    apart = ("out", "resume", "threads", "parallel", "no_grad_clip", "no_watch")
     given = {name: value for name, value in params.items() if name not in apart and value is not None}
     if params["no_grad_clip"]:
         if "grad_clip" in given:

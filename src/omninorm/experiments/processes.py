@@ -1,7 +1,7 @@
 """Several processes that train one model, as `torchrun` starts them: each has its share of every batch.
 
-The model's gradients are averaged by DistributedDataParallel; the first process writes the run and tells the others
-what only it can know. Checkpoints are those of one process, so a run can go on with another number of them.
+Each has the whole model, whose gradients DistributedDataParallel averages, or a part of it, by FSDP2. The first process
+writes the run and tells the others what only it can know. A run can go on with another number of processes, one too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,8 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from omninorm.config import check_choice
 from omninorm.errors import ConfigError, OmninormError, RunError
+from omninorm.experiments.sharding import shard
+from omninorm.watch.tensors import reshard
 
+PARALLEL = ("ddp", "fsdp")
 _Value = TypeVar("_Value")
 
 
@@ -33,23 +37,36 @@ class Processes:
 
     Args:
         rank: its number, from 0.
-        count: how many there are; with 1 nothing is told to anybody.
+        count: how many there are; with 1 nothing is told to anybody, and the model is whole.
+        parallel: "ddp", each has the whole model, or "fsdp", each has a part of every tensor.
     """
 
     rank: int = 0
     count: int = 1
+    parallel: str = "ddp"
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each has only a part of the model."""
+        return self.count > 1 and self.parallel == "fsdp"
+
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model to call, whose gradients are the mean over the processes."""
+        """The model to call, whose gradients are the mean over the processes. Before an optimizer is made for it."""
+        if self.sharded:
+            return shard(model)
         return DistributedDataParallel(model) if self.count > 1 else model
 
-    def accumulating(self, model: nn.Module, last: bool) -> Any:
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
         """Around a micro-batch: gradients are averaged with the last one of a step."""
-        return nullcontext() if self.count == 1 or last else model.no_sync()  # type: ignore[operator]
+        if self.sharded:
+            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        elif isinstance(model, DistributedDataParallel) and not last:
+            return model.no_sync()
+        return nullcontext()
 
     def share(self, batch: Tensor) -> Tensor:
         """This process's rows."""
@@ -78,6 +95,14 @@ class Processes:
         if told["failed"]:
             raise SilentExit
         return told["value"]  # type: ignore[no-any-return]
+
+    def evaluate(self, model: nn.Module, compute: Callable[[], float]) -> float:
+        """What a model says: computed by the first process, or by all where each has a part of the model."""
+        if not self.sharded:
+            return self.from_first(compute)
+        value = compute()
+        reshard(model)
+        return value
 
     def check_batch(self, batch_size: int) -> None:
         """Raises ConfigError unless every process gets equally many windows of a micro-batch."""
@@ -111,12 +136,14 @@ def launched() -> bool:
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def joined(parallel: str = "ddp") -> Iterator[Processes]:
     """Meets the other processes, if there are any, and leaves them at the end.
 
     Raises:
+        ConfigError: no such way to train together.
         RunError: they can't be reached, or one of them is gone.
     """
+    check_choice("parallel", parallel, PARALLEL)
     if not launched():
         yield Processes()
         return
@@ -126,7 +153,7 @@ def joined() -> Iterator[Processes]:
         remedy = "start the command by torchrun: torchrun --nproc-per-node 2 -m omninorm train …"
         raise RunError("the processes of a run must reach each other", _short(error), remedy) from error
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        yield Processes(dist.get_rank(), dist.get_world_size(), parallel)
         dist.barrier()  # nobody leaves while another one still asks
     except RuntimeError as error:
         if not _is_lost(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from omninorm.experiments.run_folder import RunFolder, load_checkpoint, save_che
 from omninorm.experiments.settings import TrainConfig, learning_rate
 from omninorm.record import RECORD_FILE, read_record
 from omninorm.watch import Watch, watch
+from omninorm.watch.tensors import here, whole
 
 
 def train(
@@ -70,13 +72,13 @@ def train(
     """
     processes = processes or Processes()
     processes.check_batch(config.batch_size)
+    wrapped = processes.wrap(model)
     optimizer = build_optimizer(model, config)
     log = _Log(run, on_event, processes)
     done = log.restore(model, optimizer)
     model.train()
     if done == 0 and not log.evaluate(0, model, data, config):
         return log.stop(StopEvent(0, "diverged"))
-    wrapped = processes.wrap(model)
     with log.watching(wrapped, optimizer, done, config):
         end = _steps(model, wrapped, optimizer, data, config, done, log, stopped_by)
     return log.stop(end)
@@ -115,7 +117,7 @@ def _steps(
             return StopEvent(step, "diverged", loss, grad_norm)
         signal = (processes.largest(stopped_by() or 0) or None) if step < config.steps else None
         if signal is not None or _due(step, config.checkpoint_every, config):
-            if not _is_finite(model):  # never write such a checkpoint in the place of a good one
+            if processes.largest(not _is_finite(model)):  # never write such a checkpoint in the place of a good one
                 return StopEvent(step, "diverged", loss, grad_norm)
             log.checkpoint(step, model, optimizer, config)
         if signal is not None:
@@ -143,14 +145,14 @@ def _accumulate(model: nn.Module, data: TokenData, config: TrainConfig, step: in
 def _clip(model: nn.Module, limit: float | None) -> float:
     """The total gradient norm before clipping; clips to `limit` unless that is None."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = whole(nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return float(norm)
 
 
 def _is_finite(model: nn.Module) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    return all(bool(here(parameter.detach()).isfinite().all()) for parameter in model.parameters())
 
 
 def _due(step: int, every: int, config: TrainConfig) -> bool:
@@ -218,10 +220,11 @@ class _Log:
     def evaluate(self, step: int, model: nn.Module, data: TokenData, config: TrainConfig) -> bool:
         """Measures held-out bits per byte; false if they are not finite."""
         started = time.perf_counter()
-        bits = self.processes.from_first(
+        bits = self.processes.evaluate(
+            model,
             lambda: bits_per_byte(
                 model, data, seq_len=config.seq_len, batch_size=config.batch_size, precision=config.precision
-            )
+            ),
         )
         self.emit(EvalEvent(step, bits, time.perf_counter() - started))
         return math.isfinite(bits)
@@ -231,10 +234,10 @@ class _Log:
             if self._watch is not None:
                 self._watch.flush()
             self._run.record.sync()
-            if not self.processes.first:
-                return
-            path = save_checkpoint(self._run.checkpoints, step, model, optimizer, config.keep_checkpoints)
-            self.emit(CheckpointEvent(step, path))
+            save = functools.partial(save_checkpoint, self._run.checkpoints, step, model, optimizer)
+            path = save(config.keep_checkpoints, self.processes)
+            if self.processes.first:
+                self.emit(CheckpointEvent(step, path))
 
     def stop(self, event: StopEvent) -> TrainResult:
         self.emit(event)

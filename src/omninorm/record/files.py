@@ -57,11 +57,16 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         partial.mkdir()
         for name, content in files.items():
             write_durably(partial / name, content)
-        sync_folder(partial)
-        os.rename(partial, path)
+        rename_folder(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def rename_folder(partial: Path, path: Path) -> None:
+    """Gives a folder that is complete its real name, durably."""
+    sync_folder(partial)
+    os.rename(partial, path)
     sync_folder(path.parent)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from omninorm.kernels.distributed import is_distributed
 
@@ -20,6 +21,15 @@ def here(x: Any) -> Tensor:
 def whole(x: Any) -> Tensor:
     """All of a DTensor, which every process must ask for; another tensor as it is."""
     return x.full_tensor() if is_distributed(x) else x  # type: ignore[no-any-return]
+
+
+def reshard(model: nn.Module) -> None:
+    """Ends what a forward pass without a backward pass leaves of FSDP2: gathered parameters in the place of its own,
+    which no optimizer has."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            module.reshard()
 
 
 def norms_of_whole(norms: Tensor, tensors: Sequence[Any]) -> Tensor:

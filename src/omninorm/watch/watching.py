@@ -32,6 +32,7 @@ from omninorm.watch.recorder import SampleBuilder, first_nonfinite, has_gradient
 from omninorm.watch.rules import Rule
 from omninorm.watch.sinks import Sink, flatten
 from omninorm.watch.structure import Structure, find_structure, unwrap
+from omninorm.watch.tensors import reshard
 from omninorm.watch.traced import is_compiled
 from omninorm.watch.weights import GAIN_SIGNALS, measure_gains, measure_matrices
 
@@ -93,6 +94,7 @@ class Watch:
         if self._model in _watched:
             remedy = "close the other watch first, or use that one"
             raise ConfigError("a model is watched once at a time", "a second watch", remedy)
+        reshard(self._model)
         structure = find_structure(self._model)
         named = list(self._model.named_parameters())
         if not named:
