@@ -6,9 +6,10 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread a test process: two processes of two threads each would fight over two cores.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
-PYTHON_CODE := setup.py src tests examples benchmarks
+PYTHON_CODE := setup.py src tests examples benchmarks docs
 
-.PHONY: help demo bench test test-triton test-distributed lint types sanitize check format clean
+.PHONY: help demo bench test test-triton test-distributed docs links figures lint types tidy sanitize quick check
+.PHONY: coverage mutants dist wheel-test sbom format clean
 
 help:
 	@echo "make demo    train deep transformers with and without good normalization, and compare with verdicts"
@@ -16,7 +17,10 @@ help:
 	@echo "make test    run the tests"
 	@echo "make test-triton  all tests of the GPU kernels that need no GPU: interpreted, and compiled ahead of time"
 	@echo "make test-distributed  the tests with several processes"
-	@echo "make check   formatting, lint, types, import direction, tests with warnings as errors, sanitizers"
+	@echo "make docs    build the documentation, whose code runs; it opens at docs/_build/html/index.html"
+	@echo "make figures draw the figures of README and documentation from the committed results"
+	@echo "make check   formatting, lint, types, dead code, and the quick tests: before a commit"
+	@echo "make dist    sdist and wheel in dist/; make wheel-test installs them in an empty environment"
 	@echo "make format  format the code"
 	@echo "make clean   remove .venv, caches and what was compiled"
 
@@ -39,9 +43,28 @@ test-triton: .venv/dev .venv/cpu
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 	$(PYTEST) -m 'exhaustive or not exhaustive' tests/backends/test_triton_ahead.py
 
+# One thread: on a machine that is busy otherwise, two wait for each other.
+docs: .venv/dev .venv/cpu
+	$(BIN)/python docs/generate.py --check
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+# Links to other sites, which needs a network.
+links: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -q -b linkcheck docs docs/_build/links
+
+figures: .venv/dev .venv/cpu
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/figures.py
+
 lint: .venv/dev
 	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/ruff check $(PYTHON_CODE)
+
+# What nobody calls, and what stands there twice.
+tidy: .venv/dev
+	$(BIN)/vulture
+	$(BIN)/pylint --disable=all --enable=duplicate-code --score=no src
 
 types: .venv/dev
 	$(BIN)/mypy
@@ -50,14 +73,42 @@ types: .venv/dev
 sanitize: .venv/torch
 	$(BIN)/python setup.py --quiet sanitize
 
-check: lint types test sanitize
+# What a mistake is most likely to break, in the time that one waits for.
+quick: .venv/dev .venv/cpu
+	$(PYTEST) -m 'not slow and not exhaustive' $(QUICK)
+
+check: lint types tidy quick
+
+# docs/log.md has the last figures.
+coverage: .venv/dev .venv/cpu .venv/weights
+	rm -f .coverage .coverage.*
+	$(PYTEST) --cov --cov-report=
+	$(BIN)/coverage report --skip-covered --fail-under=95
+
+mutants: .venv/upkeep .venv/cpu
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	$(BIN)/mutmut results
+
+# The same bits whenever it is made: the date in the archives is that of the last commit.
+dist: .venv/dev
+	rm -rf dist build/lib build/bdist*
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 315532800) \
+	    $(BIN)/python -m build --no-isolation --outdir dist
+
+wheel-test: dist
+	$(BIN)/python tests/release/install.py dist
+
+# Everything that an installation of omninorm consists of, with licences.
+sbom: .venv/upkeep wheel-test
+	$(BIN)/cyclonedx-py environment build/clean/bin/python --pyproject pyproject.toml --output-file dist/omninorm.cdx.json
+	@echo "Written to dist/omninorm.cdx.json"
 
 format: .venv/dev
 	$(BIN)/ruff format $(PYTHON_CODE)
 	$(BIN)/ruff check --fix $(PYTHON_CODE)
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist docs/_build
 	rm -f src/omninorm/kernels/_cpu.so src/omninorm/kernels/_cpu_missing.txt
 
 # Stamps, so that an interrupted step is done again.
@@ -83,7 +134,7 @@ clean:
 	@touch $@
 
 # The operators are compiled before, but their changes are no reason to install again.
-.venv/compare .venv/bench .venv/dev: .venv/%: .venv/torch pyproject.toml constraints.txt | .venv/cpu
+.venv/compare .venv/bench .venv/dev .venv/upkeep: .venv/%: .venv/torch pyproject.toml constraints.txt | .venv/cpu
 	@echo "Installing omninorm[$*] into .venv"
 	$(INSTALL) --editable '.[$*]'
 	@touch $@

@@ -93,10 +93,38 @@ def test_example_of_layer_norms_that_become_rms_norms(tmp_path: Path) -> None:
     assert "refused: {}" in output
 
 
+@pytest.mark.slow
+def test_example_of_a_llama_with_other_norms(tmp_path: Path) -> None:
+    output = run("speed_up_llama.py", tmp_path)
+    assert "9 norms swapped, 0 refused" in output
+    # transformers' norms compute in float32, whatever comes in; ours in float64 for float64.
+    assert float(re.search(r"logits differ by (\S+) of the largest", output)[1]) < 1e-6
+    for job in ("one token", "256 tokens", "a training step"):
+        assert re.search(rf"{job} +[\d.]+ ms, swapped [\d.]+ of it", output)
+
+
+@pytest.mark.slow
+def test_example_of_a_comparison_in_ones_own_model(tmp_path: Path) -> None:
+    output = run("compare_your_model.py", tmp_path)
+    assert re.search(r"rmsnorm pre +4 +[\d.]+ +0/3 +baseline", output)
+    assert re.search(r"layernorm pre +4 +[\d.]+ +0/3 +[-+][\d.]+ \(.*\) +\S+", output)
+    assert (tmp_path / "comparison" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_example_of_gains_folded_before_quantizing(smollm2: Path) -> None:
+    output = run("fold_before_quantizing.py", smollm2)
+    assert "61 gains folded" in output
+    losses = [float(loss) for loss in re.findall(r"([\d.]+) nats per token", output)]
+    whole, quantized, rotated = losses
+    assert whole < rotated < whole + 1.0
+    assert quantized > whole + 3.0, "4 bits need the rotation, and the rotation folded gains"
+
+
 def test_every_example_is_tested_and_short() -> None:
     tested = Path(__file__).read_text()
     found = sorted(EXAMPLES.glob("*.py"))
-    assert len(found) == 7
+    assert len(found) == 10
     for path in found:
         assert path.name in tested
         assert len(path.read_text().splitlines()) <= 60

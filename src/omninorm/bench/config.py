@@ -13,7 +13,6 @@ from omninorm.config import check_choice, check_count, check_keys, check_number
 from omninorm.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ALLOCATORS = ("raised", "default")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class RMSNorm(nn.RMSNorm):
         elementwise_affine: whether there is a gain γ.
         gain_offset, cast: as in `omninorm.functional.rms_norm`; γ starts at 1 − gain_offset.
 
-    Shape: (..., *normalized_shape) → the same, in the input's dtype.
+    Shape: ``(..., *normalized_shape)`` → the same, in the input's dtype.
 
     Raises:
         ConfigError: on construction, for a size below 1 or constants out of range.
@@ -92,7 +92,7 @@ class LayerNorm(nn.LayerNorm):
         elementwise_affine: whether there are a gain γ and a bias β.
         bias: whether there is a β beside the γ.
 
-    Shape: (..., *normalized_shape) → the same, in the input's dtype.
+    Shape: ``(..., *normalized_shape)`` → the same, in the input's dtype.
 
     Raises:
         ConfigError: on construction, for a size below 1 or an ε out of range.

@@ -67,7 +67,7 @@ class DynamicTanh(Pointwise):
         normalized_shape: the size or sizes of the trailing dimensions, each ≥ 1; the shape of γ and β.
         alpha: α's first value, > 0.
 
-    Shape: (..., *normalized_shape) → the same, in the input's dtype; computed in float32 (float64 for float64).
+    Shape: ``(..., *normalized_shape)`` → the same, in the input's dtype; computed in float32 (float64 for float64).
 
     Raises:
         ConfigError: on construction, for a size below 1 or an α out of range.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-AXES = ("run", "block", "norm", "group")
-"""A signal has one value per sample ("run"), one per transformer block, one per norm, or one per group of parameters:
-each block, and each part of the model beside the blocks."""
-
 
 class Signal(NamedTuple):
-    """One row of the table: its axis, a title for people, the formula, and whether its scale is logarithmic."""
+    """One row of the table: its axis, a title for people, the formula, and whether its scale is logarithmic.
+
+    A signal has one value per sample (axis "run"), one per transformer block ("block"), one per norm ("norm"), or one
+    per group of parameters ("group"): each block, and each part of the model beside the blocks.
+    """
 
     axis: str
     title: str

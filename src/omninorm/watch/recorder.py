@@ -77,7 +77,6 @@ class NoiseScale:
 
     def __init__(self) -> None:
         self._signal = self._noise = 0.0
-        self._weight = 0.0
 
     def update(self, small: Numbers, big: Numbers, examples: Numbers) -> float | None:
         """The scale after this sample; None where no norm gave its examples' gradients, or G is lost in the noise."""

@@ -11,7 +11,6 @@ from typing import Any
 from omninorm.config import NormConfig
 from omninorm.experiments.runs import Plan
 
-PROTOCOLS = ("init", "ramp", "train", "speed")
 _DIGITS = 10
 
 
@@ -20,7 +19,7 @@ class Cell:
     """One run.
 
     Args:
-        protocol: what is measured, one of `PROTOCOLS`.
+        protocol: what is measured, "init", "ramp", "train" or "speed".
         norm: how the model is normalized.
         depth: its blocks.
         seed: of weights and batches. Cells that differ in the norm alone see the same batches.

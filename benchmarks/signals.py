@@ -1,0 +1,131 @@
+"""Every signal of the watch in a healthy run and in one that is ill: docs/signals/results.json, for docs/signals.md.
+
+python benchmarks/signals.py        # two minutes; then `make figures` draws it
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "watch"))
+
+from sick_runs import HEALTHY_TWIN, SICK, Outcome, Recipe, Training, at, run  # noqa: E402
+
+from omninorm import NormConfig  # noqa: E402
+from omninorm.record.files import write_file  # noqa: E402
+
+OUT = ROOT / "docs" / "signals" / "results.json"
+LAYERNORM, DYT = (Recipe(steps=80, norm=NormConfig(kind)) for kind in ("layernorm", "dyt"))
+
+
+def shift(training: Training, step: int) -> None:
+    training.noise = 3.0 if step >= 40 else 0.0
+
+
+@torch.no_grad()
+def saturate(training: Training) -> None:
+    for name, parameter in training.model.named_parameters():
+        if name.endswith("alpha"):
+            parameter.fill_(8.0)
+
+
+@torch.no_grad()
+def enlarge_gain(training: Training) -> None:
+    training.model.blocks[1].around_attention.norm.weight[:2] *= 50.0
+
+
+@torch.no_grad()
+def enlarge_embedding(training: Training) -> None:
+    training.model.embedding.weight.mul_(4.0)
+
+
+TWIN = replace(HEALTHY_TWIN, steps=80)
+DEEP = replace(SICK["post-norm, 24 blocks, no warm-up"].recipe, norm=NormConfig())
+# Title: the ill run, the healthy one that it is compared with, and what of it is to be seen.
+CASES: dict[str, tuple[Recipe, Recipe, tuple[str, ...]]] = {
+    "one layer's weights × 100 at step 50": (
+        SICK["weights × 100 at step 50"].recipe,
+        TWIN,
+        ("stream_rms", "stream_max", "stream_median", "norm_rms", "dead_units"),
+    ),
+    "a block silent from step 50 on": (
+        SICK["dead block"].recipe,
+        TWIN,
+        ("branch_ratio", "attention_ratio", "feed_forward_ratio", "angle"),
+    ),
+    "queries growing from step 21 on": (
+        SICK["attention logits grow"].recipe,
+        TWIN,
+        ("attention_logit", "attention_entropy"),
+    ),
+    "norms with ε = 0.1": (SICK["norm ε of 0.1"].recipe, replace(TWIN, steps=40), ("eps_share",)),
+    "a mean of 3 in every embedding from step 40 on": (replace(LAYERNORM, illness=shift), LAYERNORM, ("mean_share",)),
+    "α = 8": (replace(DYT, prepare=saturate), DYT, ("saturation",)),
+    "the embedding × 4 at step 50": (replace(TWIN, illness=at(50, enlarge_embedding)), TWIN, ("logz", "logz_mean")),
+    "post-norm, 24 blocks, no warm-up": (
+        SICK["post-norm, 24 blocks, no warm-up"].recipe,
+        DEEP,
+        ("stream_grad", "grad_norm"),
+    ),
+    "random bytes in steps 60 to 79": (
+        SICK["20 corrupted batches"].recipe,
+        HEALTHY_TWIN,
+        ("noise_scale", "adam_ratio"),
+    ),
+    "two gains of a norm × 50 at step 50": (
+        replace(TWIN, illness=at(50, enlarge_gain)),
+        TWIN,
+        ("gain_max", "gain_ratio"),
+    ),
+    "a norm's gains frozen at 0": (SICK["gain frozen at 0"].recipe, replace(TWIN, steps=40), ("gain_small",)),
+    "a learning rate 30 times too high": (
+        SICK["rate 30 × too high"].recipe,
+        TWIN,
+        ("weight_rms", "update_ratio"),
+    ),
+    "Adam's ε above the gradients": (
+        SICK["Adam's ε above the gradients"].recipe,
+        replace(TWIN, steps=40),
+        ("adam_eps_ratio",),
+    ),
+}
+
+
+def series(outcome: Outcome, signal: str) -> dict[str, list]:
+    """Steps, and at each the values along the signal's axis, rounded to four digits."""
+    samples = [sample for sample in outcome.history.samples if signal in sample.signals]
+    return {
+        "steps": [sample.step for sample in samples],
+        "values": [[_rounded(value) for value in sample.signals[signal]] for sample in samples],
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    healthy: dict[Recipe, Outcome] = {}
+    found = {}
+    for title, (ill, well, signals) in CASES.items():
+        if well not in healthy:
+            healthy[well] = run(well)
+        outcome = run(ill)
+        print(f"{title}: {', '.join(sorted({alarm.rule for alarm in outcome.alarms})) or 'no alarm'}", flush=True)
+        for signal in signals:
+            found[signal] = {"title": title, "healthy": series(healthy[well], signal), "ill": series(outcome, signal)}
+    OUT.parent.mkdir(exist_ok=True)
+    write_file(OUT, (json.dumps(found, separators=(",", ":")) + "\n").encode())
+    print(f"written to {OUT.relative_to(ROOT)}; draw it with make figures")
+
+
+if __name__ == "__main__":
+    main()
