@@ -10,6 +10,7 @@ CXX names the compiler; CXXFLAGS and LDFLAGS are added to its flags.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import platform
@@ -20,6 +21,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +30,7 @@ from typing import NamedTuple
 from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
@@ -281,9 +284,34 @@ def runs_here(flags: list[str]) -> bool:
     return asked <= set(has)
 
 
+class Sdist(sdist):
+    """The same bits for the same files and SOURCE_DATE_EPOCH: no owner, no clock, one order."""
+
+    def make_archive(self, base_name: str, format: str, root_dir: str | None = None, base_dir: str | None = None, **_):
+        when = os.environ.get("SOURCE_DATE_EPOCH")
+        if format != "gztar" or when is None or base_dir is None:
+            return super().make_archive(base_name, format, root_dir, base_dir)
+
+        def settled(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+            entry.uid = entry.gid = 0
+            entry.uname = entry.gname = ""
+            entry.mtime = int(when)
+            entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+            return entry
+
+        path = f"{base_name}.tar.gz"
+        with (
+            open(path, "wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=int(when)) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            archive.add(base_dir, filter=settled)
+        return path
+
+
 if __name__ == "__main__":
     sources = ["csrc/operators.cpp", "csrc/select.cpp", "csrc/kernels.cpp"]
     setup(
         ext_modules=[Extension("omninorm.kernels._cpu", sources)],
-        cmdclass={"build_ext": BuildOperators, "bdist_wheel": Wheel, "sanitize": Sanitize},
+        cmdclass={"build_ext": BuildOperators, "bdist_wheel": Wheel, "sanitize": Sanitize, "sdist": Sdist},
     )

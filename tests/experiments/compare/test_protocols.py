@@ -33,9 +33,8 @@ def test_training_learns_and_is_repeatable(corpus: Corpus) -> None:
 
 
 def test_a_run_that_diverges_counts_as_a_uniform_guess(corpus: Corpus) -> None:
-    (cell,) = cells(
-        protocol="train", normalization=["none"], placement=["none"], depth=[24], seeds=1, settings={"steps": 5}
-    )
+    # At this rate the first update is beyond float32's squares, whatever the machine rounds.
+    (cell,) = cells(protocol="train", depth=[2], seeds=1, lr=[1e30], settings={"steps": 5})
     outcome = MEASURE["train"](cell, corpus).outcome
     assert outcome["status"] == "diverged"
     assert outcome["bits_per_byte"] is None
