@@ -1,11 +1,13 @@
-"""Writes docs/command-line.md from the commands themselves.
+"""Writes what pages say of commands and results: command-line.md, and the tables between <!-- name --> and <!-- end -->.
 
-python docs/generate.py           # writes it
-python docs/generate.py --check   # fails if it is not what would be written
+python docs/generate.py           # writes them
+python docs/generate.py --check   # fails if they are not what would be written
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,10 @@ from typing import Any
 import typer
 
 from omninorm.cli.app import app
+from omninorm.experiments.demo import VARIANTS
 
-PAGE = Path(__file__).with_name("command-line.md")
+DOCS = Path(__file__).parent
+README = DOCS.parent / "README.md"
 HEAD = """# Command line
 
 Made from `omninorm --help` by `python docs/generate.py`. Every command ends with 0 if it did what was asked, 1 if a run diverged, 2 for bad input, in one sentence on stderr,
@@ -23,7 +27,46 @@ and 130 after Ctrl-C.
 """
 
 
-def render() -> str:
+def pages() -> dict[Path, str]:
+    """All that is made here, by file."""
+    performance = DOCS / "performance.md"
+    return {
+        DOCS / "command-line.md": command_line(),
+        README: _filled(README, "demo", _demo()),
+        performance: _filled(performance, "targets", _targets()),
+    }
+
+
+def _filled(page: Path, name: str, table: Iterator[str]) -> str:
+    """A page with a table in its place."""
+    text = page.read_text(encoding="utf-8")
+    content = "\n".join(table)
+    filled, count = re.subn(
+        rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL
+    )
+    assert count == 1, page
+    return filled
+
+
+def _demo() -> Iterator[str]:
+    found = json.loads((DOCS / "demo.json").read_text(encoding="utf-8"))
+    yield "| model | bits per byte | largest gradient | verdict |\n|---|---|---|---|"
+    for run in found["runs"]:
+        bits = "–" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.3f}"
+        gradient = "not finite" if run["largest_grad_norm"] is None else f"{run['largest_grad_norm']:.3g}"
+        yield f"| {VARIANTS[run['name']][0]} | {bits} | {gradient} | {run['verdict']} |"
+    yield f"| *byte frequencies alone* | {found['baselines']['unigram']:.3f} | | |"
+
+
+def _targets() -> Iterator[str]:
+    yield "| target | limit | worst | median | verdict |\n|---|---|---|---|---|"
+    for each in json.loads((DOCS / "bench.json").read_text(encoding="utf-8"))["targets"]:
+        met = f"{each['sizes'] - len(each['missed'])}/{each['sizes']}"
+        verdict = f"{'**missed**' if each['verdict'] == 'FAIL' else 'met'}, {met}"
+        yield f"| {each['name']} | {each['wanted']} | {each['worst']:.2f} | {each['median']:.2f} | {verdict} |"
+
+
+def command_line() -> str:
     root: Any = typer.main.get_command(app)
     lines = [HEAD]
     for name, command in sorted(root.commands.items()):
@@ -71,9 +114,8 @@ def _cell(text: str, keep_lines: bool = False) -> str:
 
 
 if __name__ == "__main__":
-    page = render()
-    if "--check" in sys.argv:
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
-            sys.exit("docs/command-line.md is not what the commands say; run python docs/generate.py")
-    else:
-        PAGE.write_text(page, encoding="utf-8")
+    for path, page in pages().items():
+        if "--check" not in sys.argv:
+            path.write_text(page, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != page:
+            sys.exit(f"{path.name} is not what commands and results say; run python docs/generate.py")
