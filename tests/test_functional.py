@@ -1,13 +1,19 @@
 """The chapter's worked examples, and what the functions say to input that they can't use."""
 
+import contextlib
+import inspect
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from omninorm import functional
+from omninorm import backends, functional, use_backend
 from omninorm.errors import InputError
+
+COMPUTE = [backend.name for backend in backends() if backend.available and backend.name != "triton"]
 
 
 def assert_rounded(values: torch.Tensor, expected: list[float], digits: int) -> None:
@@ -77,12 +83,107 @@ BAD_CALLS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_bad_input_is_refused_in_one_sentence(name: str) -> None:
+def test_bad_input_is_refused_in_one_sentence(name: str, backend: str | None) -> None:
     call, message = BAD_CALLS[name]
-    with pytest.raises(InputError, match=re.escape(message)) as caught:
+    way = contextlib.nullcontext() if backend is None else use_backend(backend)
+    with way, pytest.raises(InputError, match=re.escape(message)) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+REMEDIES = {
+    "a list": "convert it with torch.as_tensor",
+    "integers": "convert it first, e.g. x.float()",
+    "a scalar": "pass a tensor with features in its last dimension",
+    "a gain of another width": "make them agree",
+    "a gain elsewhere": "move one, e.g. weight.to(x.device)",
+    "an offset that is NaN": "pass 0.0, or 1.0 for Gemma's form",
+    "an unknown cast": "choose one of these",
+    "a residual of another shape": "convert one of them",
+    "no such dimension": "choose another",
+    "negative eps": "pass e.g. 1e-6",
+}
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_every_refusal_says_what_to_do(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        BAD_CALLS[name][0]()
+    assert caught.value.remedy == REMEDIES[name]
+    assert str(caught.value).endswith(f"; {REMEDIES[name]}")
+
+
+# Arguments -----------------------------------------------------------------------------------------------------------
+
+GENERATOR = torch.Generator().manual_seed(5)
+ROWS, RESIDUAL = (torch.randn(3, 6, generator=GENERATOR, dtype=torch.float64) for _ in range(2))
+GAIN, BIAS = (torch.randn(6, generator=GENERATOR, dtype=torch.float64) for _ in range(2))
+
+
+def rms(x: Tensor, gain: Tensor | float = 1.0, eps: float = 1e-6) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * gain
+
+
+def layer(x: Tensor, gain: Tensor | float = 1.0, bias: Tensor | float = 0.0, eps: float = 1e-6) -> Tensor:
+    return rms(x - x.mean(-1, keepdim=True), gain, eps) + bias
+
+
+TOTAL = ROWS + RESIDUAL
+# What is called with what, and what must come out.
+CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], Tensor]] = {
+    "rms_norm": ("rms_norm", (ROWS,), {}, rms(ROWS)),
+    "its gain": ("rms_norm", (ROWS, GAIN), {}, rms(ROWS, GAIN)),
+    "its ε": ("rms_norm", (ROWS, GAIN, 0.3), {}, rms(ROWS, GAIN, 0.3)),
+    "its offset": ("rms_norm", (ROWS, GAIN, 0.3), {"gain_offset": 0.7}, rms(ROWS, GAIN + 0.7, 0.3)),
+    "its machine's ε": ("rms_norm", (1e-8 * ROWS, GAIN, None), {}, rms(1e-8 * ROWS, GAIN, torch.finfo(torch.float64).eps)),
+    "layer_norm": ("layer_norm", (ROWS,), {}, layer(ROWS)),
+    "its two gains": ("layer_norm", (ROWS, GAIN, BIAS), {}, layer(ROWS, GAIN, BIAS)),
+    "its bias alone": ("layer_norm", (ROWS, None, BIAS, 0.3), {}, layer(ROWS, 1.0, BIAS, 0.3)),
+    "add_rms_norm": ("add_rms_norm", (ROWS, RESIDUAL), {}, rms(TOTAL)),
+    "all of add_rms_norm": ("add_rms_norm", (ROWS, RESIDUAL, GAIN, 0.3), {"gain_offset": 0.7}, rms(TOTAL, GAIN + 0.7, 0.3)),
+    "add_layer_norm": ("add_layer_norm", (ROWS, RESIDUAL), {}, layer(TOTAL)),
+    "all of add_layer_norm": ("add_layer_norm", (ROWS, RESIDUAL, GAIN, BIAS, 0.3), {}, layer(TOTAL, GAIN, BIAS, 0.3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["", "with gradients"])
+@pytest.mark.parametrize("backend", [None, *COMPUTE])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_argument_counts_whoever_computes(name: str, backend: str | None, learns: bool) -> None:
+    function, arguments, settings, expected = CALLS[name]
+    given = [each.clone().requires_grad_(learns) if isinstance(each, Tensor) else each for each in arguments]
+    with contextlib.nullcontext() if backend is None else use_backend(backend):
+        found = getattr(functional, function)(*given, **settings)
+    y, total = found if isinstance(found, tuple) else (found, TOTAL)
+    torch.testing.assert_close(y.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(total.detach(), TOTAL)
+    assert y.requires_grad == learns
+
+
+@pytest.mark.parametrize("backend", COMPUTE)
+def test_llamas_order_rounds_before_the_gain(backend: str) -> None:
+    x, gain = (torch.randn(shape, generator=GENERATOR).bfloat16() for shape in ((64, 6), (6,)))
+    rounded = rms(x.float()).bfloat16()
+    with use_backend(backend):
+        llama = functional.rms_norm(x, gain, cast="llama")
+        both, _ = functional.add_rms_norm(x, torch.zeros_like(x), gain, cast="llama")
+        once = functional.rms_norm(x, gain)
+    assert torch.equal(llama, rounded * gain)
+    assert torch.equal(both, llama)
+    assert not torch.equal(once, llama)
+
+
+def test_the_defaults_are_those_that_the_docs_name() -> None:
+    rms_defaults = {"weight": None, "eps": 1e-6, "gain_offset": 0.0, "cast": "fp32"}
+    layer_defaults = {"weight": None, "bias": None, "eps": 1e-6}
+    for name, wanted in {
+        "rms_norm": rms_defaults, "add_rms_norm": rms_defaults, "layer_norm": layer_defaults,
+        "add_layer_norm": layer_defaults, "z_score": {"dim": -1},
+    }.items():  # fmt: skip
+        parameters = inspect.signature(getattr(functional, name)).parameters.values()
+        assert {each.name: each.default for each in parameters if each.default is not each.empty} == wanted
 
 
 def test_meta_tensors_get_shapes() -> None:
