@@ -7,6 +7,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # One thread a test process: two processes of two threads each would fight over two cores.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 PYTHON_CODE := setup.py src tests examples benchmarks docs
+# What a mistake is most likely to break, in the time that one waits for.
+QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tests/layers tests/kernels/test_edges.py \
+    tests/placement/test_rules.py tests/thinker/test_model.py tests/watch/test_each_rule.py tests/watch/test_judge.py \
+    tests/record tests/report/test_reading.py tests/inspection tests/docs/test_pages.py
 
 .PHONY: help demo bench test test-triton test-distributed docs links figures lint types tidy sanitize quick check
 .PHONY: coverage mutants dist wheel-test sbom format clean
@@ -37,7 +41,7 @@ test: .venv/dev .venv/cpu .venv/weights
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_edges.py
 
 test-distributed: .venv/dev .venv/cpu
-	$(PYTEST) tests/ways/test_sharding.py tests/ways/test_training.py tests/watch/test_distributed.py tests/cli/test_torchrun.py
+	$(PYTEST) tests/ways/test_sharding.py tests/ways/test_training.py tests/ways/test_checkpoints.py tests/watch/test_distributed.py tests/cli/test_torchrun.py
 
 test-triton: .venv/dev .venv/cpu
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
@@ -73,7 +77,6 @@ types: .venv/dev
 sanitize: .venv/torch
 	$(BIN)/python setup.py --quiet sanitize
 
-# What a mistake is most likely to break, in the time that one waits for.
 quick: .venv/dev .venv/cpu
 	$(PYTEST) -m 'not slow and not exhaustive' $(QUICK)
 
