@@ -27,13 +27,16 @@ class Edit(NamedTuple):
     content: str
 
 
-def chapters() -> dict[str, tuple[list[Edit], list[str]]]:
+def chapters() -> dict[str, tuple[list[Edit], list[tuple[str, str]]]]:
     """By title: the edits and the commands."""
     found = {}
     for part in PAGE.split("\n## ")[1:]:
         edits = [Edit(*match) for match in BLOCK.findall(part)]
         assert len(edits) == part.count("```{code-block}"), "a block whose caption is not understood"
-        found[part.splitlines()[0]] = edits, re.findall(r"^    python -m pytest (.*)$", part, re.MULTILINE)
+        found[part.splitlines()[0]] = (
+            edits,
+            re.findall(r"^    ((?:\w+=\S+ )?)python -m pytest (.*)$", part, re.MULTILINE),
+        )
     return found
 
 
@@ -73,10 +76,11 @@ def test_a_reader_who_does_what_it_says_succeeds(title: str, copy: Path) -> None
     for edit in edits:
         apply(copy, edit)
     environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1"}
-    for command in commands:
+    for variable, command in commands:
         arguments = [part.strip('"') for part in re.findall(r'"[^"]*"|\S+', command)]
         line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-        done = subprocess.run(line, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        set_too = dict([variable.strip().split("=")]) if variable else {}
+        done = subprocess.run(line, cwd=copy, env=environment | set_too, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-3000:]
         assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 2
 
