@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import io
 import json
 import re
@@ -13,6 +14,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import omninorm
@@ -44,6 +46,46 @@ def test_examples_print_what_they_say(code: str, output: str) -> None:
 def test_examples_were_found() -> None:
     assert len(examples(ROOT / "README.md")) == README.count("```python") == 4
     assert {page.stem for page in PAGES if examples(page)} == {"start", "norms", "placements", "surgery"}
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_watchs_first_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model, an optimizer, data, and a loop's body of the reader's own."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train_on(batch: torch.Tensor) -> torch.Tensor:
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("watching.md")
+    scope = {"model": model, "optimizer": optimizer, "data": torch.randn(3, 2, 4), "train_on": train_on}
+    exec(block, scope)
+    assert [step.step for step in scope["w"].history.steps] == [1, 2, 3]
+    assert (tmp_path / "page.html").exists()
+    assert (tmp_path / "runs" / "mine" / "record.jsonl").exists()
+
+
+def test_comparings_factory_has_the_arguments_that_are_passed() -> None:
+    (block,) = blocks("comparing.md")
+    scope: dict[str, object] = {}
+    exec(block, scope)
+    assert list(inspect.signature(scope["build"]).parameters) == ["norm", "depth", "vocab_size"]
+
+
+def test_every_block_of_code_is_run_by_some_test() -> None:
+    with_output = {page.relative_to(ROOT).as_posix(): len(examples(page)) for page in TEXTS}
+    elsewhere = {"docs/watching.md": 1, "docs/comparing.md": 1, "docs/running.md": 2}
+    for page in TEXTS:
+        name = page.relative_to(ROOT).as_posix()
+        assert page.read_text(encoding="utf-8").count("```python") == with_output[name] + elsewhere.get(name, 0), name
 
 
 def test_plans_are_plans() -> None:
