@@ -134,6 +134,14 @@ def test_every_picture_is_described() -> None:
         assert "<img" not in text
 
 
+def test_the_version_stands_in_one_place_and_is_repeated_rightly() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == omninorm.__version__
+    assert f"Version {omninorm.__version__}." in README.split("## Cite it")[1]
+    assert f"## {omninorm.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert omninorm.__version__ not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
 # What is public ------------------------------------------------------------------------------------------------------
 
 API = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
