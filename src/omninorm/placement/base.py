@@ -60,7 +60,6 @@ class Placement(nn.Module, ABC):
 
     def __init__(self, config: NormConfig, width: int, position: Position) -> None:
         super().__init__()
-        self.position = position
 
     @abstractmethod
     def forward(self, x: Stream, F: Sublayer) -> Stream:
