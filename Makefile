@@ -86,6 +86,7 @@ check: lint types tidy quick
 coverage: .venv/dev .venv/cpu .venv/weights
 	rm -f .coverage .coverage.*
 	$(PYTEST) --cov --cov-report=
+	-$(BIN)/coverage combine --append --quiet    # what processes of their own have left
 	$(BIN)/coverage report --skip-covered --fail-under=95
 
 mutants: .venv/upkeep .venv/cpu
