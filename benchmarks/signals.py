@@ -1,6 +1,6 @@
 """Every signal of the watch in a healthy run and in one that is ill: docs/signals/results.json, for docs/signals.md.
 
-python benchmarks/signals.py        # two minutes; then `make figures` draws it
+python benchmarks/signals.py        # half a minute; then `make figures` draws it
 """
 
 from __future__ import annotations

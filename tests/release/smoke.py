@@ -23,7 +23,7 @@ def main(wanted: str | None) -> None:
         warnings.simplefilter("always")
         y = omninorm.RMSNorm(4, eps=1e-6)(x)
     assert torch.allclose(y, torch.tensor([0.365, 0.730, 1.095, 1.461]), atol=1e-3)
-    assert len(said) == (wanted == "reference"), [str(each.message) for each in said]
+    assert len(said) == ("cpu" not in available), [str(each.message) for each in said]
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -234,8 +233,9 @@ class _Log:
             if self._watch is not None:
                 self._watch.flush()
             self._run.record.sync()
-            save = functools.partial(save_checkpoint, self._run.checkpoints, step, model, optimizer)
-            path = save(config.keep_checkpoints, self.processes)
+            path = save_checkpoint(
+                self._run.checkpoints, step, model, optimizer, config.keep_checkpoints, self.processes
+            )
             if self.processes.first:
                 self.emit(CheckpointEvent(step, path))
 
