@@ -79,6 +79,18 @@ BAD_CALLS = {
     "an offset that is NaN": (lambda: functional.rms_norm(X, gain_offset=float("nan")), "gain_offset must be a finite number, but got nan"),
     "a residual of another shape": (lambda: functional.add_rms_norm(X, X[0]), "x and residual must agree in shape, dtype and device, but got float32[2, 4] on cpu and float32[4] on cpu"),
     "a residual of another dtype": (lambda: functional.add_layer_norm(X, X.double()), "float64[2, 4]"),
+    "nested": (lambda: functional.rms_norm(torch.nested.nested_tensor([X[0], X[0, :2]], layout=torch.jagged)), "x must be a dense tensor, but got a nested tensor; pad it with to_padded_tensor"),
+    "layer_norm's gain": (lambda: functional.layer_norm(X, torch.ones(3)), "weight must have shape (4,), x's last dimension, but got (3,) for x of shape (2, 4)"),
+    "an offset beyond float32": (lambda: functional.rms_norm(X, gain_offset=-1e300), "gain_offset must be a finite number, but got -1e+300"),
+    "no sum for a list": (lambda: functional.add_rms_norm([1.0], X), "x must be a torch.Tensor, but got list"),
+    "a residual that is a list": (lambda: functional.add_layer_norm(X, [1.0]), "residual must be a torch.Tensor, but got list"),
+    "add_rms_norm's gain": (lambda: functional.add_rms_norm(X, X, torch.ones(3)), "weight must have shape (4,), x's last dimension, but got (3,) for x of shape (2, 4)"),
+    "add_rms_norm's ε": (lambda: functional.add_rms_norm(X, X, eps=-1.0), "eps must be a finite number ≥ 0 or None, but got -1.0"),
+    "add_rms_norm's offset": (lambda: functional.add_rms_norm(X, X, gain_offset=math.nan), "gain_offset must be a finite number, but got nan"),
+    "add_layer_norm's gain": (lambda: functional.add_layer_norm(X, X, torch.ones(3)), "weight must have shape (4,), x's last dimension, but got (3,) for x of shape (2, 4)"),
+    "add_layer_norm's bias": (lambda: functional.add_layer_norm(X, X, None, torch.ones(3)), "bias must have shape (4,), x's last dimension, but got (3,) for x of shape (2, 4)"),
+    "add_layer_norm's ε": (lambda: functional.add_layer_norm(X, X, eps=-1.0), "eps must be a finite number ≥ 0 or None, but got -1.0"),
+    "no z of a list": (lambda: functional.z_score([1.0]), "x must be a torch.Tensor, but got list"),
     "no such dimension": (lambda: functional.z_score(X, 2), "dim must be a dimension of x, but got dim=2 for shape (2, 4)"),
 }  # fmt: skip
 
@@ -173,6 +185,15 @@ def test_llamas_order_rounds_before_the_gain(backend: str) -> None:
     assert torch.equal(llama, rounded * gain)
     assert torch.equal(both, llama)
     assert not torch.equal(once, llama)
+
+
+def test_the_constants_may_be_as_large_as_float32_goes_and_eps_zero() -> None:
+    largest = torch.finfo(torch.float32).max
+    assert torch.equal(functional.rms_norm(X, eps=0.0), X)
+    assert functional.rms_norm(X, eps=largest).isfinite().all()
+    for offset in (largest, -largest):
+        found = functional.rms_norm(X, torch.zeros(4), eps=0.0, gain_offset=offset)
+        assert torch.equal(found, torch.full_like(X, offset))
 
 
 def test_the_defaults_are_those_that_the_docs_name() -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
+from histories import BLOCKS, Signals, facts, first, give_samples, give_steps, layers, noise, rates
 
 from omninorm.record.signals import SIGNALS
-from omninorm.watch import Alarm, Facts, History, NonFinite, NormFacts, Sample, Step
+from omninorm.watch import Alarm, History, NonFinite, NormFacts, Sample, Step
 from omninorm.watch.judge import Judge
 from omninorm.watch.rules import Rule, default_rules
 from omninorm.watch.rules.adam_eps import AdamEps
@@ -37,99 +34,7 @@ from omninorm.watch.rules.post_norm_depth import PostNormDepth
 from omninorm.watch.rules.saturation import Saturation
 from omninorm.watch.rules.unrecovered_spike import UnrecoveredSpike
 
-# What the alarms of each test say, word for word: sentences are what a user gets. To change one, run the tests with
-# OMNINORM_UPDATE_WORDS=1, and read the difference.
-WORDS = Path(__file__).parent / "data" / "words.json"
-UPDATE = "OMNINORM_UPDATE_WORDS"
-
-BLOCKS = 4
-Signals = dict[str, Sequence[float | None]]
-
-
-@pytest.fixture(autouse=True)
-def words(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compares everything that rules say during a test with what is written down."""
-    said: list[list[str | None]] = []
-    made = Rule.alarm
-
-    def alarm(self: Rule, step: int, severity: str, layer: str | None, evidence: str, remedy: str) -> Alarm:
-        said.append([self.name, severity, layer, evidence, remedy])
-        return made(self, step, severity, layer, evidence, remedy)
-
-    monkeypatch.setattr(Rule, "alarm", alarm)
-    yield
-    if "junk" in request.node.name:
-        return
-    different = first_and_last(said)
-    known = json.loads(WORDS.read_text(encoding="utf-8")) if WORDS.exists() else {}
-    if os.environ.get(UPDATE):
-        known[request.node.name] = different
-        kept = {name: sentences for name, sentences in sorted(known.items()) if sentences}
-        WORDS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    else:
-        assert different == known.get(request.node.name, [])
-
-
-def first_and_last(said: list[list[str | None]]) -> list[list[str | None]]:
-    """What each rule says of a layer at first and at last."""
-    by_subject: dict[tuple[str | None, ...], list[list[str | None]]] = {}
-    for each in said:
-        by_subject.setdefault(tuple(each[:3]), []).append(each)
-    return [each for told in by_subject.values() for each in (told[:1] if told[0] == told[-1] else [told[0], told[-1]])]
-
-
-def facts(blocks: int = BLOCKS, **changes: object) -> Facts:
-    names = tuple(f"blocks.{index}" for index in range(blocks))
-    known: dict[str, object] = {
-        "blocks": names,
-        "norms": tuple(NormFacts(f"{name}.norm", "RMSNorm", 1e-6, index) for index, name in enumerate(names)),
-        "groups": (*names, "embedding"),
-        "attentions": tuple(f"{name}.attention" for name in names),
-        "feed_forwards": tuple(f"{name}.feed_forward" for name in names),
-        "adam_eps": 1e-8,
-        "every": 10,
-    }
-    return Facts(**{**known, **changes})  # type: ignore[arg-type]
-
-
-def give_samples(
-    rule: Rule, samples: Iterable[Signals], history: History | None = None, worst: bool = True
-) -> list[list[Alarm]]:
-    """What the rule reports at each sample; they are 10 steps apart, the first is at step 1."""
-    history = history or History(facts=facts())
-    names = {"adam_ratio": [f"{group}.w" for group in history.facts.groups]}
-    names["adam_eps_ratio"] = names["adam_ratio"]
-    reports = []
-    for count, signals in enumerate(samples):
-        history.samples.append(Sample(max(10 * count, 1), signals, names if worst else {}))
-        reports.append(list(rule.on_sample(history, history.samples[-1])))
-    return reports
-
-
-def give_steps(rule: Rule, losses: Iterable[float], norms: Iterable[float] = (), rate: float = 1e-3) -> list[Alarm]:
-    """All that the rule reports about steps from 1 on."""
-    history, norms = History(facts=facts()), iter(norms)
-    found = []
-    for number, loss in enumerate(losses, start=1):
-        history.steps.append(Step(number, loss, next(norms, math.nan), rate))
-        found += rule.on_step(history, history.steps[-1])
-    return found
-
-
-def first(reports: list[list[Alarm]]) -> int | None:
-    """Index of the first sample at which something was reported."""
-    return next((index for index, alarms in enumerate(reports) if alarms), None)
-
-
-def noise(count: int, mean: float = 3.0, spread: float = 0.05) -> list[float]:
-    generator = random.Random(7)
-    return [generator.gauss(mean, spread) for _ in range(count)]
-
-
-def layers(value: float, sick: float | None = None, at: int = 2, count: int = BLOCKS) -> list[float]:
-    """A signal whose layers have one value, but for one of them."""
-    return [sick if index == at and sick is not None else value for index in range(count)]
-
+pytestmark = pytest.mark.usefixtures("words")
 
 # Rules that compare a signal with thresholds ---------------------------------------------------------------------------
 
@@ -438,10 +343,6 @@ def test_adam_eps_spares_zeros_and_biases() -> None:
         worst = {"adam_eps_ratio": [f"{group}.key.bias" for group in history.facts.groups]}
         history.samples.append(Sample(step, {"adam_eps_ratio": [1e-3] * 5}, worst))
         assert list(AdamEps().on_sample(history, history.samples[-1])) == []
-
-
-def rates(ratio: float, weights: float, entropy: float = 0.9) -> Signals:
-    return {"update_ratio": [ratio] * 5, "weight_rms": [weights] * 5, "attention_entropy": layers(entropy)}
 
 
 def test_a_rate_too_high_doubles_the_weights_and_does_harm() -> None:

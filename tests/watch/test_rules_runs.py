@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from test_each_rule import facts, first, give_samples, give_steps, layers, noise, rates
+from histories import facts, first, give_samples, give_steps, layers, noise, rates
 
 from omninorm.watch import Alarm, History, NonFinite, Sample, Step
 from omninorm.watch.judge import Judge
@@ -19,6 +19,8 @@ from omninorm.watch.rules.learning_rate import LearningRate
 from omninorm.watch.rules.loss_spike import LossSpike
 from omninorm.watch.rules.no_progress import NoProgress
 from omninorm.watch.rules.weights_vanish import WeightsVanish
+
+pytestmark = pytest.mark.usefixtures("words")
 
 
 def give(rule: Rule, losses: list[float], lrs: list[float], history: History | None = None) -> list[Alarm]:

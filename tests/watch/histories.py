@@ -1,0 +1,71 @@
+"""Made-up histories, and what a rule reports about them."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+
+from omninorm.watch import Alarm, Facts, History, NormFacts, Sample, Step
+from omninorm.watch.rules import Rule
+
+BLOCKS = 4
+Signals = dict[str, Sequence[float | None]]
+
+
+def facts(blocks: int = BLOCKS, **changes: object) -> Facts:
+    names = tuple(f"blocks.{index}" for index in range(blocks))
+    known: dict[str, object] = {
+        "blocks": names,
+        "norms": tuple(NormFacts(f"{name}.norm", "RMSNorm", 1e-6, index) for index, name in enumerate(names)),
+        "groups": (*names, "embedding"),
+        "attentions": tuple(f"{name}.attention" for name in names),
+        "feed_forwards": tuple(f"{name}.feed_forward" for name in names),
+        "adam_eps": 1e-8,
+        "every": 10,
+    }
+    return Facts(**{**known, **changes})  # type: ignore[arg-type]
+
+
+def give_samples(
+    rule: Rule, samples: Iterable[Signals], history: History | None = None, worst: bool = True
+) -> list[list[Alarm]]:
+    """What the rule reports at each sample; they are 10 steps apart, the first is at step 1."""
+    history = history or History(facts=facts())
+    names = {"adam_ratio": [f"{group}.w" for group in history.facts.groups]}
+    names["adam_eps_ratio"] = names["adam_ratio"]
+    reports = []
+    for count, signals in enumerate(samples):
+        history.samples.append(Sample(max(10 * count, 1), signals, names if worst else {}))
+        reports.append(list(rule.on_sample(history, history.samples[-1])))
+        assert {alarm.step for alarm in reports[-1]} <= {history.samples[-1].step}
+    return reports
+
+
+def give_steps(rule: Rule, losses: Iterable[float], norms: Iterable[float] = (), rate: float = 1e-3) -> list[Alarm]:
+    """All that the rule reports about steps from 1 on."""
+    history, norms = History(facts=facts()), iter(norms)
+    found = []
+    for number, loss in enumerate(losses, start=1):
+        history.steps.append(Step(number, loss, next(norms, math.nan), rate))
+        found += rule.on_step(history, history.steps[-1])
+    return found
+
+
+def first(reports: list[list[Alarm]]) -> int | None:
+    """Index of the first sample at which something was reported."""
+    return next((index for index, alarms in enumerate(reports) if alarms), None)
+
+
+def noise(count: int, mean: float = 3.0, spread: float = 0.05) -> list[float]:
+    generator = random.Random(7)
+    return [generator.gauss(mean, spread) for _ in range(count)]
+
+
+def layers(value: float, sick: float | None = None, at: int = 2, count: int = BLOCKS) -> list[float]:
+    """A signal whose layers have one value, but for one of them."""
+    return [sick if index == at and sick is not None else value for index in range(count)]
+
+
+def rates(ratio: float, weights: float, entropy: float = 0.9) -> Signals:
+    return {"update_ratio": [ratio] * 5, "weight_rms": [weights] * 5, "attention_entropy": layers(entropy)}
