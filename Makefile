@@ -10,7 +10,7 @@ PYTHON_CODE := setup.py src tests examples benchmarks docs
 # What a mistake is most likely to break, in the time that one waits for.
 QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tests/layers tests/kernels/test_edges.py \
     tests/placement/test_rules.py tests/placement/test_refusals.py tests/thinker/test_model.py tests/watch/test_each_rule.py \
-    tests/watch/test_rules_runs.py tests/watch/test_numbers.py tests/watch/test_judge.py \
+    tests/watch/test_rules_runs.py tests/watch/test_rules_edges.py tests/watch/test_numbers.py tests/watch/test_judge.py \
     tests/record tests/report/test_reading.py tests/inspection tests/docs/test_pages.py
 
 .PHONY: help demo bench test test-triton test-distributed docs links figures lint types dead tidy sanitize quick check

@@ -95,7 +95,7 @@ class LayerJump(Rule):
             return {}
         pairs = enumerate(zip(values, values_of(history.samples[-2], signal), strict=False))
         ratios = {index: now / then for index, (now, then) in pairs if now is not None and then and then > 0.0}
-        if len(ratios) < 2 or max(ratios.values()) < JUMP or median(list(ratios.values())) >= OTHERS:
+        if not ratios or max(ratios.values()) < JUMP or median(list(ratios.values())) >= OTHERS:
             return {}
         jumps = {}
         for index, ratio in ratios.items():
@@ -128,7 +128,7 @@ class LayerJump(Rule):
 
 def _largest_update(history: History, jump: int) -> float:
     """The largest median update from the sample before the jump on; 0 where none is known."""
-    samples = [sample for sample in history.samples if 1 < sample.step >= jump - history.facts.every]
+    samples = [sample for sample in history.samples if sample.step >= jump - history.facts.every]
     ratios = [known(values_of(sample, "update_ratio")) for sample in samples]
     return max((median(found) for found in ratios if found), default=0.0)
 

@@ -81,7 +81,7 @@ class LearningRate(Rule):
         doubled = growth >= DOUBLED and self._peak[0] > LARGE
         harm = self._harm(history, sample) if doubled else None
         if large or doubled:
-            yield self._explain(sample, ratio, growth if doubled else None, since, harm)
+            yield self._explain(sample, self._peak, growth if doubled else None, since, harm)
 
     def _harm(self, history: History, sample: Sample) -> str | None:
         losses = _newest_losses(history, 2 * STALL)
@@ -98,8 +98,10 @@ class LearningRate(Rule):
             return f"attention has collapsed onto single tokens (entropy {entropy:.2g}, at first {self._entropy:.2g})"
         return None
 
-    def _explain(self, sample: Sample, ratio: float, growth: float | None, since: int, harm: str | None) -> Alarm:
-        largest, step = self._peak or (ratio, sample.step)
+    def _explain(
+        self, sample: Sample, peak: tuple[float, int], growth: float | None, since: int, harm: str | None
+    ) -> Alarm:
+        largest, step = peak
         evidence = f"Learning rate about {largest / AMPLE:.2g}-fold too high: a step changed the weights by "
         evidence += f"{100 * largest:.2g} % (step {step}), where 1 % is ample"
         if growth is not None:

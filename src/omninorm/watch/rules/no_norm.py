@@ -46,7 +46,7 @@ class NoNorm(Rule):
         if not has_no_norm(history):
             return
         stream, gradient = growth(sample, "stream_rms"), backward_growth(sample)
-        named = {"the residual stream": stream, "its gradient": gradient}
+        named = {"the residual stream": stream, "the gradient": gradient}
         wild = {what: found for what, found in named.items() if found is not None and found.exponent > EXPONENT}
         largest = max((found.total for found in wild.values()), default=1.0)
         if largest > WARN_TOTAL:

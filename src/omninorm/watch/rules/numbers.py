@@ -72,11 +72,11 @@ class Streaks:
 def line_error(values: Sequence[float]) -> float:
     """Share of the variance of `values` that a straight line over their index leaves: 1 − R², in [0, 1]."""
     count = len(values)
-    middle, mean = (count - 1) / 2, sum(values) / count
+    mean = sum(values) / count
     spread = sum((value - mean) * (value - mean) for value in values)
     if spread <= 0.0:
         return 0.0
-    slope_part = sum((index - middle) * (value - mean) for index, value in enumerate(values))
+    slope_part = sum(index * (value - mean) for index, value in enumerate(values))
     index_part = count * (count * count - 1) / 12
     return max(0.0, 1.0 - slope_part * slope_part / (index_part * spread))
 
