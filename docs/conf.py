@@ -28,12 +28,10 @@ extensions = [
     "sphinx_design",
 ]
 exclude_patterns = ["_build"]
-nitpicky = False
 
 # Pages are Markdown; headings can be linked to, as on GitHub.
-myst_enable_extensions = ["attrs_inline", "colon_fence"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.strikethrough"]
 
 # A cell that fails, fails the build.
 nb_execution_mode = "force"

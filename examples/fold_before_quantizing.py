@@ -29,8 +29,7 @@ def hadamard(width: int) -> Tensor:
 def rotate(model: nn.Module, turn: Tensor) -> None:
     """The stream times an orthogonal matrix: what writes it and what reads it turn along."""
     for name, matrix in model.named_parameters():
-        module = name.split(".")[-2]
-        if module in (*READERS, "embedding", "head"):
+        if (module := name.split(".")[-2]) in (*READERS, "embedding", "head"):
             matrix.copy_(matrix @ turn)
         elif module in WRITERS:
             matrix.copy_(turn.T @ matrix)

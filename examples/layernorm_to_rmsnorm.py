@@ -35,9 +35,9 @@ def train() -> tuple[omninorm.Thinker, list[dict], torch.Tensor]:
     return model, w.record, torch.tensor(list(corpus.held_out[: 8 * (LENGTH + 1)])).view(8, -1)
 
 
+@torch.no_grad()
 def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> float:
-    with torch.no_grad():
-        return float(F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()))
+    return float(F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()))
 
 
 def drop_the_mean(model: torch.nn.Module) -> None:
@@ -55,6 +55,5 @@ if __name__ == "__main__":
     careless, exact = copy.deepcopy(model), copy.deepcopy(model)
     drop_the_mean(careless)
     report = center(exact, [held_out[:, :-1]])
-    before = loss_of(model, held_out)
-    print(f"held-out loss {before:.4f}; the mean dropped {loss_of(careless, held_out):.4f}")
+    print(f"held-out loss {loss_of(model, held_out):.4f}; the mean dropped {loss_of(careless, held_out):.4f}")
     print(f"centred {loss_of(exact, held_out):.4f}, in float64 {report.error:.0e} apart; refused: {report.refused}")
