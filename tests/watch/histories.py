@@ -38,7 +38,7 @@ def give_samples(
     for count, signals in enumerate(samples):
         history.samples.append(Sample(max(10 * count, 1), signals, names if worst else {}))
         reports.append(list(rule.on_sample(history, history.samples[-1])))
-        assert {alarm.step for alarm in reports[-1]} <= {history.samples[-1].step}
+        assert {(alarm.step, alarm.source) for alarm in reports[-1]} <= {(history.samples[-1].step, rule.source)}
     return reports
 
 
