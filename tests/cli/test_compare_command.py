@@ -130,11 +130,18 @@ def test_a_model_that_ignores_its_norm_is_found_out(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize(("name", "why"), [("dies", "its process ended (exit code 9)"), ("hangs", "longer than 3 s")])
-def test_a_model_that_ends_or_hangs_is_reported_and_the_others_go_on(tmp_path: Path, name: str, why: str) -> None:
+# The limit holds for the others, too, which a busy machine may slow down.
+@pytest.mark.parametrize(
+    ("name", "seconds", "why"),
+    [("dies", "300", "its process ended (exit code 9)"), ("hangs", "8", "longer than 8 s")],
+    ids=["dies", "hangs"],
+)
+def test_a_model_that_ends_or_hangs_is_reported_and_the_others_go_on(
+    tmp_path: Path, name: str, seconds: str, why: str
+) -> None:
     plan, text = write_plan(tmp_path)
     models(tmp_path)
-    limit = ("--time-limit", "3", "--workers", "2")
+    limit = ("--time-limit", seconds, "--workers", "2")
     done = run(plan, "--text", text, "--out", "c", "--model", f"models_of_mine:{name}", *limit, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "for how long is not known" in done.stdout
