@@ -79,10 +79,12 @@ def test_an_interrupted_run_goes_on_where_it_was(number, code, text, straight, s
     folder = tmp_path / "a run"
     process = spawn("train", "--text", text, "--out", folder, *OPTIONS, 5)
     assert _wait_for(lambda: _lines(folder) >= 4, process.running)
+    process.signal(signal.SIGSTOP)  # or it might be done before the other has asked
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--resume", str(folder)])
     assert "only one process may write a run" in capsys.readouterr().err
     process.signal(number)
+    process.signal(signal.SIGCONT)
     exit_code, out, err = process.wait()
     assert (exit_code, err) == (code, "")
     last = read_history(folder / "record.jsonl")[-1]
