@@ -9,9 +9,9 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numproces
 PYTHON_CODE := setup.py src tests examples benchmarks docs
 # What a mistake is most likely to break, in the time that one waits for.
 QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tests/layers tests/kernels/test_edges.py \
-    tests/placement/test_rules.py tests/placement/test_refusals.py tests/thinker/test_model.py tests/watch/test_each_rule.py \
-    tests/watch/test_rules_runs.py tests/watch/test_rules_edges.py tests/watch/test_numbers.py tests/watch/test_judge.py \
-    tests/record tests/report/test_reading.py tests/inspection tests/docs/test_pages.py
+    tests/placement/test_rules.py tests/placement/test_refusals.py tests/thinker/test_model.py tests/record \
+    tests/watch/test_each_rule.py tests/watch/test_layer_rules.py tests/watch/test_loss_rules.py tests/watch/test_optimizer_rules.py \
+    tests/watch/test_numbers.py tests/watch/test_judge.py tests/report/test_reading.py tests/inspection tests/docs/test_pages.py
 
 .PHONY: help demo bench test test-triton test-distributed docs links figures lint types dead tidy sanitize quick check
 .PHONY: coverage mutants dist wheel-test sbom format clean

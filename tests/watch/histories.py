@@ -42,14 +42,22 @@ def give_samples(
     return reports
 
 
-def give_steps(rule: Rule, losses: Iterable[float], norms: Iterable[float] = (), rate: float = 1e-3) -> list[Alarm]:
-    """All that the rule reports about steps from 1 on."""
-    history, norms = History(facts=facts()), iter(norms)
+def give_steps(
+    rule: Rule, losses: Iterable[float], norms: Iterable[float] = (), lrs: Iterable[float] = (),
+    history: History | None = None, start: int = 1,
+) -> list[Alarm]:  # fmt: skip
+    """All that the rule reports about these steps. A norm that is not given is not known, a rate is 1e-3."""
+    history, norms, lrs = history or History(facts=facts()), iter(norms), iter(lrs)
     found = []
-    for number, loss in enumerate(losses, start=1):
-        history.steps.append(Step(number, loss, next(norms, math.nan), rate))
+    for number, loss in enumerate(losses, start):
+        history.steps.append(Step(number, loss, next(norms, math.nan), next(lrs, 1e-3)))
         found += rule.on_step(history, history.steps[-1])
     return found
+
+
+def last(rule: Rule, samples: list[Signals], history: History | None = None) -> list[tuple[str, str | None]]:
+    """Severity and layer of what the rule says at the last sample."""
+    return [(alarm.severity, alarm.layer) for alarm in give_samples(rule, samples, history)[-1]]
 
 
 def first(reports: list[list[Alarm]]) -> int | None:

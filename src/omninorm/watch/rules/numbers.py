@@ -76,6 +76,7 @@ def line_error(values: Sequence[float]) -> float:
     spread = sum((value - mean) * (value - mean) for value in values)
     if spread <= 0.0:
         return 0.0
+    # The deviations add up to 0, so the indices need no mean of their own.
     slope_part = sum(index * (value - mean) for index, value in enumerate(values))
     index_part = count * (count * count - 1) / 12
     return max(0.0, 1.0 - slope_part * slope_part / (index_part * spread))
