@@ -1,6 +1,6 @@
 // The operators of the CPU back end, on PyTorch's stable ABI: they check, allocate, divide the rows among PyTorch's
-// threads, and leave the arithmetic to kernels.h. Python calls them through kernels/cpu.py, where the meta kernels and
-// the derivatives are.
+// threads, and leave the arithmetic to kernels.h. Python calls them through kernels/operators.py, where the meta
+// kernels are; the derivatives are in kernels/autograd.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -32,7 +32,7 @@ using MaybeTensor = std::optional<Tensor>;
 // A thread gets at least this many elements. Waking one costs about as much as normalizing some ten thousand.
 constexpr int64_t GRAIN = 32768;
 // A gain's gradient is summed over blocks of rows and then over blocks, so that its bits depend on the shape alone.
-// A block's sums are written and read once more, which this many rows make negligible. kernels/cpu_autograd.py tells
+// A block's sums are written and read once more, which this many rows make negligible. kernels/autograd.py tells
 // these numbers to who watches.
 constexpr int64_t BLOCK_ROWS = 64;
 constexpr int64_t MOST_BLOCKS = 256;

@@ -22,6 +22,7 @@ from omninorm.timing import Case, Contestant, time_case
 
 NUMBERS = Path(__file__).with_name("numbers.json")
 UPDATE = "OMNINORM_UPDATE_NUMBERS"
+BUILDING = "OMNINORM_BUILDS_DOCS"  # set by conf.py: a reader may change a page and run it, a build may not
 
 # Colours that can be told apart on white and on black, and by readers who see fewer of them.
 BLUE, ORANGE, GREEN, PINK = COLOURS = "#3987e5", "#d95926", "#1f9d6b", "#c2569b"
@@ -41,12 +42,19 @@ def number(name: str, value: float, shown: str = "{:.3g}", within: float | None 
         within: relative deviation that is allowed; None for what depends on the machine, which is not compared.
 
     Raises:
-        ValueError: it has changed. Rewrite the page and set the variable in the message to remember the new one.
+        ValueError: it has changed, and the documentation is being built. Rewrite the page and set the variable in the
+            message to remember the new one.
     """
-    if within is not None:
+    if within is not None and BUILDING in os.environ:
         _compare(name, float(value), within)
     glue(name, shown.format(value), display=False)
     return shown.format(value)
+
+
+def check(holds: object, said: object = "") -> None:
+    """Raises ValueError for something that a page says and that does not hold, while the documentation is built."""
+    if BUILDING in os.environ and not holds:
+        raise ValueError(f"what the page says must hold, but got {said}; read the page")
 
 
 def _compare(name: str, value: float, within: float) -> None:

@@ -72,7 +72,7 @@ qk_norm=None, residual_scale=None, mix_fraction=0.25)
         check_choice("cast", self.cast, CASTS)
         if self.norm_eps is not None:
             check_number("norm_eps", self.norm_eps, at_least=0.0, at_most=LARGEST)
-        check_number("gain_offset", self.gain_offset)
+        check_number("gain_offset", self.gain_offset, at_least=-LARGEST, at_most=LARGEST)
         check_number("mix_fraction", self.mix_fraction, at_least=0.0, at_most=1.0)
         if self.residual_scale is not None:
             check_number("residual_scale", self.residual_scale, above=0.0)

@@ -199,6 +199,26 @@ def test_the_choice_is_restored_after_an_error_and_blocks_nest() -> None:
 
 
 @needs_operators
+def test_blocks_of_two_threads_may_end_in_any_order() -> None:
+    entered, left = threading.Event(), threading.Event()
+    seen = []
+
+    def other() -> None:
+        with omninorm.use_backend("cpu" if dispatch.CPU_RUNS else "reference"):
+            entered.set()
+            left.wait(10)
+            seen.append(dispatch._forced)
+
+    thread = threading.Thread(target=other)
+    with omninorm.use_backend("reference"):
+        thread.start()
+        entered.wait(10)
+    left.set()
+    thread.join()
+    assert seen == ["cpu" if dispatch.CPU_RUNS else "reference"]
+    assert dispatch._forced is None
+
+
 def test_the_choice_holds_in_all_threads() -> None:
     """Backward runs on threads of autograd's own."""
     seen: list[bool] = []

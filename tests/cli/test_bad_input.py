@@ -46,6 +46,7 @@ def _refused(outcome, *parts: str) -> None:
         (["--layers", "0"], ["n_layers"]),
         (["--heads", "3"], ["d_model must be a multiple of n_heads"]),
         (["--threads", "0"], ["threads must be an integer ≥ 1"]),
+        (["--threads", "9" * 30], ["threads must be at most 4096"]),
         (["--seed", "-1"], ["seed must be an integer ≥ 0"]),
         (["--norm", "batchnorm"], ["normalization must be one of rmsnorm, layernorm", "'batchnorm'"]),
         (["--placement", "middle"], ["norm_placement must be one of none, post, pre", "'middle'"]),
@@ -82,6 +83,11 @@ def test_bad_text(command, tmp_path, content, part):
         path.write_bytes(content)
     _refused(command("train", "--text", path, *SMALL, "--out", run), part, str(path))
     assert not run.exists()
+
+
+def test_a_batch_that_is_too_large_for_the_memory(command, small, tmp_path):
+    outcome = command("train", *small, "--batch-size", str(10**13), "--out", tmp_path / "run")
+    _refused(outcome, "a step must fit in memory", "batch_size=10000000000000")
 
 
 def test_a_run_folder_that_exists_is_not_touched(command, small, tmp_path):

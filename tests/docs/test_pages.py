@@ -191,6 +191,7 @@ def test_a_number_of_the_lesson_that_changed_fails_the_build(tmp_path: Path, mon
     glued = {}
     monkeypatch.setattr(lesson, "glue", lambda name, value, display: glued.update({name: value}))
     monkeypatch.setattr(lesson, "NUMBERS", tmp_path / "numbers.json")
+    monkeypatch.setenv(lesson.BUILDING, "1")
     with pytest.raises(ValueError, match=r"page\.size must be what numbers\.json says"):
         lesson.number("page.size", 3.0)
     monkeypatch.setenv(lesson.UPDATE, "1")
@@ -200,3 +201,10 @@ def test_a_number_of_the_lesson_that_changed_fails_the_build(tmp_path: Path, mon
     with pytest.raises(ValueError, match=r"got 3\.1 for 3\.0"):
         lesson.number("page.size", 3.1)
     assert lesson.number("page.time", 7.0, "{:.0f}", within=None) == "7"
+    with pytest.raises(ValueError, match="must hold, but got 3"):
+        lesson.check(False, 3)
+    lesson.check(True)
+    # a reader who changes a page and runs it is not stopped
+    monkeypatch.delenv(lesson.BUILDING)
+    lesson.number("page.size", 99.0)
+    lesson.check(False)

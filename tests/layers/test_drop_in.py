@@ -163,3 +163,17 @@ def test_an_input_that_does_not_fit_is_refused(norm) -> None:
         norm(4)([1.0])
     with pytest.raises(InputError, match=r"must be float16, bfloat16, float32 or float64, but got torch\.int64"):
         norm(4)(torch.ones(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("norm", [omninorm.DynamicTanh, omninorm.DynamicErf])
+def test_another_device_is_named(norm) -> None:
+    with pytest.raises(InputError, match="meta and cpu"):
+        norm(8, device="meta")(torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("offset", [1e39, -1e39, float("nan")])
+def test_a_gain_offset_that_float32_lacks_is_refused(offset: float) -> None:
+    with pytest.raises(ConfigError, match="gain_offset"):
+        omninorm.RMSNorm(8, gain_offset=offset)
+    with pytest.raises(ConfigError, match="gain_offset"):
+        omninorm.NormConfig(gain_offset=offset)

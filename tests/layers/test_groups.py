@@ -8,7 +8,8 @@ from torch import nn
 
 from omninorm.config import NORMALIZATIONS, PLACEMENTS, NormConfig
 from omninorm.errors import ConfigError
-from omninorm.layers import param_groups
+from omninorm.layers import LayerNorm, param_groups
+from omninorm.layers.groups import decayed_names
 from omninorm.thinker import Thinker, ThinkerConfig
 
 
@@ -82,3 +83,9 @@ def test_a_group_without_parameters_is_left_out():
 def test_a_decay_that_is_none_is_refused(decay):
     with pytest.raises(ConfigError, match="weight_decay must be a finite number ≥ 0"):
         param_groups(nn.Linear(2, 2), decay)
+
+
+def test_what_a_gain_is_computed_from_is_spared_too():
+    norm = LayerNorm((2, 4))
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    assert decayed_names(nn.Sequential(nn.Linear(8, 8), norm)) == {"0.weight"}

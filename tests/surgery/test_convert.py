@@ -184,6 +184,11 @@ def damage(folder: Path, how: str) -> None:
         case "a missing shard":
             index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "a shard with an endless name":
+            index = {"weight_map": {"a": "m" * 5000}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "no type":
+            (folder / "config.json").write_text(json.dumps({**config, "model_type": []}))
         case "twice":
             shutil.copyfile(weights, folder / "model-2.safetensors")
             index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
@@ -209,7 +214,7 @@ def damage(folder: Path, how: str) -> None:
         ("pickled code", "must hold tensors by name"), ("a pickled list", "pytorch_model.bin, a list"), ("a pickled number", "with 'step'"),
         ("a cut pickle", "must hold tensors by name"), ("pickled under another name", "only weights.pt, which is pickled"),
         ("cut", "must be a whole"), ("no header", "whole safetensors file"), ("a link outside", "must lie in its folder"),
-        ("a missing shard", "every shard"), ("twice", "must stand once"), ("a missing tensor", "missing keys: model.norm.weight"),
+        ("a missing shard", "every shard"), ("a shard with an endless name", "every shard"), ("no type", "download it again"), ("twice", "must stand once"), ("a missing tensor", "missing keys: model.norm.weight"),
         ("a strange tensor", "unexpected keys: strange"), ("a strange class", "one of transformers' classes"),
         ("code of its own", "one of transformers' classes"), ("quantized", "quantized ones"),
     ],
@@ -354,3 +359,36 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert sum(path.stat().st_size for path in (tmp_path / "in").iterdir()) > 3.9e8
     assert int(done.stdout) * 1024 <= 2 * largest + 500e6
+
+
+def test_what_can_not_be_proved_is_not_written(tmp_path: Path) -> None:
+    save(tmp_path / "in")
+    weights = load_file(tmp_path / "in" / "model.safetensors")
+    weights["model.embed_tokens.weight"][:] = float("nan")
+    save_file(weights, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    for operation in ("swap", "fold"):
+        with pytest.raises(OmninormError, match="NaN"):
+            convert(tmp_path / "in", tmp_path / "out", operation)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [{"changed_tensors": [["a"]]}, {"added": [1]}, {"before_sha256": {"model.norm.weight": None}}]
+)
+def test_a_damaged_proof_is_refused_before_anything_is_written(tmp_path: Path, damage: dict[str, object]) -> None:
+    save(tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "out", "fold")
+    path = tmp_path / "out" / "surgery.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(RunError, match=r"surgery\.json must be whole"):
+        undo(tmp_path / "out", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_character_that_is_half_of_one_comes_through(tmp_path: Path) -> None:
+    save(tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    path.write_text(path.read_text().replace("{", '{"note": "\\ud800",', 1))
+    convert(tmp_path / "in", tmp_path / "out", "fold")
+    undo(tmp_path / "out", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["note"] == "\ud800"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ import omninorm
 from omninorm import NormConfig, Thinker, ThinkerConfig
 from omninorm.errors import InputError
 from omninorm.surgery import center, fold_gains, verify
-from omninorm.surgery.verify import outputs
+from omninorm.surgery import fold as fold_module
+from omninorm.surgery.verify import distance, outputs
 
 from . import subjects
 
@@ -209,3 +212,87 @@ def test_verify_sees_a_difference_and_where_it_begins() -> None:
     assert proof.blocks["model.layers.0"] == 0
     assert proof.blocks["model.layers.1"] > 0
     assert verify(before, after, limit=1e-2).exact
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_nan_is_equal_to_nothing(broken: int) -> None:
+    models = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    models[1].load_state_dict(models[0].state_dict())
+    probes = [torch.randn(3, 4)]
+    assert verify(*models, probes).exact
+    models[broken].weight.data[2, 2] = math.nan
+    proof = verify(*models, probes)
+    assert not proof.exact
+    assert proof.relative == math.inf
+    models[1 - broken].weight.data[2, 2] = math.nan
+    assert not verify(*models, probes).exact
+
+
+def test_equal_infinities_are_equal() -> None:
+    """As in logits of tokens that are ruled out."""
+    a = torch.tensor([1.0, -math.inf, 3.0])
+    assert distance(a, a.clone()) == 0
+    assert distance(a, torch.tensor([1.0, -math.inf, 3.3])) == pytest.approx(0.1)
+    assert distance(a, torch.tensor([1.0, 2.0, 3.0])) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ([], "an empty list"),
+        (torch.ones(2, 4), "a Tensor"),
+        ([["x"]], "tensor or a dictionary, but got list"),
+        ([torch.ones(0, 4)], "an empty tensor"),
+    ],
+)
+def test_nothing_to_compare_is_refused(inputs: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        verify(nn.Linear(4, 4), nn.Linear(4, 4), inputs)
+
+
+def test_models_of_different_shapes_are_not_compared() -> None:
+    with pytest.raises(InputError, match="one shape"):
+        verify(nn.Linear(4, 4), nn.Linear(4, 1), [torch.ones(2, 4)])
+
+
+@pytest.mark.parametrize("operation", [fold_gains, center])
+@pytest.mark.parametrize("inputs", [[{"wrong": torch.ones(1)}], [["x"]], []])
+def test_a_model_that_is_refused_stays_as_it_was(operation: Any, inputs: Any) -> None:
+    model = Thinker(ThinkerConfig(d_model=16, n_layers=1, n_heads=2, norm=NormConfig("layernorm")))
+    before = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    with pytest.raises(InputError):
+        operation(model, inputs)
+    assert {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)} == before
+
+
+def test_an_error_in_the_middle_undoes_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Thinker(ThinkerConfig(d_model=16, n_layers=2, n_heads=2, norm=NormConfig("layernorm")))
+    for block in model.blocks:
+        block.around_attention.norm.weight.data.uniform_(0.5, 2)
+        block.around_feed_forward.norm.weight.data.uniform_(0.5, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    real, folded = fold_module.fold, []
+
+    def fail(target: nn.Module, name: str, *rest: Any) -> None:
+        if target is model:
+            folded.append(name)
+            if len(folded) == 3:
+                raise ZeroDivisionError
+        real(target, name, *rest)
+
+    monkeypatch.setattr(fold_module, "fold", fail)
+    with pytest.raises(ZeroDivisionError):
+        fold_gains(model)
+    assert len(folded) == 3
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_users_own_modules_are_not_called() -> None:
+    """They may lie on a device where the probes do not, and hooks hang on them."""
+    model = nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    model[1].weight.data.uniform_(0.5, 2)
+    called = []
+    for module in model:
+        module.register_forward_hook(lambda module, args, output: called.append(module))
+    assert fold_gains(model).changed
+    assert not [module for module in called if any(module is own for own in model)]

@@ -179,3 +179,13 @@ def test_orders_of_rounding_that_omninorm_lacks_are_refused_in_bfloat16_only() -
 
     assert "rounds in an order" in swap_norms(nn.Sequential(BF16Norm()).bfloat16()).refused["0"]
     assert set(swap_norms(nn.Sequential(BF16Norm())).changed) == {"0"}
+
+
+def test_a_forward_of_the_instance_s_own_is_refused() -> None:
+    """accelerate's hooks replace it, and it is bound to the module that would go."""
+    model = nn.Sequential(nn.LayerNorm(8))
+    own = model[0].forward
+    model[0].forward = lambda x: own(x)
+    report = swap_norms(model)
+    assert "forward was replaced" in report.refused["0"]
+    assert not report.changed

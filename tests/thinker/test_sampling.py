@@ -26,7 +26,7 @@ def kept_literally(logits, top_k, top_p):
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 2, 7, 30, 99])
-@pytest.mark.parametrize("top_p", [None, 1e-9, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [None, 1e-50, 1e-9, 0.1, 0.5, 0.9, 0.999])
 def test_top_k_and_top_p_keep_the_right_set(top_k, top_p):
     logits = torch.randn(20, 30) * 2
     kept = keep_probable(logits, top_k, top_p).isfinite()

@@ -1,6 +1,7 @@
 """Watching compiled models: the same numbers, in one graph that is compiled once."""
 
 import copy
+import io
 import math
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from omninorm import NormConfig, Thinker, ThinkerConfig
 from omninorm.watch import Watch, watch
+from omninorm.watch.hooks import Hook
 
 pytestmark = [  # Dynamo's own doing
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -105,6 +107,23 @@ def test_a_compiled_model_outlives_its_watch() -> None:
     second = train(model, 2, every=1)
     fresh_one = train(copy.deepcopy(model._orig_mod), 1, every=1)
     assert second.history.samples[-1].signals.keys() == fresh_one.history.samples[-1].signals.keys()
+
+
+def test_a_copy_of_a_compiled_model_is_not_watched() -> None:
+    model = thinker()
+    model.compile(backend="aot_eager")
+    tokens = torch.zeros(2, TOKENS, dtype=torch.long)
+    with watch(model, every=1, rules=[]) as watched:
+        file = io.BytesIO()
+        torch.save(model, file)
+        twin = copy.deepcopy(model)
+        assert [type(hook) for hook in twin._forward_hooks.values()] == [Hook]
+        model(tokens).square().mean().backward()
+        model.eval()
+        twin(tokens)  # with a graph, which would be taken for the model's own
+        watched.step(1.0)
+    assert file.tell() > 0
+    assert watched.history.samples[0].signals["logz"] is not None
 
 
 def test_a_nan_is_found_inside_of_a_graph() -> None:

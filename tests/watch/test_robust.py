@@ -4,9 +4,12 @@ import copy
 import io
 import math
 import warnings
+from typing import Any
 
+import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omninorm.errors import ConfigError
@@ -54,6 +57,97 @@ def test_copies_are_not_watched() -> None:
         watched.step(step(model, optimizer))
     assert watched.history.samples[0].signals["stream_max"][0] < 100  # type: ignore[operator]
     twin(torch.ones(4, 5, 3)).sum().backward()  # with hooks that do nothing
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attention(self.norm(x))[:, None].chunk(3, -1)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+
+
+def attending() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, WIDTH), nn.Sequential(Attending(), Attending()), nn.Linear(WIDTH, 1))
+
+
+def test_a_kernel_of_the_users_own_is_used_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def mine(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
+        calls.append(is_causal)
+        return value / 2
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", mine)
+    model = attending()
+    expected = model(torch.ones(4, 5, 3))
+    with watch(model, every=1, rules=[]) as watched:
+        y = model(torch.ones(4, 5, 3))
+        y.square().mean().backward()
+        watched.step(y.mean())
+    assert torch.equal(y, expected)
+    assert calls == [True] * 4
+    assert F.scaled_dot_product_attention is mine
+    assert watched.history.samples[0].signals["attention_entropy"][0] is not None
+
+
+def test_what_is_put_in_the_place_of_ours_stays_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, own = F.scaled_dot_product_attention, [torch.softmax, F.softmax]
+    model = attending()
+    with watch(model, every=1, rules=[]):
+        ours = F.scaled_dot_product_attention
+        assert ours is not attention
+
+        def theirs(*args: Any, **kwargs: Any) -> Any:
+            return ours(*args, **kwargs)
+
+        for owner, name in ((F, "scaled_dot_product_attention"), (torch, "softmax")):
+            monkeypatch.setattr(owner, name, theirs)
+    assert F.scaled_dot_product_attention is theirs
+    assert torch.softmax is theirs
+    assert F.softmax is own[1]
+    assert "softmax" not in vars(Tensor)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    # another watch hears each attention once, although what was put there still calls the wrapper of the first
+    with watch(model, every=1, rules=[]) as watched:
+        y = model(torch.ones(4, 5, 3))
+        y.square().mean().backward()
+        watched.step(y.mean())
+    assert watched.history.samples[0].signals["attention_entropy"][0] is not None
+    monkeypatch.undo()
+    torch.softmax, F.scaled_dot_product_attention = own[0], attention
+
+
+def test_a_record_that_can_not_be_ended_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    watched = watch(model, every=1, rules=[]).open()
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(watched, "flush", fail)
+    with pytest.raises(ZeroDivisionError):
+        watched.close()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with watch(model, every=1, rules=[]):  # it can be watched again
+        pass
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [({"optimizer": 0.1}, "optimizers of torch"), ({"sinks": 1}, "sinks"), ({"rules": 3}, "rules")]
+)
+def test_what_is_no_list_is_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        watch(Model(), **wrong)
+
+
+def test_numpys_numbers_are_losses() -> None:
+    with watch(Model(), every=1, rules=[]) as watched:
+        watched.step(numpy.float32(1.5))
+    assert watched.history.steps[-1].loss == 1.5
 
 
 def test_finite_numbers_whose_squares_are_not() -> None:

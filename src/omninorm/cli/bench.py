@@ -47,7 +47,7 @@ def bench(
 ) -> None:
     """Measure our operators against torch.nn, torch.compile, transformers, onnxruntime and the memory's limit.
 
-    About five minutes on two cores; --quick takes one. Missed targets are printed and are no error.
+    About eight minutes on two cores; --quick takes one. Missed targets are printed and are no error.
     """
     config = _config(quick, rows, widths, dtypes, threads, seconds, patience, compile, models)
     folder = out if out is not None or as_json else fresh_folder("bench")

@@ -27,6 +27,7 @@ from omninorm.thinker.config import FEED_FORWARDS
 
 _PLAN = Plan()
 _SHOWN = 5
+_MOST_THREADS = 4096
 REPORT_FILE = "report.html"
 _DEFAULTS = {
     **{field.name: getattr(_PLAN, field.name) for field in dataclasses.fields(_PLAN)},
@@ -237,6 +238,10 @@ def _refuse_changes(plan: Plan, given: Mapping[str, Any]) -> None:
 def _use_threads(threads: int | None) -> None:
     if threads is not None:
         check_count("threads", threads)
+        if threads > _MOST_THREADS:
+            raise ConfigError(
+                f"threads must be at most {_MOST_THREADS}", str(threads), "choose as many as there are cores"
+            )
         torch.set_num_threads(threads)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from omninorm.thinker import Thinker, ThinkerConfig
 
 _SECTIONS = ("model", "train", "tokenizer", "data", "versions")
 _MOST_SKIPPED = 20  # entries in config.json
+_NO_MEMORY = "allocate|overflow|out of memory"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ class Run:
 
     def train(self, on_event: Callback | None = None) -> TrainResult:
         """Trains to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`."""
-        with Interrupt(patient=self.processes.count > 1) as interrupt:
+        received = f"batch_size={self.plan.train.batch_size}, seq_len={self.plan.train.seq_len}"
+        remedy = "choose a smaller batch and another folder, and keep the product of batch and grad_accumulation"
+        memory = _fitting("a step must fit in memory", received, remedy)
+        with memory, Interrupt(patient=self.processes.count > 1) as interrupt:
             return train(
                 self.model,
                 self.data,
@@ -255,14 +260,23 @@ def build_model(config: ThinkerConfig, seed: int) -> Thinker:
         ConfigError: the model does not fit in memory.
     """
     torch.manual_seed(seed)
-    try:
+    received = f"d_model={config.d_model}, n_layers={config.n_layers}, vocab_size={config.vocab_size}"
+    with _fitting("a model must fit in memory", received, "choose a smaller one"):
         return Thinker(config)
+
+
+@contextmanager
+def _fitting(invariant: str, received: str, remedy: str) -> Iterator[None]:
+    """Makes a ConfigError of memory that is not there."""
+    try:
+        yield
+    except OmninormError:
+        raise
     except (MemoryError, RuntimeError, TypeError, OverflowError) as error:
-        # Torch has no class of its own for this: a RuntimeError, and others where a size is beyond 64 bits.
-        if not isinstance(error, MemoryError) and not re.search("allocate|overflow", str(error), re.IGNORECASE):
+        # Torch has no class of its own for this on a CPU: a RuntimeError, and others where a size is beyond 64 bits.
+        if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error), re.IGNORECASE):
             raise
-        received = f"d_model={config.d_model}, n_layers={config.n_layers}, vocab_size={config.vocab_size}"
-        raise ConfigError("a model must fit in memory", received, "choose a smaller one") from error
+        raise ConfigError(invariant, received, remedy) from error
 
 
 def _describe(plan: Plan, corpus: Corpus, files: Mapping[str, bytes], command: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ back end.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,8 +30,17 @@ PLAIN = (Tensor, torch.nn.Parameter)
 TRACED = (*PLAIN, FakeTensor)  # torch.export without Dynamo shows these
 CPU_RUNS = not cpu.unavailable()
 
-# The back end that `use_backend` demands, or None for the best.
+# What `use_backend` demands, in all threads, and the last of it, or None for the best.
+_demands: list[_Demand] = []
 _forced: str | None = None
+_lock = threading.Lock()
+
+
+class _Demand:
+    """Of one block."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 class Backend(NamedTuple):
@@ -63,6 +73,8 @@ def backends() -> list[Backend]:
 def use_backend(name: str) -> Iterator[None]:
     """Inside the block this back end computes RMSNorm and LayerNorm, in all threads; what it can't raises InputError.
 
+    Of blocks that are open at once the last one counts.
+
     Args:
         name: "triton", "cpu" or "reference".
 
@@ -74,18 +86,29 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with omninorm.use_backend("reference"):
         ...     y = omninorm.functional.rms_norm(torch.ones(3))
     """
-    global _forced
     known = {backend.name: backend for backend in backends()}
     if name not in known:
         raise ConfigError("the back end must exist", repr(name), f"choose one of {', '.join(known)}")
     if not known[name].available:
         raise ConfigError("the back end must be able to run here", f"{name!r}: {known[name].reason}", "choose another")
-    before, _forced = _forced, name
+    demand = _Demand(name)
+    _force(demand, True)
     try:
         with gpu.emulated() if name == "triton" and gpu.INTERPRETED else nullcontext():
             yield
     finally:
-        _forced = before
+        _force(demand, False)
+
+
+def _force(demand: _Demand, on: bool) -> None:
+    """Adds a demand or takes it back: threads may leave their blocks in another order than they entered them."""
+    global _forced
+    with _lock:
+        if on:
+            _demands.append(demand)
+        else:
+            _demands.remove(demand)
+        _forced = _demands[-1].name if _demands else None
 
 
 def is_plain_cpu(x: Any, gain: Any = None, bias: Any = None, eps: Any = None, gain_offset: Any = 0.0) -> bool:

@@ -88,6 +88,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and x + residual."""
+    residual = _other_than(residual, x)
     constants = eps if eps.__class__ is float else _eps(eps, x), gain_offset, ROUND_FIRST[cast]
     pair: tuple[Tensor, Tensor]
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight)):
@@ -101,6 +102,8 @@ def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, *, traced: bool = False
 ) -> Tensor:
     """As `reference.layer_norm_forward`."""
+    if bias is not None and bias is weight:
+        bias = _other_than(bias, weight)
     eps = eps if eps.__class__ is float else _eps(eps, x)
     y: Tensor
     if torch.is_grad_enabled() and (x.requires_grad or _learns(weight) or _learns(bias)):
@@ -117,6 +120,7 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and x + residual."""
+    residual, bias = _other_than(residual, x), None if bias is None else _other_than(bias, weight)
     eps = eps if eps.__class__ is float else _eps(eps, x)
     pair: tuple[Tensor, Tensor]
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight) or _learns(bias)):
@@ -124,6 +128,11 @@ def add_layer_norm(
     else:
         pair = _operators.add_layer_norm.default(x, residual, weight, bias, eps)
     return pair
+
+
+def _other_than(tensor: Tensor, first: Tensor | None) -> Tensor:
+    """The tensor as an object of its own: Dynamo takes none twice."""
+    return tensor.view_as(tensor) if tensor is first else tensor
 
 
 def _learns(gain: Tensor | None) -> bool:

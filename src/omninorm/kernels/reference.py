@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
@@ -191,7 +192,22 @@ def round_before_gain(normed: Tensor, dtype: torch.dtype, cast: str) -> Tensor:
     """
     if cast != "llama":
         return normed
-    return normed + (normed.to(dtype).to(normed.dtype) - normed).detach()
+    exact = normed.detach()
+    if is_compiling() and not torch.compiler.is_exporting():
+        rounded: Tensor = _rounded(exact, dtype)
+        return normed + (rounded - exact)
+    return normed + (exact.to(dtype).to(normed.dtype) - exact)
+
+
+@torch.library.custom_op("omninorm::rounded", mutates_args=())
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """To a narrower dtype and back, which the compiler would leave out if it saw it."""
+    return x.to(dtype).to(x.dtype)
+
+
+@_rounded.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x)
 
 
 # Autograd --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,14 +30,16 @@ def decayed_names(model: nn.Module) -> set[str]:
       rare gradients could restore them, and a smaller embedding means larger gradients through the first norm,
       whose Jacobian is inversely proportional to its input's size (OLMo 2, arXiv 2501.00656).
     """
-    spared = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, _SPARED)
-        for parameter in module.parameters(recurse=False)
-    }
+    spared = {id(parameter) for module in model.modules() if isinstance(module, _SPARED) for parameter in _own(module)}
     named = model.named_parameters()
     return {name for name, parameter in named if parameter.ndim >= 2 and id(parameter) not in spared}
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    """A module's parameters, also those from which torch.nn.utils.parametrize computes them."""
+    yield from module.parameters(recurse=False)
+    if isinstance(behind := module._modules.get("parametrizations"), nn.ModuleDict):
+        yield from behind.parameters()
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

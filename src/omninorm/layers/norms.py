@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from omninorm import functional
-from omninorm.config import CASTS, check_choice, check_count, check_number
+from omninorm.config import CASTS, LARGEST, check_choice, check_count, check_number
 from omninorm.errors import InputError
 from omninorm.kernels import reference
 from omninorm.layers.shape import flatten_features, flatten_gain, read_eps, read_shape
@@ -50,7 +50,7 @@ class RMSNorm(nn.RMSNorm):
         gain_offset: float = 0.0,
         cast: str = "fp32",
     ) -> None:
-        check_number("gain_offset", gain_offset)
+        check_number("gain_offset", gain_offset, at_least=-LARGEST, at_most=LARGEST)
         check_choice("cast", cast, CASTS)
         # Before the base class, whose constructor calls reset_parameters.
         self.gain_offset = float(gain_offset)

@@ -19,13 +19,13 @@ from torch import nn
 
 from omninorm.layers import LayerNorm, RMSNorm
 from omninorm.surgery.flow import trace
-from omninorm.surgery.fold import fold, plan_folds, settle_folds, untie, untie_head
+from omninorm.surgery.fold import fold, plan_folds, probe, settle_folds, undone_by_errors, untie, untie_head
 from omninorm.surgery.identify import Identity, identify
 from omninorm.surgery.linear import read_linear
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle
 from omninorm.surgery.streamed import StreamedMap
-from omninorm.surgery.verify import EXACT, in_double, probe_inputs, shadow
+from omninorm.surgery.verify import EXACT
 
 # mean² over mean square at a norm's input: rounding leaves about 1e-30 of it.
 _NO_MEAN = 1e-20
@@ -48,11 +48,10 @@ def center(
     Returns, raises: as `fold_gains`.
     """
     done = Surgery()
-    made = shadow(model)
-    untie_head(made, Surgery())
-    untie_head(model, done)
-    probes = probe_inputs(made) if inputs is None else [in_double(probe) for probe in inputs]
-    center_all(Probed(made, probes), model, done, new_biases, replace)
+    before = probe(model, inputs)
+    with undone_by_errors(done):
+        untie_head(model, done)
+        center_all(before, model, done, new_biases, replace)
     return done
 
 
@@ -107,7 +106,7 @@ def _fold_biases(
         done.refused[name] = "its bias can't be folded: something that is no linear map reads it, too"
     for name in accepted:
         if model is not None:
-            fold(model, name, plans[name], done)
+            fold(model, name, plans[name], done, before.model)
 
 
 def _center_writers(before: Probed, model: nn.Module | None, widths: set[int], done: Surgery) -> None:

@@ -8,6 +8,7 @@ stay LayerNorms.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -96,6 +97,7 @@ def convert(
     if not report.changed:
         why = next(iter(report.refused.items()), ("the model", "it has no such norms"))
         raise RunError(f"there must be something to {operation}", f"{why[0]}: {why[1]}", "see docs/surgery.md")
+    _check_proved(error)
     done = Conversion(operation, report.changed, report.refused, error, None)
     if target is None:
         return done
@@ -108,9 +110,10 @@ def convert(
         if operation != "swap":
             swap_norms(again)
         rounded = before.distance_to(Probed(again, probes))
+        _check_proved(rounded)
         done = replace(done, rounded=rounded)
         proof = {"format": FORMAT, **asdict(done), **written, "config": checkpoint.config}
-        write_file(folder / PROOF_FILE, (json.dumps(proof, indent=1, ensure_ascii=False) + "\n").encode())
+        write_file(folder / PROOF_FILE, (json.dumps(proof, indent=1, allow_nan=False) + "\n").encode())
     return done
 
 
@@ -183,6 +186,13 @@ def _probes(opened: StreamedModel) -> list[Any]:
         return [{"pixel_values": torch.randn(shape, generator=generator, dtype=torch.float64)}]
     remedy = "load it, and call omninorm.surgery with inputs=[…]"
     raise ConfigError("the model must take tokens or images alone", f"{type(model).__name__} takes {name}", remedy)
+
+
+def _check_proved(distance: float) -> None:
+    """Raises RunError for outputs that came out infinitely far apart."""
+    if not math.isfinite(distance):
+        remedy = "weights too large for their dtype do that: convert a copy in a wider one"
+        raise RunError("the outputs must be numbers before and after", "NaN or infinity", remedy)
 
 
 # Writing -----------------------------------------------------------------------------------------------------------
@@ -355,7 +365,11 @@ def _read_proof(folder: Path) -> dict[str, Any]:
         raise RunError(f"a converted folder has {PROOF_FILE}", f"none in {folder}", "name one that omninorm wrote")
     proof = read_json(folder / PROOF_FILE)
     wanted = {"config": dict, "added": list, "changed_tensors": list, "before_sha256": dict}
-    if proof.get("format") != FORMAT or any(not isinstance(proof.get(name), kind) for name, kind in wanted.items()):
+    whole = all(isinstance(proof.get(name), kind) for name, kind in wanted.items())
+    if whole:
+        hashes = proof["before_sha256"].values()
+        whole = all(isinstance(each, str) for each in (*proof["added"], *proof["changed_tensors"], *hashes))
+    if proof.get("format") != FORMAT or not whole:
         raise RunError(f"{PROOF_FILE} must be whole", str(folder / PROOF_FILE), "name a folder that omninorm wrote")
     return proof
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from omninorm.surgery.linear import LinearMap, read_linear
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle
 from omninorm.surgery.streamed import StreamedMap
-from omninorm.surgery.verify import in_double, probe_inputs, shadow
+from omninorm.surgery.verify import read_probes, shadow
 
 
 def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None, *, new_biases: bool = True) -> Surgery:
@@ -40,12 +42,28 @@ def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None, *, new_bia
         InputError: weights without values or quantized, or inputs that do not fit.
     """
     done = Surgery()
+    before = probe(model, inputs)
+    with undone_by_errors(done):
+        untie_head(model, done)
+        fold_all(before, model, done, new_biases)
+    return done
+
+
+def probe(model: nn.Module, inputs: Sequence[Any] | None) -> Probed:
+    """A copy in float64, with a head of its own, and what it returns for the inputs."""
     made = shadow(model)
     untie_head(made, Surgery())
-    untie_head(model, done)
-    probes = probe_inputs(made) if inputs is None else [in_double(probe) for probe in inputs]
-    fold_all(Probed(made, probes), model, done, new_biases)
-    return done
+    return Probed(made, read_probes(made, inputs))
+
+
+@contextmanager
+def undone_by_errors(done: Surgery) -> Iterator[None]:
+    """An error inside leaves the model as it was."""
+    try:
+        yield
+    except BaseException:
+        done.undo()
+        raise
 
 
 def fold_all(before: Probed, model: nn.Module | None, done: Surgery, new_biases: bool) -> None:
@@ -56,7 +74,7 @@ def fold_all(before: Probed, model: nn.Module | None, done: Surgery, new_biases:
         done.refused[name] = f"the outputs would change by {error:.1e}: something else reads it, too"
     for name, error in accepted.items():
         if model is not None:
-            fold(model, name, plans[name], done)
+            fold(model, name, plans[name], done, before.model)
         done.changed[name] = f"into {', '.join(plans[name])}"
         done.error = max(done.error, error)
     if not done.changed:
@@ -111,10 +129,12 @@ def _takes_bias(model: nn.Module, name: str) -> bool:
     return model.get_submodule(name)._parameters.get("bias") is not None
 
 
-def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery) -> None:
-    """Moves one norm's gain and bias into its readers."""
+def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery, shadow: nn.Module | None = None) -> None:
+    """Moves one norm's gain and bias into its readers. What they are is measured on the model's shadow, if there is
+    one: the user's own modules are not called, wherever they lie and whatever hangs on them."""
     norm = model.get_submodule(name)
-    identity = identify(norm)
+    measured = model if shadow is None else shadow
+    identity = identify(measured.get_submodule(name))
     assert isinstance(identity, Identity)
     gain = None if identity.gain is None else norm.get_parameter(identity.gain)
     bias = None if identity.bias is None else norm.get_parameter(identity.bias)
@@ -123,12 +143,12 @@ def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery) -> 
     for reader in readers:
         module = model.get_submodule(reader)
         untie(model, module, done)
-        found = read_linear(module)
+        found = read_linear(measured.get_submodule(reader))
         assert found is not None
         if isinstance(module, StreamedMap):
             module.scale(factor, shift, done)
         else:
-            _scale(found, factor, shift, done)
+            _scale(replace(found, module=module), factor, shift, done)
     with torch.no_grad():
         if gain is not None:
             done.keep(gain)

@@ -7,16 +7,24 @@ from typing import Any
 
 from torch import nn
 
+from omninorm.errors import InputError
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.verify import EXACT, distance, outputs
 
 
 class Probed:
-    """What a model returned for some probes; `distance` says how far it has come from that."""
+    """What a model returned for some probes; `distance` says how far it has come from that.
+
+    Raises:
+        InputError: it can't be called with them, or returns NaN.
+    """
 
     def __init__(self, model: nn.Module, probes: Sequence[Any]) -> None:
         self.model, self.probes = model, probes
         self.before = [outputs(model, probe) for probe in probes]
+        if any(bool(output.isnan().any()) for output in self.before):
+            remedy = "look for them with `omninorm inspect`, and restore an earlier checkpoint"
+            raise InputError("a model's outputs must be numbers to be compared", "NaN among them", remedy)
 
     def forget_model(self) -> None:
         """Keeps the outputs alone."""

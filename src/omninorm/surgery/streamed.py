@@ -264,7 +264,11 @@ def _renamed(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:  # transformers 4, whose names are the file's
         return {name: name for name in names}
-    steps = get_model_conversion_mapping(model)
+    try:
+        steps = get_model_conversion_mapping(model)
+    except TypeError as error:
+        received = repr(getattr(model.config, "model_type", None))
+        raise RunError("config.json must name a type of model", received, "download it again") from error
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     found = {}

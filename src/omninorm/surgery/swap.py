@@ -110,6 +110,8 @@ def build(found: Identity, module: nn.Module) -> nn.Module | str:
 
 
 def _replacement(module: nn.Module) -> nn.Module | str:
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, as accelerate's hooks do: remove them first"
     found = identify(module)
     if isinstance(found, Refusal):
         return found.reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,20 +50,27 @@ def verify(
         limit: the largest relative difference that counts as equal.
 
     Raises:
-        InputError: no inputs for a model without an embedding, or a model that can't be called with them.
+        InputError: no inputs, or none for a model without an embedding, a model that can't be called with them, or two
+            models with outputs of different shapes.
     """
     with torch.no_grad():
         one, other = shadow(before), shadow(after)
-    probes = probe_inputs(one) if inputs is None else [in_double(probe) for probe in inputs]
+    probes = read_probes(one, inputs)
     blocks: dict[str, float] = {}
     largest = size = 0.0
     for probe in probes:
         ours, our_blocks = _run(one, probe)
         theirs, their_blocks = _run(other, probe)
-        largest = max(largest, float((ours - theirs).abs().max()))
-        size = max(size, float(ours.abs().max()))
+        if ours.shape != theirs.shape:
+            received = f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
+            raise InputError(
+                "models that are compared must return one shape", received, "compare a model with its copy"
+            )
+        largest = max(largest, _gap(ours, theirs))
+        size = max(size, _size(ours))
         for name in our_blocks.keys() & their_blocks.keys():
-            blocks[name] = max(blocks.get(name, 0.0), distance(our_blocks[name], their_blocks[name]))
+            if our_blocks[name].shape == their_blocks[name].shape:
+                blocks[name] = max(blocks.get(name, 0.0), distance(our_blocks[name], their_blocks[name]))
     relative = largest / size if size else largest
     ordered = {name: blocks[name] for name, _ in one.named_modules() if name in blocks}
     return Verification(largest, relative, ordered, relative <= limit, limit)
@@ -98,6 +106,24 @@ def probe_inputs(model: nn.Module, seed: int = 0) -> list[Tensor]:
     return [torch.randint(0, table.num_embeddings, _TOKENS, generator=generator)]
 
 
+def read_probes(model: nn.Module, inputs: Sequence[Any] | None) -> list[Any]:
+    """The inputs in float64, or random tokens.
+
+    Raises:
+        InputError: there are none, or one is neither a tensor nor a dictionary.
+    """
+    if inputs is None:
+        return list(probe_inputs(model))
+    remedy = "pass a list of tensors, or of dictionaries of keyword arguments"
+    if isinstance(inputs, (Tensor, Mapping)) or not len(inputs):
+        received = "an empty list" if isinstance(inputs, Sequence) else f"a {type(inputs).__name__}"
+        raise InputError("inputs must be a list with at least one of them", received, remedy)
+    for probe in inputs:
+        if not isinstance(probe, (Tensor, Mapping)):
+            raise InputError("each of inputs must be a tensor or a dictionary", type(probe).__name__, remedy)
+    return [in_double(probe) for probe in inputs]
+
+
 def in_double(probe: Any) -> Any:
     """Floating-point probes as the shadow's weights are."""
     if isinstance(probe, Tensor):
@@ -122,16 +148,26 @@ def outputs(model: nn.Module, probe: Any) -> Tensor:
         found = getattr(found, name, found)
     if isinstance(found, (tuple, list)) and found:
         found = found[0]
-    if not isinstance(found, Tensor):
-        raise InputError("the model must return a tensor, or logits", f"a {type(found).__name__}", remedy)
+    if not isinstance(found, Tensor) or not found.numel():
+        received = "an empty tensor" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise InputError("the model must return a tensor, or logits", received, remedy)
     return found.double()
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference over the largest value."""
-    size = float(a.abs().max())
-    gap = float((a - b).abs().max())
+    """The largest difference over the largest value; infinite where one of them is NaN."""
+    size, gap = _size(a), _gap(a, b)
     return gap / size if size else gap
+
+
+def _size(a: Tensor) -> float:
+    """The largest of the finite values."""
+    return float(a.abs().nan_to_num(0.0, 0.0).max()) if a.numel() else 0.0
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """The largest difference: none between equal infinities, an infinite one to or from NaN, even of two."""
+    return float((a - b).abs().masked_fill(a == b, 0.0).nan_to_num(math.inf, math.inf).max()) if a.numel() else 0.0
 
 
 def _run(model: nn.Module, probe: Any) -> tuple[Tensor, dict[str, Tensor]]:

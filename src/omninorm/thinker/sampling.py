@@ -67,6 +67,7 @@ def keep_probable(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
         probabilities = ordered.softmax(dim=-1)
         # A token stays while those before it do not reach top_p; the first always does.
         surplus = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        surplus[..., 0] = False  # even where float32 has no number as small as top_p
         logits = logits.masked_fill(torch.zeros_like(surplus).scatter(-1, order, surplus), -math.inf)
     return logits
 

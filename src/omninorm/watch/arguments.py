@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ def read_optimizers(
     """The optimizers as a tuple."""
     if optimizer is None:
         return ()
+    remedy = "pass a torch.optim.Optimizer, several, or None"
+    if not isinstance(optimizer, Iterable) and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError("watch needs optimizers of torch", type(optimizer).__name__, remedy)
     found = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
     for item in found:
         if not isinstance(item, torch.optim.Optimizer):
-            remedy = "pass a torch.optim.Optimizer, several, or None"
             raise ConfigError("watch needs optimizers of torch", type(item).__name__, remedy)
     return found
 
@@ -33,7 +36,7 @@ def check_places(folder: object, scaler: object, sinks: Sequence[object]) -> Non
         raise ConfigError("folder must be a path or None", repr(folder), 'pass e.g. "runs/mine"')
     if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
         raise ConfigError("scaler must be a GradScaler or None", repr(scaler), "pass the torch.amp.GradScaler")
-    for sink in [sinks] if isinstance(sinks, str) else sinks:
+    for sink in sinks if isinstance(sinks, Iterable) and not isinstance(sinks, str) else [sinks]:
         if not all(callable(getattr(sink, name, None)) for name in ("log", "alarm", "close")):
             remedy = "pass e.g. [TensorBoard(folder)], from omninorm.watch.sinks"
             raise ConfigError("each of sinks must have log, alarm and close", repr(sink), remedy)
@@ -69,7 +72,7 @@ def read_loss(loss: Tensor | float | None) -> Tensor | None:
         return None
     if isinstance(loss, Tensor) and loss.numel() > 0 and not loss.is_complex():
         return loss.detach()
-    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+    if isinstance(loss, Real) and not isinstance(loss, bool):  # NumPy's numbers, too
         return torch.tensor(float(loss))
     received = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
     raise InputError("the loss must be a real tensor, a number or None", received, "pass the loss of the step")

@@ -88,6 +88,14 @@ class Hook:
         return Hook, (do_nothing,)
 
 
+class QuietHook(Hook):
+    """One that graphs leave out."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
 def do_nothing(*args: Any) -> None:
     """What is left of a hook."""
 
@@ -139,10 +147,10 @@ class Hooks:
     def detach(self) -> None:
         """Removes every hook."""
         self.rest()
-        self._open.close()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._open.close()
 
     def rest(self) -> None:
         """Ends a step; clears what an exception in a forward pass may have left."""
@@ -223,10 +231,8 @@ class Hooks:
         root = self._structure.model
         if self._compiled:
             # A compiled model calls its own hooks outside of its graph; each would become a graph of its own.
-            for hook in (before, after):
-                quiet = torch.compiler.disable(Hook(hook).__call__)  # type: ignore[no-untyped-call]
-                register = root.register_forward_pre_hook if hook is before else root.register_forward_hook
-                self._handles.append(register(quiet))
+            self._handles.append(root.register_forward_pre_hook(QuietHook(before)))
+            self._handles.append(root.register_forward_hook(QuietHook(after)))
             return
         self._hang(root, before, after)
 

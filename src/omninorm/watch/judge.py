@@ -43,6 +43,10 @@ class Judge:
     """
 
     def __init__(self, rules: Iterable[Rule] | None = None) -> None:
+        if rules is not None and not isinstance(rules, Iterable):
+            raise ConfigError(
+                "rules must be a list of rules", type(rules).__name__, "pass e.g. [*default_rules(), Mine()]"
+            )
         self.rules = default_rules() if rules is None else list(rules)
         self._check()
         self._order = {rule.name: place for place, rule in enumerate(self.rules)}

@@ -24,9 +24,21 @@ class Ear(NamedTuple):
     softmax: Callable[[Any, Any], None]
 
 
-_SDPA = F.scaled_dot_product_attention
-_SOFTMAX = (("softmax", torch), ("softmax", F), ("softmax", Tensor))
+class _Wrapped(NamedTuple):
+    """`ours` stands as `owner.name` in the place of `before`; `own`: which stood there itself, not in a base class."""
+
+    owner: Any
+    name: str
+    before: Any
+    own: bool
+    ours: Any
+
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_SOFTMAX = (torch, F, Tensor)
 _ears: list[Ear] = []
+_wrapped: list[_Wrapped] = []
+_period = 0  # wrappers of an earlier one, which somebody else's may still call, are deaf
 _depth = 0  # the softmax of torch.nn.functional calls that of Tensor
 
 
@@ -45,36 +57,47 @@ def listening(ear: Ear) -> Iterator[None]:
 
 
 def _wrap() -> None:
-    F.scaled_dot_product_attention = _heard_attention
-    for name, owner in _SOFTMAX:
-        setattr(owner, name, _heard_softmax(getattr(owner, name)))
+    _put(F, "scaled_dot_product_attention", _heard_attention)
+    for owner in _SOFTMAX:
+        _put(owner, "softmax", _heard_softmax)
+
+
+def _put(owner: Any, name: str, heard: Callable[[Any, int], Any]) -> None:
+    before = getattr(owner, name)  # the user's own, where there is one
+    ours = heard(before, _period)
+    _wrapped.append(_Wrapped(owner, name, before, name in vars(owner), ours))
+    setattr(owner, name, ours)
 
 
 def _unwrap() -> None:
-    F.scaled_dot_product_attention = _SDPA
-    torch.softmax, F.softmax = torch.softmax.__wrapped__, F.softmax.__wrapped__  # type: ignore[attr-defined]
-    del Tensor.softmax  # which uncovers the one of its base class
+    global _period
+    _period += 1
+    while _wrapped:
+        owner, name, before, own, ours = _wrapped.pop()
+        if vars(owner).get(name) is not ours:
+            continue  # somebody has put another in its place, which stays
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)  # which uncovers the one of its base class
 
 
-def _heard_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    for ear in _ears:
-        ear.attention(query, key, attn_mask, is_causal, scale)
-    return _SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+def _heard_attention(original: Any, period: int) -> Any:
+    def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+        if _period == period and "query" in given and "key" in given:
+            rest = given.get("attn_mask"), given.get("is_causal", False), given.get("scale")
+            for ear in _ears:
+                ear.attention(given["query"], given["key"], *rest)
+        return original(*args, **kwargs)
+
+    return scaled_dot_product_attention
 
 
-def _heard_softmax(original: Any) -> Any:
+def _heard_softmax(original: Any, period: int) -> Any:
     def softmax(*args: Any, **kwargs: Any) -> Any:
         global _depth
-        if is_compiling() or _depth:
+        if is_compiling() or _depth or _period != period:
             return original(*args, **kwargs)
         _depth += 1
         try:
@@ -85,5 +108,4 @@ def _heard_softmax(original: Any) -> Any:
         finally:
             _depth -= 1
 
-    softmax.__wrapped__ = original  # type: ignore[attr-defined]
     return softmax

@@ -6,6 +6,7 @@ import datetime
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -140,15 +141,19 @@ class Watch:
         """Judges what is pending, removes every hook and closes the record. A second call does nothing."""
         if self._output is None or self._hooks is None:
             return
-        self.flush()
-        self._hooks.detach()
+        with ExitStack() as last:  # from the end: each happens even if those before it fail
+            last.callback(self._to_sinks, lambda sink: sink.close())
+            last.callback(self._output.close)
+            last.callback(self._output.append, {"kind": "end", "step": self._done, "reason": reason})
+            last.callback(self._let_go)
+            last.callback(self._hooks.detach)
+            self.flush()
+
+    def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._hooks = None
         _watched.discard(self._model)
-        self._output.append({"kind": "end", "step": self._done, "reason": reason})
-        self._output.close()
-        self._to_sinks(lambda sink: sink.close())
 
     # Steps ------------------------------------------------------------------------------------------------------------
 

@@ -1,11 +1,13 @@
 """The engine with real worker processes: order does not matter, failures are kept, nothing is run twice."""
 
+import datetime
 import json
+import math
 from pathlib import Path
 
 import pytest
 
-from omninorm.errors import RunError
+from omninorm.errors import ConfigError, RunError
 from omninorm.experiments.compare import ComparePlan, parse_plan
 from omninorm.experiments.compare.engine import Engine
 from omninorm.experiments.compare.estimate import estimate_seconds, longest_first
@@ -125,6 +127,27 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, text: Path) ->
         Store.create(tmp_path, plan(text))
     with pytest.raises(RunError, match=r"plan\.json"):
         Store.open(tmp_path)
+
+
+def test_a_plan_that_json_can_not_hold_leaves_no_folder(tmp_path: Path, text: Path) -> None:
+    for value in (datetime.date(2020, 1, 1), math.inf):
+        with pytest.raises(ConfigError, match="finite numbers, words or lists"):
+            Store.create(tmp_path / "odd", plan(text, vary={"schedule": [value]}))
+    assert not (tmp_path / "odd").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [("cells", "{}"), ("cells", "[]"), ("cells", '{"outcome": 3}'), ("clock", "3"), ("failed", '{"why": 3}')],
+)
+def test_a_damaged_cell_is_named(tmp_path: Path, text: Path, kind: str, content: str) -> None:
+    chosen = plan(text)
+    store = Store.create(tmp_path / "run", chosen)
+    (cell, *_) = chosen.cells().values()
+    (tmp_path / "run" / kind / f"{cell.id}.json").write_text(content)
+    read = {"cells": store.outcome, "clock": store.clock, "failed": lambda cell: store.failures()}[kind]
+    with pytest.raises(RunError, match=f"{cell.id}.*delete it"):
+        read(cell)
 
 
 def test_the_estimate_grows_with_the_work(text: Path) -> None:

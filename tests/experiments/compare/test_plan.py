@@ -1,5 +1,6 @@
 """Plans: from files to cells, and what is said of bad ones."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,8 @@ def test_without_a_norm_there_is_nothing_to_place() -> None:
         (study(placement=["none"]), "an empty grid"),
         (study(vary={"qk_norm": []}), "an empty grid"),
         (study(seeds=0), "studies.0.seeds"),
+        (study(margin=math.inf), "studies.0.margin"),
+        (study(lr=[math.nan]), "studies.0.lr"),
         (study(depths=[3]), "studies.0.depths"),
         (study(protocol="guess"), "studies.0.protocol"),
         ({"studies": [*study()["studies"], *study()["studies"]]}, "names of their own"),  # type: ignore[misc]
@@ -94,6 +97,8 @@ def test_settings_are_checked_before_anything_runs() -> None:
         ("p.yaml", "a: [1", "well-formed"),
         ("p.toml", "a = ", "well-formed"),
         ("p.json", "{", "well-formed"),
+        ("p.json", "[" * 100_000, "well-formed"),
+        ("p.yaml", "[" * 100_000, "well-formed"),
         ("p.yaml", "!!python/object/apply:os.system ['true']", "well-formed"),
         ("p.txt", "", "a plan ends in"),
     ],

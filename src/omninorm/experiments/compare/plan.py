@@ -38,7 +38,7 @@ _MOST_CELLS = 10_000
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Study(_Strict):
@@ -192,7 +192,7 @@ def read_plan(path: Path) -> ComparePlan:
         return parse_plan(readers[path.suffix](path.read_text(encoding="utf-8")), str(path))
     except OSError as error:
         raise ConfigError("a plan's file must be readable", f"{path} ({error.strerror})", "check the path") from error
-    except (yaml.YAMLError, tomllib.TOMLDecodeError, ValueError) as error:
+    except (yaml.YAMLError, tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         said = " ".join(str(error).split())

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omninorm.errors import RunError
+from omninorm.errors import ConfigError, RunError
 from omninorm.experiments.compare.cells import Cell, Measurement
 from omninorm.experiments.compare.plan import ComparePlan, parse_plan
 from omninorm.record.files import remove_temporaries, write_file, writing
@@ -34,16 +34,17 @@ class Store:
 
         Raises:
             RunError: it has something in it, or can't be written.
+            ConfigError: the plan has values that JSON has no words for.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             remedy = "choose another folder, or go on with --resume"
             raise RunError("a new comparison needs an empty or a new folder", str(path), remedy)
-        store = cls(path)
+        store, content = cls(path), _plan_as_json(plan)
         with writing(path):
             for name in (_CELLS, _CLOCK, _FAILED):
                 (path / name).mkdir(parents=True, exist_ok=True)
             # Last, since it is what makes the folder a comparison.
-            write_file(path / PLAN_FILE, to_json(plan.model_dump()))
+            write_file(path / PLAN_FILE, content)
         return store
 
     @classmethod
@@ -86,24 +87,40 @@ class Store:
         path = self.path / _CELLS / f"{cell.id}.json"
         if not path.exists():
             return None
-        outcome: Mapping[str, Any] = self._read(path, "a cell's file must be whole")["outcome"]
+        outcome: Mapping[str, Any] = self._read_cell(path, "outcome", dict)
         return outcome
 
     def clock(self, cell: Cell) -> Mapping[str, Any]:
         path = self.path / _CLOCK / f"{cell.id}.json"
-        clock: Mapping[str, Any] = self._read(path, "a cell's file must be whole") if path.exists() else {}
+        clock: Mapping[str, Any] = self._read_cell(path) if path.exists() else {}
         return clock
 
     def failures(self) -> dict[str, str]:
         """Why cells have no outcome, by id."""
         found = sorted((self.path / _FAILED).glob("*.json"))
-        return {path.stem: self._read(path, "a cell's file must be whole")["why"] for path in found}
+        return {path.stem: self._read_cell(path, "why", str) for path in found}
+
+    def _read_cell(self, path: Path, name: str | None = None, kind: type = object) -> Any:
+        """An object from a cell's file, or one of its values."""
+        found = self._read(path, "a cell's file must be whole")
+        if not isinstance(found, dict) or (name is not None and not isinstance(found.get(name), kind)):
+            remedy = "delete it, and --resume runs that cell again"
+            raise RunError("a cell's file must be whole", f"another content in {path}", remedy)
+        return found if name is None else found[name]
 
     def _read(self, path: Path, invariant: str) -> Any:
         try:
             return json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(invariant, f"{error} at {path}", "name a folder that `omninorm compare` wrote") from error
+
+
+def _plan_as_json(plan: ComparePlan) -> bytes:
+    try:
+        return to_json(plan.model_dump())
+    except (TypeError, ValueError) as error:
+        remedy = "write it as a number, or in quotation marks"
+        raise ConfigError("a plan's values must be finite numbers, words or lists", str(error), remedy) from error
 
 
 def to_json(value: Any) -> bytes:

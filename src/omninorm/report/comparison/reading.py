@@ -112,10 +112,16 @@ class _Results(BaseModel):
     failures: dict[str, str]
 
 
+class _Clock(BaseModel):
+    """Of a run only how long it took is told."""
+
+    seconds: Number = None
+
+
 class _Timings(BaseModel):
     format: int
     claims: list[Card] = Field(default_factory=list)
-    cells: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    cells: dict[str, _Clock] = Field(default_factory=dict)
 
 
 class Comparison(BaseModel):
@@ -153,9 +159,10 @@ def read_comparison(path: Path) -> Comparison:
     """
     results = _read(path / RESULTS_FILE, _Results)
     timings = _read(path / TIMINGS_FILE, _Timings)
-    order = {str(name): at for at, name in enumerate(results.plan.get("claims", []))}
+    named = results.plan.get("claims")
+    order = {str(name): at for at, name in enumerate(named if isinstance(named, list) else [])}
     claims = sorted([*results.claims, *timings.claims], key=lambda card: order.get(card.id, len(order)))
-    seconds = [cell["seconds"] for cell in timings.cells.values() if isinstance(cell.get("seconds"), (int, float))]
+    seconds = [cell.seconds for cell in timings.cells.values() if cell.seconds is not None]
     return Comparison(
         title=str(results.plan.get("title", "Comparison")),
         plan=results.plan,
