@@ -49,7 +49,7 @@ BAD = {
     "eps beyond every float": ({"norm_eps": 10**400}, "but got 1000000000"),
     "eps a string": ({"norm_eps": "1e-6"}, "but got '1e-6'"),
     "eps a bool": ({"norm_eps": True}, "but got True"),
-    "an offset that is NaN": ({"gain_offset": float("nan")}, "gain_offset must be a finite number, but got nan"),
+    "an offset that is NaN": ({"gain_offset": float("nan")}, "gain_offset must be a finite number ≥ -3.4e+38 and ≤ 3.4e+38, but got nan"),
     "mix_fraction above 1": ({"norm_placement": "mix", "mix_fraction": 1.5}, "mix_fraction must be a finite number ≥ 0 and ≤ 1, but got 1.5"),
     "a residual scale of 0": ({"norm_placement": "keel", "residual_scale": 0}, "residual_scale must be a finite number > 0, but got 0"),
     "qk_norm as a number": ({"qk_norm": 1}, "qk_norm must be true, false or None, but got 1"),
