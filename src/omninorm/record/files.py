@@ -33,9 +33,14 @@ def writing(path: Path) -> Iterator[None]:
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name beside it, makes it durable, and renames it.
 
+    A pipe or a character device, such as /dev/null, is written to: a rename would put a file in its place.
+
     Raises:
         OSError: the disk is full or the folder can't be written; then neither name is left behind.
     """
+    if path.exists() and (path.is_fifo() or path.is_char_device()):
+        path.write_bytes(content)
+        return
     partial = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         write_durably(partial, content)
