@@ -143,6 +143,7 @@ def test_markdown_has_the_same(tmp_path: Path) -> None:
         (changed("format", to=1), "results have format 2, but got 1"),
         (changed("claims", 0, "conditions", 0, "mean", to="high"), "claims.0.conditions.0.mean"),
         (changed("studies", 0, "configurations", to=3), "studies.0.configurations"),
+        (changed("plan", to=3), "plan in"),
         ({}, "results have format 2"),
         ([], "results have format 2"),  # type: ignore[list-item]
     ],
@@ -150,6 +151,13 @@ def test_markdown_has_the_same(tmp_path: Path) -> None:
 def test_damaged_files_are_refused(tmp_path: Path, results: dict, said: str) -> None:
     with pytest.raises(RunError, match=re.escape(said)):
         read_comparison(write(tmp_path, results))
+
+
+def test_claims_that_are_no_list_and_times_beyond_a_float(tmp_path: Path) -> None:
+    results = changed("plan", "claims", to=3)
+    assert read_comparison(write(tmp_path, results)).claims
+    with pytest.raises(RunError, match="seconds"):
+        read_comparison(write(tmp_path, RESULTS, {**TIMINGS, "cells": {"a": {"seconds": 10**400}}}))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
