@@ -200,6 +200,11 @@ def check_gain(name: str, gain: Tensor | None, x: Tensor) -> None:
     if gain.shape != x.shape[-1:]:
         received = f"{tuple(gain.shape)} for x of shape {tuple(x.shape)}"
         raise InputError(f"{name} must have shape ({x.shape[-1]},), x's last dimension", received, "make them agree")
+    check_device(name, gain, x)
+
+
+def check_device(name: str, gain: Tensor, x: Tensor) -> None:
+    """Raises InputError unless `gain` is where `x` is."""
     if gain.device != x.device:
         received = f"{gain.device} and {x.device}"
         raise InputError(f"{name} and x must be on one device", received, f"move one, e.g. {name}.to(x.device)")

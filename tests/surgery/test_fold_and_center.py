@@ -287,12 +287,14 @@ def test_an_error_in_the_middle_undoes_what_was_done(monkeypatch: pytest.MonkeyP
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_the_users_own_modules_are_not_called() -> None:
+@pytest.mark.parametrize("operation", [fold_gains, center])
+def test_the_users_own_modules_are_not_called(operation: Any) -> None:
     """They may lie on a device where the probes do not, and hooks hang on them."""
     model = nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 8))
     model[1].weight.data.uniform_(0.5, 2)
     called = []
     for module in model:
         module.register_forward_hook(lambda module, args, output: called.append(module))
-    assert fold_gains(model).changed
-    assert not [module for module in called if any(module is own for own in model)]
+    own = list(model)
+    assert operation(model).changed
+    assert not [module for module in called if any(module is each for each in own)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from omninorm.errors import ConfigError
 from omninorm.watch import watch
+from omninorm.watch.attention import AttentionSite
 
 WIDTH = 8
 
@@ -95,7 +96,9 @@ def test_a_kernel_of_the_users_own_is_used_and_stays(monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_put_in_the_place_of_ours_stays_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention, own = F.scaled_dot_product_attention, [torch.softmax, F.softmax]
+    attention, softmax = F.scaled_dot_product_attention, F.softmax
+    for owner, name in ((F, "scaled_dot_product_attention"), (torch, "softmax")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # to be put back at the end, whatever comes
     model = attending()
     with watch(model, every=1, rules=[]):
         ours = F.scaled_dot_product_attention
@@ -108,17 +111,18 @@ def test_what_is_put_in_the_place_of_ours_stays_and_nothing_else(monkeypatch: py
             monkeypatch.setattr(owner, name, theirs)
     assert F.scaled_dot_product_attention is theirs
     assert torch.softmax is theirs
-    assert F.softmax is own[1]
+    assert F.softmax is softmax
     assert "softmax" not in vars(Tensor)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     # another watch hears each attention once, although what was put there still calls the wrapper of the first
+    heard, see = [], AttentionSite.see
+    monkeypatch.setattr(AttentionSite, "see", lambda site, *seen: heard.append(site) or see(site, *seen))
     with watch(model, every=1, rules=[]) as watched:
         y = model(torch.ones(4, 5, 3))
         y.square().mean().backward()
         watched.step(y.mean())
     assert watched.history.samples[0].signals["attention_entropy"][0] is not None
-    monkeypatch.undo()
-    torch.softmax, F.scaled_dot_product_attention = own[0], attention
+    assert len(heard) == 2
 
 
 def test_a_record_that_can_not_be_ended_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:

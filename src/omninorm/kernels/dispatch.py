@@ -31,16 +31,9 @@ TRACED = (*PLAIN, FakeTensor)  # torch.export without Dynamo shows these
 CPU_RUNS = not cpu.unavailable()
 
 # What `use_backend` demands, in all threads, and the last of it, or None for the best.
-_demands: list[_Demand] = []
+_demands: dict[object, str] = {}
 _forced: str | None = None
 _lock = threading.Lock()
-
-
-class _Demand:
-    """Of one block."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
 
 
 class Backend(NamedTuple):
@@ -91,24 +84,24 @@ def use_backend(name: str) -> Iterator[None]:
         raise ConfigError("the back end must exist", repr(name), f"choose one of {', '.join(known)}")
     if not known[name].available:
         raise ConfigError("the back end must be able to run here", f"{name!r}: {known[name].reason}", "choose another")
-    demand = _Demand(name)
-    _force(demand, True)
+    block = object()
+    _demand(block, name)
     try:
         with gpu.emulated() if name == "triton" and gpu.INTERPRETED else nullcontext():
             yield
     finally:
-        _force(demand, False)
+        _demand(block, None)
 
 
-def _force(demand: _Demand, on: bool) -> None:
-    """Adds a demand or takes it back: threads may leave their blocks in another order than they entered them."""
+def _demand(block: object, name: str | None) -> None:
+    """What a block demands, or None at its end: threads may leave theirs in another order than they entered them."""
     global _forced
     with _lock:
-        if on:
-            _demands.append(demand)
+        if name is None:
+            del _demands[block]
         else:
-            _demands.remove(demand)
-        _forced = _demands[-1].name if _demands else None
+            _demands[block] = name
+        _forced = next(reversed(_demands.values()), None)
 
 
 def is_plain_cpu(x: Any, gain: Any = None, bias: Any = None, eps: Any = None, gain_offset: Any = 0.0) -> bool:

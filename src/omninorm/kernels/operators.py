@@ -7,7 +7,7 @@ C++ library defines the names where it was built, this module where it was not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from omninorm.kernels.autograd import (
     RMSNormFunction,
     rows_per_block,
 )
+
+_MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
 
 _RMS = "Tensor? weight, float eps, float gain_offset=0.0, bool round_first=False"
 _LAYER = "Tensor? weight, Tensor? bias, float eps"
@@ -102,8 +104,7 @@ def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, *, traced: bool = False
 ) -> Tensor:
     """As `reference.layer_norm_forward`."""
-    if bias is not None and bias is weight:
-        bias = _other_than(bias, weight)
+    bias = _other_than(bias, weight)
     eps = eps if eps.__class__ is float else _eps(eps, x)
     y: Tensor
     if torch.is_grad_enabled() and (x.requires_grad or _learns(weight) or _learns(bias)):
@@ -120,7 +121,7 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and x + residual."""
-    residual, bias = _other_than(residual, x), None if bias is None else _other_than(bias, weight)
+    residual, bias = _other_than(residual, x), _other_than(bias, weight)
     eps = eps if eps.__class__ is float else _eps(eps, x)
     pair: tuple[Tensor, Tensor]
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight) or _learns(bias)):
@@ -130,9 +131,9 @@ def add_layer_norm(
     return pair
 
 
-def _other_than(tensor: Tensor, first: Tensor | None) -> Tensor:
+def _other_than(tensor: _MaybeTensor, first: Tensor | None) -> _MaybeTensor:
     """The tensor as an object of its own: Dynamo takes none twice."""
-    return tensor.view_as(tensor) if tensor is first else tensor
+    return tensor if tensor is None or tensor is not first else tensor.view_as(tensor)
 
 
 def _learns(gain: Tensor | None) -> bool:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.config import check_number
-from omninorm.errors import InputError
-from omninorm.functional import check_rows
+from omninorm.functional import check_device, check_rows
 from omninorm.kernels.reference import compute_dtype
 from omninorm.layers.shape import flatten_features, read_shape
 
@@ -52,12 +51,8 @@ class Pointwise(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         flatten_features(x, self.normalized_shape)
         check_rows(x)
+        check_device("weight", self.weight, x)
         wide = x.to(compute_dtype(x.dtype))
-        if self.weight.device != x.device:
-            received = f"{self.weight.device} and {x.device}"
-            raise InputError(
-                "weight and x must be on one device", received, "move one, e.g. the module by .to(x.device)"
-            )
         y = self.weight.to(wide.dtype) * self.squash(wide) + self.bias.to(wide.dtype)
         return y.to(x.dtype)
 

@@ -72,9 +72,10 @@ def center_all(before: Probed, model: nn.Module | None, done: Surgery, new_biase
         if shares[name] > _NO_MEAN:
             done.refused[name] = f"its input keeps a mean, up to {shares[name]:.1e} of its mean square"
             continue
-        _replace(made, name, replaced)
+        identity = identify(norms[name])
+        _replace(made, name, identity, replaced)
         if replace and model is not None:
-            _replace(model, name, done)
+            _replace(model, name, identity, done)
         done.changed[name] = "LayerNorm → RMSNorm" if replace else "LayerNorm that equals RMSNorm"
     done.error = before.distance()
     if not replace:
@@ -209,11 +210,10 @@ def _untie_readers(model: nn.Module, embedding: nn.Module, done: Surgery) -> Non
             untie(model, module, done)
 
 
-def _replace(model: nn.Module, name: str, done: Surgery) -> None:
-    """Puts an RMSNorm with the same gain in a LayerNorm's place."""
+def _replace(model: nn.Module, name: str, found: object, done: Surgery) -> None:
+    """Puts an RMSNorm with the same gain in the place of a LayerNorm that was found to be this."""
     parent, _, child = name.rpartition(".")
     before = model.get_submodule(name)
-    found = identify(before)
     assert isinstance(found, Identity)
     assert found.width is not None
     gain = None if found.gain is None else before.get_parameter(found.gain)

@@ -86,7 +86,7 @@ def settle_folds(before: Probed, plans: Mapping[str, Sequence[str]]) -> tuple[di
 
     def attempt(names: Sequence[str], trial: Surgery) -> float:
         for name in names:
-            fold(before.model, name, plans[name], trial)
+            fold(before.model, name, plans[name], trial, before.model)
         return before.distance()
 
     return settle(list(plans), attempt)
@@ -129,11 +129,10 @@ def _takes_bias(model: nn.Module, name: str) -> bool:
     return model.get_submodule(name)._parameters.get("bias") is not None
 
 
-def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery, shadow: nn.Module | None = None) -> None:
-    """Moves one norm's gain and bias into its readers. What they are is measured on the model's shadow, if there is
-    one: the user's own modules are not called, wherever they lie and whatever hangs on them."""
+def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery, measured: nn.Module) -> None:
+    """Moves one norm's gain and bias into its readers. What they are is measured on the model's shadow, which may be
+    the model: the user's own modules are not called, wherever they lie and whatever hangs on them."""
     norm = model.get_submodule(name)
-    measured = model if shadow is None else shadow
     identity = identify(measured.get_submodule(name))
     assert isinstance(identity, Identity)
     gain = None if identity.gain is None else norm.get_parameter(identity.gain)

@@ -53,10 +53,10 @@ def read_linear(module: nn.Module) -> LinearMap | None:
         if bias is not None and bias.shape != (outputs,):
             continue
         x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
+        x = x.to(weight.device)
+        expected = x @ (weight if transposed else weight.T) + (0 if bias is None else bias)
         try:
             with torch.no_grad():
-                x = x.to(weight.device)
-                expected = x @ (weight if transposed else weight.T) + (0 if bias is None else bias)
                 y = module(x)
         except Exception:  # the other orientation, or no linear map
             continue

@@ -20,12 +20,10 @@ def read_optimizers(
     """The optimizers as a tuple."""
     if optimizer is None:
         return ()
-    remedy = "pass a torch.optim.Optimizer, several, or None"
-    if not isinstance(optimizer, Iterable) and not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError("watch needs optimizers of torch", type(optimizer).__name__, remedy)
-    found = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
+    found = tuple(optimizer) if isinstance(optimizer, Iterable) else (optimizer,)
     for item in found:
         if not isinstance(item, torch.optim.Optimizer):
+            remedy = "pass a torch.optim.Optimizer, several, or None"
             raise ConfigError("watch needs optimizers of torch", type(item).__name__, remedy)
     return found
 
