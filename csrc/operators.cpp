@@ -1,6 +1,6 @@
 // The operators of the CPU back end, on PyTorch's stable ABI: they check, allocate, divide the rows among PyTorch's
 // threads, and leave the arithmetic to kernels.h. Python calls them through kernels/operators.py, where the meta
-// kernels are; the derivatives are in kernels/autograd.py.
+// kernels are; the derivatives are in kernels/autograd.py and kernels/exported.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -442,14 +442,19 @@ STABLE_TORCH_LIBRARY(omninorm, m) {
   "(Tensor dy, Tensor? dtotal, Tensor x, Tensor mean, Tensor scale, " LAYER ", bool gains_wanted=True)"
   m.def("rms_norm(Tensor x, " RMS ") -> Tensor");
   m.def("rms_norm_forward(Tensor x, " RMS ") -> (Tensor y, Tensor scale)");
+  m.def("rms_norm_autograd(Tensor x, " RMS ") -> (Tensor y, Tensor scale)");
   m.def("add_rms_norm(Tensor x, Tensor residual, " RMS ") -> (Tensor y, Tensor total)");
   m.def("add_rms_norm_forward(Tensor x, Tensor residual, " RMS ") -> (Tensor y, Tensor total, Tensor scale)");
+  m.def("add_rms_norm_autograd(Tensor x, Tensor residual, " RMS ") -> (Tensor y, Tensor total, Tensor scale)");
   m.def("rms_norm_backward" RMS_BACKWARD " -> (Tensor dx, Tensor dweight)");
   m.def("rms_norm_backward_blocks" RMS_BACKWARD " -> (Tensor dx, Tensor dweight, Tensor blocks)");
   m.def("layer_norm(Tensor x, " LAYER ") -> Tensor");
   m.def("layer_norm_forward(Tensor x, " LAYER ") -> (Tensor y, Tensor mean, Tensor scale)");
+  m.def("layer_norm_autograd(Tensor x, " LAYER ") -> (Tensor y, Tensor mean, Tensor scale)");
   m.def("add_layer_norm(Tensor x, Tensor residual, " LAYER ") -> (Tensor y, Tensor total)");
   m.def("add_layer_norm_forward(Tensor x, Tensor residual, " LAYER ")"
+        " -> (Tensor y, Tensor total, Tensor mean, Tensor scale)");
+  m.def("add_layer_norm_autograd(Tensor x, Tensor residual, " LAYER ")"
         " -> (Tensor y, Tensor total, Tensor mean, Tensor scale)");
   m.def("layer_norm_backward" LAYER_BACKWARD " -> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def("layer_norm_backward_blocks" LAYER_BACKWARD " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor blocks)");
@@ -469,4 +474,10 @@ STABLE_TORCH_LIBRARY_IMPL(omninorm, CPU, m) {
   IMPLEMENT(add_layer_norm_forward);
   IMPLEMENT(layer_norm_backward);
   IMPLEMENT(layer_norm_backward_blocks);
+  // The same by the names that exported programs call: kernels/exported.py.
+#define IMPLEMENT_AUTOGRAD(name) m.impl(#name "_autograd", TORCH_BOX(&name##_forward))
+  IMPLEMENT_AUTOGRAD(rms_norm);
+  IMPLEMENT_AUTOGRAD(add_rms_norm);
+  IMPLEMENT_AUTOGRAD(layer_norm);
+  IMPLEMENT_AUTOGRAD(add_layer_norm);
 }

@@ -36,12 +36,16 @@ def translations() -> dict[Any, Callable[..., Any]]:
     return {
         names.rms_norm.default: _rms_norm,
         names.rms_norm_forward.default: _rms_norm_forward,
+        names.rms_norm_autograd.default: _rms_norm_forward,
         names.add_rms_norm.default: _add_rms_norm,
         names.add_rms_norm_forward.default: _add_rms_norm_forward,
+        names.add_rms_norm_autograd.default: _add_rms_norm_forward,
         names.layer_norm.default: _layer_norm,
         names.layer_norm_forward.default: _layer_norm_forward,
+        names.layer_norm_autograd.default: _layer_norm_forward,
         names.add_layer_norm.default: _add_layer_norm,
         names.add_layer_norm_forward.default: _add_layer_norm_forward,
+        names.add_layer_norm_autograd.default: _add_layer_norm_forward,
     }
 
 

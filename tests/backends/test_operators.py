@@ -30,14 +30,18 @@ class Inputs:
 CALLS: dict[str, Callable[[Inputs], tuple[Any, ...]]] = {
     "rms_norm": lambda t: (t.x, t.weight, *RMS),
     "rms_norm_forward": lambda t: (t.x, t.weight, *RMS),
+    "rms_norm_autograd": lambda t: (t.x, t.weight, *RMS),
     "add_rms_norm": lambda t: (t.x, t.residual, t.weight, *RMS),
     "add_rms_norm_forward": lambda t: (t.x, t.residual, t.weight, *RMS),
+    "add_rms_norm_autograd": lambda t: (t.x, t.residual, t.weight, *RMS),
     "rms_norm_backward": lambda t: (t.dy, t.dtotal, t.x, t.scale, t.weight, *RMS, True),
     "rms_norm_backward_blocks": lambda t: (t.dy, t.dtotal, t.x, t.scale, t.weight, *RMS, True),
     "layer_norm": lambda t: (t.x, t.weight, t.bias, *LAYER),
     "layer_norm_forward": lambda t: (t.x, t.weight, t.bias, *LAYER),
+    "layer_norm_autograd": lambda t: (t.x, t.weight, t.bias, *LAYER),
     "add_layer_norm": lambda t: (t.x, t.residual, t.weight, t.bias, *LAYER),
     "add_layer_norm_forward": lambda t: (t.x, t.residual, t.weight, t.bias, *LAYER),
+    "add_layer_norm_autograd": lambda t: (t.x, t.residual, t.weight, t.bias, *LAYER),
     "layer_norm_backward": lambda t: (t.dy, t.dtotal, t.x, t.mean, t.scale, t.weight, t.bias, *LAYER, True),
     "layer_norm_backward_blocks": lambda t: (t.dy, t.dtotal, t.x, t.mean, t.scale, t.weight, t.bias, *LAYER, True),
 }
@@ -78,6 +82,14 @@ INPUTS = {
 def test_opcheck(name: str, inputs: str) -> None:
     """The schema tells what is written and aliased, and the fake kernel gives the right shapes and dtypes."""
     torch.library.opcheck(getattr(OPERATORS, name).default, CALLS[name](INPUTS[inputs]()))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "autograd" in name])
+def test_opcheck_of_derivatives(name: str) -> None:
+    inputs = Inputs()
+    for tensor in (inputs.x, inputs.residual, inputs.weight, inputs.bias):
+        tensor.requires_grad_()
+    torch.library.opcheck(getattr(OPERATORS, name).default, CALLS[name](inputs))
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if "backward" in name])

@@ -1,7 +1,8 @@
-"""torch.export and ONNX: the exported model computes what the model does, for other sizes too."""
+"""torch.export, torch.jit.trace and ONNX: the program computes what the model does, for other sizes too, and trains."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -18,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # the reference's checks of shapes
 ]
 WIDTH = 24
 NORMS = {
@@ -79,6 +81,68 @@ def test_export_by_the_reference_needs_no_omninorm() -> None:
     assert not [node for node in program.graph.nodes if "omninorm" in str(node.target)]
     x = torch.randn(2, 3, WIDTH)
     torch.testing.assert_close(program.module()(x), made(x))
+
+
+def gradients(run: Callable[[Tensor], tuple[Tensor, Tensor]], of: nn.Module, x: Tensor) -> list[Tensor]:
+    """The derivative by x and the model's parameters of a sum over what `run` makes."""
+    x = x.clone().requires_grad_()
+    results = run(x)
+    weights = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view(x.shape)
+    total = sum((y.double() * weights * scale).sum() for scale, y in enumerate(results, 1))
+    return list(torch.autograd.grad(total, [x, *of.parameters()]))
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_trains_as_the_model_does(name: str, strict: bool) -> None:
+    """Also what was exported frozen, and without gradients."""
+    made = model(name).requires_grad_(strict)
+    with torch.set_grad_enabled(strict):
+        program = torch.export.export(made, (torch.randn(2, 3, WIDTH),), dynamic_shapes=SIZES, strict=strict).module()
+    x = torch.randn(5, 7, WIDTH)
+    expected = gradients(made.requires_grad_(), made, x)
+    for ours, theirs in zip(gradients(program, program.requires_grad_(), x), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_program_by_the_reference_trains(name: str, strict: bool) -> None:
+    made = model(name)
+    with omninorm.use_backend("reference"):
+        program = torch.export.export(made, (torch.randn(2, 3, WIDTH),), strict=strict).module()
+    x = torch.randn(2, 3, WIDTH)
+    ours = gradients(program, program, x)
+    exact = gradients(made.double(), made, x.double())
+    for value, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)  # sums of 144 float32 numbers
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_traced_program_trains_as_the_model_does(name: str, backend: str) -> None:
+    made, x = model(name), torch.randn(5, 7, WIDTH)
+    with omninorm.use_backend(backend):
+        program = torch.jit.trace(made, (torch.randn(2, 3, WIDTH),))
+        expected = gradients(made, made, x)
+    for ours, theirs in zip(gradients(program, program, x), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_program_has_second_derivatives() -> None:
+    """Of float64, against finite differences."""
+    made = model("LayerNorm", torch.float64)
+    program = torch.export.export(made, (torch.randn(2, 3, WIDTH).double(),)).module()
+    x = torch.randn(2, 3, WIDTH).double().requires_grad_()
+    assert torch.autograd.gradgradcheck(program, (x,))
+
+
+def test_a_compiled_program_trains() -> None:
+    made, x = model("RMSNorm of Llama"), torch.randn(2, 3, WIDTH)
+    program = torch.export.export(made, (x,)).module()
+    ours = gradients(torch.compile(program, fullgraph=True), program, x)
+    for value, expected in zip(ours, gradients(made, made, x), strict=True):
+        torch.testing.assert_close(value, expected)
 
 
 def to_onnx(made: nn.Module, x: Tensor, path: Path) -> onnxruntime.InferenceSession:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from omninorm.errors import ConfigError, InputError
 from omninorm.kernels import autograd, cpu, distributed, gpu, operators, reference
@@ -156,6 +156,13 @@ def has_operators(x: Tensor, *others: Tensor | None) -> bool:
     return False
 
 
+def takes_the_formula() -> bool:
+    """Whether the formula's own operations carry the derivatives: tangents, and those of an exported program, in which
+    autograd's functions are not.
+    """
+    return forward_ad._current_level >= 0 or is_exporting()
+
+
 @cache
 def _warn(kind: str, what: str, why: str) -> None:
     warnings.warn(f"norms of {kind} tensors are several times slower without {what}: {why}", stacklevel=2)
@@ -166,7 +173,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: f
         return distributed.rms_norm(x, weight, eps, gain_offset, cast, on_rows=rms_norm)  # type: ignore[no-any-return]
     if has_operators(x, weight):
         return operators.rms_norm(x, weight, eps, gain_offset, cast, traced=is_compiling())
-    if forward_ad._current_level >= 0:  # the formula's own operations carry tangents
+    if takes_the_formula():
         return reference.rms_norm_forward(x, weight, eps, gain_offset, cast)
     y: Tensor = reference.RMSNormFunction.apply(x, weight, eps, gain_offset, cast)  # type: ignore[no-untyped-call]
     return y
@@ -186,7 +193,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         return distributed.layer_norm(x, weight, bias, eps, on_rows=layer_norm)  # type: ignore[no-any-return]
     if has_operators(x, weight, bias):
         return operators.layer_norm(x, weight, bias, eps, traced=is_compiling())
-    if forward_ad._current_level >= 0:
+    if takes_the_formula():
         return reference.layer_norm_forward(x, weight, bias, eps)
     y: Tensor = reference.LayerNormFunction.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y

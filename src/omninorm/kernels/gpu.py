@@ -284,16 +284,20 @@ OPERATORS: dict[str, Callable[..., Any]] = {
         0
     ],
     "rms_norm_forward": _rms_norm_forward,
+    "rms_norm_autograd": _rms_norm_forward,
     "add_rms_norm": lambda x, residual, weight, eps, *more: _forward(
         x, residual, weight, None, eps, False, False, **_rms_options(*more)
     )[:2],
     "add_rms_norm_forward": _add_rms_norm_forward,
+    "add_rms_norm_autograd": _add_rms_norm_forward,
     "rms_norm_backward": lambda *given: _rms_norm_backward_blocks(*given)[:2],
     "rms_norm_backward_blocks": _rms_norm_backward_blocks,
     "layer_norm": lambda x, weight, bias, eps: _forward(x, None, weight, bias, eps, True, False)[0],
     "layer_norm_forward": _layer_norm_forward,
+    "layer_norm_autograd": _layer_norm_forward,
     "add_layer_norm": lambda x, residual, weight, bias, eps: _forward(x, residual, weight, bias, eps, True, False)[:2],
     "add_layer_norm_forward": _add_layer_norm_forward,
+    "add_layer_norm_autograd": _add_layer_norm_forward,
     "layer_norm_backward": lambda *given: _layer_norm_backward_blocks(*given)[:3],
     "layer_norm_backward_blocks": _layer_norm_backward_blocks,
 }

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch._C import _is_tracing as is_tracing
+from torch.compiler import is_compiling, is_exporting
 
-from omninorm.kernels import cpu, probe, reference
+from omninorm.kernels import cpu, exported, probe, reference
 from omninorm.kernels.autograd import (
     AddLayerNormFunction,
     AddRMSNormFunction,
@@ -32,14 +33,19 @@ _LAYER_BACKWARD = f"(Tensor dy, Tensor? dtotal, Tensor x, Tensor mean, Tensor sc
 SCHEMAS = (
     f"rms_norm(Tensor x, {_RMS}) -> Tensor",
     f"rms_norm_forward(Tensor x, {_RMS}) -> (Tensor y, Tensor scale)",
+    f"rms_norm_autograd(Tensor x, {_RMS}) -> (Tensor y, Tensor scale)",
     f"add_rms_norm(Tensor x, Tensor residual, {_RMS}) -> (Tensor y, Tensor total)",
     f"add_rms_norm_forward(Tensor x, Tensor residual, {_RMS}) -> (Tensor y, Tensor total, Tensor scale)",
+    f"add_rms_norm_autograd(Tensor x, Tensor residual, {_RMS}) -> (Tensor y, Tensor total, Tensor scale)",
     f"rms_norm_backward{_RMS_BACKWARD} -> (Tensor dx, Tensor dweight)",
     f"rms_norm_backward_blocks{_RMS_BACKWARD} -> (Tensor dx, Tensor dweight, Tensor blocks)",
     f"layer_norm(Tensor x, {_LAYER}) -> Tensor",
     f"layer_norm_forward(Tensor x, {_LAYER}) -> (Tensor y, Tensor mean, Tensor scale)",
+    f"layer_norm_autograd(Tensor x, {_LAYER}) -> (Tensor y, Tensor mean, Tensor scale)",
     f"add_layer_norm(Tensor x, Tensor residual, {_LAYER}) -> (Tensor y, Tensor total)",
     f"add_layer_norm_forward(Tensor x, Tensor residual, {_LAYER})"
+    " -> (Tensor y, Tensor total, Tensor mean, Tensor scale)",
+    f"add_layer_norm_autograd(Tensor x, Tensor residual, {_LAYER})"
     " -> (Tensor y, Tensor total, Tensor mean, Tensor scale)",
     f"layer_norm_backward{_LAYER_BACKWARD} -> (Tensor dx, Tensor dweight, Tensor dbias)",
     f"layer_norm_backward_blocks{_LAYER_BACKWARD} -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor blocks)",
@@ -68,13 +74,15 @@ def rms_norm(
 ) -> Tensor:
     """As `reference.rms_norm_forward`; the operator raises RuntimeError for what does not fit together.
 
-    `traced` says that torch.compile is looking, which must see the operator itself.
+    `traced` says that torch.compile or torch.export is looking, which must see the operator itself.
     """
     if eps.__class__ is not float:
         eps = _eps(eps, x)
     round_first = ROUND_FIRST[cast]
     y: Tensor
-    if torch.is_grad_enabled() and (x.requires_grad or _learns(weight)):
+    if is_exporting() if traced else is_tracing():
+        y = _operators.rms_norm_autograd.default(x, weight, eps, gain_offset, round_first)[0]
+    elif torch.is_grad_enabled() and (x.requires_grad or _learns(weight)):
         watcher = None if traced else probe.current
         y = RMSNormFunction.apply(x, weight, eps, gain_offset, round_first, watcher)  # type: ignore[no-untyped-call]
     elif traced:
@@ -93,7 +101,9 @@ def add_rms_norm(
     residual = _other_than(residual, x)
     constants = eps if eps.__class__ is float else _eps(eps, x), gain_offset, ROUND_FIRST[cast]
     pair: tuple[Tensor, Tensor]
-    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight)):
+    if is_exporting() if is_compiling() else is_tracing():
+        pair = _operators.add_rms_norm_autograd.default(x, residual, weight, *constants)[:2]
+    elif torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight)):
         pair = AddRMSNormFunction.apply(x, residual, weight, *constants, _watcher())  # type: ignore[no-untyped-call]
     else:
         pair = _operators.add_rms_norm.default(x, residual, weight, *constants)
@@ -107,7 +117,9 @@ def layer_norm(
     bias = _other_than(bias, weight)
     eps = eps if eps.__class__ is float else _eps(eps, x)
     y: Tensor
-    if torch.is_grad_enabled() and (x.requires_grad or _learns(weight) or _learns(bias)):
+    if is_exporting() if traced else is_tracing():
+        y = _operators.layer_norm_autograd.default(x, weight, bias, eps)[0]
+    elif torch.is_grad_enabled() and (x.requires_grad or _learns(weight) or _learns(bias)):
         watcher = None if traced else probe.current
         y = LayerNormFunction.apply(x, weight, bias, eps, watcher)  # type: ignore[no-untyped-call]
     elif traced:
@@ -124,7 +136,9 @@ def add_layer_norm(
     residual, bias = _other_than(residual, x), _other_than(bias, weight)
     eps = eps if eps.__class__ is float else _eps(eps, x)
     pair: tuple[Tensor, Tensor]
-    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight) or _learns(bias)):
+    if is_exporting() if is_compiling() else is_tracing():
+        pair = _operators.add_layer_norm_autograd.default(x, residual, weight, bias, eps)[:2]
+    elif torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight) or _learns(bias)):
         pair = AddLayerNormFunction.apply(x, residual, weight, bias, eps, _watcher())  # type: ignore[no-untyped-call]
     else:
         pair = _operators.add_layer_norm.default(x, residual, weight, bias, eps)
@@ -208,17 +222,22 @@ def _with_blocks(dx: Tensor, dweight: Tensor, *dbias: Tensor) -> tuple[Tensor, .
 META_KERNELS: dict[str, Callable[..., Any]] = {
     "rms_norm": lambda x, *_: _like(x),
     "rms_norm_forward": lambda x, *_: (_like(x), _one_per_row(x)),
+    "rms_norm_autograd": lambda x, *_: (_like(x), _one_per_row(x)),
     "add_rms_norm": lambda x, *_: (_like(x), _like(x)),
     "add_rms_norm_forward": lambda x, *_: (_like(x), _like(x), _one_per_row(x)),
+    "add_rms_norm_autograd": lambda x, *_: (_like(x), _like(x), _one_per_row(x)),
     "rms_norm_backward": _meta_rms_norm_backward,
     "rms_norm_backward_blocks": lambda *given: _with_blocks(*_meta_rms_norm_backward(*given)),
     "layer_norm": lambda x, *_: _like(x),
     "layer_norm_forward": lambda x, *_: (_like(x), _one_per_row(x), _one_per_row(x)),
+    "layer_norm_autograd": lambda x, *_: (_like(x), _one_per_row(x), _one_per_row(x)),
     "add_layer_norm": lambda x, *_: (_like(x), _like(x)),
     "add_layer_norm_forward": lambda x, *_: (_like(x), _like(x), _one_per_row(x), _one_per_row(x)),
+    "add_layer_norm_autograd": lambda x, *_: (_like(x), _like(x), _one_per_row(x), _one_per_row(x)),
     "layer_norm_backward": _meta_layer_norm_backward,
     "layer_norm_backward_blocks": lambda *given: _with_blocks(*_meta_layer_norm_backward(*given)),
 }
 _meta: Any = torch.library.Library("omninorm", "IMPL", "Meta")  # type: ignore[no-untyped-call]
 for _name, _kernel in META_KERNELS.items():
     _meta.impl(_name, _kernel)
+exported.register()
