@@ -34,18 +34,10 @@ def translations() -> dict[Any, Callable[..., Any]]:
         raise MissingExtraError("ONNX is written by onnxscript", "an installation without it", remedy) from error
     names = torch.ops.omninorm
     return {
-        names.rms_norm.default: _rms_norm,
-        names.rms_norm_forward.default: _rms_norm_forward,
-        names.rms_norm_autograd.default: _rms_norm_forward,
-        names.add_rms_norm.default: _add_rms_norm,
-        names.add_rms_norm_forward.default: _add_rms_norm_forward,
-        names.add_rms_norm_autograd.default: _add_rms_norm_forward,
-        names.layer_norm.default: _layer_norm,
-        names.layer_norm_forward.default: _layer_norm_forward,
-        names.layer_norm_autograd.default: _layer_norm_forward,
-        names.add_layer_norm.default: _add_layer_norm,
-        names.add_layer_norm_forward.default: _add_layer_norm_forward,
-        names.add_layer_norm_autograd.default: _add_layer_norm_forward,
+        names.rms_norm_autograd.default: _rms_norm,
+        names.add_rms_norm_autograd.default: _add_rms_norm,
+        names.layer_norm_autograd.default: _layer_norm,
+        names.add_layer_norm_autograd.default: _add_layer_norm,
     }
 
 
@@ -54,38 +46,25 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
 def _rms_norm(x: Any, weight: Any, eps: float, gain_offset: float = 0.0, round_first: bool = False) -> Any:
     op, wide = _opset(), _wide(x)
+    scale = _scale(wide, eps)
     gain = _ones(wide) if weight is None else op.CastLike(weight, wide)
     if gain_offset and weight is not None:
         gain = op.Add(gain, op.CastLike(op.Constant(value_float=gain_offset), wide))
     if round_first and wide is not x:
         normed = op.RMSNormalization(wide, _ones(wide), axis=-1, epsilon=eps)
-        return op.CastLike(op.Mul(op.CastLike(op.CastLike(normed, x), wide), gain), x)
-    return op.CastLike(op.RMSNormalization(wide, gain, axis=-1, epsilon=eps), x)
-
-
-def _rms_norm_forward(x: Any, weight: Any, eps: float, gain_offset: float = 0.0, round_first: bool = False) -> Any:
-    return _rms_norm(x, weight, eps, gain_offset, round_first), _scale(_wide(x), eps)
+        return op.CastLike(op.Mul(op.CastLike(op.CastLike(normed, x), wide), gain), x), scale
+    return op.CastLike(op.RMSNormalization(wide, gain, axis=-1, epsilon=eps), x), scale
 
 
 def _add_rms_norm(
     x: Any, residual: Any, weight: Any, eps: float, gain_offset: float = 0.0, round_first: bool = False
 ) -> Any:
     total = _sum(x, residual)
-    return _rms_norm(total, weight, eps, gain_offset, round_first), total
-
-
-def _add_rms_norm_forward(
-    x: Any, residual: Any, weight: Any, eps: float, gain_offset: float = 0.0, round_first: bool = False
-) -> Any:
-    y, total = _add_rms_norm(x, residual, weight, eps, gain_offset, round_first)
-    return y, total, _scale(_wide(total), eps)
+    y, scale = _rms_norm(total, weight, eps, gain_offset, round_first)
+    return y, total, scale
 
 
 def _layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
-    return _layer_norm_forward(x, weight, bias, eps)[0]
-
-
-def _layer_norm_forward(x: Any, weight: Any, bias: Any, eps: float) -> Any:
     op, wide = _opset(), _wide(x)
     gains = [_ones(wide) if weight is None else op.CastLike(weight, wide)]
     gains += [] if bias is None else [op.CastLike(bias, wide)]
@@ -95,12 +74,7 @@ def _layer_norm_forward(x: Any, weight: Any, bias: Any, eps: float) -> Any:
 
 def _add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> Any:
     total = _sum(x, residual)
-    return _layer_norm(total, weight, bias, eps), total
-
-
-def _add_layer_norm_forward(x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> Any:
-    total = _sum(x, residual)
-    y, mean, scale = _layer_norm_forward(total, weight, bias, eps)
+    y, mean, scale = _layer_norm(total, weight, bias, eps)
     return y, total, mean, scale
 
 
