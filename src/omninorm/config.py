@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -155,10 +156,21 @@ def check_keys(what: str, values: object, known: list[str]) -> None:
     """Raises ConfigError unless `values` is a mapping whose keys are all known."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{what} must be a dictionary", type(values).__name__, f"use the keys {', '.join(known)}")
-    unknown = [repr(key) for key in values if key not in known]
+    unknown = [key for key in values if key not in known]
     if unknown:
-        remedy = "correct or remove the unknown ones"
-        raise ConfigError(f"{what} has the keys {', '.join(known)}", ", ".join(unknown), remedy)
+        remedy = f"correct or remove the unknown ones{closest(unknown[0], known)}"
+        raise ConfigError(f"{what} has the keys {', '.join(known)}", ", ".join(map(repr, unknown)), remedy)
+
+
+def closest(key: object, known: Sequence[str]) -> str:
+    """A question after the known key that was probably meant, or nothing.
+
+    Example:
+        >>> closest("norm_epsilon", ["norm_eps", "cast"])
+        "; did you mean 'norm_eps'?"
+    """
+    near = difflib.get_close_matches(str(key), known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _default(name: str) -> Any:

@@ -114,6 +114,9 @@ def test_a_folder_that_is_no_run(command, tmp_path, arguments):
     _refused(command(*arguments, tmp_path), "must have a config.json", str(tmp_path))
     _refused(command(*arguments, tmp_path / "absent"), "must have a config.json", str(tmp_path / "absent"))
     assert tree(tmp_path) == {}
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    _refused(command(*arguments, tmp_path), "a Hugging Face model at", "Thinker.from_pretrained")
+    assert list(tree(tmp_path)) == ["config.json"]
 
 
 @pytest.fixture

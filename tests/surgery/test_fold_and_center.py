@@ -13,8 +13,9 @@ from torch import nn
 import omninorm
 from omninorm import NormConfig, Thinker, ThinkerConfig
 from omninorm.errors import InputError
-from omninorm.surgery import center, fold_gains, verify
+from omninorm.surgery import center, fold_gains, swap_norms, verify
 from omninorm.surgery import fold as fold_module
+from omninorm.surgery.report import fingerprint
 from omninorm.surgery.verify import distance, outputs
 
 from . import subjects
@@ -298,3 +299,69 @@ def test_the_users_own_modules_are_not_called(operation: Any) -> None:
     own = list(model)
     assert operation(model).changed
     assert not [module for module in called if any(module is each for each in own)]
+
+
+# Undoing ---------------------------------------------------------------------------------------------------------
+
+
+def gpt2() -> nn.Module:
+    return subjects.build("gpt2")
+
+
+@pytest.mark.parametrize(("first", "second"), [(fold_gains, center), (swap_norms, center)])
+def test_an_operation_is_undone_before_those_that_it_builds_on(first: Any, second: Any) -> None:
+    model = gpt2()
+    weights, kinds = state(model), [type(module) for module in model.modules()]
+    one = first(model)
+    middle, between = state(model), copy.deepcopy(model)
+    two = second(model)
+    with pytest.raises(InputError, match="undo later operations first"):
+        one.undo()
+    two.undo()
+    assert same(middle, state(model))
+    assert verify(between, model).largest == 0
+    one.undo()
+    assert same(weights, state(model))
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_an_earlier_operation_undone_first_takes_a_later_one_of_the_same_weights_along() -> None:
+    model = gpt2()
+    weights = state(model)
+    centred, folded = center(model), fold_gains(model)
+    assert folded.changed  # gains that are 1 already
+    centred.undo()
+    assert same(weights, state(model))
+    with pytest.raises(InputError, match="weights or modules have changed"):
+        folded.undo()
+    assert same(weights, state(model))
+
+
+@pytest.mark.parametrize("operation", [fold_gains, center])
+def test_what_was_trained_since_is_not_overwritten(operation: Any) -> None:
+    model = gpt2()
+    report = operation(model)
+    changed = report._kept.values()
+    for parameter in changed:
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1e-6
+        trained = state(model)
+        with pytest.raises(InputError, match=f"but got 1 of {len(report._intact)} weights or modules have changed"):
+            report.undo()
+        assert same(trained, state(model))
+        parameter.data.copy_(before)
+
+
+def test_a_fingerprint_tells_values_and_their_order() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        weight = torch.randn(5, 7, 3).to(dtype)
+        same_bits = weight.transpose(0, 1).contiguous().transpose(0, 1)
+        assert fingerprint(same_bits) == fingerprint(weight)
+        others = [weight.flip(0), weight.flip(1), weight.flip(2), weight.roll(1), -weight, weight[:4], weight.flatten()]
+        nudged = weight.clone()
+        nudged[3, 2, 1] = torch.nextafter(nudged[3, 2, 1].float(), torch.tensor(9.0)).to(dtype) + nudged[3, 2, 1] / 64
+        for other in (*others, nudged):
+            assert fingerprint(other) != fingerprint(weight)
+    assert fingerprint(torch.tensor(1.0)) != fingerprint(torch.tensor(2.0))
+    assert fingerprint(torch.ones(0)) == fingerprint(torch.ones(0))

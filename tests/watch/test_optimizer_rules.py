@@ -101,6 +101,22 @@ def test_a_rate_is_judged_by_the_quiet_groups() -> None:
     assert first(give_samples(LearningRate(), loud, history)) is None
 
 
+def test_an_embedding_that_stays_as_it_is_does_not_excuse_a_rate() -> None:
+    """PyTorch's embeddings start with a deviation of 1; and what beside the blocks is loud does not blame it."""
+    beside: list[Signals] = [
+        {"update_ratio": [*[0.2] * 4, 0.01], "weight_rms": [*[0.1 * 1.5**count] * 4, 1.0]} for count in range(4)
+    ]
+    assert first(give_samples(LearningRate(), beside)) == 2
+    loud: list[Signals] = [
+        {"update_ratio": [*[0.01] * 4, 0.5], "weight_rms": [*[0.1] * 4, 2.0**count]} for count in range(9)
+    ]
+    assert first(give_samples(LearningRate(), loud)) is None
+    frozen: list[Signals] = [
+        {"update_ratio": [*[None] * 4, 0.5], "weight_rms": [*[None] * 4, 2.0**count]} for count in range(4)
+    ]
+    assert first(give_samples(LearningRate(), frozen)) == 1
+
+
 def test_ordinary_rates_are_silent() -> None:
     assert first(give_samples(LearningRate(), [rates(0.3, 0.1), *[rates(0.03, 0.1)] * 20])) is None
     slow = [rates(0.03, 0.1 * 1.1**count) for count in range(30)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from sick_runs import HEALTHY, HEALTHY_TWIN, SICK, complaints, confusion, lost_at, run
+from sick_runs import HEALTHY, HEALTHY_TWIN, SICK, Recipe, Training, complaints, confusion, lost_at, run
+from torch import nn
 
 
 @pytest.mark.slow
@@ -24,6 +25,21 @@ def test_healthy_runs_are_left_alone() -> None:
     assert all(outcome.losses[-1] < 0.6 * outcome.losses[0] for outcome in outcomes.values()), "they do learn"
     # Not a single warning either.
     assert {name: outcome.alarms for name, outcome in outcomes.items() if outcome.alarms} == {}
+
+
+def pytorchs_start(training: Training) -> None:
+    """The embedding and the linear layers as PyTorch makes them: the embedding has a deviation of 1."""
+    training.model.embedding.reset_parameters()
+    for module in training.model.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+
+def test_a_rate_too_high_is_named_whatever_the_embedding_starts_with() -> None:
+    sick = run(Recipe(steps=40, lr=9e-2, warmup=0, prepare=pytorchs_start))
+    assert [(alarm.rule, alarm.layer) for alarm in sick.fails] == [("learning-rate", None)]
+    assert sick.fails[0].step <= 20
+    assert run(Recipe(steps=40, prepare=pytorchs_start)).alarms == []
 
 
 def test_what_lost_means() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -185,6 +186,55 @@ def test_a_feed_forward_as_wide_as_the_stream() -> None:
         for block, module in zip(find_structure(model).blocks, model.blocks, strict=True):
             assert block.feed_forward_writer is module.feed_forward.down
             assert block.attention_writer is module.attention.out
+
+
+class Mixer(nn.Module):
+    """Attention under a name that does not say so, with one key and value head for all queries."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.sizes = [16, 4, 4]
+        self.inward = nn.ModuleList(nn.Linear(16, size) for size in ([24] if fused else self.sizes))
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = torch.cat([layer(x) for layer in self.inward], -1)
+        q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in made.split(self.sizes, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
+class MixerBlock(nn.Module):
+    def __init__(self, mixer: nn.Module, hidden: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.mixer = mixer
+        self.mlp = nn.Sequential(nn.Linear(16, hidden), nn.GELU(), nn.Linear(hidden, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.one(x))
+        return x + self.mlp(self.two(x))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("hidden", [16, 48, 64])
+def test_attention_whose_name_does_not_say_so(fused: bool, hidden: int) -> None:
+    blocks = nn.ModuleList(MixerBlock(Mixer(fused), hidden) for _ in range(2))
+    model = nn.Sequential(nn.Embedding(23, 16), *blocks)
+    for block, module in zip(find_structure(model).blocks, blocks, strict=True):
+        assert block.attention_module is module.mixer
+        assert block.attention_writer is module.mixer.out
+        assert block.feed_forward_writer is module.mlp[2]
+
+
+@pytest.mark.parametrize("hidden", [16, 48])
+def test_a_feed_forward_alone_is_no_attention(hidden: int) -> None:
+    """Gated and plain, and another mixer of tokens than attention."""
+    gated = Thinker(ThinkerConfig(vocab_size=23, d_model=16, n_heads=4, d_ff=hidden)).blocks[0].feed_forward
+    model = nn.Sequential(nn.Embedding(23, 16), *(MixerBlock(copy.deepcopy(gated), hidden) for _ in range(2)))
+    assert [block.attention for block in find_structure(model).blocks] == [None, None]
+    convolution = nn.Conv1d(16, 16, 3)
+    model = nn.Sequential(nn.Embedding(23, 16), *(MixerBlock(copy.deepcopy(convolution), hidden) for _ in range(2)))
+    assert [block.attention for block in find_structure(model).blocks] == [None, None]
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")

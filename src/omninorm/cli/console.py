@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -9,13 +10,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+_WIDE = 200
+
 
 def console() -> Console:
-    """Standard output as it is now: styled on a terminal, plain text without control codes anywhere else."""
+    """Standard output as it is now: styled on a terminal, plain text without control codes anywhere else, as wide as
+    its tables are, unless COLUMNS says how wide.
+    """
     if not sys.stdout.isatty():
+        width = None if os.environ.get("COLUMNS") else _WIDE
         return Console(
-            file=sys.stdout, force_terminal=False, color_system=None, soft_wrap=True, markup=False, emoji=False
-        )
+            file=sys.stdout, force_terminal=False, color_system=None, soft_wrap=True, markup=False, emoji=False,
+            width=width,
+        )  # fmt: skip
     return Console(file=sys.stdout, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 

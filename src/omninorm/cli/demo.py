@@ -55,7 +55,7 @@ def demo(
 ) -> None:
     """Train a deep transformer with pre-norm RMSNorm, pre-norm LayerNorm, post-norm and no norm, and compare.
 
-    Two to three minutes on two cores. Ctrl-C stops with checkpoints and prints the command to go on.
+    About three minutes on two cores. Ctrl-C stops with checkpoints and prints the command to go on.
     """
     check_count("workers", workers)
     load_matplotlib()  # now, not when the runs are done

@@ -136,6 +136,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise RunError(f"a run's folder must have a {CONFIG_FILE}", f"{error.strerror} at {file}", remedy) from error
     except (ValueError, RecursionError) as error:
         raise RunError(f"{CONFIG_FILE} must be JSON", f"{error} in {file}", "restore the file") from error
+    if isinstance(config, dict) and "model_type" in config and "format" not in config:
+        remedy = "load it with omninorm.Thinker.from_pretrained, or name a run's folder"
+        raise RunError("a run's folder is one that omninorm train wrote", f"a Hugging Face model at {path}", remedy)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         received = f"{config.get('format')!r}" if isinstance(config, dict) else type(config).__name__
         remedy = "use the version of omninorm that wrote it"

@@ -70,7 +70,7 @@ class Plan:
         if "seq_len" in settings:
             settings = {**settings, "max_seq_len": settings["seq_len"]}
         own = {name for name in _names(Plan) if name not in ("model", "train")}
-        known = [*sorted(own), *_names(ThinkerConfig), *_names(NormConfig), *_names(TrainConfig)]
+        known = sorted(own | _names(ThinkerConfig) | _names(NormConfig) | _names(TrainConfig))
         check_keys("a plan", settings, known)
         norm = replace(self.model.norm, **_pick(settings, _names(NormConfig)))
         return replace(

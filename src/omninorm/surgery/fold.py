@@ -46,6 +46,7 @@ def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None, *, new_bia
     with undone_by_errors(done):
         untie_head(model, done)
         fold_all(before, model, done, new_biases)
+    done.finish()
     return done
 
 
@@ -148,6 +149,8 @@ def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery, mea
             module.scale(factor, shift, done)
         else:
             _scale(replace(found, module=module), factor, shift, done)
+    if name:
+        done.rely_on(model, name)
     with torch.no_grad():
         if gain is not None:
             done.keep(gain)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from omninorm.errors import InputError
 
 
 @dataclass
@@ -25,11 +30,27 @@ class Surgery(Report):
 
     error: float = 0.0
     _steps: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _places: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict, repr=False)
+    _intact: list[Callable[[], bool]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Restores every weight, and every module that was replaced."""
+        """Restores every weight, and every module that was replaced.
+
+        Raises:
+            InputError: something has changed them since, a later operation or training; nothing is restored then.
+        """
+        check_intact(self._intact)
+        self._intact.clear()
         while self._steps:
             self._steps.pop()()
+
+    def finish(self) -> None:
+        """Remembers what the operation leaves, so that `undo` can tell whether something has changed it since."""
+        for tensor in self._kept.values():
+            self._intact.append(partial(_has_values, tensor, fingerprint(tensor)))
+        for (_, name), place in self._places.items():
+            self._intact.append(partial(_stands, place[name], place, name))
 
     def later(self, step: Callable[[], None]) -> None:
         """Has a step taken by `undo`, before those that were given earlier."""
@@ -38,6 +59,7 @@ class Surgery(Report):
     def keep(self, parameter: Tensor) -> None:
         """Remembers a parameter's values before they are changed."""
         before = parameter.detach().clone()
+        self._kept[id(parameter)] = parameter
 
         def restore() -> None:
             parameter.data.copy_(before)
@@ -46,12 +68,54 @@ class Surgery(Report):
 
     def set_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         """Puts another parameter in the place of a module's."""
-        before = module._parameters.get(name)
-        module._parameters[name] = parameter
-        self._steps.append(lambda: module._parameters.__setitem__(name, before))
+        self._put(module._parameters, name, parameter)
+        if parameter is not None:
+            self._kept[id(parameter)] = parameter
 
     def set_module(self, parent: nn.Module, name: str, module: nn.Module) -> None:
         """Puts another module in a place."""
-        before = parent._modules[name]
-        parent._modules[name] = module
-        self._steps.append(lambda: parent._modules.__setitem__(name, before))
+        self._put(parent._modules, name, module)
+
+    def rely_on(self, model: nn.Module, name: str) -> None:
+        """Says that `undo` needs this module where it is now, though the operation leaves it there."""
+        parent, _, child = name.rpartition(".")
+        place = model.get_submodule(parent)._modules
+        self._places[id(place), child] = place
+
+    def _put(self, place: dict[str, Any], name: str, value: object) -> None:
+        before = place.get(name)
+        place[name] = value
+        self._places[id(place), name] = place
+        self._steps.append(lambda: place.__setitem__(name, before))
+
+
+def _has_values(tensor: Tensor, left: object) -> bool:
+    return fingerprint(tensor) == left
+
+
+def _stands(left: object, place: dict[str, Any], name: str) -> bool:
+    return place.get(name) is left
+
+
+def check_intact(intact: Sequence[Callable[[], bool]]) -> None:
+    """Raises InputError unless all that an operation has left is as it was left."""
+    changed = sum(not is_intact() for is_intact in intact)
+    if changed:
+        received = f"{changed} of {len(intact)} weights or modules have changed"
+        remedy = "undo later operations first; what was trained since has no way back but a checkpoint"
+        raise InputError("an operation is undone while what it left is unchanged", received, remedy)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(tensor: Tensor) -> tuple[object, ...]:
+    """Numbers that any other values, or the same in another order, would hardly have: of the bits, as integers.
+
+    Sums over rows and columns, weighted by their positions, modulo 2⁶⁴.
+    """
+    values = tensor.detach()
+    bits = values.reshape(len(values) if values.ndim > 1 else 1, -1).contiguous().view(_INTEGERS[values.element_size()])
+    sums = (bits.sum(dim, dtype=torch.int64) for dim in (0, 1))
+    weighted = [int((one * torch.arange(1, len(one) + 1, device=one.device)).sum()) for one in sums]
+    return tensor.dtype, tuple(tensor.shape), *weighted

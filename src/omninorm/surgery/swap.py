@@ -11,7 +11,7 @@ from torch import nn
 
 from omninorm.layers import LayerNorm, RMSNorm
 from omninorm.surgery.identify import Identity, Refusal, identify
-from omninorm.surgery.report import Report
+from omninorm.surgery.report import Report, check_intact
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _OURS = (RMSNorm, LayerNorm)
@@ -19,11 +19,15 @@ _OURS = (RMSNorm, LayerNorm)
 
 @dataclass
 class _Place:
-    """Where a module is registered, and what it was."""
+    """Where a module is registered, what it was, and what it is now."""
 
     parent: nn.Module
     child: str
     before: nn.Module
+    after: nn.Module
+
+    def is_intact(self) -> bool:
+        return self.parent._modules.get(self.child) is self.after
 
 
 @dataclass
@@ -33,7 +37,12 @@ class SwapReport(Report):
     _places: list[_Place] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Puts every module back."""
+        """Puts every module back.
+
+        Raises:
+            InputError: a later operation has replaced some of them; nothing is put back then.
+        """
+        check_intact([place.is_intact for place in self._places])
         for place in self._places:
             place.parent._modules[place.child] = place.before
         self._places.clear()
@@ -63,7 +72,7 @@ def swap_norms(model: nn.Module) -> SwapReport:
             known[id(module)] = _replacement(module)
         found = known[id(module)]
         if isinstance(found, nn.Module):
-            report._places.append(_Place(parent, child, module))
+            report._places.append(_Place(parent, child, module, found))
             parent._modules[child] = found
             report.changed[name] = repr(found)
         elif looks_like_a_norm(module):

@@ -8,7 +8,7 @@ from omninorm.watch.history import Facts, Sample
 NO_BLOCKS = "no stack of blocks was found in the model"
 NO_NORMS = "no norm was found in the model"
 NO_ATTENTION = "no call of scaled_dot_product_attention or of a softmax over keys was seen inside a block"
-NO_ADAM = "the optimizer keeps no second moment, as Adam does"
+NO_ADAM = "the optimizer keeps no second moment of the model's weights, as Adam does"
 
 
 def not_seen(sample: Sample, facts: Facts, has_optimizer: bool) -> dict[str, str]:

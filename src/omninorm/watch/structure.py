@@ -126,18 +126,17 @@ def _is_composite(module: nn.Module) -> bool:
 def find_parts(name: str, block: nn.Module) -> Block:
     """A block's attention and feed-forward, and the last layer of each, which writes to the stream."""
     parts = Block(name, block)
-    attention = next((part for part in block.named_modules() if part[0] and _is_attention(*part)), None)
-    width = None
+    width = _norm_width(block)
+    inside = [part for part in block.named_modules() if part[0]]
+    named = next((part for part in inside if _is_attention(*part)), None)
+    attention = named or next((part for part in inside if _is_built_like_attention(part[1], width)), None)
     if attention is not None:
         parts.attention = f"{name}.{attention[0]}"
         parts.attention_module = parts.attention_writer = attention[1]
         last = _last_linear(attention[1], None, None)
-        width = None if last is None else _out_features(last[1])
+        width = width if last is None else _out_features(last[1])
         if last is not None and not isinstance(attention[1], nn.MultiheadAttention):  # which never calls its last layer
             parts.attention_writer = _wrapper(attention[1], last)[1]
-    if width is None:
-        norms = [find_gain(part) for part in block.modules() if is_norm(part)]
-        width = next((gain.numel() for gain in norms if gain is not None and gain.numel() > 1), None)
     skipped = None if attention is None else attention[1]
     writer = _last_linear(block, skipped, width)
     writer = _last_sublayer(block, skipped) if writer is None else _wrapper(block, writer)
@@ -146,6 +145,11 @@ def find_parts(name: str, block: nn.Module) -> Block:
         owner = writer[0].rpartition(".")[0] if _is_linear(writer[1]) or _is_adapted(writer[1]) else ""
         parts.feed_forward = f"{name}.{owner or writer[0]}"
     return parts
+
+
+def _norm_width(block: nn.Module) -> int | None:
+    gains = [find_gain(part) for part in block.modules() if is_norm(part)]
+    return next((gain.numel() for gain in gains if gain is not None and gain.numel() > 1), None)
 
 
 def _wrapper(root: nn.Module, linear: tuple[str, nn.Module]) -> tuple[str, nn.Module]:
@@ -177,10 +181,30 @@ def _is_attention(name: str, module: nn.Module) -> bool:
     return has_matrices and not _is_linear(module) and ("attn" in leaf or "attention" in leaf or "attention" in kind)
 
 
+def _is_built_like_attention(module: nn.Module, width: int | None) -> bool:
+    """Whether all of its linear layers read the stream, and make queries, keys, values and an output of it.
+
+    Its name says nothing. A feed-forward has a layer that reads its hidden features, mostly of another width.
+    """
+    named = [part for part in module.named_modules() if _is_linear(part[1])]
+    linears = [part for _, part in named]
+    readers = any(name.rpartition(".")[2] in READERS for name, _ in named)
+    if isinstance(module, CONTAINERS) or len(linears) < 2 or readers:
+        return False
+    read, made = {_in_features(part) for part in linears}, sum(_out_features(part) for part in linears)
+    return read == {width} and made > 2 * _out_features(linears[-1])
+
+
 def _is_linear(module: nn.Module) -> bool:
     """Linear layers, GPT-2's Conv1D and their quantized or adapted relatives: a leaf with one matrix named weight."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, (nn.Embedding, *NORM_TYPES))
+
+
+def _in_features(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return int(getattr(module, "in_features", None) or weight.shape[0 if hasattr(module, "nf") else 1])
 
 
 def _out_features(module: nn.Module) -> int:

@@ -72,6 +72,8 @@ def test_without_a_norm_there_is_nothing_to_place() -> None:
         (study(margin=math.inf), "studies.0.margin"),
         (study(lr=[math.nan]), "studies.0.lr"),
         (study(depths=[3]), "studies.0.depths"),
+        (study(depths=[3]), "did you mean 'depth'?"),
+        ({**study(), "titel": "x"}, "did you mean 'title'?"),
         (study(protocol="guess"), "studies.0.protocol"),
         ({"studies": [*study()["studies"], *study()["studies"]]}, "names of their own"),  # type: ignore[misc]
         ([1], "the plan"),

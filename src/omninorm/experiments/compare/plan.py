@@ -24,7 +24,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from omninorm.config import NORMALIZATIONS, PLACEMENTS, NormConfig
+from omninorm.config import NORMALIZATIONS, PLACEMENTS, NormConfig, closest
 from omninorm.errors import ConfigError
 from omninorm.experiments.compare.cells import Cell
 from omninorm.thinker import ThinkerConfig
@@ -172,6 +172,12 @@ def parse_plan(values: object, source: str) -> ComparePlan:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the plan"
+        if first["type"] == "extra_forbidden":
+            known = list((ComparePlan if len(first["loc"]) == 1 else Study).model_fields)
+            remedy = f"correct that key{closest(first['loc'][-1], known)}"
+            raise ConfigError(
+                f"a plan must be valid: its keys here are {', '.join(known)}", f"{place} in {source}", remedy
+            ) from None
         said = first["msg"].removeprefix("Value error, ")
         received = f"{place} = {first['input']!r:.80} in {source}: {said}"
         raise ConfigError("a comparison's plan must be valid", received, "correct that key") from None

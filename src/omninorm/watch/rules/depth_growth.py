@@ -53,7 +53,10 @@ class DepthGrowth(Rule):
         if place:
             evidence += f" The model has {place}."
         if what == "the residual stream":
-            remedy = "Use pre-norm, or divide the initial weights that write to the stream by √(2 · blocks)."
+            remedy = "divide the initial weights that write to the stream by √(2 · blocks)."
+            other = "Lower the learning rate"
         else:
-            remedy = "Use pre-norm, or scaled residuals (DeepNorm), with a longer warm-up and a lower learning rate."
+            remedy = "scaled residuals (DeepNorm), with a longer warm-up and a lower learning rate."
+            other = "Use norms before and after the branches (sandwich)"
+        remedy = f"{other if history.placement == 'pre' else 'Use pre-norm'}, or {remedy}"
         return self.alarm(sample.step, severity, None, evidence, remedy)

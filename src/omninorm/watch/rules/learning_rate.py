@@ -2,20 +2,21 @@
 
 Signals: RMS(Δw)/RMS(w) of a step and RMS(w), by group of parameters; and whether it does harm.
 Threshold: healthy runs change their weights by 0.1 % to 3 % a step once the first steps are over, and 1 % is ample.
-- Above 5 % in nine of ten groups, for 3 samples over 20 steps, is a warning.
-- Above 5 % at a sample after the first, and the weights of nine of ten groups at least doubled within 50 steps: a
+- Above 5 % in nine of ten blocks, for 3 samples over 20 steps, is a warning.
+- Above 5 % at a sample after the first, and the weights of nine of ten blocks at least doubled within 50 steps: a
   warning; a "fail" if it does harm: the loss is above its start, has stopped falling, or the attention of a block has
   collapsed.
 [ours] Measured on a Thinker of width 48 with initial weights of 0.13: at its best rate, 3e-3 to 1e-2, the weights
 grow by at most 8 % in 20 steps; at 3e-2 by 60 %, and it still learns; at 9e-2 they double within 15 steps, and it
 stops learning.
-It is the quietest tenth of the groups that counts, so matrices that start at 0 (LoRA) don't: their first steps are
-infinite against their size.
+It is the quietest tenth of the blocks that counts, so matrices that start at 0 (LoRA) don't: their first steps are
+infinite against their size. What stands beside the blocks counts only where no block learns: an embedding that starts
+with a deviation of 1, PyTorch's default, stays as it is at any rate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from omninorm.watch.alarm import Alarm
 from omninorm.watch.history import History, Sample, Step
@@ -24,7 +25,7 @@ from omninorm.watch.rules.numbers import Streaks, finite, known, quantile, value
 
 LARGE, AMPLE = 0.05, 0.01
 DOUBLED, WITHIN = 2.0, 50
-QUIET = 0.1  # share of the groups that may be quieter than the one that counts
+QUIET = 0.1  # share of the blocks that may be quieter than the one that counts
 STALL = 15  # steps whose mean loss is compared with that of as many before
 COLLAPSED = 0.3  # of the attention entropy's largest value, where the run began above twice that
 SAMPLES, STEPS = 3, 20
@@ -65,7 +66,7 @@ class LearningRate(Rule):
         return ()
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
-        ratios = known(values_of(sample, "update_ratio"))
+        ratios = _of_blocks(history, values_of(sample, "update_ratio"))
         if not ratios:
             return
         ratio = quantile(ratios, QUIET)
@@ -111,6 +112,12 @@ class LearningRate(Rule):
         return self.alarm(sample.step, "fail" if harm else "warn", None, evidence, remedy)
 
 
+def _of_blocks(history: History, values: Sequence[float | None]) -> list[float]:
+    """The known values of the blocks' groups, or of all groups where the blocks have none."""
+    pairs = zip(history.facts.groups, values, strict=False)
+    return known(value for name, value in pairs if name in history.facts.blocks) or known(values)
+
+
 def _least_entropy(sample: Sample) -> float | None:
     return min(known(values_of(sample, "attention_entropy")), default=None)
 
@@ -122,12 +129,12 @@ def _newest_losses(history: History, count: int) -> list[float]:
 
 
 def _weight_growth(history: History, sample: Sample) -> tuple[int, float]:
-    """A step not more than 50 before, and by what factor the weights of the quietest tenth of the groups grew since."""
+    """A step not more than 50 before, and by what factor the weights of the quietest tenth of the blocks grew since."""
     start = sample
     for at in range(len(history.samples) - 1, -1, -1):
         if sample.step - history.samples[at].step > WITHIN:
             break
         start = history.samples[at]
     pairs = zip(values_of(start, "weight_rms"), values_of(sample, "weight_rms"), strict=False)
-    factors = [now / then for then, now in pairs if then and now is not None]
+    factors = _of_blocks(history, [now / then if then and now is not None else None for then, now in pairs])
     return start.step, quantile(factors, QUIET) if factors else 1.0

@@ -59,8 +59,8 @@ def judge(evidence: Evidence) -> Card:
     return card(
         "C1",
         "Without normalization the layers of a deep network explode or vanish, and training fails.",
-        "The stream's RMS after each block of a stack without norms, before the first step; and whether the stack learns "
-        "more than byte frequencies.",
+        "The stream's RMS after each block of a stack without norms, before the first step; and whether training "
+        f"comes below {LEARNED:g} of the bits per byte that byte frequencies alone have.",
         questions,
         _found,
         "Norm-free training is known to work with a start made for it (ReZero, Fixup, T-Fixup) or with pointwise functions "
@@ -84,6 +84,7 @@ def _found(conditions: Sequence[Condition]) -> str:
         if each.scale == "log":
             said.append(f"{each.label}: it changes by a factor of {math.exp(each.mean):.3g}")
         else:
-            learns = {YES: "it does not learn", NO: "it learns"}.get(each.outcome, "unclear")
+            fails = "it does not learn" if each.mean >= each.threshold / LEARNED else "it hardly learns"
+            learns = {YES: fails, NO: "it learns"}.get(each.outcome, "unclear")
             said.append(f"{each.label}: {learns} ({each.mean:.2f} bits per byte)")
     return f"Without norms, {'; '.join(said)}."
