@@ -108,7 +108,7 @@ def test_everything_is_shown_from_the_written_result_alone(capsys) -> None:
         "RMSNorm forward, fp32, 1t, default malloc",
         "Missed RMSNorm forward / clone, fp32 ≤ 1.05 at fp32 512×1024, 1t: 1.30",
         "Skipped a peer: it is not there",
-        "Norms' share of a Thinker training step in fp32, 1 threads: omninorm 1.2%",
+        "Norms' share of a Thinker training step in fp32, 1 thread: omninorm 1.2%",
         "20 targets: 1 FAIL",
     ):
         assert line in out

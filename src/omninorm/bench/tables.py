@@ -55,7 +55,8 @@ def norm_share_lines(result: Mapping[str, Any]) -> Iterator[str]:
     for each in result["measurements"]:
         if "norm_share" in each:
             shares = ", ".join(f"{name} {share:.1%}" for name, share in each["norm_share"].items())
-            yield f"Norms' share of a {each['case']} in {each['dtype']}, {each['threads']} threads: {shares}"
+            threads = f"{each['threads']} thread{'s' if each['threads'] > 1 else ''}"
+            yield f"Norms' share of a {each['case']} in {each['dtype']}, {threads}: {shares}"
 
 
 def loss_lines(result: Mapping[str, Any]) -> Iterator[str]:

@@ -128,7 +128,8 @@ class _Probe:
                 y = self.module(x.clone())
         except Exception as error:  # whatever its forward needs
             said = " ".join(str(error).split())[:120]
-            raise _RefusedError(f"it can't be called with a tensor alone ({type(error).__name__}: {said})") from error
+            asked = f"it can't be called with a tensor alone, {tuple(x.shape)} to be normalized over the last dimension"
+            raise _RefusedError(f"{asked} ({type(error).__name__}: {said})") from error
         if not isinstance(y, Tensor):
             raise _RefusedError(f"it returns a {type(y).__name__}, no tensor")
         if y.shape != x.shape or not y.is_floating_point():
