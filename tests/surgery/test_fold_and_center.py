@@ -13,7 +13,7 @@ from torch import nn
 import omninorm
 from omninorm import NormConfig, Thinker, ThinkerConfig
 from omninorm.errors import InputError
-from omninorm.surgery import center, fold_gains, swap_norms, verify
+from omninorm.surgery import center, fold_gains, swap_norms, swapped, verify
 from omninorm.surgery import fold as fold_module
 from omninorm.surgery.report import fingerprint
 from omninorm.surgery.verify import distance, outputs
@@ -365,3 +365,48 @@ def test_a_fingerprint_tells_values_and_their_order() -> None:
             assert fingerprint(other) != fingerprint(weight)
     assert fingerprint(torch.tensor(1.0)) != fingerprint(torch.tensor(2.0))
     assert fingerprint(torch.ones(0)) == fingerprint(torch.ones(0))
+
+
+def test_a_reader_that_was_replaced_is_noticed() -> None:
+    model = gpt2()
+    report = fold_gains(model)
+    block = model.transformer.h[0]
+    folded, block.attn.c_attn = block.attn.c_attn, copy.deepcopy(block.attn.c_attn)
+    with pytest.raises(InputError, match="weights or modules have changed"):
+        report.undo()
+    block.attn.c_attn = folded
+    report.undo()
+
+
+def test_a_swap_for_a_while_does_not_stand_in_the_way() -> None:
+    model = gpt2()
+    weights = state(model)
+    with swapped(model):
+        report = fold_gains(model)
+    report.undo()
+    assert same(weights, state(model))
+
+
+def test_an_error_inside_of_a_swap_is_the_users_own() -> None:
+    model = gpt2()
+    with pytest.raises(KeyboardInterrupt), swapped(model):
+        model.transformer.ln_f = nn.Identity()
+        raise KeyboardInterrupt
+    assert type(model.transformer.ln_f) is nn.Identity
+    assert type(model.transformer.h[0].ln_1) is nn.LayerNorm
+
+
+def test_what_was_refused_can_be_undone_after_training() -> None:
+    model = subjects.build("bert")
+    report = center(model, subjects.inputs("bert"))
+    assert not report.changed
+    for parameter in model.parameters():
+        parameter.data += 1.0
+    trained = state(model)
+    report.undo()
+    assert same(trained, state(model))
+
+
+def test_a_parameter_without_elements_has_a_fingerprint() -> None:
+    assert fingerprint(torch.zeros(0, 4)) == fingerprint(torch.zeros(0, 4))
+    assert fingerprint(torch.zeros(0, 4)) != fingerprint(torch.zeros(4, 0))

@@ -112,7 +112,7 @@ def test_an_embedding_that_stays_as_it_is_does_not_excuse_a_rate() -> None:
     ]
     assert first(give_samples(LearningRate(), loud)) is None
     frozen: list[Signals] = [
-        {"update_ratio": [*[None] * 4, 0.5], "weight_rms": [*[None] * 4, 2.0**count]} for count in range(4)
+        {"update_ratio": [*[None] * 4, 0.5], "weight_rms": [*[0.1] * 4, 2.0**count]} for count in range(4)
     ]
     assert first(give_samples(LearningRate(), frozen)) == 1
 

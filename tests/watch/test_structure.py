@@ -189,12 +189,12 @@ def test_a_feed_forward_as_wide_as_the_stream() -> None:
 
 
 class Mixer(nn.Module):
-    """Attention under a name that does not say so, with one key and value head for all queries."""
+    """Attention under a name that does not say so: one matrix, or three with one key and value head for all queries."""
 
     def __init__(self, fused: bool) -> None:
         super().__init__()
-        self.sizes = [16, 4, 4]
-        self.inward = nn.ModuleList(nn.Linear(16, size) for size in ([24] if fused else self.sizes))
+        self.sizes = [16, 16, 16] if fused else [16, 4, 4]
+        self.inward = nn.ModuleList(nn.Linear(16, size) for size in ([48] if fused else self.sizes))
         self.out = nn.Linear(16, 16)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,6 +232,16 @@ def test_a_feed_forward_alone_is_no_attention(hidden: int) -> None:
     gated = Thinker(ThinkerConfig(vocab_size=23, d_model=16, n_heads=4, d_ff=hidden)).blocks[0].feed_forward
     model = nn.Sequential(nn.Embedding(23, 16), *(MixerBlock(copy.deepcopy(gated), hidden) for _ in range(2)))
     assert [block.attention for block in find_structure(model).blocks] == [None, None]
+    square = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16), "c": nn.Linear(16, 16)})
+    halves = nn.ModuleDict({"a": nn.Linear(16, 32), "b": nn.Linear(16, 16)})
+    for other in (square, halves):
+        kind = type("Gated", (nn.Module,), {})
+        blocks = [MixerBlock(kind(), hidden) for _ in range(2)]
+        for block in blocks:
+            for name, layer in other.items():
+                setattr(block.mixer, name, copy.deepcopy(layer))
+        model = nn.Sequential(nn.Embedding(23, 16), *blocks)
+        assert [block.attention for block in find_structure(model).blocks] == [None, None]
     convolution = nn.Conv1d(16, 16, 3)
     model = nn.Sequential(nn.Embedding(23, 16), *(MixerBlock(copy.deepcopy(convolution), hidden) for _ in range(2)))
     assert [block.attention for block in find_structure(model).blocks] == [None, None]

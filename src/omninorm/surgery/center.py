@@ -52,7 +52,7 @@ def center(
     with undone_by_errors(done):
         untie_head(model, done)
         center_all(before, model, done, new_biases, replace)
-    done.finish()
+        done.finish()
     return done
 
 

@@ -46,7 +46,7 @@ def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None, *, new_bia
     with undone_by_errors(done):
         untie_head(model, done)
         fold_all(before, model, done, new_biases)
-    done.finish()
+        done.finish()
     return done
 
 
@@ -149,8 +149,13 @@ def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery, mea
             module.scale(factor, shift, done)
         else:
             _scale(replace(found, module=module), factor, shift, done)
-    if name:
-        done.rely_on(model, name)
+    for where, owns in {
+        name: (identity.gain, identity.bias),
+        **dict.fromkeys(readers, ("weight", "bias")),
+    }.items():
+        for own in owns:
+            if own is not None and model.get_submodule(where)._parameters.get(own) is not None:
+                done.rely_on(model, where, own)
     with torch.no_grad():
         if gain is not None:
             done.keep(gain)

@@ -32,6 +32,7 @@ class Surgery(Report):
     _steps: list[Callable[[], None]] = field(default_factory=list, repr=False)
     _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _places: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict, repr=False)
+    _relied: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
     _intact: list[Callable[[], bool]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -42,6 +43,9 @@ class Surgery(Report):
         """
         check_intact(self._intact)
         self._intact.clear()
+        self._kept.clear()
+        self._relied.clear()
+        self._places.clear()
         while self._steps:
             self._steps.pop()()
 
@@ -49,6 +53,9 @@ class Surgery(Report):
         """Remembers what the operation leaves, so that `undo` can tell whether something has changed it since."""
         for tensor in self._kept.values():
             self._intact.append(partial(_has_values, tensor, fingerprint(tensor)))
+        for (name, own), model in self._relied.items():
+            parameter = model.get_submodule(name)._parameters.get(own)
+            self._intact.append(partial(_has_parameter, model, name, own, parameter))
         for (_, name), place in self._places.items():
             self._intact.append(partial(_stands, place[name], place, name))
 
@@ -76,11 +83,9 @@ class Surgery(Report):
         """Puts another module in a place."""
         self._put(parent._modules, name, module)
 
-    def rely_on(self, model: nn.Module, name: str) -> None:
-        """Says that `undo` needs this module where it is now, though the operation leaves it there."""
-        parent, _, child = name.rpartition(".")
-        place = model.get_submodule(parent)._modules
-        self._places[id(place), child] = place
+    def rely_on(self, model: nn.Module, name: str, own: str) -> None:
+        """Says that `undo` needs the module of this name to have the parameter that the operation leaves it."""
+        self._relied[name, own] = model
 
     def _put(self, place: dict[str, Any], name: str, value: object) -> None:
         before = place.get(name)
@@ -91,6 +96,13 @@ class Surgery(Report):
 
 def _has_values(tensor: Tensor, left: object) -> bool:
     return fingerprint(tensor) == left
+
+
+def _has_parameter(model: nn.Module, name: str, own: str, parameter: object) -> bool:
+    try:
+        return model.get_submodule(name)._parameters.get(own) is parameter
+    except AttributeError:  # no such module any more
+        return False
 
 
 def _stands(left: object, place: dict[str, Any], name: str) -> bool:
@@ -110,10 +122,12 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(tensor: Tensor) -> tuple[object, ...]:
-    """Numbers that any other values, or the same in another order, would hardly have: of the bits, as integers.
+    """Numbers that trained or changed values would hardly have: of the bits, as integers.
 
     Sums over rows and columns, weighted by their positions, modulo 2⁶⁴.
     """
+    if tensor.numel() == 0:
+        return tensor.dtype, tuple(tensor.shape)
     values = tensor.detach()
     bits = values.reshape(len(values) if values.ndim > 1 else 1, -1).contiguous().view(_INTEGERS[values.element_size()])
     sums = (bits.sum(dim, dtype=torch.int64) for dim in (0, 1))

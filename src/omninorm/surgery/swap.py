@@ -87,6 +87,7 @@ def swapped(model: nn.Module) -> Iterator[SwapReport]:
     try:
         yield report
     finally:
+        report._places = [place for place in report._places if place.is_intact()]  # others were replaced meanwhile
         report.undo()
 
 

@@ -184,15 +184,17 @@ def _is_attention(name: str, module: nn.Module) -> bool:
 def _is_built_like_attention(module: nn.Module, width: int | None) -> bool:
     """Whether all of its linear layers read the stream, and make queries, keys, values and an output of it.
 
-    Its name says nothing. A feed-forward has a layer that reads its hidden features, mostly of another width.
+    Its name says nothing. A feed-forward has a layer that reads its hidden features, mostly of another width; where
+    they are as wide as the stream, it has one or two layers before its last, and attention three, or one for all.
     """
     named = [part for part in module.named_modules() if _is_linear(part[1])]
     linears = [part for _, part in named]
     readers = any(name.rpartition(".")[2] in READERS for name, _ in named)
     if isinstance(module, CONTAINERS) or len(linears) < 2 or readers:
         return False
-    read, made = {_in_features(part) for part in linears}, sum(_out_features(part) for part in linears)
-    return read == {width} and made > 2 * _out_features(linears[-1])
+    widths = [_out_features(part) for part in linears[:-1]]
+    read, made = {_in_features(part) for part in linears}, len(widths) >= 3 or max(widths) >= 3 * (width or 1)
+    return read == {width} and made
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -135,6 +135,9 @@ def _weight_growth(history: History, sample: Sample) -> tuple[int, float]:
         if sample.step - history.samples[at].step > WITHIN:
             break
         start = history.samples[at]
-    pairs = zip(values_of(start, "weight_rms"), values_of(sample, "weight_rms"), strict=False)
-    factors = _of_blocks(history, [now / then if then and now is not None else None for then, now in pairs])
+    triples = zip(
+        values_of(start, "weight_rms"), values_of(sample, "weight_rms"), values_of(sample, "update_ratio"), strict=False
+    )  # frozen groups have no update ratio
+    grown = [now / then if then and now is not None and ratio is not None else None for then, now, ratio in triples]
+    factors = _of_blocks(history, grown)
     return start.step, quantile(factors, QUIET) if factors else 1.0
