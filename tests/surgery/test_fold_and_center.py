@@ -389,9 +389,14 @@ def test_a_swap_for_a_while_does_not_stand_in_the_way() -> None:
 
 def test_an_error_inside_of_a_swap_is_the_users_own() -> None:
     model = gpt2()
-    with pytest.raises(KeyboardInterrupt), swapped(model):
-        model.transformer.ln_f = nn.Identity()
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with swapped(model):
+            model.transformer.ln_f = nn.Identity()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert type(model.transformer.ln_f) is nn.Identity
     assert type(model.transformer.h[0].ln_1) is nn.LayerNorm
 
