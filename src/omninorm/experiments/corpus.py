@@ -99,12 +99,8 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, eval_bytes: int
     for part, tokens in (("training", data.train), ("held-out", data.held_out)):
         if len(tokens) <= seq_len:
             invariant = f"the {part} part of the text must have at least seq_len + 1 = {seq_len + 1} tokens"
-            more = (
-                " or evaluate on more bytes"
-                if len(evaluated) < len(corpus.held_out) and tokens is data.held_out
-                else ""
-            )
-            remedy = f"use a longer text, a shorter seq_len{',' * bool(more)}{more}"
+            was_cut = tokens is data.held_out and len(evaluated) < len(corpus.held_out)
+            remedy = "use a longer text, a shorter seq_len" + (", or evaluate on more bytes" if was_cut else "")
             raise DataError(invariant, f"{len(tokens)} in {corpus.source}", remedy)
     return data
 

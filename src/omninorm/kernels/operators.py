@@ -1,6 +1,7 @@
 """omninorm's operators: what they are called, the norms by them, and their shapes and dtypes without values.
 
-`cpu` computes plain CPU tensors and `gpu` those of a GPU, under the same names; `autograd` has their derivatives. The
+`cpu` computes plain CPU tensors and `gpu` those of a GPU, under the same names; `autograd` and `exported` have their
+derivatives. The
 C++ library defines the names where it was built, this module where it was not.
 """
 
@@ -222,20 +223,19 @@ def _with_blocks(dx: Tensor, dweight: Tensor, *dbias: Tensor) -> tuple[Tensor, .
 META_KERNELS: dict[str, Callable[..., Any]] = {
     "rms_norm": lambda x, *_: _like(x),
     "rms_norm_forward": lambda x, *_: (_like(x), _one_per_row(x)),
-    "rms_norm_autograd": lambda x, *_: (_like(x), _one_per_row(x)),
     "add_rms_norm": lambda x, *_: (_like(x), _like(x)),
     "add_rms_norm_forward": lambda x, *_: (_like(x), _like(x), _one_per_row(x)),
-    "add_rms_norm_autograd": lambda x, *_: (_like(x), _like(x), _one_per_row(x)),
     "rms_norm_backward": _meta_rms_norm_backward,
     "rms_norm_backward_blocks": lambda *given: _with_blocks(*_meta_rms_norm_backward(*given)),
     "layer_norm": lambda x, *_: _like(x),
     "layer_norm_forward": lambda x, *_: (_like(x), _one_per_row(x), _one_per_row(x)),
-    "layer_norm_autograd": lambda x, *_: (_like(x), _one_per_row(x), _one_per_row(x)),
     "add_layer_norm": lambda x, *_: (_like(x), _like(x)),
     "add_layer_norm_forward": lambda x, *_: (_like(x), _like(x), _one_per_row(x), _one_per_row(x)),
-    "add_layer_norm_autograd": lambda x, *_: (_like(x), _like(x), _one_per_row(x), _one_per_row(x)),
     "layer_norm_backward": _meta_layer_norm_backward,
     "layer_norm_backward_blocks": lambda *given: _with_blocks(*_meta_layer_norm_backward(*given)),
+}
+META_KERNELS |= {
+    name.replace("_forward", "_autograd"): made for name, made in META_KERNELS.items() if "_forward" in name
 }
 _meta: Any = torch.library.Library("omninorm", "IMPL", "Meta")  # type: ignore[no-untyped-call]
 for _name, _kernel in META_KERNELS.items():

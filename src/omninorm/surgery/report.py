@@ -57,7 +57,7 @@ class Surgery(Report):
             parameter = model.get_submodule(name)._parameters.get(own)
             self._intact.append(partial(_has_parameter, model, name, own, parameter))
         for (_, name), place in self._places.items():
-            self._intact.append(partial(_stands, place[name], place, name))
+            self._intact.append(partial(_stands, place, name, place[name]))
 
     def later(self, step: Callable[[], None]) -> None:
         """Has a step taken by `undo`, before those that were given earlier."""
@@ -105,7 +105,7 @@ def _has_parameter(model: nn.Module, name: str, own: str, parameter: object) -> 
         return False
 
 
-def _stands(left: object, place: dict[str, Any], name: str) -> bool:
+def _stands(place: dict[str, Any], name: str, left: object) -> bool:
     return place.get(name) is left
 
 

@@ -187,14 +187,13 @@ def _is_built_like_attention(module: nn.Module, width: int | None) -> bool:
     Its name says nothing. A feed-forward has a layer that reads its hidden features, mostly of another width; where
     they are as wide as the stream, it has one or two layers before its last, and attention three, or one for all.
     """
-    named = [part for part in module.named_modules() if _is_linear(part[1])]
-    linears = [part for _, part in named]
-    readers = any(name.rpartition(".")[2] in READERS for name, _ in named)
-    if isinstance(module, CONTAINERS) or len(linears) < 2 or readers:
+    linears = {name: part for name, part in module.named_modules() if _is_linear(part)}
+    if isinstance(module, CONTAINERS) or any(name.rpartition(".")[2] in READERS for name in linears):
         return False
-    widths = [_out_features(part) for part in linears[:-1]]
-    read, made = {_in_features(part) for part in linears}, len(widths) >= 3 or max(widths) >= 3 * (width or 1)
-    return read == {width} and made
+    if width is None or any(_in_features(part) != width for part in linears.values()):
+        return False
+    made = [_out_features(part) for part in linears.values()][:-1]
+    return len(made) >= 3 or max(made, default=0) >= 3 * width
 
 
 def _is_linear(module: nn.Module) -> bool:
