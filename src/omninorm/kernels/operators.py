@@ -1,8 +1,7 @@
 """omninorm's operators: what they are called, the norms by them, and their shapes and dtypes without values.
 
 `cpu` computes plain CPU tensors and `gpu` those of a GPU, under the same names; `autograd` and `exported` have their
-derivatives. The
-C++ library defines the names where it was built, this module where it was not.
+derivatives. The C++ library defines the names where it was built, this module where it was not.
 """
 
 from __future__ import annotations
