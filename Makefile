@@ -8,10 +8,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 PYTHON_CODE := setup.py src tests examples benchmarks docs
 # What a mistake is most likely to break, in the time that one waits for.
-QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tests/layers tests/kernels/test_edges.py \
+QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tests/layers tests/kernels/numerics/test_edges.py \
     tests/placement/test_rules.py tests/placement/test_refusals.py tests/thinker/test_model.py tests/record \
-    tests/watch/test_each_rule.py tests/watch/test_layer_rules.py tests/watch/test_loss_rules.py tests/watch/test_optimizer_rules.py \
-    tests/watch/test_numbers.py tests/watch/test_judge.py tests/report/test_reading.py tests/inspection tests/docs/test_pages.py
+    tests/watch/rules/test_each_rule.py tests/watch/rules/test_layer_rules.py tests/watch/rules/test_loss_rules.py tests/watch/rules/test_optimizer_rules.py \
+    tests/watch/rules/test_numbers.py tests/watch/test_judge.py tests/report/test_reading.py tests/inspection tests/integration/docs/test_pages.py
 
 .PHONY: help demo bench test test-triton test-distributed docs links figures lint types dead tidy sanitize quick check
 .PHONY: coverage mutants dist wheel-test sbom format clean
@@ -39,14 +39,14 @@ bench: .venv/bench .venv/cpu
 # The second line is the GPU kernels by Triton's interpreter, as far as it has time: `make test-triton` has the rest.
 test: .venv/dev .venv/cpu .venv/weights
 	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_edges.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/numerics/test_edges.py
 
 test-distributed: .venv/dev .venv/cpu
-	$(PYTEST) tests/ways/test_sharding.py tests/ways/test_training.py tests/ways/test_checkpoints.py tests/watch/test_distributed.py tests/cli/test_torchrun.py
+	$(PYTEST) tests/integration/test_sharding.py tests/integration/test_distributed_training.py tests/integration/test_distributed_checkpoints.py tests/watch/test_distributed.py tests/cli/test_torchrun.py
 
 test-triton: .venv/dev .venv/cpu
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
-	$(PYTEST) -m 'exhaustive or not exhaustive' tests/backends/test_triton_ahead.py
+	$(PYTEST) -m 'exhaustive or not exhaustive' tests/kernels/test_triton_ahead.py
 
 # One thread: on a machine that is busy otherwise, two wait for each other.
 docs: .venv/dev .venv/cpu

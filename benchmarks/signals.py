@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "watch"))
+sys.path.insert(0, str(ROOT / "tests"))
 
-from sick_runs import HEALTHY_TWIN, SICK, Outcome, Recipe, Training, at, run  # noqa: E402
+from helpers.faulty_runs import HEALTHY_TWIN, SICK, Outcome, Recipe, Training, at, run  # noqa: E402
 
 from omninorm import NormConfig  # noqa: E402
 from omninorm.record.files import write_file  # noqa: E402

@@ -37,28 +37,28 @@ def test_it_is_frozen() -> None:
 
 
 BAD = {
-    "an unknown norm": ({"normalization": "batchnorm"}, f"normalization must be one of {', '.join(NORMALIZATIONS)}, but got 'batchnorm'"),
-    "an unknown placement": ({"norm_placement": "middle"}, f"norm_placement must be one of {', '.join(PLACEMENTS)}, but got 'middle'"),
-    "an unknown cast": ({"cast": "fp8"}, f"cast must be one of {', '.join(CASTS)}, but got 'fp8'"),
-    "a norm that is no string": ({"normalization": None}, "but got None; choose one of these"),
-    "an unknown key": ({"norm_epsilon": 1e-6}, "a norm config has the keys normalization, norm_placement, norm_eps, gain_offset, cast, qk_norm, residual_scale, mix_fraction, but got 'norm_epsilon'; correct or remove"),
-    "negative eps": ({"norm_eps": -1.0}, "norm_eps must be a finite number ≥ 0 and ≤ 3.4e+38, but got -1.0"),
-    "eps NaN": ({"norm_eps": float("nan")}, "norm_eps must be a finite number ≥ 0 and ≤ 3.4e+38, but got nan"),
-    "eps infinite": ({"norm_eps": float("inf")}, "but got inf"),
-    "eps beyond float32": ({"norm_eps": 1e300}, "≤ 3.4e+38, but got 1e+300"),
-    "eps beyond every float": ({"norm_eps": 10**400}, "but got 1000000000"),
-    "eps a string": ({"norm_eps": "1e-6"}, "but got '1e-6'"),
-    "eps a bool": ({"norm_eps": True}, "but got True"),
-    "an offset that is NaN": ({"gain_offset": float("nan")}, "gain_offset must be a finite number ≥ -3.4e+38 and ≤ 3.4e+38, but got nan"),
-    "mix_fraction above 1": ({"norm_placement": "mix", "mix_fraction": 1.5}, "mix_fraction must be a finite number ≥ 0 and ≤ 1, but got 1.5"),
-    "a residual scale of 0": ({"norm_placement": "keel", "residual_scale": 0}, "residual_scale must be a finite number > 0, but got 0"),
-    "qk_norm as a number": ({"qk_norm": 1}, "qk_norm must be true, false or None, but got 1"),
-    "qk_norm as a word": ({"qk_norm": "yes"}, "qk_norm must be true, false or None, but got 'yes'"),
-    "an offset without rmsnorm": ({"normalization": "layernorm", "gain_offset": 1.0}, "gain_offset and cast belong to normalization 'rmsnorm', but got gain_offset=1.0, cast='fp32' with 'layernorm'"),
-    "qk_norm without a norm": ({"normalization": "none", "qk_norm": True}, "qk_norm needs a norm, but got normalization='none'"),
-    "hybrid without its norms": ({"norm_placement": "hybrid", "qk_norm": False}, "placement 'hybrid' normalizes queries, keys and values, but got qk_norm=False"),
-    "a residual scale elsewhere": ({"residual_scale": 2.0}, "residual_scale belongs to placements 'deepnorm' and 'keel', but got residual_scale=2.0 with 'pre'"),
-    "mix_fraction elsewhere": ({"mix_fraction": 0.5}, "mix_fraction belongs to placement 'mix', but got mix_fraction=0.5 with 'pre'"),
+    "an unknown norm": ({"normalization": "batchnorm"}, f"normalization must be one of {', '.join(NORMALIZATIONS)}, got 'batchnorm'"),
+    "an unknown placement": ({"norm_placement": "middle"}, f"norm_placement must be one of {', '.join(PLACEMENTS)}, got 'middle'"),
+    "an unknown cast": ({"cast": "fp8"}, f"cast must be one of {', '.join(CASTS)}, got 'fp8'"),
+    "a norm that is no string": ({"normalization": None}, "got None. Choose one of these"),
+    "an unknown key": ({"norm_epsilon": 1e-6}, "a norm config has the keys normalization, norm_placement, norm_eps, gain_offset, cast, qk_norm, residual_scale, mix_fraction, got 'norm_epsilon'. Correct or remove"),
+    "negative eps": ({"norm_eps": -1.0}, "norm_eps must be a finite number ≥ 0 and ≤ 3.4e+38, got -1.0"),
+    "eps NaN": ({"norm_eps": float("nan")}, "norm_eps must be a finite number ≥ 0 and ≤ 3.4e+38, got nan"),
+    "eps infinite": ({"norm_eps": float("inf")}, "got inf"),
+    "eps beyond float32": ({"norm_eps": 1e300}, "≤ 3.4e+38, got 1e+300"),
+    "eps beyond every float": ({"norm_eps": 10**400}, "got 1000000000"),
+    "eps a string": ({"norm_eps": "1e-6"}, "got '1e-6'"),
+    "eps a bool": ({"norm_eps": True}, "got True"),
+    "an offset that is NaN": ({"gain_offset": float("nan")}, "gain_offset must be a finite number ≥ -3.4e+38 and ≤ 3.4e+38, got nan"),
+    "mix_fraction above 1": ({"norm_placement": "mix", "mix_fraction": 1.5}, "mix_fraction must be a finite number ≥ 0 and ≤ 1, got 1.5"),
+    "a residual scale of 0": ({"norm_placement": "keel", "residual_scale": 0}, "residual_scale must be a finite number > 0, got 0"),
+    "qk_norm as a number": ({"qk_norm": 1}, "qk_norm must be true, false or None, got 1"),
+    "qk_norm as a word": ({"qk_norm": "yes"}, "qk_norm must be true, false or None, got 'yes'"),
+    "an offset without rmsnorm": ({"normalization": "layernorm", "gain_offset": 1.0}, "gain_offset and cast belong to normalization 'rmsnorm', got gain_offset=1.0, cast='fp32' with 'layernorm'"),
+    "qk_norm without a norm": ({"normalization": "none", "qk_norm": True}, "qk_norm needs a norm, got normalization='none'"),
+    "hybrid without its norms": ({"norm_placement": "hybrid", "qk_norm": False}, "placement 'hybrid' normalizes queries, keys and values, got qk_norm=False"),
+    "a residual scale elsewhere": ({"residual_scale": 2.0}, "residual_scale belongs to placements 'deepnorm' and 'keel', got residual_scale=2.0 with 'pre'"),
+    "mix_fraction elsewhere": ({"mix_fraction": 0.5}, "mix_fraction belongs to placement 'mix', got mix_fraction=0.5 with 'pre'"),
 }  # fmt: skip
 
 
@@ -71,7 +71,5 @@ def test_bad_settings_are_refused_in_one_sentence(name: str) -> None:
 
 
 def test_what_is_no_dictionary_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match="a norm config must be a dictionary, but got str; use the keys normalization"
-    ):
+    with pytest.raises(ConfigError, match=r"a norm config must be a dictionary, got str. Use the keys normalization"):
         NormConfig.from_dict("rmsnorm")  # type: ignore[arg-type]

@@ -1,10 +1,18 @@
-"""What omninorm raises: every error states the invariant, the value received and the remedy."""
+"""omninorm's exceptions: each states what must hold, the value received, and what to do."""
 
 
 class OmninormError(Exception):
-    """Base of all errors that omninorm raises on purpose.
+    """Base class of all errors that omninorm raises on purpose.
 
-    `str(error)` is one sentence: the invariant that was broken, what came instead, and what to do about it.
+    `str(error)` joins the three parts into sentences:
+
+    >>> print(ConfigError("eps must be a finite number >= 0", -1.0, "use a small positive value such as 1e-6"))
+    eps must be a finite number >= 0, got -1.0. Use a small positive value such as 1e-6.
+
+    Args:
+        invariant: what must hold, or what is wrong.
+        received: what came instead; None or "" where the invariant says it all.
+        remedy: what to do about it.
     """
 
     def __init__(self, invariant: str, received: object, remedy: str) -> None:
@@ -14,11 +22,23 @@ class OmninormError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.invariant}, but got {self.received}; {self.remedy}"
+        received = "" if self.received is None else str(self.received)
+        problem = f"{self.invariant}, got {received}" if received else self.invariant
+        return " ".join(_sentence(part) for part in (problem, _capitalized(self.remedy)) if part)
+
+
+def _capitalized(text: str) -> str:
+    """Start with a capital letter, unless the first word is an identifier such as `omninorm.watch`."""
+    first = text.split(maxsplit=1)[0].rstrip(",;:") if text.strip() else ""
+    return text[:1].upper() + text[1:] if first.isalpha() and first.islower() else text
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 class ConfigError(OmninormError, ValueError):
-    """A setting is unknown, out of range, or does not go with another one."""
+    """A setting is unknown, out of range, or incompatible with another setting."""
 
 
 class InputError(OmninormError, ValueError):
@@ -30,8 +50,8 @@ class DataError(OmninormError, ValueError):
 
 
 class RunError(OmninormError, RuntimeError):
-    """A run's folder or a checkpoint can't be written, read or continued."""
+    """A run's folder or a checkpoint can't be written, read or resumed."""
 
 
 class MissingExtraError(OmninormError, ImportError):
-    """An optional package is needed for this and is not installed."""
+    """An optional package that this needs is not installed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.bench_results import measurement, result
 
 from omninorm.bench import cases, memory, models
 from omninorm.bench.figure import draw, lines_of
@@ -14,8 +15,6 @@ from omninorm.bench.tables import show
 from omninorm.bench.targets import FAIL, PASS, TARGETS, UNKNOWN, find_losses, judge
 from omninorm.cli.console import console
 from omninorm.timing import OURS
-
-from .results import measurement, result
 
 
 def verdict_of(name: str, told: dict) -> dict:

@@ -8,14 +8,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.cli import SENTENCE, SMALL
+from helpers.cli_process import Process
 
 from omninorm.cli import main
-
-from .processes import Process
-
-SENTENCE = "In the beginning God created the heaven and the earth. And the earth was without form, and void.\n"
-_OPTIONS = "--d-model 16 --layers 1 --heads 2 --seq-len 16 --batch-size 2 --eval-bytes 64 --threads 1"
-SMALL = _OPTIONS.split()
 
 
 class Outcome(NamedTuple):
@@ -64,8 +60,3 @@ def text_file(tmp_path) -> Path:
 def small(text_file) -> list[str]:
     """Options for a run that takes a fraction of a second."""
     return ["--text", str(text_file), *SMALL, "--steps", "4"]
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    """Every file below a folder with its content."""
-    return {str(each.relative_to(path)): each.read_bytes() for each in path.rglob("*") if each.is_file()}

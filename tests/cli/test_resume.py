@@ -16,12 +16,11 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.cli import SENTENCE
+from helpers.cli_process import Process
 
 from omninorm.cli import main
 from omninorm.experiments import list_checkpoints, read_history, read_record
-
-from .conftest import SENTENCE
-from .processes import Process
 
 STEPS = 40
 OPTIONS = (

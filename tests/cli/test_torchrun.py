@@ -93,7 +93,7 @@ def test_one_is_killed_the_others_say_so_and_the_run_goes_on_alone(alone: Path, 
     os.kill(worker(process.pid, rank=1), signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "every process must stay to the end, but got one is gone" in said
+    assert "every process must stay to the end, got one is gone" in said
     newest = max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
     assert 6 <= newest < int(STEPS)
     train(1, "--resume", folder)
@@ -157,7 +157,7 @@ def worker(launcher: int, rank: int) -> int:
 def test_an_unknown_way_to_share_the_model_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(command(1, "--parallel", "zero3"), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.strip() == "omninorm: parallel must be one of ddp, fsdp, but got 'zero3'; choose one of these"
+    assert done.stderr.strip() == "omninorm: parallel must be one of ddp, fsdp, got 'zero3'. Choose one of these"
     assert os.listdir(tmp_path) == []
 
 
@@ -165,7 +165,7 @@ def test_a_batch_that_can_not_be_shared_out_is_refused_once(tmp_path: Path) -> N
     arguments = [*OPTIONS, "--batch-size", "3", "--out", str(tmp_path / "run")]
     done = subprocess.run(command(2, *arguments), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
-    said = "omninorm: every process must get equally many windows, but got a batch of 3 on 2 processes"
+    said = "omninorm: every process must get equally many windows, got a batch of 3 on 2 processes"
     assert done.stderr.count(said) == 1
     assert not (tmp_path / "run").exists()
 
@@ -174,6 +174,6 @@ def test_a_folder_without_a_run_is_refused_once(tmp_path: Path) -> None:
     done = subprocess.run(command(2, "--resume", tmp_path / "none"), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("omninorm:")] == [
-        f"omninorm: a run's folder must have a config.json, but got No such file or directory at {tmp_path / 'none' / 'config.json'}; "
+        f"omninorm: a run's folder must have a config.json, got No such file or directory at {tmp_path / 'none' / 'config.json'}; "
         "name the folder that omninorm train wrote"
     ]

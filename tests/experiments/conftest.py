@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.cli import SENTENCE
 
 from omninorm.experiments import ByteTokenizer, TokenData, TrainConfig, load_corpus, tokenize
 from omninorm.thinker import Thinker, ThinkerConfig
-
-SENTENCE = "In the beginning God created the heaven and the earth. And the earth was without form, and void.\n"
 
 
 @pytest.fixture

@@ -132,16 +132,16 @@ def test_another_format_is_refused(saved):
     folder, model, _ = saved
     path = folder / "step-4" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 9}))
-    with pytest.raises(RunError, match="must have format 1 or 2, but got format 9"):
+    with pytest.raises(RunError, match="must have format 1 or 2, got format 9"):
         load_checkpoint(folder, 4, model)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"d_model": 32}, r"of this model must be \[256, 32\] float32, but got \[256, 16\] float32 in"),
-        ({"n_layers": 2}, r"must have the model's tensors, but got no 'blocks\.1\."),
-        ({"tied_head": False}, "but got no 'head.weight' in"),
+        ({"d_model": 32}, r"of this model must be \[256, 32\] float32, got \[256, 16\] float32 in"),
+        ({"n_layers": 2}, r"must have the model's tensors, got no 'blocks\.1\."),
+        ({"tied_head": False}, "got no 'head.weight' in"),
     ],
 )
 def test_a_foreign_model_is_refused(saved, change, message):
@@ -152,7 +152,7 @@ def test_a_foreign_model_is_refused(saved, change, message):
 
 def test_a_foreign_dtype_is_refused(saved):
     folder, model, _ = saved
-    with pytest.raises(RunError, match=r"must be \[256, 16\] bfloat16, but got \[256, 16\] float32"):
+    with pytest.raises(RunError, match=r"must be \[256, 16\] bfloat16, got \[256, 16\] float32"):
         load_checkpoint(folder, 4, model.bfloat16())
 
 

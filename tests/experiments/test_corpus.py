@@ -62,10 +62,10 @@ def test_gzip_is_unpacked(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "must not be empty, but got 0 bytes in"),
-        (b" \n\t\n", "must not be empty, but got only white space in"),
-        (b"text\0more", "without NUL bytes, but got a NUL at byte 4 of"),
-        (b"caf\xe9 au lait", "must be UTF-8, but got the byte 0xe9 at 3 of"),
+        (b"", "must not be empty, got 0 bytes in"),
+        (b" \n\t\n", "must not be empty, got only white space in"),
+        (b"text\0more", "without NUL bytes, got a NUL at byte 4 of"),
+        (b"caf\xe9 au lait", "must be UTF-8, got the byte 0xe9 at 3 of"),
     ],
 )
 def test_what_is_no_text_is_refused(tmp_path, content, message):
@@ -86,7 +86,7 @@ def test_a_truncated_gzip_is_refused(tmp_path):
 def test_what_is_no_file_or_folder_of_text_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"No such file or directory at .*check the path"):
         load_corpus(tmp_path / "absent.txt")
-    with pytest.raises(DataError, match="must have text files, but got none in"):
+    with pytest.raises(DataError, match="must have text files, got none in"):
         load_corpus(tmp_path)
     # A device never ends, so reading it would never come back.
     with pytest.raises(DataError, match="another kind of file at /dev/zero"):
@@ -177,9 +177,9 @@ def test_a_run_s_own_folder_is_no_text(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("", "the text's path must not be empty, but got ''"),
+        ("", "the text's path must not be empty, got ''"),
         ("x" * 300, "File name too long at .*check the path"),
-        ("~nobody-of-this-name/text.txt", "must lead somewhere, but got ~nobody-of-this-name/text.txt"),
+        ("~nobody-of-this-name/text.txt", "must lead somewhere, got ~nobody-of-this-name/text.txt"),
     ],
 )
 def test_a_path_that_can_lead_nowhere_is_refused(path, message):

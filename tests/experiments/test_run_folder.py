@@ -40,7 +40,7 @@ def test_an_empty_folder_may_be_used(tmp_path):
 
 def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("do not touch")
-    with pytest.raises(RunError, match=r"needs an empty or a new folder, but got .* with 'thesis.txt' in it; choose"):
+    with pytest.raises(RunError, match=r"needs an empty or a new folder, got .* with 'thesis.txt' in it. Choose"):
         RunFolder.create(tmp_path, CONFIG, {})
     assert _tree(tmp_path) == ["thesis.txt"]
 
@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, below):
 
 def test_an_unwritable_folder_is_refused():
     # The tests may run as root, whom no permission stops; the kernel's own file system does.
-    with pytest.raises(RunError, match=r"must be writable, but got .* /proc/omninorm-run; choose another folder"):
+    with pytest.raises(RunError, match=r"must be writable, got .* /proc/omninorm-run. Choose another folder"):
         RunFolder.create(Path("/proc/omninorm-run"), CONFIG, {})
 
 
@@ -74,7 +74,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
     try:
         assert holder.stdout.readline() == "locked\n"
         before = _tree(tmp_path)
-        with pytest.raises(RunError, match="only one process may write a run, but got another one at work on"):
+        with pytest.raises(RunError, match="only one process may write a run, got another one at work on"):
             RunFolder(tmp_path / "run")
         assert _tree(tmp_path) == before
     finally:
@@ -103,10 +103,10 @@ def test_what_a_process_killed_at_the_very_start_left_counts_as_empty(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "must have a config.json, but got No such file or directory"),
+        (None, "must have a config.json, got No such file or directory"),
         (b"{", "config.json must be JSON"),
-        (b"[]", "must have format 1, but got list"),
-        (b'{"format": 2}', "must have format 1, but got 2"),
+        (b"[]", "must have format 1, got list"),
+        (b'{"format": 2}', "must have format 1, got 2"),
     ],
 )
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path, content, message):
@@ -200,7 +200,7 @@ def file_limit():
 
 def test_a_folder_that_cannot_be_filled_is_not_left_behind(tmp_path, file_limit):
     file_limit(100)
-    with pytest.raises(RunError, match="must be allowed to grow, but got 'File too large' while writing"):
+    with pytest.raises(RunError, match="must be allowed to grow, got 'File too large' while writing"):
         RunFolder.create(tmp_path / "run", {"filler": "x" * 1000}, {"tokenizer.json": b"{}"})
     file_limit(resource.RLIM_INFINITY)
     assert _tree(tmp_path) == []

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from helpers.cli import SENTENCE
 
 from omninorm.errors import ConfigError, DataError, MissingExtraError, RunError
 from omninorm.experiments import (
@@ -24,8 +25,6 @@ from omninorm.experiments import (
     run_folder,
 )
 from omninorm.thinker import ThinkerConfig
-
-from .conftest import SENTENCE
 
 SHAPE = ThinkerConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=16)
 
@@ -135,7 +134,7 @@ def test_a_config_of_another_shape_is_an_error(finished, section, value):
 def test_a_text_that_is_no_path_is_an_error(finished):
     path, _ = finished
     _change(path, "data", {"text": 5, "held_out": 0.1})
-    with pytest.raises(RunError, match=r"config\.json must describe a run, but got a text that is no path"):
+    with pytest.raises(RunError, match=r"config\.json must describe a run, got a text that is no path"):
         open_run(path)
 
 
@@ -150,7 +149,7 @@ def test_another_tokenizer_than_the_model_s_is_refused(plan, tmp_path):
             use(path)
     _change(path, "tokenizer", {"tokenizer": "bpe", "vocab_size": 280})  # as runs were once written
     for use in (load_run, open_run):
-        with pytest.raises(RunError, match="same number of tokens, but got 270 and 280"):
+        with pytest.raises(RunError, match="same number of tokens, got 270 and 280"):
             use(path)
 
 
@@ -164,7 +163,7 @@ def test_a_text_that_has_moved_is_asked_for(finished, text_file):
 
 @pytest.mark.parametrize("d_model", [10**7, 10**15, 10**19])
 def test_a_model_that_does_not_fit_in_memory_is_refused(d_model):
-    with pytest.raises(ConfigError, match=f"a model must fit in memory, but got d_model={d_model}, "):
+    with pytest.raises(ConfigError, match=f"a model must fit in memory, got d_model={d_model}, "):
         build_model(replace(SHAPE, d_model=d_model, n_heads=d_model // 2, vocab_size=2), 0)
 
 

@@ -10,12 +10,11 @@ import sys
 import gguf
 import pytest
 import torch
+from helpers.checkpoints import llama_tensors, save, transformers_model
 from safetensors.torch import save_file
 
 from omninorm.errors import MissingExtraError, RunError
 from omninorm.inspection import inspect_checkpoint
-
-from .models import llama_tensors, save, transformers_model
 
 BAD = "model.layers.2.mlp.up_proj.weight"
 

@@ -6,10 +6,9 @@ import json
 
 import pytest
 import torch
+from helpers.checkpoints import BLOCKS, HIDDEN, WIDTH, llama_tensors, save, transformers_model
 
 from omninorm.inspection import inspect_checkpoint
-
-from .models import BLOCKS, HIDDEN, WIDTH, llama_tensors, save, transformers_model
 
 UP, DOWN, OUT = (f"model.layers.2.{name}.weight" for name in ("mlp.up_proj", "mlp.down_proj", "self_attn.o_proj"))
 NORM, FINAL, EMBEDDING = "model.layers.1.input_layernorm.weight", "model.norm.weight", "model.embed_tokens.weight"

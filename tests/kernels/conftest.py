@@ -1,28 +1,16 @@
-"""Every test of this folder holds for the reference and for the operators on each instruction set of this machine; with
-TRITON_INTERPRET=1 in the environment, for the Triton kernels by their interpreter instead (`make test-triton`).
-
-Where a test's input is not for the operators (a function transform, a subclass), the choice of the back end falls on
-the reference once more, so nothing is forced on it here. That plain tensors reach the operators is in tests/backends.
-"""
+"""The operators themselves, the choice between back ends, and what surrounds both. The arithmetic is in tests/kernels."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from omninorm.kernels import cpu, dispatch, gpu
-
-OPERATORS = "cpu-"
-HERE = ["triton"] if gpu.INTERPRETED else ["reference", *(OPERATORS + name for name in cpu.instruction_sets())]
+from omninorm.kernels import cpu
 
 
-@pytest.fixture(autouse=True, params=HERE)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of what computes the norms during the test."""
-    if not request.param.startswith(OPERATORS):
-        with dispatch.use_backend(request.param):
-            yield request.param
-        return
+@pytest.fixture(params=cpu.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the instruction set whose kernels run during the test: each that was built and runs here."""
     before = cpu.instruction_set()
-    cpu.use_instruction_set(request.param.removeprefix(OPERATORS))
+    cpu.use_instruction_set(request.param)
     yield request.param
     cpu.use_instruction_set(before)

@@ -27,41 +27,41 @@ def block(config: object = PRE, attention: object = None, width: object = 4) -> 
 REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "a dictionary": (
         lambda: block({"norm_placement": "pre"}),
-        "a block's norms are described by a NormConfig, but got {'norm_placement': 'pre'}; "
+        "a block's norms are described by a NormConfig, got {'norm_placement': 'pre'}; "
         'pass e.g. NormConfig(norm_placement="pre") or NormConfig.from_dict({…})',
     ),
     "no module": (
         lambda: block(attention=torch.sin),
-        "attention must be a torch.nn.Module, but got a builtin_function_or_method; wrap it in one, so that its weights train",
+        "attention must be a torch.nn.Module, got a builtin_function_or_method. Wrap it in one, so that its weights train",
     ),
     "no inner norms": (
         lambda: block(NormConfig(norm_placement="reordered")),
-        "placement 'reordered' with qk_norm=None needs the norms k, q inside attention, but got a Linear without k, q; "
+        "placement 'reordered' with qk_norm=None needs the norms k, q inside attention, got a Linear without k, q; "
         "build them in and name them in attention.inner_norms",
     ),
     "another shape": (
         lambda: block(attention=nn.Linear(4, 3))(torch.ones(2, 4)),
-        "attention must return a tensor of its input's shape (2, 4), but got shape (2, 3); "
+        "attention must return a tensor of its input's shape (2, 4), got shape (2, 3); "
         "wrap the sublayer so that it returns just that tensor",
     ),
     "a tuple": (
         lambda: block(attention=Pair())(torch.ones(2, 4)),
-        "attention must return a tensor of its input's shape (2, 4), but got a tuple; wrap the sublayer so that it returns just that tensor",
+        "attention must return a tensor of its input's shape (2, 4), got a tuple. Wrap the sublayer so that it returns just that tensor",
     ),
     "two streams": (
         lambda: block()((torch.ones(2, 4), torch.ones(2, 4))),
-        "the stream must be a tensor, but got a tuple; pass (..., width) features",
+        "the stream must be a tensor, got a tuple. Pass (..., width) features",
     ),
     "one stream": (
         lambda: block(NormConfig(norm_placement="residual"))(torch.ones(2, 4)),
-        "placement 'residual' carries two streams, a pair of tensors, but got a Tensor; "
+        "placement 'residual' carries two streams, a pair of tensors, got a Tensor; "
         "begin with omninorm.placement.enter(config, x) and end with FinalNorm(config, width)",
     ),
     "a block too many": (
         lambda: Position(3, 2, "attention"),
-        "blocks are counted from 1 to their number, but got block 3 of 2; correct the block's number",
+        "blocks are counted from 1 to their number, got block 3 of 2. Correct the block's number",
     ),
-    "a width of zero": (lambda: block(width=0), "width must be an integer ≥ 1, but got 0"),
+    "a width of zero": (lambda: block(width=0), "width must be an integer ≥ 1, got 0"),
 }
 
 

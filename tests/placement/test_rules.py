@@ -186,9 +186,9 @@ def test_deepnorm_shrinks_values_outputs_and_feed_forward() -> None:
         assert init_gain(config, 32, role) == pytest.approx((8 * 32) ** -0.25)
     others = [name for name in PLACEMENTS if name != "deepnorm"]
     assert {init_gain(NormConfig(norm_placement=name), 32, "v") for name in others} == {1.0}
-    with pytest.raises(ConfigError, match="role must be one of q, k, v, out, feed_forward, but got 'head'"):
+    with pytest.raises(ConfigError, match="role must be one of q, k, v, out, feed_forward, got 'head'"):
         init_gain(config, 32, "head")
-    with pytest.raises(ConfigError, match="blocks must be an integer ≥ 1, but got 0"):
+    with pytest.raises(ConfigError, match="blocks must be an integer ≥ 1, got 0"):
         init_gain(config, 0, "v")
 
 
@@ -210,11 +210,11 @@ def test_a_sublayer_without_its_inner_norms_is_refused() -> None:
     plain, bend = nn.Linear(WIDTH, WIDTH), Bend()
     message = (
         r"placement 'hybrid' with qk_norm=None needs the norms k, q, v inside attention, "
-        r"but got a Linear without k, q, v; build them in and name them in attention\.inner_norms"
+        r"got a Linear without k, q, v. Build them in and name them in attention\.inner_norms"
     )
     with pytest.raises(ConfigError, match=message):
         build(NormConfig(norm_placement="hybrid"), plain, plain)
-    with pytest.raises(ConfigError, match=r"inside feed_forward, but got a Linear without hidden"):
+    with pytest.raises(ConfigError, match=r"inside feed_forward, got a Linear without hidden"):
         build(NormConfig(norm_placement="normformer"), bend, plain)
     with pytest.raises(ConfigError, match=r"qk_norm=True needs the norms k, q inside attention"):
         build(NormConfig(qk_norm=True), plain, plain)
@@ -224,10 +224,10 @@ def test_a_sublayer_without_its_inner_norms_is_refused() -> None:
 @pytest.mark.parametrize(
     ("block", "blocks", "message"),
     [
-        (0, 4, "block must be an integer ≥ 1, but got 0"),
-        (5, 4, "blocks are counted from 1 to their number, but got block 5 of 4"),
-        (1, 0, "blocks must be an integer ≥ 1, but got 0"),
-        (1.0, 4, "block must be an integer ≥ 1, but got 1.0"),
+        (0, 4, "block must be an integer ≥ 1, got 0"),
+        (5, 4, "blocks are counted from 1 to their number, got block 5 of 4"),
+        (1, 0, "blocks must be an integer ≥ 1, got 0"),
+        (1.0, 4, "block must be an integer ≥ 1, got 1.0"),
     ],
 )
 def test_bad_positions_are_refused(block, blocks, message: str) -> None:
@@ -236,14 +236,14 @@ def test_bad_positions_are_refused(block, blocks, message: str) -> None:
 
 
 def test_an_unknown_role_is_refused() -> None:
-    with pytest.raises(ConfigError, match="role must be one of attention, feed_forward, but got 'mlp'"):
+    with pytest.raises(ConfigError, match="role must be one of attention, feed_forward, got 'mlp'"):
         Position(1, 1, "mlp")
 
 
 def test_what_is_no_config_or_no_module_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a block's norms are described by a NormConfig, but got 'pre'"):
+    with pytest.raises(ConfigError, match="a block's norms are described by a NormConfig, got 'pre'"):
         Block("pre", WIDTH, Bend(), Bend(), block=1, blocks=1)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"attention must be a torch\.nn\.Module, but got a function"):
+    with pytest.raises(ConfigError, match=r"attention must be a torch\.nn\.Module, got a function"):
         Block(NormConfig(), WIDTH, lambda x: x, Bend(), block=1, blocks=1)  # type: ignore[arg-type]
 
 
@@ -253,7 +253,7 @@ def test_a_sublayer_that_changes_the_shape_is_refused() -> None:
     narrow = Block(NormConfig(), WIDTH, nn.Identity(), nn.Linear(WIDTH, 1), block=1, blocks=1)
     with pytest.raises(
         InputError,
-        match=r"feed_forward must return a tensor of its input's shape \(2, 5, 6\), but got shape \(2, 5, 1\)",
+        match=r"feed_forward must return a tensor of its input's shape \(2, 5, 6\), got shape \(2, 5, 1\)",
     ):
         narrow(x)
 
@@ -261,7 +261,7 @@ def test_a_sublayer_that_changes_the_shape_is_refused() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, None]:
             return x, None
 
-    with pytest.raises(InputError, match=r"attention must return a tensor of its input's shape .* but got a tuple"):
+    with pytest.raises(InputError, match=r"attention must return a tensor of its input's shape .* got a tuple"):
         Block(NormConfig(), WIDTH, Pair(), nn.Identity(), block=1, blocks=1)(x)
 
 
@@ -269,8 +269,8 @@ def test_a_stream_that_does_not_come_from_enter_is_refused() -> None:
     x = torch.randn(2, 5, WIDTH)
     block = Block(NormConfig(norm_placement="residual"), WIDTH, nn.Identity(), nn.Identity(), block=1, blocks=1)
     with pytest.raises(
-        InputError, match=r"'residual' carries two streams, .* but got a Tensor; begin with omninorm\.placement\.enter"
+        InputError, match=r"'residual' carries two streams, .* got a Tensor. Begin with omninorm\.placement\.enter"
     ):
         block(x)
-    with pytest.raises(InputError, match="the stream must be a tensor, but got a tuple"):
+    with pytest.raises(InputError, match="the stream must be a tensor, got a tuple"):
         Block(NormConfig(), WIDTH, nn.Identity(), nn.Identity(), block=1, blocks=1)((x, x))

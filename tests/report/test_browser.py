@@ -8,13 +8,12 @@ import re
 from dataclasses import replace
 
 import pytest
+from helpers import synthetic_run as synthetic
+from helpers.browser import open_page
 
 from omninorm.record.signals import SIGNALS
 from omninorm.report import read_run, render
 from omninorm.report.story import Series
-
-from . import synthetic
-from .browser import open_page
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,10 @@ import math
 import sys
 
 import pytest
+from helpers import synthetic_run as synthetic
 
 from omninorm.errors import MissingExtraError
 from omninorm.report import read_frames, read_run
-
-from . import synthetic
 
 
 def test_three_tables(tmp_path):

@@ -10,36 +10,15 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from helpers import synthetic_run as synthetic
+from helpers.stories import alarm, of_losses, story_of
 
 from omninorm.errors import RunError
 from omninorm.record.signals import SIGNALS
 from omninorm.report import read_run, render, write_report
 from omninorm.report.facts import facts, samples
 from omninorm.report.packing import unpack
-from omninorm.report.story import Ending, RunStory, Series, StoryAlarm
-
-from . import synthetic
-
-
-def story_of(tmp_path, **options) -> RunStory:
-    return read_run(synthetic.run(tmp_path / "run", **options))
-
-
-def alarm(step, severity="fail", layer="blocks.1", **given) -> StoryAlarm:
-    values = {"rule": "rule", "evidence": "it was too large", "remedy": "try less", "source": ""}
-    return StoryAlarm(step, severity, layer=layer, **values | given)
-
-
-def of_losses(story, *losses):
-    series = Series(list(range(1, len(losses) + 1)), list(losses))
-    return replace(
-        story,
-        alarms=[],
-        ending=Ending(len(losses), "done"),
-        series={"loss": series},
-        evals=Series([], []),
-        columns=story.columns[:1],
-    )
+from omninorm.report.story import RunStory, Series
 
 
 def embedded(page: str) -> dict:

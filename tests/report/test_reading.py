@@ -7,13 +7,12 @@ import math
 from itertools import pairwise
 
 import pytest
+from helpers import synthetic_run as synthetic
 
 from omninorm.errors import RunError
 from omninorm.record import Record
 from omninorm.report import read_run
 from omninorm.report.reading import choose
-
-from . import synthetic
 
 
 def write(folder, *events, name="record.jsonl"):
@@ -212,16 +211,16 @@ def test_ranks_are_merged(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"a run's folder must have a record.jsonl, but got .*; name the folder of a run"),
+        (None, r"a run's folder must have a record.jsonl, got .*. Name the folder of a run"),
         (b"", "a record must hold at least one event"),
         (b'{"kind": "watch", "st', "a record must hold at least one event"),
-        (b"\0\0\0\n", r"a report needs a record of omninorm, but got .*, which is none; name the folder"),
+        (b"\0\0\0\n", r"a report needs a record of omninorm, got .*, which is none. Name the folder"),
         (b"Dear diary,\ntoday", "a report needs a record of omninorm"),
         (b"a text without a line's end", "a report needs a record of omninorm"),
         (b'{"loss": 3.0}\n', "a report needs a record of omninorm"),
         (
             json.dumps({**HEAD, "format": 2}).encode() + b"\n",
-            "a record must have format 1, but got format 2 .*upgrade omninorm",
+            "a record must have format 1, got format 2 .*upgrade omninorm",
         ),
     ],
 )
@@ -234,7 +233,7 @@ def test_what_is_no_record_is_an_error_with_a_remedy(tmp_path, content, message)
 
 @pytest.mark.parametrize("name", ["nowhere", "a\0b"])
 def test_no_such_folder(tmp_path, name):
-    with pytest.raises(RunError, match=r"a report needs a run, but got .*does not exist"):
+    with pytest.raises(RunError, match=r"a report needs a run, got .*does not exist"):
         read_run(tmp_path / name)
 
 

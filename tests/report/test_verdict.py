@@ -6,12 +6,11 @@ import math
 from dataclasses import replace
 
 import pytest
+from helpers.stories import alarm, of_losses, story_of
 
 from omninorm.report import judge, render
 from omninorm.report.story import Bad, Ending, RunStory
 from omninorm.report.text import escape
-
-from .test_page import alarm, of_losses, story_of
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from helpers import surgery_models as subjects
 from safetensors.torch import load_file, save_file
 
 from omninorm.errors import ConfigError, OmninormError, RunError
 from omninorm.surgery.convert import convert, undo
-
-from . import subjects
 
 KINDS = {
     "gpt2": hf.GPT2LMHeadModel,

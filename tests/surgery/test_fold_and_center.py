@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import surgery_models as subjects
 from torch import nn
 
 import omninorm
@@ -17,8 +18,6 @@ from omninorm.surgery import center, fold_gains, swap_norms, swapped, verify
 from omninorm.surgery import fold as fold_module
 from omninorm.surgery.report import fingerprint
 from omninorm.surgery.verify import distance, outputs
-
-from . import subjects
 
 PRE_NORM = [name for name in subjects.MODELS if name not in ("bert", "olmo2", "gemma2")]
 WITH_LAYER_NORM = ["gpt2", "opt", "gpt_neox", "vit", "thinker layernorm", "phi"]
@@ -242,7 +241,7 @@ def test_equal_infinities_are_equal() -> None:
     [
         ([], "an empty list"),
         (torch.ones(2, 4), "a Tensor"),
-        ([["x"]], "tensor or a dictionary, but got list"),
+        ([["x"]], "tensor or a dictionary, got list"),
         ([torch.ones(0, 4)], "an empty tensor"),
     ],
 )
@@ -347,7 +346,7 @@ def test_what_was_trained_since_is_not_overwritten(operation: Any) -> None:
         with torch.no_grad():
             parameter.view(-1)[-1] += 1e-6
         trained = state(model)
-        with pytest.raises(InputError, match=f"but got 1 of {len(report._intact)} weights or modules have changed"):
+        with pytest.raises(InputError, match=f"got 1 of {len(report._intact)} weights or modules have changed"):
             report.undo()
         assert same(trained, state(model))
         parameter.data.copy_(before)

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from helpers import surgery_models as subjects
 from torch import nn
 
 import omninorm
 from omninorm.surgery import swap_norms, swapped, verify
-
-from . import subjects
 
 
 @pytest.mark.parametrize("name", subjects.MODELS)

@@ -68,7 +68,7 @@ def test_a_full_cache_says_so_and_stays_as_it_was(make, tokens):
         with pytest.raises(InputError) as caught:
             model(tokens[:, 8:11], cache=cache)
         assert str(caught.value) == (
-            "this cache has room for 10 tokens, but got 3 more after 8; "
+            "this cache has room for 10 tokens, got 3 more after 8; "
             "make a larger cache or begin a new one with the newest tokens"
         )
         torch.testing.assert_close(
@@ -78,13 +78,13 @@ def test_a_full_cache_says_so_and_stays_as_it_was(make, tokens):
 
 @pytest.mark.parametrize("capacity", [0, 25, -1])
 def test_a_capacity_that_is_out_of_bounds_is_refused(make, capacity):
-    with pytest.raises(InputError, match=f"between 1 and max_seq_len=24 tokens, but got capacity={capacity}; choose"):
+    with pytest.raises(InputError, match=f"between 1 and max_seq_len=24 tokens, got capacity={capacity}. Choose"):
         make().new_cache(1, capacity)
 
 
 @pytest.mark.parametrize("padding", [[1], [0, 0, 1], [-1, 0], [0, 24]])
 def test_padding_that_does_not_fit_the_rows_is_refused(make, padding):
-    with pytest.raises(InputError, match="padding is one count per row, 2 in all, each from 0 to 23, but got"):
+    with pytest.raises(InputError, match="padding is one count per row, 2 in all, each from 0 to 23, got"):
         make().new_cache(2, padding=padding)
 
 
@@ -92,7 +92,7 @@ def test_another_batch_is_refused(make, tokens):
     model = make()
     with (
         torch.no_grad(),
-        pytest.raises(InputError, match="this cache belongs to 2 rows, but got tokens for 3; make one"),
+        pytest.raises(InputError, match=r"this cache belongs to 2 rows, got tokens for 3. Make one"),
     ):
         model(tokens, cache=model.new_cache(2))
 

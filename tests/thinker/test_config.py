@@ -59,27 +59,27 @@ def test_from_dict_reads_the_origins_dictionary_and_a_norm_config():
 
 
 BAD = [
-    ({"vocab_size": 0}, "vocab_size must be an integer ≥ 1, but got 0"),
-    ({"d_model": -4}, "d_model must be an integer ≥ 1, but got -4"),
-    ({"d_model": 64.0}, "d_model must be an integer ≥ 1, but got 64.0"),
-    ({"n_layers": True}, "n_layers must be an integer ≥ 1, but got True"),
-    ({"n_heads": 0}, "n_heads must be an integer ≥ 1, but got 0"),
-    ({"n_kv_heads": 0}, "n_kv_heads must be an integer ≥ 1, but got 0"),
-    ({"max_seq_len": "512"}, "max_seq_len must be an integer ≥ 1, but got '512'"),
-    ({"d_ff": 0}, "d_ff must be an integer ≥ 1, but got 0"),
-    ({"head_dim": 0}, "head_dim must be an integer ≥ 1, but got 0"),
-    ({"feed_forward": "relu"}, "feed_forward must be one of swiglu, gelu, but got 'relu'"),
-    ({"init": "zeros"}, "init must be one of xavier, normal, but got 'zeros'"),
-    ({"rope_theta": 0.0}, "rope_theta must be a finite number > 0, but got 0.0"),
-    ({"rope_theta": float("nan")}, "rope_theta must be a finite number > 0, but got nan"),
-    ({"init_std": -1.0}, "init_std must be a finite number > 0, but got -1.0"),
-    ({"tied_head": 1}, "tied_head must be true or false, but got 1; set tied_head to one"),
-    ({"scaled_init": "no"}, "scaled_init must be true or false, but got 'no'; set scaled_init to one"),
-    ({"d_model": 10, "n_heads": 4}, "d_model must be a multiple of n_heads, but got d_model=10 with n_heads=4; choose"),
-    ({"n_kv_heads": 3}, "n_heads must be a multiple of n_kv_heads, but got n_heads=4 with n_kv_heads=3; choose"),
-    ({"n_kv_heads": 8}, "n_heads must be a multiple of n_kv_heads, but got n_heads=4 with n_kv_heads=8; choose"),
-    ({"head_dim": 5}, "the width of a head must be even, because RoPE turns pairs, but got 5 (d_model=256, n_heads=4"),
-    ({"d_model": 12, "n_heads": 4}, "the width of a head must be even, because RoPE turns pairs, but got 3 ("),
+    ({"vocab_size": 0}, "vocab_size must be an integer ≥ 1, got 0"),
+    ({"d_model": -4}, "d_model must be an integer ≥ 1, got -4"),
+    ({"d_model": 64.0}, "d_model must be an integer ≥ 1, got 64.0"),
+    ({"n_layers": True}, "n_layers must be an integer ≥ 1, got True"),
+    ({"n_heads": 0}, "n_heads must be an integer ≥ 1, got 0"),
+    ({"n_kv_heads": 0}, "n_kv_heads must be an integer ≥ 1, got 0"),
+    ({"max_seq_len": "512"}, "max_seq_len must be an integer ≥ 1, got '512'"),
+    ({"d_ff": 0}, "d_ff must be an integer ≥ 1, got 0"),
+    ({"head_dim": 0}, "head_dim must be an integer ≥ 1, got 0"),
+    ({"feed_forward": "relu"}, "feed_forward must be one of swiglu, gelu, got 'relu'"),
+    ({"init": "zeros"}, "init must be one of xavier, normal, got 'zeros'"),
+    ({"rope_theta": 0.0}, "rope_theta must be a finite number > 0, got 0.0"),
+    ({"rope_theta": float("nan")}, "rope_theta must be a finite number > 0, got nan"),
+    ({"init_std": -1.0}, "init_std must be a finite number > 0, got -1.0"),
+    ({"tied_head": 1}, "tied_head must be true or false, got 1. Set tied_head to one"),
+    ({"scaled_init": "no"}, "scaled_init must be true or false, got 'no'. Set scaled_init to one"),
+    ({"d_model": 10, "n_heads": 4}, "d_model must be a multiple of n_heads, got d_model=10 with n_heads=4. Choose"),
+    ({"n_kv_heads": 3}, "n_heads must be a multiple of n_kv_heads, got n_heads=4 with n_kv_heads=3. Choose"),
+    ({"n_kv_heads": 8}, "n_heads must be a multiple of n_kv_heads, got n_heads=4 with n_kv_heads=8. Choose"),
+    ({"head_dim": 5}, "the width of a head must be even, because RoPE turns pairs, got 5 (d_model=256, n_heads=4"),
+    ({"d_model": 12, "n_heads": 4}, "the width of a head must be even, because RoPE turns pairs, got 3 ("),
 ]
 
 
@@ -100,7 +100,7 @@ def test_lns_and_scaled_init_exclude_each_other():
 
 
 def test_a_norm_that_is_no_norm_config_is_refused():
-    with pytest.raises(ConfigError, match=r"norm must be a NormConfig, but got dict; pass NormConfig\(...\)"):
+    with pytest.raises(ConfigError, match=r"norm must be a NormConfig, got dict. Pass NormConfig\(...\)"):
         ThinkerConfig(norm={"normalization": "rmsnorm"})
 
 
@@ -109,8 +109,8 @@ def test_a_norm_that_is_no_norm_config_is_refused():
     [
         ({"layers": 3}, "a Thinker config has the keys vocab_size, d_model, n_layers"),
         ({"norm": {"kind": "rmsnorm"}}, "a norm config has the keys normalization"),
-        ({"norm": None}, "a norm config must be a dictionary, but got NoneType"),
-        ([1, 2], "a Thinker config must be a dictionary, but got list"),
+        ({"norm": None}, "a norm config must be a dictionary, got NoneType"),
+        ([1, 2], "a Thinker config must be a dictionary, got list"),
     ],
 )
 def test_from_dict_refuses_what_it_does_not_know(values, message):

@@ -120,17 +120,17 @@ def test_int32_tokens_are_welcome(make, tokens):
 
 
 BAD = [
-    (torch.zeros(1, 4), "tokens are integers of type int64 or int32, but got torch.float32; convert them"),
-    (torch.zeros(1, 4, dtype=torch.uint8), "tokens are integers of type int64 or int32, but got torch.uint8"),
-    (torch.zeros(1, 4, dtype=torch.bool), "tokens are integers of type int64 or int32, but got torch.bool"),
+    (torch.zeros(1, 4), "tokens are integers of type int64 or int32, got torch.float32. Convert them"),
+    (torch.zeros(1, 4, dtype=torch.uint8), "tokens are integers of type int64 or int32, got torch.uint8"),
+    (torch.zeros(1, 4, dtype=torch.bool), "tokens are integers of type int64 or int32, got torch.bool"),
     (
         torch.zeros(4).long(),
-        "the shape (batch, sequence), but got the shape (4,); add the batch dimension by tokens.un",
+        "the shape (batch, sequence), got the shape (4,). Add the batch dimension by tokens.un",
     ),
-    (torch.zeros(1, 2, 3).long(), "tokens have the shape (batch, sequence), but got the shape (1, 2, 3); reshape them"),
-    (torch.zeros(1, 25).long(), "reads at most max_seq_len=24 tokens at once, but got 25; pass fewer or build"),
-    (torch.tensor([[0, 40]]), "tokens lie between 0 and vocab_size − 1 = 39, but got values from 0 to 40; use the"),
-    (torch.tensor([[-1, 3]]), "tokens lie between 0 and vocab_size − 1 = 39, but got values from -1 to 3; use the"),
+    (torch.zeros(1, 2, 3).long(), "tokens have the shape (batch, sequence), got the shape (1, 2, 3). Reshape them"),
+    (torch.zeros(1, 25).long(), "reads at most max_seq_len=24 tokens at once, got 25. Pass fewer or build"),
+    (torch.tensor([[0, 40]]), "tokens lie between 0 and vocab_size − 1 = 39, got values from 0 to 40. Use the"),
+    (torch.tensor([[-1, 3]]), "tokens lie between 0 and vocab_size − 1 = 39, got values from -1 to 3. Use the"),
 ]
 
 

@@ -199,7 +199,7 @@ def test_what_thinker_does_not_compute_is_refused(folder, changes, message):
     rewrite(folder, **changes)
     with pytest.raises(ConfigError) as caught:
         Thinker.from_pretrained(folder)
-    prefix = "Thinker computes what LlamaForCausalLM and Qwen3ForCausalLM do, but got "
+    prefix = "Thinker computes what LlamaForCausalLM and Qwen3ForCausalLM do, got "
     assert str(caught.value).startswith(f"{prefix}{message}; use a folder of one of these")
 
 
@@ -216,11 +216,11 @@ def fails(folder, message):
 
 
 def test_a_missing_folder_and_missing_files(folder, tmp_path):
-    fails(tmp_path / "nowhere", "nowhere must hold config.json, but got a folder without it, or none; pass the folder")
+    fails(tmp_path / "nowhere", "nowhere must hold config.json, got a folder without it, or none. Pass the folder")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    fails(folder, "must hold its weights as safetensors, but got no model.safetensors; download it")
+    fails(folder, "must hold its weights as safetensors, got no model.safetensors. Download it")
     (folder / "config.json").unlink()
-    fails(folder, "must hold config.json, but got a folder without it")
+    fails(folder, "must hold config.json, got a folder without it")
 
 
 @pytest.mark.parametrize("text", ["{", "", "\x00\x01", "[1, 2]"])
@@ -228,21 +228,21 @@ def test_a_config_that_is_no_json_object(folder, text):
     (folder / "config.json").write_text(text)
     fails(
         folder,
-        "config.json must be a JSON object, but got list" if "[" in text else "config.json must be JSON, but got",
+        "config.json must be a JSON object, got list" if "[" in text else "config.json must be JSON, but got",
     )
 
 
 def test_a_config_without_a_key(folder):
     rewrite(folder, hidden_size=None)
     fails(folder, "must have the keys vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, "
-          "max_position_embeddings, but got no hidden_size; add them")  # fmt: skip
+          "max_position_embeddings, got no hidden_size. Add them")  # fmt: skip
 
 
 @pytest.mark.parametrize("left", [0, 5, 1000, -1])
 def test_a_truncated_file(folder, left):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:left])
-    fails(folder, "model.safetensors must be a whole safetensors file, but got ")
+    fails(folder, "model.safetensors must be a whole safetensors file, got ")
 
 
 def test_a_missing_shard(tmp_path):
@@ -250,13 +250,13 @@ def test_a_missing_shard(tmp_path):
     (tmp_path / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
     lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
     lost.unlink()
-    fails(tmp_path, "must hold its weights as safetensors, but got no model-0000")
+    fails(tmp_path, "must hold its weights as safetensors, got no model-0000")
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, {"a": "../elsewhere.safetensors"}, {"a": 3}, ["a"]])
 def test_an_index_that_names_no_files_beside_it(folder, weight_map):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    fails(folder, "model.safetensors.index.json must have a weight_map from tensors to files beside it, but got ")
+    fails(folder, "model.safetensors.index.json must have a weight_map from tensors to files beside it, got ")
 
 
 def edit(folder, change):
@@ -272,23 +272,23 @@ def test_missing_tensors(folder):
         del tensors["model.norm.weight"]
 
     edit(folder, drop)
-    fails(folder, "must hold every tensor of its model, but got none named model.layers.1.mlp.down_proj.weight, "
+    fails(folder, "must hold every tensor of its model, got none named model.layers.1.mlp.down_proj.weight, "
           "model.layers.1.mlp.gate_proj.weight, model.layers.1.mlp.up_proj.weight and 1 more; check that")  # fmt: skip
 
 
 def test_an_untied_model_without_its_head(folder):
     edit(folder, lambda tensors: tensors.pop("lm_head.weight"))
-    fails(folder, "must hold every tensor of its model, but got none named lm_head.weight; check")
+    fails(folder, "must hold every tensor of its model, got none named lm_head.weight. Check")
 
 
 def test_unexpected_tensors(folder):
     edit(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(56)}))
-    fails(folder, "hold the tensors of its model only, but got also model.layers.0.self_attn.q_proj.bias; check")
+    fails(folder, "hold the tensors of its model only, got also model.layers.0.self_attn.q_proj.bias. Check")
 
 
 def test_a_config_with_fewer_layers_than_the_weights(folder):
     rewrite(folder, num_hidden_layers=2)
-    fails(folder, "must hold the tensors of its model only, but got also model.layers.2.input_layernorm.weight,")
+    fails(folder, "must hold the tensors of its model only, got also model.layers.2.input_layernorm.weight,")
 
 
 @pytest.mark.parametrize(
@@ -300,16 +300,12 @@ def test_a_config_with_fewer_layers_than_the_weights(folder):
 )
 def test_a_tensor_of_another_shape_or_type(folder, tensor, received):
     edit(folder, lambda tensors: tensors.update({"model.norm.weight": tensor}))
-    fails(
-        folder, f"model.safetensors must be floating-point of shape (32,), but got {received}; check that config.json"
-    )
+    fails(folder, f"model.safetensors must be floating-point of shape (32,), got {received}. Check that config.json")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, "float32"])
 def test_a_dtype_that_is_none_for_weights(folder, dtype):
-    with pytest.raises(
-        InputError, match=f"weights have a floating-point dtype, but got {dtype}; pass e.g. torch.float32"
-    ):
+    with pytest.raises(InputError, match=f"weights have a floating-point dtype, got {dtype}. Pass e.g. torch.float32"):
         Thinker.from_pretrained(folder, dtype=dtype)
 
 
@@ -318,7 +314,7 @@ def test_without_safetensors_the_extra_is_named(folder, monkeypatch):
     with pytest.raises(MissingExtraError) as caught:
         Thinker.from_pretrained(folder)
     assert str(caught.value) == (
-        "reading weights needs the package safetensors, but got an environment without it; "
+        "reading weights needs the package safetensors, got an environment without it; "
         "install it by `pip install 'omninorm[interop]'`"
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from subjects import Decoder, adamw, tokens_of, train_watched
+from helpers.watched_models import Decoder, adamw, tokens_of, train_watched
 from torch import Tensor, nn
 
 from omninorm.errors import ConfigError, InputError, RunError
@@ -26,7 +26,7 @@ from omninorm.record import RECORD_FILE
 from omninorm.record.jsonl import read_history
 from omninorm.watch import Alarm, Rule, watch
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def test_a_model_without_norms_and_blocks() -> None:
@@ -300,7 +300,7 @@ def run_script(body: str, *args: str, **options: Any) -> subprocess.CompletedPro
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-c", script, *args]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False, **options)

@@ -421,7 +421,7 @@ def test_accelerate_takes_several_optimizers_and_none() -> None:
 
 
 def test_accelerate_wants_its_accelerator() -> None:
-    with pytest.raises(ConfigError, match="needs the loop's Accelerator first, but got LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match="needs the loop's Accelerator first, got LlamaForCausalLM"):
         in_accelerate.watch(llama(), llama())
 
 
@@ -450,9 +450,9 @@ except MissingExtraError as error:
 @pytest.mark.parametrize(
     ("module", "hidden", "message"),
     [
-        ("transformers", "transformers", "WatchCallback needs transformers and accelerate, but got no such package; install both"),
-        ("lightning", "lightning pytorch_lightning", "WatchCallback needs lightning or pytorch-lightning, but got neither"),
-        ("accelerate", "accelerate", "watching an Accelerate loop needs accelerate, but got no such package; install it"),
+        ("transformers", "transformers", "WatchCallback needs transformers and accelerate, got no such package. Install both"),
+        ("lightning", "lightning pytorch_lightning", "WatchCallback needs lightning or pytorch-lightning, got neither"),
+        ("accelerate", "accelerate", "watching an Accelerate loop needs accelerate, got no such package. Install it"),
     ],
 )  # fmt: skip
 def test_a_missing_package_is_named(module: str, hidden: str, message: str) -> None:

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from subjects import Decoder, some_tokens, token_loss
+from helpers.watched_models import Decoder, some_tokens, token_loss
 
 from omninorm.record.jsonl import read_history
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 STEPS = 3
 SCRIPT = """
 import sys, torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from subjects import *
+from helpers.watched_models import *
 from omninorm.watch import watch
 
 rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -66,7 +66,7 @@ def test_two_processes(tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
     port = free_port()
     processes = [

@@ -142,9 +142,9 @@ def test_no_sample_no_alarm() -> None:
 
 
 def test_rules_are_checked() -> None:
-    with pytest.raises(ConfigError, match="rules must be instances of Rule, but got <class"):
+    with pytest.raises(ConfigError, match="rules must be instances of Rule, got <class"):
         Judge([Says])  # type: ignore[list-item]
-    with pytest.raises(ConfigError, match="a name of its own, but got says twice"):
+    with pytest.raises(ConfigError, match="a name of its own, got says twice"):
         Judge([Says({}), Says({})])
     assert Judge([]).judge_sample(History()) == []
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from subjects import (
+from helpers.watched_models import (
     WIDTH,
     Decoder,
     adamw,

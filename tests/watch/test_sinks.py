@@ -142,7 +142,7 @@ def test_a_tensorboard_that_never_logs_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_tensorboard_wants_a_folder_or_a_writer() -> None:
-    with pytest.raises(ConfigError, match="needs a folder or a writer, but got int; pass a path"):
+    with pytest.raises(ConfigError, match=r"needs a folder or a writer, got int. Pass a path"):
         TensorBoard(3)
 
 

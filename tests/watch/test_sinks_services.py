@@ -61,7 +61,7 @@ def test_wandb_alerts_for_what_is_lost_alone(wandb, monkeypatch: pytest.MonkeyPa
 
 
 def test_wandb_needs_an_active_run(wandb) -> None:
-    with pytest.raises(ConfigError, match=r"WandB needs an active run, but got none; call wandb.init\(\)"):
+    with pytest.raises(ConfigError, match=r"WandB needs an active run, got none. Call wandb.init\(\)"):
         WandB().log(1, {"loss": 1.0})
 
 
@@ -117,6 +117,6 @@ def test_mlflow_gets_alarms_as_tags_and_text(mlflow) -> None:
 
 
 def test_mlflow_begins_no_run_by_itself(mlflow) -> None:
-    with pytest.raises(ConfigError, match=r"MLflow needs an active run, but got none; call mlflow.start_run\(\)"):
+    with pytest.raises(ConfigError, match=r"MLflow needs an active run, got none. Call mlflow.start_run\(\)"):
         MLflow().log(1, {"loss": 1.0})
     assert mlflow.active_run() is None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from subjects import HEADS, WIDTH, Decoder, FeedForward, adamw, signal, train_watched
+from helpers.watched_models import HEADS, WIDTH, Decoder, FeedForward, adamw, signal, train_watched
 from torch import Tensor, nn
 
 from omninorm import NormConfig, Thinker, ThinkerConfig

@@ -8,14 +8,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from helpers.browser import open_page
+from helpers.comparison_results import CARD, CONDITION, RESULTS, ROW, STUDY, TIMINGS, changed, write
 
 from omninorm.errors import RunError
 from omninorm.report.comparison import read_comparison, write_comparison_page, write_markdown
 from omninorm.report.comparison.figures import claim_figure, study_figure
 from omninorm.report.comparison.page import kind, render
-
-from ..browser import open_page
-from .results import CARD, CONDITION, RESULTS, ROW, STUDY, TIMINGS, changed, write
 
 NASTY = "</style><script>document.title='owned'</script><img src=x onerror=alert(1)>&\u202e$x$ | `a`"
 
@@ -140,7 +139,7 @@ def test_markdown_has_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("results", "said"),
     [
-        (changed("format", to=1), "results have format 2, but got 1"),
+        (changed("format", to=1), "results have format 2, got 1"),
         (changed("claims", 0, "conditions", 0, "mean", to="high"), "claims.0.conditions.0.mean"),
         (changed("studies", 0, "configurations", to=3), "studies.0.configurations"),
         (changed("plan", to=3), "plan in"),

@@ -1,0 +1,92 @@
+"""A norm's results and gradients against the oracle; every part of these checks is for every implementation."""
+
+import torch
+from helpers import oracle
+from torch import Tensor
+
+from omninorm import functional
+from omninorm.kernels import gpu
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+EPS = 1e-6
+# A million rows; as many as Triton's interpreter has time for, which are 128 blocks of a gain's gradient.
+MANY_ROWS = 2**13 if gpu.INTERPRETED else 2**20
+
+
+def spread(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Random rows that are off centre and differ in size from row to row."""
+    x = torch.randn(shape, dtype=torch.float64)
+    rows = torch.exp(torch.randn(*shape[:-1], 1, dtype=torch.float64)) if shape[:-1] else 3.0
+    return (x * rows + 0.3).to(dtype)
+
+
+def check_rms_norm(x: Tensor, weight: Tensor | None, dy: Tensor, gain_offset: float = 0.0) -> None:
+    x, exact_x = x.detach().requires_grad_(), oracle.double(x)
+    weight = None if weight is None else weight.detach().requires_grad_()
+    exact_weight = oracle.double(weight)
+    eps = oracle.rounded_eps(EPS, x.dtype)
+    y = functional.rms_norm(x, weight, EPS, gain_offset=gain_offset)
+    expected = oracle.rms_norm(exact_x, exact_weight, eps, gain_offset)
+    assert y.dtype == x.dtype
+    oracle.assert_forward(y.detach(), expected.detach())
+
+    y.backward(dy)
+    expected.backward(dy.double())
+    normed = oracle.rms_norm(exact_x, None, eps).detach()
+    g = dy.double() if weight is None else dy.double() * (exact_weight.detach() + gain_offset)
+    r = torch.rsqrt(exact_x.detach().square().mean(-1, keepdim=True) + eps)
+    terms = r * (g.abs() + normed.abs() * (g * normed).abs().mean(-1, keepdim=True))
+    assert x.grad.dtype == x.dtype
+    oracle.assert_input_gradient(x.grad, exact_x.grad, terms)
+    if weight is not None:
+        assert weight.grad.dtype == weight.dtype
+        compute = oracle.compute_dtype(x.dtype)
+        oracle.assert_gain_gradient(
+            weight.grad, exact_weight.grad, dy.double() * normed, torch.zeros_like(normed), compute
+        )
+
+
+def check_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor) -> None:
+    x, exact_x = x.detach().requires_grad_(), oracle.double(x)
+    weight, bias = (None if gain is None else gain.detach().requires_grad_() for gain in (weight, bias))
+    exact_weight, exact_bias = oracle.double(weight), oracle.double(bias)
+    eps = oracle.rounded_eps(EPS, x.dtype)
+    y = functional.layer_norm(x, weight, bias, EPS)
+    expected = oracle.layer_norm(exact_x, exact_weight, exact_bias, eps)
+    assert y.dtype == x.dtype
+    oracle.assert_forward(y.detach(), expected.detach())
+
+    y.backward(dy)
+    expected.backward(dy.double())
+    normed = oracle.layer_norm(exact_x, None, None, eps).detach()
+    g = dy.double() if weight is None else dy.double() * exact_weight.detach()
+    deviation = exact_x.detach() - exact_x.detach().mean(-1, keepdim=True)
+    r = torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
+    terms = r * (g.abs() + g.abs().mean(-1, keepdim=True) + normed.abs() * (g * normed).abs().mean(-1, keepdim=True))
+    oracle.assert_input_gradient(x.grad, exact_x.grad, terms)
+    compute = oracle.compute_dtype(x.dtype)
+    if weight is not None:
+        oracle.assert_gain_gradient(weight.grad, exact_weight.grad, dy.double() * normed, dy.double(), compute)
+    if bias is not None:
+        assert bias.grad.dtype == bias.dtype
+        oracle.assert_gain_gradient(bias.grad, exact_bias.grad, dy.double(), torch.zeros_like(normed), compute)
+
+
+def check_two_steps(add_norm, norm, gains: int, options, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """An add variant against the addition and the norm, bit for bit: both results, and gradients along both, along
+    the normed result alone and along the sum alone."""
+    x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
+    leaves = [x, residual, *(torch.randn(shape[-1]).to(dtype).requires_grad_() for _ in range(gains))]
+    ours = add_norm(*leaves, **options)
+    total = x + residual
+    theirs = norm(total, *leaves[2:], **options), total
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), f"results differ at {shape}"
+    along = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    for used in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        gradients = (
+            torch.autograd.grad(results[used], leaves, along[used], retain_graph=True, allow_unused=True)
+            for results in (ours, theirs)
+        )
+        for a, b in zip(*gradients, strict=True):
+            assert (a is None) == (b is None), f"one gradient is missing at {shape}"
+            assert a is None or torch.equal(a, b), f"gradients differ at {shape}"

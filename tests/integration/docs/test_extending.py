@@ -1,0 +1,89 @@
+"""docs/extending.md, followed to the letter in a copy of the repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+BLOCK = re.compile(
+    r"```\{code-block\} python\n:caption: (\S+), (a new file|at the end|(?:after|in the place of): ([^\n]*))\n(.*?)```",
+    re.DOTALL,
+)
+
+
+class Edit(NamedTuple):
+    path: str
+    how: str
+    line: str
+    content: str
+
+
+def chapters() -> dict[str, tuple[list[Edit], list[tuple[str, str]]]]:
+    """By title: the edits and the commands."""
+    found = {}
+    for part in PAGE.split("\n## ")[1:]:
+        edits = [Edit(*match) for match in BLOCK.findall(part)]
+        assert len(edits) == part.count("```{code-block}"), "a block whose caption is not understood"
+        found[part.splitlines()[0]] = (
+            edits,
+            re.findall(r"^    ((?:\w+=\S+ )?)python -m pytest (.*)$", part, re.MULTILINE),
+        )
+    return found
+
+
+CHAPTERS = chapters()
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for folder in ("src", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def apply(copy: Path, edit: Edit) -> None:
+    path = copy / edit.path
+    if edit.how == "a new file":
+        assert not path.exists()
+        path.write_text(edit.content, encoding="utf-8")
+        return
+    text = path.read_text(encoding="utf-8")
+    if edit.how == "at the end":
+        path.write_text(text + "\n" + edit.content, encoding="utf-8")
+        return
+    lines = text.splitlines(keepends=True)
+    (at,) = [number for number, line in enumerate(lines) if line.strip() == edit.line]
+    kept = lines[at : at + 1] if edit.how.startswith("after") else []
+    path.write_text("".join([*lines[:at], *kept, edit.content, *lines[at + 1 :]]), encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", CHAPTERS)
+def test_a_reader_who_does_what_it_says_succeeds(title: str, copy: Path) -> None:
+    edits, commands = CHAPTERS[title]
+    assert len(edits) >= 4
+    assert commands
+    for edit in edits:
+        apply(copy, edit)
+    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1"}
+    for variable, command in commands:
+        arguments = [part.strip('"') for part in re.findall(r'"[^"]*"|\S+', command)]
+        line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        set_too = dict([variable.strip().split("=")]) if variable else {}
+        done = subprocess.run(line, cwd=copy, env=environment | set_too, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 2
+
+
+def test_all_four_are_there() -> None:
+    assert [title.split(":")[0] for title in CHAPTERS] == ["A placement", "A norm", "A rule", "A back end"]

@@ -1,0 +1,40 @@
+"""docs/signals.md tells of every signal, with the ranges that were measured and rules that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from omninorm.record.signals import SIGNALS
+from omninorm.watch import default_rules
+
+DOCS = Path(__file__).parents[3] / "docs"
+PAGE = (DOCS / "signals.md").read_text(encoding="utf-8")
+RESULTS = json.loads((DOCS / "signals" / "results.json").read_text(encoding="utf-8"))
+SECTIONS = {part.split("`")[0]: part for part in PAGE.split("\n### `")[1:]}
+
+
+def test_it_tells_of_every_signal_and_shows_it() -> None:
+    assert set(SECTIONS) == set(SIGNALS) == set(RESULTS)
+    for name, section in SECTIONS.items():
+        assert f"](signals/{name}.svg)" in section
+        assert (DOCS / "signals" / f"{name}.svg").exists()
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_the_healthy_range_is_the_measured_one(name: str) -> None:
+    values = [value for row in RESULTS[name]["healthy"]["values"] for value in row if value is not None]
+    told = re.search(r"\| healthy, here \| ([^ ;]+)(?: … ([^ ;]+))?[ ;]", SECTIONS[name])
+    low, high = float(told[1]), float(told[2] or told[1])
+    assert (low, high) == (pytest.approx(min(values), rel=0.06), pytest.approx(max(values), rel=0.06))
+
+
+def test_the_rules_that_it_names_exist() -> None:
+    rules = {rule.name for rule in default_rules()}
+    named = set(re.findall(r"`([a-z]+(?:-[a-z]+)+|headroom|saturation|logz)`", PAGE)) - {"qk-norm"}
+    assert named <= rules, named - rules
+    # What is about a loss or a NaN has no signal of its own.
+    assert rules - named == {"nonfinite", "loss-spike", "unrecovered-spike"}

@@ -1,0 +1,60 @@
+"""The Triton kernels for GPUs that are not here: they compile, stay in registers, and move no byte twice."""
+
+import itertools
+
+import pytest
+import torch
+
+from omninorm.kernels import gpu
+
+pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="interpreted kernels are not compiled")
+
+if not gpu.INTERPRETED:
+    from helpers.triton_compile import KERNELS, TARGETS, Case, bytes_moved, compiled, local_memory, totals
+
+    WIDTHS = [64, 768, 1024, 4096, 8192, 12288, 16384, 65536]
+    DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    EVERY = [Case(*case) for case in itertools.product(KERNELS, DTYPES, WIDTHS, TARGETS)]
+    SOME = [
+        Case(kernel, dtype, width, target)
+        for kernel in KERNELS
+        for dtype, width, target in [
+            (torch.bfloat16, 1024, "sm_90"),
+            (torch.bfloat16, 16384, "sm_90"),
+            (torch.float32, 8192, "sm_80"),
+            (torch.float32, 16384, "gfx942"),
+        ]
+    ]
+    CASES = [pytest.param(case, marks=() if case in SOME else pytest.mark.exhaustive, id=str(case)) for case in EVERY]
+    # Rows of a power of two, whole in a tile: there each byte is moved by an instruction of its own.
+    COUNTED = [case for case in SOME if case.target != "gfx942"]
+    COUNTED += [Case(kernel, torch.float16, 4096, "sm_90") for kernel in KERNELS]
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_rows_stay_in_registers(case: Case) -> None:
+        """Backward, NVIDIA's compiler parks up to six numbers of a thread in memory before its loop over rows: masks and
+        addresses, which don't depend on the row. A row that did not fit would take 64 bytes of each tensor."""
+        assert local_memory(compiled(case)) <= (24 if "backward" in case.kernel else 0)
+
+    @pytest.mark.parametrize("case", [case for case in COUNTED if case.tile.WHOLE], ids=str)
+    def test_every_byte_of_a_row_is_moved_once_16_at_a_time(case: Case) -> None:
+        """Forward x once and y once, backward x, dy and dx once; with an addition one more of each. Beside them the gains
+        and the sums of their gradients, once a program, and the rows' statistics."""
+        _, rows, block, warps = case.tile
+        layer, add, backward = "layer" in case.kernel, case.kernel.startswith("add_"), "backward" in case.kernel
+        row = rows * block * case.dtype.itemsize
+        gains = block * 4 * (2 if layer else 1)
+        loaded = row * (1 + add + backward) + (block * 4 if backward else gains)
+        stored = row * (1 + (add and not backward)) + (gains if backward else 0)
+        loads, stores = bytes_moved(case, "ld"), bytes_moved(case, "st")
+        assert loads.pop(16) == loaded
+        assert stores.pop(16) == stored
+        # What is left are the statistics: one number a row, of which each thread may have a copy.
+        statistics = warps * 32 * 4 * (2 if layer else 1)
+        assert sum(loads.values()) <= (statistics * rows * 2 if backward else 0)
+        assert sum(stores.values()) <= (0 if backward else statistics)
+
+    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_the_blocks_of_gain_gradients_are_added_up_in_registers_too(dtype: torch.dtype, target: str) -> None:
+        assert local_memory(totals(dtype, target)) == 0
