@@ -7,19 +7,22 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # One thread a test process: two processes of two threads each would fight over two cores.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 PYTHON_CODE := setup.py src tests examples benchmarks docs
-# What a mistake is most likely to break, in the time that one waits for.
+# The files that damaged input is read from in tests; OMNINORM_FUZZ_CASES sets how many damaged files each reader gets.
+FUZZ = $(wildcard tests/*/test_fuzz_*.py tests/*/*/test_fuzz_*.py)
+# The tests most likely to catch a mistake, fast enough to wait for.
 QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tests/layers tests/kernels/numerics/test_edges.py \
     tests/placement/test_rules.py tests/placement/test_refusals.py tests/thinker/test_model.py tests/record \
     tests/watch/rules/test_each_rule.py tests/watch/rules/test_layer_rules.py tests/watch/rules/test_loss_rules.py tests/watch/rules/test_optimizer_rules.py \
     tests/watch/rules/test_numbers.py tests/watch/test_judge.py tests/report/test_reading.py tests/inspection tests/integration/docs/test_pages.py
 
-.PHONY: help demo bench test test-triton test-distributed docs links figures lint types dead tidy sanitize quick check
+.PHONY: help demo bench test test-slow test-exhaustive test-all test-triton test-distributed docs links figures lint types dead tidy sanitize quick check
 .PHONY: coverage mutants dist wheel-test sbom format clean
 
 help:
 	@echo "make demo    train deep transformers with and without good normalization, and compare with verdicts"
 	@echo "make bench   time the norms on this machine"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests: at most six minutes on two cores; browser tests are skipped where there is no browser"
+	@echo "make test-all     everything: the tests, slow and exhaustive ones included, and the documentation; about an hour"
 	@echo "make test-triton  all tests of the GPU kernels that need no GPU: interpreted, and compiled ahead of time"
 	@echo "make test-distributed  the tests with several processes"
 	@echo "make docs    build the documentation, whose code runs; it opens at docs/_build/html/index.html"
@@ -36,16 +39,31 @@ demo: .venv/compare .venv/cpu
 bench: .venv/bench .venv/cpu
 	$(BIN)/omninorm bench
 
-# The second line is the GPU kernels by Triton's interpreter, as far as it has time: `make test-triton` has the rest.
-test: .venv/dev .venv/cpu .venv/weights
-	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/numerics/test_edges.py
+# What fits into six minutes on two cores: no browser, no downloads beyond the packages, no root. It lists the slowest tests.
+test: .venv/dev .venv/cpu
+	$(PYTEST) --durations 10 -m 'not slow and not exhaustive'
+
+# The slow tests: example programs, several processes, Inductor, real weights; and the GPU kernels on edge cases in Triton's
+# interpreter.
+test-slow: .venv/dev .venv/cpu .venv/weights
+	$(PYTEST) --durations 10 -m 'slow and not exhaustive'
+	TRITON_INTERPRET=1 $(PYTEST) -m 'not slow and not exhaustive' tests/kernels/numerics/test_edges.py
+
+# Every case of what the other tests sample: all dtypes, widths and shapes, and 10,000 damaged files for each reader.
+test-exhaustive: .venv/dev .venv/cpu .venv/weights
+	$(PYTEST) -m exhaustive
+	OMNINORM_FUZZ_CASES=10000 $(PYTEST) $(FUZZ)
+
+# Everything, about an hour on two cores.
+test-all: test test-slow test-exhaustive test-triton docs
 
 test-distributed: .venv/dev .venv/cpu
-	$(PYTEST) tests/integration/test_sharding.py tests/integration/test_distributed_training.py tests/integration/test_distributed_checkpoints.py tests/watch/test_distributed.py tests/cli/test_torchrun.py
+	$(PYTEST) tests/integration/test_sharding.py tests/integration/test_distributed_training.py \
+	    tests/integration/test_distributed_checkpoints.py tests/watch/test_distributed.py tests/cli/test_torchrun.py
 
+# The Triton kernels without a GPU: in Triton's interpreter, and compiled ahead of time.
 test-triton: .venv/dev .venv/cpu
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+	TRITON_INTERPRET=1 $(PYTEST) -m 'exhaustive or not exhaustive' tests/kernels/numerics
 	$(PYTEST) -m 'exhaustive or not exhaustive' tests/kernels/test_triton_ahead.py
 
 # One thread: on a machine that is busy otherwise, two wait for each other.
@@ -66,11 +84,11 @@ lint: .venv/dev
 	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/ruff check $(PYTHON_CODE)
 
-# What nobody calls.
+# Unused code.
 dead: .venv/dev
 	$(BIN)/vulture
 
-# And what stands there twice, which takes two minutes to find.
+# Unused code and duplicated code; finding duplicates takes two minutes.
 tidy: dead
 	$(BIN)/pylint --disable=all --enable=duplicate-code --score=no src
 
