@@ -97,7 +97,7 @@ def _column(values: Sequence[Sequence[float | None]], layer: int, logarithmic: b
 
 
 def _with_nan(value: Any) -> Any:
-    """Replace null, which stands for a number that was not finite, by NaN."""
+    """Replace null, the JSON form of a number that is not finite, by NaN."""
     if isinstance(value, dict):
         return {key: _with_nan(item) for key, item in value.items()}
     if isinstance(value, list):

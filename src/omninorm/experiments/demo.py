@@ -20,7 +20,7 @@ from omninorm.record import RECORD_FILE, final_status, read_history, read_record
 from omninorm.record.files import write_file, writing
 from omninorm.thinker import ThinkerConfig
 
-# By the name of the run's folder: its label in tables and figures, and its norms.
+# Name of the run's folder: (label in tables and figures, norms).
 VARIANTS = {
     "pre-rmsnorm": ("pre-norm RMSNorm (μOmni)", NormConfig("rmsnorm", "pre")),
     "pre-layernorm": ("pre-norm LayerNorm", NormConfig("layernorm", "pre")),
@@ -71,7 +71,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Baselines:
-    """Held-out bits per byte without a network: byte frequencies (unigram), and xz primed with the training text."""
+    """Held-out bits per byte without a network: the unigram baseline, and xz primed with the training text."""
 
     unigram: float
     xz: float

@@ -178,7 +178,7 @@ def test_every_mention_of_the_version_matches_the_package() -> None:
     assert omninorm.__version__ not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
-# What is public ------------------------------------------------------------------------------------------------------
+# Public names -------------------------------------------------------------------------------------------------------
 
 API = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
 DOCUMENTED = re.findall(r"automodule:: (\S+)", API)
@@ -237,7 +237,7 @@ def test_a_changed_number_in_the_lesson_fails_the_build(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match=r"got 3\.1 for 3\.0"):
         lesson.number("page.size", 3.1)
     assert lesson.number("page.time", 7.0, "{:.0f}", within=None) == "7"
-    with pytest.raises(ValueError, match="must hold.*got 3"):
+    with pytest.raises(ValueError, match=r"must hold.*got 3"):
         lesson.check(False, 3)
     lesson.check(True)
     # Outside of the build a reader may change a page and run it.
