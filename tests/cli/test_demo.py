@@ -43,7 +43,7 @@ def check_results(folder, out: str) -> None:
 
 def test_a_demo_whose_runs_are_done_prints_table_sample_figure_and_reports(command, tmp_path, text_file) -> None:
     """The runs are trained in this process, which is faster than a worker for each."""
-    prepare(tmp_path, demo_plans(1, 25, str(text_file)))
+    prepare(tmp_path, demo_plans(1, 12, str(text_file)))
     for name in RUNS:
         with open_run(tmp_path / name) as run:
             run.train()
