@@ -55,8 +55,9 @@ def demo(
 ) -> None:
     """Train a deep transformer four times, changing only its norms, and compare the results.
 
-    The four are pre-norm RMSNorm, pre-norm LayerNorm, post-norm RMSNorm and no norm. Takes about four minutes on two
-    cores. Ctrl-C saves checkpoints and prints the command to resume.
+    The four are pre-norm RMSNorm, pre-norm LayerNorm, post-norm RMSNorm and no norm.
+    Takes about four minutes on two cores.
+    Ctrl-C saves checkpoints and prints the command to resume.
     """
     check_count("workers", workers)
     load_matplotlib()  # fail now rather than after the training

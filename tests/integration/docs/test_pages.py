@@ -18,6 +18,7 @@ import torch
 import yaml
 
 import omninorm
+from omninorm.cli.demo import demo
 from omninorm.experiments.compare import parse_plan
 
 ROOT = Path(__file__).parents[3]
@@ -139,6 +140,13 @@ def test_the_readme_quotes_the_demos_gradients() -> None:
     quoted = f"at step {post['gradient_step']}, block 1 gets 1/{ratio:,.0f} of block {len(gradients)}'s gradient"
     assert quoted in caption
     assert runs["no-norm"]["diverged_at"] < post["gradient_step"], "its line is missing from the figure"
+
+
+def test_the_duration_of_the_demo_is_the_same_everywhere() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"make demo .*about 4 minutes on 2 cores", makefile)
+    for text in (README.split("## ")[0], demo.__doc__):
+        assert "about four minutes on two cores" in " ".join(text.split())
 
 
 def test_the_readmes_verdicts_are_those_of_the_committed_comparison() -> None:
