@@ -22,7 +22,7 @@ from omninorm.thinker import ThinkerConfig
 
 # Name of the run's folder: (label in tables and figures, norms).
 VARIANTS = {
-    "pre-rmsnorm": ("pre-norm RMSNorm (μOmni)", NormConfig("rmsnorm", "pre")),
+    "pre-rmsnorm": ("pre-norm RMSNorm", NormConfig("rmsnorm", "pre")),
     "pre-layernorm": ("pre-norm LayerNorm", NormConfig("layernorm", "pre")),
     "post-rmsnorm": ("post-norm RMSNorm", NormConfig("rmsnorm", "post")),
     "no-norm": ("no norm", NormConfig("none", "none")),
