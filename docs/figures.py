@@ -1,9 +1,9 @@
-"""Draws the figures of the README and of these pages, from results that are committed beside them: `make figures`.
+"""Draw the figures of the README and the documentation from the committed results: `make figures`.
 
-| figure | from | which is made by |
+| figure | drawn from | results made by |
 |---|---|---|
 | bench.png | bench.json | omninorm bench |
-| demo.png | demo.json, its results.json | omninorm demo |
+| demo.png | demo.json, a copy of the demo's results.json | omninorm demo |
 | claims.md, claims/*.svg | claims/results.json, claims/timings.json | omninorm compare --preset chapter |
 | placements/*.svg | placements/results.json, placements/timings.json | omninorm compare benchmarks/placements.yaml |
 | signals/*.svg | signals/results.json | python benchmarks/signals.py |
@@ -31,7 +31,7 @@ from omninorm.report.comparison.markdown import write_markdown
 from omninorm.report.comparison.reading import read_comparison
 
 DOCS = Path(__file__).parent
-GREY = "#808080"  # can be read on white and on black
+GREY = "#808080"  # readable on both white and black
 
 
 def read(name: str) -> Any:
@@ -39,22 +39,26 @@ def read(name: str) -> Any:
 
 
 def draw_demo() -> None:
-    found = read("demo.json")
-    outcomes = [Outcome(**{**_with_nan(each), "diverged_at": each["diverged_at"]}) for each in found["runs"]]
+    results = read("demo.json")
+    optional = ("gradient_step", "diverged_at")  # None is a value of these, not a NaN
+    outcomes = [
+        Outcome(**{name: value if name in optional else _with_nan(value) for name, value in run.items()})
+        for run in results["runs"]
+    ]
     labels = {name: label for name, (label, _) in VARIANTS.items()}
-    demo_figure.draw(DOCS / "demo.png", outcomes, labels, Baselines(**found["baselines"]))
+    demo_figure.draw(DOCS / "demo.png", outcomes, labels, Baselines(**results["baselines"]))
 
 
 def draw_placements() -> None:
     for study in read_comparison(DOCS / "placements").studies:
-        drawn = study_figure(study)
-        assert drawn is not None
-        write_file(DOCS / "placements" / f"{study.name}.svg", drawn)
+        svg = study_figure(study)
+        assert svg is not None
+        write_file(DOCS / "placements" / f"{study.name}.svg", svg)
 
 
 def draw_signals() -> None:
-    """One picture a signal: the healthy run on the left, the ill one on the right, on the same scale."""
-    for name, found in read("signals/results.json").items():
+    """Draw one figure per signal: the healthy run on the left, the faulty one on the right, on the same scale."""
+    for name, results in read("signals/results.json").items():
         style = {
             "text.color": GREY,
             "axes.labelcolor": GREY,
@@ -66,8 +70,8 @@ def draw_signals() -> None:
             figure = Figure(figsize=(6.4, 1.9), layout="constrained")
             figure.patch.set_alpha(0)
             axes = figure.subplots(1, 2, sharey=True)
-            for axis, which, title in zip(axes, ("healthy", "ill"), ("healthy", found["title"]), strict=True):
-                _draw_series(axis, found[which], SIGNALS[name].logarithmic)
+            for axis, which, title in zip(axes, ("healthy", "ill"), ("healthy", results["title"]), strict=True):
+                _draw_series(axis, results[which], SIGNALS[name].logarithmic)
                 axis.set_title(title, fontsize=8)
             figure.savefig(DOCS / "signals" / f"{name}.svg", metadata={"Date": None, "Creator": None})
 
@@ -77,23 +81,23 @@ def _draw_series(axis: Axes, series: dict[str, list[Any]], logarithmic: bool) ->
     axis.grid(alpha=0.25, linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("step")
-    places = len(series["values"][0])
-    for place in range(places):
-        share = place / max(places - 1, 1)  # from the first layer to the last
-        colour = (0.22 + 0.6 * share, 0.53 - 0.2 * share, 0.9 - 0.75 * share)
-        axis.plot(series["steps"], _column(series["values"], place, logarithmic), color=colour, linewidth=1)
+    layers = len(series["values"][0])
+    for layer in range(layers):
+        depth = layer / max(layers - 1, 1)  # 0 for the first layer, 1 for the last
+        colour = (0.22 + 0.6 * depth, 0.53 - 0.2 * depth, 0.9 - 0.75 * depth)
+        axis.plot(series["steps"], _column(series["values"], layer, logarithmic), color=colour, linewidth=1)
     if logarithmic:
         axis.set_yscale("log")
 
 
-def _column(values: Sequence[Sequence[float | None]], place: int, logarithmic: bool) -> list[float]:
-    """One layer's values; what can't be drawn is a gap."""
-    column = [row[place] if place < len(row) else None for row in values]
+def _column(values: Sequence[Sequence[float | None]], layer: int, logarithmic: bool) -> list[float]:
+    """Return one layer's values, with NaN (a gap) for those that can't be drawn."""
+    column = [row[layer] if layer < len(row) else None for row in values]
     return [math.nan if value is None or (logarithmic and value <= 0) else value for value in column]
 
 
 def _with_nan(value: Any) -> Any:
-    """results.json has null where a number was not finite."""
+    """Replace null, the JSON form of a number that is not finite, by NaN."""
     if isinstance(value, dict):
         return {key: _with_nan(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Writes what pages say of commands and results: command-line.md, and the tables between <!-- name --> and <!-- end -->.
+"""Generate command-line.md from the help, and the tables between <!-- name --> and <!-- end --> from results.
 
-python docs/generate.py           # writes them
-python docs/generate.py --check   # fails if they are not what would be written
+python docs/generate.py           # write the pages
+python docs/generate.py --check   # fail if a page is out of date
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 HEAD = """# Command line
 
-Made from `omninorm --help` by `python docs/generate.py`. Every command ends with 0 if it did what was asked, 1 if a run diverged, 2 for bad input, in one sentence on stderr,
-and 130 after Ctrl-C.
+Generated from `omninorm --help` by `python docs/generate.py`.
+
+Exit codes: 0 on success, 1 if a run diverged, 2 for bad input (with one line on stderr), and 130 after
+Ctrl-C.
 """
 
 
 def pages() -> dict[Path, str]:
-    """All that is made here, by file."""
+    """Return the content of every generated page, by file."""
     performance = DOCS / "performance.md"
     return {
         DOCS / "command-line.md": command_line(),
@@ -38,7 +40,7 @@ def pages() -> dict[Path, str]:
 
 
 def _filled(page: Path, name: str, table: Iterator[str]) -> str:
-    """A page with a table in its place."""
+    """Return the page's text with the table between its markers."""
     text = page.read_text(encoding="utf-8")
     content = "\n".join(table)
     filled, count = re.subn(
@@ -49,13 +51,13 @@ def _filled(page: Path, name: str, table: Iterator[str]) -> str:
 
 
 def _demo() -> Iterator[str]:
-    found = json.loads((DOCS / "demo.json").read_text(encoding="utf-8"))
-    yield "| model | bits per byte | largest gradient | verdict |\n|---|---|---|---|"
-    for run in found["runs"]:
+    results = json.loads((DOCS / "demo.json").read_text(encoding="utf-8"))
+    yield "| model | bits per byte (lower is better) | largest gradient norm | verdict |\n|---|---|---|---|"
+    for run in results["runs"]:
         bits = "–" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.3f}"
         gradient = "not finite" if run["largest_grad_norm"] is None else f"{run['largest_grad_norm']:.3g}"
         yield f"| {VARIANTS[run['name']][0]} | {bits} | {gradient} | {run['verdict']} |"
-    yield f"| *byte frequencies alone* | {found['baselines']['unigram']:.3f} | | |"
+    yield f"| *unigram baseline* | {results['baselines']['unigram']:.3f} | | |"
 
 
 def _targets() -> Iterator[str]:
@@ -118,4 +120,4 @@ if __name__ == "__main__":
         if "--check" not in sys.argv:
             path.write_text(page, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != page:
-            sys.exit(f"{path.name} is not what commands and results say; run python docs/generate.py")
+            sys.exit(f"{path.name} is out of date. Run python docs/generate.py.")

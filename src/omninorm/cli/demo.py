@@ -1,4 +1,4 @@
-"""`omninorm demo`: the same deep transformer with and without good normalization, side by side."""
+"""`omninorm demo`: one deep transformer, trained with four normalizations side by side."""
 
 from __future__ import annotations
 
@@ -22,50 +22,52 @@ from omninorm.cli.train import REPORT_FILE
 from omninorm.config import check_count
 from omninorm.errors import ConfigError, RunError
 from omninorm.experiments import demo as library
-from omninorm.experiments.corpus import load_corpus, tokenize
+from omninorm.experiments.corpus import load_corpus
 from omninorm.experiments.demo_figure import draw, load_matplotlib
 from omninorm.experiments.interrupt import Interrupt
 from omninorm.experiments.run_folder import fresh_folder
 from omninorm.experiments.runs import Plan, load_run, read_plan
 from omninorm.experiments.sample import stream_text
-from omninorm.experiments.tokenizer import ByteTokenizer
 from omninorm.experiments.workers import Workers
 from omninorm.record import RECORD_FILE, final_status, read_record
 from omninorm.report import judge, read_run, write_page
 
 _LABELS = {name: label for name, (label, _) in library.VARIANTS.items()}
 _DEPTH, _STEPS = 24, 150
-_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_UPDATES = 0.5
 _SECONDS_BETWEEN_LINES = 15.0
 
 
 def demo(
     out: Annotated[
-        Path | None, typer.Option(help="The demo's folder, new or empty.", show_default="runs/demo-N")
+        Path | None, typer.Option(help="Output folder; must be new or empty.", show_default="runs/demo-N")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted demo in this folder.")] = None,
-    depth: Annotated[int | None, typer.Option(help="Blocks.", show_default=str(_DEPTH))] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps of each run.", show_default=str(_STEPS))] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the interrupted demo in this folder.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Number of transformer blocks.", show_default=str(_DEPTH))] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of training steps of each run.", show_default=str(_STEPS))
+    ] = None,
     text: Annotated[
-        str | None, typer.Option(help="A text file, or a folder of them.", show_default="King James Bible")
+        str | None,
+        typer.Option(help="Text to train on: a file, or a folder of files.", show_default="King James Bible"),
     ] = None,
-    workers: Annotated[
-        int, typer.Option(help="Runs at the same time, one thread each; they share the cores there are.")
-    ] = len(library.VARIANTS),
+    workers: Annotated[int, typer.Option(help="Number of parallel single-threaded workers.")] = len(library.VARIANTS),
 ) -> None:
-    """Train a deep transformer with pre-norm RMSNorm, pre-norm LayerNorm, post-norm and no norm, and compare.
+    """Train a deep transformer four times, changing only its norms, and compare the results.
 
-    About three minutes on two cores. Ctrl-C stops with checkpoints and prints the command to go on.
+    The four are pre-norm RMSNorm, pre-norm LayerNorm, post-norm RMSNorm and no norm.
+    Takes about four minutes on two cores.
+    Ctrl-C saves checkpoints and prints the command to resume.
     """
     check_count("workers", workers)
-    load_matplotlib()  # now, not when the runs are done
+    load_matplotlib()  # fail now rather than after the training
     torch.set_num_threads(1)
     screen = console()
     folder, plans = _plans(out, resume, depth, steps, text)
     library.prepare(folder, plans)
     _introduce(screen, folder, plans, workers)
     _train(screen, folder, plans, workers)
-    screen.print("Measuring the baselines and the gradients at initialization")
+    screen.print("Computing the baselines")
     outcomes, baselines = _judge(folder, plans)
     _conclude(screen, folder, outcomes, baselines)
 
@@ -76,14 +78,14 @@ def _plans(
     if resume is None:
         folder = out or fresh_folder("demo")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            remedy = f"choose another folder, or go on with {program()} demo --resume {quote(str(folder))}"
-            raise RunError("the demo's folder must be new or empty", f"{folder}", remedy)
+            remedy = f"choose another folder, or resume with {program()} demo --resume {quote(str(folder))}"
+            raise RunError("--out must be a new or empty folder", f"{folder}", remedy)
         return folder, library.demo_plans(_DEPTH if depth is None else depth, _STEPS if steps is None else steps, text)
     given = {"--out": out, "--depth": depth, "--steps": steps, "--text": text}
     changed = [f"{name} {value}" for name, value in given.items() if value is not None]
     if changed:
-        remedy = "leave it out or start anew"
-        raise ConfigError("--resume goes on with the demo's own settings", ", ".join(changed), remedy)
+        remedy = "omit them, or start a new demo without --resume"
+        raise ConfigError("--resume uses the settings that the demo was started with", ", ".join(changed), remedy)
     first = read_plan(resume / next(iter(library.VARIANTS)))
     return resume, library.demo_plans(first.model.n_layers, first.train.steps, first.text, first.train.seed)
 
@@ -92,26 +94,27 @@ def _introduce(screen: Console, folder: Path, plans: Mapping[str, Plan], count: 
     model, train = next(iter(plans.values())).model, next(iter(plans.values())).train
     tokens = train.steps * train.tokens_per_step
     screen.print(
-        f"Four transformers of {model.n_layers} blocks, width {model.d_model}. Seed, text, learning rate "
-        f"({train.lr:g}) and length ({train.steps} steps, {tokens:,} bytes) are the same; only the norms differ."
+        f"Training one transformer ({model.n_layers} blocks, width {model.d_model}) {len(plans)} times. Seed, text, "
+        f"learning rate ({train.lr:g}) and length ({train.steps} steps, {tokens:,} bytes) are the same; only the "
+        "norms differ."
     )
-    screen.print(f"{min(count, len(plans))} at a time, in processes of one thread. Everything is written to {folder}\n")
+    screen.print(f"Parallel workers: {min(count, len(plans))}, one thread each\nOutput folder: {folder}\n")
 
 
 def _train(screen: Console, folder: Path, plans: Mapping[str, Plan], count: int) -> None:
     waiting = [folder / name for name in plans if final_status(folder / name / RECORD_FILE) is None]
     with Interrupt() as interrupt, _Progress(screen, plans) as progress, Workers(waiting, count) as workers:
         while workers.advance() and interrupt.signal is None:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-            progress.look(folder)
-    progress.look(folder)
+            time.sleep(_SECONDS_BETWEEN_UPDATES)
+            progress.update(folder)
+    progress.update(folder)
     if interrupt.signal is not None:
-        screen.print(f"Stopped. Go on with:\n  {program()} demo --resume {quote(str(folder))}")
+        screen.print(f"Stopped. Resume with:\n  {program()} demo --resume {quote(str(folder))}")
         raise typer.Exit(128 + interrupt.signal)
 
 
 class _Progress:
-    """The runs as their records tell: a bar each on a terminal, a plain line now and then elsewhere."""
+    """Progress of the runs, read from their records: bars on a terminal, a line every 15 seconds elsewhere."""
 
     def __init__(self, screen: Console, plans: Mapping[str, Plan]) -> None:
         self._screen = screen
@@ -122,7 +125,7 @@ class _Progress:
             for name, plan in plans.items()
         }
         self._sizes: dict[str, int] = {}
-        self._told: set[str] = set()  # runs whose end has been printed
+        self._reported: set[str] = set()  # runs whose end has been printed
         self._last = time.monotonic()
 
     def __enter__(self) -> _Progress:
@@ -134,8 +137,8 @@ class _Progress:
         if self._screen.is_terminal:
             self._bars.stop()
 
-    def look(self, folder: Path) -> None:
-        """Reads the records that have grown and shows what is new."""
+    def update(self, folder: Path) -> None:
+        """Read the records that have grown, and display their progress."""
         for name in self._tasks:
             record = folder / name / RECORD_FILE
             size = record.stat().st_size if record.exists() else 0
@@ -144,8 +147,8 @@ class _Progress:
                 self._show(name, read_record(record))
         if not self._screen.is_terminal and time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            going = [self._line(name) for name in self._tasks if name not in self._told]
-            self._screen.print("; ".join(going))
+            running = [self._line(name) for name in self._tasks if name not in self._reported]
+            self._screen.print("; ".join(running))
             self._screen.file.flush()
 
     def _show(self, name: str, events: Sequence[Mapping[str, object]]) -> None:
@@ -155,7 +158,9 @@ class _Progress:
         if not task.started:
             self._bars.start_task(task.id)
         steps = [event for event in events if event["kind"] == "step"]
-        description = f"loss {_bits(steps[-1]['loss']):.2f} bits per byte" if steps else "measuring the untrained model"
+        description = (
+            f"loss {_bits(steps[-1]['loss']):.2f} bits per byte" if steps else "evaluating the untrained model"
+        )
         if events[-1]["kind"] == "diverged":
             description = f"diverged at step {events[-1]['step']}"
             self._bars.stop_task(task.id)
@@ -164,7 +169,7 @@ class _Progress:
     def _line(self, name: str) -> str:
         state = self._bars.tasks[self._tasks[name]]
         if state.finished or state.stop_time is not None:
-            self._told.add(name)
+            self._reported.add(name)
         return f"{name} {state.completed:.0f}/{state.total:.0f} {state.description}"
 
 
@@ -176,13 +181,8 @@ def _bits(nats: object) -> float:
 def _judge(folder: Path, plans: Mapping[str, Plan]) -> tuple[list[library.Outcome], library.Baselines]:
     plan = next(iter(plans.values()))
     corpus = load_corpus(plan.text, plan.held_out)
-    data = tokenize(corpus, ByteTokenizer(), plan.train.seq_len, plan.train.eval_bytes)
     baselines = library.measure_baselines(corpus, plan.train.eval_bytes)
-    outcomes = [
-        library.read_outcome(folder / name, library.depth_grad_norms(plan, data), baselines.unigram)
-        for name, plan in plans.items()
-    ]
-    return outcomes, baselines
+    return [library.read_outcome(folder / name, baselines.unigram) for name in plans], baselines
 
 
 def _conclude(screen: Console, folder: Path, outcomes: Sequence[library.Outcome], baselines: library.Baselines) -> None:
@@ -202,8 +202,8 @@ def _conclude(screen: Console, folder: Path, outcomes: Sequence[library.Outcome]
 
 
 def _report(screen: Console, runs: Sequence[Path]) -> None:
-    """What the instruments say of every run, and where their pages are."""
-    screen.print("\nWhat the instruments say:")
+    """Print the monitor's verdict on every run, and the path of its report."""
+    screen.print("\nThe monitor's verdicts:")
     for run in runs:
         story = read_run(run)
         page = write_page(story, run / REPORT_FILE)
@@ -233,8 +233,8 @@ def _table(outcomes: Sequence[library.Outcome], baselines: library.Baselines) ->
             outcome.verdict + at,
         )
     table.add_section()
-    table.add_row("byte frequencies", _number(baselines.unigram, ".3f"), "", "", "baseline")
-    table.add_row("xz after training text", _number(baselines.xz, ".3f"), "", "", "baseline")
+    table.add_row("unigram baseline", _number(baselines.unigram, ".3f"), "", "", "")
+    table.add_row("xz, primed with the text", _number(baselines.xz, ".3f"), "", "", "")
     return table
 
 

@@ -1,4 +1,4 @@
-"""The demo's experiment: one deep Thinker, four ways to normalize it, everything else the same."""
+"""The demo's experiment: one deep Thinker trained with four normalizations, everything else the same."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
-from torch import nn
-
 from omninorm.config import NormConfig
-from omninorm.experiments.corpus import Corpus, TokenData, windows
+from omninorm.experiments.corpus import Corpus
 from omninorm.experiments.evaluate import unigram_bits_per_byte, xz_bits_per_byte
 from omninorm.experiments.run_folder import CONFIG_FILE
-from omninorm.experiments.runs import Plan, build_model, create_run
+from omninorm.experiments.runs import Plan, create_run
 from omninorm.experiments.settings import TrainConfig
-from omninorm.record import RECORD_FILE, final_status, read_record
+from omninorm.record import RECORD_FILE, final_status, read_history, read_record
 from omninorm.record.files import write_file, writing
 from omninorm.thinker import ThinkerConfig
 
-# Name of the run's folder, what the table calls it, and its norms.
+# Name of the run's folder: (label in tables and figures, norms).
 VARIANTS = {
-    "pre-rmsnorm": ("pre-norm RMSNorm (μOmni)", NormConfig("rmsnorm", "pre")),
+    "pre-rmsnorm": ("pre-norm RMSNorm", NormConfig("rmsnorm", "pre")),
     "pre-layernorm": ("pre-norm LayerNorm", NormConfig("layernorm", "pre")),
     "post-rmsnorm": ("post-norm RMSNorm", NormConfig("rmsnorm", "post")),
     "no-norm": ("no norm", NormConfig("none", "none")),
 }
 
-# A run has learned from context when it beats letter frequencies by at least this share.
+# A run has learned from context if it needs less than this share of the unigram baseline's bits per byte.
 LEARNED_BELOW = 0.9
+
+# The figure shows the gradients of this step. Before training they are nearly level at any depth, with any norm; the
+# weights have to grow for a while before post-norm's gradients vanish.
+GRADIENT_STEP = 20
 
 RESULTS_FILE = "results.json"
 FIGURE_FILE = "demo.png"
@@ -40,19 +41,20 @@ FIGURE_FILE = "demo.png"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one variant came to.
+    """The result of one variant.
 
     Args:
-        name: of the variant and of its run's folder.
-        verdict: "learned", "stagnated" (held-out text is predicted less than a tenth better than by byte
-            frequencies), "diverged" (loss or gradient no longer finite), or "unfinished".
+        name: the variant's name, which is also the name of its run's folder.
+        verdict: "learned", "stagnated" (less than a tenth better than the unigram baseline on held-out text),
+            "diverged" (loss or gradient not finite), or "unfinished".
         bits_per_byte: on held-out text at the end; NaN for a run that did not finish.
         largest_grad_norm: over all steps, before clipping.
         tokens_per_second: median over the steps.
-        steps: optimizer steps done.
+        steps: number of optimizer steps.
         losses: training loss of every step in bits per byte.
-        diverged_at: the step at which something was no longer finite.
-        depth_grad_norms: gradient norm of each block's parameters at initialization, block 1 first.
+        gradient_step: the step of `depth_gradients`; None if the monitor took no sample.
+        depth_gradients: RMS of the loss's gradient at each block's output, block 1 first.
+        diverged_at: the first step whose loss or gradient was not finite.
     """
 
     name: str
@@ -62,23 +64,24 @@ class Outcome:
     tokens_per_second: float
     steps: int
     losses: tuple[float, ...]
-    depth_grad_norms: tuple[float, ...]
+    gradient_step: int | None
+    depth_gradients: tuple[float, ...]
     diverged_at: int | None = None
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """Held-out bits per byte without a network: byte frequencies, and xz after reading the training text."""
+    """Held-out bits per byte without a network: the unigram baseline, and xz primed with the training text."""
 
     unigram: float
     xz: float
 
 
 def demo_plans(depth: int, steps: int, text: str | None = None, seed: int = 0) -> dict[str, Plan]:
-    """The plan of every variant, by name: the same seed, data and settings, and only the norms differ.
+    """Return the plan of every variant, by name: the same seed, data and settings; only the norms differ.
 
-    GELU, not SwiGLU: without norms a gated feed-forward squares its input in every block, and 24 blocks overflow
-    before the first step; with GELU the explosion can still be seen and drawn.
+    The feed-forward uses GELU, not SwiGLU: a gated feed-forward without norms squares its input in every block, so
+    that 24 blocks overflow before the first step.
     """
     model = ThinkerConfig(d_model=64, n_layers=depth, n_heads=2, max_seq_len=128, feed_forward="gelu")
     train = TrainConfig(
@@ -97,7 +100,7 @@ def demo_plans(depth: int, steps: int, text: str | None = None, seed: int = 0) -
 
 
 def prepare(folder: Path, plans: Mapping[str, Plan]) -> None:
-    """Makes the run's folder of every variant that has none yet. Each run can be repeated or continued by itself.
+    """Create the run folder of every variant that has none yet. Each run can be resumed on its own.
 
     Raises:
         DataError, ConfigError, RunError: the text, a setting or the folder can't be used.
@@ -108,14 +111,15 @@ def prepare(folder: Path, plans: Mapping[str, Plan]) -> None:
             create_run(plan, path, ["omninorm", "train", "--resume", str(path)]).folder.close()
 
 
-def read_outcome(path: Path, depth_grad_norms: Sequence[float], unigram: float) -> Outcome:
-    """What the record of a variant's run says."""
+def read_outcome(path: Path, unigram: float) -> Outcome:
+    """Read the outcome of a variant from its run's record; `unigram` is the baseline's bits per byte."""
     events = read_record(path / RECORD_FILE)
     steps = [event for event in events if event["kind"] == "step"]
     evaluations = [event["bits_per_byte"] for event in events if event["kind"] == "eval"]
     status = final_status(path / RECORD_FILE)
     bits = evaluations[-1] if evaluations and status == "finished" else math.nan
     norms = [event["grad_norm"] for event in events if "grad_norm" in event]
+    gradient_step, gradients = _read_gradients(path)
     return Outcome(
         name=path.name,
         verdict=judge(status, bits, unigram),
@@ -124,13 +128,27 @@ def read_outcome(path: Path, depth_grad_norms: Sequence[float], unigram: float) 
         tokens_per_second=statistics.median(e["clock"]["tokens_per_second"] for e in steps) if steps else math.nan,
         steps=len(steps),
         losses=tuple(event["loss"] / math.log(2.0) for event in steps),
-        depth_grad_norms=tuple(depth_grad_norms),
+        gradient_step=gradient_step,
+        depth_gradients=gradients,
         diverged_at=next((event["step"] for event in events if event["kind"] == "diverged"), None),
     )
 
 
+def _read_gradients(path: Path) -> tuple[int | None, tuple[float, ...]]:
+    """Return the monitor's last sample of the gradients up to GRADIENT_STEP: its step, and a value for each block."""
+    sampled = {
+        event["step"]: event["signals"]["stream_grad"]
+        for event in read_history(path / RECORD_FILE, {"sample"})
+        if event["step"] <= GRADIENT_STEP and "stream_grad" in event.get("signals", {})
+    }
+    if not sampled:
+        return None, ()
+    step = max(sampled)
+    return step, tuple(math.nan if value is None else value for value in sampled[step])
+
+
 def judge(status: str | None, bits: float, unigram: float) -> str:
-    """The verdict on a run: see `Outcome`."""
+    """Return the verdict on a run, one of those that `Outcome` lists."""
     if status is None:
         return "unfinished"
     if status == "diverged":
@@ -139,22 +157,13 @@ def judge(status: str | None, bits: float, unigram: float) -> str:
 
 
 def measure_baselines(corpus: Corpus, eval_bytes: int | None) -> Baselines:
-    """Both baselines, on the bytes that the runs are evaluated on."""
+    """Compute both baselines on the bytes that the runs are evaluated on."""
     held_out = corpus.held_out[:eval_bytes]
     return Baselines(unigram_bits_per_byte(corpus.train, held_out), xz_bits_per_byte(corpus.train, held_out))
 
 
-def depth_grad_norms(plan: Plan, data: TokenData) -> list[float]:
-    """Gradient norm of each block's parameters on the first batch, before any step; block 1 first."""
-    model = build_model(plan.model, plan.train.seed)
-    tokens = windows(data.train, plan.train.seed, 1, plan.train.batch_size, plan.train.seq_len)
-    F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
-    blocks = [[parameter.grad for parameter in block.parameters()] for block in model.blocks]
-    return [float(nn.utils.get_total_norm([grad for grad in block if grad is not None])) for block in blocks]
-
-
 def write_results(folder: Path, outcomes: Sequence[Outcome], baselines: Baselines) -> Path:
-    """results.json: every number of the table and the figure. What is not finite is null."""
+    """Write results.json, every number of the table and the figure, and return its path. NaN and inf become null."""
     values = {"baselines": asdict(baselines), "runs": [asdict(outcome) for outcome in outcomes]}
     path = folder / RESULTS_FILE
     with writing(path):

@@ -1,7 +1,8 @@
-"""docs/extending.md, followed to the letter in a copy of the repository."""
+"""The worked examples of docs/extending.md, applied to a copy of the repository."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -28,16 +29,16 @@ class Edit(NamedTuple):
 
 
 def chapters() -> dict[str, tuple[list[Edit], list[tuple[str, str]]]]:
-    """By title: the edits and the commands."""
-    found = {}
+    """Return each chapter's edits and commands, by its title."""
+    by_title = {}
     for part in PAGE.split("\n## ")[1:]:
         edits = [Edit(*match) for match in BLOCK.findall(part)]
-        assert len(edits) == part.count("```{code-block}"), "a block whose caption is not understood"
-        found[part.splitlines()[0]] = (
+        assert len(edits) == part.count("```{code-block}"), "a block whose caption has an unknown form"
+        by_title[part.splitlines()[0]] = (
             edits,
             re.findall(r"^    ((?:\w+=\S+ )?)python -m pytest (.*)$", part, re.MULTILINE),
         )
-    return found
+    return by_title
 
 
 CHAPTERS = chapters()
@@ -67,23 +68,36 @@ def apply(copy: Path, edit: Edit) -> None:
     path.write_text("".join([*lines[:at], *kept, edit.content, *lines[at + 1 :]]), encoding="utf-8")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("title", CHAPTERS)
-def test_a_reader_who_does_what_it_says_succeeds(title: str, copy: Path) -> None:
+def test_the_edits_of_a_chapter_apply_and_parse(title: str, tmp_path: Path) -> None:
     edits, commands = CHAPTERS[title]
     assert len(edits) >= 4
     assert commands
+    for edit in edits:
+        path = tmp_path / edit.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if edit.how != "a new file" and not path.exists():
+            shutil.copy(ROOT / edit.path, path)
+        apply(tmp_path, edit)
+    for edit in edits:
+        ast.parse((tmp_path / edit.path).read_text(encoding="utf-8"), edit.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", CHAPTERS)
+def test_the_commands_of_a_chapter_pass_after_its_edits(title: str, copy: Path) -> None:
+    edits, commands = CHAPTERS[title]
     for edit in edits:
         apply(copy, edit)
     environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1"}
     for variable, command in commands:
         arguments = [part.strip('"') for part in re.findall(r'"[^"]*"|\S+', command)]
         line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-        set_too = dict([variable.strip().split("=")]) if variable else {}
-        done = subprocess.run(line, cwd=copy, env=environment | set_too, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-3000:]
-        assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 2
+        extra = dict([variable.strip().split("=")]) if variable else {}
+        process = subprocess.run(line, cwd=copy, env=environment | extra, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stdout[-3000:]
+        assert int(re.search(r"(\d+) passed", process.stdout)[1]) >= 2
 
 
-def test_all_four_are_there() -> None:
+def test_the_page_has_all_four_chapters() -> None:
     assert [title.split(":")[0] for title in CHAPTERS] == ["A placement", "A norm", "A rule", "A back end"]

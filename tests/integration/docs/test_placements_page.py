@@ -1,4 +1,4 @@
-"""The table of docs/placements.md says what docs/placements/results.json says."""
+"""The table of docs/placements.md matches docs/placements/results.json."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ ROWS = {
 }
 
 
-def test_every_placement_is_named_and_every_measurement_told() -> None:
+def test_every_placement_is_named_and_every_measured_one_has_a_row() -> None:
     assert all(f"| `{name}` |" in PAGE for name in PLACEMENTS)
-    assert set(ROWS) == {each["label"].split()[1] for each in STUDY["configurations"]}
+    assert set(ROWS) == {configuration["label"].split()[1] for configuration in STUDY["configurations"]}
 
 
-@pytest.mark.parametrize("configuration", STUDY["configurations"], ids=lambda each: each["label"])
-def test_means(configuration: dict) -> None:
+@pytest.mark.parametrize("configuration", STUDY["configurations"], ids=lambda row: row["label"])
+def test_a_mean_matches_the_results(configuration: dict) -> None:
     values = configuration["values"].values()
-    told, _, _ = ROWS[configuration["label"].split()[1]]
-    assert told == pytest.approx(sum(values) / len(values), abs=6e-4)
+    mean, _, _ = ROWS[configuration["label"].split()[1]]
+    assert mean == pytest.approx(sum(values) / len(values), abs=6e-4)
 
 
-@pytest.mark.parametrize("comparison", STUDY["comparisons"], ids=lambda each: each["label"])
-def test_differences_and_verdicts(comparison: dict) -> None:
-    _, told, verdict = ROWS[comparison["label"].split()[1]]
-    numbers = [float(number) for number in re.findall(r"[-+]\d\.\d+", told)]
+@pytest.mark.parametrize("comparison", STUDY["comparisons"], ids=lambda row: row["label"])
+def test_a_difference_and_its_verdict_match_the_results(comparison: dict) -> None:
+    _, difference, verdict = ROWS[comparison["label"].split()[1]]
+    numbers = [float(number) for number in re.findall(r"[-+]\d\.\d+", difference)]
     assert numbers == pytest.approx([comparison["mean"], comparison["low"], comparison["high"]], abs=6e-4)
     assert comparison["verdict"].split(":")[0] == verdict

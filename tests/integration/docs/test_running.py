@@ -1,4 +1,4 @@
-"""docs/running.md: the tests that its table names exist, and its code runs."""
+"""docs/running.md names tests that exist, and its code runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
 
 
-def test_every_cell_is_a_tests_name() -> None:
+def test_every_row_names_tests_that_exist() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("| ")][1:]
     assert len(rows) >= 15
     for row in rows:
@@ -24,10 +24,10 @@ def test_every_cell_is_a_tests_name() -> None:
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
-def test_its_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_code_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     scope: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(block, scope)
-    said = capsys.readouterr().out
-    assert re.search(r"# (\[.*\])", PAGE)[1] in said
+    printed = capsys.readouterr().out
+    assert re.search(r"# (\[.*\])", PAGE)[1] in printed
     assert callable(scope["shard"])

@@ -1,4 +1,4 @@
-"""docs/signals.md tells of every signal, with the ranges that were measured and rules that exist."""
+"""docs/signals.md describes every signal, with measured ranges and rules that exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = json.loads((DOCS / "signals" / "results.json").read_text(encoding="utf
 SECTIONS = {part.split("`")[0]: part for part in PAGE.split("\n### `")[1:]}
 
 
-def test_it_tells_of_every_signal_and_shows_it() -> None:
+def test_every_signal_has_a_section_and_a_figure() -> None:
     assert set(SECTIONS) == set(SIGNALS) == set(RESULTS)
     for name, section in SECTIONS.items():
         assert f"](signals/{name}.svg)" in section
@@ -25,16 +25,16 @@ def test_it_tells_of_every_signal_and_shows_it() -> None:
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-def test_the_healthy_range_is_the_measured_one(name: str) -> None:
+def test_a_healthy_range_matches_the_measurements(name: str) -> None:
     values = [value for row in RESULTS[name]["healthy"]["values"] for value in row if value is not None]
-    told = re.search(r"\| healthy, here \| ([^ ;]+)(?: … ([^ ;]+))?[ ;]", SECTIONS[name])
-    low, high = float(told[1]), float(told[2] or told[1])
+    stated = re.search(r"\| healthy, here \| ([^ ;]+)(?: … ([^ ;]+))?[ ;]", SECTIONS[name])
+    low, high = float(stated[1]), float(stated[2] or stated[1])
     assert (low, high) == (pytest.approx(min(values), rel=0.06), pytest.approx(max(values), rel=0.06))
 
 
-def test_the_rules_that_it_names_exist() -> None:
+def test_the_rules_named_on_the_page_exist() -> None:
     rules = {rule.name for rule in default_rules()}
     named = set(re.findall(r"`([a-z]+(?:-[a-z]+)+|headroom|saturation|logz)`", PAGE)) - {"qk-norm"}
     assert named <= rules, named - rules
-    # What is about a loss or a NaN has no signal of its own.
+    # Rules about the loss and about NaN have no signal.
     assert rules - named == {"nonfinite", "loss-spike", "unrecovered-spike"}

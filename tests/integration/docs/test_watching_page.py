@@ -1,4 +1,4 @@
-"""docs/watching.md names every signal and every rule, with what the table of signals says."""
+"""The tables of docs/watching.md list every signal, as in SIGNALS, and every rule."""
 
 from pathlib import Path
 
@@ -9,18 +9,18 @@ PAGE = (Path(__file__).parents[3] / "docs" / "watching.md").read_text(encoding="
 
 
 def rows(of: str) -> dict[str, list[str]]:
-    """The cells of each row in a section's first table, by the name in its first cell."""
+    """Return the cells of each row of a section's table, by the name in the first cell."""
     section = PAGE.split(f"\n## {of}\n")[1].split("\n## ")[0].replace("\\|", "¦")
     lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
     return {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
-def test_signals() -> None:
-    found = rows("Signals")
-    assert list(found) == list(SIGNALS)
+def test_the_table_of_signals_matches_the_code() -> None:
+    table = rows("Signals")
+    assert list(table) == list(SIGNALS)
     for name, signal in SIGNALS.items():
-        assert found[name] == [signal.axis, signal.formula.replace("|", "¦")]
+        assert table[name] == [signal.axis, signal.formula.replace("|", "¦")]
 
 
-def test_rules() -> None:
+def test_the_table_of_rules_lists_the_default_rules_in_order() -> None:
     assert list(rows("Rules")) == [rule.name for rule in default_rules()]
