@@ -54,7 +54,7 @@ def number(name: str, value: float, shown: str = "{:.3g}", within: float | None 
 def check(holds: object, said: object = "") -> None:
     """Raises ValueError for something that a page says and that does not hold, while the documentation is built."""
     if BUILDING in os.environ and not holds:
-        raise ValueError(f"what the page says must hold, but got {said}; read the page")
+        raise ValueError(f"this page says otherwise: {said}. Read the page.")
 
 
 def _compare(name: str, value: float, within: float) -> None:
@@ -64,7 +64,7 @@ def _compare(name: str, value: float, within: float) -> None:
         NUMBERS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
     elif name not in known or not math.isclose(value, known[name], rel_tol=within, abs_tol=1e-12):
         received = f"{value:.6g} for {known.get(name)} ± {100 * within:g} %"
-        raise ValueError(f"{name} must be what numbers.json says, but got {received}; read the page, then {UPDATE}=1")
+        raise ValueError(f"{name} differs from numbers.json: {received}. Read the page, then set {UPDATE}=1.")
 
 
 def figure(width: float = 7.0, height: float = 3.2, panels: int = 1) -> tuple[Figure, list[matplotlib.axes.Axes]]:
