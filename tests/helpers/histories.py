@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterable, Sequence
 
 from omninorm.watch import Alarm, Facts, History, NormFacts, Sample, Step
@@ -77,3 +78,9 @@ def layers(value: float, sick: float | None = None, at: int = 2, count: int = BL
 
 def rates(ratio: float, weights: float, entropy: float = 0.9) -> Signals:
     return {"update_ratio": [ratio] * 5, "weight_rms": [weights] * 5, "attention_entropy": layers(entropy)}
+
+
+def numbers_in(text: str) -> list[float]:
+    """The numbers in an alarm's text, in their order. Digits that belong to a name, as in blocks.2 or fp16, are left out."""
+    found = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?", text)
+    return [float(number.replace(",", "")) for number in found]
