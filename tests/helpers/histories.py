@@ -82,5 +82,5 @@ def rates(ratio: float, weights: float, entropy: float = 0.9) -> Signals:
 
 def numbers_in(text: str) -> list[float]:
     """The numbers in an alarm's text, in their order. Digits that belong to a name, as in blocks.2 or fp16, are left out."""
-    found = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?", text)
+    found = re.findall(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?", text)
     return [float(number.replace(",", "")) for number in found]

@@ -17,20 +17,24 @@ from omninorm.watch.rules import Rule
 WORDS = Path(__file__).parent / "data" / "words.json"
 # With this variable set, the texts of every rule that the tests exercise are written to the file instead of compared.
 UPDATE = "OMNINORM_UPDATE_WORDS"
-NUMBER = re.compile(r"(?<![A-Za-z])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+NUMBER = re.compile(r"(?<![A-Za-z\d])\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 Texts = defaultdict[str, set[tuple[str, str]]]
 
 
 @pytest.fixture(scope="session")
 def snapshot() -> Iterator[tuple[Texts, Texts]]:
-    """The texts in the file and those seen in this session: by rule, pairs of evidence and remedy."""
+    """The texts in the file and those seen in this session: by rule, pairs of remedy and evidence."""
     known, seen = Texts(set), Texts(set)
     stored = json.loads(WORDS.read_text(encoding="utf-8")) if WORDS.exists() else {}
-    known.update({rule: {(evidence, remedy) for evidence, remedy in pairs} for rule, pairs in stored.items()})
+    for rule, remedies in stored.items():
+        known[rule] = {(remedy, evidence) for remedy, texts in remedies.items() for evidence in texts}
     yield known, seen
     if os.environ.get(UPDATE):
-        lists = {rule: sorted(pairs) for rule, pairs in sorted({**known, **seen}.items())}
-        WORDS.write_text(json.dumps(lists, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        by_rule: dict[str, dict[str, list[str]]] = {}
+        for rule, pairs in sorted({**known, **seen}.items()):
+            for remedy, evidence in sorted(pairs):
+                by_rule.setdefault(rule, {}).setdefault(remedy, []).append(evidence)
+        WORDS.write_text(json.dumps(by_rule, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def words(
     original = Rule.alarm
 
     def alarm(self: Rule, step: int, severity: str, layer: str | None, evidence: str, remedy: str) -> Alarm:
-        produced[self.name].add((without_numbers(evidence, layer), without_numbers(remedy, layer)))
+        produced[self.name].add((without_numbers(remedy, layer), without_numbers(evidence, layer)))
         return original(self, step, severity, layer, evidence, remedy)
 
     monkeypatch.setattr(Rule, "alarm", alarm)

@@ -141,10 +141,14 @@ def test_silent_block_or_part_fails_after_its_persistence() -> None:
         reports = give_samples(BranchSilent(), [alive, alive, dead, dead, dead])
         assert first(reports) == 4, "it contributed before, so three samples are enough"
         assert [(alarm.severity, alarm.layer) for alarm in reports[4]] == [("fail", layer)]
-        assert first(give_samples(BranchSilent(), [*[dead] * 2, alive])) is None, "zero-initialized branches change with their first update"
+        assert first(give_samples(BranchSilent(), [*[dead] * 2, alive])) is None, (
+            "zero-initialized branches change with their first update"
+        )
         assert first(give_samples(BranchSilent(), [dead] * 9)) == 3, "always exactly 0"
         tiny = {**alive, signal: layers(0.3, 1e-7)}
-        assert first(give_samples(BranchSilent(), [*[tiny] * 5, alive])) is None, "a branch that was never alive gets more time"
+        assert first(give_samples(BranchSilent(), [*[tiny] * 5, alive])) is None, (
+            "a branch that was never alive gets more time"
+        )
         assert first(give_samples(BranchSilent(), [tiny] * 9)) == 6
         assert first(give_samples(BranchSilent(), [dead, *[tiny] * 8])) == 6
 
@@ -225,7 +229,9 @@ def over_depth(ratio: float, blocks: int, linear: bool = False) -> list[float]:
         (101.0, 100, False, None),  # exponent 0.046
     ],
 )
-def test_depth_growth_needs_a_large_exponent_total_and_an_exponential(ratio: float, blocks: int, linear: bool, expected: str | None) -> None:
+def test_depth_growth_needs_a_large_exponent_total_and_an_exponential(
+    ratio: float, blocks: int, linear: bool, expected: str | None
+) -> None:
     values = over_depth(ratio, blocks, linear)
     for signals in ({"stream_rms": values}, {"stream_grad": values[::-1]}, {"stream_grad": [1e-9 * v for v in values]}):
         if linear and "stream_grad" in signals:
@@ -306,7 +312,9 @@ def test_no_norm_reports_the_gradient_as_well() -> None:
     [([5e-4] * 9 + [1e-3] * 11, 1, "without a warm-up"), ([4.9e-4] * 9 + [1e-3] * 11, 1, "with a warm-up"),
      ([1e-3] * 20, 7, ""), ([math.nan] * 20, 1, "")],
 )  # fmt: skip
-def test_post_norm_alarm_mentions_the_warm_up_if_the_first_learning_rate_is_known(rates: list[float], start: int, words: str) -> None:
+def test_post_norm_alarm_mentions_the_warm_up_if_the_first_learning_rate_is_known(
+    rates: list[float], start: int, words: str
+) -> None:
     history, rule = History(facts=facts(12), placement="post"), PostNormDepth()
     assert give_steps(rule, [5.0] * 20, lrs=rates, history=history, start=start) == []
     (alarm,) = give_samples(rule, [{"stream_grad": [0.009, *[1.0] * 11]}] * 3, history)[-1]

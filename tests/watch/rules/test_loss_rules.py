@@ -133,7 +133,9 @@ def test_gradient_spike_is_reported_if_the_loss_rises_within_five_steps() -> Non
     assert (step, norm, before, high) == (71, 3.2, 70, 3.3)
     assert low == pytest.approx(3.0, abs=0.02)
     assert give_steps(GradientSpike(), [*losses, *[3.0] * 6, 3.3], [*norms, 3.2, *[1.0] * 6]) == []
-    assert give_steps(GradientSpike(), [*losses[:60], 3.0, 3.3], [*norms[:60], 3.2, 1.0]) == [], "60 steps of history are too few"
+    assert give_steps(GradientSpike(), [*losses[:60], 3.0, 3.3], [*norms[:60], 3.2, 1.0]) == [], (
+        "60 steps of history are too few"
+    )
 
 
 def test_gradient_spikes_need_64_steps_and_recur_within_64() -> None:
@@ -218,7 +220,9 @@ def first_cause(alarms: list[Alarm]) -> str | None:
         "risen",
     ],
 )
-def test_flat_loss_is_reported_with_its_cause(losses: list[float], rate: float, update: float | None, expected: str | None) -> None:
+def test_flat_loss_is_reported_with_its_cause(
+    losses: list[float], rate: float, update: float | None, expected: str | None
+) -> None:
     history = History(facts=facts())
     if update is not None:
         history.samples.extend(Sample(step, {"update_ratio": [update] * 5}) for step in (10, 20))
@@ -279,7 +283,9 @@ def test_tiny_updates_are_the_cause_if_two_samples_after_the_first_show_them() -
         (NonFinite(3, "elsewhere", "{layer}", "nan"), "pre", "in {layer}", ""),
     ],
 )
-def test_first_nonfinite_value_fails_with_its_place_and_a_remedy(found: NonFinite, placement: str, evidence: str, remedy: str) -> None:
+def test_first_nonfinite_value_fails_with_its_place_and_a_remedy(
+    found: NonFinite, placement: str, evidence: str, remedy: str
+) -> None:
     history = History(facts=facts(), placement=placement, nonfinite=found)
     history.steps.append(Step(2, 3.0, 1.0, 1e-3))
     assert list(NonFiniteRule().on_step(history, history.steps[-1])) == []
