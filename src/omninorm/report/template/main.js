@@ -1,4 +1,4 @@
-// What follows the pointer, the keys, the window's width and the theme.
+// Responds to the pointer, the keys, the window's width and the theme.
 const tip = document.getElementById('tip'), live = document.getElementById('live');
 
 function point(figure, cursor, spoken) {
@@ -46,7 +46,7 @@ function listen(figure) {
   });
 }
 
-// Draws what is in sight or near it now, the rest as soon as there is time.
+// Draws figures in or near the viewport immediately and the rest when idle.
 const sight = new IntersectionObserver(entries => {
   for (const {isIntersecting, target} of entries) if (isIntersecting) drawOnce(figures.find(figure => figure.plot === target));
 }, {rootMargin: '400px'});
