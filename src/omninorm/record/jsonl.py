@@ -129,7 +129,7 @@ def _check_event(event: Any) -> None:
     numbers = {**event, **clock} if event["kind"] in _NUMBERS else {}
     for name, value in numbers.items():
         if name not in ("kind", "clock") and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"{name} is not a number")
+            raise ValueError(f"{name[:80]} is not a number")
 
 
 def final_status(path: Path) -> str | None:

@@ -65,8 +65,15 @@ def settings(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
         if isinstance(value, dict) and prefix.count(".") < 3:
             found += settings(value, f"{prefix}{name}.")
         elif value is not None:
-            found.append((f"{prefix}{name}", str(value)))
+            found.append((f"{prefix}{name}", _shown(value)))
     return found[:200]
+
+
+def _shown(value: Any) -> str:
+    try:
+        return str(value)
+    except RecursionError:
+        return "nested too deeply to show"
 
 
 def loss_unit(story: RunStory) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -118,26 +119,28 @@ def _ticks(story: RunStory, axis: str) -> list[str]:
         return []
     numbers = {name: str(index) for index, name in enumerate(story.watched.blocks)}
     names = story.watched.names(axis)
+    tails = _tails(names)
     if axis == "norm":
         taken: set[int] = set()
         labels = []
         for norm in story.watched.norms:
             repeated = norm.block is not None and norm.block in taken
-            labels.append("" if repeated else _tail(norm.name, names) if norm.block is None else str(norm.block))
+            labels.append("" if repeated else tails[norm.name] if norm.block is None else str(norm.block))
             taken |= {norm.block} if norm.block is not None else set()
         return labels
-    return [numbers.get(name) or _tail(name, names) for name in names]
+    return [numbers.get(name) or tails[name] for name in names]
 
 
-def _tail(name: str, names: Sequence[str]) -> str:
-    """Return the shortest unique dotted suffix of `name` that is not just a number or a letter."""
-    parts = plain(name, 120).split(".")
-    for count in range(1, len(parts) + 1):
-        end = ".".join(parts[-count:])
-        alike = sum(other == end or other.endswith(f".{end}") for other in names)
-        if alike <= 1 and len(end) > 2 and not end.isdigit():
-            return end
-    return ".".join(parts)
+def _tails(names: Sequence[str]) -> dict[str, str]:
+    """Return for each name its shortest unique dotted suffix that is not just a number or a letter."""
+    parts = {name: plain(name, 120).split(".") for name in names}
+    suffixes = {name: [".".join(each[-count:]) for count in range(1, len(each) + 1)] for name, each in parts.items()}
+    counts = Counter(suffix for name in names for suffix in suffixes[name])
+
+    def is_clear(suffix: str) -> bool:
+        return counts[suffix] <= 1 and len(suffix) > 2 and not suffix.isdigit()
+
+    return {name: next(filter(is_clear, each), each[-1]) for name, each in suffixes.items()}
 
 
 def _verdict(verdict: Verdict) -> str:

@@ -125,11 +125,13 @@ def _read_columns(scan: Scan, steps: list[int], events: list[int]) -> tuple[list
 
 
 def _size(scan: Scan, file: Any, step: int) -> int:
-    """Return how many numbers a sample has; 0 if it is damaged."""
+    """Return how many numbers a sample has when its lists are as long as their axes; 0 if it is damaged."""
+    known = scan.watched or Watched()
     try:
-        return sum(map(len, _signals(scan.sample(file, step)).values()))
+        signals = _signals(scan.sample(file, step))
     except DamageError:
         return 0
+    return sum(max(len(values), len(known.names(SIGNALS[name].axis))) for name, values in signals.items())
 
 
 def _signals(event: dict[str, Any]) -> dict[str, list[float | None]]:

@@ -138,7 +138,9 @@ class Scan:
     def _on_watch(self, event: dict[str, Any]) -> None:
         written = event.get("format")
         if isinstance(written, int) and written > FORMAT:
-            problem = f"{self.path} has record format {written}, but this version of omninorm reads format {FORMAT}"
+            problem = (
+                f"{self.path} has record format {str(written)[:20]}, but this version of omninorm reads format {FORMAT}"
+            )
             raise RunError(problem, "", "upgrade omninorm to the version that wrote it")
         # A watch that starts at step N without a resume replaces everything after N.
         last = self._void(event["step"])

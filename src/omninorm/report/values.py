@@ -11,6 +11,8 @@ from typing import Any
 from omninorm.report.story import Norm, Values, Watched
 
 _SPELLED = ("nan", "inf", "-inf")
+MAX_NAMES = 5000
+"""Most names along an axis that are read: far more than any model has layers."""
 
 
 class DamageError(ValueError):
@@ -73,7 +75,7 @@ def text_or_none(value: Any) -> str | None:
 
 
 def texts(value: Any) -> list[str]:
-    return [text(each, "?") for each in value] if isinstance(value, list) else []
+    return [text(each, "?") for each in value[:MAX_NAMES]] if isinstance(value, list) else []
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
@@ -92,7 +94,7 @@ def watched(event: Mapping[str, Any]) -> Watched:
         model=text(event.get("model")),
         parameters=_count_or_none(event.get("parameters")),
         blocks=texts(event.get("blocks")),
-        norms=[_norm(mapping(each)) for each in norms] if isinstance(norms, list) else [],
+        norms=[_norm(mapping(each)) for each in norms[:MAX_NAMES]] if isinstance(norms, list) else [],
         groups=texts(event.get("groups")),
         optimizer=text_or_none(event.get("optimizer")),
         adam_eps=number(event.get("adam_eps")),
