@@ -1,4 +1,4 @@
-"""Watching compiled models: the same numbers, in one graph that is compiled once."""
+"""Monitoring compiled models: the same values as in eager mode, in one graph that is compiled once."""
 
 import copy
 import io
@@ -64,7 +64,7 @@ def train(model: nn.Module, steps: int, every: int, evaluate: bool = False) -> W
         pytest.param("post", "inductor", marks=pytest.mark.slow),
     ],
 )
-def test_where_the_norms_stand(placement: str, backend: str) -> None:
+def test_placement_is_measured_in_a_graph(placement: str, backend: str) -> None:
     torch.manual_seed(0)
     config = ThinkerConfig(d_model=16, n_layers=3, n_heads=2, max_seq_len=TOKENS, norm=NormConfig("rmsnorm", placement))
     model = Thinker(config)
@@ -75,7 +75,7 @@ def test_where_the_norms_stand(placement: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_same_signals_in_one_graph(backend: str) -> None:
+def test_compiled_model_has_the_same_signals_in_one_graph(backend: str) -> None:
     eager = train(thinker(), 5, every=2)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = train(torch.compile(thinker(), fullgraph=True, backend=backend), 5, every=2)
@@ -94,7 +94,7 @@ def test_evaluation_is_not_counted() -> None:
         assert found.signals == expected.signals
 
 
-def test_a_compiled_model_outlives_its_watch() -> None:
+def test_compiled_model_works_after_its_watch() -> None:
     attention = F.scaled_dot_product_attention
     model = torch.compile(thinker(), backend="aot_eager")
     first = train(model, 2, every=1)
@@ -109,7 +109,7 @@ def test_a_compiled_model_outlives_its_watch() -> None:
     assert second.history.samples[-1].signals.keys() == fresh_one.history.samples[-1].signals.keys()
 
 
-def test_a_copy_of_a_compiled_model_is_not_watched() -> None:
+def test_copy_of_a_compiled_model_is_not_monitored() -> None:
     model = thinker()
     model.compile(backend="aot_eager")
     tokens = torch.zeros(2, TOKENS, dtype=torch.long)
@@ -126,7 +126,7 @@ def test_a_copy_of_a_compiled_model_is_not_watched() -> None:
     assert watched.history.samples[0].signals["logz"] is not None
 
 
-def test_a_nan_is_found_inside_of_a_graph() -> None:
+def test_nan_inside_a_graph_is_located() -> None:
     model = thinker()
     with torch.no_grad():
         model.blocks[1].feed_forward.down.weight[0, 0] = torch.nan
@@ -136,7 +136,7 @@ def test_a_nan_is_found_inside_of_a_graph() -> None:
     assert (found.step, found.phase, found.layer, found.value) == (1, "forward", "blocks.1.feed_forward", "nan")
 
 
-def test_foreign_norms_and_in_place_training() -> None:
+def test_other_norms_and_in_place_operations_are_measured_in_a_graph() -> None:
     """torch.nn's own layers, compiled by `Module.compile`."""
 
     class Model(nn.Module):
@@ -161,7 +161,7 @@ def test_foreign_norms_and_in_place_training() -> None:
         assert known(values) == pytest.approx(known(expected.signals[name]), rel=2e-3, abs=1e-6, nan_ok=True), name
 
 
-def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
+def test_separately_compiled_blocks_share_a_graph() -> None:
     """More blocks than Dynamo would recompile for: numbers of their own in the graph would end in an error."""
     torch.manual_seed(0)
     model = Thinker(ThinkerConfig(d_model=16, n_layers=10, n_heads=2, max_seq_len=TOKENS))
@@ -175,7 +175,7 @@ def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
         assert known(values) == pytest.approx(known(eager.signals[name]), rel=2e-3, abs=1e-6, nan_ok=True), name
 
 
-def test_a_compiled_function_inside_of_an_eager_attention() -> None:
+def test_compiled_function_inside_eager_attention_is_measured() -> None:
     attend = torch.compile(
         lambda q, k: F.scaled_dot_product_attention(q, k, k).unflatten(-1, (2, -1)).flatten(-2),
         fullgraph=True,
@@ -195,7 +195,7 @@ def test_a_compiled_function_inside_of_an_eager_attention() -> None:
     assert [sample.step for sample in train(model, 3, every=2).history.samples] == [1, 2]
 
 
-def test_two_watches_at_once_and_nothing_left() -> None:
+def test_two_compiled_models_are_watched_at_once_and_released() -> None:
     attention, softmax = F.scaled_dot_product_attention, torch.softmax
     first, second = watch(thinker(), every=1).open(), watch(thinker(), every=1).open()
     assert F.scaled_dot_product_attention is not attention

@@ -99,7 +99,7 @@ class OptimizerWatch:
         ]
 
     def _some_weights(self) -> list[Tensor]:
-        """Return some elements of every trainable parameter, as views that are renewed only if a parameter has moved."""
+        """Return views of some elements of every trainable parameter, renewed only if a parameter has moved."""
         parameters = [here(self._parameters[at]) for at in self._learning]
         addresses = [parameter.data_ptr() for parameter in parameters]
         if addresses != self._addresses or not all(parameter.is_contiguous() for parameter in parameters):
