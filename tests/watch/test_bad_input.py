@@ -194,9 +194,9 @@ def test_module_names_with_markup_and_escapes_are_escaped(tmp_path: Path, caplog
 def test_folder_that_is_a_file_warns_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     model = Decoder()
-    with pytest.warns(UserWarning, match="stopped recording, training continues") as told:
+    with pytest.warns(UserWarning, match="stopped recording, training continues") as warned:
         watched = train_watched(model, adamw(model), 3, folder=tmp_path / "file")
-    assert len(told) == 1
+    assert len(warned) == 1
     assert (tmp_path / "file").read_text() == "mine"
     assert len(watched.history.samples) == 3
     assert watched.record[-1]["kind"] == "end"
@@ -240,9 +240,9 @@ def test_internal_error_warns_once_and_training_continues(monkeypatch: pytest.Mo
             model = Decoder(norm)
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, fails)
-                with pytest.warns(UserWarning, match="could not measure.*internal") as told:
+                with pytest.warns(UserWarning, match="could not measure.*internal") as warned:
                     watched = train_watched(model, adamw(model), 3)
-            assert len(told) == 1, (owner, name)
+            assert len(warned) == 1, (owner, name)
             assert len(watched.history.steps) == 3
 
 
@@ -261,9 +261,9 @@ class Broken:
 
 def test_failing_sink_does_not_end_training() -> None:
     model = Decoder()
-    with pytest.warns(UserWarning, match="Broken failed.*ConnectionError: away") as told:
+    with pytest.warns(UserWarning, match="Broken failed.*ConnectionError: away") as warned:
         watched = train_watched(model, adamw(model), 3, sinks=[Broken()], rules=[AlwaysAlarms()])
-    assert len(told) == 1
+    assert len(warned) == 1
     assert len(watched.history.samples) == 3
     assert watched.record[-1]["kind"] == "end"
 

@@ -120,9 +120,9 @@ def test_trainer_callback_writes_to_a_given_folder_without_report(tmp_path: Path
 
 def test_trainer_callback_records_a_nan_that_the_trainer_hides(tmp_path: Path) -> None:
     callback = TrainerCallback(every=2)
-    sick = trainer(tmp_path, callback, prepare=lambda model: hole(model, at=6))
-    sick.train()
-    assert all(math.isfinite(loss) for loss in logged(sick, "loss"))
+    faulty = trainer(tmp_path, callback, prepare=lambda model: hole(model, at=6))
+    faulty.train()
+    assert all(math.isfinite(loss) for loss in logged(faulty, "loss"))
     steps = callback.watch.history.steps
     assert [math.isnan(step.loss) for step in steps] == [False] * 5 + [True] * 4
     first = next(alarm for alarm in callback.alarms if alarm.severity == "fail")
@@ -142,7 +142,7 @@ def test_trainer_callback_resumes_at_the_checkpoint(tmp_path: Path) -> None:
 
 
 class OwnLoss(Trainer):
-    """Makes its loss from the logits alone, and fails in the training step that it is told."""
+    """Computes its loss from the logits alone, and raises in a given training step."""
 
     fails_at = 0
     steps = 0

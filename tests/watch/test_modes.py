@@ -255,7 +255,7 @@ def activations() -> list[Tensor]:
 @pytest.mark.parametrize("how", ["plain", "reentrant", "non-reentrant"])
 @pytest.mark.parametrize("place", ["nowhere", "attention", "norm", "backward"])
 def test_activations_are_not_kept_alive(place: str, how: str) -> None:
-    """Also where a user catches an exception and goes on."""
+    """Also if the user catches an exception and continues."""
     model = Decoder(lambda: LayerNorm(WIDTH))
     checkpointed(model, how)
     raise_in(place, model)

@@ -201,11 +201,11 @@ def test_internal_error_does_not_hide_the_users_exception(monkeypatch: pytest.Mo
             watched.step(1.0)
             raise KeyError("theirs")
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         with pytest.raises(KeyError, match="theirs"):
             loop()
-    assert sum("ZeroDivisionError" in str(warning.message) for warning in told) == 1
+    assert sum("ZeroDivisionError" in str(warning.message) for warning in warned) == 1
     assert not any(module._forward_hooks for module in model.modules())
     assert watched.record[-1]["reason"] == "KeyError: 'theirs'"
 

@@ -36,13 +36,13 @@ class Broken:
         self.calls.append("close")
 
 
-def train(sinks, steps=6, every=2, sick_at=None) -> list[torch.Tensor]:
+def train(sinks, steps=6, every=2, faulty_at=None) -> list[torch.Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with watch(model, optimizer, every=every, sinks=sinks) as watched:
         for step in range(1, steps + 1):
-            x = torch.randn(16, 4) * (math.nan if step == sick_at else 1.0)
+            x = torch.randn(16, 4) * (math.nan if step == faulty_at else 1.0)
             loss = model(x).square().mean()
             loss.backward()
             optimizer.step()
@@ -80,7 +80,7 @@ def test_tensorboard_logs_every_number_of_a_sample(tmp_path: Path) -> None:
 
 
 def test_tensorboard_logs_alarms_as_text(tmp_path: Path) -> None:
-    train([TensorBoard(tmp_path)], sick_at=3)
+    train([TensorBoard(tmp_path)], faulty_at=3)
     events = read(tmp_path)
     (tag,) = [tag for tag in events.Tags()["tensors"] if "nonfinite" in tag]
     (event,) = events.Tensors(tag)
@@ -166,11 +166,11 @@ def test_missing_package_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPat
 
 def test_failing_sink_warns_once_and_training_continues() -> None:
     broken = Broken()
-    with pytest.warns(UserWarning, match="Broken failed.*OSError.*No space left") as told:
-        weights = train([broken], sick_at=5)
-    assert len([w for w in told if "Broken" in str(w.message)]) == 1
+    with pytest.warns(UserWarning, match="Broken failed.*OSError.*No space left") as warned:
+        weights = train([broken], faulty_at=5)
+    assert len([w for w in warned if "Broken" in str(w.message)]) == 1
     assert broken.calls == ["log 1", "log 2"]
-    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(weights, train([], sick_at=5), strict=True))
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(weights, train([], faulty_at=5), strict=True))
 
 
 def test_sink_that_cannot_open_does_not_end_training(tmp_path: Path) -> None:

@@ -50,14 +50,14 @@ def test_wandb_logs_numbers_over_a_separate_step(wandb) -> None:
 def test_wandb_alerts_only_for_failures(wandb, monkeypatch: pytest.MonkeyPatch) -> None:
     run = wandb.init(project="test")
     try:
-        told = []
-        monkeypatch.setattr(run, "alert", lambda title, text, **settings: told.append((title, settings)))
+        alerts = []
+        monkeypatch.setattr(run, "alert", lambda title, text, **settings: alerts.append((title, settings)))
         sink = WandB(run)
         sink.alarm(WARN)
         sink.alarm(FAIL)
     finally:
         run.finish()
-    assert told == [("omninorm: layer-jump", {"level": wandb.AlertLevel.ERROR, "wait_duration": 0})]
+    assert alerts == [("omninorm: layer-jump", {"level": wandb.AlertLevel.ERROR, "wait_duration": 0})]
 
 
 def test_wandb_needs_an_active_run(wandb) -> None:

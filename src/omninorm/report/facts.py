@@ -41,7 +41,7 @@ def facts(story: RunStory) -> list[tuple[str, str]]:
         ("Ended", describe_end(story)),
         ("Versions", _versions(story, known)),
     ]
-    return [(label, told) for label, told in pairs if told]
+    return [(label, text) for label, text in pairs if text]
 
 
 def samples(story: RunStory) -> str:
@@ -95,10 +95,10 @@ def _typical_stride(story: RunStory) -> int:
     return max(1, round(Counter(gaps).most_common(1)[0][0] / every)) if gaps and every > 0 else 1
 
 
-def _moment(told: str) -> str:
+def _moment(text: str) -> str:
     """Format 2026-03-01T10:00:00+00:00 as 2026-03-01 10:00 UTC; leave any other text unchanged."""
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(?::\d\d(?:\.\d+)?)?(Z|\+00:00)?", told)
-    return f"{match[1]} {match[2]}{' UTC' if match[3] else ''}" if match else told
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(?::\d\d(?:\.\d+)?)?(Z|\+00:00)?", text)
+    return f"{match[1]} {match[2]}{' UTC' if match[3] else ''}" if match else text
 
 
 def _ordinal(number: int) -> str:
@@ -143,7 +143,7 @@ def _ranks(story: RunStory, known: Watched) -> str:
 
 
 def _versions(story: RunStory, known: Watched) -> str:
-    told = known.versions or story.config.get("versions")
-    chosen = told if isinstance(told, dict) else {}
+    text = known.versions or story.config.get("versions")
+    chosen = text if isinstance(text, dict) else {}
     shown = {name: value for name, value in chosen.items() if known.versions or name in ("omninorm", "torch", "python")}
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value) or _UNKNOWN

@@ -154,11 +154,11 @@ def _verdict(verdict: Verdict) -> str:
 
 
 def _settings(story: RunStory) -> str:
-    told = settings(story.config)
-    if not told:
+    items = settings(story.config)
+    if not items:
         return ""
     return (
-        f"<details><summary>All settings</summary>{tables.pairs('settings', 'config.json of the run', told)}</details>"
+        f"<details><summary>All settings</summary>{tables.pairs('settings', 'config.json of the run', items)}</details>"
     )
 
 

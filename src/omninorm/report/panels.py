@@ -108,11 +108,11 @@ def _line(name: str, title: str, formula: str, series: Series, log: bool, reason
 def _line_summary(title: str, series: Series) -> str:
     steps, values = series
     low, high, bad = _limits([values])  # type: ignore[list-item]
-    said = f"{title}: {short(values[0])} at step {steps[0]:,}, {short(values[-1])} at step {steps[-1]:,}."
+    text = f"{title}: {short(values[0])} at step {steps[0]:,}, {short(values[-1])} at step {steps[-1]:,}."
     if low <= high:
         lowest, highest = steps[values.index(low)], steps[values.index(high)]
-        said += f" Lowest {short(low)} at step {lowest:,}, highest {short(high)} at step {highest:,}."
-    return f"{said} Not finite at {plural(bad, 'step')}." if bad else said
+        text += f" Lowest {short(low)} at step {lowest:,}, highest {short(high)} at step {highest:,}."
+    return f"{text} Not finite at {plural(bad, 'step')}." if bad else text
 
 
 def _map(story: RunStory, name: str) -> Panel:
@@ -130,16 +130,16 @@ def _map(story: RunStory, name: str) -> Panel:
 def _map_summary(story: RunStory, name: str, names: list[str], rows: Sequence[list[float | None]]) -> str:
     low, high, bad = _limits(rows)
     kind = _AXIS_NAMES[SIGNALS[name].axis]
-    said = f"{title_of(name)}: {plural(len(names), kind)} by {plural(len(rows), 'sample')}."
+    text = f"{title_of(name)}: {plural(len(names), kind)} by {plural(len(rows), 'sample')}."
     if low <= high:
-        said += f" Values from {short(low)} to {short(high)}."
+        text += f" Values from {short(low)} to {short(high)}."
     newest = [(value, layer) for value, layer in zip(rows[-1], names, strict=True) if value is not None]
     newest = [each for each in newest if math.isfinite(each[0])]
     if newest:
         least, most = min(newest), max(newest)
-        said += f" At step {story.columns[-1].step:,} smallest in {least[1]} ({short(least[0])})"
-        said += f", largest in {most[1]} ({short(most[0])})."
-    return f"{said} Not finite in {plural(bad, 'cell')}." if bad else said
+        text += f" At step {story.columns[-1].step:,} smallest in {least[1]} ({short(least[0])})"
+        text += f", largest in {most[1]} ({short(most[0])})."
+    return f"{text} Not finite in {plural(bad, 'cell')}." if bad else text
 
 
 def _limits(rows: Sequence[Values]) -> tuple[float, float, int]:

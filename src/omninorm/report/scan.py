@@ -156,15 +156,15 @@ class Scan:
             raise DamageError("alarms is not a list")
         self.alarms += [self._alarm(each, event["step"]) for each in alarms if isinstance(each, dict)]
 
-    def _alarm(self, told: dict[str, Any], step: int) -> StoryAlarm:
+    def _alarm(self, stored: dict[str, Any], step: int) -> StoryAlarm:
         return StoryAlarm(
-            step=count(told.get("step", step)),
-            severity="fail" if told.get("severity") == "fail" else "warn",
-            rule=text(told.get("rule"), "unnamed"),
-            layer=text_or_none(told.get("layer")),
-            evidence=text(told.get("evidence")),
-            remedy=text(told.get("remedy")),
-            source=text(told.get("source")),
+            step=count(stored.get("step", step)),
+            severity="fail" if stored.get("severity") == "fail" else "warn",
+            rule=text(stored.get("rule"), "unnamed"),
+            layer=text_or_none(stored.get("layer")),
+            evidence=text(stored.get("evidence")),
+            remedy=text(stored.get("remedy")),
+            source=text(stored.get("source")),
             ranks=(self.rank,),
         )
 

@@ -47,13 +47,13 @@ def _alarm_row(number: int, alarm: StoryAlarm, several: bool) -> str:
         _cell(f"<code>{escape(alarm.rule, 80)}</code>"),
         _cell(f"<code>{escape(alarm.layer, 200)}</code>" if alarm.layer else "whole run"),
         *([_cell(escape(ranks, 80))] if several else []),
-        _cell(_told(alarm)),
+        _cell(_details(alarm)),
     ]
     show = f'<button type="button" class="show" data-alarm="{number}">{alarm.step:,}</button>'
     return f'<tr id="alarm-{number}"><th scope="row" data-value="{alarm.step}">{show}</th>{"".join(cells)}</tr>'
 
 
-def _told(alarm: StoryAlarm) -> str:
+def _details(alarm: StoryAlarm) -> str:
     remedy = plain(alarm.remedy).removeprefix("try ")
     parts = [
         f"<p>{escape(alarm.evidence)}</p>",
@@ -116,9 +116,9 @@ def unseen_table(story: RunStory) -> str:
     )
 
 
-def pairs(key: str, caption: str, told: Iterable[tuple[str, str]]) -> str:
+def pairs(key: str, caption: str, items: Iterable[tuple[str, str]]) -> str:
     """Return a table of settings and values."""
-    rows = "".join(f'<tr><th scope="row">{escape(name, 80)}</th>{_cell(escape(text))}</tr>' for name, text in told)
+    rows = "".join(f'<tr><th scope="row">{escape(name, 80)}</th>{_cell(escape(text))}</tr>' for name, text in items)
     return _table(key, caption, ["Setting", "Value"], rows)
 
 

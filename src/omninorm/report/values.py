@@ -101,14 +101,14 @@ def watched(event: Mapping[str, Any]) -> Watched:
     )
 
 
-def _norm(told: Mapping[str, Any]) -> Norm:
+def _norm(stored: Mapping[str, Any]) -> Norm:
     return Norm(
-        name=text(told.get("name"), "?"),
-        kind=text(told.get("kind")),
-        eps=number(told.get("eps")),
-        block=_count_or_none(told.get("block")),
-        frozen=told.get("frozen") is True,
-        ours=told.get("ours") is True,
+        name=text(stored.get("name"), "?"),
+        kind=text(stored.get("kind")),
+        eps=number(stored.get("eps")),
+        block=_count_or_none(stored.get("block")),
+        frozen=stored.get("frozen") is True,
+        ours=stored.get("ours") is True,
     )
 
 

@@ -110,12 +110,12 @@ def _calm(story: RunStory) -> Verdict:
         more = f"{steps} recorded.{stopped}"
         sentence = "No verdict yet: no sample has been taken."
         return Verdict("unjudged", sentence, more, title=sentence[:-1])
-    fell, told = _loss(story)
+    fell, text = _loss(story)
     title = f"No alarm in {steps}"
     if fell:
-        sentence = f"{title}; {told}."
-        return Verdict("healthy", sentence, stopped.strip(), title=title, evidence=f"{_capital(told)}.")
-    return Verdict("quiet", f"{title}. {told}".strip(), stopped.strip(), title=title, evidence=told)
+        sentence = f"{title}; {text}."
+        return Verdict("healthy", sentence, stopped.strip(), title=title, evidence=f"{_capital(text)}.")
+    return Verdict("quiet", f"{title}. {text}".strip(), stopped.strip(), title=title, evidence=text)
 
 
 def _loss(story: RunStory) -> tuple[bool, str]:
@@ -127,9 +127,9 @@ def _loss(story: RunStory) -> tuple[bool, str]:
     first, last = _mean(values[:tenth]), _mean(values[-tenth:])
     limits = f"{short(first)} initially, {short(last)} at the end."
     if first - last >= FALL * abs(first):
-        told = f"the loss fell from {short(first)} to {short(last)}"
+        text = f"the loss fell from {short(first)} to {short(last)}"
         # A few steps are not enough for the status "healthy", but the text mentions them.
-        return (True, told) if len(values) >= ENOUGH_STEPS else (False, f"{_capital(told)}.")
+        return (True, text) if len(values) >= ENOUGH_STEPS else (False, f"{_capital(text)}.")
     return False, f"The loss has {'barely' if last < first else 'not'} fallen: {limits}"
 
 
@@ -156,11 +156,11 @@ def _lead(alarms: list[StoryAlarm]) -> StoryAlarm | None:
 
 
 def _about_bad(story: RunStory, bad: Bad) -> Verdict:
-    told = describe_bad(bad)
+    text = describe_bad(bad)
     value, place = _BAD_VALUES.get(bad.value, plain(bad.value, 20)), _PHASES.get(bad.phase, plain(bad.phase, 40))
     place = place if bad.layer is None or bad.phase == "loss" else plain(bad.layer, 200)
     title = f"Failing: {'a ' if value == 'NaN' else ''}{value} in {place}"
-    return Verdict("failing", f"Failing: {told}.", _further(story, None), title=title, evidence=f"{_capital(told)}.")
+    return Verdict("failing", f"Failing: {text}.", _further(story, None), title=title, evidence=f"{_capital(text)}.")
 
 
 def _about_alarm(story: RunStory, alarm: StoryAlarm, status: str, begin: str) -> Verdict:
@@ -183,17 +183,17 @@ def _cause(alarm: StoryAlarm, evidence: str) -> tuple[str, str]:
 
 def _placed(alarm: StoryAlarm, evidence: str, cause: str) -> str:
     """Return layer, evidence and step, leaving out what the evidence or the cause already mentions."""
-    said = f"{cause} {evidence}"
+    text = f"{cause} {evidence}"
     layer = plain(alarm.layer, 200) if alarm.layer else ""
-    where = f"{layer}: " if layer and layer not in said else ""
-    when = "" if f"step {alarm.step}" in said else f" (step {alarm.step:,})"
+    where = f"{layer}: " if layer and layer not in text else ""
+    when = "" if f"step {alarm.step}" in text else f" (step {alarm.step:,})"
     rank = f", rank {alarm.ranks[0]}" if 0 not in alarm.ranks else ""
     return f"{where}{evidence}{when}{rank}"
 
 
-def _capital(told: str) -> str:
+def _capital(text: str) -> str:
     """Capitalize the beginning of a sentence, unless it is the name of a layer."""
-    return told[0].upper() + told[1:] if re.match(r"[a-z]+[ ,]", told) else told
+    return text[0].upper() + text[1:] if re.match(r"[a-z]+[ ,]", text) else text
 
 
 def _further(story: RunStory, lead: StoryAlarm | None) -> str:
@@ -202,9 +202,9 @@ def _further(story: RunStory, lead: StoryAlarm | None) -> str:
     warnings = story.count("warn") - (lead is not None and lead.severity != "fail")
     counted = [(fails, "failure"), (warnings, "warning")]
     parts = [plural(number, f"{'further ' if lead else ''}{noun}") for number, noun in counted if number]
-    said = [f"{' and '.join(parts)} in {plural(story.last_step, 'step')}."] if parts else []
+    sentences = [f"{' and '.join(parts)} in {plural(story.last_step, 'step')}."] if parts else []
     if story.bad and lead:
-        said.append(f"T{describe_bad(story.bad[0])[1:]}.")
+        sentences.append(f"T{describe_bad(story.bad[0])[1:]}.")
     if story.ending.status in ("diverged", "error", "interrupted"):
-        said.append(_stopped(story))
-    return " ".join(said)
+        sentences.append(_stopped(story))
+    return " ".join(sentences)

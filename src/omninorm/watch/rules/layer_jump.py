@@ -64,12 +64,12 @@ class LayerJump(Rule):
             if signals == ACTIVATIONS[-1:]:  # later blocks inherit a jump of the stream: the first block is the cause
                 yield self._explain(history, sample, *min(found, key=lambda jump: jump[2]))
                 return
-            told: set[str | None] = set()
+            reported: set[str | None] = set()
             for factor, signal, index in sorted(found, reverse=True):
                 layer = layer_names(history.facts, signal)[index]
-                if layer not in told:  # the jump of a part is also its block's jump
+                if layer not in reported:  # the jump of a part is also its block's jump
                     yield self._explain(history, sample, factor, signal, index)
-                told.add(layer)
+                reported.add(layer)
             return
 
     def _jumps(self, history: History, sample: Sample, signal: str) -> list[tuple[float, str, int]]:
