@@ -14,7 +14,7 @@ from omninorm import NormConfig, Thinker, ThinkerConfig
 from omninorm.watch import Watch, watch
 from omninorm.watch.hooks import Hook
 
-pytestmark = [  # Dynamo's own doing
+pytestmark = [  # warnings from Dynamo itself
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
@@ -35,12 +35,12 @@ def thinker() -> Thinker:
 
 
 def known(values: Sequence[float | None]) -> list[float]:
-    """NaN for a layer that has no value."""
+    """Replace missing values by NaN."""
     return [math.nan if value is None else value for value in values]
 
 
 def train(model: nn.Module, steps: int, every: int, evaluate: bool = False) -> Watch:
-    """Trains a model, compiled or not, on the same tokens at every step."""
+    """Train a model, compiled or not, on the same tokens at every step."""
     torch.manual_seed(1)
     tokens = torch.randint(0, 256, (3, TOKENS + 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -57,11 +57,12 @@ def train(model: nn.Module, steps: int, every: int, evaluate: bool = False) -> W
     return watched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("placement", "backend"),
     [
         *((placement, "aot_eager") for placement in ("pre", "post", "keel", "reordered")),
-        pytest.param("post", "inductor", marks=pytest.mark.slow),
+        ("post", "inductor"),
     ],
 )
 def test_placement_is_measured_in_a_graph(placement: str, backend: str) -> None:
@@ -87,6 +88,7 @@ def test_compiled_model_has_the_same_signals_in_one_graph(backend: str) -> None:
     assert compiled.history.dtype == "float32"
 
 
+@pytest.mark.slow
 def test_evaluation_is_not_counted() -> None:
     plain = train(torch.compile(thinker(), backend="aot_eager"), 3, every=1)
     evaluated = train(torch.compile(thinker(), backend="aot_eager"), 3, every=1, evaluate=True)
@@ -94,6 +96,7 @@ def test_evaluation_is_not_counted() -> None:
         assert found.signals == expected.signals
 
 
+@pytest.mark.slow
 def test_compiled_model_works_after_its_watch() -> None:
     attention = F.scaled_dot_product_attention
     model = torch.compile(thinker(), backend="aot_eager")
@@ -109,6 +112,7 @@ def test_compiled_model_works_after_its_watch() -> None:
     assert second.history.samples[-1].signals.keys() == fresh_one.history.samples[-1].signals.keys()
 
 
+@pytest.mark.slow
 def test_copy_of_a_compiled_model_is_not_monitored() -> None:
     model = thinker()
     model.compile(backend="aot_eager")
@@ -126,6 +130,7 @@ def test_copy_of_a_compiled_model_is_not_monitored() -> None:
     assert watched.history.samples[0].signals["logz"] is not None
 
 
+@pytest.mark.slow
 def test_nan_inside_a_graph_is_located() -> None:
     model = thinker()
     with torch.no_grad():
@@ -136,6 +141,7 @@ def test_nan_inside_a_graph_is_located() -> None:
     assert (found.step, found.phase, found.layer, found.value) == (1, "forward", "blocks.1.feed_forward", "nan")
 
 
+@pytest.mark.slow
 def test_other_norms_and_in_place_operations_are_measured_in_a_graph() -> None:
     """torch.nn's own layers, compiled by `Module.compile`."""
 
@@ -161,6 +167,7 @@ def test_other_norms_and_in_place_operations_are_measured_in_a_graph() -> None:
         assert known(values) == pytest.approx(known(expected.signals[name]), rel=2e-3, abs=1e-6, nan_ok=True), name
 
 
+@pytest.mark.slow
 def test_separately_compiled_blocks_share_a_graph() -> None:
     """More blocks than Dynamo would recompile for: numbers of their own in the graph would end in an error."""
     torch.manual_seed(0)
@@ -175,6 +182,7 @@ def test_separately_compiled_blocks_share_a_graph() -> None:
         assert known(values) == pytest.approx(known(eager.signals[name]), rel=2e-3, abs=1e-6, nan_ok=True), name
 
 
+@pytest.mark.slow
 def test_compiled_function_inside_eager_attention_is_measured() -> None:
     attend = torch.compile(
         lambda q, k: F.scaled_dot_product_attention(q, k, k).unflatten(-1, (2, -1)).flatten(-2),

@@ -62,6 +62,7 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_two_processes_record_global_norms_and_their_own_shards(tmp_path: Path) -> None:
     environment = {
         **os.environ,

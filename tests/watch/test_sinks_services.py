@@ -1,4 +1,4 @@
-"""Sinks for services, with their real packages and without a network: wandb offline, mlflow on a local folder."""
+"""Sinks for services, with the real packages but without a network: wandb offline, mlflow in a local folder."""
 
 import math
 from pathlib import Path
@@ -11,6 +11,8 @@ from omninorm.watch.sinks import MLflow, WandB
 
 FAIL = Alarm(7, "fail", "layer-jump", "blocks.2", "Its stream is 40 × the one before.", "Lower the rate.", "ours")
 WARN = Alarm(9, "warn", "loss-spike", None, "A spike.", "Wait.", "ours")
+
+pytestmark = pytest.mark.slow  # importing wandb and mlflow takes long
 
 
 # Weights & Biases -----------------------------------------------------------------------------------------------------
@@ -61,7 +63,7 @@ def test_wandb_alerts_only_for_failures(wandb, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_wandb_needs_an_active_run(wandb) -> None:
-    with pytest.raises(ConfigError, match=r"WandB needs an active run, got none. Call wandb.init\(\)"):
+    with pytest.raises(ConfigError, match="WandB needs an active run"):
         WandB().log(1, {"loss": 1.0})
 
 
@@ -117,6 +119,6 @@ def test_mlflow_logs_alarms_as_tags_and_text(mlflow) -> None:
 
 
 def test_mlflow_does_not_start_a_run(mlflow) -> None:
-    with pytest.raises(ConfigError, match=r"MLflow needs an active run, got none. Call mlflow.start_run\(\)"):
+    with pytest.raises(ConfigError, match="MLflow needs an active run"):
         MLflow().log(1, {"loss": 1.0})
     assert mlflow.active_run() is None
