@@ -104,7 +104,7 @@ CASES: dict[str, tuple[type[Rule], list[Signals], dict[str, Any], list[float], l
         NoNorm, [{"stream_rms": powers(101.0, 8), "stream_grad": powers(50.0, 8)[::-1]}],
         {"facts": facts(8), "placement": "none"}, [8, 101, 8, 50, 8], [0],
     ),
-    "saturation": (Saturation, [{"saturation": layers(0.1, 0.616)}] * 4, {}, [62, 2], []),
+    "saturation": (Saturation, [{"saturation": layers(0.1, 0.619)}] * 4, {}, [62, 2], []),
 }  # fmt: skip
 
 
@@ -113,8 +113,8 @@ def test_numbers_of_an_alarm_about_samples(
     rule: type[Rule], samples: list[Signals], history: dict[str, Any], evidence: list[float], remedy: list[float]
 ) -> None:
     (alarm,) = give_samples(rule(), samples, History(**{"facts": facts(), **history}))[-1]
-    assert numbers_in(alarm.evidence) == pytest.approx(evidence, rel=0.01)
-    assert numbers_in(alarm.remedy) == pytest.approx(remedy, rel=0.01)
+    assert numbers_in(alarm.evidence) == pytest.approx(evidence, rel=1e-3)
+    assert numbers_in(alarm.remedy) == pytest.approx(remedy, rel=1e-3)
 
 
 def test_jump_with_a_rising_loss_reports_both_means() -> None:
