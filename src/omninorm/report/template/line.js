@@ -91,7 +91,7 @@ class Curve extends Figure {
 
   at(x) { return [nearest(this.data.x, this.step(x)), 0]; }
 
-  tell([index]) {
+  describe([index]) {
     const {x, y} = this.data;
     if (!x.length) return {step: this.data.bad[0], value: 'never a finite number', layer: '', x: this.x(this.data.bad[0]), y: TOP};
     return {step: x[index], value: short(y[index]), layer: '', x: this.x(x[index]), y: this.y(y[index])};

@@ -155,7 +155,7 @@ class HeatMap extends Figure {
     return [column, row];
   }
 
-  tell([column, row]) {
+  describe([column, row]) {
     const value = this.value(column, row), tall = this.height / this.rows;
     return {
       step: data.steps[column], value: nothing(value) ? 'no value' : short(value, 3), layer: this.names[row],
