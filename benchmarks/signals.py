@@ -1,6 +1,6 @@
-"""Every signal of the watch in a healthy run and in one that is ill: docs/signals/results.json, for docs/signals.md.
+"""Every signal in a healthy run and in a faulty one: writes docs/signals/results.json, for docs/signals.md.
 
-python benchmarks/signals.py        # half a minute; then `make figures` draws it
+python benchmarks/signals.py        # half a minute; then `make figures` draws the figures
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers.faulty_runs import HEALTHY_TWIN, SICK, Outcome, Recipe, Training, at, run  # noqa: E402
+from helpers.faulty_runs import FAULTY, HEALTHY_TWIN, Outcome, Recipe, Training, at, run  # noqa: E402
 
 from omninorm import NormConfig  # noqa: E402
 from omninorm.record.files import write_file  # noqa: E402
@@ -47,51 +47,51 @@ def enlarge_embedding(training: Training) -> None:
 
 
 TWIN = replace(HEALTHY_TWIN, steps=80)
-DEEP = replace(SICK["post-norm, 24 blocks, no warm-up"].recipe, norm=NormConfig())
-# Title: the ill run, the healthy one that it is compared with, and what of it is to be seen.
+DEEP = replace(FAULTY["post-norm, 24 blocks, no warm-up"].recipe, norm=NormConfig())
+# Title: the faulty run, the healthy run it is compared with, and the signals that are shown.
 CASES: dict[str, tuple[Recipe, Recipe, tuple[str, ...]]] = {
     "one layer's weights × 100 at step 50": (
-        SICK["weights × 100 at step 50"].recipe,
+        FAULTY["weights × 100 at step 50"].recipe,
         TWIN,
         ("stream_rms", "stream_max", "stream_median", "norm_rms", "dead_units"),
     ),
     "a block silent from step 50 on": (
-        SICK["dead block"].recipe,
+        FAULTY["silent block"].recipe,
         TWIN,
         ("branch_ratio", "attention_ratio", "feed_forward_ratio", "angle"),
     ),
     "queries growing from step 21 on": (
-        SICK["attention logits grow"].recipe,
+        FAULTY["attention logits grow"].recipe,
         TWIN,
         ("attention_logit", "attention_entropy"),
     ),
-    "norms with ε = 0.1": (SICK["norm ε of 0.1"].recipe, replace(TWIN, steps=40), ("eps_share",)),
-    "a mean of 3 in every embedding from step 40 on": (replace(LAYERNORM, illness=shift), LAYERNORM, ("mean_share",)),
+    "norms with ε = 0.1": (FAULTY["norm ε of 0.1"].recipe, replace(TWIN, steps=40), ("eps_share",)),
+    "a mean of 3 in every embedding from step 40 on": (replace(LAYERNORM, fault=shift), LAYERNORM, ("mean_share",)),
     "α = 8": (replace(DYT, prepare=saturate), DYT, ("saturation",)),
-    "the embedding × 4 at step 50": (replace(TWIN, illness=at(50, enlarge_embedding)), TWIN, ("logz", "logz_mean")),
+    "the embedding × 4 at step 50": (replace(TWIN, fault=at(50, enlarge_embedding)), TWIN, ("logz", "logz_mean")),
     "post-norm, 24 blocks, no warm-up": (
-        SICK["post-norm, 24 blocks, no warm-up"].recipe,
+        FAULTY["post-norm, 24 blocks, no warm-up"].recipe,
         DEEP,
         ("stream_grad", "grad_norm"),
     ),
     "random bytes in steps 60 to 79": (
-        SICK["20 corrupted batches"].recipe,
+        FAULTY["20 corrupted batches"].recipe,
         HEALTHY_TWIN,
         ("noise_scale", "adam_ratio"),
     ),
     "two gains of a norm × 50 at step 50": (
-        replace(TWIN, illness=at(50, enlarge_gain)),
+        replace(TWIN, fault=at(50, enlarge_gain)),
         TWIN,
         ("gain_max", "gain_ratio"),
     ),
-    "a norm's gains frozen at 0": (SICK["gain frozen at 0"].recipe, replace(TWIN, steps=40), ("gain_small",)),
+    "a norm's gains frozen at 0": (FAULTY["gain frozen at 0"].recipe, replace(TWIN, steps=40), ("gain_small",)),
     "a learning rate 30 times too high": (
-        SICK["rate 30 × too high"].recipe,
+        FAULTY["learning rate 30 × too high"].recipe,
         TWIN,
         ("weight_rms", "update_ratio"),
     ),
     "Adam's ε above the gradients": (
-        SICK["Adam's ε above the gradients"].recipe,
+        FAULTY["Adam's ε above the gradients"].recipe,
         replace(TWIN, steps=40),
         ("adam_eps_ratio",),
     ),
@@ -99,7 +99,7 @@ CASES: dict[str, tuple[Recipe, Recipe, tuple[str, ...]]] = {
 
 
 def series(outcome: Outcome, signal: str) -> dict[str, list]:
-    """Steps, and at each the values along the signal's axis, rounded to four digits."""
+    """Return the sampled steps and the values along the signal's axis, rounded to four digits."""
     samples = [sample for sample in outcome.history.samples if signal in sample.signals]
     return {
         "steps": [sample.step for sample in samples],
@@ -115,16 +115,18 @@ def main() -> None:
     torch.set_num_threads(1)
     healthy: dict[Recipe, Outcome] = {}
     found = {}
-    for title, (ill, well, signals) in CASES.items():
-        if well not in healthy:
-            healthy[well] = run(well)
-        outcome = run(ill)
+    for title, (faulty, reference, signals) in CASES.items():
+        if reference not in healthy:
+            healthy[reference] = run(reference)
+        outcome = run(faulty)
         print(f"{title}: {', '.join(sorted({alarm.rule for alarm in outcome.alarms})) or 'no alarm'}", flush=True)
         for signal in signals:
-            found[signal] = {"title": title, "healthy": series(healthy[well], signal), "ill": series(outcome, signal)}
+            found[signal] = {
+                "title": title, "healthy": series(healthy[reference], signal), "ill": series(outcome, signal),
+            }  # fmt: skip
     OUT.parent.mkdir(exist_ok=True)
     write_file(OUT, (json.dumps(found, separators=(",", ":")) + "\n").encode())
-    print(f"written to {OUT.relative_to(ROOT)}; draw it with make figures")
+    print(f"Results: {OUT.relative_to(ROOT)}. Draw the figures with make figures.")
 
 
 if __name__ == "__main__":

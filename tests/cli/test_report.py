@@ -1,4 +1,4 @@
-"""`omninorm report`: the verdict, where the page is, and one sentence for bad input."""
+"""`omninorm report`: the verdict, the path of the page, and one sentence for bad input."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(tmp_path):
     return folder
 
 
-def test_it_says_the_verdict_and_where_the_page_is(command, run):
+def test_report_prints_the_verdict_and_the_path_of_the_page(command, run):
     outcome = command("report", run)
     page = run / "report.html"
     assert outcome.code == 0
@@ -55,28 +55,28 @@ def test_it_says_the_verdict_and_where_the_page_is(command, run):
         "Failing: blocks.1␛[31m: they passed 1e4 (step 4).",
         "What to try: qk-norm",
         "Alarms: 1 failure, 0 warnings.",
-        f"Written to {page}",
+        f"Report: {page}",
     ]
     assert "they passed 1e4" in page.read_text(encoding="utf-8")
 
 
-def test_json_and_another_place(command, run, tmp_path):
+def test_report_prints_json_and_writes_to_another_file(command, run, tmp_path):
     page = tmp_path / "page.html"
-    told = json.loads(command("report", run / "record.jsonl", "--out", page, "--json").out)
-    assert told["verdict"]["status"] == "failing"
-    assert told["page"] == str(page)
-    assert told["alarms"][0]["rule"] == "attention-logits"
-    assert (told["steps"], told["samples"]) == (4, 1)
+    printed = json.loads(command("report", run / "record.jsonl", "--out", page, "--json").out)
+    assert printed["verdict"]["status"] == "failing"
+    assert printed["page"] == str(page)
+    assert printed["alarms"][0]["rule"] == "attention-logits"
+    assert (printed["steps"], printed["samples"]) == (4, 1)
     assert page.stat().st_size > 10_000
     assert not (run / "report.html").exists()
 
 
-def test_a_run_of_train_has_a_report(command, small, tmp_path):
+def test_trained_run_has_a_report(command, small, tmp_path):
     folder = tmp_path / "trained"
     assert command("train", *small, "--out", folder).code == 0
     outcome = command("report", folder)
     assert outcome.code == 0
-    assert "Written to" in outcome.out
+    assert f"Report: {folder / 'report.html'}" in outcome.out.replace("\n", "")
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert 'data-name="step-loss"' in page
     assert 'data-name="eval"' in page
@@ -86,10 +86,10 @@ def test_a_run_of_train_has_a_report(command, small, tmp_path):
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (None, "must have a record.jsonl"),
-        (b"", "at least one event"),
-        (b"\x1b[31mnonsense\n", "needs a record of omninorm"),
-        (b'{"kind": "watch", "step": 0, "format": 9}\n', "upgrade omninorm"),
+        (None, "record.jsonl"),
+        (b"", "no events"),
+        (b"\x1b[31mnonsense\n", "not a record"),
+        (b'{"kind": "watch", "step": 0, "format": 9}\n', "format 9"),
     ],
 )
 def test_bad_records_are_refused_in_one_sentence(command, tmp_path, content, part):
@@ -103,7 +103,7 @@ def test_bad_records_are_refused_in_one_sentence(command, tmp_path, content, par
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_place_that_cannot_be_written(command, run, tmp_path):
+def test_output_that_cannot_be_written_is_refused_in_one_sentence(command, run, tmp_path):
     for out in (tmp_path, tmp_path / "nowhere" / "page.html", run / "record.jsonl"):
         outcome = command("report", run, "--out", out)
         assert outcome.code == 2

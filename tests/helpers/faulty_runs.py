@@ -1,4 +1,4 @@
-"""Small real trainings, healthy and sick: what was done to each, and what the alarms have to say about it."""
+"""Small real trainings, healthy and faulty: the fault injected into each, and the alarms it must raise."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from omninorm.watch.rules import Rule
 
 BATCH, SEQ = 8, 32
 EVERY = 5
-# A run is lost once its loss has been this far above the healthy one's, or no number, for so many steps running; its
-# alarm has to come by the last of them. (Nats per byte, steps.)
-LOST, LOST_STEPS = 0.3, 20
-# Some are never lost within the few steps of a test; they have to be told so many steps after the illness began.
+# A run has diverged once its loss has been this far above the healthy run's (nats per byte), or not finite, for this many
+# consecutive steps. Its alarm must be raised by the last of them.
+DIVERGED, DIVERGED_STEPS = 0.3, 20
+# Faults that do not make a run diverge within a test must be reported within this many steps.
 LATE = 50
-Illness = Callable[["Training", int], None]
+Fault = Callable[["Training", int], None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run of a Thinker on the King James Bible: its shape, its optimizer, and what is wrong with it."""
+    """A training run of a Thinker on the King James Bible: its shape, its optimizer, and its fault."""
 
     width: int = 48
     blocks: int = 4
@@ -40,11 +40,11 @@ class Recipe:
     feed_forward: str = "swiglu"
     seed: int = 0
     prepare: Callable[[Training], None] | None = None
-    illness: Illness | None = None
+    fault: Fault | None = None
 
 
 class Training:
-    """What an illness can lay its hands on: the model, and the coming step's batch."""
+    """What a fault can change: the model, and the batch of the next step."""
 
     def __init__(self, recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)
@@ -57,7 +57,7 @@ class Training:
             feed_forward=recipe.feed_forward,
         )
         self.model = Thinker(config)
-        self.noise = 0.0  # added to the embeddings, part of the batch
+        self.noise = 0.0  # added to the embeddings
         self.tokens = torch.empty(0)
         self.step = 0
         self.model.embedding.register_forward_hook(lambda module, inputs, output: output + self.noise)
@@ -69,7 +69,7 @@ class Training:
 
 @dataclass
 class Outcome:
-    """What came of a run."""
+    """The result of a run."""
 
     losses: list[float]
     alarms: list[Alarm]
@@ -81,15 +81,15 @@ class Outcome:
 
 
 def run(recipe: Recipe, rules: list[Rule] | None = None, every: int = EVERY) -> Outcome:
-    """Trains under watch, to the end whatever the alarms say; `rules` as of `watch`."""
+    """Train under watch to the last step, whatever the alarms; `rules` as for `watch`."""
     training = Training(recipe)
     losses = []
     with watch(training.model, training.optimizer, every=every, rules=rules) as watched:
         for step in range(1, recipe.steps + 1):
             training.step = step
             training.tokens = windows(corpus(), recipe.seed, step, BATCH, SEQ)
-            if recipe.illness:
-                recipe.illness(training, step)
+            if recipe.fault:
+                recipe.fault(training, step)
             for group in training.optimizer.param_groups:
                 group["lr"] = recipe.lr * min(1.0, step / recipe.warmup if recipe.warmup else 1.0)
             logits = training.model(training.tokens[:, :-1])
@@ -105,42 +105,42 @@ def run(recipe: Recipe, rules: list[Rule] | None = None, every: int = EVERY) -> 
 
 @functools.cache
 def corpus() -> Tensor:
-    """The text as bytes."""
+    """Return the text as bytes."""
     return torch.frombuffer(bytearray(load_corpus().train), dtype=torch.uint8)
 
 
-def lost_at(losses: list[float], healthy: list[float]) -> int | None:
-    """The step at which a run is lost: its loss was too far above the healthy run's, or no number, too long running."""
-    running = 0
-    for step, (loss, wanted) in enumerate(zip(losses, healthy, strict=False), start=1):
-        running = running + 1 if not loss <= wanted + LOST else 0
-        if running == LOST_STEPS:
+def diverged_at(losses: list[float], healthy: list[float]) -> int | None:
+    """Return the step at which a run has diverged: its loss was too high, or not finite, for too many steps in a row."""
+    count = 0
+    for step, (loss, expected) in enumerate(zip(losses, healthy, strict=False), start=1):
+        count = count + 1 if not loss <= expected + DIVERGED else 0
+        if count == DIVERGED_STEPS:
             return step
     return None
 
 
-# Illnesses ------------------------------------------------------------------------------------------------------------
+# Faults ---------------------------------------------------------------------------------------------------------------
 
 
-def at(step: int, act: Callable[[Training], None]) -> Illness:
-    """Acts once, before that step."""
+def at(step: int, act: Callable[[Training], None]) -> Fault:
+    """Return a fault that is injected once, before that step."""
     return lambda training, now: act(training) if now == step else None
 
 
 @torch.no_grad()
 def multiply_weights(training: Training) -> None:
-    """One feed-forward's weights × 100."""
+    """Multiply the weights of one feed-forward by 100."""
     for parameter in training.model.blocks[2].feed_forward.parameters():
         parameter.mul_(100.0)
 
 
 def nan_in_batch(training: Training, step: int) -> None:
-    """A NaN in what the batch of step 60 adds to the embeddings."""
+    """Add a NaN to the embeddings of step 60."""
     training.noise = math.nan if step == 60 else 0.0
 
 
 def overflow(training: Training) -> None:
-    """From step 50 on a feed-forward computes in fp16 what is too large for it."""
+    """Let a feed-forward overflow fp16 from step 50 on."""
     down = training.model.blocks[1].feed_forward.down
     hook = lambda module, inputs, output: (output * 1e6).half().float() * 1e-6 if training.step >= 50 else output  # noqa: E731
     down.register_forward_hook(hook)
@@ -148,41 +148,41 @@ def overflow(training: Training) -> None:
 
 @torch.no_grad()
 def grow_queries(training: Training, step: int) -> None:
-    """From step 21 on the queries of a block grow by 15 % at every step."""
+    """Let the queries of a block grow by 15 % per step from step 21 on."""
     if step > 20:
         training.model.blocks[1].attention.q.weight.mul_(1.15)
 
 
 def silence(training: Training) -> None:
-    """From step 50 on a block adds nothing."""
+    """Set the output of a block to 0 from step 50 on."""
     block = training.model.blocks[2]
     for part in (block.attention, block.feed_forward):
         part.register_forward_hook(lambda module, inputs, output: output * float(training.step < 50))
 
 
 def freeze_gain(training: Training) -> None:
-    """The gains before one feed-forward are 0, and stay so."""
+    """Freeze the gains before one feed-forward at 0."""
     gain = training.model.blocks[1].around_feed_forward.norm.weight
     nn.init.zeros_(gain)
     gain.requires_grad_(False)
 
 
 def corrupt(training: Training, step: int) -> None:
-    """Random bytes for 20 steps."""
+    """Replace the batches of 20 steps by random bytes."""
     if 60 <= step < 80:
         training.tokens = torch.randint(256, training.tokens.shape)
 
 
 @dataclass(frozen=True)
-class SickRun:
-    """A run, and what the alarms must say about it.
+class FaultyRun:
+    """A run and the alarms it must raise.
 
     Args:
         recipe: the run.
-        rules: the first "fail" must come from one of these rules; the first warning where nothing may fail.
-        layer: what that alarm must name; None where it is about the whole run.
-        begins: the step at which the illness begins; an alarm before it would be a false one.
-        fails: whether it is a matter of a "fail".
+        rules: the first "fail" must come from one of these rules; or the first warning, if the run must not fail.
+        layer: the layer that this alarm must name; None for the whole run.
+        begins: the first step of the fault; earlier alarms are false alarms.
+        fails: whether the run must raise a "fail".
     """
 
     recipe: Recipe
@@ -193,33 +193,35 @@ class SickRun:
 
 
 STEPS = 80
-# What a sick run's loss is compared with: the same batches, and nothing wrong.
+# The reference for the losses of faulty runs: the same batches without a fault.
 HEALTHY_TWIN = Recipe(steps=140)
 POST = NormConfig(norm_placement="post")
 NONE = NormConfig(normalization="none")
-SICK: dict[str, SickRun] = {
-    "rate 30 × too high": SickRun(Recipe(steps=STEPS, lr=0.09), ("learning-rate",)),
-    "post-norm, 24 blocks, no warm-up": SickRun(
+FAULTY: dict[str, FaultyRun] = {
+    "learning rate 30 × too high": FaultyRun(Recipe(steps=STEPS, lr=0.09), ("learning-rate",)),
+    "post-norm, 24 blocks, no warm-up": FaultyRun(
         Recipe(steps=40, width=32, blocks=24, norm=POST, warmup=0), ("post-norm-depth",)
     ),
-    "no norm": SickRun(Recipe(steps=40, blocks=8, norm=NONE), ("no-norm",)),
-    "weights × 100 at step 50": SickRun(
-        Recipe(steps=STEPS, illness=at(50, multiply_weights)), ("layer-jump",), "blocks.2", begins=50
+    "no norm": FaultyRun(Recipe(steps=40, blocks=8, norm=NONE), ("no-norm",)),
+    "weights × 100 at step 50": FaultyRun(
+        Recipe(steps=STEPS, fault=at(50, multiply_weights)), ("layer-jump",), "blocks.2", begins=50
     ),
-    "NaN in a batch": SickRun(Recipe(steps=STEPS, illness=nan_in_batch), ("nonfinite",), "embedding", begins=60),
-    "fp16 overflow": SickRun(Recipe(steps=STEPS, prepare=overflow), ("nonfinite",), "blocks.1.feed_forward", begins=50),
-    "attention logits grow": SickRun(
-        Recipe(steps=STEPS, illness=grow_queries), ("attention-logits",), "blocks.1", begins=21
+    "NaN in a batch": FaultyRun(Recipe(steps=STEPS, fault=nan_in_batch), ("nonfinite",), "embedding", begins=60),
+    "fp16 overflow": FaultyRun(
+        Recipe(steps=STEPS, prepare=overflow), ("nonfinite",), "blocks.1.feed_forward", begins=50
     ),
-    "Adam's ε above the gradients": SickRun(Recipe(steps=40, eps=1.0), ("adam-eps",), "blocks.3.attention.q.weight"),
-    "dead block": SickRun(Recipe(steps=STEPS, prepare=silence), ("branch-silent",), "blocks.2", begins=50),
-    "gain frozen at 0": SickRun(
+    "attention logits grow": FaultyRun(
+        Recipe(steps=STEPS, fault=grow_queries), ("attention-logits",), "blocks.1", begins=21
+    ),
+    "Adam's ε above the gradients": FaultyRun(Recipe(steps=40, eps=1.0), ("adam-eps",), "blocks.3.attention.q.weight"),
+    "silent block": FaultyRun(Recipe(steps=STEPS, prepare=silence), ("branch-silent",), "blocks.2", begins=50),
+    "gain frozen at 0": FaultyRun(
         Recipe(steps=40, prepare=freeze_gain), ("gain-drift",), "blocks.1.around_feed_forward.norm"
     ),
-    "20 corrupted batches": SickRun(
-        Recipe(steps=140, illness=corrupt), ("loss-spike", "unrecovered-spike"), begins=60, fails=False
+    "20 corrupted batches": FaultyRun(
+        Recipe(steps=140, fault=corrupt), ("loss-spike", "unrecovered-spike"), begins=60, fails=False
     ),
-    "norm ε of 0.1": SickRun(
+    "norm ε of 0.1": FaultyRun(
         Recipe(steps=40, norm=NormConfig(norm_eps=0.1)), ("eps-share",), "blocks.0.around_attention.norm"
     ),
 }
@@ -232,29 +234,31 @@ HEALTHY = {
 }
 
 
-def complaints(sick: SickRun, outcome: Outcome, healthy: list[float]) -> list[str]:
-    """What is wrong with the alarms of a sick run; nothing if the illness was told in time, and rightly."""
-    wrong = [f"false alarm at step {alarm.step}: {alarm.rule}" for alarm in outcome.alarms if alarm.step < sick.begins]
-    told = outcome.fails if sick.fails else outcome.alarms
-    if not told:
+def complaints(faulty: FaultyRun, outcome: Outcome, healthy: list[float]) -> list[str]:
+    """Return what is wrong with the alarms of a faulty run; nothing if the fault was reported correctly and in time."""
+    wrong = [
+        f"false alarm at step {alarm.step}: {alarm.rule}" for alarm in outcome.alarms if alarm.step < faulty.begins
+    ]
+    alarms = outcome.fails if faulty.fails else outcome.alarms
+    if not alarms:
         return [*wrong, "not caught"]
-    first, lost = told[0], lost_at(outcome.losses, healthy)
-    if first.rule not in sick.rules:
-        wrong.append(f"the cause was taken to be {first.rule}")
-    if first.layer != sick.layer:
-        wrong.append(f"the layer was taken to be {first.layer}")
-    if first.step > (lost or sick.begins + LATE):
-        wrong.append(f"caught at step {first.step}, when it was lost at {lost} or sick since {sick.begins}")
-    if not sick.fails and outcome.fails:
-        wrong.append(f"called lost by {outcome.fails[0].rule}, but it recovered")
+    first, diverged = alarms[0], diverged_at(outcome.losses, healthy)
+    if first.rule not in faulty.rules:
+        wrong.append(f"reported cause: {first.rule}")
+    if first.layer != faulty.layer:
+        wrong.append(f"reported layer: {first.layer}")
+    if first.step > (diverged or faulty.begins + LATE):
+        wrong.append(f"reported at step {first.step}; the run diverged at {diverged}, faulty since {faulty.begins}")
+    if not faulty.fails and outcome.fails:
+        wrong.append(f"{outcome.fails[0].rule} failed, but the run recovered")
     return wrong
 
 
 def confusion(outcomes: dict[str, Outcome], healthy: list[float]) -> str:
-    """Runs × rules: the step of each rule's first alarm, with "!" where it is a "fail"."""
+    """Return a table of runs × rules: the step of each rule's first alarm, with "!" for a "fail"."""
     names = list(dict.fromkeys(alarm.rule for outcome in outcomes.values() for alarm in outcome.alarms))
     wide = max(map(len, outcomes))
-    lines = [" " * wide + "  lost at  " + "  ".join(names)]
+    lines = [" " * wide + "  diverged  " + "  ".join(names)]
     for title, outcome in outcomes.items():
         cells = []
         for name in names:
@@ -262,6 +266,6 @@ def confusion(outcomes: dict[str, Outcome], healthy: list[float]) -> str:
             fails = [alarm for alarm in own if alarm.severity == "fail"]
             cells.append(f"{fails[0].step}!" if fails else f"{own[0].step}" if own else "·")
         row = "  ".join(cell.rjust(len(name)) for cell, name in zip(cells, names, strict=True))
-        lost = lost_at(outcome.losses, healthy) or "·"
-        lines.append(f"{title.ljust(wide)}  {lost:>7}  {row}")
+        diverged = diverged_at(outcome.losses, healthy) or "·"
+        lines.append(f"{title.ljust(wide)}  {diverged:>8}  {row}")
     return "\n".join(lines)

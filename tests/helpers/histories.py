@@ -1,9 +1,10 @@
-"""Made-up histories, and what a rule reports about them."""
+"""Synthetic histories, and the alarms that a rule reports about them."""
 
 from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterable, Sequence
 
 from omninorm.watch import Alarm, Facts, History, NormFacts, Sample, Step
@@ -30,7 +31,7 @@ def facts(blocks: int = BLOCKS, **changes: object) -> Facts:
 def give_samples(
     rule: Rule, samples: Iterable[Signals], history: History | None = None, worst: bool = True
 ) -> list[list[Alarm]]:
-    """What the rule reports at each sample; they are 10 steps apart, the first is at step 1."""
+    """Return what the rule reports at each sample. Samples are 10 steps apart, the first is at step 1."""
     history = history or History(facts=facts())
     names = {"adam_ratio": [f"{group}.w" for group in history.facts.groups]}
     names["adam_eps_ratio"] = names["adam_ratio"]
@@ -46,7 +47,7 @@ def give_steps(
     rule: Rule, losses: Iterable[float], norms: Iterable[float] = (), lrs: Iterable[float] = (),
     history: History | None = None, start: int = 1,
 ) -> list[Alarm]:  # fmt: skip
-    """All that the rule reports about these steps. A norm that is not given is not known, a rate is 1e-3."""
+    """Return what the rule reports about these steps. Missing norms are unknown, missing learning rates are 1e-3."""
     history, norms, lrs = history or History(facts=facts()), iter(norms), iter(lrs)
     found = []
     for number, loss in enumerate(losses, start):
@@ -56,12 +57,12 @@ def give_steps(
 
 
 def last(rule: Rule, samples: list[Signals], history: History | None = None) -> list[tuple[str, str | None]]:
-    """Severity and layer of what the rule says at the last sample."""
+    """Return severity and layer of the alarms at the last sample."""
     return [(alarm.severity, alarm.layer) for alarm in give_samples(rule, samples, history)[-1]]
 
 
 def first(reports: list[list[Alarm]]) -> int | None:
-    """Index of the first sample at which something was reported."""
+    """Return the index of the first sample with an alarm."""
     return next((index for index, alarms in enumerate(reports) if alarms), None)
 
 
@@ -70,10 +71,16 @@ def noise(count: int, mean: float = 3.0, spread: float = 0.05) -> list[float]:
     return [generator.gauss(mean, spread) for _ in range(count)]
 
 
-def layers(value: float, sick: float | None = None, at: int = 2, count: int = BLOCKS) -> list[float]:
-    """A signal whose layers have one value, but for one of them."""
-    return [sick if index == at and sick is not None else value for index in range(count)]
+def layers(value: float, other: float | None = None, at: int = 2, count: int = BLOCKS) -> list[float]:
+    """Return a signal with the same value in all layers but one."""
+    return [other if index == at and other is not None else value for index in range(count)]
 
 
 def rates(ratio: float, weights: float, entropy: float = 0.9) -> Signals:
     return {"update_ratio": [ratio] * 5, "weight_rms": [weights] * 5, "attention_entropy": layers(entropy)}
+
+
+def numbers_in(text: str) -> list[float]:
+    """Return the numbers in an alarm's text. Digits that belong to a name, as in blocks.2 or fp16, are left out."""
+    found = re.findall(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?", text)
+    return [float(number.replace(",", "")) for number in found]

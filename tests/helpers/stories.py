@@ -1,4 +1,4 @@
-"""Run stories to render: read back from a synthetic record, or cut down to a few losses."""
+"""Run stories for report tests: read from a synthetic record, or reduced to a few losses."""
 
 from __future__ import annotations
 

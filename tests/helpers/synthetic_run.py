@@ -1,6 +1,6 @@
-"""Records of runs that never were: healthy and sick ones of any size, with every signal.
+"""Synthetic records of healthy and faulty runs of any size, with every signal.
 
-By hand, for a benchmark: python -m tests.report.synthetic FOLDER [blocks] [samples] [scene]
+To write one by hand: PYTHONPATH=tests python -m helpers.synthetic_run FOLDER [blocks] [samples] [scene]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from omninorm.record.signals import SIGNALS
 
 HOSTILE = "<script>document.title='pwned'</script>"
 
-# Typical size of a signal, and how far it goes over depth (a factor e^…).
+# Typical size of each signal, and the exponent of its change over depth.
 _TYPICAL = {
     "stream_rms": (0.9, 1.5), "stream_max": (12.0, 1.5), "stream_median": (0.5, 1.5), "branch_ratio": (0.4, -1.5),
     "attention_ratio": (0.2, -1.0), "feed_forward_ratio": (0.3, -1.0), "angle": (0.3, -0.6), "attention_logit": (8.0, 0.8),
@@ -38,13 +38,13 @@ def run(
     prefix: str = "blocks",
     kinds: str = "watch",
 ) -> Path:
-    """Writes a record and returns its folder.
+    """Write a record and return its folder.
 
     Args:
-        path: the folder, made if need be.
+        path: the folder, created if needed.
         scene: "healthy", "warnings", "logits" (attention logits grow in a late block), "nan" (a NaN in the forward pass) or
-            "hostile" (every text tries to break out).
-        prefix: what the blocks' names begin with.
+            "hostile" (every text contains markup and control characters).
+        prefix: the beginning of the blocks' names.
         kinds: "watch", "train" (step and eval events alone) or "both".
     """
     path.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def events(blocks: int, samples: int, every: int, scene: str, prefix: str, kinds
 
 
 def crisis(last: int, every: int) -> int:
-    """The step at which a sick run falls ill, a sampled one."""
+    """The sampled step at which a faulty run fails."""
     return max(every, int(0.6 * last) // every * every)
 
 
@@ -120,11 +120,11 @@ def curves(step: int, last: int, scene: str, chance: random.Random) -> tuple[flo
     norm = math.exp(chance.gauss(0, 0.2)) * (0.4 + 2 * math.exp(-9 * step / last))
     warmup = max(1, last // 20)
     rate = 3e-3 * min(step / warmup, 0.55 + 0.45 * math.cos(math.pi * step / last))
-    ill = step - crisis(last, 1)
-    if scene == "logits" and ill > 0:
-        growth = 12 * ill / last
+    late = step - crisis(last, 1)
+    if scene == "logits" and late > 0:
+        growth = 12 * late / last
         loss, norm = loss + 0.25 * growth**2 + chance.random() * growth * 0.4, norm * math.exp(growth)
-    if scene == "nan" and ill >= 0:
+    if scene == "nan" and late >= 0:
         loss = norm = math.nan
     return round(loss, 5), round(norm, 5), round(rate, 8)
 
@@ -144,16 +144,16 @@ def _row(name: str, size: int, progress: float, scene: str, chance: random.Rando
         depth = index / max(1, size - 1)
         wave = 0.4 * math.sin(5 * progress + 3 * depth) + 0.8 * math.exp(-8 * progress)
         value = typical * math.exp(slope * depth + wave + chance.gauss(0, 0.06))
-        value *= _illness(name, depth, progress, scene)
+        value *= _fault(name, depth, progress, scene)
         row.append(float(f"{min(value, 1.0) if share else value:.4g}"))
     if name == "gain_small":
         return [0.0 for _ in row]
     return [None if name == "mean_share" and index % 2 else value for index, value in enumerate(row)]
 
 
-def _illness(name: str, depth: float, progress: float, scene: str) -> float:
-    ill = progress - 0.6
-    if scene == "logits" and ill > -0.3:
+def _fault(name: str, depth: float, progress: float, scene: str) -> float:
+    late = progress - 0.6
+    if scene == "logits" and late > -0.3:
         near = math.exp(-(((depth - 0.75) / 0.12) ** 2))
         strength = {
             "attention_logit": 14.0,
@@ -163,8 +163,8 @@ def _illness(name: str, depth: float, progress: float, scene: str) -> float:
             "attention_ratio": 3.0,
         }
         fall = {"attention_entropy": -7.0}
-        return math.exp((ill + 0.3) * near * (strength | fall).get(name, 0.0))
-    if scene == "nan" and ill >= 0:
+        return math.exp((late + 0.3) * near * (strength | fall).get(name, 0.0))
+    if scene == "nan" and late >= 0:
         hit = depth >= 0.5 and name in ("stream_rms", "stream_max", "branch_ratio", "norm_rms")
         everywhere = name in (
             "logz",
@@ -194,26 +194,26 @@ def alarm(
 
 
 def alarms_at(step: int, last: int, every: int, blocks: int, scene: str, prefix: str) -> list[dict[str, Any]]:
-    ill = crisis(last, every)
+    late = crisis(last, every)
     layer = f"{prefix}.{int(0.75 * (blocks - 1))}"
     qk = "try qk-norm, or a third of the learning rate"
     table: dict[str, dict[int, list[dict[str, Any]]]] = {
         "warnings": {
-            ill: [alarm(ill, "warn", "loss-spike", None, "the loss rose to 5.31, 6.8 σ above its mean of 128 steps", "nothing, if it recovers; else look at the batch", "OLMo-core")],
-            last: [alarm(last, "warn", "dead-units", layer, "11 % of the feed-forward's units were silent for 5 samples", "a smaller rate or a smoother activation", "omninorm")],
+            late: [alarm(late, "warn", "loss-spike", None, "the loss rose to 5.31, 6.8 σ above its mean of 128 steps", "nothing, if it recovers; else look at the batch", "OLMo-core")],
+            last: [alarm(last, "warn", "dead-units", layer, "11 % of the feed-forward's units were silent for 5 samples", "a smaller learning rate or a smoother activation", "omninorm")],
         },
         "logits": {
-            ill // 2 // every * every: [alarm(ill // 2 // every * every, "warn", "attention-logits", layer, f"largest attention logit of {layer} passed 1e3", qk, "Wortsman et al. 2023, table 2")],
-            ill: [
-                alarm(ill, "fail", "attention-logits", layer, f"the attention logits of {layer} passed 1e4 and went on growing for 5 samples", qk, "Wortsman et al. 2023, table 2"),
-                alarm(ill, "warn", "attention-entropy", layer, "attention entropy fell to 0.04 of its maximum", qk, "omninorm"),
+            late // 2 // every * every: [alarm(late // 2 // every * every, "warn", "attention-logits", layer, f"largest attention logit of {layer} passed 1e3", qk, "Wortsman et al. 2023, table 2")],
+            late: [
+                alarm(late, "fail", "attention-logits", layer, f"the attention logits of {layer} passed 1e4 and went on growing for 5 samples", qk, "Wortsman et al. 2023, table 2"),
+                alarm(late, "warn", "attention-entropy", layer, "attention entropy fell to 0.04 of its maximum", qk, "omninorm"),
             ],
-            ill + 4 * every: [alarm(ill + 4 * every, "warn", "gradient-spike", None, "the gradient norm rose to 14, 7.9 σ above its mean", "clip gradients at 1", "OLMo-core")],
-            ill + 6 * every: [alarm(ill + 6 * every, "fail", "unrecovered-spike", None, "the loss was 2.1 times its mean for 5 steps running", "go back to the checkpoint before step " + str(ill), "llm-foundry")],
+            late + 4 * every: [alarm(late + 4 * every, "warn", "gradient-spike", None, "the gradient norm rose to 14, 7.9 σ above its mean", "clip gradients at 1", "OLMo-core")],
+            late + 6 * every: [alarm(late + 6 * every, "fail", "unrecovered-spike", None, "the loss was 2.1 times its mean for 5 steps running", "go back to the checkpoint before step " + str(late), "llm-foundry")],
         },
-        "nan": {ill: [alarm(ill, "fail", "non-finite", f"{prefix}.{blocks // 2}.feed_forward", "a NaN came out of the forward pass", "look at this batch and at fp16 headroom", "")]},
+        "nan": {late: [alarm(late, "fail", "non-finite", f"{prefix}.{blocks // 2}.feed_forward", "a NaN came out of the forward pass", "look at this batch and at fp16 headroom", "")]},
         "hostile": {
-            ill: [alarm(ill, "fail", HOSTILE, HOSTILE, f"{HOSTILE} and </script><script>document.title='pwned'</script>", "<!-- \u2028 \x1b[31m red", "<img src=x onerror=\"document.title='pwned'\">")],
+            late: [alarm(late, "fail", HOSTILE, HOSTILE, f"{HOSTILE} and </script><script>document.title='pwned'</script>", "<!-- \u2028 \x1b[31m red", "<img src=x onerror=\"document.title='pwned'\">")],
         },
     }  # fmt: skip
     return table.get(scene, {}).get(step, [])

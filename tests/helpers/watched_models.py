@@ -1,4 +1,4 @@
-"""What is watched in these tests: a small decoder whose every part is plain PyTorch, and a training loop."""
+"""A small decoder made of plain PyTorch modules, and training loops with and without a watch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VOCAB, WIDTH, HEADS = 23, 16, 4
 
 
 class Attention(nn.Module):
-    """Causal attention, through scaled_dot_product_attention or a softmax of its own."""
+    """Causal attention, through scaled_dot_product_attention or an explicit softmax."""
 
     def __init__(self, kv_heads: int = HEADS, style: str = "sdpa", dropout: float = 0.0) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
 
 def causal_bias(x: Tensor) -> Tensor:
-    """As transformers writes a causal mask: the most negative number above the diagonal."""
+    """Return a causal mask as transformers does: the most negative number above the diagonal."""
     length = x.shape[1]
     return torch.full((length, length), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)
 
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
 
 
 def perturbed(model: nn.Module, scale: float = 0.3) -> nn.Module:
-    """Gains that are not all one and biases that are not all zero."""
+    """Set gains that are not all 1 and biases that are not all 0."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -124,7 +124,7 @@ def tokens_of(model: nn.Module, step: int) -> Tensor:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, loss_of: Loss = tokens_of) -> None:
-    """The loop without a watch."""
+    """Train without a watch."""
     for step in range(1, steps + 1):
         loss_of(model, step).backward()
         optimizer.step()
@@ -138,7 +138,7 @@ def train_watched(
     loss_of: Loss = tokens_of,
     **options: Any,
 ) -> Watch:
-    """The same loop, watched, without rules."""
+    """Train with the same loop under a watch without rules."""
     options = {"every": 1, "rules": [], **options}
     with watch(model, optimizer, **options) as watched:
         for step in range(1, steps + 1):
@@ -152,13 +152,13 @@ def train_watched(
 
 
 def signal(watched: Watch, name: str, at: int = -1) -> list[float | None]:
-    """A signal's values in a sample, the newest by default."""
+    """Return a signal's values in a sample, by default the latest."""
     assert name in watched.history.samples[at].signals, f"{name} was not seen"
     return list(watched.history.samples[at].signals[name])
 
 
 def close_to(values: Sequence[float | None], wanted: Sequence[Any], rel: float = 2e-5) -> bool:
-    """Whether numbers are equal but for float32's rounding; None only where None is wanted."""
+    """Return whether numbers are equal up to the rounding of float32, with None in the same places."""
     assert len(values) == len(wanted), f"{len(values)} values, wanted {len(wanted)}"
     for got, want in zip(values, wanted, strict=True):
         if want is None or got is None:

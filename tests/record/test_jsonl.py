@@ -1,4 +1,4 @@
-"""record.jsonl: whole lines, torn lines, and the story without its accidents."""
+"""record.jsonl: complete and incomplete lines, resumes, and invalid events."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def _step(step, loss=1.0):
     return {"kind": "step", "step": step, "loss": loss}
 
 
-def test_events_are_lines_of_strict_json_and_come_back(tmp_path):
+def test_events_are_lines_of_strict_json_and_can_be_read_back(tmp_path):
     path = tmp_path / "record.jsonl"
     event = {"kind": "diverged", "step": 3, "loss": math.nan, "clock": {"seconds": math.inf}}
     _write(path, _step(1), event)
     lines = path.read_text(encoding="utf-8").splitlines()
-    # Strict readers refuse NaN; the value must survive all the same.
+    # Strict JSON parsers refuse NaN, so it is written as a string.
     assert json.loads(lines[1], parse_constant=pytest.fail)["loss"] == "nan"
     back = read_history(path)
     assert back[0] == _step(1)
@@ -37,7 +37,7 @@ def test_events_are_lines_of_strict_json_and_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b'{"kind": "st', b'{"kind": "step", "step": 2, "loss": 1.0}', b"\xff\xfe", b"{"])
-def test_a_torn_last_line_is_dropped_on_reading_and_cut_off_on_writing(tmp_path, torn):
+def test_incomplete_last_line_is_ignored_on_reading_and_removed_on_writing(tmp_path, torn):
     path = tmp_path / "record.jsonl"
     _write(path, _step(1))
     with open(path, "ab") as file:
@@ -47,21 +47,21 @@ def test_a_torn_last_line_is_dropped_on_reading_and_cut_off_on_writing(tmp_path,
     assert read_history(path) == [_step(1), _step(2, 5.0)]
 
 
-def test_a_damaged_whole_line_is_an_error_with_its_number(tmp_path):
+def test_damaged_line_is_an_error_with_its_number(tmp_path):
     path = tmp_path / "record.jsonl"
     path.write_bytes(b'{"kind": "step", "step": 1}\nnonsense\n{"kind": "step", "step": 2}\n')
-    with pytest.raises(RunError, match=r"line 2 of .*delete that line"):
+    with pytest.raises(RunError, match=r"Line 2 of .*record.jsonl"):
         read_record(path)
     path.write_bytes(b"[1]\n")
-    with pytest.raises(RunError, match="line 1 of"):
+    with pytest.raises(RunError, match="Line 1 of"):
         read_record(path)
 
 
-def test_no_record_is_an_empty_one(tmp_path):
+def test_missing_record_is_read_as_empty(tmp_path):
     assert read_record(tmp_path / "record.jsonl") == []
 
 
-def test_a_resumed_story_reads_like_an_uninterrupted_one(tmp_path):
+def test_record_of_a_resumed_run_reads_like_that_of_an_uninterrupted_one(tmp_path):
     straight, broken = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     story = [{"kind": "eval", "step": 0, "bits_per_byte": 8.0}, *(_step(n, 1 / n) for n in range(1, 6))]
     end = {"kind": "finished", "step": 5}
@@ -73,7 +73,7 @@ def test_a_resumed_story_reads_like_an_uninterrupted_one(tmp_path):
     assert len(read_history(broken)) == 11
 
 
-def test_what_a_killed_run_did_after_its_checkpoint_is_taken_back(tmp_path):
+def test_events_after_the_checkpoint_of_a_killed_run_are_discarded(tmp_path):
     path = tmp_path / "record.jsonl"
     _write(path, _step(1), _step(2), _step(3), {"kind": "resume", "step": 1})
     assert read_record(path) == [_step(1)]
@@ -89,7 +89,7 @@ def test_what_a_killed_run_did_after_its_checkpoint_is_taken_back(tmp_path):
         StopEvent(3, "interrupted", signal=2),
     ],
 )
-def test_events_survive_the_record(tmp_path, event):
+def test_typed_events_can_be_read_back(tmp_path, event):
     _write(tmp_path / "record.jsonl", to_record(event))
     assert from_record(read_record(tmp_path / "record.jsonl")[0]) == event
 
@@ -97,27 +97,27 @@ def test_events_survive_the_record(tmp_path, event):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"kind": 1, "step": 1}', "a kind that is no name"),
-        ('{"kind": ["step"], "step": 1}', "a kind that is no name"),
-        ('{"kind": "step", "step": "1"}', "a step that is no count"),
-        ('{"kind": "step", "step": -1}', "a step that is no count"),
-        ('{"kind": "step", "step": 1.5}', "a step that is no count"),
+        ('{"kind": 1, "step": 1}', "kind is not a string"),
+        ('{"kind": ["step"], "step": 1}', "kind is not a string"),
+        ('{"kind": "step", "step": "1"}', "step is not a whole number"),
+        ('{"kind": "step", "step": -1}', "step is not a whole number"),
+        ('{"kind": "step", "step": 1.5}', "step is not a whole number"),
         ('{"kind": "step", "step": true}', "step is not a number"),
         ('{"kind": "step", "step": 1, "loss": "low"}', "loss is not a number"),
         ('{"kind": "step", "step": 1, "loss": null}', "loss is not a number"),
-        ('{"kind": "step", "step": 1, "clock": 3}', "a clock without durations"),
+        ('{"kind": "step", "step": 1, "clock": 3}', "clock is not an object"),
         ('{"kind": "step", "step": 1, "clock": {"seconds": []}}', "seconds is not a number"),
         ("[" * 100_000, "recursion"),
     ],
 )
-def test_an_event_of_another_shape_is_an_error_with_its_number(tmp_path, line, reason):
+def test_invalid_event_is_an_error_with_its_number(tmp_path, line, reason):
     path = tmp_path / "record.jsonl"
     path.write_text('{"kind": "step", "step": 1}\n' + line + "\n")
-    with pytest.raises(RunError, match=rf"line 2 of .*{reason}"):
+    with pytest.raises(RunError, match=rf"Line 2 of .*{reason}"):
         read_record(path)
 
 
-def test_the_name_of_a_new_record_is_durable(tmp_path, monkeypatch):
+def test_name_of_a_new_record_is_synced(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr("omninorm.record.jsonl.sync_folder", synced.append, raising=False)
     for _ in range(2):

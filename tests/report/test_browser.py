@@ -1,4 +1,4 @@
-"""The page in a real browser: it draws, can be used, and nothing that a record holds is ever run."""
+"""The report page in a browser: it is drawn, responds to input, and never runs text from a record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from helpers import synthetic_run as synthetic
-from helpers.browser import open_page
+from helpers.browser import REQUIRE, find_browser, open_page
 
 from omninorm.record.signals import SIGNALS
 from omninorm.report import read_run, render
@@ -17,36 +17,44 @@ from omninorm.report.story import Series
 
 
 @pytest.fixture(scope="module")
-def sick(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sick")
+def faulty(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faulty")
     return read_run(synthetic.run(folder / "run", scene="logits"))
 
 
-def test_a_browser_reports_errors_and_refused_scripts(sick, tmp_path):
-    """Otherwise the tests below could not fail."""
-    broken = render(sick).replace("'use strict';", "'use strict'; nowhere.nothing;")
+@pytest.mark.parametrize(("required", "outcome"), [("", pytest.skip.Exception), ("1", pytest.fail.Exception)])
+def test_missing_browser_skips_the_test_unless_it_is_required(monkeypatch, required, outcome):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv(REQUIRE, required)
+    with pytest.raises(outcome, match="no browser"):
+        find_browser()
+
+
+def test_browser_reports_errors_and_refused_scripts(faulty, tmp_path):
+    """Without this, the tests below could not fail."""
+    broken = render(faulty).replace("'use strict';", "'use strict'; nowhere.nothing;")
     shown = open_page(broken, tmp_path)
     assert any("Content Security Policy" in line for line in shown.console), "a changed script must be refused"
     assert "data-ready=" not in shown.dom
-    shown = open_page(render(sick), tmp_path, "nowhere.nothing;")
+    shown = open_page(render(faulty), tmp_path, "nowhere.nothing;")
     assert any("nowhere is not defined" in line for line in shown.console)
 
 
-def test_a_sick_run_is_drawn_with_its_alarms(sick, tmp_path):
-    shown = open_page(render(sick), tmp_path)
+def test_faulty_run_is_drawn_with_its_alarms(faulty, tmp_path):
+    shown = open_page(render(faulty), tmp_path)
     assert shown.console == []
-    drawn = len(SIGNALS) - 2 + 3  # two are not seen; the curves of loss, gradient norm and rate are added
+    drawn = len(SIGNALS) - 2 + 3  # two are missing; loss, gradient norm and learning rate are added
     assert f'data-ready="{drawn}"' in shown.dom
     assert f'data-drawn="{drawn}"' in shown.dom
     assert shown.dom.count("<canvas role=") == drawn
     assert "<h1>Failing: attention logits in blocks.8</h1>" in shown.dom
     assert "The attention logits of blocks.8 passed 1e4 and went on growing" in html.unescape(shown.dom)
-    for alarm in sick.alarms:
+    for alarm in faulty.alarms:
         assert (
             f'aria-label="{"Failure" if alarm.severity == "fail" else "Warning"} at step {alarm.step}: {alarm.rule}'
             in shown.dom
         )
-    assert shown.dom.count('class="tick ') == len(sick.alarms) == 5
+    assert shown.dom.count('class="tick ') == len(faulty.alarms) == 5
     # The alarm of the verdict is chosen, and marked in the maps that have its layer: of blocks and of groups.
     assert len(re.findall(r'<button[^>]* aria-pressed="true"', shown.dom)) == 1
     by_layer = [name for name, signal in SIGNALS.items() if signal.axis in ("block", "group")]
@@ -58,7 +66,7 @@ def test_other_runs_are_drawn_without_errors(tmp_path, scene):
     shown = open_page(render(read_run(synthetic.run(tmp_path / "run", scene=scene, samples=20))), tmp_path)
     assert shown.console == []
     assert "data-drawn=" in shown.dom
-    assert ("Healthy" in shown.title) == (scene == "healthy")
+    assert ("No alarm" in shown.title) == (scene == "healthy")
     assert (">NaN<" in shown.dom) == (scene == "nan")
 
 
@@ -71,12 +79,12 @@ def test_panels_without_a_signal_are_there_and_say_why(tmp_path, kinds):
     shown = open_page(render(read_run(folder)), tmp_path)
     assert shown.console == []
     reason = "The run was recorded without omninorm.watch." if kinds == "train" else "No sample was taken."
-    assert shown.dom.count(f'<p class="reason"><b>Not seen</b> {reason}') == len(SIGNALS)
+    assert shown.dom.count(f'<p class="reason"><b>Not available</b> {reason}') == len(SIGNALS)
     assert shown.dom.count("data-empty=") == len(SIGNALS) + (0 if kinds == "train" else 4)
     assert f'data-drawn="{4 if kinds == "train" else 0}"' in shown.dom
 
 
-def test_what_a_record_says_is_never_run(tmp_path):
+def test_text_from_a_record_is_never_executed(tmp_path):
     story = read_run(synthetic.run(tmp_path / "run", scene="hostile", prefix=synthetic.HOSTILE, samples=10))
     # The policy would refuse the scripts as well; without it, escaping alone must hold.
     page = render(story)
@@ -110,12 +118,12 @@ return [spoken, tip, most, sorted, least, marked, document.documentElement.datas
 """
 
 
-def test_keys_pointer_sorting_choice_and_theme(sick, tmp_path):
-    shown = open_page(render(sick), tmp_path, USE)
+def test_page_responds_to_keys_pointer_sorting_selection_and_theme(faulty, tmp_path):
+    shown = open_page(render(faulty), tmp_path, USE)
     assert shown.console == []
     spoken, tip, most, sorted_, least, marked, theme = html.unescape(shown.result()).split("|")
-    newest = sick.columns[-1].signals["attention_logit"]
-    names = list(sick.watched.blocks)
+    newest = faulty.columns[-1].signals["attention_logit"]
+    names = list(faulty.watched.blocks)
     for told, row in ((spoken, 2), (tip, 0)):
         value, layer, step = told.split(", ")
         assert (layer, step) == (names[row], "step 600")
@@ -128,7 +136,7 @@ def test_keys_pointer_sorting_choice_and_theme(sick, tmp_path):
     assert theme in ("dark", "light")
 
 
-# Everything is drawn anew for a change of theme, and at once for a print.
+# Changing the theme redraws every figure; printing draws them immediately.
 LABELS = """
 const told = {}, before = CanvasRenderingContext2D.prototype.fillText;
 CanvasRenderingContext2D.prototype.fillText = function (text, x, y, most) {
@@ -162,15 +170,15 @@ def labels_of(story, folder):
         ([2e8 + 1e6 * step / 600 for step in range(1, 601)], ["2.000e8", "2.005e8", "2.010e8"]),
     ],
 )  # fmt: skip
-def test_an_axis_has_one_notation_and_no_label_is_cut(sick, tmp_path, rates, labels):
-    story = replace(sick, series={**sick.series, "lr": Series(list(range(1, 601)), rates)})
+def test_axis_labels_share_a_notation_and_fit(faulty, tmp_path, rates, labels):
+    story = replace(faulty, series={**faulty.series, "lr": Series(list(range(1, 601)), rates)})
     told = labels_of(story, tmp_path)
     assert [text for text, align, _ in told["step-lr"] if align == "right"] == labels
     assert all(left >= 0 for drawn in told.values() for _, _, left in drawn)
 
 
-def test_steps_begin_with_the_first_and_rows_have_their_names(sick, tmp_path):
-    told = labels_of(sick, tmp_path)
+def test_axis_begins_with_the_first_step_and_rows_are_named(faulty, tmp_path):
+    told = labels_of(faulty, tmp_path)
     for name in ("step-loss", "stream_rms", "weight_rms"):
         assert [text for text, align, _ in told[name] if align == "center"][:2] == ["1", "100"], name
     rows = [text for text, align, _ in told["weight_rms"] if align == "right"]
@@ -179,7 +187,7 @@ def test_steps_begin_with_the_first_and_rows_have_their_names(sick, tmp_path):
 
 
 @pytest.mark.parametrize("width", [500, 1200])
-def test_the_alarms_are_never_wider_than_their_place(tmp_path, width):
+def test_alarm_table_fits_the_page(tmp_path, width):
     long = "model.very_long_name_of_layers" * 3
     page = render(read_run(synthetic.run(tmp_path / "run", scene="logits", prefix=long, samples=10)))
     script = """
@@ -192,7 +200,7 @@ return [place.scrollWidth - place.clientWidth, place.scrollHeight - place.client
 
 
 @pytest.mark.parametrize("scene", ["logits", "hostile"])
-def test_a_phone_never_scrolls_sideways(tmp_path, scene):
+def test_page_does_not_scroll_sideways_on_a_phone(tmp_path, scene):
     """In a frame of 360 pixels, since a window has a smallest width."""
     long = "model.very_long_name_of_layers" * 3
     inner = render(read_run(synthetic.run(tmp_path / "run", scene=scene, prefix=long, samples=10)))

@@ -1,4 +1,4 @@
-"""read_frames: a record in pandas."""
+"""read_frames: a record as pandas DataFrames."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omninorm.errors import MissingExtraError
 from omninorm.report import read_frames, read_run
 
 
-def test_three_tables(tmp_path):
+def test_frames_hold_the_steps_samples_and_alarms_of_the_record(tmp_path):
     folder = synthetic.run(tmp_path, blocks=3, samples=6, every=5, scene="logits", kinds="both")
     story, frames = read_run(folder), read_frames(folder)
     steps, samples, alarms = frames["steps"], frames["samples"], frames["alarms"]
@@ -30,7 +30,7 @@ def test_three_tables(tmp_path):
     assert alarms.ranks[0] == (0,)
 
 
-def test_samples_can_be_thinned(tmp_path):
+def test_samples_are_thinned_on_request(tmp_path):
     folder = synthetic.run(tmp_path, blocks=1, samples=30, every=1)
     assert read_frames(folder)["samples"].step.nunique() == 30
     few = read_frames(folder, samples=8)["samples"].step
@@ -38,13 +38,13 @@ def test_samples_can_be_thinned(tmp_path):
     assert {1, 30} <= set(few)
 
 
-def test_a_record_without_samples(tmp_path):
+def test_record_without_samples_has_empty_frames(tmp_path):
     frames = read_frames(synthetic.run(tmp_path, samples=2, kinds="train"))
     assert (len(frames["samples"]), len(frames["alarms"])) == (0, 0)
     assert len(frames["steps"]) == 21
 
 
-def test_without_pandas_the_remedy_is_named(tmp_path, monkeypatch):
+def test_missing_pandas_is_an_error_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(MissingExtraError, match=r"read_frames needs pandas.*pip install"):
         read_frames(tmp_path)

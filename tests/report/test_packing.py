@@ -1,4 +1,4 @@
-"""What the page's figures are made of: cells of two bytes, and curves that keep their extremes."""
+"""Packed numbers and text of the page: cells of two bytes, thinned curves, escaping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omninorm.report.story import Series
 from omninorm.report.text import embed, escape, plain, short
 
 
-def test_cells_are_right_to_a_quarter_of_a_percent_and_more():
+def test_cells_are_rounded_to_eight_significant_bits():
     chance = random.Random(1)
     values = [10 ** chance.uniform(-37, 38) for _ in range(2000)]
     for value, back in zip(values, unpack(pack([values[:1000], values[1000:]])), strict=True):
@@ -20,7 +20,7 @@ def test_cells_are_right_to_a_quarter_of_a_percent_and_more():
         assert back == pytest.approx(value, rel=2**-8)
 
 
-def test_special_cells_survive():
+def test_special_cells_are_kept():
     values = [0.0, 1.0, 0.5, -3.0, math.inf, -math.inf, None, 1e300, 1e-300]
     assert unpack(pack([values])) == [0.0, 1.0, 0.5, -3.0, math.inf, -math.inf, None, math.inf, 0.0]
     assert math.isnan(unpack(pack([[math.nan]]))[0])
@@ -28,7 +28,7 @@ def test_special_cells_survive():
     assert pack([]) == ""
 
 
-def test_a_long_curve_keeps_its_extremes_and_its_size():
+def test_long_curve_is_thinned_and_keeps_its_extremes():
     values = [1.0 + 1e-3 * (step % 7) for step in range(100_000)]
     values[31_337], values[77_777], values[5] = 99.0, 0.5, math.nan
     drawn = curve(Series(list(range(1, 100_001)), values), logarithmic=True)
@@ -41,14 +41,14 @@ def test_a_long_curve_keeps_its_extremes_and_its_size():
     assert drawn["x"] == sorted(drawn["x"])
 
 
-def test_a_short_curve_is_drawn_whole():
+def test_short_curve_is_complete():
     drawn = curve(Series([3, 4, 5], [1.0, math.inf, 2.0]))
     assert drawn == {"x": [3, 5], "y": [1.0, 2.0], "bad": [4], "log": False, "mean": []}
     nothing = curve(Series([1, 2], [math.nan, math.nan]), logarithmic=True)
     assert (nothing["x"], nothing["bad"], nothing["log"]) == ([], [1, 2], False)
 
 
-def test_what_rounding_would_make_infinite_counts_as_not_finite():
+def test_values_that_rounding_would_make_infinite_count_as_not_finite():
     most = 1.7976931348623157e308
     drawn = curve(Series([1, 2, 3, 4], [1.0, most, -most, 2.0]))
     assert (drawn["x"], drawn["y"], drawn["bad"]) == ([1, 4], [1.0, 2.0], [2, 3])
@@ -71,22 +71,22 @@ def test_what_rounding_would_make_infinite_counts_as_not_finite():
         ("x" * 700, "x" * 599 + "…"),
     ],
 )
-def test_text_is_one_line_of_what_can_be_seen(given, shown):
+def test_text_is_one_line_of_visible_characters(given, shown):
     assert plain(given) == shown
 
 
-def test_text_cannot_become_markup():
+def test_markup_is_escaped():
     assert escape("<b class=\"a\" id='c'>&") == "&lt;b class=&quot;a&quot; id=&#x27;c&#x27;&gt;&amp;"
 
 
 @pytest.mark.parametrize("text", ["</script><script>", "<!--<script>", "]]>", "\u2028\u2029", "'\"&\\", "漢\x00\ud800"])
-def test_embedded_data_is_inert_and_comes_back(text):
+def test_embedded_data_is_inert_and_can_be_parsed(text):
     import json
 
-    told = embed({text: [text, 1.5]})
-    assert told.isascii()
-    assert not set("<>&'") & set(told)
-    assert json.loads(told) == {text: [text, 1.5]}
+    data = embed({text: [text, 1.5]})
+    assert data.isascii()
+    assert not set("<>&'") & set(data)
+    assert json.loads(data) == {text: [text, 1.5]}
 
 
 @pytest.mark.parametrize(

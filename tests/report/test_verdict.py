@@ -1,4 +1,4 @@
-"""judge: the verdict's status, sentence and heading, from alarms, bad values and the loss."""
+"""judge: the verdict's status, sentence and heading, from alarms, non-finite values and the loss."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from omninorm.report.text import escape
 
 
 @pytest.fixture(scope="module")
-def sick(tmp_path_factory) -> RunStory:
-    return story_of(tmp_path_factory.mktemp("sick"), scene="logits", kinds="both")
+def faulty(tmp_path_factory) -> RunStory:
+    return story_of(tmp_path_factory.mktemp("faulty"), scene="logits", kinds="both")
 
 
 @pytest.mark.parametrize(
     ("scene", "status", "sentence"),
     [
-        ("healthy", "healthy", "Healthy: no alarm in 200 steps, the loss fell from 7.008 to 3.322."),
+        ("healthy", "healthy", "No alarm in 200 steps; the loss fell from 7.008 to 3.322."),
         (
             "warnings",
             "warnings",
-            "2 warnings, no failure: the loss rose to 5.31, 6.8 σ above its mean of 128 steps (step 120).",
+            "2 warnings, no failures: the loss rose to 5.31, 6.8 σ above its mean of 128 steps (step 120).",
         ),
         (
             "logits",
@@ -35,23 +35,23 @@ def sick(tmp_path_factory) -> RunStory:
         ("nan", "failing", "Failing: blocks.6.feed_forward: a NaN came out of the forward pass (step 120)."),
     ],
 )
-def test_the_verdict_is_computed_from_the_alarms(tmp_path, scene, status, sentence):
+def test_verdict_follows_from_the_alarms(tmp_path, scene, status, sentence):
     verdict = judge(story_of(tmp_path, scene=scene, samples=20))
     assert (verdict.status, verdict.sentence) == (status, sentence)
     assert (verdict.alarm is None) == (scene == "healthy")
 
 
-def test_the_first_failure_that_names_a_layer_leads(sick):
+def test_first_failure_that_names_a_layer_leads(faulty):
     alarms = [alarm(3, "warn"), alarm(5, layer=None), alarm(5, layer="blocks.4"), alarm(9)]
-    verdict = judge(replace(sick, alarms=alarms))
+    verdict = judge(replace(faulty, alarms=alarms))
     assert verdict.sentence == "Failing: blocks.4: it was too large (step 5)."
     assert verdict.remedy == "less"
     assert verdict.more == "2 further failures and 1 further warning in 600 steps."
     assert verdict.alarm == alarms[2]
 
 
-def test_verdicts_without_alarms(sick):
-    calm = replace(sick, alarms=[], ending=Ending(600, "done"))
+def test_verdict_without_alarms_follows_from_the_end_of_the_run(faulty):
+    calm = replace(faulty, alarms=[], ending=Ending(600, "done"))
     bad = replace(calm, bad=[Bad(4, "backward", "blocks.3.attention", "inf", 2)])
     assert (
         judge(bad).sentence
@@ -70,42 +70,42 @@ def test_verdicts_without_alarms(sick):
     ("losses", "status", "sentence"),
     [
         ([5.0], "quiet", "No alarm in 10 steps."),
-        ([3.0] * 60, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 at first, 3 at the end."),
-        ([3.0] * 30 + [3.5] * 30, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 at first, 3.5 at the end."),
-        ([3.0] * 30 + [2.98] * 30, "quiet", "No alarm in 60 steps. The loss has hardly fallen: 3 at first, 2.98 at the end."),
-        ([3.0] * 30 + [2.96] * 30, "healthy", "Healthy: no alarm in 60 steps, the loss fell from 3 to 2.96."),
+        ([3.0] * 60, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, 3 at the end."),
+        ([3.0] * 30 + [3.5] * 30, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, 3.5 at the end."),
+        ([3.0] * 30 + [2.98] * 30, "quiet", "No alarm in 60 steps. The loss has barely fallen: 3 initially, 2.98 at the end."),
+        ([3.0] * 30 + [2.96] * 30, "healthy", "No alarm in 60 steps; the loss fell from 3 to 2.96."),
         ([3.0] * 20 + [2.0] * 20, "quiet", "No alarm in 40 steps. The loss fell from 3 to 2."),
-        ([3.0] * 30 + [math.nan] * 30, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 at first, NaN at the end."),
-        ([-2.0] * 30 + [-3.0] * 30, "healthy", "Healthy: no alarm in 60 steps, the loss fell from -2 to -3."),
+        ([3.0] * 30 + [math.nan] * 30, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, NaN at the end."),
+        ([-2.0] * 30 + [-3.0] * 30, "healthy", "No alarm in 60 steps; the loss fell from -2 to -3."),
         ([], "quiet", "No alarm in 10 steps."),
     ],
 )  # fmt: skip
-def test_a_run_without_alarms_is_healthy_only_where_its_loss_falls(sick, losses, status, sentence):
-    verdict = judge(of_losses(sick, *losses))
+def test_run_without_alarms_is_healthy_only_if_its_loss_falls(faulty, losses, status, sentence):
+    verdict = judge(of_losses(faulty, *losses))
     assert (verdict.status, verdict.sentence) == (status, sentence)
-    assert f'<div class="verdict {status}">' in render(of_losses(sick, *losses))
+    assert f'<div class="verdict {status}">' in render(of_losses(faulty, *losses))
 
 
 @pytest.mark.parametrize(
     ("given", "title", "evidence"),
     [
-        ({"evidence": "No warm-up: the rate began at 0.3."}, "No warm-up", "blocks.1: the rate began at 0.3 (step 4)."),
+        ({"evidence": "No warm-up: the learning rate began at 0.3."}, "No warm-up", "blocks.1: the learning rate began at 0.3 (step 4)."),
         ({"evidence": "blocks.1 grows: a stream of 9 at step 4"}, "blocks.1 grows", "A stream of 9 at step 4."),
         ({"evidence": "blocks.1: too large", "rule": "layer-jump"}, "layer jump in blocks.1", "blocks.1: too large (step 4)."),
         ({"evidence": f"{'long ' * 13}: more", "rule": "adam-eps", "layer": None}, "Adam's ε", f"Long {'long ' * 12}: more (step 4)."),
         ({"evidence": "at 12:30 it rose", "rule": "loss-spike", "layer": None}, "loss spike", "At 12:30 it rose (step 4)."),
     ],
 )  # fmt: skip
-def test_the_heading_is_the_cause_in_few_words(sick, given, title, evidence):
-    verdict = judge(replace(sick, alarms=[alarm(4, **given)]))
+def test_heading_is_the_cause_in_a_few_words(faulty, given, title, evidence):
+    verdict = judge(replace(faulty, alarms=[alarm(4, **given)]))
     assert (verdict.title, verdict.evidence) == (f"Failing: {title}", evidence)
-    page = render(replace(sick, alarms=[alarm(4, **given)]))
+    page = render(replace(faulty, alarms=[alarm(4, **given)]))
     assert f"<h1>{escape(verdict.title)}</h1>" in page
     assert f'<p class="evidence">{escape(evidence)}</p>' in page
 
 
-def test_the_heading_of_a_bad_value_names_its_place(sick):
-    verdict = judge(replace(sick, alarms=[], bad=[Bad(4, "loss", None, "nan")]))
+def test_heading_of_a_nonfinite_value_names_its_place(faulty):
+    verdict = judge(replace(faulty, alarms=[], bad=[Bad(4, "loss", None, "nan")]))
     assert (verdict.title, verdict.evidence) == (
         "Failing: a NaN in the loss",
         "The first NaN appeared in the loss of step 4.",

@@ -1,7 +1,7 @@
-"""Callbacks in real trainers: the steps and losses recorded are the trainer's own, and its weights stay bit for bit."""
+"""Callbacks in real trainers: recorded steps and losses are the trainer's, and weights stay bit-identical."""
 
+import importlib
 import math
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from omninorm.errors import ConfigError, RunError
+from omninorm.errors import ConfigError, MissingExtraError, RunError
 from omninorm.record import read_history
 from omninorm.watch.callbacks import accelerate as in_accelerate
 from omninorm.watch.callbacks.lightning import WatchCallback as LightningCallback
@@ -25,8 +25,13 @@ from omninorm.watch.callbacks.transformers import WatchCallback as TrainerCallba
 SEQ, WORDS = 16, 32
 
 
+def slow(*values: object) -> object:
+    """Mark a case as slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 class Tokens(Dataset):
-    """Texts that can be learned: each token follows from the one before it."""
+    """Learnable texts: each token is determined by the previous one."""
 
     def __len__(self) -> int:
         return 22
@@ -42,7 +47,7 @@ def llama() -> LlamaForCausalLM:
 
 
 def hole(model: nn.Module, at: int) -> None:
-    """From its call number `at` on the second block's feed-forward gives NaN while training."""
+    """Let the second block's feed-forward return NaN in training, from its call number `at` on."""
     calls = SimpleNamespace(count=0)
 
     def spoil(module: nn.Module, args, output: Tensor) -> Tensor:
@@ -87,8 +92,8 @@ def logged(of: Trainer, name: str) -> list[float]:
     return [entry[name] for entry in of.state.log_history if name in entry]
 
 
-@pytest.mark.parametrize("accumulated", [1, 3, 4])
-def test_trainer_steps_and_losses_are_its_own(tmp_path: Path, accumulated: int) -> None:
+@pytest.mark.parametrize("accumulated", [slow(1), 3, slow(4)])
+def test_trainer_callback_records_its_steps_and_losses(tmp_path: Path, accumulated: int) -> None:
     """Six batches an epoch, and evaluations in between."""
     settings = {"gradient_accumulation_steps": accumulated, "eval_strategy": "steps", "eval_steps": 2}
     bare = trainer(tmp_path / "bare", **settings)
@@ -112,17 +117,18 @@ def test_trainer_writes_a_record_and_a_report_into_its_folder(tmp_path: Path) ->
     assert "LlamaForCausalLM" in (tmp_path / "report.html").read_text()
 
 
-def test_trainer_report_and_folder_can_be_chosen(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_trainer_callback_writes_to_a_given_folder_without_report(tmp_path: Path) -> None:
     trainer(tmp_path / "run", TrainerCallback(folder=tmp_path / "mine", report=False)).train()
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["record.jsonl"]
     assert not (tmp_path / "run" / "record.jsonl").exists()
 
 
-def test_trainer_hides_a_nan_and_the_callback_does_not(tmp_path: Path) -> None:
+def test_trainer_callback_records_a_nan_that_the_trainer_hides(tmp_path: Path) -> None:
     callback = TrainerCallback(every=2)
-    sick = trainer(tmp_path, callback, prepare=lambda model: hole(model, at=6))
-    sick.train()
-    assert all(math.isfinite(loss) for loss in logged(sick, "loss"))
+    faulty = trainer(tmp_path, callback, prepare=lambda model: hole(model, at=6))
+    faulty.train()
+    assert all(math.isfinite(loss) for loss in logged(faulty, "loss"))
     steps = callback.watch.history.steps
     assert [math.isnan(step.loss) for step in steps] == [False] * 5 + [True] * 4
     first = next(alarm for alarm in callback.alarms if alarm.severity == "fail")
@@ -130,7 +136,8 @@ def test_trainer_hides_a_nan_and_the_callback_does_not(tmp_path: Path) -> None:
     assert "alarms" in kinds(tmp_path)
 
 
-def test_trainer_resumes_where_the_checkpoint_was(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_trainer_callback_resumes_at_the_checkpoint(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
     trainer(tmp_path, TrainerCallback(every=3), **settings).train()
     callback = TrainerCallback(every=3)
@@ -142,7 +149,7 @@ def test_trainer_resumes_where_the_checkpoint_was(tmp_path: Path) -> None:
 
 
 class OwnLoss(Trainer):
-    """Makes its loss from the logits alone, and fails in the training step that it is told."""
+    """Computes its loss from the logits alone, and raises in a given training step."""
 
     fails_at = 0
     steps = 0
@@ -156,14 +163,16 @@ class OwnLoss(Trainer):
         return (loss, logits) if return_outputs else loss
 
 
-def test_trainer_losses_that_the_model_does_not_make_are_unknown_and_not_wrong(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_trainer_losses_that_the_model_does_not_compute_are_unknown(tmp_path: Path) -> None:
     callback = TrainerCallback()
     trainer(tmp_path, callback, kind=OwnLoss).train()
     assert len(callback.watch.history.steps) == 9
     assert all(math.isnan(step.loss) for step in callback.watch.history.steps)
 
 
-def test_a_trainer_that_is_followed_tells_any_loss(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_followed_trainer_records_any_loss(tmp_path: Path) -> None:
     callback = TrainerCallback()
     watched = trainer(tmp_path, callback, kind=OwnLoss, gradient_accumulation_steps=2)
     callback.follow(watched)
@@ -171,7 +180,7 @@ def test_a_trainer_that_is_followed_tells_any_loss(tmp_path: Path) -> None:
     assert [step.loss for step in callback.watch.history.steps] == logged(watched, "loss")
 
 
-def test_a_scaled_loss_is_told_as_it_was(tmp_path: Path) -> None:
+def test_loss_of_a_grad_scaler_is_recorded_unscaled(tmp_path: Path) -> None:
     """fp16 needs a GPU in the Trainer, so its hook is called here as the Trainer would: two batches, scaled."""
     model, callback = llama(), TrainerCallback()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -201,6 +210,7 @@ def test_trainer_exception_closes_the_record_of_a_followed_one(tmp_path: Path) -
     assert hooks_left(watched.model) == 0
 
 
+@pytest.mark.slow
 def test_trainer_exception_closes_the_record_within_the_callback(tmp_path: Path) -> None:
     callback = TrainerCallback(every=2)
     watched = trainer(tmp_path, callback, kind=OwnLoss)
@@ -211,7 +221,8 @@ def test_trainer_exception_closes_the_record_within_the_callback(tmp_path: Path)
     assert (tmp_path / "report.html").exists()
 
 
-def test_trainer_may_train_again_after_an_exception(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_trainer_can_train_again_after_an_exception(tmp_path: Path) -> None:
     callback = TrainerCallback(every=2)
     watched = trainer(tmp_path, callback, kind=OwnLoss)
     watched.fails_at = 4
@@ -221,18 +232,18 @@ def test_trainer_may_train_again_after_an_exception(tmp_path: Path) -> None:
     watched.train()
     assert [step.step for step in callback.watch.history.steps] == list(range(1, 10))
     reasons = [event["reason"] for event in read_history(tmp_path / "record.jsonl") if event["kind"] == "end"]
-    assert reasons == ["a training that did not end", "done"]
+    assert reasons == ["the previous training did not end", "done"]
     assert hooks_left(watched.model) == 0
 
 
-def test_a_report_that_can_not_be_written_does_not_lose_the_training(tmp_path: Path) -> None:
+def test_report_that_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
-    with pytest.warns(UserWarning, match="could not write its report"):
+    with pytest.warns(UserWarning, match="could not write the report"):
         result = trainer(tmp_path, TrainerCallback()).train()
     assert result.global_step == 9
 
 
-def test_a_callback_wants_a_count() -> None:
+def test_callback_refuses_an_invalid_interval() -> None:
     with pytest.raises(ConfigError, match="every"):
         TrainerCallback(every=0)
 
@@ -243,7 +254,7 @@ def hooks_left(model: nn.Module) -> int:
 
 # Lightning ------------------------------------------------------------------------------------------------------------
 
-# Its own, at import of the Trainer and in a run without workers.
+# Warnings of Lightning itself, at import and in a run without workers.
 quiet_lightning = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers:UserWarning",
     "ignore:.*LeafSpec.*:FutureWarning",
@@ -287,8 +298,8 @@ def fit(folder: Path, callback=None, model=None, prepare=None, **settings) -> Li
 
 
 @quiet_lightning
-@pytest.mark.parametrize("accumulated", [1, 2, 4])
-def test_lightning_steps_and_losses_are_its_own(tmp_path: Path, accumulated: int) -> None:
+@pytest.mark.parametrize("accumulated", [slow(1), 2, slow(4)])
+def test_lightning_callback_records_its_steps_and_losses(tmp_path: Path, accumulated: int) -> None:
     """Six batches an epoch: with 4 accumulated the second step of each epoch has two of them."""
     settings = {"accumulate_grad_batches": accumulated, "gradient_clip_val": 0.05}
     bare = fit(tmp_path, **settings)
@@ -305,8 +316,9 @@ def test_lightning_steps_and_losses_are_its_own(tmp_path: Path, accumulated: int
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 @quiet_lightning
-def test_lightning_alarms_come_through(tmp_path: Path) -> None:
+def test_lightning_callback_raises_alarms(tmp_path: Path) -> None:
     callback = LightningCallback(every=2)
     fit(tmp_path, callback, prepare=lambda model: hole(model, at=6))
     first = next(alarm for alarm in callback.alarms if alarm.severity == "fail")
@@ -339,8 +351,9 @@ class Manual(Lit):
         return loss
 
 
+@pytest.mark.slow
 @quiet_lightning
-def test_lightning_manual_optimization(tmp_path: Path) -> None:
+def test_lightning_manual_optimization_is_recorded(tmp_path: Path) -> None:
     callback = LightningCallback(every=2)
     model = fit(tmp_path, callback, Manual())
     pairs = [(a + b) / 2 for a, b in zip(model.seen[::2], model.seen[1::2], strict=True)]
@@ -388,8 +401,8 @@ def loop(accumulated: int, watched: bool, at_nan: int = 0, precision: str = "no"
     return model, means, w
 
 
-@pytest.mark.parametrize(("accumulated", "precision"), [(1, "no"), (4, "no"), (2, "bf16")])
-def test_accelerate_steps_are_the_optimizers(accumulated: int, precision: str) -> None:
+@pytest.mark.parametrize(("accumulated", "precision"), [slow(1, "no"), slow(4, "no"), (2, "bf16")])
+def test_accelerate_watch_counts_optimizer_steps(accumulated: int, precision: str) -> None:
     bare, _, _ = loop(accumulated, watched=False, precision=precision)
     model, means, w = loop(accumulated, watched=True, precision=precision)
     assert [step.step for step in w.history.steps] == list(range(1, len(means) + 1))
@@ -400,14 +413,15 @@ def test_accelerate_steps_are_the_optimizers(accumulated: int, precision: str) -
     assert same(bare, model)
 
 
-def test_accelerate_alarms_come_through(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_accelerate_watch_raises_alarms(tmp_path: Path) -> None:
     _, _, w = loop(1, watched=True, at_nan=6, folder=tmp_path)
     first = next(alarm for alarm in w.alarms if alarm.severity == "fail")
     assert (first.rule, first.layer) == ("nonfinite", "model.layers.1.mlp")
     assert last_reason(tmp_path) == "done"
 
 
-def test_accelerate_takes_several_optimizers_and_none() -> None:
+def test_accelerate_watch_accepts_several_optimizers_and_none() -> None:
     accelerator = Accelerator(cpu=True)
     model = llama()
     first, second = (
@@ -420,49 +434,42 @@ def test_accelerate_takes_several_optimizers_and_none() -> None:
         assert w.history.facts.optimizer is None
 
 
-def test_accelerate_wants_its_accelerator() -> None:
-    with pytest.raises(ConfigError, match="needs the loop's Accelerator first, got LlamaForCausalLM"):
+def test_accelerate_watch_refuses_another_first_argument() -> None:
+    with pytest.raises(ConfigError, match=r"accelerate\.Accelerator, got LlamaForCausalLM"):
         in_accelerate.watch(llama(), llama())
 
 
-def test_accelerate_step_after_the_end_is_refused() -> None:
+def test_accelerate_step_after_close_is_refused() -> None:
     accelerator = Accelerator(cpu=True)
     w = in_accelerate.watch(accelerator, llama())
-    with pytest.raises(RunError, match="must be open"):
+    with pytest.raises(RunError, match="not open"):
         w.step(1.0)
 
 
 # Without the packages -------------------------------------------------------------------------------------------------
 
-WITHOUT = """
-import sys
-for name in ({hidden!r}).split():
-    sys.modules[name] = None
-from omninorm.errors import MissingExtraError
-import omninorm.watch.callbacks
-try:
-    import omninorm.watch.callbacks.{module}
-except MissingExtraError as error:
-    print(error)
-"""
-
 
 @pytest.mark.parametrize(
-    ("module", "hidden", "message"),
+    ("module", "hidden", "remedy"),
     [
-        ("transformers", "transformers", "WatchCallback needs transformers and accelerate, got no such package. Install both"),
-        ("lightning", "lightning pytorch_lightning", "WatchCallback needs lightning or pytorch-lightning, got neither"),
-        ("accelerate", "accelerate", "watching an Accelerate loop needs accelerate, got no such package. Install it"),
+        ("transformers", ["transformers"], 'pip install "transformers[torch]"'),
+        ("lightning", ["lightning.pytorch", "pytorch_lightning"], "pip install lightning"),
+        ("accelerate", ["accelerate"], "pip install accelerate"),
     ],
-)  # fmt: skip
-def test_a_missing_package_is_named(module: str, hidden: str, message: str) -> None:
-    code = WITHOUT.format(module=module, hidden=hidden)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(message)
+)
+def test_missing_package_is_an_error_with_its_name(
+    module: str, hidden: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in hidden:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, f"omninorm.watch.callbacks.{module}")
+    with pytest.raises(MissingExtraError) as error:
+        importlib.import_module(f"omninorm.watch.callbacks.{module}")
+    assert module in error.value.invariant
+    assert remedy in error.value.remedy
 
 
-def test_a_callback_before_its_training_has_no_alarms() -> None:
+def test_callback_before_training_has_no_alarms() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with TrainerCallback() as callback:

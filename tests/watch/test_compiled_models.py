@@ -1,4 +1,4 @@
-"""Watching compiled models: the same numbers, in one graph that is compiled once."""
+"""Monitoring compiled models: the same values as in eager mode, in one graph that is compiled once."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from omninorm import NormConfig, Thinker, ThinkerConfig
 from omninorm.watch import Watch, watch
 from omninorm.watch.hooks import Hook
 
-pytestmark = [  # Dynamo's own doing
+pytestmark = [  # warnings from Dynamo itself
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
@@ -35,12 +35,12 @@ def thinker() -> Thinker:
 
 
 def known(values: Sequence[float | None]) -> list[float]:
-    """NaN for a layer that has no value."""
+    """Replace missing values by NaN."""
     return [math.nan if value is None else value for value in values]
 
 
 def train(model: nn.Module, steps: int, every: int, evaluate: bool = False) -> Watch:
-    """Trains a model, compiled or not, on the same tokens at every step."""
+    """Train a model, compiled or not, on the same tokens at every step."""
     torch.manual_seed(1)
     tokens = torch.randint(0, 256, (3, TOKENS + 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -57,14 +57,15 @@ def train(model: nn.Module, steps: int, every: int, evaluate: bool = False) -> W
     return watched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("placement", "backend"),
     [
         *((placement, "aot_eager") for placement in ("pre", "post", "keel", "reordered")),
-        pytest.param("post", "inductor", marks=pytest.mark.slow),
+        ("post", "inductor"),
     ],
 )
-def test_where_the_norms_stand(placement: str, backend: str) -> None:
+def test_placement_is_measured_in_a_graph(placement: str, backend: str) -> None:
     torch.manual_seed(0)
     config = ThinkerConfig(d_model=16, n_layers=3, n_heads=2, max_seq_len=TOKENS, norm=NormConfig("rmsnorm", placement))
     model = Thinker(config)
@@ -75,7 +76,7 @@ def test_where_the_norms_stand(placement: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_same_signals_in_one_graph(backend: str) -> None:
+def test_compiled_model_has_the_same_signals_in_one_graph(backend: str) -> None:
     eager = train(thinker(), 5, every=2)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = train(torch.compile(thinker(), fullgraph=True, backend=backend), 5, every=2)
@@ -87,6 +88,7 @@ def test_the_same_signals_in_one_graph(backend: str) -> None:
     assert compiled.history.dtype == "float32"
 
 
+@pytest.mark.slow
 def test_evaluation_is_not_counted() -> None:
     plain = train(torch.compile(thinker(), backend="aot_eager"), 3, every=1)
     evaluated = train(torch.compile(thinker(), backend="aot_eager"), 3, every=1, evaluate=True)
@@ -94,7 +96,8 @@ def test_evaluation_is_not_counted() -> None:
         assert found.signals == expected.signals
 
 
-def test_a_compiled_model_outlives_its_watch() -> None:
+@pytest.mark.slow
+def test_compiled_model_works_after_its_watch() -> None:
     attention = F.scaled_dot_product_attention
     model = torch.compile(thinker(), backend="aot_eager")
     first = train(model, 2, every=1)
@@ -109,7 +112,8 @@ def test_a_compiled_model_outlives_its_watch() -> None:
     assert second.history.samples[-1].signals.keys() == fresh_one.history.samples[-1].signals.keys()
 
 
-def test_a_copy_of_a_compiled_model_is_not_watched() -> None:
+@pytest.mark.slow
+def test_copy_of_a_compiled_model_is_not_monitored() -> None:
     model = thinker()
     model.compile(backend="aot_eager")
     tokens = torch.zeros(2, TOKENS, dtype=torch.long)
@@ -126,7 +130,8 @@ def test_a_copy_of_a_compiled_model_is_not_watched() -> None:
     assert watched.history.samples[0].signals["logz"] is not None
 
 
-def test_a_nan_is_found_inside_of_a_graph() -> None:
+@pytest.mark.slow
+def test_nan_inside_a_graph_is_located() -> None:
     model = thinker()
     with torch.no_grad():
         model.blocks[1].feed_forward.down.weight[0, 0] = torch.nan
@@ -136,7 +141,8 @@ def test_a_nan_is_found_inside_of_a_graph() -> None:
     assert (found.step, found.phase, found.layer, found.value) == (1, "forward", "blocks.1.feed_forward", "nan")
 
 
-def test_foreign_norms_and_in_place_training() -> None:
+@pytest.mark.slow
+def test_other_norms_and_in_place_operations_are_measured_in_a_graph() -> None:
     """torch.nn's own layers, compiled by `Module.compile`."""
 
     class Model(nn.Module):
@@ -161,7 +167,8 @@ def test_foreign_norms_and_in_place_training() -> None:
         assert known(values) == pytest.approx(known(expected.signals[name]), rel=2e-3, abs=1e-6, nan_ok=True), name
 
 
-def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
+@pytest.mark.slow
+def test_separately_compiled_blocks_share_a_graph() -> None:
     """More blocks than Dynamo would recompile for: numbers of their own in the graph would end in an error."""
     torch.manual_seed(0)
     model = Thinker(ThinkerConfig(d_model=16, n_layers=10, n_heads=2, max_seq_len=TOKENS))
@@ -175,7 +182,8 @@ def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
         assert known(values) == pytest.approx(known(eager.signals[name]), rel=2e-3, abs=1e-6, nan_ok=True), name
 
 
-def test_a_compiled_function_inside_of_an_eager_attention() -> None:
+@pytest.mark.slow
+def test_compiled_function_inside_eager_attention_is_measured() -> None:
     attend = torch.compile(
         lambda q, k: F.scaled_dot_product_attention(q, k, k).unflatten(-1, (2, -1)).flatten(-2),
         fullgraph=True,
@@ -195,7 +203,7 @@ def test_a_compiled_function_inside_of_an_eager_attention() -> None:
     assert [sample.step for sample in train(model, 3, every=2).history.samples] == [1, 2]
 
 
-def test_two_watches_at_once_and_nothing_left() -> None:
+def test_two_compiled_models_are_watched_at_once_and_released() -> None:
     attention, softmax = F.scaled_dot_product_attention, torch.softmax
     first, second = watch(thinker(), every=1).open(), watch(thinker(), every=1).open()
     assert F.scaled_dot_product_attention is not attention

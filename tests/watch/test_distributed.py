@@ -1,4 +1,4 @@
-"""Two processes that train one model by DDP or FSDP2: each writes its own record, both see the averaged gradients."""
+"""Two processes train one model with DDP or FSDP2: each writes its own record, both see averaged gradients."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def test_two_processes(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_record_global_norms_and_their_own_shards(tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

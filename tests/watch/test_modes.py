@@ -1,4 +1,4 @@
-"""However a model is trained, watching changes no bit of it, leaves nothing behind, and sees every step once."""
+"""Modes of training: monitoring changes no bit, leaves nothing behind, and counts every step once."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_not_a_bit_is_changed(name: str) -> None:
+def test_training_is_bit_identical_with_a_watch(name: str) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
     model.train()
@@ -125,7 +125,7 @@ def test_not_a_bit_is_changed(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
-def test_the_surroundings_stay_as_they_are() -> None:
+def test_global_state_is_unchanged_by_a_watch() -> None:
     model = Decoder(dropout=0.1)
     torch.manual_seed(4)
     state = torch.get_rng_state()
@@ -198,7 +198,7 @@ def raise_in(place: str, model: Decoder) -> None:
 @pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("norm", [None, lambda: RMSNorm(WIDTH)], ids=["torch's norms", "our norms"])
 @pytest.mark.parametrize("place", ["nowhere", "loop", "attention", "norm", "backward"])
-def test_nothing_is_left_behind(place: str, norm: Callable[[], nn.Module] | None) -> None:
+def test_closed_watch_leaves_no_hooks_or_references(place: str, norm: Callable[[], nn.Module] | None) -> None:
     model = Decoder(norm)
     optimizer = adamw(model)
     raise_in(place, model)
@@ -254,8 +254,8 @@ def activations() -> list[Tensor]:
 @pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("how", ["plain", "reentrant", "non-reentrant"])
 @pytest.mark.parametrize("place", ["nowhere", "attention", "norm", "backward"])
-def test_no_activation_lives_on_while_the_watch_is_open(place: str, how: str) -> None:
-    """Also where a user catches an exception and goes on."""
+def test_activations_are_not_kept_alive(place: str, how: str) -> None:
+    """Also if the user catches an exception and continues."""
     model = Decoder(lambda: LayerNorm(WIDTH))
     checkpointed(model, how)
     raise_in(place, model)
@@ -273,7 +273,7 @@ def test_no_activation_lives_on_while_the_watch_is_open(place: str, how: str) ->
 
 @pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("norm", [None, lambda: LayerNorm(WIDTH)], ids=["torch's norms", "our norms"])
-def test_checkpointing_keeps_saving_memory(norm: Callable[[], nn.Module] | None) -> None:
+def test_activation_checkpointing_still_saves_memory(norm: Callable[[], nn.Module] | None) -> None:
     """Between forward and backward nothing of the inside of a block is alive, as if nobody watched."""
     held = []
     for watches in (False, True):
@@ -289,7 +289,7 @@ def test_checkpointing_keeps_saving_memory(norm: Callable[[], nn.Module] | None)
     assert held[1] <= held[0] + 1  # an alias of what autograd keeps of the final norm, which is not checkpointed
 
 
-def test_modes_of_the_user_may_be_left_in_any_order() -> None:
+def test_torch_function_modes_can_exit_in_any_order() -> None:
     class Mode(TorchFunctionMode):
         seen = 0
 
@@ -317,7 +317,7 @@ def test_modes_of_the_user_may_be_left_in_any_order() -> None:
     assert all("attention_logit" in sample.signals for sample in watched.history.samples)
 
 
-def test_two_models_watched_by_turns() -> None:
+def test_two_models_are_watched_alternately() -> None:
     """As in a GAN: each sees its own attention, once."""
     alone = [signal(train_watched(perturbed(seeded_decoder(seed)), None, 2), "attention_logit") for seed in (1, 2)]
     models = [perturbed(seeded_decoder(seed)) for seed in (1, 2)]
@@ -362,7 +362,7 @@ def test_activation_checkpointing(how: str, norm: Callable[[], nn.Module] | None
 
 
 @pytest.mark.parametrize("how", ["plain", "reentrant", "non-reentrant"])
-def test_what_checkpointing_repeats_is_not_counted(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_passes_repeated_by_checkpointing_are_not_counted(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its numbers are the same, so a mean would not tell."""
     counted: list[str] = []
     add = Board.add
@@ -451,7 +451,7 @@ def test_autocast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("norm", [None, lambda: LayerNorm(WIDTH)], ids=["torch's norms", "our norms"])
-def test_other_dtypes(dtype: torch.dtype, norm: Callable[[], nn.Module] | None) -> None:
+def test_weights_of_other_dtypes_are_measured(dtype: torch.dtype, norm: Callable[[], nn.Module] | None) -> None:
     model = perturbed(seeded_decoder(7, norm=norm))
     plain = train_watched(copy.deepcopy(model), None, 1)
     watched = train_watched(model.to(dtype), None, 1)
@@ -479,7 +479,7 @@ def test_several_optimizers() -> None:
     close_to(signal(watched, "adam_ratio")[:2], [1.0, 1.0], rel=1e-3)
 
 
-def test_a_tensor_that_learns_later() -> None:
+def test_parameter_that_becomes_trainable_later_is_measured() -> None:
     """Its second moment has made fewer steps than the others'."""
     model = Decoder()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999))
@@ -496,7 +496,7 @@ def test_a_tensor_that_learns_later() -> None:
     assert max(v for v in signal(watched, "adam_ratio") if v is not None) < 1.5
 
 
-def test_frozen_parts_and_parameters_without_gradients() -> None:
+def test_frozen_and_unused_parameters_have_no_gradient_norm() -> None:
     model = Decoder(blocks=3)
     model.embedding.requires_grad_(False)
     model.blocks[0].requires_grad_(False)
@@ -513,7 +513,7 @@ def test_frozen_parts_and_parameters_without_gradients() -> None:
     assert all(v is not None for v in signal(watched, "weight_rms")[:3])
 
 
-def test_gradients_set_to_zero_instead_of_none() -> None:
+def test_gradients_zeroed_instead_of_none_are_measured() -> None:
     model = Decoder()
     twin = copy.deepcopy(model)
     wanted = train_watched(twin, adamw(twin), 3)
@@ -528,7 +528,7 @@ def test_gradients_set_to_zero_instead_of_none() -> None:
     assert watched.history.samples == wanted.history.samples
 
 
-def test_quantized_and_complex_parameters() -> None:
+def test_quantized_and_complex_parameters_are_supported() -> None:
     """Integers that stand for frozen weights, as adapters on quantized models have; and complex numbers."""
     model = Decoder()
     model.codes = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
@@ -544,7 +544,7 @@ def test_quantized_and_complex_parameters() -> None:
     assert watched.history.nonfinite is None
 
 
-def test_sparse_gradients() -> None:
+def test_sparse_gradients_are_measured() -> None:
     model = Decoder()
     model.embedding = nn.Embedding(23, WIDTH, sparse=True)
     dense = copy.deepcopy(model)
@@ -554,7 +554,7 @@ def test_sparse_gradients() -> None:
     close_to(signal(found[0], "grad_norm"), signal(found[1], "grad_norm"))
 
 
-def test_tied_weights_and_shared_blocks() -> None:
+def test_tied_weights_and_shared_blocks_are_counted_once() -> None:
     model = Decoder()
     model.head.weight = model.embedding.weight
     model.blocks = nn.ModuleList([model.blocks[0]] * 4)
@@ -565,7 +565,7 @@ def test_tied_weights_and_shared_blocks() -> None:
     assert watched.history.steps[-1].grad_norm == pytest.approx(total)
 
 
-def test_a_feed_forward_shared_by_blocks() -> None:
+def test_feed_forward_shared_by_blocks_is_measured_in_each() -> None:
     """What passes through it belongs to the block that runs."""
     model = perturbed(Decoder())
     alone = train_watched(copy.deepcopy(model), None, 1)
@@ -575,7 +575,7 @@ def test_a_feed_forward_shared_by_blocks() -> None:
     assert signal(shared, "feed_forward_ratio")[1] != pytest.approx(signal(alone, "feed_forward_ratio")[0], rel=1e-3)
 
 
-def test_parts_called_without_the_model() -> None:
+def test_parts_called_without_the_model_are_measured() -> None:
     """As in a pipeline, or where a user writes the forward pass himself."""
     model = perturbed(Decoder())
     wanted = train_watched(copy.deepcopy(model), None, 2)
@@ -596,7 +596,7 @@ def test_parts_called_without_the_model() -> None:
             close_to(values, want.signals[name], rel=1e-6)
 
 
-def test_residual_additions_in_place() -> None:
+def test_in_place_residual_additions_leave_out_ratios() -> None:
     """Norms that compute in a wider dtype keep a copy of their own, so the stream may be overwritten."""
 
     class Wide(nn.LayerNorm):
@@ -614,7 +614,7 @@ def test_residual_additions_in_place() -> None:
         assert name not in watched or all(v is None for v in watched[name])
 
 
-def test_two_dimensional_inputs() -> None:
+def test_two_dimensional_inputs_are_measured() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -636,7 +636,7 @@ def test_two_dimensional_inputs() -> None:
     assert "attention_logit" not in watched.history.samples[0].signals
 
 
-def test_samples_come_at_the_first_step_and_then_by_the_cadence() -> None:
+def test_samples_are_taken_at_step_1_and_every_interval() -> None:
     model = Decoder()
     optimizer = adamw(model)
     every_step = train_watched(copy.deepcopy(model), adamw(model), 0)
@@ -670,7 +670,7 @@ def test_samples_come_at_the_first_step_and_then_by_the_cadence() -> None:
     assert all(len(event["loss"]) == event["step"] - event["first"] + 1 for event in events)
 
 
-def test_a_flush_within_a_sampled_step_loses_nothing() -> None:
+def test_flush_inside_a_sampled_step_keeps_the_sample() -> None:
     found = []
     for flushes in (False, True):
         model = seeded_decoder(8)
@@ -689,7 +689,7 @@ def test_a_flush_within_a_sampled_step_loses_nothing() -> None:
     assert list(found[0].history.steps) == list(found[1].history.steps)
 
 
-def test_losses() -> None:
+def test_losses_may_be_tensors_numbers_or_none() -> None:
     model = Decoder()
     given = [None, 2, 1.5, torch.tensor([1.0, 2.0]), torch.tensor(3), torch.tensor(2.0, dtype=torch.float16), math.inf]
     with watch(model, every=1, rules=[]) as watched:
@@ -699,7 +699,7 @@ def test_losses() -> None:
     assert losses == [None, 2.0, 1.5, 1.5, 3.0, 2.0, math.inf]
 
 
-def test_an_error_in_a_backward_pass_hides_no_gradient_of_the_next() -> None:
+def test_failed_backward_pass_does_not_hide_the_next_gradients() -> None:
     model = Decoder()
     with watch(model, every=1, rules=[]) as watched:
         fails = model.blocks[1].attention.register_forward_hook(lambda module, args, y: Raises.apply(y))

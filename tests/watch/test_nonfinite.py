@@ -1,4 +1,4 @@
-"""The first NaN or infinity: its step, its phase and its place, also between samples."""
+"""The first NaN or infinity: its step, phase and place, also between samples."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def trained(model: nn.Module, spoil: Any, every: int = 10, steps: int = 12, opti
 
 
 @pytest.mark.parametrize("every", [1, 3, 10, 100])
-def test_a_nan_in_a_batch(every: int) -> None:
+def test_nan_in_a_batch_is_located_at_the_embedding(every: int) -> None:
     model, noise = Decoder(), torch.zeros(())
     model.embedding.register_forward_hook(lambda module, args, y: y + noise)
     watched = trained(model, lambda now: noise.fill_(math.nan if now else 0.0), every)
@@ -61,7 +61,7 @@ def test_a_nan_in_a_batch(every: int) -> None:
 
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize(("part", "name"), [("attention", "attention"), ("feed_forward", "feed_forward")])
-def test_an_overflow_in_fp16(every: int, part: str, name: str) -> None:
+def test_fp16_overflow_is_located(every: int, part: str, name: str) -> None:
     """One layer's weights are too large for its dtype."""
     model = Decoder(blocks=3)
     layer = model.blocks[1].attention.out if part == "attention" else model.blocks[1].feed_forward.down
@@ -71,7 +71,7 @@ def test_an_overflow_in_fp16(every: int, part: str, name: str) -> None:
     assert watched.history.nonfinite == NonFinite(BAD, "forward", f"blocks.1.{name}", "inf")
 
 
-def test_an_infinity_inside_of_a_block() -> None:
+def test_infinity_inside_a_block_is_located() -> None:
     """Between its parts: the block itself is named."""
     model, factor = Decoder(), torch.ones(())
     model.blocks[1].register_forward_hook(lambda module, args, y: y / factor)
@@ -80,7 +80,7 @@ def test_an_infinity_inside_of_a_block() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_infinity_of_which_only_the_loss_knows(value: float) -> None:
+def test_infinity_in_the_loss_alone_is_located(value: float) -> None:
     model = Decoder()
     with watch(model, every=10, rules=[]) as watched:
         for step in range(1, 10):
@@ -89,7 +89,7 @@ def test_an_infinity_of_which_only_the_loss_knows(value: float) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 10])
-def test_a_nan_in_a_gradient(every: int) -> None:
+def test_nan_in_a_gradient_is_located(every: int) -> None:
     """The forward pass and the loss are fine; backward meets block 1's feed-forward first."""
     model, bad = Decoder(blocks=3), [False]
     model.blocks[1].feed_forward.up.register_forward_hook(lambda module, args, y: Spoils.apply(y) if bad[0] else None)
@@ -101,7 +101,7 @@ def test_a_nan_in_a_gradient(every: int) -> None:
     assert math.isnan(watched.history.steps[BAD - 1].grad_norm)
 
 
-def test_a_gradient_of_a_frozen_place() -> None:
+def test_nan_gradient_through_a_frozen_layer_is_located() -> None:
     """The parameters next to it do not learn: those before it tell."""
     model, bad = Decoder(blocks=3), [False]
     model.blocks[1].requires_grad_(False)
@@ -113,7 +113,7 @@ def test_a_gradient_of_a_frozen_place() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 10])
-def test_an_optimizer_that_spoils_the_weights(every: int) -> None:
+def test_nan_from_the_optimizer_is_located(every: int) -> None:
     """A rate of NaN: the gradients are fine, the weights are not."""
     model = Decoder()
     parts = [model.embedding, model.blocks, model.final_norm]
@@ -125,7 +125,7 @@ def test_an_optimizer_that_spoils_the_weights(every: int) -> None:
     assert watched.history.nonfinite == NonFinite(BAD, "optimizer", "head.weight", "nan")
 
 
-def test_nan_everywhere_from_the_first_step() -> None:
+def test_model_full_of_nan_is_reported_at_the_first_step() -> None:
     model = Decoder()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -137,7 +137,7 @@ def test_nan_everywhere_from_the_first_step() -> None:
     assert sum(event["kind"] == "nonfinite" for event in watched.record) == 1
 
 
-def test_a_model_without_blocks() -> None:
+def test_nan_in_a_model_without_blocks_is_located() -> None:
     """Embedding, a recurrent layer, a head: every part that has weights is looked at."""
 
     class Recurrent(nn.Module):
@@ -157,7 +157,7 @@ def test_a_model_without_blocks() -> None:
     assert watched.history.nonfinite == NonFinite(BAD, "forward", "rnn", "inf")
 
 
-def test_evaluation_may_overflow() -> None:
+def test_overflow_in_an_evaluation_is_ignored() -> None:
     """What is not trained on is nobody's NaN."""
     model = Decoder()
     with watch(model, adamw(model), every=2, rules=[]) as watched:
@@ -170,7 +170,7 @@ def test_evaluation_may_overflow() -> None:
     assert watched.history.nonfinite is None
 
 
-def test_micro_batches() -> None:
+def test_nan_in_a_micro_batch_is_located() -> None:
     """Only the first of two is bad."""
     model, noise = Decoder(), torch.zeros(())
     model.embedding.register_forward_hook(lambda module, args, y: y + noise)
@@ -184,7 +184,7 @@ def test_micro_batches() -> None:
     assert watched.history.nonfinite == NonFinite(BAD, "forward", "embedding", "nan")
 
 
-def test_large_numbers_are_no_infinities() -> None:
+def test_large_finite_numbers_raise_no_alarm() -> None:
     """Activations whose squares overflow float32."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     with watch(model, every=1, rules=[]) as watched:

@@ -141,7 +141,7 @@ def pairs(values: list[Tensor], others: list[Tensor]) -> list[float]:
 
 @pytest.mark.parametrize("style", ["sdpa", "eager"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_what_blocks_do(kv_heads: int, style: str) -> None:
+def test_block_signals_match_their_formulas(kv_heads: int, style: str) -> None:
     model = perturbed(Decoder(kv_heads=kv_heads, style=style, blocks=3))
     with torch.no_grad():
         model.blocks[1].feed_forward.up.bias[:12] = -100.0  # a quarter of the units is dead
@@ -173,7 +173,7 @@ def test_what_blocks_do(kv_heads: int, style: str) -> None:
 
 @pytest.mark.parametrize("style", ["sdpa", "eager"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_attention(kv_heads: int, style: str) -> None:
+def test_attention_signals_match_their_formulas(kv_heads: int, style: str) -> None:
     """One example of the batch is looked at: the first."""
     model = perturbed(Decoder(kv_heads=kv_heads, style=style))
     tokens = some_tokens(2)
@@ -193,7 +193,7 @@ def entropy(p: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "float, −1e9"])
-def test_attention_masks(kind: str) -> None:
+def test_masked_keys_are_ignored(kind: str) -> None:
     """A key that no query may see, and a bias for those that are seen."""
     model = perturbed(Decoder(blocks=1))
     tokens = some_tokens(3)
@@ -220,7 +220,7 @@ def test_attention_masks(kind: str) -> None:
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("masked", ["", "causal", "padding"])
-def test_multihead_attention(batch_first: bool, masked: str) -> None:
+def test_multihead_attention_is_measured(batch_first: bool, masked: str) -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, dropout=0.0, batch_first=batch_first)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     x = torch.randn(3, 6, WIDTH)
@@ -253,7 +253,7 @@ def test_multihead_attention(batch_first: bool, masked: str) -> None:
 
 
 @pytest.mark.parametrize("by", ["attn_mask", "key_padding_mask"])
-def test_boolean_masks_of_multihead_attention(by: str) -> None:
+def test_boolean_masks_of_multihead_attention_are_applied(by: str) -> None:
     """True hides a key: each query sees two, and both alike."""
 
     class Uniform(nn.Module):
@@ -276,7 +276,7 @@ def test_boolean_masks_of_multihead_attention(by: str) -> None:
     close_to(signal(watched, "attention_entropy")[:1], [1.0])
 
 
-def test_only_a_softmax_over_keys_is_attention() -> None:
+def test_softmax_over_another_dimension_is_ignored() -> None:
     """A softmax of four dimensions along another one, in a block, is something else."""
 
     class Odd(nn.Module):
@@ -296,7 +296,7 @@ def test_only_a_softmax_over_keys_is_attention() -> None:
     assert "attention_logit" not in watched.history.samples[-1].signals
 
 
-def test_a_stream_whose_squares_overflow() -> None:
+def test_stream_whose_squares_overflow_is_measured() -> None:
     """1e25 is a number in float32, its square is not."""
     model = Decoder(blocks=1)
     plain = signal(watched_once(model, some_tokens(1)), "stream_rms")
@@ -304,7 +304,7 @@ def test_a_stream_whose_squares_overflow() -> None:
     close_to(signal(watched_once(model, some_tokens(1)), "stream_rms"), [1e25 * value for value in plain])  # type: ignore[operator]
 
 
-def test_one_key_leaves_no_choice() -> None:
+def test_attention_to_a_single_key_has_full_entropy() -> None:
     """Attention over a single token is not sharp attention."""
     watched = watched_once(Decoder(blocks=1), some_tokens(1, length=1))
     close_to(signal(watched, "attention_entropy"), [1.0])
@@ -314,7 +314,7 @@ def test_one_key_leaves_no_choice() -> None:
 
 
 @pytest.mark.parametrize("kind", NORMS)
-def test_norms(kind: str) -> None:
+def test_norm_signals_match_their_formulas(kind: str) -> None:
     model = perturbed(Decoder(NORMS[kind]))
     tokens = some_tokens(4)
     watched = watched_once(model, tokens)
@@ -344,7 +344,7 @@ def norms_of(model: Decoder) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("kind", NORMS)
-def test_gains(kind: str) -> None:
+def test_gain_signals_match_their_formulas(kind: str) -> None:
     model = perturbed(Decoder(NORMS[kind]), scale=0.5)
     offset = {"our RMSNorm, stored as γ − 1": 1, "our RMSNorm, stored as γ − 1/2": 0.5, "foreign γ − 1": 1}.get(kind, 0)
     if kind != "ScaleNorm":
@@ -359,7 +359,7 @@ def test_gains(kind: str) -> None:
     close_to(signal(watched, "gain_small"), [(gain.abs() < 1e-3).double().mean() for gain in gains])
 
 
-def test_a_norm_far_from_zero() -> None:
+def test_variance_next_to_a_large_mean_is_accurate() -> None:
     """The variance of a stream with a large mean, and squares beyond float32."""
     norm = nn.LayerNorm(WIDTH, eps=1.0)
     for factor, shift in ((1.0, 3e3), (1e22, 0.0)):
@@ -379,7 +379,7 @@ def test_a_norm_far_from_zero() -> None:
     "kind", ["torch LayerNorm", "our LayerNorm", "torch RMSNorm", "our RMSNorm", "foreign RMSNorm"]
 )
 @pytest.mark.parametrize("length", [7, 64])
-def test_noise_scale(kind: str, length: int) -> None:
+def test_noise_scale_matches_per_example_gradients(kind: str, length: int) -> None:
     """tr Σ/|G|² by McCandlish's estimators, from the gradients of each example alone."""
     torch.manual_seed(5)
     model = perturbed(Decoder(NORMS[kind]))
@@ -431,7 +431,7 @@ def groups_of(model: nn.Module, watched: Watch) -> list[list[tuple[str, nn.Param
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_gradient_norms_are_those_before_clipping(scaled: bool) -> None:
+def test_gradient_norms_are_measured_before_clipping(scaled: bool) -> None:
     model = perturbed(Decoder())
     optimizer = adamw(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
@@ -456,7 +456,7 @@ def test_gradient_norms_are_those_before_clipping(scaled: bool) -> None:
             close_to(signal(watched, "grad_norm"), norms, rel=1e-4)
 
 
-def test_weights() -> None:
+def test_weight_signals_match_their_formulas() -> None:
     model = perturbed(Decoder())
     watched = watched_once(model, some_tokens(1))
     wanted = []
@@ -478,7 +478,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_adam(kind: str, scaled: bool) -> None:
+def test_adam_signals_match_their_formulas(kind: str, scaled: bool) -> None:
     """Adam itself, by its formula in float64: its update, √mean(g²/max(v̂, ε²)) and RMS(g)/ε."""
     model = perturbed(Decoder())
     optimizer = OPTIMIZERS[kind](model.parameters())
@@ -534,7 +534,7 @@ def test_sgd_has_no_second_moment() -> None:
     assert watched.history.facts.adam_eps is None
 
 
-def test_a_step_that_the_scaler_skips() -> None:
+def test_step_skipped_by_the_scaler_is_no_nan() -> None:
     """An overflow of scaled gradients is the scaler's business: nothing of it is a finding."""
     for fused in (False, True):
         model = Decoder()
@@ -558,7 +558,7 @@ def test_a_step_that_the_scaler_skips() -> None:
 
 
 @pytest.mark.parametrize(("batch", "length"), [(16, 64), (40, 25), (64, 16)])
-def test_many_rows_are_sampled_fairly(batch: int, length: int) -> None:
+def test_rows_are_sampled_without_bias(batch: int, length: int) -> None:
     """1024 rows, of which a few hundred are read. The first token's stream is a hundred times larger, as in large models:
     a sample that kept step with the sequences would hold it too often or never."""
     model = perturbed(Decoder(blocks=1))
@@ -577,7 +577,7 @@ def test_many_rows_are_sampled_fairly(batch: int, length: int) -> None:
     close_to(signal(watched, "branch_ratio"), [rms(seen["y"] - seen["x"]) / rms(seen["x"])], rel=0.25)
 
 
-def test_elements_of_a_matrix_are_sampled_fairly() -> None:
+def test_elements_of_a_matrix_are_sampled_without_bias() -> None:
     """A sample of every 256th of 256 columns would read one column alone."""
     model = nn.Sequential(nn.Linear(256, 4096, bias=False), nn.RMSNorm(4096))
     with torch.no_grad():
@@ -592,7 +592,7 @@ def test_elements_of_a_matrix_are_sampled_fairly() -> None:
 # The record -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_signal_of_the_table_is_seen_or_excused() -> None:
+def test_every_signal_has_values_or_a_reason() -> None:
     from omninorm.record.signals import SIGNALS
 
     watched = train_watched(Decoder(), None, 1, lambda model, step: token_loss(model, similar_tokens(3, 7)))
@@ -607,7 +607,7 @@ def test_every_signal_of_the_table_is_seen_or_excused() -> None:
         assert all(v is None or v == float(f"{v:.4g}") for v in values)
 
 
-def test_causal_bias_hides() -> None:
+def test_causal_bias_hides_later_keys() -> None:
     """What the eager attention of these tests relies on."""
     assert float(torch.softmax(causal_bias(torch.zeros(1, 3, 1)), -1)[0, 0]) == 1.0
     assert VOCAB == 23

@@ -1,4 +1,4 @@
-"""Sinks: what arrives in TensorBoard, and that a sink that fails is told of once while the training goes on."""
+"""Sinks: what TensorBoard logs, and failing sinks, which do not end training."""
 
 import builtins
 import math
@@ -36,13 +36,13 @@ class Broken:
         self.calls.append("close")
 
 
-def train(sinks, steps=6, every=2, sick_at=None) -> list[torch.Tensor]:
+def train(sinks, steps=6, every=2, faulty_at=None) -> list[torch.Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with watch(model, optimizer, every=every, sinks=sinks) as watched:
         for step in range(1, steps + 1):
-            x = torch.randn(16, 4) * (math.nan if step == sick_at else 1.0)
+            x = torch.randn(16, 4) * (math.nan if step == faulty_at else 1.0)
             loss = model(x).square().mean()
             loss.backward()
             optimizer.step()
@@ -58,7 +58,7 @@ def read(folder: Path) -> EventAccumulator:
 # TensorBoard ----------------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_gets_every_number_of_a_sample(tmp_path: Path) -> None:
+def test_tensorboard_logs_every_number_of_a_sample(tmp_path: Path) -> None:
     class Copy:
         samples: dict[int, dict[str, float]] = {}  # noqa: RUF012
 
@@ -79,8 +79,8 @@ def test_tensorboard_gets_every_number_of_a_sample(tmp_path: Path) -> None:
     assert losses == pytest.approx({step: sample["loss"] for step, sample in copy.samples.items()})
 
 
-def test_tensorboard_gets_alarms_as_text(tmp_path: Path) -> None:
-    train([TensorBoard(tmp_path)], sick_at=3)
+def test_tensorboard_logs_alarms_as_text(tmp_path: Path) -> None:
+    train([TensorBoard(tmp_path)], faulty_at=3)
     events = read(tmp_path)
     (tag,) = [tag for tag in events.Tags()["tensors"] if "nonfinite" in tag]
     (event,) = events.Tensors(tag)
@@ -88,7 +88,7 @@ def test_tensorboard_gets_alarms_as_text(tmp_path: Path) -> None:
     assert b"The first NaN of the run" in event.tensor_proto.string_val[0]
 
 
-def test_tensorboard_takes_back_what_a_resumed_run_repeats(tmp_path: Path) -> None:
+def test_tensorboard_replaces_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     first = TensorBoard(tmp_path)
     for step in (1, 10, 20, 30):
         first.log(step, {"loss": 1.0})
@@ -103,7 +103,7 @@ def test_tensorboard_takes_back_what_a_resumed_run_repeats(tmp_path: Path) -> No
     ]
 
 
-def test_tensorboard_leaves_your_writer_open(tmp_path: Path) -> None:
+def test_tensorboard_does_not_close_a_given_writer(tmp_path: Path) -> None:
     writer = SummaryWriter(str(tmp_path))
     sink = TensorBoard(writer)
     sink.log(1, {"loss": 3.0, "stream_rms/a <b> & 'c'": 2.0})
@@ -114,7 +114,7 @@ def test_tensorboard_leaves_your_writer_open(tmp_path: Path) -> None:
     assert set(read(tmp_path).Tags()["scalars"]) == {"run/loss", "stream_rms/a <b> & 'c'", "mine"}
 
 
-def test_tensorboard_writes_through_any_writer_with_its_methods() -> None:
+def test_tensorboard_accepts_any_writer_with_the_same_methods() -> None:
     class Writer:
         def __init__(self) -> None:
             self.said: list[object] = []
@@ -136,17 +136,17 @@ def test_tensorboard_writes_through_any_writer_with_its_methods() -> None:
     assert writer.said == [("run/loss", 1.5, 3), ("alarms/layer-jump", sentence(ALARM), 7), "flush"]
 
 
-def test_a_tensorboard_that_never_logs_leaves_no_file(tmp_path: Path) -> None:
+def test_tensorboard_without_logs_creates_no_file(tmp_path: Path) -> None:
     TensorBoard(tmp_path / "new").close()
     assert not (tmp_path / "new").exists()
 
 
-def test_tensorboard_wants_a_folder_or_a_writer() -> None:
-    with pytest.raises(ConfigError, match=r"needs a folder or a writer, got int. Pass a path"):
+def test_tensorboard_refuses_other_targets() -> None:
+    with pytest.raises(ConfigError, match=r"folder or a writer, got int"):
         TensorBoard(3)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_package_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -164,23 +164,23 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 # Failures -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_sink_that_fails_is_told_of_once_and_the_training_goes_on() -> None:
+def test_failing_sink_warns_once_and_training_continues() -> None:
     broken = Broken()
-    with pytest.warns(UserWarning, match="Broken gets no more from omninorm.watch: OSError.*No space left") as told:
-        weights = train([broken], sick_at=5)
-    assert len([w for w in told if "Broken" in str(w.message)]) == 1
+    with pytest.warns(UserWarning, match="Broken failed.*OSError.*No space left") as warned:
+        weights = train([broken], faulty_at=5)
+    assert len([w for w in warned if "Broken" in str(w.message)]) == 1
     assert broken.calls == ["log 1", "log 2"]
-    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(weights, train([], sick_at=5), strict=True))
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(weights, train([], faulty_at=5), strict=True))
 
 
-def test_a_sink_that_can_not_begin_does_not_end_the_training(tmp_path: Path) -> None:
+def test_sink_that_cannot_open_does_not_end_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="TensorBoard gets no more"):
+    with pytest.warns(UserWarning, match="TensorBoard failed"):
         weights = train([TensorBoard(tmp_path / "file")])
     assert all(torch.equal(a, b) for a, b in zip(weights, train([]), strict=True))
 
 
-def test_one_broken_sink_does_not_silence_another() -> None:
+def test_failing_sink_does_not_affect_others() -> None:
     class Good(Broken):
         def log(self, step, numbers) -> None:
             self.calls.append(f"log {step}")
@@ -191,7 +191,7 @@ def test_one_broken_sink_does_not_silence_another() -> None:
     assert good.calls == ["log 1", "log 2", "log 4", "log 6", "close"]
 
 
-def test_an_interrupt_in_a_sink_is_not_swallowed() -> None:
+def test_interrupt_in_a_sink_is_raised() -> None:
     class Slow(Broken):
         def log(self, step, numbers) -> None:
             raise KeyboardInterrupt
@@ -200,6 +200,6 @@ def test_an_interrupt_in_a_sink_is_not_swallowed() -> None:
         train([Slow()])
 
 
-def test_an_alarm_as_text() -> None:
+def test_alarm_is_formatted_as_text() -> None:
     assert sentence(ALARM) == "fail at step 7, blocks.2: Its stream is 40 × the one before. Lower the rate."
     assert sentence(Alarm(2, "warn", "loss-spike", None, "A spike.", "Wait.")) == "warn at step 2: A spike. Wait."

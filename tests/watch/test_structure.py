@@ -1,4 +1,4 @@
-"""What is found in models, ours and others': blocks, norms, attention, what writes to the stream, groups."""
+"""Recognition of blocks, norms, attention, writers to the stream and parameter groups in many models."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ FOREIGN: dict[str, tuple[Any, dict[str, list[str]], str, int, str, Any]] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_models_of_transformers(name: str) -> None:
+def test_transformers_models_are_recognized(name: str) -> None:
     build, wanted, kind, norms, placement, loss_of = FOREIGN[name]
     torch.manual_seed(0)
     watched = train_watched(model := build(), adamw(model), 2, loss_of)
@@ -157,7 +157,7 @@ def test_models_of_transformers(name: str) -> None:
         "none",
     ],
 )
-def test_placements_of_thinker(placement: str) -> None:
+def test_placements_of_a_thinker_are_measured(placement: str) -> None:
     kind = "none" if placement == "none" else "rmsnorm"
     config = ThinkerConfig(
         vocab_size=23, d_model=16, n_layers=4, n_heads=4, norm=NormConfig(normalization=kind, norm_placement=placement)
@@ -179,7 +179,7 @@ def test_placements_of_thinker(placement: str) -> None:
     assert all(v is not None for v in signal(watched, "feed_forward_ratio"))
 
 
-def test_a_feed_forward_as_wide_as_the_stream() -> None:
+def test_feed_forward_as_wide_as_the_stream_is_recognized() -> None:
     """Then the widths do not tell which layer writes to it."""
     for kind in ("swiglu", "gelu"):
         model = Thinker(ThinkerConfig(vocab_size=23, d_model=16, n_layers=2, n_heads=4, d_ff=16, feed_forward=kind))
@@ -217,7 +217,7 @@ class MixerBlock(nn.Module):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("hidden", [16, 48, 64])
-def test_attention_whose_name_does_not_say_so(fused: bool, hidden: int) -> None:
+def test_attention_is_recognized_without_its_name(fused: bool, hidden: int) -> None:
     blocks = nn.ModuleList(MixerBlock(Mixer(fused), hidden) for _ in range(2))
     model = nn.Sequential(nn.Embedding(23, 16), *blocks)
     for block, module in zip(find_structure(model).blocks, blocks, strict=True):
@@ -227,7 +227,7 @@ def test_attention_whose_name_does_not_say_so(fused: bool, hidden: int) -> None:
 
 
 @pytest.mark.parametrize("hidden", [16, 48])
-def test_a_feed_forward_alone_is_no_attention(hidden: int) -> None:
+def test_feed_forward_alone_is_not_taken_for_attention(hidden: int) -> None:
     """Gated and plain, and another mixer of tokens than attention."""
     gated = Thinker(ThinkerConfig(vocab_size=23, d_model=16, n_heads=4, d_ff=hidden)).blocks[0].feed_forward
     model = nn.Sequential(nn.Embedding(23, 16), *(MixerBlock(copy.deepcopy(gated), hidden) for _ in range(2)))
@@ -250,7 +250,7 @@ def test_a_feed_forward_alone_is_no_attention(hidden: int) -> None:
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_torchs_own_transformer(batch_first: bool, norm_first: bool) -> None:
+def test_torch_transformer_is_recognized(batch_first: bool, norm_first: bool) -> None:
     options: dict[str, Any] = {"dropout": 0.0, "batch_first": batch_first, "norm_first": norm_first}
     model = nn.Transformer(WIDTH, HEADS, 2, 3, 32, **options)
     source, target = torch.randn(2, 2, 5, WIDTH).unbind()
@@ -305,7 +305,7 @@ class PeftLinear(nn.Module):
 
 
 @pytest.mark.parametrize("adapter", [LoRALinear, PeftLinear])
-def test_adapted_layers(adapter: type[nn.Module]) -> None:
+def test_adapted_layers_are_recognized(adapter: type[nn.Module]) -> None:
     """The adapted layer writes to the stream, not its low-rank part."""
     model = Decoder()
     for block in model.blocks:
@@ -335,7 +335,7 @@ class Experts(nn.Module):
         return y
 
 
-def test_mixtures_of_experts() -> None:
+def test_mixtures_of_experts_are_recognized() -> None:
     """The mixture as a whole writes to the stream."""
     model = Decoder()
     for block in model.blocks:
@@ -347,26 +347,26 @@ def test_mixtures_of_experts() -> None:
     assert all(v is not None for v in signal(watched, "feed_forward_ratio"))
 
 
-def test_one_block() -> None:
+def test_single_block_is_recognized() -> None:
     watched = train_watched(model := Decoder(blocks=1), adamw(model), 1)
     assert watched.history.facts.blocks == ("blocks.0",)
     assert len(watched.history.samples[0].signals["stream_rms"]) == 1
 
 
-def test_a_list_of_one_shared_block() -> None:
+def test_list_of_one_shared_block_is_recognized() -> None:
     model = Decoder()
     model.blocks = nn.ModuleList([model.blocks[0]] * 6)
     assert [block.name for block in find_structure(model).blocks] == ["blocks.0"]
 
 
-def test_what_is_no_stack() -> None:
+def test_containers_that_are_no_stack_have_no_blocks() -> None:
     mlp = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     assert find_structure(mlp).blocks == []
     assert find_structure(nn.Sequential(mlp, nn.Linear(4, 4))).blocks == []
     assert find_structure(nn.ModuleList([nn.Embedding(3, 4)])).blocks == []
 
 
-def test_wrappers_are_taken_off() -> None:
+def test_wrappers_are_removed() -> None:
     model = Decoder()
     assert unwrap(nn.DataParallel(model)) is model
     assert unwrap(torch.compile(model, backend="eager")) is model
@@ -417,7 +417,7 @@ class CountingNorm(SomeLayerNorm):
         return super().forward(x)
 
 
-def test_facts_of_norms() -> None:
+def test_facts_about_norms_are_read() -> None:
     def facts(module: nn.Module) -> tuple[bool, float, float | None]:
         norm = read_norm("n", module, None)
         return norm.centred, norm.offset, norm.facts.eps
@@ -439,7 +439,7 @@ def test_facts_of_norms() -> None:
     assert float(counting.calls) == 0
 
 
-def test_what_is_a_norm() -> None:
+def test_norms_are_recognized() -> None:
     assert all(
         is_norm(module) for module in (SomeRMSNorm(), SomeLayerNorm(), nn.LayerNorm(3, elementwise_affine=False))
     )
@@ -447,7 +447,7 @@ def test_what_is_a_norm() -> None:
     assert not any(is_norm(module) for module in others)
 
 
-def test_norms_over_several_dimensions() -> None:
+def test_norms_over_several_dimensions_are_recognized() -> None:
     """Their gain is a matrix: statistics of the input, no noise scale, and no error in backward."""
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm((3, 4), eps=0.5))
     x = torch.randn(5, 3, 4)
@@ -458,7 +458,7 @@ def test_norms_over_several_dimensions() -> None:
     assert signal(watched, "gain_max") == [1.0]
 
 
-def test_groups_hold_every_parameter_once() -> None:
+def test_every_parameter_is_in_one_group() -> None:
     model = Decoder()
     model.scale = nn.Parameter(torch.ones(()))
     model.head.weight = model.embedding.weight
@@ -468,7 +468,7 @@ def test_groups_hold_every_parameter_once() -> None:
     assert sorted(members) == sorted(id(p) for p in model.parameters())
 
 
-def test_many_parts_beside_the_blocks_are_grouped_coarsely() -> None:
+def test_many_parts_outside_the_blocks_are_grouped_coarsely() -> None:
     model = nn.Module()
     model.parts = nn.ModuleDict({f"p{at}": nn.Linear(1, 1) for at in range(40)})
     model.last = nn.Linear(1, 1)

@@ -1,4 +1,4 @@
-"""`omninorm report`: a run's record as one HTML page."""
+"""`omninorm report`: write the report page of a run or a comparison."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from omninorm.cli.console import console
 from omninorm.cli.harmless import harmless
 from omninorm.report import RunStory, Verdict, judge, read_run, write_page
 
-TIMINGS_FILE = "timings.json"  # of a comparison
+TIMINGS_FILE = "timings.json"  # present in the folder of a comparison
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, or its record.jsonl.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="The page's file.", show_default="RUN/report.html")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a run or a comparison, or a record.jsonl.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="Output file.", show_default="RUN/report.html")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Turn a run's record into one HTML page that says what went wrong, where, and what to try.
+    """Write a run's report: one HTML page with what went wrong, where, and what to try.
 
-    Of a comparison's folder, the page of its results; where --out ends in .md, as Markdown with figures beside it.
+    For a comparison's folder, write the page of its results; with --out FILE.md, as Markdown with the figures next to
+    it.
     """
     if (run / TIMINGS_FILE).exists():
         _comparison(run, out or run / "report.html", as_json)
@@ -32,7 +35,7 @@ def report(
     verdict = judge(story)
     page = write_page(story, out or (run if run.is_dir() else run.parent) / "report.html")
     if as_json:
-        typer.echo(json.dumps(_told(run, story, verdict, page), ensure_ascii=True, indent=2))
+        typer.echo(json.dumps(_summary(run, story, verdict, page), ensure_ascii=True, indent=2))
         return
     screen = console()
     screen.print(harmless(verdict.sentence, one_line=True))
@@ -41,11 +44,11 @@ def report(
     for line in (verdict.more, f"Alarms: {_count(story)}.", *story.notes):
         if line:
             screen.print(harmless(line, one_line=True))
-    screen.print(f"Written to {harmless(str(page), one_line=True)}")
+    screen.print(f"Report: {harmless(str(page), one_line=True)}")
 
 
 def _comparison(folder: Path, out: Path, as_json: bool) -> None:
-    from omninorm.report import comparison as pages  # they need more packages
+    from omninorm.report import comparison as pages  # imported here because they need optional packages
 
     comparison = pages.read_comparison(folder)
     write = pages.write_markdown if out.suffix == ".md" else pages.write_comparison_page
@@ -56,7 +59,7 @@ def _comparison(folder: Path, out: Path, as_json: bool) -> None:
         return
     screen = console()
     show_cards(screen, cards)
-    screen.print(f"Written to {harmless(str(page), one_line=True)}")
+    screen.print(f"Report: {harmless(str(page), one_line=True)}")
 
 
 def _count(story: RunStory) -> str:
@@ -65,7 +68,7 @@ def _count(story: RunStory) -> str:
     return f"{failures}, {warnings} warning{'' if warnings == 1 else 's'}" if fails or warnings else "none"
 
 
-def _told(run: Path, story: RunStory, verdict: Verdict, page: Path) -> dict[str, Any]:
+def _summary(run: Path, story: RunStory, verdict: Verdict, page: Path) -> dict[str, Any]:
     fields = ("step", "severity", "rule", "layer", "evidence", "remedy", "source", "ranks")
     return {
         "run": str(run),

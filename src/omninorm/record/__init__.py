@@ -1,4 +1,4 @@
-"""A run's record and the files beside it, written so that nothing is ever lost by halves."""
+"""A run's record, and files that are written atomically."""
 
 from omninorm.record.jsonl import RECORD_FILE, Record, final_status, read_history, read_record
 

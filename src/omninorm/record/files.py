@@ -1,9 +1,10 @@
-"""Writing files so that a crash, a kill or a full disk never leaves half of one under its real name."""
+"""Atomic file writes: a crash, a kill or a full disk never leaves an incomplete file under its final name."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,47 +18,78 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError within into a RunError that names the path and the remedy."""
+    """Turn an OSError raised inside the block into a RunError with the path and a remedy."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        invariant, remedy = "a run's folder must be writable", "choose another folder"
+        remedy = "choose another folder"
         if error.errno in _FULL:
-            invariant, remedy = "a run needs space on its disk", "free some and resume; what was complete is intact"
+            remedy = "free some disk space and resume; files that were complete are intact"
         elif error.errno == errno.EFBIG:
-            invariant, remedy = "a run's files must be allowed to grow", "raise the limit (ulimit -f) and resume"
-        raise RunError(invariant, f"{reason!r} while writing {path}", remedy) from error
+            remedy = "raise the limit on file sizes (ulimit -f) and resume"
+        raise RunError(f"Cannot write {path}: {error.strerror or error}", "", remedy) from error
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name beside it, makes it durable, and renames it.
+    """Write a file under a temporary name next to it, sync it to disk, and rename it.
 
-    A pipe or a character device, such as /dev/null, is written to: a rename would put a file in its place.
+    If another process is writing the same file, wait for it. What a killed process left under the temporary name is
+    overwritten. A pipe or a character device, such as /dev/null, is written to directly: a rename would replace it.
 
     Raises:
-        OSError: the disk is full or the folder can't be written; then neither name is left behind.
+        OSError: the disk is full or the folder cannot be written; then neither name is left behind.
     """
     if path.exists() and (path.is_fifo() or path.is_char_device()):
         path.write_bytes(content)
         return
     partial = path.with_name(f"{TEMPORARY}{path.name}")
-    try:
-        write_durably(partial, content)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with _claimed(partial) as descriptor:
+        try:
+            os.ftruncate(descriptor, 0)
+            write_all(descriptor, content)
+            os.fsync(descriptor)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[int]:
+    """Open a temporary file, or create it, and lock it, so that no other process writes or removes it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with contextlib.suppress(OSError):  # some file systems have no locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Whoever held the lock has renamed or removed the file by now.
+            if _is_open(path, descriptor):
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_open(path: Path, descriptor: int) -> bool:
+    """Return whether the path is still the name of the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Writes a folder of files under a temporary name, makes all of it durable, and renames it.
+    """Write a folder of files under a temporary name, sync it to disk, and rename it.
+
+    What a killed process left under the temporary name is removed, so only one process may write a folder at a time.
 
     Raises:
-        OSError: as `write_file`, and where `path` already exists with something in it.
+        OSError: as for `write_file`, and if `path` already exists and is not empty.
     """
     partial = path.with_name(f"{TEMPORARY}{path.name}")
+    if partial.is_dir():
+        shutil.rmtree(partial)
     try:
         partial.mkdir()
         for name, content in files.items():
@@ -69,44 +101,59 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def rename_folder(partial: Path, path: Path) -> None:
-    """Gives a folder that is complete its real name, durably."""
+    """Rename a complete folder to its final name and sync the rename to disk."""
     sync_folder(partial)
     os.rename(partial, path)
     sync_folder(path.parent)
 
 
 def remove_folder(path: Path) -> None:
-    """Deletes a folder; a kill in between leaves a temporary name, not half a folder under its real name."""
+    """Delete a folder. A kill in between leaves a temporary name, not an incomplete folder under its final name."""
     leaving = path.with_name(f"{TEMPORARY}old-{path.name}")
+    if leaving.is_dir():
+        shutil.rmtree(leaving)
     os.rename(path, leaving)
     shutil.rmtree(leaving)
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Deletes what killed processes left in a folder. Only the holder of the run's lock may call this."""
+    """Delete what killed processes left in a folder. Only the holder of the run's lock may call this."""
     for path in folder.glob(f"{TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path)
-        else:
-            path.unlink()
+    remove_abandoned_files(folder)
+
+
+def remove_abandoned_files(folder: Path, names: str = "*") -> None:
+    """Delete the temporary files for these names that no process is writing; a kill may have left them."""
+    for path in folder.glob(f"{TEMPORARY}{names}"):
+        with contextlib.suppress(OSError):
+            if path.is_symlink() or not path.is_file():
+                continue
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Writes and fsyncs one file."""
+    """Write and fsync one file."""
     with open(path, "wb", buffering=0) as file:
         write_all(file.fileno(), content)
         os.fsync(file.fileno())
 
 
 def write_all(descriptor: int, content: bytes | memoryview) -> None:
-    """Writes every byte: the system may take only a part of what it is given, for example on a nearly full disk."""
+    """Write every byte: a single system call may write only a part, for example on a nearly full disk."""
     rest = memoryview(content)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable."""
+    """Sync the names in a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

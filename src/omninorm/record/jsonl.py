@@ -1,4 +1,4 @@
-"""record.jsonl: what happened in a run, one JSON event per line, only ever appended to."""
+"""record.jsonl: the events of a run, one JSON object per line. The file is append-only."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from omninorm.errors import RunError
-from omninorm.record.files import sync_folder, write_all, writing
+from omninorm.record.files import remove_abandoned_files, sync_folder, write_all, writing
 
 RECORD_FILE = "record.jsonl"
-# Ways for a process to stop. What they say is no longer true once the run goes on.
+REPORT_FILE = "report.html"  # the page that is written next to a record
+# Ends of a process. They are no longer true once the run is resumed.
 _STOPS = ("interrupted", "diverged", "finished")
-# What a training run says of itself, in numbers alone. The events of `omninorm.watch` hold names and lists, too.
+# Events of a training run, which hold only numbers. The events of `omninorm.watch` also hold names and lists.
 _KIND = re.compile(rb'\{"kind": "([a-z]+)"')
 _NUMBERS = ("step", "eval", "resume", *_STOPS)
 
 
 class Record:
-    """Appends events to a record. Every line is written whole, or removed again when the disk is full.
+    """Appends events to a record. A line that cannot be written completely, as on a full disk, is removed again.
 
-    Opening it cuts off a torn last line, which a kill or a power failure may have left.
+    Opening a record removes what a kill or a power failure may have left: an incomplete last line, and the temporary
+    file of the report.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,15 +38,16 @@ class Record:
                 os.ftruncate(self._descriptor, _whole(path.read_bytes()))
                 if new:
                     sync_folder(path.parent)
+                remove_abandoned_files(path.parent, REPORT_FILE)
             except BaseException:
                 os.close(self._descriptor)
                 raise
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Writes one event, handed to the operating system at once. NaN and infinities become strings.
+        """Write one event and hand it to the operating system. NaN and infinities become strings.
 
         Raises:
-            RunError: the disk is full, or the file can't be written any more.
+            RunError: the disk is full, or the file can no longer be written.
         """
         line = json.dumps(_encode(event), allow_nan=False, ensure_ascii=False).encode() + b"\n"
         with writing(self.path):
@@ -56,7 +59,7 @@ class Record:
                 raise
 
     def sync(self) -> None:
-        """Makes all events durable, so that no checkpoint is ever newer than its record."""
+        """Sync all events to disk, so that no checkpoint is ever newer than its record."""
         with writing(self.path):
             os.fsync(self._descriptor)
 
@@ -65,21 +68,22 @@ class Record:
 
 
 def read_history(path: Path, kinds: Container[str] | None = None) -> list[dict[str, Any]]:
-    """Every event in the file, in the order in which it was written; a torn last line is dropped.
+    """Return the events in the file, in their order. An incomplete last line is ignored.
 
     Args:
         path: the record.
-        kinds: those that are wanted; lines that begin with another are not looked at. None means all.
+        kinds: the kinds to return; lines of other kinds are skipped without parsing. None means all.
 
     Raises:
-        RunError: the file can't be read, or a whole line of it is not an event.
+        RunError: the file cannot be read, or a complete line is not an event.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RunError("a run's record must be readable", f"{error.strerror} at {path}", "check the folder") from error
+        problem = f"Cannot read the record {path}: {error.strerror}"
+        raise RunError(problem, "", "check the path and the permissions") from error
     events = []
     for number, line in enumerate(content[: _whole(content)].splitlines(), start=1):
         named = _KIND.match(line)
@@ -89,18 +93,18 @@ def read_history(path: Path, kinds: Container[str] | None = None) -> list[dict[s
             event = _decode(json.loads(line))
             _check_event(event)
         except (ValueError, RecursionError) as error:
-            received = f"line {number} of {path} ({error})"
-            raise RunError("each line of a record must be an event", received, "delete that line") from error
+            problem = f"Line {number} of {path} is not an event ({error})"
+            raise RunError(problem, "", "delete that line") from error
         events.append(event)
     return events
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
-    """The run's story without its accidents: a killed and resumed run reads as one that was never interrupted.
+    """Return the run's events as if it had never been interrupted, even if it was killed and resumed.
 
-    An event {"kind": "resume", "step": N} takes back what was recorded after step N, and every stop; a later event
-    of the same kind and step supersedes the earlier one. Durations are kept apart, under "clock". What
-    `omninorm.watch` has added is left out; `omninorm.report.read_run` reads that.
+    An event {"kind": "resume", "step": N} discards what was recorded after step N, and every stop; a later event of the
+    same kind and step replaces the earlier one. Durations are separate, under "clock". Events of `omninorm.watch` are
+    left out; `omninorm.report.read_run` reads them.
     """
     story: dict[tuple[str, int], dict[str, Any]] = {}
     for event in read_history(path, _NUMBERS):
@@ -112,30 +116,30 @@ def read_record(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_event(event: Any) -> None:
-    """Raises ValueError unless it is what `Record` writes: a kind, a step, and numbers."""
+    """Raise ValueError unless the event has a kind and a step, and numbers where they belong."""
     if not isinstance(event, dict) or "kind" not in event or "step" not in event:
-        raise ValueError("no kind and step")
+        raise ValueError("it has no kind and step")
     if not isinstance(event["kind"], str):
-        raise ValueError("a kind that is no name")
+        raise ValueError("its kind is not a string")
     if not isinstance(event["step"], int) or event["step"] < 0:
-        raise ValueError("a step that is no count")
+        raise ValueError("its step is not a whole number >= 0")
     clock = event.get("clock", {})
     if not isinstance(clock, dict):
-        raise ValueError("a clock without durations")
+        raise ValueError("its clock is not an object")
     numbers = {**event, **clock} if event["kind"] in _NUMBERS else {}
     for name, value in numbers.items():
         if name not in ("kind", "clock") and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"{name} is not a number")
+            raise ValueError(f"{name[:80]} is not a number")
 
 
 def final_status(path: Path) -> str | None:
-    """ "finished" or "diverged" once the run of this record has come to its end, else None."""
+    """Return "finished" or "diverged" if the run of this record has ended so, else None."""
     kinds = {event["kind"] for event in read_record(path)}
     return next((status for status in ("finished", "diverged") if status in kinds), None)
 
 
 def _whole(content: bytes) -> int:
-    """Length of the content up to and including its last newline."""
+    """Return the length of the content up to and including its last newline."""
     return content.rfind(b"\n") + 1
 
 

@@ -1,4 +1,4 @@
-"""The signals of a watched run: what each measures, and along which axis it has a value."""
+"""The signals of a monitored run: what each measures, and along which axis it has values."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 
 class Signal(NamedTuple):
-    """One row of the table: its axis, a title for people, the formula, and whether its scale is logarithmic.
+    """One signal: its axis, title and formula, and whether it is drawn on a logarithmic scale.
 
     A signal has one value per sample (axis "run"), one per transformer block ("block"), one per norm ("norm"), or one
-    per group of parameters ("group"): each block, and each part of the model beside the blocks.
+    per group of parameters ("group"): each block, and each part of the model outside the blocks.
     """
 
     axis: str
@@ -19,7 +19,7 @@ class Signal(NamedTuple):
 
 
 SIGNALS: dict[str, Signal] = {
-    # Seen in the forward pass.
+    # Measured in the forward pass.
     "stream_rms": Signal("block", "residual stream", "RMS(x) of the block's output", True),
     "stream_max": Signal("block", "largest activation", "max |x| of the block's output", True),
     "stream_median": Signal("block", "median activation", "median |x| of the block's output", True),
@@ -36,11 +36,11 @@ SIGNALS: dict[str, Signal] = {
     "saturation": Signal("norm", "saturation", "share of |αx| > 2 at a DyT or Derf"),
     "logz": Signal("run", "output normalizer", "log Z, of the largest magnitude among tokens"),
     "logz_mean": Signal("run", "mean output normalizer", "log Z, mean over tokens"),
-    # Seen in the backward pass.
+    # Measured in the backward pass.
     "stream_grad": Signal("block", "gradient of the stream", "RMS(∂loss/∂x) at the block's output", True),
     "grad_norm": Signal("group", "gradient norm", "‖∂loss/∂w‖ of the group's parameters, before clipping", True),
     "noise_scale": Signal("run", "gradient noise scale", "tr Σ / |G|² in examples, from the norms' gains", True),
-    # Seen in the parameters and the optimizer.
+    # Measured on the parameters and the optimizer.
     "gain_max": Signal("norm", "largest gain", "max |γ|", True),
     "gain_ratio": Signal("norm", "gain drift", "max |γ| / median |γ|", True),
     "gain_small": Signal("norm", "silent gains", "share of |γ| < 1e-3"),

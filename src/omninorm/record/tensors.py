@@ -1,4 +1,4 @@
-"""Safetensors files: how they are opened, and what their dtypes' names say."""
+"""Open safetensors files, and read the sizes of their dtypes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def open_safetensors(path: Path) -> Any:
-    """The open file, for `with`.
+    """Open a file, for use in a `with` statement.
 
     Raises:
-        RunError: the file is missing, cut off or damaged.
+        RunError: the file is missing, truncated or damaged.
         MissingExtraError: safetensors is not installed.
     """
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
-        remedy = "install it by `pip install 'omninorm[interop]'`"
-        raise MissingExtraError(
-            "reading weights needs the package safetensors", "an environment without it", remedy
-        ) from error
+        remedy = 'Install it with pip install "omninorm[interop]"'
+        raise MissingExtraError("Reading weights needs the package safetensors", "", remedy) from error
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -32,6 +30,6 @@ def open_safetensors(path: Path) -> Any:
 
 
 def bits(dtype: str) -> int:
-    """Bits of an element: the number in the name; a bool takes a byte."""
+    """Return the bits of an element: the number in the dtype's name; a bool takes a byte."""
     digits = "".join(character for character in dtype.split("_")[0] if character.isdigit())
     return int(digits) if digits else 8

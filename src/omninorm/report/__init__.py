@@ -1,4 +1,4 @@
-"""A run's record, read back and drawn: read_run, read_frames and write_report."""
+"""Read a run's record and write its report page: read_run, read_frames and write_report."""
 
 from omninorm.report.frames import read_frames
 from omninorm.report.page import render, write_page, write_report

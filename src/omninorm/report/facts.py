@@ -1,4 +1,4 @@
-"""The run in a few facts, as pairs of a label and a text."""
+"""Key facts about a run, as pairs of a label and a text."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from omninorm.report.text import plural, short
 from omninorm.report.verdict import describe_end
 
 _PLACEMENTS = {
-    "pre": "pre-norm, as measured",
-    "post": "post-norm, as measured",
-    "both": "before and after each branch, as measured",
-    "none": "the blocks have no norm",
+    "pre": "pre-norm (measured)",
+    "post": "post-norm (measured)",
+    "both": "before and after each branch (measured)",
+    "none": "no norms in the blocks",
 }
 _UNKNOWN = "not recorded"
 
 
 def facts(story: RunStory) -> list[tuple[str, str]]:
-    """What the page's second part shows."""
+    """Return the facts of the page's section "The run"."""
     known = story.watched or Watched()
     optimizer = known.optimizer or _UNKNOWN
     rates = story.series["lr"].values if "lr" in story.series else []
@@ -33,19 +33,19 @@ def facts(story: RunStory) -> list[tuple[str, str]]:
         ("Largest learning rate", short(max(rates)) if rates else _UNKNOWN),
         ("Steps", _steps(story)),
         ("Samples", samples(story)),
-        ("Newest loss", _loss(story)),
-        ("Newest evaluation", f"{short(story.evals.values[-1])} bits per byte" if story.evals.values else ""),
-        ("Speed", f"{short(story.tokens_per_second)} tokens/s, median" if story.tokens_per_second else ""),
+        ("Last loss", _loss(story)),
+        ("Last evaluation", f"{short(story.evals.values[-1])} bits per byte" if story.evals.values else ""),
+        ("Speed", f"{short(story.tokens_per_second)} tokens/s (median)" if story.tokens_per_second else ""),
         ("Ranks", _ranks(story, known)),
         ("Started", _moment(known.started or str(story.config.get("started") or _UNKNOWN))),
         ("Ended", describe_end(story)),
         ("Versions", _versions(story, known)),
     ]
-    return [(label, told) for label, told in pairs if told]
+    return [(label, text) for label, text in pairs if text]
 
 
 def samples(story: RunStory) -> str:
-    """How many samples there are, and how many of them the page shows."""
+    """Return how many samples there are and how many of them the page shows."""
     if not story.samples:
         return "none"
     every = story.watched.every if story.watched else None
@@ -55,44 +55,50 @@ def samples(story: RunStory) -> str:
         return f"{story.samples:,}{', ' if rhythm else ''}{rhythm}, all shown"
     stride = _typical_stride(story)
     taken = f" ({rhythm})" if rhythm else ""
-    return f"every {_ordinal(stride)} of {story.samples:,} samples shown{taken}, and each one at an alarm"
+    return f"every {_ordinal(stride)} of {story.samples:,} samples shown{taken}, plus those at alarms"
 
 
 def settings(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """config.json, flat: [("train.lr", "0.003"), …], at most 200 of them."""
+    """Flatten config.json to [("train.lr", "0.003"), …], at most 200 of them."""
     found: list[tuple[str, str]] = []
     for name, value in config.items():
         if isinstance(value, dict) and prefix.count(".") < 3:
             found += settings(value, f"{prefix}{name}.")
         elif value is not None:
-            found.append((f"{prefix}{name}", str(value)))
+            found.append((f"{prefix}{name}", _shown(value)))
     return found[:200]
 
 
+def _shown(value: Any) -> str:
+    try:
+        return str(value)
+    except RecursionError:
+        return "nested too deeply to show"
+
+
 def loss_unit(story: RunStory) -> str:
-    """What a loss is counted in. Of a loop of somebody else's, nothing is known."""
+    """Return the unit of the loss; "" where it is unknown, as in a custom training loop."""
     trained = story.evals.values or "train" in story.config
-    return "nats per token" if trained else "in the unit that was given"
+    return "nats per token" if trained else ""
 
 
 def _loss(story: RunStory) -> str:
     if "loss" not in story.series or not story.series["loss"].values:
         return _UNKNOWN
-    unit = loss_unit(story)
-    return f"{short(story.series['loss'].values[-1])}{' ' if unit.startswith('nats') else ', '}{unit}"
+    return f"{short(story.series['loss'].values[-1])} {loss_unit(story)}".strip()
 
 
 def _typical_stride(story: RunStory) -> int:
     gaps = [after.step - before.step for before, after in zip(story.columns, story.columns[1:], strict=False)]
     every = (story.columns[-1].step - story.columns[0].step) / max(1, story.samples - 1)
-    # The most frequent one: where samples at alarms were added, the gaps are smaller.
+    # The most frequent gap: samples at alarms make some gaps smaller.
     return max(1, round(Counter(gaps).most_common(1)[0][0] / every)) if gaps and every > 0 else 1
 
 
-def _moment(told: str) -> str:
-    """2026-03-01T10:00:00+00:00 as 2026-03-01 10:00 UTC; what is no such text stays as it is."""
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(?::\d\d(?:\.\d+)?)?(Z|\+00:00)?", told)
-    return f"{match[1]} {match[2]}{' UTC' if match[3] else ''}" if match else told
+def _moment(text: str) -> str:
+    """Format 2026-03-01T10:00:00+00:00 as 2026-03-01 10:00 UTC; leave any other text unchanged."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(?::\d\d(?:\.\d+)?)?(Z|\+00:00)?", text)
+    return f"{match[1]} {match[2]}{' UTC' if match[3] else ''}" if match else text
 
 
 def _ordinal(number: int) -> str:
@@ -116,26 +122,28 @@ def _norms(known: Watched) -> str:
     frozen = sum(norm.frozen for norm in known.norms)
     ours = sum(norm.ours for norm in known.norms)
     parts += [f"{frozen} frozen"] if frozen else []
-    parts += [f"{ours} of them omninorm's"] if 0 < ours < len(known.norms) else ["all omninorm's"] if ours else []
+    parts += [f"{ours} from omninorm"] if 0 < ours < len(known.norms) else ["all from omninorm"] if ours else []
     return ", ".join(parts[:8])
 
 
 def _steps(story: RunStory) -> str:
     if not story.last_step:
         return "none"
-    return plural(story.last_step, "step") + (f", from step {story.first_step:,} on" if story.first_step > 1 else "")
+    return plural(story.last_step, "step") + (
+        f", recorded from step {story.first_step:,}" if story.first_step > 1 else ""
+    )
 
 
 def _ranks(story: RunStory, known: Watched) -> str:
     if known.world_size == 1:
         return ""
     raised = sorted({rank for alarm in story.alarms for rank in alarm.ranks})
-    alarmed = f"; alarms on {', '.join(map(str, raised))}" if raised else ""
-    return f"{known.world_size}; curves and maps are rank 0's{alarmed}"
+    alarmed = f"; alarms on ranks {', '.join(map(str, raised))}" if raised else ""
+    return f"{known.world_size}; curves and maps show rank 0{alarmed}"
 
 
 def _versions(story: RunStory, known: Watched) -> str:
-    told = known.versions or story.config.get("versions")
-    chosen = told if isinstance(told, dict) else {}
+    text = known.versions or story.config.get("versions")
+    chosen = text if isinstance(text, dict) else {}
     shown = {name: value for name, value in chosen.items() if known.versions or name in ("omninorm", "torch", "python")}
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value) or _UNKNOWN

@@ -1,4 +1,4 @@
-"""read_frames: a record as pandas DataFrames."""
+"""read_frames: read a record as pandas DataFrames."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from omninorm.report.values import DamageError, mapping, numbers
 
 
 def read_frames(path: str | Path, samples: int | None = None) -> dict[str, Any]:
-    """A run's record as three pandas DataFrames.
+    """Return a run's record as three pandas DataFrames.
 
-    "steps" has the columns step, loss, grad_norm, lr, bits_per_byte; "samples" is tidy, one row a value, with step,
-    signal, layer, value, and None as NaN; "alarms" has the fields of an alarm and `ranks`.
+    "steps" has the columns step, loss, grad_norm, lr, bits_per_byte; "samples" is tidy, with one row per value and the
+    columns step, signal, layer, value (None becomes NaN); "alarms" has the fields of an alarm and `ranks`.
 
     Args:
         path: a run's folder, or its record.jsonl.
-        samples: read only about so many, evenly spaced; None reads all, 0.4 ms a sample of 48 blocks.
+        samples: read only about this many samples, evenly spaced; None reads all (0.4 ms per sample with 48 blocks).
 
     Raises:
         MissingExtraError: pandas is not installed.
@@ -31,7 +31,7 @@ def read_frames(path: str | Path, samples: int | None = None) -> dict[str, Any]:
     try:
         pandas: Any = importlib.import_module("pandas")
     except ImportError as error:
-        raise MissingExtraError("read_frames needs pandas", "no such package", "pip install pandas") from error
+        raise MissingExtraError("read_frames needs pandas", "", "Install it with pip install pandas") from error
     story = read_run(path)
     curves = {name: dict(zip(*series, strict=True)) for name, series in story.series.items()}
     curves["bits_per_byte"] = dict(zip(*story.evals, strict=True))

@@ -1,4 +1,4 @@
-"""Numbers for a page: heat maps in two bytes a cell, curves thinned so that no extreme is lost."""
+"""Compact numbers for the page: heat maps with two bytes per cell, and curves thinned without losing extremes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 from omninorm.report.story import Series, Values
 
 NOTHING = -3e38
-"""Stands for a cell without a value. No signal that is drawn as a map can be negative."""
+"""Marks a cell without a value. No signal that is drawn as a map can be negative."""
 BUCKETS = 700
 LARGEST = 1e300
-"""What is beyond is drawn as not finite: rounded, or spread on an axis, it would be."""
+"""Larger values are drawn as not finite: rounding or scaling them could overflow."""
 
 
 def pack(columns: Iterable[Values]) -> str:
-    """Base64 of the values as bfloat16, rounded to nearest: all low bytes, then all high bytes, column by column.
+    """Encode the values as base64 of bfloat16, rounded to nearest: all low bytes, then all high bytes, by column.
 
-    bfloat16 has float32's range, NaN and infinities, and seven bits of mantissa: what is read back is within 0.4 % of
-    the value, over all 76 decades, and needs no scale beside it.
+    bfloat16 has the range of float32, NaN and infinities, and seven bits of mantissa: the decoded value is within 0.4 %
+    over all 76 decades, without a separate scale.
     """
     flat = array("f")
     for values in columns:
@@ -32,14 +32,14 @@ def pack(columns: Iterable[Values]) -> str:
             flat.fromlist([NOTHING if value is None else value for value in values])
     if sys.byteorder == "big":
         flat.byteswap()
-    # Half of the last place, added to every number at once; a carry past the mantissa rightly raises the exponent.
+    # Add half of the last place to all numbers at once. A carry out of the mantissa raises the exponent, as it should.
     total = int.from_bytes(flat.tobytes(), "little") + int.from_bytes(b"\x00\x80\x00\x00" * len(flat), "little")
     raw = total.to_bytes(4 * len(flat) + 1, "little")[:-1]
     return base64.b64encode(raw[2::4] + raw[3::4]).decode()
 
 
 def unpack(packed: str) -> list[float | None]:
-    """What the page reads back; for tests, and as the definition of the format."""
+    """Decode as the page does; for tests, and as the definition of the format."""
     raw = base64.b64decode(packed)
     half = len(raw) // 2
     values = array(
@@ -51,14 +51,14 @@ def unpack(packed: str) -> list[float | None]:
 
 
 def curve(series: Series, logarithmic: bool = False) -> dict[str, Any]:
-    """A curve's points {x, y}, and {bad}: the steps at which it was not finite, or beyond 1e300.
+    """Return a curve's points {x, y}, and {bad}: the steps at which it was not finite or beyond 1e300.
 
-    Of each of 700 buckets of steps the smallest and the largest value stay, in their order, so that a spike of a single
-    step is still there; then {mean} has the buckets' middles and means. Non-finite steps are thinned to one a bucket.
+    A long curve keeps the smallest and the largest value of each of 700 buckets of steps, in order, so that a spike of
+    a single step remains; {mean} then has the buckets' middles and means. Non-finite steps are thinned to one a bucket.
     """
     steps, values = series
     bad: list[int] = []
-    # A sum is small only if all are, is NaN if one is, and is quick to make.
+    # A quick test: the sum is large or NaN if any value is.
     if not sum(map(abs, values)) <= LARGEST:
         bad = [step for step, value in zip(steps, values, strict=True) if not abs(value) <= LARGEST]
         steps, values = _drawable(series)
@@ -75,7 +75,7 @@ def _drawable(series: Series) -> Series:
 
 
 def _extremes(values: Sequence[float]) -> list[int]:
-    """Places of the smallest and the largest value of each bucket, and of the first and the last."""
+    """Return the indices of each bucket's smallest and largest value, and of the first and the last value."""
     if len(values) <= 2 * BUCKETS:
         return list(range(len(values)))
     kept = {0, len(values) - 1}
@@ -87,7 +87,7 @@ def _extremes(values: Sequence[float]) -> list[int]:
 
 
 def _means(steps: Sequence[int], values: Sequence[float]) -> list[list[float]]:
-    """[[step, mean], …] of each bucket."""
+    """Return [[step, mean], …] of the buckets."""
     points = []
     for number in range(BUCKETS):
         start, end = number * len(values) // BUCKETS, (number + 1) * len(values) // BUCKETS
@@ -96,5 +96,5 @@ def _means(steps: Sequence[int], values: Sequence[float]) -> list[list[float]]:
 
 
 def _spans(values: Sequence[float]) -> bool:
-    """Whether positive values differ so much that a linear axis would hide most of them."""
+    """Return whether positive values span so wide a range that a linear axis would hide most of them."""
     return bool(values) and min(values) > 0 and max(values) > 8 * min(values)

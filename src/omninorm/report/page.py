@@ -1,10 +1,11 @@
-"""write_report: one self-contained HTML page, rebuilt from a run's record alone."""
+"""write_report: one self-contained HTML page, generated from a run's record."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -26,7 +27,7 @@ _MARKS = {"failing": "▲", "warnings": "○", "healthy": "✓", "quiet": "–",
 
 
 def write_report(path: str | Path, out: str | Path) -> Path:
-    """Reads a run and writes its page; an existing one is replaced in one go, never left half-written.
+    """Read a run and write its page. An existing page is replaced atomically.
 
     Args:
         path: a run's folder, or its record.jsonl.
@@ -39,11 +40,11 @@ def write_report(path: str | Path, out: str | Path) -> Path:
 
 
 def write_page(story: RunStory, out: str | Path) -> Path:
-    """As `write_report`, for a story that was read before."""
+    """Write the page of a story that has been read before, as `write_report` does."""
     target = Path(out)
     if target.exists() and target.resolve().suffix == ".jsonl":
-        # What the user gave twice by mistake can't be made again.
-        raise RunError("a page must not replace a record", str(target), "name another file, such as report.html")
+        # A record that was given as the output by mistake could not be restored.
+        raise RunError(f"The page would overwrite the record {target}", "", "name another file, such as report.html")
     content = render(story).encode()
     with writing(target):
         write_file(target, content)
@@ -51,10 +52,10 @@ def write_page(story: RunStory, out: str | Path) -> Path:
 
 
 def render(story: RunStory) -> str:
-    """The page as text.
+    """Return the page as text.
 
-    Nothing of the record gets into it unescaped, and the page's Content-Security-Policy allows no script or style but
-    its own two, by their hashes, and no connection at all.
+    All text from the record is escaped, and the page's Content-Security-Policy allows only its own script and style, by
+    their hashes, and no connections.
     """
     verdict = judge(story)
     groups = _panels(story)
@@ -70,14 +71,14 @@ def render(story: RunStory) -> str:
         "settings": _settings(story),
         "alarms": tables.alarm_table(story) or f'<p class="calm">{escape(_no_alarm(story))}</p>',
         "samples": escape(samples(story)),
-        "layers": tables.layer_table(story) or '<p class="calm">No sample was taken, so there is nothing to list.</p>',
+        "layers": tables.layer_table(story) or '<p class="calm">No sample was taken.</p>',
         "norms_table": tables.norm_table(story),
-        "unseen": tables.unseen_table(story) or '<p class="calm">Every signal was seen.</p>',
+        "unseen": tables.unseen_table(story) or '<p class="calm">Every signal has values.</p>',
         "data": embed(_data(story, verdict, [panel for group in groups.values() for panel in group])),
         "script": script,
         **{f"panels_{name}": "".join(panel.html for panel in group) for name, group in groups.items()},
     }
-    # One pass: what is filled in is not searched for slots.
+    # A single pass, so that the inserted text is not searched for slots.
     return _SLOT.sub(lambda match: slots[match[1]], _template("page.html"))
 
 
@@ -92,7 +93,7 @@ def _panels(story: RunStory) -> dict[str, list[panels.Panel]]:
 
 
 def _data(story: RunStory, verdict: Verdict, figures: Sequence[panels.Panel]) -> dict[str, Any]:
-    """What the script draws."""
+    """Return the data that the script draws."""
     known = story.watched
     axes = {axis: known.names(axis) if known else [] for axis in ("block", "norm", "group")}
     alarms = tables.shown_alarms(story)
@@ -113,31 +114,33 @@ def _data(story: RunStory, verdict: Verdict, figures: Sequence[panels.Panel]) ->
 
 
 def _ticks(story: RunStory, axis: str) -> list[str]:
-    """Short names for the rows of a map: a block's number; a norm's or a group's block, else the end of its name."""
+    """Return short names for a map's rows: the block's number, or the end of a name outside the blocks."""
     if story.watched is None:
         return []
     numbers = {name: str(index) for index, name in enumerate(story.watched.blocks)}
     names = story.watched.names(axis)
+    tails = _tails(names)
     if axis == "norm":
         taken: set[int] = set()
         labels = []
         for norm in story.watched.norms:
             repeated = norm.block is not None and norm.block in taken
-            labels.append("" if repeated else _tail(norm.name, names) if norm.block is None else str(norm.block))
+            labels.append("" if repeated else tails[norm.name] if norm.block is None else str(norm.block))
             taken |= {norm.block} if norm.block is not None else set()
         return labels
-    return [numbers.get(name) or _tail(name, names) for name in names]
+    return [numbers.get(name) or tails[name] for name in names]
 
 
-def _tail(name: str, names: Sequence[str]) -> str:
-    """So many of a name's last parts that no other name ends alike and they are no block's number or lone letter."""
-    parts = plain(name, 120).split(".")
-    for count in range(1, len(parts) + 1):
-        end = ".".join(parts[-count:])
-        alike = sum(other == end or other.endswith(f".{end}") for other in names)
-        if alike <= 1 and len(end) > 2 and not end.isdigit():
-            return end
-    return ".".join(parts)
+def _tails(names: Sequence[str]) -> dict[str, str]:
+    """Return for each name its shortest unique dotted suffix that is not just a number or a letter."""
+    parts = {name: plain(name, 120).split(".") for name in names}
+    suffixes = {name: [".".join(each[-count:]) for count in range(1, len(each) + 1)] for name, each in parts.items()}
+    counts = Counter(suffix for name in names for suffix in suffixes[name])
+
+    def is_clear(suffix: str) -> bool:
+        return counts[suffix] <= 1 and len(suffix) > 2 and not suffix.isdigit()
+
+    return {name: next(filter(is_clear, each), each[-1]) for name, each in suffixes.items()}
 
 
 def _verdict(verdict: Verdict) -> str:
@@ -151,11 +154,11 @@ def _verdict(verdict: Verdict) -> str:
 
 
 def _settings(story: RunStory) -> str:
-    told = settings(story.config)
-    if not told:
+    items = settings(story.config)
+    if not items:
         return ""
     return (
-        f"<details><summary>All settings</summary>{tables.pairs('settings', 'config.json of the run', told)}</details>"
+        f"<details><summary>All settings</summary>{tables.pairs('settings', 'config.json of the run', items)}</details>"
     )
 
 

@@ -1,4 +1,4 @@
-"""The figures of the page: what each shows, in words for those who can't see it, and why it is empty when it is."""
+"""The page's figures, with text alternatives, and the reasons for empty ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omninorm.report.story import RunStory, Series, Values
 from omninorm.report.text import escape, plural, short
 
 _AXIS_NAMES = {"block": "block", "norm": "norm", "group": "group"}
-# What a watched run calls by these names, in the order in which one would ask.
+# The signals of each section, in the order of the page.
 DEPTH = (
     "stream_rms", "stream_grad", "grad_norm", "branch_ratio", "attention_ratio", "feed_forward_ratio",
     "angle", "stream_max", "stream_median", "attention_logit", "attention_entropy", "dead_units",
@@ -22,14 +22,14 @@ NORMS = ("norm_rms", "eps_share", "gain_max", "gain_ratio", "gain_small", "mean_
 GROUPS = ("weight_rms", "update_ratio", "adam_ratio", "adam_eps_ratio")
 OUTPUT = ("logz", "logz_mean", "noise_scale")
 _CURVES = {
-    "loss": ("Loss", "{unit}, each step", True),
-    "grad_norm": ("Gradient norm", "‖∂loss/∂w‖ of all parameters, before clipping, each step", True),
-    "lr": ("Learning rate", "the largest of the optimizer's groups", False),
+    "loss": ("Loss", "{unit}every step", True),
+    "grad_norm": ("Gradient norm", "‖∂loss/∂w‖ of all parameters, before clipping, every step", True),
+    "lr": ("Learning rate", "largest among the optimizer's parameter groups", False),
 }
 
 
 class Panel(NamedTuple):
-    """A figure: its HTML, and the data that the script draws, None where there is nothing to draw."""
+    """A figure: its HTML and the data that the script draws; None if there is nothing to draw."""
 
     name: str
     html: str
@@ -37,39 +37,40 @@ class Panel(NamedTuple):
 
 
 def training_panels(story: RunStory) -> list[Panel]:
-    """Loss, gradient norm, rate and evaluations."""
+    """Return the panels of loss, gradient norm, learning rate and evaluations."""
     unknown = {
-        "loss": "No loss was given: w.step(loss) records it.",
-        "grad_norm": "No step's gradient norm was recorded.",
-        "lr": "No learning rate was recorded: omninorm.watch(model, optimizer) reads it from the optimizer.",
+        "loss": "No loss was recorded. Pass it to w.step(loss).",
+        "grad_norm": "No gradient norm was recorded.",
+        "lr": "No learning rate was recorded. Pass the optimizer: omninorm.watch(model, optimizer).",
     }
+    unit = loss_unit(story)
     panels = [
         _line(
             f"step-{name}",
             title,
-            formula.format(unit=loss_unit(story)),
+            formula.format(unit=f"{unit}, " if unit else ""),
             story.series.get(name, Series([], [])),
             log,
             unknown[name],
         )
         for name, (title, formula, log) in _CURVES.items()
     ]
-    reason = "No evaluation was recorded: omninorm train makes them, a watch alone does not."
+    reason = "No evaluation data."
     return [*panels, _line("eval", "Evaluation", "bits per byte of held-out text", story.evals, False, reason)]
 
 
 def signal_panels(story: RunStory, names: Sequence[str]) -> list[Panel]:
-    """One panel for each signal: a curve along the axis "run", a map of layer × step along the others."""
+    """Return a panel for each signal: a curve for the axis "run", a map of layer × step for the others."""
     return [(_run_signal if SIGNALS[name].axis == "run" else _map)(story, name) for name in names]
 
 
 def others() -> list[str]:
-    """Signals that the lists above don't name yet."""
+    """Return the signals that the lists above do not contain."""
     return [name for name in SIGNALS if name not in {*DEPTH, *NORMS, *GROUPS, *OUTPUT}]
 
 
 def missing_reason(story: RunStory, name: str) -> str | None:
-    """Why a signal has no value in this record; None where it has one."""
+    """Return why a signal has no value in this record; None if it has one."""
     rows = [column.signals[name] for column in story.columns if name in column.signals]
     if any(value is not None for row in reversed(rows) for value in row):
         return None
@@ -80,12 +81,12 @@ def missing_reason(story: RunStory, name: str) -> str | None:
     if not story.columns:
         return "No sample was taken."
     if rows:
-        return "It was sampled, but never had a value."
-    return "The record says nothing about it."
+        return "The signal was sampled but never had a value."
+    return "The record does not contain this signal."
 
 
 def title_of(name: str) -> str:
-    """A signal's title as a heading; Greek letters stay as they are."""
+    """Return a signal's title as a heading; Greek letters are not capitalized."""
     title = SIGNALS[name].title
     return title[0].upper() + title[1:] if title[0].isascii() else title
 
@@ -107,11 +108,11 @@ def _line(name: str, title: str, formula: str, series: Series, log: bool, reason
 def _line_summary(title: str, series: Series) -> str:
     steps, values = series
     low, high, bad = _limits([values])  # type: ignore[list-item]
-    said = f"{title}: {short(values[0])} at step {steps[0]:,}, {short(values[-1])} at step {steps[-1]:,}."
+    text = f"{title}: {short(values[0])} at step {steps[0]:,}, {short(values[-1])} at step {steps[-1]:,}."
     if low <= high:
         lowest, highest = steps[values.index(low)], steps[values.index(high)]
-        said += f" Lowest {short(low)} at step {lowest:,}, highest {short(high)} at step {highest:,}."
-    return f"{said} Not finite at {plural(bad, 'step')}." if bad else said
+        text += f" Lowest {short(low)} at step {lowest:,}, highest {short(high)} at step {highest:,}."
+    return f"{text} Not finite at {plural(bad, 'step')}." if bad else text
 
 
 def _map(story: RunStory, name: str) -> Panel:
@@ -129,23 +130,23 @@ def _map(story: RunStory, name: str) -> Panel:
 def _map_summary(story: RunStory, name: str, names: list[str], rows: Sequence[list[float | None]]) -> str:
     low, high, bad = _limits(rows)
     kind = _AXIS_NAMES[SIGNALS[name].axis]
-    said = f"{title_of(name)}: {plural(len(names), kind)} by {plural(len(rows), 'sample')}."
+    text = f"{title_of(name)}: {plural(len(names), kind)} by {plural(len(rows), 'sample')}."
     if low <= high:
-        said += f" Values from {short(low)} to {short(high)}."
+        text += f" Values from {short(low)} to {short(high)}."
     newest = [(value, layer) for value, layer in zip(rows[-1], names, strict=True) if value is not None]
     newest = [each for each in newest if math.isfinite(each[0])]
     if newest:
         least, most = min(newest), max(newest)
-        said += f" At step {story.columns[-1].step:,} smallest in {least[1]} ({short(least[0])})"
-        said += f", largest in {most[1]} ({short(most[0])})."
-    return f"{said} {plural(bad, 'cell')} not finite." if bad else said
+        text += f" At step {story.columns[-1].step:,} smallest in {least[1]} ({short(least[0])})"
+        text += f", largest in {most[1]} ({short(most[0])})."
+    return f"{text} Not finite in {plural(bad, 'cell')}." if bad else text
 
 
 def _limits(rows: Sequence[Values]) -> tuple[float, float, int]:
-    """Smallest and largest finite value (infinity and its negative if there is none), and how many are not finite."""
+    """Return the smallest and largest finite value (∞ and −∞ if there is none) and the number of non-finite values."""
     low, high, bad = math.inf, -math.inf, 0
     for row in rows:
-        # A sum of nothing but finite numbers, nearly every row, is the quick way to know.
+        # A quick test: the sum of a row of finite numbers is finite.
         if None in row or not math.isfinite(sum(row)):  # type: ignore[arg-type]
             known = [value for value in row if value is not None]
             chosen = [value for value in known if math.isfinite(value)]
@@ -161,15 +162,15 @@ def _figure(name: str, kind: str, title: str, formula: str, summary: str) -> str
     return (
         f'<figure class="panel" data-figure="{kind}" data-name="{escape(name)}">'
         f"<figcaption><h3>{escape(title)}</h3><p>{escape(formula)}</p></figcaption>"
-        f'<div class="plot" tabindex="0" role="group" aria-label="{escape(title)}: arrow keys read values">'
+        f'<div class="plot" tabindex="0" role="group" aria-label="{escape(title)}: use the arrow keys to read values">'
         f'<canvas role="img" aria-label="{escape(summary, 900)}"></canvas></div>{legend}</figure>'
     )
 
 
 def empty(name: str, title: str, formula: str, reason: str) -> str:
-    """A panel that says why it shows nothing."""
+    """Return a panel with the reason why it is empty."""
     return (
         f'<figure class="panel empty" data-empty="{escape(name)}">'
         f"<figcaption><h3>{escape(title)}</h3><p>{escape(formula)}</p></figcaption>"
-        f'<p class="reason"><b>Not seen</b> {escape(reason)}</p></figure>'
+        f'<p class="reason"><b>Not available</b> {escape(reason)}</p></figure>'
     )

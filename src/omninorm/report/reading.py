@@ -1,4 +1,4 @@
-"""read_run: from a run's record to a RunStory, in two seconds at ten thousand samples of 48 blocks."""
+"""read_run: read a run's record into a RunStory (two seconds for ten thousand samples of 48 blocks)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from omninorm.report.text import plural
 from omninorm.report.values import DamageError, mapping, numbers, text, text_or_none
 
 MAX_COLUMNS = 500
-"""A map is about so many pixels wide."""
-# With two bytes each in base64, 2.5 MB of a page that may have three.
+"""Roughly the width of a heat map in pixels."""
+# At two bytes each in base64 this is 2.5 MB, of a page that may have 3 MB.
 MAX_NUMBERS = 940_000
 _RANK = re.compile(r"record-rank(\d{1,6})\.jsonl")
-_REMEDY = "name the folder of a run that omninorm.watch or omninorm train wrote"
+_REMEDY = "pass the folder of a run that omninorm.watch or omninorm train wrote"
 
 
 def read_run(path: str | Path) -> RunStory:
-    """Reads a run's folder, or its record.jsonl.
+    """Read a run's folder, or its record.jsonl.
 
-    Of the samples at most 500 are parsed, evenly spaced, and those at whose step an alarm or a non-finite value was
-    recorded. Damaged lines are skipped and counted in `notes`; among the samples that are not parsed, only those whose
-    beginning or end is damaged are noticed.
+    At most 500 samples are parsed: evenly spaced ones, and those at the steps of alarms and non-finite values. Damaged
+    lines are skipped and counted in `notes`; damage inside a sample that is not parsed goes unnoticed unless it is at
+    its beginning or end.
 
     Raises:
         RunError: there is no record, it holds no event, or a newer omninorm wrote it.
@@ -40,8 +40,8 @@ def read_run(path: str | Path) -> RunStory:
     file = find_record(path)
     scan = Scan(file)
     if not scan.events:
-        invariant = "a record must hold at least one event" if scan.hopeful else "a report needs a record of omninorm"
-        raise RunError(invariant, f"none in {file}" if scan.hopeful else f"{file}, which is none", _REMEDY)
+        problem = f"The record {file} has no events" if scan.hopeful else f"{file} is not a record of omninorm"
+        raise RunError(problem, "", _REMEDY)
     ranks = [Scan(other, rank) for rank, other in _other_ranks(file)]
     alarms, bad = _merge([scan, *ranks])
     steps = sorted(scan.samples)
@@ -70,14 +70,14 @@ def read_run(path: str | Path) -> RunStory:
 
 
 def find_record(path: str | Path) -> Path:
-    """The record of a folder, or the file itself; raises RunError if there is none."""
+    """Return the record of a folder, or the file itself; raise RunError if there is none."""
     given = Path(path)
-    # "\0" in a path is a ValueError of the system's calls.
+    # System calls raise ValueError for "\0" in a path.
     if "\0" in str(given) or not given.exists():
-        raise RunError("a report needs a run", f"{str(given)!r}, which does not exist", _REMEDY)
+        raise RunError(f"No such file or folder: {str(given)!r}", "", _REMEDY)
     record = given / RECORD_FILE if given.is_dir() else given
     if not record.is_file():
-        raise RunError(f"a run's folder must have a {RECORD_FILE}", f"{given} without one", _REMEDY)
+        raise RunError(f"There is no {RECORD_FILE} in {given}", "", _REMEDY)
     return record
 
 
@@ -89,7 +89,7 @@ def _other_ranks(record: Path) -> list[tuple[int, Path]]:
 
 
 def _merge(scans: Sequence[Scan]) -> tuple[list[StoryAlarm], list[Bad]]:
-    """Alarms by step; one that several ranks raised alike is one alarm of these ranks."""
+    """Return alarms by step, with equal alarms of several ranks merged, and the first non-finite values."""
     alarms: dict[tuple[int, str, str, str | None], StoryAlarm] = {}
     for scan in scans:
         for alarm in scan.alarms:
@@ -107,7 +107,7 @@ def _series(values: dict[int, float]) -> Series:
 
 
 def _read_columns(scan: Scan, steps: list[int], events: list[int]) -> tuple[list[Column], dict[str, Any], int]:
-    """The chosen samples, the newest one's decisive tensors, and how many proved damaged."""
+    """Return the chosen samples, the worst tensors of the latest one, and the number of damaged samples."""
     columns: list[Column] = []
     worst: dict[str, Any] = {}
     lost = 0
@@ -125,21 +125,23 @@ def _read_columns(scan: Scan, steps: list[int], events: list[int]) -> tuple[list
 
 
 def _size(scan: Scan, file: Any, step: int) -> int:
-    """How many numbers a sample has; 0 where it is damaged."""
+    """Return how many numbers a sample has when its lists are as long as their axes; 0 if it is damaged."""
+    known = scan.watched or Watched()
     try:
-        return sum(map(len, _signals(scan.sample(file, step)).values()))
+        signals = _signals(scan.sample(file, step))
     except DamageError:
         return 0
+    return sum(max(len(values), len(known.names(SIGNALS[name].axis))) for name, values in signals.items())
 
 
 def _signals(event: dict[str, Any]) -> dict[str, list[float | None]]:
-    """The known signals of an event "sample"; those of a later version are left out."""
+    """Return the known signals of an event "sample"; signals of later versions are ignored."""
     return {name: numbers(values) for name, values in mapping(event.get("signals")).items() if name in SIGNALS}
 
 
 def choose(steps: Sequence[int], events: Iterable[int], limit: int) -> list[int]:
-    """At most `limit` of the ascending `steps`: the first, the newest, those at or right after an event, and evenly
-    spaced ones between them. When events alone are too many, they are thinned as well."""
+    """Choose at most `limit` of the ascending `steps`: the first, the last, those at or right after an event, and
+    evenly spaced ones. If there are too many events, they are thinned as well."""
     if len(steps) <= limit:
         return list(steps)
     places = sorted({place for event in events if (place := bisect_left(steps, event)) < len(steps)})
@@ -150,7 +152,7 @@ def choose(steps: Sequence[int], events: Iterable[int], limit: int) -> list[int]
 
 
 def _fill_names(known: Watched, columns: Sequence[Column]) -> Watched:
-    """Names for an axis that the record names nothing of, because its first line was lost."""
+    """Make up names for an axis without names, as when the record's first line was lost."""
     missing: dict[str, list[str]] = {}
     for axis in ("block", "group"):
         if columns and not known.names(axis):
@@ -160,14 +162,14 @@ def _fill_names(known: Watched, columns: Sequence[Column]) -> Watched:
 
 
 def _fit(columns: Sequence[Column], known: Watched) -> tuple[list[Column], list[str]]:
-    """Every list made as long as its axis, and a note if one was not."""
+    """Return the samples with every list as long as its axis, and a note if one was not."""
     lengths = {name: len(known.names(signal.axis)) for name, signal in SIGNALS.items()}
     wrong = 0
     fitted = []
     for column in columns:
         wrong += sum(len(values) != lengths[name] for name, values in column.signals.items())
         fitted.append(Column(column.step, {n: _stretch(v, lengths[n]) for n, v in column.signals.items()}))
-    note = f"{wrong:,} lists of the samples did not have one value for each layer; they were cut or filled up."
+    note = f"{plural(wrong, 'list')} in the samples did not have one value per layer; truncated or padded."
     return fitted, [note] if wrong else []
 
 
@@ -176,14 +178,14 @@ def _stretch(values: list[float | None], length: int) -> list[float | None]:
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """config.json where `omninorm train` wrote one; what else has that name is no reason to fail."""
+    """Read the config.json of `omninorm train`; another file of that name is ignored."""
     path = folder / "config.json"
     if not path.is_file():
         return {}, []
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return {}, ["config.json beside the record could not be read, so the run's settings are not shown."]
+        return {}, ["config.json could not be read, so the run's settings are not shown."]
     return (config, []) if isinstance(config, dict) else ({}, [])
 
 
@@ -192,14 +194,11 @@ def _notes(scans: Sequence[Scan], lost: int) -> list[str]:
     for scan in scans:
         damaged = scan.damaged + (lost if scan is scans[0] else 0)
         if damaged:
-            lines, were = ("1 damaged line", "was") if damaged == 1 else (f"{damaged:,} damaged lines", "were")
-            notes.append(f"{lines} of {scan.path.name} could not be read and {were} skipped.")
+            notes.append(f"Skipped {plural(damaged, 'damaged line')} of {scan.path.name}.")
     for step, last in scans[0].replaced:
-        which = (
-            f"An earlier run of {plural(last, 'step')}" if step == 0 else f"What an earlier run did after step {step:,}"
-        )
-        notes.append(f"{which} in this record is not shown.")
+        which = f"of {plural(last, 'step')}" if step == 0 else f"beyond step {step:,}"
+        notes.append(f"An earlier run {which} in this record is not shown.")
     if len(scans) > 1:
         names = ", ".join(str(scan.rank) for scan in scans[1:])
-        notes.append(f"Curves and maps are rank 0's; alarms are of all ranks (also read: {names}).")
+        notes.append(f"Curves and maps show rank 0; alarms are from all ranks (also read: {names}).")
     return notes

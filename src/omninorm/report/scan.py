@@ -1,7 +1,7 @@
-"""The first pass over a record: everything but the samples is read, of those only where they are.
+"""The first pass over a record: read everything except the samples, and note their offsets.
 
-A sample's line is long (ten kilobytes at 48 blocks) and there may be ten thousand of them. They are told by their first
-bytes, and `Scan.sample` parses one when it is wanted.
+A sample's line is long (ten kilobytes with 48 blocks), and there may be ten thousand of them. They are recognized by
+their first bytes, and `Scan.sample` parses one when it is needed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _STOPS = ("finished", "diverged", "interrupted")
 
 
 class Scan:
-    """What one record file holds.
+    """The contents of one record file.
 
     Args:
         path: the file.
-        rank: whose record it is; its alarms get this number.
+        rank: the rank that wrote it; its alarms get this number.
 
     Raises:
         RunError: the file can't be read, or was written by a newer omninorm.
@@ -39,32 +39,32 @@ class Scan:
         self.series: dict[str, dict[int, float]] = {name: {} for name in STEP_SERIES}
         self.evals: dict[int, float] = {}
         self.samples: dict[int, int] = {}
-        """Offset in the file, by step."""
+        """Offsets in the file, by step."""
         self.alarms: list[StoryAlarm] = []
         self.bad: Bad | None = None
         self.speeds: list[float] = []
         self.replaced: list[tuple[int, int]] = []
-        """Runs that were begun anew: after which step, and the last step that had been recorded."""
+        """Restarts of the run: the step after which it was restarted, and the last step recorded until then."""
         self.events = self.damaged = 0
         self._begun = True
         self._end: tuple[int, str] | None = None
         self._stop: tuple[int, str] | None = None
         try:
-            # Lines are longer than the usual buffer, which would make reading them four times slower.
+            # Lines are longer than the default buffer, with which reading is four times slower.
             with open(path, "rb", buffering=1 << 20) as file:
                 self._read(file)
         except OSError as error:
-            received = f"{error.strerror} at {path}"
-            raise RunError("a run's record must be readable", received, "check the path and the permissions") from error
+            problem = f"Cannot read the record {path}: {error.strerror}"
+            raise RunError(problem, "", "check the path and the permissions") from error
 
     @property
     def hopeful(self) -> bool:
-        """Whether the file may be a record though it has no event yet: it is empty, or its first line was cut off."""
+        """Whether the file may be a record without events yet: it is empty, or its first line is incomplete."""
         return self._begun and not self.damaged
 
     @property
     def ending(self) -> Ending:
-        """The trainer's word where there is one, with the error that the watch saw."""
+        """The end that the trainer recorded, or else the watch, with the error that the watch recorded."""
         reason = self._end[1] if self._end and self._end[1] != "done" else None
         if self._stop:
             return Ending(*self._stop, reason)
@@ -73,7 +73,7 @@ class Scan:
         return Ending()
 
     def sample(self, file: BinaryIO, step: int) -> dict[str, Any]:
-        """The event "sample" of a step, parsed; raises DamageError if it can't be."""
+        """Parse the event "sample" of a step; raise DamageError if it is damaged."""
         file.seek(self.samples[step])
         return parse(file.readline())
 
@@ -81,13 +81,13 @@ class Scan:
         offset = 0
         for line in file:
             self._begun = self._begun and line.lstrip()[:1] in (b"", b"{")
-            if line.endswith(b"\n"):  # else it was torn, or is being written just now
+            if line.endswith(b"\n"):  # otherwise it is incomplete, or being written right now
                 self._line(line, offset)
             offset += len(line)
 
     def _line(self, line: bytes, offset: int) -> None:
         found = _SAMPLE.match(line)
-        # Two lines run together, or one cut off, would show here; anything odd is parsed to be sure.
+        # Merged or truncated lines do not match; they are parsed to be sure.
         if found and line.endswith(b"}\n") and line.count(b'"kind"') == 1:
             self.samples[int(found[1])] = offset
             self.events += 1
@@ -108,7 +108,7 @@ class Scan:
             self._end = (step, text(event.get("reason"), "no reason"))
         elif kind == "resume":
             last = self._void(step)
-            # A run that goes on from a checkpoint takes back a few steps; one that goes on from nothing is another.
+            # A resume from a checkpoint discards a few steps; a resume from step 0 is another run.
             self.replaced += [(0, last)] if last and step == 0 else []
         else:
             handler = getattr(self, f"_on_{kind}", None) if kind in _HANDLED else None
@@ -138,9 +138,11 @@ class Scan:
     def _on_watch(self, event: dict[str, Any]) -> None:
         written = event.get("format")
         if isinstance(written, int) and written > FORMAT:
-            received = f"format {written} in {self.path}"
-            raise RunError(f"a record must have format {FORMAT}", received, "upgrade omninorm to the one that wrote it")
-        # A watch that starts at step N without a resume was entered anew: what follows replaces what was after N.
+            problem = (
+                f"{self.path} has record format {str(written)[:20]}, but this version of omninorm reads format {FORMAT}"
+            )
+            raise RunError(problem, "", "upgrade omninorm to the version that wrote it")
+        # A watch that starts at step N without a resume replaces everything after N.
         last = self._void(event["step"])
         self.replaced += [(event["step"], last)] if last else []
         self.watched = watched(event)
@@ -151,18 +153,18 @@ class Scan:
     def _on_alarms(self, event: dict[str, Any]) -> None:
         alarms = event.get("alarms")
         if not isinstance(alarms, list):
-            raise DamageError("no alarms")
+            raise DamageError("alarms is not a list")
         self.alarms += [self._alarm(each, event["step"]) for each in alarms if isinstance(each, dict)]
 
-    def _alarm(self, told: dict[str, Any], step: int) -> StoryAlarm:
+    def _alarm(self, stored: dict[str, Any], step: int) -> StoryAlarm:
         return StoryAlarm(
-            step=count(told.get("step", step)),
-            severity="fail" if told.get("severity") == "fail" else "warn",
-            rule=text(told.get("rule"), "unnamed"),
-            layer=text_or_none(told.get("layer")),
-            evidence=text(told.get("evidence")),
-            remedy=text(told.get("remedy")),
-            source=text(told.get("source")),
+            step=count(stored.get("step", step)),
+            severity="fail" if stored.get("severity") == "fail" else "warn",
+            rule=text(stored.get("rule"), "unnamed"),
+            layer=text_or_none(stored.get("layer")),
+            evidence=text(stored.get("evidence")),
+            remedy=text(stored.get("remedy")),
+            source=text(stored.get("source")),
             ranks=(self.rank,),
         )
 
@@ -171,7 +173,7 @@ class Scan:
         self.bad = self.bad or Bad(event["step"], text(event.get("phase"), "unknown"), layer, value, self.rank)
 
     def _void(self, step: int) -> int:
-        """Takes back everything after a step, and every end; returns the last step of it, 0 if there was nothing."""
+        """Discard everything after a step, and any end; return the last step discarded, 0 if there was none."""
         curves: list[Mapping[int, float]] = [*self.series.values(), self.samples]
         last = max(max(curve, default=0) for curve in curves)
         self.series = {name: _until(step, values) for name, values in self.series.items()}
@@ -186,7 +188,7 @@ _HANDLED = {name.removeprefix("_on_") for name in vars(Scan) if name.startswith(
 
 
 def _known(values: dict[int, float | None]) -> dict[int, float]:
-    """Without what is None; the dictionary itself where nothing is, which is nearly always."""
+    """Drop the entries that are None; usually there are none, and the dictionary itself is returned."""
     if None in values.values():
         return {step: value for step, value in values.items() if value is not None}
     return values  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""RunStory: what a run's record tells, validated and small enough to draw."""
+"""RunStory: the contents of a run's record, validated and small enough to draw."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Values = list[float | None]
 
 
 class Series(NamedTuple):
-    """A number of many steps: `steps` ascending, and one value each, which may be NaN or infinite."""
+    """A number over steps: `steps` ascending, with one value each, which may be NaN or infinite."""
 
     steps: list[int]
     values: list[float]
@@ -19,7 +19,7 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of the model as the record names it."""
+    """A norm of the model, as recorded."""
 
     name: str
     kind: str = ""
@@ -31,7 +31,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Watched:
-    """What omninorm.watch wrote about the model and itself when it was entered."""
+    """What omninorm.watch recorded about the model and itself when it was opened."""
 
     step: int = 0
     every: int | None = None
@@ -47,14 +47,14 @@ class Watched:
     adam_eps: float | None = None
 
     def names(self, axis: str) -> list[str]:
-        """Names along an axis of the signals; ["run"] for the axis "run"."""
+        """Return the names along an axis of the signals; ["run"] for the axis "run"."""
         if axis == "norm":
             return [norm.name for norm in self.norms]
         return list({"run": ["run"], "block": self.blocks, "group": self.groups}[axis])
 
 
 class Column(NamedTuple):
-    """A sample: per signal a list along its axis, None where there is no value."""
+    """A sample: for each signal a list along its axis, with None for missing values."""
 
     step: int
     signals: dict[str, Values]
@@ -87,12 +87,12 @@ class Bad:
 
 @dataclass(frozen=True)
 class Ending:
-    """How the record ends.
+    """The end of the record.
 
     Args:
-        step: the step at which it was left; None where no end was recorded.
+        step: the last step; None if no end was recorded.
         status: "finished", "diverged", "interrupted", "done", "error", or "open": still running, or killed.
-        reason: the error in words, where there was one.
+        reason: the error message, if there was an error.
     """
 
     step: int | None = None
@@ -102,23 +102,23 @@ class Ending:
 
 @dataclass(frozen=True)
 class RunStory:
-    """A run as its record tells it.
+    """A run, as recorded.
 
     Args:
         source: the record's path as given.
-        watched: None where the record has no watch events: then there are no samples and no alarms.
-        placement: as measured, None where unknown.
-        not_seen: reasons, by signal.
-        series: "loss", "grad_norm", "lr", complete.
+        watched: None if the record has no watch events; then there are no samples and no alarms.
+        placement: as measured; None if unknown.
+        not_seen: reasons for missing signals, by signal.
+        series: all steps of "loss", "grad_norm" and "lr".
         evals: bits per byte by step.
-        columns: the samples that were read, ascending.
-        samples: how many samples the record has.
-        worst: the newest sample's decisive tensors, by signal.
-        alarms: of all ranks, ascending.
-        bad: where the first non-finite value was, on each rank that saw one.
-        tokens_per_second: median, where the record tells.
-        config: config.json of `omninorm train`, or nothing.
-        notes: what a reader should know about the record itself.
+        columns: the samples that were read, by step.
+        samples: the number of samples in the record.
+        worst: each group's worst tensor in the latest sample, by signal.
+        alarms: of all ranks, by step.
+        bad: the first non-finite value on each rank that has one.
+        tokens_per_second: the median, if recorded.
+        config: config.json of `omninorm train`; empty if there is none.
+        notes: remarks about the record itself, such as damaged lines.
     """
 
     source: Path
@@ -139,18 +139,18 @@ class RunStory:
 
     @property
     def last_step(self) -> int:
-        """The newest step that anything was recorded of; 0 for a run that did nothing."""
+        """The last step for which anything was recorded; 0 if nothing was."""
         known = [series.steps[-1] for series in (*self.series.values(), self.evals) if series.steps]
         known += [self.ending.step or 0, self.columns[-1].step if self.columns else 0]
         return max([*known, *(alarm.step for alarm in self.alarms), *(bad.step for bad in self.bad)])
 
     @property
     def first_step(self) -> int:
-        """The oldest step of any curve or sample; 0 where there is none."""
+        """The first step of any curve or sample; 0 if there is none."""
         known = [series.steps[0] for series in self.series.values() if series.steps]
         known += [column.step for column in self.columns[:1]]
         return min(known, default=0)
 
     def count(self, severity: str) -> int:
-        """Alarms of a severity, "warn" or "fail"."""
+        """Return the number of alarms of a severity, "warn" or "fail"."""
         return sum(alarm.severity == severity for alarm in self.alarms)

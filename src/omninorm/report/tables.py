@@ -1,4 +1,4 @@
-"""The tables of the page, complete without any script; the script only makes them sortable."""
+"""The page's tables. They are complete without the script, which only makes them sortable."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from omninorm.report.text import escape, plain, plural, short
 
 MAX_ROWS = 400
 FEW_ALARMS = 8
-"""So many are shown whole, without a bar to scroll within the page."""
+"""Up to this many alarms are shown without a scroll bar."""
 _MARKS = {"fail": "▲", "warn": "○"}
 _WORDS = {"fail": "failure", "warn": "warning"}
 
 
 def shown_alarms(story: RunStory) -> list[StoryAlarm]:
-    """Those that the page lists: all, or the first 400, failures before warnings, in the order of their steps."""
+    """Return the alarms that the page lists, by step: all of them, or the first 400 with failures preferred."""
     if len(story.alarms) <= MAX_ROWS:
         return list(story.alarms)
     ranked = sorted(story.alarms, key=lambda alarm: (alarm.severity != "fail", alarm.step))
@@ -26,7 +26,7 @@ def shown_alarms(story: RunStory) -> list[StoryAlarm]:
 
 
 def alarm_table(story: RunStory) -> str:
-    """Step, severity, rule and layer of every alarm; below its evidence what to try, and the source."""
+    """Return the table of alarms: step, severity, rule, layer, evidence, remedy and source."""
     alarms = shown_alarms(story)
     if not alarms:
         return ""
@@ -34,8 +34,8 @@ def alarm_table(story: RunStory) -> str:
     heads = ["Step", "Severity", "Rule", "Layer", *(["Rank"] if several else []), "Evidence"]
     rows = "".join(_alarm_row(number, alarm, several) for number, alarm in enumerate(alarms))
     hidden = len(story.alarms) - len(alarms)
-    caption = f"{plural(len(story.alarms), 'alarm')}, in the order of their steps"
-    caption += f"; {hidden:,} of them are not listed here" if hidden else ""
+    caption = f"{plural(len(story.alarms), 'alarm')}, by step"
+    caption += f"; {hidden:,} of them are not listed" if hidden else ""
     return _table("alarms", caption, heads, rows, "scroll" if len(alarms) > FEW_ALARMS else "scroll whole")
 
 
@@ -47,13 +47,13 @@ def _alarm_row(number: int, alarm: StoryAlarm, several: bool) -> str:
         _cell(f"<code>{escape(alarm.rule, 80)}</code>"),
         _cell(f"<code>{escape(alarm.layer, 200)}</code>" if alarm.layer else "whole run"),
         *([_cell(escape(ranks, 80))] if several else []),
-        _cell(_told(alarm)),
+        _cell(_details(alarm)),
     ]
     show = f'<button type="button" class="show" data-alarm="{number}">{alarm.step:,}</button>'
     return f'<tr id="alarm-{number}"><th scope="row" data-value="{alarm.step}">{show}</th>{"".join(cells)}</tr>'
 
 
-def _told(alarm: StoryAlarm) -> str:
+def _details(alarm: StoryAlarm) -> str:
     remedy = plain(alarm.remedy).removeprefix("try ")
     parts = [
         f"<p>{escape(alarm.evidence)}</p>",
@@ -64,7 +64,7 @@ def _told(alarm: StoryAlarm) -> str:
 
 
 def layer_table(story: RunStory) -> str:
-    """Blocks and other groups of parameters with their newest values."""
+    """Return the table of the latest values of blocks and other groups of parameters."""
     known = story.watched
     if known is None or not story.columns:
         return ""
@@ -73,7 +73,7 @@ def layer_table(story: RunStory) -> str:
 
 
 def norm_table(story: RunStory) -> str:
-    """Norms with their newest values."""
+    """Return the table of the latest values of norms."""
     known = story.watched
     if known is None or not story.columns or not known.norms:
         return ""
@@ -96,13 +96,13 @@ def _newest(story: RunStory, key: str, what: str, names: list[str], axes: Sequen
         cells += [_cell(f"<code>{escape(worst[name], 120)}</code>" if name in worst else "–")] if worst else []
         row = f'<tr><th scope="row" data-value="{place}"><code>{escape(name, 120)}</code></th>{"".join(cells)}</tr>'
         rows.append(row)
-    cut = f"; the first {MAX_ROWS} of {len(names):,}" if len(names) > MAX_ROWS else ""
-    heads = ["Name", *(title_of(signal) for signal in signals), *(["Tensor that decides Adam's"] if worst else [])]
-    return _table(key, f"{what} at step {newest.step:,}, the newest sample{cut}", heads, "".join(rows))
+    cut = f"; first {MAX_ROWS} of {len(names):,}" if len(names) > MAX_ROWS else ""
+    heads = ["Name", *(title_of(signal) for signal in signals), *(["Worst tensor for Adam"] if worst else [])]
+    return _table(key, f"{what} at step {newest.step:,} (latest sample){cut}", heads, "".join(rows))
 
 
 def unseen_table(story: RunStory) -> str:
-    """Every signal without a value, and why."""
+    """Return the table of signals without a value, with the reasons."""
     reasons = {name: missing_reason(story, name) for name in SIGNALS}
     rows = [
         f'<tr><th scope="row">{escape(title_of(name))}</th>{_cell(f"<code>{name}</code>")}'
@@ -111,12 +111,14 @@ def unseen_table(story: RunStory) -> str:
         if reason
     ]
     caption = f"{len(rows)} of {len(SIGNALS)} signals have no value in this record"
-    return _table("unseen", caption, ["Signal", "In the record", "Formula", "Why"], "".join(rows)) if rows else ""
+    return (
+        _table("unseen", caption, ["Signal", "Name in the record", "Formula", "Reason"], "".join(rows)) if rows else ""
+    )
 
 
-def pairs(key: str, caption: str, told: Iterable[tuple[str, str]]) -> str:
-    """A table of two columns."""
-    rows = "".join(f'<tr><th scope="row">{escape(name, 80)}</th>{_cell(escape(text))}</tr>' for name, text in told)
+def pairs(key: str, caption: str, items: Iterable[tuple[str, str]]) -> str:
+    """Return a table of settings and values."""
+    rows = "".join(f'<tr><th scope="row">{escape(name, 80)}</th>{_cell(escape(text))}</tr>' for name, text in items)
     return _table(key, caption, ["Setting", "Value"], rows)
 
 

@@ -1,4 +1,4 @@
-"""Text from a record, made harmless for a page, and numbers for people."""
+"""Escape text from a record for the page, and format numbers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import unicodedata
 from typing import Any
 
 LIMIT = 600
-# Controls, formats (among them those that turn the direction of writing), surrogates, line and paragraph separators.
+# Control and format characters (which can reverse the writing direction), surrogates, line and paragraph separators.
 _HARMFUL = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&'"}
 
 
 def plain(value: Any, limit: int = LIMIT) -> str:
-    """One line of visible characters, at most `limit` of them: controls become their pictures (␛ for escape)."""
+    """Return one line of at most `limit` visible characters; control characters become symbols (␛ for escape)."""
     text = str(value)
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     if text.isascii() and text.isprintable():
@@ -32,18 +32,18 @@ def _visible(character: str) -> str:
 
 
 def escape(value: Any, limit: int = LIMIT) -> str:
-    """`plain`, for HTML's text and quoted attributes."""
+    """Return `plain` text escaped for HTML text and quoted attributes."""
     return html.escape(plain(value, limit))
 
 
 def embed(data: Any) -> str:
-    """JSON that can stand in a <script> block: pure ASCII, without <, >, & or '; so neither </script>, <!-- nor a line
-    separator can be in it. The characters only occur within strings, where JSON lets them be written as \\u003c."""
+    """Return JSON that is safe in a <script> block: ASCII without <, >, & or ', so that it cannot contain </script>,
+    <!-- or a line separator. These characters occur only in strings, where JSON allows the form \\u003c."""
     return json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_ESCAPED)
 
 
 def short(value: float | None, digits: int = 4) -> str:
-    """A number in few characters: 0.02134, 12.5, 1,234, 3.2e-5, 1.1e12; NaN, ∞; – for None."""
+    """Format a number compactly: 0.02134, 12.5, 1,234, 3.2e-5, 1.1e12; NaN, ∞; – for None."""
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -57,5 +57,5 @@ def short(value: float | None, digits: int = 4) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """ "1 step", "1,200 steps"."""
+    """Return a count with its noun: "1 step", "1,200 steps"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Values of a record, taken for what they should be. The file may come from anywhere: nothing of it is trusted."""
+"""Convert a record's values to the types they should have. The file may come from anywhere and is not trusted."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any
 from omninorm.report.story import Norm, Values, Watched
 
 _SPELLED = ("nan", "inf", "-inf")
+MAX_NAMES = 5000
+"""Most names along an axis that are read: far more than any model has layers."""
 
 
 class DamageError(ValueError):
-    """A line of a record that is not what `Record` writes."""
+    """A line of a record that `Record` cannot have written."""
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """The event of one line.
+    """Parse the event of one line.
 
     Raises:
         DamageError: it is not JSON, or not an event.
@@ -34,15 +36,15 @@ def parse(line: bytes) -> dict[str, Any]:
 
 
 def count(value: Any) -> int:
-    """A whole number ≥ 0; raises DamageError for anything else."""
-    # Beyond 2^53 the page's numbers are no longer exact, and no run has that many steps.
+    """Return a whole number ≥ 0; raise DamageError for anything else."""
+    # JavaScript numbers are exact up to 2^53, and no run has more steps.
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
         raise DamageError("no count")
     return value
 
 
 def number(value: Any) -> float | None:
-    """A float, also one spelled "nan", "inf" or "-inf"; None for anything else."""
+    """Return a float, also from "nan", "inf" or "-inf"; None for anything else."""
     if isinstance(value, str):
         return float(value) if value in _SPELLED else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -54,7 +56,7 @@ def number(value: Any) -> float | None:
 
 
 def numbers(values: Any) -> Values:
-    """A list of floats, None where there is none. Lists of plain numbers, nearly all, are taken as they are."""
+    """Return a list of floats, with None for anything else. A list of plain numbers is returned unchanged."""
     if not isinstance(values, list):
         raise DamageError("no list")
     try:
@@ -73,7 +75,7 @@ def text_or_none(value: Any) -> str | None:
 
 
 def texts(value: Any) -> list[str]:
-    return [text(each, "?") for each in value] if isinstance(value, list) else []
+    return [text(each, "?") for each in value[:MAX_NAMES]] if isinstance(value, list) else []
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
@@ -81,7 +83,7 @@ def mapping(value: Any) -> Mapping[str, Any]:
 
 
 def watched(event: Mapping[str, Any]) -> Watched:
-    """The event "watch"; what is missing or of a wrong type is left out."""
+    """Read the event "watch", ignoring values that are missing or of the wrong type."""
     norms = event.get("norms")
     return Watched(
         step=count(event["step"]),
@@ -92,21 +94,21 @@ def watched(event: Mapping[str, Any]) -> Watched:
         model=text(event.get("model")),
         parameters=_count_or_none(event.get("parameters")),
         blocks=texts(event.get("blocks")),
-        norms=[_norm(mapping(each)) for each in norms] if isinstance(norms, list) else [],
+        norms=[_norm(mapping(each)) for each in norms[:MAX_NAMES]] if isinstance(norms, list) else [],
         groups=texts(event.get("groups")),
         optimizer=text_or_none(event.get("optimizer")),
         adam_eps=number(event.get("adam_eps")),
     )
 
 
-def _norm(told: Mapping[str, Any]) -> Norm:
+def _norm(stored: Mapping[str, Any]) -> Norm:
     return Norm(
-        name=text(told.get("name"), "?"),
-        kind=text(told.get("kind")),
-        eps=number(told.get("eps")),
-        block=_count_or_none(told.get("block")),
-        frozen=told.get("frozen") is True,
-        ours=told.get("ours") is True,
+        name=text(stored.get("name"), "?"),
+        kind=text(stored.get("kind")),
+        eps=number(stored.get("eps")),
+        block=_count_or_none(stored.get("block")),
+        frozen=stored.get("frozen") is True,
+        ours=stored.get("ours") is True,
     )
 
 

@@ -1,6 +1,6 @@
-"""Instruments: watch a training run and say which layer is sick, why, and what to try.
+"""Training monitor: which layer goes wrong, why, and what to try.
 
-Everything else is loaded when it is first asked for, so that importing omninorm stays quick.
+Submodules are imported on first use, so that importing omninorm stays fast.
 """
 
 from __future__ import annotations
@@ -62,25 +62,25 @@ def watch(
     sinks: Sequence[Sink] = (),
     rules: Sequence[Rule] | None = None,
 ) -> Watch:
-    """Watches a training run: which layer is sick, why, and what to try.
+    """Monitor a training run and report which layer goes wrong, why, and what to try.
 
-    Use it as a context manager around the loop and call `step(loss)` once per optimizer step. The weights that come
-    out are bit for bit those of the loop without it.
+    Use it as a context manager around the training loop and call `step(loss)` once per optimizer step. The trained
+    weights are bit-identical to those of the loop without it.
 
     Args:
-        model: any torch.nn.Module; compiled, wrapped in DistributedDataParallel, or plain. Enter before its first
-            call if it is compiled.
-        optimizer: one or several; None leaves out what only they know.
-        every: steps between samples of all signals. Losses, gradient norms and NaNs are seen in every step.
-        folder: where record.jsonl is appended; None keeps the record in memory. One that has a record already is
-            continued: what it holds after `step` is void.
-        step: how many steps the run has done before, if it is resumed.
+        model: any torch.nn.Module; compiled, wrapped in DistributedDataParallel, or plain. If it is compiled, enter
+            before its first call.
+        optimizer: one or several optimizers; without them, update ratios and Adam statistics are unavailable.
+        every: steps between samples of all signals. Losses, gradient norms and NaNs are checked in every step.
+        folder: where record.jsonl is appended; None keeps the record in memory. If the folder has a record, it is
+            continued, and its entries after `step` are discarded.
+        step: the number of steps done before, for a resumed run.
         scaler: the torch.amp.GradScaler, if one scales the loss.
-        sinks: further places for the numbers, such as `TensorBoard(writer)`; see `omninorm.watch.sinks`.
-        rules: what raises alarms; None means `default_rules()`.
+        sinks: further loggers, such as `TensorBoard(writer)`; see `omninorm.watch.sinks`.
+        rules: the alarm rules; None means `default_rules()`.
 
     Raises:
-        ConfigError: an argument of the wrong kind, or a model that is being watched already.
+        ConfigError: an argument has the wrong type, or the model is already being watched.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Alarm: what a rule says, and nothing more."""
+"""Alarm: one report of a rule."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ SEVERITIES = ("warn", "fail")
 
 @dataclass(frozen=True)
 class Alarm:
-    """A rule found something wrong for long enough to say so.
+    """A problem that a rule has found, persistent enough to report.
 
     Args:
         step: the step at which it was raised, counted from 1.
-        severity: "warn", which a healthy run may raise, or "fail": this run is lost unless something changes.
+        severity: "warn", which a healthy run may raise, or "fail": the run will not succeed unless something changes.
         rule: the rule's name, such as "attention-logits".
-        layer: the module or parameter it is about; None where it is the whole run.
-        evidence: what was measured, with numbers, in a sentence.
-        remedy: what to try, in a sentence.
-        source: where the threshold comes from.
+        layer: the module or parameter concerned; None for the whole run.
+        evidence: what was measured, with numbers, in one or two sentences.
+        remedy: what to try, in one or two sentences.
+        source: the origin of the threshold.
     """
 
     step: int
@@ -31,5 +31,5 @@ class Alarm:
     source: str = ""
 
     def to_record(self) -> dict[str, Any]:
-        """As a part of an event "alarms" in record.jsonl."""
+        """Return the alarm as an item of the event "alarms" in record.jsonl."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Attention logits and entropy, of what `listening` hears: of each call, one example and some of its queries."""
+"""Attention logits and entropy, from the calls that `listening` intercepts: one example and some queries per call."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from omninorm.watch.board import Board
 
 MOST_QUERIES = 32
-# Additive masks hide a key with −∞ or with a large negative number.
+# Additive masks hide a key with −∞ or a large negative number.
 HIDDEN_BELOW = -1e4
-# In the place of a scale: 1/√d.
+# A value that stands for the default scale, 1/√d.
 UNKNOWN = -1.0
 
 
 class AttentionSite:
-    """One block's attention."""
+    """The attention of one block."""
 
     def __init__(self, board: Board, index: int) -> None:
         self.board, self.index = board, index
 
     def see(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
-        """q (batch, heads, queries, d), k (batch, kv_heads, keys, d), mask as of scaled_dot_product_attention."""
+        """Measure q (batch, heads, queries, d) and k (batch, kv_heads, keys, d); the mask is PyTorch's."""
         if q.ndim != 4 or k.ndim != 4 or q.is_nested or q.numel() == 0 or k.numel() == 0:
             return
         queries, keys = q.shape[-2], k.shape[-2]
@@ -34,7 +34,7 @@ class AttentionSite:
         few, all_keys = q.detach()[0, :, chosen].float(), k.detach()[0].float()
         if few.shape[0] != all_keys.shape[0]:
             all_keys = all_keys.repeat_interleave(few.shape[0] // all_keys.shape[0], dim=0)
-        with torch.autocast(q.device.type, enabled=False):  # which would round the products to 16 bits
+        with torch.autocast(q.device.type, enabled=False):  # autocast would round the products to 16 bits
             logits = few @ all_keys.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
         hidden = torch.zeros((), dtype=torch.bool, device=q.device)
         if causal:
@@ -47,13 +47,13 @@ class AttentionSite:
         self._add(logits, hidden.expand_as(logits))
 
     def see_some(self, q: Tensor, k: Tensor, constants: Tensor, mask: Tensor | None = None) -> None:
-        """As `see`, from a graph in sampled steps: `constants` holds the scale, twice where attention is causal."""
+        """Call `see` from a graph in sampled steps. `constants` holds the scale, twice if attention is causal."""
         if self.board.sampling:
             scale = float(constants[0])
             self.see(q, k, mask, len(constants) == 2, None if scale == UNKNOWN else scale)
 
     def see_logits(self, logits: Tensor) -> None:
-        """logits (batch, heads, queries, keys), masked ones included, before the softmax."""
+        """Measure logits (batch, heads, queries, keys) before the softmax, including masked ones."""
         if logits.ndim != 4 or logits.numel() == 0:
             return
         queries = logits.shape[-2]
@@ -61,14 +61,14 @@ class AttentionSite:
         self._add(few, few < HIDDEN_BELOW)
 
     def _add(self, logits: Tensor, hidden: Tensor) -> None:
-        """logits and which of them are hidden, (heads, queries, keys)."""
+        """Add the logits and which of them are hidden, both (heads, queries, keys)."""
         in_sight = (~hidden).sum(dim=-1)
         self.board.peak("attention_logit", self.index, logits.masked_fill(hidden, 0).abs().amax())
         log_p = logits.masked_fill(hidden, -math.inf).log_softmax(dim=-1)
         entropy = -(log_p.exp() * log_p.masked_fill(hidden, 0)).sum(dim=-1)
-        choice = in_sight >= 2  # a query that sees one key has no choice, and no entropy to lose
+        choice = in_sight >= 2  # with a single visible key the entropy is always 0
         share = torch.where(choice, entropy / in_sight.clamp_min(2).log(), 0)
-        # Without any choice in sight the mean would be 0/0: attention over one key, not sharp attention.
+        # Without such queries the mean would be 0/0. That is attention over one key, not collapsed attention.
         mean = torch.where(choice.any(), share.sum() / choice.sum().clamp_min(1), 1.0)
         self.board.add("attention_entropy", self.index, mean)
 
@@ -76,7 +76,7 @@ class AttentionSite:
 def see_multihead(
     site: AttentionSite, module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> None:
-    """torch.nn.MultiheadAttention computes its weights in several ways: its first example's, once more."""
+    """Recompute the first example's logits of torch.nn.MultiheadAttention, which computes them in several ways."""
     given = dict(zip(("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask"), args, strict=False))
     given |= kwargs
     query, key = given["query"], given["key"]
@@ -85,7 +85,7 @@ def see_multihead(
     width, heads = module.embed_dim, module.num_heads
 
     def projected(x: Tensor, at: int) -> Tensor:
-        """The first example's queries or keys: (1, heads, length, d)."""
+        """Return the first example's queries or keys: (1, heads, length, d)."""
         example = x.detach()[0] if module.batch_first else x.detach()[:, 0]
         weight, all_biases = module.in_proj_weight[at : at + width], module.in_proj_bias
         bias = None if all_biases is None else all_biases[at : at + width].to(x.dtype)
@@ -102,7 +102,7 @@ def see_multihead(
 
 
 def _additive(mask: Tensor) -> Tensor:
-    """A mask of torch.nn.MultiheadAttention, where True hides a key, as what is added to the logits."""
+    """Convert a mask of torch.nn.MultiheadAttention, where True hides a key, to one that is added to the logits."""
     if mask.dtype != torch.bool:
         return mask.float()
     return torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -math.inf)

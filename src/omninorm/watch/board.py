@@ -1,9 +1,9 @@
-"""The board: preallocated tensors on the model's device in which a step's statistics gather, moved to the host at once.
+"""Preallocated device buffers that accumulate a step's statistics and are copied to the host in one transfer.
 
-Two kinds of places. *Cells* hold a sampled step's statistics: sums, of which the host counts the terms, or peaks.
-The *ring* has a row for each step since the last sample: a peak |x| for each sentinel (a module whose output is
-looked at in every step), the loss, and for each parameter the norms of its gradient and of some of its weights. A
-NaN or an infinity in a row tells the step and the place where it appeared, without a synchronization in between.
+There are two kinds. *Cells* hold the statistics of a sampled step: sums, whose terms the host counts, or peaks. The
+*ring buffer* has a row for each step since the last sample: the peak |x| of each sentinel (a module whose output is
+checked in every step), the loss, and for each parameter the norms of its gradient and of some of its weights. A NaN or
+an infinity in a row shows the step and the place where it appeared, without synchronizing in every step.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-UNSEEN = -1.0  # in the ring: every value that is seen there is ≥ 0, or not finite
+UNSEEN = -1.0  # in the ring buffer: measured values are ≥ 0 or not finite
 
 
 class Board:
-    """Cells by signal and index, and the ring.
+    """Cells by signal and index, and the ring buffer.
 
     Args:
-        device: where the model is.
-        cells: for each raw signal how many places it has.
-        sentinels: how many modules are looked at in every step.
-        parameters: how many parameters there are.
+        device: the device of the model.
+        cells: the number of cells of each raw signal.
+        sentinels: the number of modules that are checked in every step.
+        parameters: the number of parameters.
         rows: steps between samples.
         scaler: a torch.amp.GradScaler, if one scales the loss.
     """
@@ -47,7 +47,7 @@ class Board:
             starts[key] = total
             total += count
         self._starts = starts
-        # Squares of exploding activations need the range of float64, which some devices lack.
+        # Squares of exploding activations need the range of float64, which some devices do not have.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._values = torch.zeros(total, device=device, dtype=dtype)
         self._cells = list(self._values.unbind())
@@ -57,7 +57,7 @@ class Board:
         self._ring = torch.full((rows, sentinels + 1 + 2 * parameters), UNSEEN, device=device, dtype=dtype)
         self._losses: list[bool] = []
         self.sampling = False
-        self.order: dict[int, int] = {}  # sentinels, in the order in which they first ran
+        self.order: dict[int, int] = {}  # sentinels, numbered in the order in which they first ran
         self.row = 0
         self._begin_row()
 
@@ -71,45 +71,45 @@ class Board:
     # Writing, on the device -----------------------------------------------------------------------------------------
 
     def add(self, key: str, index: int, value: Tensor) -> None:
-        """A term of a mean."""
+        """Add a term of a mean."""
         place = self._starts[key] + index
         self._cells[place].add_(value)
         self._counts[place] += 1
 
     def peak(self, key: str, index: int, value: Tensor) -> None:
-        """A candidate for a largest value ≥ 0."""
+        """Update a maximum of values ≥ 0."""
         place = self._starts[key] + index
         cell = self._cells[place]
         torch.maximum(cell, value.to(cell.dtype), out=cell)
         self._counts[place] = 1
 
     def add_gradient(self, key: str, index: int, square: Tensor) -> None:
-        """A term of a mean of squared gradients, of the loss itself where a scaler multiplied it."""
+        """Add a term of a mean of squared gradients, after removing the factor of a GradScaler."""
         scale = self.scale
         self.add(key, index, square if scale is None else square / scale.to(square).square())
 
     @property
     def scale(self) -> Tensor | None:
-        """By what the loss is multiplied."""
+        """The factor of the GradScaler, if there is one."""
         scale = getattr(self._scaler, "_scale", None)
         return scale if isinstance(scale, Tensor) else None
 
     def sentinel(self, index: int, largest: Tensor) -> None:
-        """The largest |x| of a module's output in this step."""
+        """Record the largest |x| of a module's output in this step."""
         self.order.setdefault(index, len(self.order))
         cell = self._row_sentinels[index]
         torch.maximum(cell, largest.to(cell.dtype), out=cell)
 
     def set_gradients(self, norms: Tensor) -> None:
-        """‖gradient‖ of every parameter; UNSEEN where there is none."""
+        """Record ‖gradient‖ of every parameter; UNSEEN where there is none."""
         self._row_gradients.copy_(norms, non_blocking=True)
 
     def set_weights(self, norms: Tensor) -> None:
-        """‖some of the weights‖ of every parameter, after the step."""
+        """Record the norm of some weights of every parameter, after the step."""
         self._row_weights.copy_(norms, non_blocking=True)
 
     def end_row(self, loss: Tensor | None) -> None:
-        """Closes the step."""
+        """End the row of this step."""
         if loss is not None:
             self._row_loss.copy_(loss.detach().to(self._row_loss.dtype).mean().reshape(1), non_blocking=True)
         self._losses.append(loss is not None)
@@ -126,14 +126,14 @@ class Board:
     def take(
         self, extra: Sequence[Tensor] = (), sampled: bool = True
     ) -> tuple[dict[str, list[float | None]], list[Row], list[list[float]]]:
-        """Moves everything to the host in one transfer and begins anew. A row that is not closed stays.
+        """Copy everything to the host in one transfer and clear the buffers. A row that has not ended is kept.
 
         Args:
-            extra: further 1-D tensors to bring along.
-            sampled: whether a sampled step has ended; else the cells stay, too.
+            extra: further 1-D tensors to copy in the same transfer.
+            sampled: whether a sampled step has ended; otherwise the cells are kept as well.
 
         Returns:
-            The cells' means and peaks by signal (None where nothing was seen), the rows, and `extra` as lists.
+            The cells' means and peaks by signal (None where nothing was measured), the rows, and `extra` as lists.
         """
         parts = [self._values, self._ring[: self.row].flatten(), *(part.to(self._values) for part in extra)]
         numbers = iter_split(torch.cat(parts).tolist(), [part.numel() for part in parts])
@@ -142,7 +142,7 @@ class Board:
         for key, start in self._starts.items():
             places = range(start, start + self.sizes[key])
             cells[key] = [values[at] / self._counts[at] if self._counts[at] else None for at in places]
-        if self._scaler is not None:  # an overflow of scaled gradients says nothing about them
+        if self._scaler is not None:  # scaled gradients may overflow although the gradients are finite
             found = cells.get("stream_grad_ms", [])
             cells["stream_grad_ms"] = [None if v is None or not math.isfinite(v) else v for v in found]
         width = self._ring.shape[1]
@@ -167,7 +167,7 @@ class Board:
 
 
 class Row:
-    """A step's row of the ring, on the host."""
+    """The row of one step in the ring buffer, on the host."""
 
     def __init__(self, numbers: list[float], sentinels: int, parameters: int, loss_given: bool) -> None:
         self.sentinels, loss, self.gradients, self.weights = iter_split(numbers, [sentinels, 1, parameters, parameters])
@@ -175,7 +175,7 @@ class Row:
 
 
 def iter_split(numbers: list[float], sizes: Sequence[int]) -> list[list[float]]:
-    """The list cut into pieces of these sizes."""
+    """Split a list into pieces of these sizes."""
     pieces, start = [], 0
     for size in sizes:
         pieces.append(numbers[start : start + size])

@@ -1,4 +1,4 @@
-"""The gate: what belongs to the training step that is being watched; and that nothing of ours gets out into it."""
+"""Decides whether a forward pass counts as training, and shields training from monitoring errors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 class Gate:
-    """Open in a forward pass that will be differentiated; closed in evaluations, and in the forward passes that
-    activation checkpointing repeats during backward, which would count twice.
+    """Open in a forward pass that will be differentiated. Closed in evaluations, and in the forward passes that
+    activation checkpointing repeats during backward, which would be counted twice.
 
-    Inside the model's own forward it holds what was true at its beginning: reentrant checkpointing turns gradients off
-    for its first pass.
+    Inside the model's forward the state at its beginning applies, because reentrant checkpointing disables gradients
+    in its first pass.
     """
 
     def __init__(self) -> None:
@@ -25,12 +25,12 @@ class Gate:
 
 
 def in_backward() -> bool:
-    """Whether autograd's engine is running a backward pass in this thread."""
+    """Return whether autograd is running a backward pass in this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def safely(work: Callable[[], None], failed: Callable[[Exception], None]) -> None:
-    """Measures without a graph. An error of ours is told to `failed` and does not reach the training."""
+    """Measure without a graph. A monitoring error is passed to `failed` and does not reach the training."""
     try:
         with torch.no_grad():
             work()

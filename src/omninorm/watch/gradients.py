@@ -1,4 +1,4 @@
-"""The norm of every parameter's gradient, taken when a backward pass has ended: complete, and not yet clipped."""
+"""Norms of all parameters' gradients, measured at the end of a backward pass: complete and not yet clipped."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ MOST_HOOKS = 8
 
 
 class Pending:
-    """A measurement that has been ordered. It dies with the backward pass that holds it, whether that ends or fails."""
+    """Marks a queued measurement. Its lifetime is that of the backward pass, whether it succeeds or fails."""
 
 
 class Gradients:
-    """Watches the gradients of `parameters`, in every step.
+    """Measures the gradients of `parameters` in every step.
 
-    They are divided by a scaler's scale. What is not finite in scaled ones is not seen as long as the scale is above 1:
-    the scaler skips that step and tries a smaller one.
+    They are divided by the scale of a GradScaler. Scaled gradients that are not finite are ignored while the scale is
+    above 1, because the scaler skips that step and reduces the scale.
 
-    With gradient accumulation each backward pass overwrites what the one before it gave, so the last one's sum stays.
+    With gradient accumulation each backward pass overwrites the previous result, so the last, complete sum remains.
 
     Args:
-        failed: told of an error of ours, which must not reach the training.
+        failed: called with a monitoring error, which must not reach the training.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class Gradients:
         self._places: tuple[list[int], Tensor] | None = None
 
     def attach(self) -> list[RemovableHandle]:
-        """Registers the hook that notices a backward pass."""
+        """Register the hooks that detect a backward pass."""
         learning = [parameter for parameter in self._parameters if parameter.requires_grad]
         if not learning:
             return []
-        # A hook on each would cost more than the norms. Where a backward pass reaches none of these, or parameters have
-        # been frozen since, `before_step` looks.
+        # A hook on every parameter would cost more than the norms. If a backward pass reaches none of these, or they
+        # have been frozen since, `before_step` measures instead.
         few = learning[:: -(-len(learning) // MOST_HOOKS)] + learning[-1:]
         if any(map(is_distributed, few)):
-            # FSDP2 differentiates others in their places, and calls these hooks when it has a gradient for them.
+            # FSDP2 differentiates other tensors instead, and calls these hooks when the gradients are ready.
             return [p.register_post_accumulate_grad_hook(self._on_first) for p in few]  # type: ignore[no-untyped-call]
         return [register_multi_grad_hook(few, self._on_first, mode="any")]
 
@@ -64,7 +64,7 @@ class Gradients:
         if self._pending is None or self._pending() is None:
             pending = Pending()
             self._pending = weakref.ref(pending)
-            # Twice, since DistributedDataParallel writes the averaged gradients in a callback of its own.
+            # Queued twice, because DistributedDataParallel writes the averaged gradients in a callback as well.
             _at_the_end(lambda: _at_the_end(lambda: self._measure(pending)))
 
     def _measure(self, pending: Pending | None = None) -> None:
@@ -75,7 +75,7 @@ class Gradients:
         safely(work, self._failed)
 
     def norms(self) -> Tensor:
-        """‖gradient‖ of every parameter, UNSEEN where there is none: (parameters,), float32."""
+        """Return ‖gradient‖ of every parameter, UNSEEN where there is none: (parameters,), float32."""
         device = self._board.device
         gradients = [_values(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
         if gradients:
@@ -91,18 +91,18 @@ class Gradients:
         return torch.full((len(self._parameters),), UNSEEN, device=device)
 
     def _index(self, places: list[int]) -> Tensor:
-        """The places on the device. They seldom change, and each move would wait for the device."""
+        """Return the indices on the device. They are cached, because each copy would synchronize."""
         if self._places is None or self._places[0] != places:
             self._places = places, torch.tensor(places, device=self._board.device)
         return self._places[1]
 
     def forget(self) -> None:
-        """Begins a step."""
+        """Reset for a new step."""
         self._pending = None
         self.measured = False
 
     def before_step(self) -> None:
-        """Before an optimizer's step: gradients that no hook has announced, clipped if they are."""
+        """Measure before an optimizer step if no hook has fired; the gradients may be clipped already."""
         if not self.measured:
             self._measure()
 
@@ -116,10 +116,10 @@ def _values(gradient: Tensor) -> Tensor:
 
 
 def norms_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """‖·‖₂ of each, in float32 at least, so that 16-bit tensors do not overflow.
+    """Return ‖·‖₂ of each tensor, in float32 or wider, so that 16-bit tensors do not overflow.
 
-    On a CPU, where looking waits for nothing, those that overflow float32 (from 1e19 on) are taken in float64.
-    Elsewhere a finite tensor of that size counts as infinite.
+    On a CPU, where checking costs no synchronization, norms that overflow float32 (from 1e19 on) are computed in
+    float64. On other devices such a tensor counts as infinite.
     """
     tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
     wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
@@ -132,7 +132,7 @@ def norms_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def stack(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Numbers of any device and precision as one tensor, in float64 where there is one."""
+    """Stack scalars of any device and precision into one tensor, in float64 where the device supports it."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if len({(scalar.device, scalar.dtype) for scalar in scalars}) > 1:
         scalars = [scalar.to(device, dtype, non_blocking=True) for scalar in scalars]
@@ -140,7 +140,7 @@ def stack(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def spread(values: Tensor, places: Tensor, count: int) -> Tensor:
-    """The values at their places among `count`, UNSEEN at the others."""
+    """Scatter the values to their places among `count`, with UNSEEN at the others."""
     found = torch.full((count,), UNSEEN, device=values.device, dtype=values.dtype)
     found[places] = values
     return found

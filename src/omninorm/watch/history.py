@@ -1,4 +1,4 @@
-"""History: what the rules see. Plain numbers on the host, a window of the newest, and the model's facts."""
+"""History: the data that rules read. Plain numbers of the latest steps and samples, and facts about the model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SAMPLES_KEPT = 512
 
 @dataclass(frozen=True)
 class NormFacts:
-    """A norm of the model: its name, class, ε (None: it has none), the index of its block (None: outside of the
-    blocks), whether its gain is frozen, and whether it is one of omninorm's."""
+    """A norm of the model: its name, class, ε (None if it has none), the index of its block (None outside the blocks),
+    whether its gain is frozen, and whether it is an omninorm norm."""
 
     name: str
     kind: str
@@ -25,18 +25,18 @@ class NormFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """What does not change during the run.
+    """Facts that do not change during the run.
 
     Args:
-        model: the model's class.
-        parameters: how many numbers it learns or holds.
+        model: the class of the model.
+        parameters: the number of elements of all parameters.
         blocks: names of the transformer blocks, first to last.
         norms: every norm.
-        groups: names of the groups of parameters: the blocks, then the parts beside them.
-        attentions: per block the name of its attention, None where none was found.
-        feed_forwards: per block the name of the module that ends its feed-forward.
+        groups: names of the parameter groups: the blocks, then the parts outside them.
+        attentions: for each block the name of its attention; None if none was found.
+        feed_forwards: for each block the name of the last module of its feed-forward.
         optimizer: class of the (first) optimizer, or None.
-        adam_eps: its ε, if it is one of Adam's kind.
+        adam_eps: its ε, if it is a variant of Adam.
         every: steps between samples.
     """
 
@@ -54,7 +54,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Step:
-    """A step, counted from 1. NaN where a value is not known: `loss` may not be given, nor an optimizer."""
+    """A step, counted from 1. Unknown values are NaN, such as the loss if none was passed."""
 
     step: int
     loss: float
@@ -66,9 +66,9 @@ class Step:
 class Sample:
     """The signals of a sampled step, by the names of `omninorm.record.signals.SIGNALS`.
 
-    A signal of axis "run" is a list of one number, the others have one per block, norm or group of the Facts, in their
-    order; None where there is none. A signal that was not seen is not in the dictionary.
-    `worst` names, for "adam_ratio" and "adam_eps_ratio", each group's decisive tensor.
+    A signal of axis "run" is a list of one number; the others have one number per block, norm or group of the Facts, in
+    that order, or None. A signal that was not measured is not in the dictionary.
+    `worst` names each group's worst tensor for "adam_ratio" and "adam_eps_ratio".
     """
 
     step: int
@@ -78,7 +78,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class NonFinite:
-    """Where the first NaN or infinity of the run appeared.
+    """The place where the first NaN or infinity of the run appeared.
 
     Args:
         step: the step.
@@ -96,14 +96,14 @@ class NonFinite:
 
 @dataclass
 class History:
-    """Everything that rules may look at. The newest is last."""
+    """All data that rules may read. The newest item is last."""
 
     facts: Facts = field(default_factory=Facts)
     steps: deque[Step] = field(default_factory=lambda: deque(maxlen=STEPS_KEPT))
     samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=SAMPLES_KEPT))
     placement: str | None = None
-    """As measured at the first sample: "post" where a block's output is a norm's output, "pre" where a norm reads the
-    block's input, "both", "none" where the blocks have no norm, None where unknown."""
+    """Measured at the first sample: "post" if a block's output is a norm's output, "pre" if a norm reads the block's
+    input, "both", "none" if the blocks have no norm, None if unknown."""
     dtype: str | None = None
-    """Of the stream, such as "float16", as measured at the first sample."""
+    """The dtype of the residual stream, such as "float16", measured at the first sample."""
     nonfinite: NonFinite | None = None

@@ -1,6 +1,6 @@
-"""Where the sites hang: hooks on a model's modules, registered once and removed together.
+"""Registers forward and backward hooks on the model and removes them together.
 
-A hook that runs eagerly asks the gate and calls its site. Under torch.compile it puts one opaque operator into the
+In eager mode a hook checks the gate and calls its probe. Under torch.compile it puts one opaque operator into the
 graph, which does the same when the graph runs (see `traced`).
 """
 
@@ -20,7 +20,7 @@ from omninorm.kernels import probe
 from omninorm.watch.attention import UNKNOWN, AttentionSite, see_multihead
 from omninorm.watch.board import Board
 from omninorm.watch.gate import Gate, in_backward, safely
-from omninorm.watch.listening import Ear, listening
+from omninorm.watch.listening import Listener, listening
 from omninorm.watch.norm_site import NormCall, NormSite, hook_examples
 from omninorm.watch.norms import Norm
 from omninorm.watch.placements import Placements
@@ -29,7 +29,7 @@ from omninorm.watch.structure import Block, Structure
 from omninorm.watch.tensors import find_logits, first_tensor, with_first_tensor
 from omninorm.watch.traced import TracedSite
 
-# Beside the blocks NaNs are looked for in the outputs of so many modules.
+# The number of modules outside the blocks whose outputs are checked for NaNs.
 MOST_LEAVES = 64
 
 BLOCK_CELLS = (
@@ -51,13 +51,13 @@ RUN_CELLS = ("logz", "logz_mean")
 
 
 def cell_sizes(structure: Structure) -> dict[str, int]:
-    """How many cells each raw signal needs."""
+    """Return how many cells each raw signal needs."""
     blocks, norms = len(structure.blocks), len(structure.norms)
     return {**dict.fromkeys(BLOCK_CELLS, blocks), **dict.fromkeys(NORM_CELLS, norms), **dict.fromkeys(RUN_CELLS, 1)}
 
 
 def sentinel_names(structure: Structure) -> list[str]:
-    """The modules that are looked at in every step."""
+    """Return the names of the modules that are checked in every step."""
     names = [name for name, _ in leaves(structure)]
     for block in structure.blocks:
         names += [block.attention or block.name, block.feed_forward or block.name, block.name]
@@ -65,7 +65,7 @@ def sentinel_names(structure: Structure) -> list[str]:
 
 
 def leaves(structure: Structure) -> list[tuple[str, nn.Module]]:
-    """The modules beside the blocks that have parameters of their own: embeddings, a last norm, a head."""
+    """Return the modules outside the blocks that have their own parameters: embeddings, a final norm, a head."""
     inside = {id(part) for block in structure.blocks for part in block.module.modules()}
     found = [
         (name or "the model", module)
@@ -76,7 +76,7 @@ def leaves(structure: Structure) -> list[tuple[str, nn.Module]]:
 
 
 class Hook:
-    """A hook of ours. In a copy of the model, or a pickled one, it does nothing: nobody watches that."""
+    """A monitoring hook. In a copied or pickled model it does nothing, because that model is not monitored."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -89,7 +89,7 @@ class Hook:
 
 
 class QuietHook(Hook):
-    """One that graphs leave out."""
+    """A hook that torch.compile leaves out of its graphs."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:
@@ -97,15 +97,15 @@ class QuietHook(Hook):
 
 
 def do_nothing(*args: Any) -> None:
-    """What is left of a hook."""
+    """Do nothing; unpickled hooks call this."""
 
 
 class Hooks:
-    """Everything that hangs on the modules.
+    """All hooks registered on the model.
 
     Args:
-        failed: called with an exception of our own, which must not end the training.
-        compiled: whether torch.compile runs the model, or a part of it.
+        failed: called with a monitoring error, which must not end the training.
+        compiled: whether torch.compile runs the model or a part of it.
     """
 
     def __init__(
@@ -116,10 +116,12 @@ class Hooks:
         self.placements = Placements(structure)
         self.dtype: torch.dtype | None = None
         self._handles: list[RemovableHandle] = []
-        self._running: list[tuple[int, Tensor | None, int]] = []  # blocks: index, input and its version
+        self._running: list[
+            tuple[int, Tensor | None, int]
+        ] = []  # blocks that are running: index, input and its version
         self._attention = [AttentionSite(board, index) for index in range(len(structure.blocks))]
-        self._calls: list[list[tuple[Tensor, NormCall | None]]] = []  # of norms that run: what they read
-        # For graphs: the sites that they call, and the block whose attention is being traced.
+        self._calls: list[list[tuple[Tensor, NormCall | None]]] = []  # norms that are running: their inputs
+        # For compiled graphs: the probes that they call, and the attention probe of the block that is being traced.
         self._compiled = compiled
         self._traced: list[TracedSite] = []
         self._tracing: TracedSite | None = None
@@ -132,7 +134,7 @@ class Hooks:
     def attach(self) -> None:
         structure, board = self._structure, self._board
         if structure.blocks:
-            self._open.enter_context(listening(Ear(self._hear_attention, self._hear_softmax)))
+            self._open.enter_context(listening(Listener(self._before_attention, self._before_softmax)))
         place = 0
         self._on_root()
         for _, module in leaves(structure):
@@ -145,7 +147,7 @@ class Hooks:
             self._on_norm(norm, NormSite(board, norm, index))
 
     def detach(self) -> None:
-        """Removes every hook."""
+        """Remove every hook."""
         self.rest()
         for handle in self._handles:
             handle.remove()
@@ -153,7 +155,7 @@ class Hooks:
         self._open.close()
 
     def rest(self) -> None:
-        """Ends a step; clears what an exception in a forward pass may have left."""
+        """End a step; clear what an exception in a forward pass may have left."""
         self.gate.inside = None
         self._running = []
         for calls in self._calls:
@@ -161,12 +163,12 @@ class Hooks:
         probe.current = None
 
     def _trace(self, see: Callable[..., None]) -> TracedSite:
-        """A site for graphs: what it measures can't reach the training either."""
+        """Return a probe for compiled graphs, whose errors do not reach the training either."""
         site = TracedSite(lambda *tensors: self._safely(lambda: see(*tensors)))
         self._traced.append(site)
         return site
 
-    def _hear_attention(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
+    def _before_attention(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
         if is_compiling():
             if self._tracing is not None and torch.is_grad_enabled():
                 self._put_attention(self._tracing, q, k, mask, causal, scale)
@@ -175,7 +177,7 @@ class Hooks:
         if site is not None:
             self._safely(lambda: site.see(q, k, mask, causal, scale))
 
-    def _hear_softmax(self, logits: Any, dim: Any) -> None:
+    def _before_softmax(self, logits: Any, dim: Any) -> None:
         site = self._running_attention()
         if site is not None and isinstance(logits, Tensor) and dim in (-1, logits.ndim - 1):
             self._safely(lambda: site.see_logits(logits))
@@ -183,20 +185,20 @@ class Hooks:
     def _put_attention(
         self, site: TracedSite, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> None:
-        # The operator takes tensors alone: the scale is one, on the host, and causality its length.
+        # The operator takes only tensors: the scale is a tensor on the host, and its length encodes causality.
         with torch.no_grad():
             constants = torch.full((2 if causal else 1,), UNKNOWN if scale is None else scale)
         site.put([q, k, constants, *([] if mask is None else [mask])])
 
     def _running_attention(self) -> AttentionSite | None:
-        """That of the block that runs in a sampled step; None for torch's own module, seen from outside."""
+        """Return the probe of the block that is running in a sampled step; None for torch.nn.MultiheadAttention."""
         if not self._board.sampling or not self._running or threading.get_ident() != self._thread:
             return None
         index = self._running[-1][0]
         hidden = isinstance(self._structure.blocks[index].attention_module, nn.MultiheadAttention)
         return None if hidden or not self.gate.is_open() else self._attention[index]
 
-    def _hang(
+    def _register(
         self, module: nn.Module, before: Callable[..., Any] | None, after: Callable[..., Any], with_kwargs: bool = False
     ) -> None:
         if before is not None:
@@ -230,11 +232,11 @@ class Hooks:
 
         root = self._structure.model
         if self._compiled:
-            # A compiled model calls its own hooks outside of its graph; each would become a graph of its own.
+            # A compiled model calls its own hooks outside its graph, and each would become a separate graph.
             self._handles.append(root.register_forward_pre_hook(QuietHook(before)))
             self._handles.append(root.register_forward_hook(QuietHook(after)))
             return
-        self._hang(root, before, after)
+        self._register(root, before, after)
 
     def _on_output(self, module: nn.Module, site: Sentinel) -> None:
         traced = self._trace(site.see)
@@ -248,7 +250,7 @@ class Hooks:
             elif self.gate.is_open():
                 self._safely(lambda: site.see(y))
 
-        self._hang(module, None, after)
+        self._register(module, None, after)
 
     def _on_block(self, block: Block, index: int, place: int) -> None:
         self._on_writer(block.attention_writer, WriterSite(self._board, place, index, "attention"))
@@ -291,7 +293,7 @@ class Hooks:
                 y.register_hook(lambda dy: self._safely(lambda: site.see_gradient(dy)))  # type: ignore[no-untyped-call]
             return None
 
-        self._hang(block.module, before, after, with_kwargs=True)
+        self._register(block.module, before, after, with_kwargs=True)
 
     def _see_block(self, site: BlockSite, y: Tensor, running: tuple[int, Tensor | None, int]) -> None:
         _, x, version = running
@@ -316,12 +318,12 @@ class Hooks:
                 self._put(traced, y, *([] if hidden is None else [hidden]))
                 return
             if not self.gate.is_open() or (self._running and self._running[-1][0] != site.index):
-                return  # evaluation, or another block that shares this module
+                return  # an evaluation, or another block that shares this module
             self._safely(lambda: site.see(y, hidden))
             if self._board.sampling and isinstance(module, nn.MultiheadAttention):
                 self._safely(lambda: see_multihead(self._attention[site.index], module, args, kwargs))
 
-        self._hang(module, None, after, with_kwargs=True)
+        self._register(module, None, after, with_kwargs=True)
 
     def _on_norm(self, norm: Norm, site: NormSite) -> None:
         calls: list[tuple[Tensor, NormCall | None]] = []
@@ -346,15 +348,15 @@ class Hooks:
                 self.placements.norm_read(norm.facts.block, x is self._running[-1][1])
             call = NormCall(site, x.shape, counts, self._safely) if norm.facts.ours else None
             probe.current = call
-            calls[:] = [(x, call)]  # one that stands there still has ended in an exception
+            calls[:] = [(x, call)]  # a call that is still there ended in an exception
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             if is_compiling():
                 x = first_tensor(args)
                 if x is not None:
                     self._put(traced, x, *([output] if isinstance(output, Tensor) else []))
-                # Our backward pass is an operator of its own anyway, so nothing is lost by seeing its gradient.
-                grown = isinstance(output, Tensor) and torch.is_grad_enabled() and norm.facts.ours and site.learns
+                # The backward pass of an omninorm norm is a separate operator anyway, so this costs no fusion.
+                grown = isinstance(output, Tensor) and torch.is_grad_enabled() and norm.facts.ours and site.trainable
                 return tapped.tap(output, keep=True) if grown else None
             if not calls:
                 return None
@@ -369,14 +371,14 @@ class Hooks:
             self.placements.norm_made(output)
             return None
 
-        self._hang(norm.module, before, after)
+        self._register(norm.module, before, after)
 
     def _put(self, traced: TracedSite, *tensors: Tensor) -> None:
-        """Puts a site into the graph that is being traced, unless it is one for evaluation."""
+        """Put a probe into the graph that is being traced, unless it is for evaluation."""
         if torch.is_grad_enabled():
             traced.put(tensors)
 
     def _safely(self, measure: Callable[[], None]) -> None:
-        """Measures without a graph; an error of ours is told and does not reach the training."""
+        """Measure without a graph. A monitoring error is reported once and does not reach the training."""
         with torch._C.DisableTorchFunction():
             safely(measure, self._failed)

@@ -1,8 +1,8 @@
-"""Attention is heard where it is computed: scaled_dot_product_attention and softmax, wrapped while a watch is open.
+"""Intercepts scaled_dot_product_attention and softmax while a watch is open.
 
-What they get is what attention really uses, with position, norms and scale applied, whatever the architecture. A
-torch-function mode would hear the same and every other use of a tensor, and Dynamo can't trace through one. The
-wrappers are there once for all open watches, and gone with the last.
+Their arguments are what attention really uses, after position encoding, norms and scale, in any architecture. A
+torch-function mode would intercept every other use of a tensor as well, and Dynamo cannot trace through one. All open
+watches share one set of wrappers, which is removed with the last watch.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 
-class Ear(NamedTuple):
-    """Who listens: `attention(query, key, mask, is_causal, scale)`, in graphs too, and `softmax(logits, dim)`."""
+class Listener(NamedTuple):
+    """Callbacks: `attention(query, key, mask, is_causal, scale)`, also while tracing, and `softmax(logits, dim)`."""
 
     attention: Callable[[Tensor, Tensor, Tensor | None, bool, float | None], None]
     softmax: Callable[[Any, Any], None]
 
 
 class _Wrapped(NamedTuple):
-    """`ours` stands as `owner.name` in the place of `before`; `own`: which stood there itself, not in a base class."""
+    """`ours` replaces `before` as `owner.name`. `own`: whether `before` was defined there and not in a base class."""
 
     owner: Any
     name: str
@@ -36,35 +36,35 @@ class _Wrapped(NamedTuple):
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _SOFTMAX = (torch, F, Tensor)
-_ears: list[Ear] = []
+_listeners: list[Listener] = []
 _wrapped: list[_Wrapped] = []
-_period = 0  # wrappers of an earlier one, which somebody else's may still call, are deaf
-_depth = 0  # the softmax of torch.nn.functional calls that of Tensor
+_period = 0  # wrappers from an earlier period, which other wrappers may still call, do nothing
+_depth = 0  # > 0 inside softmax, because torch.nn.functional.softmax calls Tensor.softmax
 
 
 @contextmanager
-def listening(ear: Ear) -> Iterator[None]:
-    """Inside, every attention is told to `ear` before it is computed."""
-    if not _ears:
+def listening(listener: Listener) -> Iterator[None]:
+    """Call `listener` before each attention inside the block."""
+    if not _listeners:
         _wrap()
-    _ears.append(ear)
+    _listeners.append(listener)
     try:
         yield
     finally:
-        _ears.remove(ear)
-        if not _ears:
+        _listeners.remove(listener)
+        if not _listeners:
             _unwrap()
 
 
 def _wrap() -> None:
-    _put(F, "scaled_dot_product_attention", _heard_attention)
+    _put(F, "scaled_dot_product_attention", _intercepted_attention)
     for owner in _SOFTMAX:
-        _put(owner, "softmax", _heard_softmax)
+        _put(owner, "softmax", _intercepted_softmax)
 
 
-def _put(owner: Any, name: str, heard: Callable[[Any, int], Any]) -> None:
-    before = getattr(owner, name)  # the user's own, where there is one
-    ours = heard(before, _period)
+def _put(owner: Any, name: str, wrap: Callable[[Any, int], Any]) -> None:
+    before = getattr(owner, name)  # possibly the user's replacement
+    ours = wrap(before, _period)
     _wrapped.append(_Wrapped(owner, name, before, name in vars(owner), ours))
     setattr(owner, name, ours)
 
@@ -75,26 +75,26 @@ def _unwrap() -> None:
     while _wrapped:
         owner, name, before, own, ours = _wrapped.pop()
         if vars(owner).get(name) is not ours:
-            continue  # somebody has put another in its place, which stays
+            continue  # other code has replaced it since; leave that in place
         if own:
             setattr(owner, name, before)
         else:
-            delattr(owner, name)  # which uncovers the one of its base class
+            delattr(owner, name)  # uncovers the one of the base class
 
 
-def _heard_attention(original: Any, period: int) -> Any:
+def _intercepted_attention(original: Any, period: int) -> Any:
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
         if _period == period and "query" in given and "key" in given:
             rest = given.get("attn_mask"), given.get("is_causal", False), given.get("scale")
-            for ear in _ears:
-                ear.attention(given["query"], given["key"], *rest)
+            for listener in _listeners:
+                listener.attention(given["query"], given["key"], *rest)
         return original(*args, **kwargs)
 
     return scaled_dot_product_attention
 
 
-def _heard_softmax(original: Any, period: int) -> Any:
+def _intercepted_softmax(original: Any, period: int) -> Any:
     def softmax(*args: Any, **kwargs: Any) -> Any:
         global _depth
         if is_compiling() or _depth or _period != period:
@@ -102,8 +102,8 @@ def _heard_softmax(original: Any, period: int) -> Any:
         _depth += 1
         try:
             logits = args[0] if args else kwargs.get("input")
-            for ear in _ears:
-                ear.softmax(logits, args[1] if len(args) > 1 else kwargs.get("dim"))
+            for listener in _listeners:
+                listener.softmax(logits, args[1] if len(args) > 1 else kwargs.get("dim"))
             return original(*args, **kwargs)
         finally:
             _depth -= 1

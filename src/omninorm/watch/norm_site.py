@@ -1,8 +1,8 @@
-"""The norm is the probe: what a norm computes anyway is handed to the board.
+"""Statistics of norms. What omninorm norms compute anyway is passed on, so it needs no second pass over the data.
 
-omninorm's own operators give r = 1/√(mean(x²) + ε) of every row (for LayerNorm with the variance, and the mean) as they
+omninorm operators provide r = 1/√(mean(x²) + ε) of every row (with the variance, and the mean, for LayerNorm) as they
 run, and in backward the sums of the gain's gradient over blocks of rows, from which each example's gradient follows.
-For foreign norms, and where the reference computes, the same is taken from the input and the output's gradient.
+For other norms, and for the reference implementation, the same is computed from the input and the output's gradient.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from omninorm.watch.norms import Norm
 from omninorm.watch.sites import some_rows
 from omninorm.watch.tensors import whole
 
-SATURATED = 2.0  # |αx| beyond it: tanh is past 0.96, its slope below 0.07
+SATURATED = 2.0  # for larger |αx|, tanh is above 0.96 and its slope below 0.07
 
 
 class NormSite:
-    """One norm: `see` for its input, `see_scale` for what our operators know, `see_examples` for γ's gradients."""
+    """One norm: `see` takes its input, `see_scale` the operators' statistics, `see_examples` γ's gradients."""
 
     def __init__(self, board: Board, norm: Norm, index: int) -> None:
         self.board, self.norm, self.index = board, norm, index
         self.eps = norm.facts.eps or 0.0
         self.width = 0 if norm.gain is None else norm.gain.numel()
-        self.learns = norm.gain is not None and norm.gain.requires_grad and norm.gain.ndim == 1 and self.width > 1
+        self.trainable = norm.gain is not None and norm.gain.requires_grad and norm.gain.ndim == 1 and self.width > 1
         self._waiting: WeakSet[Kept] = WeakSet()
 
     def keep(self, *tensors: Tensor | None) -> Kept:
-        """Keeps tensors for the backward pass, as autograd does, and as long."""
+        """Keep tensors for the backward pass, for as long as autograd does."""
         kept = Kept(tensors)
         if in_backward():
-            # Activation checkpointing repeats a forward pass. The backward pass that waits may be that of the first.
+            # Activation checkpointing repeats a forward pass; these tensors may be for the first one's backward pass.
             if len(self._waiting) == 1:
                 self._waiting.pop().tensors = tensors
         elif packs_what_is_saved():
@@ -47,11 +47,11 @@ class NormSite:
         return kept
 
     def see(self, x: Tensor) -> None:
-        """x (…, d): the norm's input, of which some rows are read."""
+        """Measure some rows of x (…, d), the norm's input."""
         if x.numel() == 0:
             return
         rows = some_rows(x.flatten(-self.norm.dims) if self.norm.dims > 1 else x)
-        # The squares of an exploding stream overflow float32, and a variance beside a large mean drowns in it.
+        # In float32 the squares of an exploding stream overflow, and a small variance is lost next to a large mean.
         rows = rows if rows.device.type == "mps" else rows.double()
         module = self.norm.module
         if isinstance(module, Pointwise):
@@ -66,7 +66,7 @@ class NormSite:
             self.see(x)
 
     def see_scale(self, scale: Tensor, mean: Tensor | None) -> None:
-        """scale (rows,): r of every row; mean (rows,) of a LayerNorm."""
+        """Measure scale (rows,), r of every row, and for a LayerNorm mean (rows,)."""
         spread = scale.double().pow(-2) - self.eps
         spread = spread.clamp_min(0)
         self._add(spread if mean is None else spread + mean.double().square(), mean)
@@ -82,7 +82,7 @@ class NormSite:
             self.board.add("eps_share", self.index, (self.eps / (spread + self.eps)).mean())
 
     def see_examples(self, gradients: Tensor) -> None:
-        """gradients (examples, d): each example's part of dγ. Their sum is the batch's gradient."""
+        """Measure gradients (examples, d), each example's part of dγ. Their sum is the batch's gradient."""
         count = gradients.shape[0]
         if count < 2:
             return
@@ -94,7 +94,7 @@ class NormSite:
         self.board.add("examples", self.index, torch.tensor(float(count)))
 
     def see_output(self, dy: Tensor, y: Tensor) -> None:
-        """dy, y (examples, …, d): the output and its gradient. x̂ is (y − β)/γ where γ is not 0."""
+        """Measure the output's gradient dy and the output y, both (examples, …, d). x̂ is (y − β)/γ where γ is not 0."""
         gain = self.norm.gain
         assert gain is not None
         effective = (whole(gain.detach()) + self.norm.offset).float()
@@ -104,29 +104,29 @@ class NormSite:
         self.see_examples(torch.where(effective == 0, 0, sums / effective))
 
     def see_output_if_sampled(self, dy: Tensor, y: Tensor) -> None:
-        if self.board.sampling and self.tells_examples(y.shape):
+        if self.board.sampling and self.has_examples(y.shape):
             self.see_output(dy, y)
 
-    def tells_examples(self, shape: torch.Size) -> bool:
-        """Whether an input of this shape holds several examples, and the gain learns from them."""
-        return self.learns and len(shape) >= 3 and shape[-1] == self.width and shape[self.norm.batch_dim] > 1
+    def has_examples(self, shape: torch.Size) -> bool:
+        """Return whether an input of this shape holds several examples and the gain is trainable."""
+        return self.trainable and len(shape) >= 3 and shape[-1] == self.width and shape[self.norm.batch_dim] > 1
 
     def per_example(self, products: Tensor) -> Tensor:
-        """(…, d) summed over all but the examples and the features: (examples, d), in float32 at least."""
+        """Sum (…, d) over all but the examples and the features: (examples, d), in float32 or wider."""
         by_example = products.movedim(self.norm.batch_dim, 0).flatten(1, -2)
         wide = torch.promote_types(products.dtype, torch.float32)
         return by_example.sum(dim=1, dtype=wide)
 
 
 class Kept:
-    """Tensors for a backward pass, `tensors`: None until a repeated forward pass brings them."""
+    """Tensors for a backward pass; `tensors` is None until a repeated forward pass provides them."""
 
     def __init__(self, tensors: tuple[Tensor | None, ...]) -> None:
         self.tensors: tuple[Tensor | None, ...] | None = tensors
 
 
 def packs_what_is_saved() -> bool:
-    """Whether activation checkpointing or its like takes hold of what autograd saves, so that it is not kept."""
+    """Return whether hooks, such as those of activation checkpointing, pack the tensors that autograd saves."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
@@ -134,12 +134,12 @@ Safely = Callable[[Callable[[], None]], None]
 
 
 class NormCall:
-    """One call of one of our norms: what its operators hand over (a `kernels.probe.Probe`).
+    """One call of an omninorm norm: receives the statistics of its operators (a `kernels.probe.Probe`).
 
     Args:
-        shape: of the input, (examples, …, d).
-        counts: whether the forward pass is to be counted; not where activation checkpointing repeats it.
-        safely: calls a function in no_grad, and does not let its errors through.
+        shape: the shape of the input, (examples, …, d).
+        counts: whether the forward pass counts; False if activation checkpointing repeats it.
+        safely: calls a function in no_grad and suppresses its errors.
     """
 
     def __init__(self, site: NormSite, shape: torch.Size, counts: bool, safely: Safely) -> None:
@@ -156,7 +156,7 @@ class NormCall:
         if self.counts:
             self.site.see_scale(scale, mean)
         each = rows_per_block(scale.numel(), by_triton(x))
-        if self.site.tells_examples(self.shape) and not self._ends_blocks(each):
+        if self.site.has_examples(self.shape) and not self._ends_blocks(each):
             self._kept = self.site.keep(x, scale, mean)
 
     def backward(self, dy: Tensor, dgain: Tensor | None, blocks: Tensor | None, rows_per_block: int) -> None:
@@ -164,7 +164,7 @@ class NormCall:
 
     def _see_gradient(self, dy: Tensor, blocks: Tensor | None, rows_per_block: int) -> None:
         kept, self._kept = self._kept, None
-        if not self.site.tells_examples(self.shape):
+        if not self.site.has_examples(self.shape):
             return
         examples, width = self.shape[0], self.shape[-1]
         if blocks is not None and self._ends_blocks(rows_per_block):
@@ -178,24 +178,24 @@ class NormCall:
             self.site.see_examples(self.site.per_example(dy * (deviation * scale.view(one_each))))
 
     def _ends_blocks(self, rows_per_block: int) -> bool:
-        """Whether every example ends where a block of rows does."""
+        """Return whether every example ends at the end of a block of rows."""
         return self.site.norm.batch_dim == 0 and self.shape[1:-1].numel() % rows_per_block == 0
 
 
 def hook_examples(site: NormSite, y: Tensor, safely: Safely) -> None:
-    """For a foreign norm: each example's dγ from the gradient of its output y.
+    """Measure each example's dγ of a norm that is not from omninorm, from the gradient of its output y.
 
     Args:
-        safely: calls a function in no_grad, and does not let its errors through.
+        safely: calls a function in no_grad and suppresses its errors.
     """
-    if not y.requires_grad or not site.tells_examples(y.shape):
+    if not y.requires_grad or not site.has_examples(y.shape):
         return
-    # An alias without a graph, or the hook and the tensor would keep each other. The next layer keeps it anyway.
+    # A detached alias: otherwise the hook and the tensor would keep each other alive. The next layer keeps it anyway.
     kept = site.keep(y.detach())
 
     def see(dy: Tensor) -> None:
         values = None if kept.tensors is None else kept.tensors[0]
-        if values is not None and values._version == version:  # else it was overwritten
+        if values is not None and values._version == version:  # otherwise it was overwritten in place
             site.see_output(dy, values)
 
     version = y._version

@@ -1,7 +1,7 @@
-"""What a norm is, whoever wrote it, and what it does.
+"""Recognizes norms of any library and measures their properties.
 
-A norm is a leaf with a gain for each feature. Does it centre, is its gain stored as γ − 1? That is measured on small
-vectors, where its class does not tell.
+A norm is a leaf module with one gain per feature. Whether it subtracts the mean, and whether its gain is stored as
+γ − 1, is measured on small vectors unless its class determines it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ GAIN_NAMES = ("weight", "scale", "gamma", "gain", "g")
 
 @dataclass
 class Norm:
-    """A norm: its facts, module, whether it subtracts the mean, what must be added to its stored gain, and along which
-    dimension of its input the examples are counted."""
+    """A norm: its facts, its module, whether it subtracts the mean, the offset of its stored gain, and the batch
+    dimension of its input."""
 
     facts: NormFacts
     module: nn.Module
@@ -33,17 +33,17 @@ class Norm:
 
     @property
     def gain(self) -> Tensor | None:
-        """γ as it is stored."""
+        """The gain as stored."""
         return find_gain(self.module)
 
     @property
     def dims(self) -> int:
-        """Over how many trailing dimensions it normalizes."""
+        """The number of trailing dimensions that it normalizes over."""
         return len(getattr(self.module, "normalized_shape", (1,)))
 
 
 def is_norm(module: nn.Module) -> bool:
-    """LayerNorm, RMSNorm and their relatives over the last dimension, whoever wrote them."""
+    """Return whether a module is LayerNorm, RMSNorm or a variant over the last dimension, of any library."""
     if isinstance(module, NORM_TYPES):
         return True
     if any(True for _ in module.children()) or "norm" not in type(module).__name__.lower():
@@ -54,13 +54,13 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def find_gain(module: nn.Module) -> nn.Parameter | None:
-    """A norm's γ, by the names that are in use."""
+    """Return a norm's gain, by its usual names."""
     found = (getattr(module, name, None) for name in GAIN_NAMES)
     return next((gain for gain in found if isinstance(gain, nn.Parameter) and not is_lazy(gain)), None)
 
 
 def read_norm(name: str, module: nn.Module, block: int | None, batch_dim: int = 0) -> Norm:
-    """The norm's facts. Its forward is called some times, without hooks and without gradients."""
+    """Return the norm with its facts. Its forward may be called a few times, without hooks and gradients."""
     gains = list(module.parameters(recurse=False))
     ours = type(module).__module__.startswith("omninorm.")
     frozen = bool(gains) and not any(gain.requires_grad for gain in gains)
@@ -71,7 +71,7 @@ def read_norm(name: str, module: nn.Module, block: int | None, batch_dim: int = 
 
 
 def read_eps(module: nn.Module) -> float | None:
-    """A norm's ε; None where it has none."""
+    """Return a norm's ε; None if it has none."""
     found = (getattr(module, name, None) for name in EPS_NAMES)
     eps = next(
         (float(value) for value in found if isinstance(value, (int, float)) and not isinstance(value, bool)), None
@@ -85,14 +85,14 @@ def read_eps(module: nn.Module) -> float | None:
 
 @torch.no_grad()
 def measure_norm(module: nn.Module) -> tuple[bool, float]:
-    """Whether the norm ignores a constant added to its input, and what it adds to its stored gain (0, or Gemma's 1).
+    """Return whether the norm is invariant to a constant added to its input, and the offset of its gain (0; Gemma: 1).
 
-    For x = ±1 by turns, N(x) − N(−x) = 2 γ x but for ε, because mean and deviation of x are 0 and 1.
+    For x = ±1 alternating, N(x) − N(−x) = 2 γ x up to ε, because x has mean 0 and standard deviation 1.
     """
     by_kind, by_name = isinstance(module, nn.LayerNorm), float(getattr(module, "gain_offset", 0.0))
     gain = find_gain(module)
     known = isinstance(module, NORM_TYPES)
-    # A module with buffers may count or average what it sees.
+    # A module with buffers may count calls or average its inputs.
     if known or gain is None or gain.ndim != 1 or gain.numel() < 2 or any(True for _ in module.buffers()):
         return by_kind, by_name
     width = gain.numel() - gain.numel() % 2
@@ -104,7 +104,7 @@ def measure_norm(module: nn.Module) -> tuple[bool, float]:
         plus, minus, shifted = (module.forward(row).float() for row in (64 * x, -64 * x, 64 * x + 64))
         effective = (plus - minus)[:width] / (2 * x[:width].float())
         offset = (effective - gain[:width].float()).median()
-    except Exception:  # a norm that wants another shape: nothing is known of it
+    except Exception:  # a norm that needs another shape: nothing is known about it
         return by_kind, by_name
     centred = torch.allclose(shifted, plus, rtol=1e-2, atol=1e-2 * float(plus.abs().max()) + 1e-6)
     centred = centred and bool((plus - minus).abs().max() > 0)

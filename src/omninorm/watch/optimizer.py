@@ -1,6 +1,6 @@
-"""What an optimizer step does: its size against the weights, and how far Adam's second moment is behind.
+"""Measures optimizer steps: their size relative to the weights, and how far Adam's second moment lags behind.
 
-Of each tensor at most some thousand evenly spaced elements are looked at.
+At most about a thousand evenly spaced elements of each tensor are read.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from omninorm.watch.gradients import norms_of, spread, stack
 from omninorm.watch.sites import stride
 from omninorm.watch.tensors import here
 
-# Elements looked at: of a tensor in a sampled step, and in every step for NaNs.
+# Elements per tensor: in sampled steps, and in every step to detect NaNs.
 SAMPLED, EVERY_STEP = 1024, 64
 
 
 def some(x: Tensor, most: int = SAMPLED) -> Tensor:
-    """At most about `most` evenly spaced elements of x, 1-D, a view where x is contiguous. Of a DTensor those that are
-    here: each process watches its part."""
+    """Return at most about `most` evenly spaced elements of x, 1-D; a view if x is contiguous. Of a DTensor, read the
+    local shard: each process monitors its own part."""
     flat = here(x.detach()).reshape(-1)
     return flat[:: stride(flat.numel(), most)]
 
 
 class OptimizerWatch:
-    """Hooks on the optimizers; `take` gives what a sampled step showed.
+    """Hooks on the optimizers; `take` returns the measurements of a sampled step.
 
     Args:
-        parameters: all that are watched; results are in their order.
-        failed: told of an error of ours, which must not reach the training.
-        announce: called before each optimizer's step.
+        parameters: all monitored parameters; results are in this order.
+        failed: called with a monitoring error, which must not reach the training.
+        announce: called before each optimizer step.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class OptimizerWatch:
         self._addresses: list[int] = []
 
     def attach(self) -> list[RemovableHandle]:
-        """Registers hooks before and after every optimizer's step."""
+        """Register hooks before and after each optimizer step."""
         return [
             handle
             for optimizer in self._optimizers
@@ -74,9 +74,9 @@ class OptimizerWatch:
         ]
 
     def rate(self) -> float | None:
-        """The largest learning rate that the last step was taken with; None where none is on the host.
+        """Return the largest learning rate of the last step; None if none is on the host.
 
-        A scheduler may have moved on since. Without a step, as when a GradScaler skips it, the rate as it stands.
+        A scheduler may have changed it since. Without a step, as when a GradScaler skips it, return the current one.
         """
         noted, self._rates = self._rates, []
         return max(noted or [rate for optimizer in self._optimizers for rate in rates(optimizer)], default=None)
@@ -85,12 +85,12 @@ class OptimizerWatch:
         self._rates += rates(optimizer)
 
     def take(self) -> dict[str, Tensor]:
-        """ "update_ratio", "adam_ratio", "adam_eps_ratio" of the last step, (parameters,), UNSEEN where unknown."""
+        """Return update_ratio, adam_ratio, adam_eps_ratio of the last step, each (parameters,)."""
         found, self._found = self._found, {}
         return found
 
     def _watched(self, optimizer: torch.optim.Optimizer) -> list[tuple[int, Tensor, dict[str, Any]]]:
-        """(place, parameter, group) of every floating-point parameter of the model."""
+        """Return (place, parameter, group) of the model's floating-point parameters in this optimizer."""
         return [
             (self._places[id(parameter)], parameter, group)
             for group in optimizer.param_groups
@@ -99,7 +99,7 @@ class OptimizerWatch:
         ]
 
     def _some_weights(self) -> list[Tensor]:
-        """Some elements of every parameter that learns: views, made again only where a parameter has moved."""
+        """Return views of some elements of every trainable parameter, renewed only if a parameter has moved."""
         parameters = [here(self._parameters[at]) for at in self._learning]
         addresses = [parameter.data_ptr() for parameter in parameters]
         if addresses != self._addresses or not all(parameter.is_contiguous() for parameter in parameters):
@@ -110,12 +110,12 @@ class OptimizerWatch:
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._note_rate(optimizer)
         self._announce()
-        # Not only those with a gradient: a closure may compute gradients inside of the step.
+        # Including those without a gradient: a closure may compute gradients inside the step.
         if self._board.sampling:
             self._before = {place: some(parameter).clone() for place, parameter, _ in self._watched(optimizer)}
 
     def see_weights(self) -> None:
-        """Once all optimizers have made their steps: the weights' norms, for NaNs."""
+        """Measure the weights' norms, to detect NaNs. Called after all optimizer steps."""
         stepped, self._stepped = self._stepped, False
         if stepped and self._learning:
             self._see_weights(stack(norms_of(self._some_weights()), self._board.device))
@@ -132,13 +132,13 @@ class OptimizerWatch:
 
     def _see_weights(self, norms: Tensor) -> None:
         if len(self._learning) < len(self._parameters):
-            if self._learning_index is None:  # kept, because each move would wait for the device
+            if self._learning_index is None:  # cached, because each copy would synchronize
                 self._learning_index = torch.tensor(self._learning, device=norms.device)
             norms = spread(norms, self._learning_index, len(self._parameters))
         self._board.set_weights(norms)
 
     def _measure_updates(self, watched: Sequence[tuple[int, Tensor, dict[str, Any]]]) -> None:
-        """RMS(Δw)/RMS(w) of matrices."""
+        """Measure RMS(Δw)/RMS(w) of matrices."""
         matrices = [(place, parameter) for place, parameter, _ in watched if parameter.ndim >= 2]
         if not matrices:
             return
@@ -151,9 +151,9 @@ class OptimizerWatch:
     def _measure_adam(
         self, optimizer: torch.optim.Optimizer, watched: Sequence[tuple[int, Tensor, dict[str, Any]]]
     ) -> None:
-        """√mean(g²/max(v̂, ε²)) with the bias-corrected second moment, and RMS(g)/ε.
+        """Measure √mean(g²/max(v̂, ε²)) with the bias-corrected second moment, and RMS(g)/ε.
 
-        The gradients are read after the step, because a fused optimizer is given scaled ones and unscales them in it.
+        The gradients are read after the step, because a fused optimizer unscales them inside it.
         """
         for group in optimizer.param_groups:
             if "eps" not in group or "betas" not in group:
@@ -169,7 +169,7 @@ class OptimizerWatch:
                 moments.append(some(second).to(gradients[-1].device, torch.float32))
                 counts.append(torch.as_tensor(count, dtype=torch.float32))
             if places:
-                # A tensor that came late has made fewer steps than others.
+                # A parameter that was added later has made fewer steps.
                 corrected = [
                     1 - group["betas"][1] ** count
                     for count in torch.stack(counts).to(gradients[0].device, non_blocking=True).unbind()
@@ -182,13 +182,13 @@ class OptimizerWatch:
     ) -> None:
         device = self._board.device
         roots = torch.tensor([g.numel() ** 0.5 for g in gradients]).to(device)
-        # √(v̂) is kept above ε instead of v̂ above ε², whose square may underflow.
+        # √v̂ is clamped to ε instead of v̂ to ε², because ε² may underflow.
         floors = list(torch._foreach_sqrt(list(moments)))
         torch._foreach_clamp_min_(floors, eps)
         of_eps = stack(norms_of(gradients), device) / roots / eps
         ratios = stack(norms_of(torch._foreach_div(gradients, floors)), device) / roots
         for key, values in (("adam_eps_ratio", of_eps), ("adam_ratio", ratios)):
-            # Not finite where a scaler made the step a void one; other NaNs are found elsewhere.
+            # Not finite if a GradScaler skipped the step; other NaNs are detected elsewhere.
             self._write(key, places, torch.where(values.isfinite(), values, UNSEEN))
 
     def _write(self, key: str, places: Sequence[int], values: Tensor) -> None:
@@ -199,7 +199,7 @@ class OptimizerWatch:
 
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """The learning rates of the optimizer's groups that can be read without waiting for a device."""
+    """Return the learning rates of the optimizer's groups that can be read without synchronizing."""
     found = [group.get("lr") for group in optimizer.param_groups]
     return [float(rate) for rate in found if rate is not None and (isinstance(rate, (int, float)) or _is_on_host(rate))]
 
@@ -209,12 +209,12 @@ def _is_on_host(rate: object) -> bool:
 
 
 def has_gradient(parameter: Tensor) -> bool:
-    """Whether there is a dense gradient."""
+    """Return whether there is a dense gradient."""
     return parameter.grad is not None and not parameter.grad.is_sparse
 
 
 def adam_eps(optimizers: Sequence[torch.optim.Optimizer]) -> float | None:
-    """The ε of the first optimizer of Adam's kind."""
+    """Return the ε of the first optimizer that is a variant of Adam."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if "eps" in group and "betas" in group:

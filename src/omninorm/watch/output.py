@@ -1,4 +1,4 @@
-"""Where events go: record.jsonl in a folder, and memory. A disk that fails ends the recording, never the training."""
+"""Writes events to record.jsonl in a folder, or to memory. A disk error ends the recording, never the training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIGITS = 4
 
 
 def rank() -> int:
-    """This process's number in a distributed run, 0 otherwise."""
+    """Return this process's rank in a distributed run, otherwise 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -27,15 +27,15 @@ def world_size() -> int:
 
 
 def record_name(of_rank: int) -> str:
-    """The record's file: each rank has its own, rank 0 the run's."""
+    """Return the name of a rank's record. Rank 0 writes the record of the run."""
     return RECORD_FILE if of_rank == 0 else f"record-rank{of_rank}.jsonl"
 
 
 class Output:
-    """Appends events to a record, and keeps those that are in no file.
+    """Appends events to a record, and keeps in memory those that are in no file.
 
     Args:
-        target: a folder, which is made; a Record that someone else closes; or None for memory alone.
+        target: a folder, which is created; a Record that the caller closes; or None to keep events in memory.
     """
 
     def __init__(self, target: str | Path | Record | None) -> None:
@@ -52,7 +52,7 @@ class Output:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                self._give_up(f"{error.strerror} at {self.folder}")
+                self._give_up(f"cannot create {self.folder}: {error.strerror}")
                 return
             path = self.folder / record_name(rank())
             self.continues = path.exists() and path.stat().st_size > 0
@@ -62,30 +62,30 @@ class Output:
                 self._give_up(str(error))
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """One event."""
+        """Append one event."""
         if self._record is not None:
             try:
                 self._record.append(event)
                 self._path = self._record.path
                 return
-            except (OmninormError, ValueError) as error:  # ValueError: a name that is no Unicode
+            except (OmninormError, ValueError) as error:  # ValueError: a name that is not valid Unicode
                 self._give_up(str(error))
         self._kept.append(dict(event))
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """All events so far: those in the file, earlier ones too, and after a failure of the disk what came since."""
+        """All events so far: those in the file, including earlier ones, and after a disk error those in memory."""
         written: list[dict[str, Any]] = []
         if self._path is not None:
             try:
                 written = read_history(self._path)
             except OmninormError as error:
-                warnings.warn(f"the record can't be read any more: {error}", stacklevel=3)
+                warnings.warn(f"The record can no longer be read: {error}", stacklevel=3)
         return [*written, *self._kept]
 
     @contextmanager
     def file(self) -> Iterator[Path]:
-        """All events as a record's file, which is a temporary one where they are not in one."""
+        """Provide all events as a record file; a temporary one if they are not all in a file."""
         if self._path is not None and not self._kept:
             yield self._path
             return
@@ -103,9 +103,9 @@ class Output:
 
     def _give_up(self, reason: str) -> None:
         self.close()
-        warnings.warn(f"omninorm.watch records no more, training goes on: {reason}", stacklevel=2)
+        warnings.warn(f"omninorm.watch has stopped recording, training continues: {reason}", stacklevel=2)
 
 
 def short(values: Any) -> list[float | None]:
-    """Numbers at four significant digits, which is more than a statistic of some rows knows."""
+    """Round to four significant digits, more than a statistic of some rows is accurate to."""
     return [None if value is None else float(f"{value:.{DIGITS}g}") for value in values]

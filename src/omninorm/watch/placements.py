@@ -1,4 +1,4 @@
-"""Where the blocks' norms stand: measured, by the identity of tensors."""
+"""Measures the placement of the blocks' norms, by the identity of tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omninorm.watch.structure import Structure
 
 
 class Placements:
-    """Where the blocks' norms stand, measured in one forward pass by which tensors they read and make."""
+    """The placement of the blocks' norms, from the tensors that they read and return in one forward pass."""
 
     def __init__(self, structure: Structure) -> None:
         inside = [norm.facts.block for norm in structure.norms if norm.facts.block is not None]
@@ -35,18 +35,18 @@ class Placements:
             self._makes_output.add(block)
         self._newest = None
 
-    # In a compiled graph tensors have no identity that lasts; their addresses tell while they live, and a few numbers
-    # tell whether an address has been taken over.
+    # In a compiled graph tensors have no lasting identity. Their addresses identify them while they are alive, and a
+    # few elements show whether an address has been reused.
 
     def graph_norm(self, block: int, x: Tensor, y: Tensor) -> None:
-        """A norm of this block has run on x, and made y."""
+        """Record that a norm of this block has read x and returned y."""
         if block in self._judged:
             return
         self._reads.add(x.data_ptr())
         self._made = y.data_ptr(), few(y)
 
     def graph_block(self, block: int, y: Tensor, x: Tensor | None) -> None:
-        """The block has run on x, and made y."""
+        """Record that the block has read x and returned y."""
         if block not in self._judged:
             self._judged.add(block)
             self.norm_read(block, x is not None and x.data_ptr() in self._reads)
@@ -56,7 +56,7 @@ class Placements:
         self._made = None
 
     def verdict(self, blocks: int) -> str | None:
-        """ "pre", "post", "both", "none", or None where it is something else; the majority of the blocks decides."""
+        """Return "pre", "post", "both", "none", or None for anything else, by the majority of the blocks."""
         if not self._with_norms:
             return "none" if blocks else None
         pre, post = 2 * len(self._reads_input) > blocks, 2 * len(self._makes_output) > blocks
@@ -64,5 +64,5 @@ class Placements:
 
 
 def few(x: Tensor) -> Tensor:
-    """The first numbers of x, apart from it."""
+    """Return a copy of the first elements of x."""
     return x.detach().reshape(-1)[:16].clone()

@@ -1,4 +1,4 @@
-"""From the board's numbers to steps, samples and the first NaN."""
+"""Builds steps, samples and the first NaN from the raw numbers of the buffers."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ Numbers = Sequence[float | None]
 
 
 def step_of(row: Row, step: int, rate: float | None) -> Step:
-    """The step's loss, total gradient norm and rate; NaN where one is unknown."""
+    """Return the step's loss, total gradient norm and learning rate; NaN where unknown."""
     seen = [norm for norm in row.gradients if norm != UNSEEN]
     total = math.hypot(*seen) if seen else math.nan
     return Step(step, math.nan if row.loss is None else row.loss, total, math.nan if rate is None else rate)
 
 
 def has_gradients(row: Row) -> bool:
-    """Whether a backward pass reached a parameter in this step."""
+    """Return whether a backward pass reached a parameter in this step."""
     return any(norm != UNSEEN for norm in row.gradients)
 
 
 def first_nonfinite(
     row: Row, step: int, sentinels: Sequence[str], parameters: Sequence[str], order: Mapping[int, int]
 ) -> NonFinite | None:
-    """Where in this step something was first not finite: forward, the loss, backward from the loss, the weights.
+    """Return the first non-finite value of this step: in forward, the loss, backward (from the loss), or the weights.
 
     Args:
-        order: of the sentinels that have run, the place in the order in which they did.
+        order: for each sentinel that has run, its place in the order of execution.
     """
     for at in sorted(order, key=lambda index: order[index]):
         if not math.isfinite(row.sentinels[at]):
             return NonFinite(step, "forward", sentinels[at], kind(row.sentinels[at]))
     if row.loss is not None and not math.isfinite(row.loss):
         return NonFinite(step, "loss", None, kind(row.loss))
-    # Backward passes through the last layers first, and what is before them is not finite either.
+    # Backward runs through the last layers first, and all earlier gradients are then non-finite as well.
     for name, value in reversed(list(zip(parameters, row.gradients, strict=True))):
         if not math.isfinite(value):
             return NonFinite(step, "backward", name, kind(value))
@@ -58,7 +58,7 @@ def root(values: Numbers) -> list[float | None]:
 
 
 def root_ratio(over: Numbers, under: Numbers) -> list[float | None]:
-    """√(over/under), None where one is unknown."""
+    """Return √(over/under), None where either is unknown."""
     return [
         None if a is None or b is None else math.sqrt(a / b) if b > 0 and a >= 0 else (math.nan if a != 0 else 0.0)
         for a, b in zip(over, under, strict=True)
@@ -66,10 +66,10 @@ def root_ratio(over: Numbers, under: Numbers) -> list[float | None]:
 
 
 class NoiseScale:
-    """The gradient noise scale tr Σ/|G|² in examples, from the norms' gains, smoothed over samples.
+    """The gradient noise scale tr Σ/|G|² in examples, from the gradients of the norms' gains, smoothed over samples.
 
-    With B examples of mean gradient G_B and single gradients G_1, |G|² ≈ (B|G_B|² − |G_1|²)/(B − 1) and
-    tr Σ ≈ (|G_1|² − |G_B|²)/(1 − 1/B); both are averaged before they are divided. McCandlish et al. 2018, arXiv
+    For B examples with mean gradient G_B and single gradients G_1, |G|² ≈ (B|G_B|² − |G_1|²)/(B − 1) and
+    tr Σ ≈ (|G_1|² − |G_B|²)/(1 − 1/B). Both are averaged before the division. McCandlish et al. 2018, arXiv
     1812.06162; from norm layers alone: Gray et al. 2024, arXiv 2411.00999.
     """
 
@@ -79,7 +79,7 @@ class NoiseScale:
         self._signal = self._noise = 0.0
 
     def update(self, small: Numbers, big: Numbers, examples: Numbers) -> float | None:
-        """The scale after this sample; None where no norm gave its examples' gradients, or G is lost in the noise."""
+        """Return the scale after this sample; None if no norm provided gradients per example, or noise dominates G."""
         count = next((value for value in examples if value is not None), None)
         if count is None or count < 2:
             return None
@@ -94,11 +94,11 @@ class NoiseScale:
 
 
 class SampleBuilder:
-    """Makes a Sample of a sampled step's numbers.
+    """Builds a Sample from the numbers of a sampled step.
 
     Args:
-        structure: of the model.
-        places: each group's parameters, as places in the order of all parameters.
+        structure: the structure of the model.
+        places: each group's parameters, as indices into all parameters.
     """
 
     def __init__(self, structure: Structure, places: dict[str, list[int]], names: Sequence[str]) -> None:
@@ -115,13 +115,13 @@ class SampleBuilder:
         gains: dict[str, list[float | None]],
         tensors: dict[str, list[float]],
     ) -> Sample:
-        """The sample of `step`.
+        """Return the sample of `step`.
 
         Args:
-            cells: the board's.
-            row: of this step.
-            gains: "gain_max", "gain_ratio", "gain_small" per norm.
-            tensors: per parameter "weight_rms", "update_ratio", "adam_ratio", "adam_eps_ratio".
+            cells: the cells of the buffers.
+            row: the row of this step.
+            gains: gain_max, gain_ratio and gain_small of each norm.
+            tensors: weight_rms, update_ratio, adam_ratio and adam_eps_ratio of each parameter.
         """
         noise = self._noise.update(cells["noise_small"], cells["noise_big"], cells["examples"])
         signals: dict[str, Numbers] = {
@@ -151,8 +151,8 @@ class SampleBuilder:
         return Sample(step, seen, worst)
 
     def _decisive(self, name: str, values: Sequence[float]) -> Sequence[float]:
-        """The values that count. Gradients are held against Adam's ε in the matrices of a group, if it has any: that of
-        a key's bias, for example, is 0 but for rounding."""
+        """Return the values to choose the worst from. For Adam's ε only the matrices of a group count, if it has any:
+        the gradient of a key's bias, for example, is 0 up to rounding."""
         if name != "adam_eps_ratio":
             return values
         kept = list(values)

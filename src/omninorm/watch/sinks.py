@@ -1,4 +1,4 @@
-"""Sinks: further places for a watched run's numbers and alarms. TensorBoard, Weights & Biases, MLflow, or your own."""
+"""Sinks: loggers for the numbers and alarms of a run. TensorBoard, Weights & Biases, MLflow, or your own."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ NAMESPACE = "omninorm"
 
 
 class Sink(Protocol):
-    """What `watch(…, sinks=[…])` takes. One that raises, for a disk or a network that failed, is told of once and left
-    out from then on; the training goes on."""
+    """The interface of `watch(…, sinks=[…])`. A sink that raises, for example because of a disk or network error, is
+    reported once and disabled; the training continues."""
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """The numbers of a sampled step, by names such as "loss" and "stream_rms/blocks.3"."""
+        """Log the numbers of a sampled step, by names such as "loss" and "stream_rms/blocks.3"."""
 
     def alarm(self, alarm: Alarm) -> None:
-        """An alarm, when it is raised."""
+        """Log an alarm when it is raised."""
 
     def close(self) -> None:
-        """The run has ended."""
+        """Finish, at the end of the run."""
 
 
 class TensorBoard:
-    """Scalars and, under TEXT, alarms.
+    """TensorBoard: scalars, and alarms under TEXT.
 
-    A folder that holds a run's events already is continued: what they say of the first logged step and later is void.
+    If the folder has events of a run, it is continued: events from the first logged step on are replaced.
 
     Args:
-        target: a folder, or a `torch.utils.tensorboard.SummaryWriter` (or one like it), which you close yourself.
+        target: a folder, or a `torch.utils.tensorboard.SummaryWriter` (or a compatible object), which you close.
 
     Raises:
         MissingExtraError: a folder is given and tensorboard is not installed.
-        ConfigError: neither a folder nor a writer.
+        ConfigError: the target is neither a folder nor a writer.
 
     Example:
         ``watch(model, optimizer, folder="runs/mine", sinks=[TensorBoard("runs/mine")])``
@@ -61,10 +61,10 @@ class TensorBoard:
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         writer = self._open(step)
-        # TensorBoard gathers charts by what stands before the first slash.
+        # TensorBoard groups charts by the part before the first slash.
         tagged = {name if "/" in name else f"run/{name}": value for name, value in numbers.items()}
         if type(writer).__module__.startswith("torch."):
-            # A single event: add_scalar takes 0.3 ms a number, and a deep model has hundreds.
+            # One event for all numbers: add_scalar takes 0.3 ms per number, and a deep model has hundreds.
             summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
             values = [summary.Value(tag=tag, simple_value=value) for tag, value in tagged.items()]
             writer.file_writer.add_summary(summary(value=values), step)
@@ -84,9 +84,9 @@ class TensorBoard:
             writer.close()
 
     def _open(self, step: int) -> Any:
-        """Only now, so that a run that never logs leaves no file."""
+        """Open the writer on first use, so that a run that never logs leaves no file."""
         if self._writer is None:
-            # A kill loses the last ten seconds, not two minutes.
+            # After a kill, ten seconds are lost instead of two minutes.
             self._writer = self._make(str(self._folder), purge_step=step, flush_secs=10)
         return self._writer
 
@@ -94,10 +94,10 @@ class TensorBoard:
 class WandB:
     """Weights & Biases: charts "omninorm/…" over "omninorm/step", alarms in the run's summary; "fail" also alerts.
 
-    Steps are a metric of their own, so that they do not collide with those of your `wandb.log`.
+    Steps are a separate metric, so that they do not collide with those of your `wandb.log`.
 
     Args:
-        run: what `wandb.init` returned; None for the run that is active when the first numbers come. You finish it.
+        run: the run that `wandb.init` returned; None for the run that is active at the first sample. You finish it.
 
     Raises:
         MissingExtraError: wandb is not installed.
@@ -117,31 +117,31 @@ class WandB:
         run.summary[f"{NAMESPACE}/alarm/{alarm.rule}"] = sentence(alarm)
         if alarm.severity == "fail":
             level = self._wandb.AlertLevel.ERROR
-            # It would otherwise drop an alarm within a minute of one of the same rule.
+            # By default wandb drops an alert within a minute of another with the same title.
             run.alert(f"{NAMESPACE}: {alarm.rule}", sentence(alarm), level=level, wait_duration=0)
 
     def close(self) -> None:
-        """Nothing: the run is yours."""
+        """Do nothing: the caller ends the run."""
 
     def _find(self) -> Any:
         if self._run is None:
             self._run = self._given if self._given is not None else self._wandb.run
             if self._run is None:
-                remedy = "call wandb.init() before the training, or pass its run"
-                raise ConfigError("the sink WandB needs an active run", "none", remedy)
+                remedy = "Call wandb.init() before training, or pass its run"
+                raise ConfigError("The sink WandB needs an active run", "", remedy)
             self._run.define_metric(f"{NAMESPACE}/*", step_metric=f"{NAMESPACE}/step")
         return self._run
 
 
 class MLflow:
-    """MLflow: metrics "omninorm/…" of the run that is active when the first numbers come; each rule's latest alarm as
-    the tag "omninorm.<rule>", and all of them in the artifact "omninorm/alarms.txt".
+    """MLflow: metrics "omninorm/…" of the run that is active at the first sample; each rule's latest alarm as the tag
+    "omninorm.<rule>", and all alarms in the artifact "omninorm/alarms.txt".
 
     Raises:
         MissingExtraError: mlflow is not installed; mlflow-skinny is enough.
     """
 
-    MOST_METRICS = 1000  # a call, and the lengths of a name and of a tag: MLflow's limits
+    MOST_METRICS = 1000  # MLflow's limits per call, per name and per tag
     LONGEST_NAME = 250
     LONGEST_TAG = 5000
 
@@ -163,45 +163,45 @@ class MLflow:
         client.log_text(self._find(), "\n".join(self._alarms) + "\n", f"{NAMESPACE}/alarms.txt")
 
     def close(self) -> None:
-        """Nothing: the run is yours."""
+        """Do nothing: the caller ends the run."""
 
     def _find(self) -> str:
         if self._run_id is None:
             run = self._mlflow.active_run()
             if run is None:
-                # log_metrics would begin one by itself, which nobody asked for and nobody ends.
-                remedy = "call mlflow.start_run() before the training"
-                raise ConfigError("the sink MLflow needs an active run", "none", remedy)
+                # log_metrics would start a run by itself, which nothing would end.
+                remedy = "Call mlflow.start_run() before training"
+                raise ConfigError("The sink MLflow needs an active run", "", remedy)
             self._run_id = str(run.info.run_id)
         return self._run_id
 
     def _name(self, name: str) -> str:
-        """A name as MLflow allows it; of one that is too long the end, where the layer stands."""
+        """Return a name that MLflow allows; of a name that is too long, keep the end with the layer."""
         allowed = re.sub(r"[^A-Za-z0-9_\-. /:]", "_", name)
         return allowed if len(allowed) <= self.LONGEST_NAME else f"{NAMESPACE}/{allowed[-self.LONGEST_NAME + 20 :]}"
 
 
 def sentence(alarm: Alarm) -> str:
-    """An alarm as text."""
+    """Format an alarm as text."""
     where = f", {alarm.layer}" if alarm.layer else ""
     return f"{alarm.severity} at step {alarm.step}{where}: {alarm.evidence} {alarm.remedy}"
 
 
 def load(module: str, sink: str, package: str) -> Any:
-    """An optional package's module.
+    """Import the module of an optional package.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: the package is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        remedy = f"install it with pip install {package}"
-        raise MissingExtraError(f"the sink {sink} needs the package {package}", "no such package", remedy) from error
+        remedy = f"Install it with pip install {package}"
+        raise MissingExtraError(f"The sink {sink} needs the package {package}", "", remedy) from error
 
 
 def flatten(sample: Sample, facts: Facts) -> dict[str, float]:
-    """A sample as numbers by name, "stream_rms/blocks.3": what dashboards take."""
+    """Flatten a sample to numbers by name, such as "stream_rms/blocks.3"."""
     layers = {"block": facts.blocks, "norm": [norm.name for norm in facts.norms], "group": facts.groups, "run": [""]}
     return {
         f"{name}/{layer}" if layer else name: value

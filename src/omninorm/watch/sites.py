@@ -1,7 +1,7 @@
-"""The sites: what is measured at an embedding, a block, the layers that write to its stream, and the logits.
+"""Probes of embeddings, blocks, the layers that write to the residual stream, and the logits.
 
-Each has a method `see`, which takes the tensors that passed and writes to the board. In every step a sentinel looks at
-the largest |x|; in a sampled step the site's statistics are taken from at most some hundred rows.
+Each has a method `see`, which takes the tensors that a hook received and writes to the buffers. In every step a
+sentinel records the largest |x|; in sampled steps the statistics are computed from at most a few hundred rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from omninorm.watch.board import Board
 
 MOST_ROWS = 256
-# A hidden unit is silent where it stays below this share of the layer's RMS, for all of so many tokens.
+# A hidden unit is dead if it stays below this share of the layer's RMS for all of this many tokens.
 SILENT, SILENT_ROWS = 1e-3, 512
 MEDIAN_OF = 4096
 LARGE = 2**22
@@ -24,10 +24,10 @@ LARGE = 2**22
 
 @lru_cache(maxsize=4096)
 def stride(count: int, most: int) -> int:
-    """The distance at which about `most` of `count` things are read, or somewhat fewer; 1 below twice as many.
+    """Return the stride that selects about `most` of `count` items, or somewhat fewer; 1 for less than twice as many.
 
-    It has no divisor in common with `count`, or it would keep step with what they are made of: with the sequences of a
-    batch, and read first tokens only, or with the rows of a matrix, and read one column.
+    It is coprime to `count`. Otherwise it could coincide with the length of a batch's sequences and select only first
+    tokens, or with the rows of a matrix and select one column.
     """
     step = max(1, count // most)
     while math.gcd(step, count) > 1:
@@ -36,14 +36,14 @@ def stride(count: int, most: int) -> int:
 
 
 def some_rows(x: Tensor, most: int = MOST_ROWS) -> Tensor:
-    """At most about `most` rows of x (…, d), evenly spaced, in float32 (float64 stays): (rows, d)."""
+    """Return at most about `most` evenly spaced rows of x (…, d), in float32 (float64 is kept): (rows, d)."""
     rows = x.detach().reshape(-1, x.shape[-1])
     rows = rows[:: stride(rows.shape[0], most)]
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def largest(x: Tensor) -> Tensor:
-    """max |x|, NaN if there is one, 0 for an empty tensor."""
+    """Return max |x|; NaN if there is one, 0 for an empty tensor."""
     if x.numel() == 0:
         return x.new_zeros(())
     least, most = torch.aminmax(x.detach())
@@ -51,20 +51,20 @@ def largest(x: Tensor) -> Tensor:
 
 
 def mean_square(rows: Tensor) -> Tensor:
-    """mean(x²), in float64 where there is one: the squares of an exploding stream overflow float32."""
+    """Return mean(x²), in float64 where supported: the squares of an exploding stream overflow float32."""
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
     norm: Tensor = torch.linalg.vector_norm(rows, dtype=dtype)
     return norm.square() / max(1, rows.numel())
 
 
 class Sentinel:
-    """A module whose output is only looked at for NaNs and infinities."""
+    """A module whose output is only checked for NaNs and infinities."""
 
     def __init__(self, board: Board, sentinel: int) -> None:
         self.board, self.sentinel = board, sentinel
 
     def see(self, y: Tensor) -> None:
-        # Of logits over a large vocabulary some rows must do.
+        # For logits over a large vocabulary, some rows are enough.
         self.board.sentinel(self.sentinel, largest(y if y.numel() <= LARGE else some_rows(y)))
 
 
@@ -75,7 +75,7 @@ class BlockSite:
         self.board, self.sentinel, self.index = board, sentinel, index
 
     def see(self, y: Tensor, x: Tensor | None = None) -> None:
-        """y: the block's output; x: its input, None where it is not known or was overwritten."""
+        """Measure the block's output y and its input x; None if it is unknown or was overwritten."""
         board, index = self.board, self.index
         peak = largest(y)
         board.sentinel(self.sentinel, peak)
@@ -103,13 +103,13 @@ class BlockSite:
 
 
 class WriterSite:
-    """The last layer of an attention ("attention") or feed-forward ("feed_forward"): its output, before the stream."""
+    """The output of the last layer of an attention or feed-forward, before it is added to the stream."""
 
     def __init__(self, board: Board, sentinel: int, index: int, role: str) -> None:
         self.board, self.sentinel, self.index, self.role = board, sentinel, index, role
 
     def see(self, y: Tensor, hidden: Tensor | None = None) -> None:
-        """y: the output; hidden: the input of a feed-forward's last layer, its hidden units."""
+        """Measure the output y, and the hidden units: the input of a feed-forward's last layer."""
         board = self.board
         board.sentinel(self.sentinel, largest(y))
         if not board.sampling or y.numel() == 0:

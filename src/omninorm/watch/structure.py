@@ -1,7 +1,7 @@
-"""What a model is made of, found by structure: blocks, norms, attention, what writes to the stream, groups.
+"""Finds blocks, norms, attention, writers to the residual stream, and parameter groups, from the module structure.
 
-No list of models: a stack of blocks is a container of like modules that are made of parts, and what writes to the
-stream is the last layer as wide as it.
+There is no list of models. A stack of blocks is a container of composite modules of the same class, and the writer to
+the residual stream is the last layer with as many outputs as the stream is wide.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from omninorm.layers import NORM_TYPES
 from omninorm.watch.norms import Norm, find_gain, is_norm, read_norm
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-# Layers that read the stream, for feed-forwards as wide as it: they are not the one that writes to it.
+# Names of layers that read the stream. In a feed-forward as wide as the stream, they are not the writer.
 READERS = ("gate", "up", "gate_proj", "up_proj", "w1", "w3", "fc1")
-# Beside the blocks' groups at most so many; a model with more parts is grouped by its first-level modules.
+# Largest number of groups outside the blocks; a model with more parts is grouped by its top-level modules.
 MOST_OTHER_GROUPS = 32
 
 
 @dataclass
 class Block:
-    """A transformer block, and the modules that write to its stream, where they could be told apart."""
+    """A transformer block, with its attention, its feed-forward and their writers to the stream, where identified."""
 
     name: str
     module: nn.Module
@@ -38,7 +38,7 @@ class Block:
 
 @dataclass
 class Structure:
-    """A model's parts. `groups` maps a group's name to its parameters by name; frozen ones are included."""
+    """The parts of a model. `groups` maps a group's name to its named parameters, including frozen ones."""
 
     model: nn.Module
     blocks: list[Block]
@@ -48,7 +48,7 @@ class Structure:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, inside of what torch.compile and DistributedDataParallel put around it."""
+    """Return the model inside the wrappers of torch.compile and DistributedDataParallel."""
     while True:
         inner = getattr(model, "_orig_mod", None) or (
             model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else None
@@ -59,15 +59,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_structure(model: nn.Module) -> Structure:
-    """Takes a model apart; nothing is changed. The lists are empty where the model has no such parts.
+    """Analyze a model without changing it. Lists are empty if the model has no such parts.
 
     Raises:
-        ConfigError: a parameter has no values yet.
+        ConfigError: a parameter is not initialized.
     """
     check_values(model)
     blocks = [find_parts(name, module) for name, module in find_blocks(model)]
     places = {id(block.module): index for index, block in enumerate(blocks)}
-    # torch.nn.MultiheadAttention's default puts the sequence before the examples.
+    # By default torch.nn.MultiheadAttention has the sequence before the batch dimension.
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     batch_dim = 0 if all(module.batch_first for module in attentions) else 1
     norms = [
@@ -84,21 +84,21 @@ def find_structure(model: nn.Module) -> Structure:
 
 
 def check_values(model: nn.Module) -> None:
-    """Raises ConfigError for a lazy parameter, or one on the meta device."""
+    """Raise ConfigError for a lazy parameter, or one on the meta device."""
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
-            remedy = "call the model once before it is watched, and make the optimizer after that"
-            raise ConfigError("a watched model's parameters must have their shapes", f"a lazy {name!r}", remedy)
+            remedy = "call the model once, then create the optimizer, then watch the model"
+            raise ConfigError(f"The parameter {name!r} is lazy and has no shape yet", "", remedy)
         if parameter.is_meta:
             remedy = "load the weights first, or move the model with to_empty()"
-            raise ConfigError("a watched model's parameters must have values", f"{name!r} on the meta device", remedy)
+            raise ConfigError(f"The parameter {name!r} is on the meta device and has no values", "", remedy)
 
 
 # Blocks ----------------------------------------------------------------------------------------------------------
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The members of every outermost stack: a container whose members are mostly of one class and made of parts."""
+    """Return the members of every outermost stack: a container of composite modules that are mostly of one class."""
     found: list[tuple[str, nn.Module]] = []
     stacks: list[str] = []
     for name, module in model.named_modules():
@@ -119,12 +119,12 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _is_composite(module: nn.Module) -> bool:
-    """Whether it is made of parts and has a matrix among its parameters."""
+    """Return whether a module has submodules and at least one matrix."""
     return any(True for _ in module.children()) and any(parameter.ndim >= 2 for parameter in module.parameters())
 
 
 def find_parts(name: str, block: nn.Module) -> Block:
-    """A block's attention and feed-forward, and the last layer of each, which writes to the stream."""
+    """Find a block's attention and feed-forward, and the last layer of each, which writes to the stream."""
     parts = Block(name, block)
     width = _norm_width(block)
     inside = [part for part in block.named_modules() if part[0]]
@@ -135,7 +135,9 @@ def find_parts(name: str, block: nn.Module) -> Block:
         parts.attention_module = parts.attention_writer = attention[1]
         last = _last_linear(attention[1], None, None)
         width = width if last is None else _out_features(last[1])
-        if last is not None and not isinstance(attention[1], nn.MultiheadAttention):  # which never calls its last layer
+        if last is not None and not isinstance(
+            attention[1], nn.MultiheadAttention
+        ):  # nn.MultiheadAttention never calls its last layer as a module
             parts.attention_writer = _wrapper(attention[1], last)[1]
     skipped = None if attention is None else attention[1]
     writer = _last_linear(block, skipped, width)
@@ -153,7 +155,7 @@ def _norm_width(block: nn.Module) -> int | None:
 
 
 def _wrapper(root: nn.Module, linear: tuple[str, nn.Module]) -> tuple[str, nn.Module]:
-    """The module inside `root` that stands for the layer: itself, what adapts it, or the mixture that it is part of."""
+    """Return the module of `root` that represents the layer: itself, its adapter, or its mixture of experts."""
     names = linear[0].split(".")
     for end in range(1, len(names)):
         name = ".".join(names[:end])
@@ -167,7 +169,7 @@ def _wrapper(root: nn.Module, linear: tuple[str, nn.Module]) -> tuple[str, nn.Mo
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    """Whether it is a linear layer with low-rank matrices or the like beside it, as peft writes them or others."""
+    """Return whether a module is a linear layer with an adapter such as LoRA, from peft or another library."""
     inside = [name for name, _ in module.named_children()]
     named = "base_layer" in inside or any("lora" in name.lower() for name in inside)
     kind = type(module).__name__.lower()
@@ -182,10 +184,11 @@ def _is_attention(name: str, module: nn.Module) -> bool:
 
 
 def _is_built_like_attention(module: nn.Module, width: int | None) -> bool:
-    """Whether all of its linear layers read the stream, and make queries, keys, values and an output of it.
+    """Return whether all linear layers read the stream and compute queries, keys, values and an output from it.
 
-    Its name says nothing. A feed-forward has a layer that reads its hidden features, mostly of another width; where
-    they are as wide as the stream, it has one or two layers before its last, and attention three, or one for all.
+    This needs no names. A feed-forward has a layer that reads its hidden features, usually of another width. If they
+    are as wide as the stream, a feed-forward has one or two layers before its last, and attention has three or a fused
+    one.
     """
     linears = {name: part for name, part in module.named_modules() if _is_linear(part)}
     if isinstance(module, CONTAINERS) or any(name.rpartition(".")[2] in READERS for name in linears):
@@ -197,7 +200,7 @@ def _is_built_like_attention(module: nn.Module, width: int | None) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Linear layers, GPT-2's Conv1D and their quantized or adapted relatives: a leaf with one matrix named weight."""
+    """Return whether a module is a linear layer, GPT-2's Conv1D or a quantized variant, by its matrix `weight`."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, (nn.Embedding, *NORM_TYPES))
 
@@ -215,7 +218,7 @@ def _out_features(module: nn.Module) -> int:
 
 
 def _last_linear(module: nn.Module, skip: nn.Module | None, width: int | None) -> tuple[str, nn.Module] | None:
-    """The last linear layer, as they are registered, that is not in `skip` and has `width` outputs (None: any)."""
+    """Return the last registered linear layer that is not in `skip` and has `width` outputs (None: any number)."""
     skipped = set() if skip is None else {id(part) for part in skip.modules()}
     linears = [part for part in module.named_modules() if _is_linear(part[1]) and id(part[1]) not in skipped]
     fitting = [part for part in linears if width is None or _out_features(part[1]) == width]
@@ -225,7 +228,7 @@ def _last_linear(module: nn.Module, skip: nn.Module | None, width: int | None) -
 
 
 def _last_sublayer(block: nn.Module, skip: nn.Module | None) -> tuple[str, nn.Module] | None:
-    """The block's last part beside `skip` that has matrices: a mixture of experts, for example."""
+    """Return the block's last part with matrices that is not in `skip`, such as a mixture of experts."""
     skipped = set() if skip is None else {id(part) for part in skip.modules()}
     found = [
         (name, child)
@@ -244,7 +247,7 @@ def _block_of(name: str, blocks: list[Block]) -> int | None:
 
 
 def group_parameters(model: nn.Module, blocks: list[Block]) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Each block's parameters, and those of each module beside the blocks; a shared one belongs to the first."""
+    """Group parameters by block, and by module outside the blocks. A shared parameter belongs to the first."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {block.name: [] for block in blocks}
     others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():

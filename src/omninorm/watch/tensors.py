@@ -1,4 +1,4 @@
-"""The tensors in what modules take and return, and what this process has of distributed ones."""
+"""Helpers for the tensors in modules' arguments and outputs, and for distributed tensors."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from omninorm.kernels.distributed import is_distributed
 
 
 def here(x: Any) -> Tensor:
-    """This process's part of a DTensor, as FSDP2's parameters and gradients are; another tensor as it is."""
+    """Return the local shard of a DTensor, such as parameters and gradients of FSDP2; other tensors unchanged."""
     return x.to_local() if is_distributed(x) else x  # type: ignore[no-any-return]
 
 
 def whole(x: Any) -> Tensor:
-    """All of a DTensor, which every process must ask for; another tensor as it is."""
+    """Return the full tensor of a DTensor, which all processes must request; other tensors unchanged."""
     return x.full_tensor() if is_distributed(x) else x  # type: ignore[no-any-return]
 
 
 def reshard(model: nn.Module) -> None:
-    """Ends what a forward pass without a backward pass leaves of FSDP2: gathered parameters in the place of its own,
-    which no optimizer has."""
+    """Reshard FSDP2 modules. A forward pass without a backward pass leaves gathered parameters in place of the sharded
+    ones that the optimizer holds."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules() if fsdp else ():
         if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
@@ -33,7 +33,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def norms_of_whole(norms: Tensor, tensors: Sequence[Any]) -> Tensor:
-    """‖part‖ of each tensor → ‖whole‖: squares are summed over the processes that have other parts, all at once."""
+    """Turn the norms of local shards into norms of full tensors, with one all-reduce per process group."""
     by_group: dict[tuple[Any, int], list[int]] = {}
     for at, tensor in enumerate(tensors):
         if is_distributed(tensor):
@@ -52,7 +52,7 @@ def norms_of_whole(norms: Tensor, tensors: Sequence[Any]) -> Tensor:
 
 
 def some_tensors(value: object) -> Iterator[Tensor]:
-    """The floating-point tensors of at least two dimensions in a module's arguments or output, in order."""
+    """Yield the floating-point tensors of two or more dimensions in a module's arguments or output, in order."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.ndim >= 2:
             yield value
@@ -65,12 +65,12 @@ def some_tensors(value: object) -> Iterator[Tensor]:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first floating-point tensor of two dimensions or more in a module's arguments or output."""
+    """Return the first floating-point tensor of two or more dimensions in a module's arguments or output."""
     return next(some_tensors(value), None)
 
 
 def with_first_tensor(output: Any, tensor: Tensor) -> Any:
-    """The output with `tensor` in the place of its first; None, for no change, where it is no tensor or tuple."""
+    """Return the output with its first tensor replaced; None, for no change, if it is no tensor or tuple."""
     if isinstance(output, Tensor):
         return tensor
     if type(output) is tuple and output and isinstance(output[0], Tensor):
@@ -79,7 +79,7 @@ def with_first_tensor(output: Any, tensor: Tensor) -> Any:
 
 
 def find_logits(output: Any, vocabularies: set[int]) -> Tensor | None:
-    """The logits in a model's output: its attribute or item "logits", or a tensor as wide as a vocabulary."""
+    """Return the logits in a model's output: its attribute or item "logits", or a tensor as wide as a vocabulary."""
     named = None
     if not isinstance(output, Tensor):
         named = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)

@@ -1,7 +1,7 @@
-"""Watching inside of torch.compile: opaque operators in the graph, which reach the sites when the graph runs.
+"""Monitoring under torch.compile: opaque operators in the graph, which call the probes when the graph runs.
 
-Whether a step is sampled is asked when an operator runs, so all steps share one graph. `watch_see` pretends to write
-to a tensor, or the compiler would drop it; `watch_gradient` passes a gradient on, at the cost of a copy in every step.
+Whether a step is sampled is decided when an operator runs, so all steps share one graph. `watch_see` claims to mutate a
+tensor, because the compiler would remove it otherwise; `watch_gradient` passes a gradient on, with a copy in each step.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _sites: weakref.WeakValueDictionary[int, TracedSite] = weakref.WeakValueDictiona
 
 
 class TracedSite:
-    """What an operator in a graph calls; once this object is gone, as after the watch, the operator does nothing.
+    """The probe that an operator in a graph calls. After its deletion, when the watch closes, the operator is a no-op.
 
     Args:
-        see: takes the tensors.
+        see: called with the tensors.
 
-    Its number is in a tensor, an input of the graph: as a constant it would make each block's graph one of its own.
+    Its number is a tensor, an input of the graph: a constant would require a separate graph for each block.
     """
 
     def __init__(self, see: Callable[..., None]) -> None:
@@ -37,11 +37,11 @@ class TracedSite:
         _sites[number] = self
 
     def put(self, tensors: Sequence[Tensor]) -> None:
-        """Puts the operator into the graph that is being traced."""
+        """Put the operator into the graph that is being traced."""
         torch.ops.omninorm.watch_see(list(tensors), self.number)
 
     def tap(self, y: Tensor, keep: bool = False) -> Tensor:
-        """y, whose gradient is seen on its way back: `see(dy)`, or `see(dy, y)` where y is kept."""
+        """Return y, and call `see(dy)` with its gradient in backward, or `see(dy, y)` if y is kept."""
         tapped: Tensor = Tap.apply(y, self.number, keep)  # type: ignore[no-untyped-call]
         return tapped
 
@@ -61,7 +61,7 @@ class Tap(Function):
 @torch.library.custom_op("omninorm::watch_see", mutates_args=("number",))
 def _watch_see(tensors: list[Tensor], number: Tensor) -> None:
     site = _sites.get(int(number))
-    if site is not None and not in_backward():  # there, a forward pass is repeated
+    if site is not None and not in_backward():  # in backward, checkpointing repeats a forward pass
         site.see(*tensors)
 
 
@@ -84,7 +84,7 @@ def _(dy: Tensor, kept: list[Tensor], number: Tensor) -> Tensor:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether the model, or a part of it, is run by torch.compile."""
+    """Return whether torch.compile runs the model or a part of it."""
     return any(
         isinstance(getattr(module, "_orig_mod", None), nn.Module)
         or getattr(module, "_compiled_call_impl", None) is not None

@@ -1,4 +1,4 @@
-"""Watch: the context manager around a training loop, and everything that it sets going."""
+"""Watch: the context manager around a training loop, which coordinates hooks, buffers, rules and records."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from omninorm.watch.traced import is_compiled
 from omninorm.watch.weights import GAIN_SIGNALS, measure_gains, measure_matrices
 
 FORMAT = 1
-# A ring of more steps would be large; it is emptied earlier then.
+# Largest ring buffer; with more steps between samples it is emptied earlier.
 MOST_ROWS = 256
 LOG = logging.getLogger("omninorm.watch")
 _watched: WeakSet[nn.Module] = WeakSet()
 
 
 class Watch:
-    """What `watch` returns. Begins with `open` or `with`, ends with `close`.
+    """The object that `watch` returns. Open it with `with` or `open`, and end it with `close`.
 
     Attributes:
-        alarms: what the rules said, oldest first.
-        history: steps and samples as the rules see them.
+        alarms: the alarms so far, oldest first.
+        history: the steps and samples that rules read.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Watch:
         rules: Sequence[Rule] | None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise ConfigError("watch needs a torch.nn.Module", type(model).__name__, "pass the model that is trained")
+            raise ConfigError("model must be a torch.nn.Module", type(model).__name__, "pass the model that is trained")
         check_count("every", every)
         check_count("step", step, at_least=0)
         check_places(folder, scaler, sinks)
@@ -89,18 +89,19 @@ class Watch:
         self.close("done" if error is None else f"{type(error).__name__}: {error}")
 
     def open(self) -> Watch:
-        """Attaches to the model."""
+        """Register the hooks and start the record."""
         if self._output is not None and self._hooks is None:
-            raise RunError("a watch is used once", "one that has ended", "make another with omninorm.watch(…)")
+            remedy = "create a new one with omninorm.watch(…)"
+            raise RunError("This Watch has already been closed", "", remedy)
         if self._model in _watched:
-            remedy = "close the other watch first, or use that one"
-            raise ConfigError("a model is watched once at a time", "a second watch", remedy)
+            remedy = "close the other Watch first, or use it"
+            raise ConfigError(f"This {type(self._model).__name__} is already being watched", "", remedy)
         reshard(self._model)
         structure = find_structure(self._model)
         named = list(self._model.named_parameters())
         if not named:
             remedy = "pass the model that is trained"
-            raise ConfigError("watch needs a model with parameters", type(self._model).__name__, remedy)
+            raise ConfigError(f"This {type(self._model).__name__} has no parameters to watch", "", remedy)
         self._structure, self._names = structure, [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
         self._sentinels = sentinel_names(structure)
@@ -115,16 +116,16 @@ class Watch:
         self._first = self._done + 1
         self.history.facts = self._facts(structure)
         if rank() > 0:
-            self._sinks = ()  # one process tells the dashboards
+            self._sinks = ()  # only the first process writes to sinks
         self._output = Output(self._folder)
-        # The owner of a record that is only lent says itself where it goes on.
+        # The owner of a Record that was passed in records its own resumes.
         if self._output.continues or (self._done and not isinstance(self._folder, Record)):
-            LOG.info("the record in %s goes on; what it holds after step %d is void", self._folder, self._done)
+            LOG.info("Continuing the record in %s; entries after step %d are discarded.", self._folder, self._done)
             self._output.append({"kind": "resume", "step": self._done})
         self._output.append(self._header())
         self._attach()
         _watched.add(self._model)
-        self._tell(uncovered(named, self._optimizers, self._done))
+        self._report_alarms(uncovered(named, self._optimizers, self._done))
         self._begin_step()
         return self
 
@@ -138,18 +139,18 @@ class Watch:
         self._handles = [*self._gradients.attach(), *self._optimizer_watch.attach()]
 
     def close(self, reason: str = "done") -> None:
-        """Judges what is pending, removes every hook and closes the record. A second call does nothing."""
+        """Judge the remaining steps, remove every hook and close the record. A second call does nothing."""
         if self._output is None or self._hooks is None:
             return
-        with ExitStack() as last:  # from the end: each happens even if those before it fail
+        with ExitStack() as last:  # in reverse order; each is called even if an earlier one raises
             last.callback(self._to_sinks, lambda sink: sink.close())
             last.callback(self._output.close)
             last.callback(self._output.append, {"kind": "end", "step": self._done, "reason": reason})
-            last.callback(self._let_go)
+            last.callback(self._release)
             last.callback(self._hooks.detach)
             self.flush()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._hooks = None
@@ -158,18 +159,18 @@ class Watch:
     # Steps ------------------------------------------------------------------------------------------------------------
 
     def step(self, loss: Tensor | float | None = None) -> None:
-        """Ends a training step. On the device the loss stays where it is until the next sample.
+        """End a training step. A loss on the device is copied to the host at the next sample.
 
         Args:
-            loss: of this step: a tensor (its mean is taken), a number, or None.
+            loss: the loss of this step: a tensor (its mean is used), a number, or None.
 
         Raises:
-            InputError: the loss is something else.
-            RunError: the watch has not begun or has ended.
+            InputError: the loss is neither a real tensor nor a number.
+            RunError: the watch is not open.
         """
         hooks = self._hooks
         if hooks is None:
-            raise RunError("a watch must be open", "one that has not begun or has ended", "use `with watch(…) as w:`")
+            raise RunError("This Watch is not open", "", "call step inside `with omninorm.watch(…) as w:`")
         value = read_loss(loss)
         hooks.rest()
         self._done += 1
@@ -186,7 +187,7 @@ class Watch:
         self._gradients.forget()
 
     def flush(self) -> None:
-        """Moves what has gathered since the last sample to the host, writes it and judges it. Call it between steps."""
+        """Copy the statistics since the last sample to the host, record and judge them. Call it between steps."""
         self._flush(sampled=False)
 
     def _flush(self, sampled: bool) -> None:
@@ -213,11 +214,11 @@ class Watch:
             sample = self._builder.build(self._done, cells, rows[-1], self._gains(values), values)
             self._write_sample(sample, steps[-1])
             alarms += self._judge.judge_sample(self.history)
-        self._tell(alarms)
+        self._report_alarms(alarms)
         self._first, self._rates = self._done + 1, []
 
     def _measure(self) -> tuple[list[Tensor], list[str]]:
-        """What a sample takes from parameters and optimizers: tensors, and their names."""
+        """Return a sample's statistics of parameters and optimizers: tensors, and their names."""
         found = dict(zip(GAIN_SIGNALS, measure_gains(self._structure.norms, self._board.device), strict=True))
         found["weight_rms"] = measure_matrices(self._parameters, self._board.device)
         found |= self._optimizer_watch.take()
@@ -232,14 +233,14 @@ class Watch:
             self.history.nonfinite = found
             self._append({"kind": "nonfinite", **asdict(found)})
 
-    # What is written --------------------------------------------------------------------------------------------------
+    # Output ----------------------------------------------------------------------------------------------------------
 
     def _append(self, event: dict[str, Any]) -> None:
         assert self._output is not None
         self._output.append(event)
 
     def _write_steps(self, steps: Sequence[Step], rows: Sequence[Row]) -> None:
-        """None where a value is not known, as against one that is NaN."""
+        """Record the steps, with None for unknown values to distinguish them from NaN."""
         series = {
             "loss": [row.loss for row in rows],
             "grad_norm": [
@@ -266,45 +267,46 @@ class Watch:
             known = {name: value for name, value in numbers.items() if value == value}
             self._to_sinks(lambda sink: sink.log(sample.step, known))
 
-    def _tell(self, alarms: Sequence[Alarm]) -> None:
+    def _report_alarms(self, alarms: Sequence[Alarm]) -> None:
         if not alarms:
             return
         self.alarms += alarms
         self._append({"kind": "alarms", "step": self._done, "alarms": [alarm.to_record() for alarm in alarms]})
         for alarm in alarms:
             level = logging.ERROR if alarm.severity == "fail" else logging.WARNING
-            where = f" {alarm.layer}:" if alarm.layer else ""
+            where = f" {alarm.layer}:" if alarm.layer and alarm.layer not in alarm.evidence else ""
             text = f"step {alarm.step}, {alarm.rule}:{where} {alarm.evidence} {alarm.remedy}"
             LOG.log(level, "%s", printable(text))
             self._to_sinks(lambda sink, alarm=alarm: sink.alarm(alarm))  # type: ignore[misc]
 
     def _to_sinks(self, call: Callable[[Sink], None]) -> None:
-        """A sink that fails, such as one whose service is away, gets nothing more; training goes on."""
+        """Call every sink. One that raises, for example because its service is down, is disabled with a warning."""
         for sink in self._sinks:
             try:
                 call(sink)
             except Exception as error:
                 self._sinks = tuple(other for other in self._sinks if other is not sink)
                 kind = type(sink).__name__
-                warnings.warn(f"{kind} gets no more from omninorm.watch: {type(error).__name__}: {error}", stacklevel=3)
+                text = f"The sink {kind} failed and has been disabled: {type(error).__name__}: {error}"
+                warnings.warn(text, stacklevel=3)
 
     @property
     def record(self) -> list[dict[str, Any]]:
-        """The events so far, as they stand in record.jsonl."""
+        """The events so far, as in record.jsonl."""
         return [] if self._output is None else self._output.events
 
     def report(self, path: str | Path) -> Path:
-        """Writes the report page: one HTML file that needs nothing else.
+        """Write the report page: one self-contained HTML file.
 
         Raises:
-            RunError: nothing has been recorded yet, or the file can't be written.
+            RunError: nothing has been recorded yet, or the file cannot be written.
         """
         from omninorm.report import write_report
 
         if self._hooks is not None:
             self.flush()
         if self._output is None:
-            raise RunError("a report needs a run", "a watch that has not begun", "use `with watch(…) as w:` first")
+            raise RunError("This Watch has not been opened", "", "use `with omninorm.watch(…) as w:` first")
         with self._output.file() as record:
             return write_report(record, path)
 
@@ -340,7 +342,9 @@ class Watch:
         )
 
     def _failed(self, error: Exception) -> None:
-        """An error of our own: said once, and the statistic is missing."""
+        """Warn once about a monitoring error; the affected statistic is missing."""
         if not self._failed_once:
             self._failed_once = True
-            warnings.warn(f"omninorm.watch could not measure something: {type(error).__name__}: {error}", stacklevel=3)
+            warnings.warn(
+                f"omninorm.watch could not measure a statistic: {type(error).__name__}: {error}", stacklevel=3
+            )

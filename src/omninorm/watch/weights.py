@@ -1,4 +1,4 @@
-"""What the parameters themselves show in a sampled step: the norms' gains, and the size of the matrices."""
+"""Statistics of the parameters in a sampled step: the norms' gains and the size of the matrices."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ GAIN_SIGNALS = ("gain_max", "gain_ratio", "gain_small")
 
 @torch.no_grad()
 def measure_gains(norms: Sequence[Norm], device: torch.device) -> list[Tensor]:
-    """max |γ|, max |γ|/median |γ| and the share of |γ| < 1e-3: three tensors (norms,), UNSEEN without gain.
+    """Return max |γ|, max |γ|/median |γ| and the share of |γ| < 1e-3: three tensors (norms,), UNSEEN without a gain.
 
-    Gains of one width are measured together.
+    Gains of the same width are measured together.
     """
     found = [torch.full((len(norms),), UNSEEN, device=device) for _ in GAIN_SIGNALS]
     by_width: dict[int, list[int]] = {}
@@ -43,7 +43,7 @@ def measure_gains(norms: Sequence[Norm], device: torch.device) -> list[Tensor]:
 
 @torch.no_grad()
 def measure_matrices(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
-    """RMS of some thousand elements of every matrix, UNSEEN for vectors: (parameters,)."""
+    """Return the RMS of about a thousand elements of every matrix: (parameters,), UNSEEN for vectors."""
     places = [
         at
         for at, parameter in enumerate(parameters)

@@ -1,4 +1,4 @@
-"""Each rule on made-up histories: those that compare a signal with thresholds, and what holds for all."""
+"""Rules that compare a signal with thresholds, on synthetic histories; and properties of all rules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from helpers.histories import BLOCKS, Signals, facts, first, give_samples, last, layers
+from helpers.histories import BLOCKS, Signals, facts, first, give_samples, last, layers, numbers_in
 
 from omninorm.record.signals import SIGNALS
 from omninorm.watch import History, NormFacts, Sample, Step
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("words")
 # Rules that compare a signal with thresholds --------------------------------------------------------------------------
 
 
-# rule, signal, ordinary value, a value that warns, one just short of it, one that fails (None: it never does),
+# rule, signal, ordinary value, a value that warns, one just short of it, one that fails (None: the rule never fails),
 # one that warns and is just short of failing, samples until it is reported, layer
 THRESHOLDS = [
     (AttentionEntropy, "attention_entropy", 0.8, 0.029, 0.031, None, 0.001, 3, "blocks.2"),
@@ -43,14 +43,14 @@ THRESHOLDS = [
 @pytest.mark.parametrize(
     ("kind", "signal", "ordinary", "warns", "short", "fails", "almost", "samples", "layer"), THRESHOLDS
 )
-def test_thresholds(
+def test_value_beyond_threshold_is_reported_after_its_persistence(
     kind: type[Rule], signal: str, ordinary: float, warns: float, short: float,
     fails: float | None, almost: float, samples: int, layer: str,
 ) -> None:  # fmt: skip
     count = BLOCKS + (SIGNALS[signal].axis == "group")
-    sick = {signal: layers(ordinary, warns, count=count)}
-    reports = give_samples(kind(), [sick] * 8)
-    # The first sample is at step 1, so that three span 19 of 20 steps, and five 39 of 50.
+    faulty = {signal: layers(ordinary, warns, count=count)}
+    reports = give_samples(kind(), [faulty] * 8)
+    # The first sample is at step 1, so three samples span 19 of 20 steps, and five span 39 of 50.
     wait = {2: 1, 3: 3, 5: 6}[samples]
     assert first(reports) == wait
     assert [(alarm.severity, alarm.layer, alarm.rule) for alarm in reports[wait]] == [("warn", layer, kind.name)]
@@ -63,13 +63,13 @@ def test_thresholds(
 
 
 @pytest.mark.parametrize("row", THRESHOLDS, ids=lambda row: row[0].name)
-def test_an_interruption_starts_anew_and_a_gap_does_not(row: tuple) -> None:
+def test_healthy_sample_resets_persistence_and_missing_sample_does_not(row: tuple) -> None:
     kind, signal, ordinary, warns, *_ = row
     count = BLOCKS + (SIGNALS[signal].axis == "group")
-    sick, well = {signal: layers(ordinary, warns, count=count)}, {signal: layers(ordinary, count=count)}
+    faulty, healthy = {signal: layers(ordinary, warns, count=count)}, {signal: layers(ordinary, count=count)}
     gap = {signal: [None] * count}
-    assert first(give_samples(kind(), [sick, well] * 6)) is None
-    assert first(give_samples(kind(), [sick, gap, sick, gap, sick, sick, sick, sick])) is not None
+    assert first(give_samples(kind(), [faulty, healthy] * 6)) is None
+    assert first(give_samples(kind(), [faulty, gap, faulty, gap, *[faulty] * 4])) is not None
 
 
 def test_eps_share_names_the_norm_and_its_eps() -> None:
@@ -77,18 +77,18 @@ def test_eps_share_names_the_norm_and_its_eps() -> None:
     history = History(facts=facts(norms=norms))
     alarm, *_ = give_samples(EpsShare(), [{"eps_share": [0.86, 0.05]}] * 4, history)[-1]
     assert (alarm.severity, alarm.layer) == ("fail", "first")
-    assert "ε = 0.1 makes up 86 %" in alarm.evidence
-    assert "mean(x²) is 0.016" in alarm.remedy
+    assert numbers_in(alarm.evidence)[:2] == [0.1, 86]
+    assert numbers_in(alarm.remedy)[-1] == pytest.approx(0.1 * (1 / 0.86 - 1), rel=0.05)
 
 
-def test_an_extreme_eps_share_is_told_at_its_second_sample() -> None:
+def test_extreme_eps_share_fails_at_its_second_sample() -> None:
     reports = give_samples(EpsShare(), [{"eps_share": layers(1e-4, 0.91)}] * 2)
     assert [[alarm.severity for alarm in alarms] for alarms in reports] == [[], ["fail"]]
     assert first(give_samples(EpsShare(), [{"eps_share": layers(1e-4, 0.89)}] * 2)) is None
     assert first(give_samples(EpsShare(), [{"eps_share": layers(1e-4, 1.0)}, {"eps_share": layers(1e-4)}] * 4)) is None
 
 
-def test_massive_activations_need_both_conditions() -> None:
+def test_massive_activation_needs_a_large_maximum_and_a_large_ratio() -> None:
     def signals(largest: float, middle: float | None) -> Signals:
         return {"stream_max": layers(1.0, largest), "stream_median": layers(0.5, middle)}
 
@@ -98,7 +98,7 @@ def test_massive_activations_need_both_conditions() -> None:
     assert first(give_samples(MassiveActivation(), [{"stream_max": layers(1.0, 1e9)}] * 5)) is None
 
 
-def test_headroom_matters_in_fp16_only() -> None:
+def test_headroom_is_reported_in_fp16_only() -> None:
     signals = [{"stream_max": layers(1.0, 7000.0)}]
     for dtype, expected in (("float16", ["warn"]), ("bfloat16", []), (None, [])):
         history = History(facts=facts(), dtype=dtype)
@@ -107,7 +107,7 @@ def test_headroom_matters_in_fp16_only() -> None:
     assert give_samples(Headroom(), [{"stream_max": layers(1.0, 65504.0)}], history)[0][0].severity == "fail"
 
 
-def test_the_worst_layer_comes_first() -> None:
+def test_worst_layer_is_reported_first() -> None:
     reports = give_samples(AttentionLogits(), [{"attention_logit": [2e3, 5e4, 3e3, 10.0]}] * 2)
     assert [(alarm.layer, alarm.severity) for alarm in reports[-1]] == [
         ("blocks.1", "fail"), ("blocks.2", "warn"), ("blocks.0", "warn"),
@@ -116,7 +116,7 @@ def test_the_worst_layer_comes_first() -> None:
     assert [alarm.layer for alarm in reports[-1]] == ["blocks.2", "blocks.0"]
 
 
-def test_logits_on_their_way_are_reported_early() -> None:
+def test_growing_logits_are_reported_before_the_limits() -> None:
     values = [10 * 1.5**count for count in range(20)]
     reports = give_samples(AttentionLogits(), [{"attention_logit": layers(10.0, value)} for value in values])
     warned = first(reports)
@@ -131,7 +131,7 @@ def test_logits_on_their_way_are_reported_early() -> None:
 
 
 @pytest.mark.parametrize("kind", [AttentionEntropy, AdamUnderestimation, DeadUnits, Saturation, EpsShare])
-def test_a_threshold_itself_is_no_alarm(kind: type[Threshold]) -> None:
+def test_value_equal_to_the_threshold_raises_no_alarm(kind: type[Threshold]) -> None:
     limit = kind.warn
     assert limit is not None
     ordinary = 1.0 if kind.below else 0.0
@@ -140,7 +140,7 @@ def test_a_threshold_itself_is_no_alarm(kind: type[Threshold]) -> None:
     assert first(give_samples(kind(), [{kind.signal: layers(ordinary, beyond, count=5)}] * 9)) is not None
 
 
-def test_a_layer_that_is_not_known_does_not_hide_the_next() -> None:
+def test_missing_layer_does_not_hide_the_next_one() -> None:
     assert last(EpsShare(), [{"eps_share": [None, 0.6, 0.1, math.nan]}] * 5) == [
         ("fail", "blocks.1.norm"), ("warn", "blocks.2.norm"),
     ]  # fmt: skip
@@ -149,7 +149,7 @@ def test_a_layer_that_is_not_known_does_not_hide_the_next() -> None:
     ]  # fmt: skip
 
 
-def test_an_eps_that_is_not_known() -> None:
+def test_unknown_eps_is_reported_and_eps_of_zero_is_not() -> None:
     history = History(facts=facts(norms=(NormFacts("first", "RMSNorm", None, 0),)))
     assert last(EpsShare(), [{"eps_share": [0.6]}] * 5, history) == [("fail", "first")]
     history = History(facts=facts(adam_eps=None))
@@ -157,24 +157,24 @@ def test_an_eps_that_is_not_known() -> None:
     assert last(AdamEps(), [{"adam_eps_ratio": [0.5] * 5}] * 5, History(facts=facts(adam_eps=0.0))) == []
 
 
-def test_logits_grow_by_three_rises_or_more() -> None:
-    def told(*values: float) -> int | None:
+def test_logit_growth_needs_three_rises() -> None:
+    def first_report(*values: float) -> int | None:
         return first(give_samples(AttentionLogits(), [{"attention_logit": layers(10.0, value)} for value in values]))
 
-    assert told(10.0, 150.0, 160.0) is None, "two rises"
-    assert told(10.0, 10.0, 150.0, 160.0, 170.0) is None, "it stood still"
-    assert told(0.0, 10.0, 150.0, 160.0, 170.0) is None, "from nothing any growth is infinite"
-    assert told(0.5, 10.0, 150.0, 160.0, 170.0) == 4
-    assert told(40.0, 80.0, 110.0, 119.0, 120.0) is None, "3-fold"
-    assert told(1e3, 1e3) is None
+    assert first_report(10.0, 150.0, 160.0) is None, "two rises"
+    assert first_report(10.0, 10.0, 150.0, 160.0, 170.0) is None, "one sample did not rise"
+    assert first_report(0.0, 10.0, 150.0, 160.0, 170.0) is None, "growth from 0 is undefined"
+    assert first_report(0.5, 10.0, 150.0, 160.0, 170.0) == 4
+    assert first_report(40.0, 80.0, 110.0, 119.0, 120.0) is None, "exactly 3-fold"
+    assert first_report(1e3, 1e3) is None
 
 
-def test_massive_activations_against_a_median_of_zero() -> None:
+def test_massive_activation_is_reported_when_the_median_is_zero() -> None:
     massive = [{"stream_max": layers(1.0, 101.0), "stream_median": layers(0.5, 0.0)}] * 5
     assert last(MassiveActivation(), massive) == [("warn", "blocks.2")]
 
 
-# Words ----------------------------------------------------------------------------------------------------------------
+# Texts ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -190,18 +190,13 @@ def test_evidence_begins_with_the_cause(rule: Rule, signal: str, values: list[fl
     assert give_samples(rule, [{signal: values}] * 5)[-1][0].evidence.split(":")[0] == cause
 
 
-def test_dead_units_do_not_presume_an_activation() -> None:
-    remedy = give_samples(DeadUnits(), [{"dead_units": layers(0.0, 0.5)}] * 5)[-1][0].remedy
-    assert "if the activation is a ReLU" in remedy
-
-
 # All rules ------------------------------------------------------------------------------------------------------------
 
 
 JUNK = [None, math.nan, math.inf, -math.inf, 0.0, -1.0, 1e308, 5e-324]
 
 
-def test_no_rule_stumbles_over_junk() -> None:
+def test_no_rule_fails_on_junk() -> None:
     """The judge turns an error of a rule into a warning, and here warnings are errors."""
     generator = random.Random(1)
     judge, history = Judge(), History(facts=facts(12))
@@ -221,7 +216,7 @@ def test_no_rule_stumbles_over_junk() -> None:
     assert len(judge.rules) == len(default_rules())
 
 
-def test_rules_do_without_facts() -> None:
+def test_no_rule_needs_facts_about_the_model() -> None:
     judge, history = Judge(), History()
     for step in range(1, 100):
         history.steps.append(Step(step, 3.0 - 0.01 * step, math.nan, math.nan))
@@ -231,7 +226,7 @@ def test_rules_do_without_facts() -> None:
     assert len(judge.rules) == len(default_rules())
 
 
-def test_rules_are_documented() -> None:
+def test_every_rule_documents_its_persistence_and_source() -> None:
     rules = default_rules()
     assert len({rule.name for rule in rules}) == len(rules) == 23
     for rule in rules:

@@ -1,11 +1,11 @@
-"""Rules about a run's losses: they spike, stay up, do not fall, or are no numbers; and whom the alarms blame."""
+"""Rules about the loss: spikes, spikes that do not recover, no progress, NaNs; and the causes that alarms name."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-from helpers.histories import facts, give_steps, layers, noise
+from helpers.histories import facts, give_steps, layers, noise, numbers_in
 
 from omninorm.watch import Alarm, History, NonFinite, Sample, Step
 from omninorm.watch.judge import Judge
@@ -17,79 +17,81 @@ from omninorm.watch.rules.unrecovered_spike import UnrecoveredSpike
 
 pytestmark = pytest.mark.usefixtures("words")
 
-# Spikes of the loss, and what is to blame -----------------------------------------------------------------------------
+# Spikes of the loss and their causes -----------------------------------------------------------------------------
 
 
-def test_loss_spike() -> None:
+def test_loss_spike_needs_six_sigma_and_20_percent() -> None:
     assert give_steps(LossSpike(), noise(500)) == []
     assert give_steps(LossSpike(), [*noise(200), 3.59, *noise(50)]) == []  # 12σ, but less than 20 %
     assert give_steps(LossSpike(), [*noise(200, spread=0.2), 4.0, *noise(50)]) == []  # 33 %, but 5σ
     alarms = give_steps(LossSpike(), [*noise(200), 4.0, *noise(50)])
     assert [(alarm.step, alarm.severity, alarm.layer) for alarm in alarms] == [(201, "warn", None)]
-    assert "above its mean over the last 128 steps" in alarms[0].evidence
+    assert numbers_in(alarms[0].evidence)[2] == 128, "the steps it is compared with"
 
 
-def test_a_spike_does_not_hide_the_next() -> None:
+def test_spike_does_not_hide_the_next_one() -> None:
     losses = [*noise(200), 30.0, *noise(5), 5.0, *noise(5)]
     assert [alarm.step for alarm in give_steps(LossSpike(), losses)] == [201, 207]
 
 
-def test_a_falling_loss_does_not_hide_a_spike() -> None:
+def test_falling_loss_does_not_hide_a_spike() -> None:
     losses = [2.5 + 3 * 0.95**count for count in range(60)]
     assert [alarm.step for alarm in give_steps(LossSpike(), [*losses, 6.0])] == [61]
 
 
-def test_loss_spike_tells_a_bad_batch_from_a_bad_update() -> None:
+def test_loss_spike_names_the_batch_unless_the_gradient_was_unusual_before() -> None:
     ordinary = noise(100, 1.0, 0.05)
     batch = give_steps(LossSpike(), [*noise(100), 6.0], [*ordinary, 9.0])[0]
-    assert "within one step, after updates with ordinary gradients" in batch.evidence
-    assert batch.remedy == "Look at the batch of step 101: the data changed, not the model."
+    assert batch.evidence.startswith("Unusual batch")
+    assert numbers_in(batch.remedy) == [101]
     update = give_steps(LossSpike(), [*noise(100), 6.0], [*ordinary[:-1], 9.0, 9.0])[0]
-    assert "unusual at step 100" in update.evidence
+    assert update.evidence.startswith("Harmful update")
+    assert numbers_in(update.evidence)[-1] == 100, "the step of the unusual gradient"
     assert "Clip" in update.remedy
 
 
-def test_a_loss_spike_after_a_jump_of_the_rate_is_the_rates() -> None:
+def test_loss_spike_after_a_jump_of_the_learning_rate_names_the_learning_rate() -> None:
     alarm = give_steps(LossSpike(), [*noise(40), 6.0], lrs=[*[0.002] * 39, 0.1, 0.1])[0]
-    assert alarm.evidence.startswith("Learning rate jumped 50-fold: ")
-    assert "from 0.002 to 0.1 by step 40" in alarm.evidence
-    assert "over the last 40 steps" in alarm.evidence
+    assert alarm.evidence.startswith("Learning rate jumped")
+    fold, loss, _, before, _, lowest, highest, step = numbers_in(alarm.evidence)
+    assert (fold, loss, before, lowest, highest, step) == (50, 6, 40, 0.002, 0.1, 40)
     assert "batch" not in alarm.remedy
+    assert numbers_in(alarm.remedy) == [40]
     for lrs in ([*[0.002] * 39, 0.0039, 0.0039], [*[0.002] * 33, *[0.1] * 8], [math.nan] * 41, [0.0] * 41):
-        assert "Look at the batch of step 41" in give_steps(LossSpike(), [*noise(40), 6.0], lrs=lrs)[0].remedy
+        remedy = give_steps(LossSpike(), [*noise(40), 6.0], lrs=lrs)[0].remedy
+        assert "batch" in remedy
+        assert numbers_in(remedy) == [41]
 
 
-def test_a_loss_spike_after_large_updates_is_theirs() -> None:
-    for step, ratio, told in ((40, 0.67, True), (40, 0.04, False), (19, 0.67, False), (1, 0.67, False)):
+def test_loss_spike_after_large_updates_names_the_updates() -> None:
+    for step, ratio, expected in ((40, 0.67, True), (40, 0.04, False), (19, 0.67, False), (1, 0.67, False)):
         history = History(facts=facts())
         history.samples.append(Sample(step, {"update_ratio": [ratio] * 5}))
         alarm = give_steps(LossSpike(), [*noise(40), 6.0], history=history)[0]
-        assert ("67 %" in alarm.evidence) is told
-        assert ("batch" in alarm.remedy) is not told
+        assert (numbers_in(alarm.evidence)[-3:] == [40, 67, 1]) is expected, "step, percent, the usual percent"
+        assert ("batch" in alarm.remedy) is not expected
 
 
-def test_a_short_history_is_called_short() -> None:
-    assert "over the last 30 steps" in give_steps(LossSpike(), [*noise(30), 6.0])[0].evidence
-
-
-def test_a_loss_without_noise() -> None:
+def test_short_history_and_loss_without_noise_are_reported_as_such() -> None:
+    assert numbers_in(give_steps(LossSpike(), [*noise(30), 6.0])[0].evidence)[2] == 30
     (alarm,) = give_steps(LossSpike(), [*[3.0] * 20, 6.0])
-    assert "100 % above its mean over the last 20 steps" in alarm.evidence
+    assert numbers_in(alarm.evidence) == [6, 100, 20, 3, 3], "loss, % above the mean, steps, mean, loss before"
 
 
-def test_a_loss_that_rose_over_several_steps() -> None:
+def test_loss_that_rose_over_several_steps_names_the_update() -> None:
     alarm = give_steps(LossSpike(), [*noise(100), 3.5, 6.0])[0]
-    assert alarm.evidence.endswith("The model moved first: it rose over several steps.")
+    assert alarm.evidence.startswith("Harmful update")
+    assert "over several steps" in alarm.evidence
 
 
-def test_a_gradient_is_to_blame_for_four_steps() -> None:
+def test_unusual_gradient_is_the_cause_for_four_steps() -> None:
     for quiet, cause in ((4, "Harmful update"), (5, "Unusual batch")):
         norms = [*noise(90, 1.0), 9.0, *[1.0] * quiet]
         (alarm,) = give_steps(LossSpike(), [*noise(90 + quiet), 6.0], norms)
         assert alarm.evidence.startswith(cause)
 
 
-def test_a_rate_is_to_blame_for_six_steps_from_two_fold_on() -> None:
+def test_learning_rate_jump_of_two_fold_is_the_cause_for_six_steps() -> None:
     losses = [*noise(40), 6.0]
     for lrs in ([*[0.002] * 35, *[0.1] * 6], [*[0.002] * 39, 0.004, 0.004]):
         assert give_steps(LossSpike(), losses, lrs=lrs)[0].evidence.startswith("Learning rate jumped")
@@ -97,7 +99,7 @@ def test_a_rate_is_to_blame_for_six_steps_from_two_fold_on() -> None:
     assert give_steps(LossSpike(), losses, lrs=from_zero)[0].evidence.startswith("Unusual batch")
 
 
-def test_a_sample_is_to_blame_for_two_intervals() -> None:
+def test_large_update_is_the_cause_for_two_sampling_intervals() -> None:
     for step, cause in ((21, "Updates too large"), (20, "Unusual batch")):
         history = History(facts=facts())
         history.samples.append(Sample(step, {"update_ratio": [0.3] * 5}))
@@ -107,31 +109,39 @@ def test_a_sample_is_to_blame_for_two_intervals() -> None:
 # Spikes of the gradient -----------------------------------------------------------------------------------------------
 
 
-def test_gradient_spike() -> None:
+def test_gradient_spike_is_reported_if_it_recurs_within_64_steps() -> None:
     norms = noise(200, 1.0, 0.1)
     assert give_steps(GradientSpike(), [3.0] * 250, noise(250, 1.0, 0.1)) == []
-    assert give_steps(GradientSpike(), [3.0] * 250, [*norms, 3.2, *norms[:30]]) == [], "once, and without harm"
+    assert give_steps(GradientSpike(), [3.0] * 250, [*norms, 3.2, *norms[:30]]) == [], "one harmless spike"
     assert give_steps(GradientSpike(), [3.0] * 250, [*norms, 2.9, 2.9, *norms[:30]]) == []
     alarms = give_steps(GradientSpike(), [3.0] * 250, [*norms, 3.2, *norms[:20], 3.3])
     assert [(alarm.step, alarm.severity) for alarm in alarms] == [(222, "warn")]
-    assert "another was at step 201" in alarms[0].evidence
-    assert "Make sure that gradients are clipped" in alarms[0].remedy
+    assert "recur" in alarms[0].evidence
+    step, norm, fold, before, mean, previous = numbers_in(alarms[0].evidence)
+    assert (step, norm, before, previous) == (222, 3.3, 128, 201)
+    assert fold * mean == pytest.approx(norm, rel=0.02)
+    assert "clipped" in alarms[0].remedy
     assert give_steps(GradientSpike(), [3.0] * 300, [*norms, 3.2, *norms[:64], 3.2]) == [], "too far apart"
 
 
-def test_gradient_spike_that_does_harm() -> None:
+def test_gradient_spike_is_reported_if_the_loss_rises_within_five_steps() -> None:
     norms, losses = noise(70, 1.0, 0.1), noise(70)
     alarms = give_steps(GradientSpike(), [*losses, 3.0, 3.0, 3.3], [*norms, 3.2, 1.0, 1.0])
     assert [alarm.step for alarm in alarms] == [73]
-    assert "over the last 70 steps" in alarms[0].evidence
-    assert "the loss rose to 3.3 from" in alarms[0].evidence
+    assert "Harmful" in alarms[0].evidence
+    step, norm, _, before, _, low, high = numbers_in(alarms[0].evidence)
+    assert (step, norm, before, high) == (71, 3.2, 70, 3.3)
+    assert low == pytest.approx(3.0, abs=0.02)
     assert give_steps(GradientSpike(), [*losses, *[3.0] * 6, 3.3], [*norms, 3.2, *[1.0] * 6]) == []
-    assert give_steps(GradientSpike(), [*losses[:60], 3.0, 3.3], [*norms[:60], 3.2, 1.0]) == [], "60 steps are too few"
+    assert give_steps(GradientSpike(), [*losses[:60], 3.0, 3.3], [*norms[:60], 3.2, 1.0]) == [], (
+        "60 steps of history are too few"
+    )
 
 
 def test_gradient_spikes_need_64_steps_and_recur_within_64() -> None:
-    for count, told in ((64, [66]), (63, [])):
-        assert [alarm.step for alarm in give_steps(GradientSpike(), [3.0] * 70, [*noise(count, 1.0), 3.5, 3.5])] == told
+    for count, steps in ((64, [66]), (63, [])):
+        alarms = give_steps(GradientSpike(), [3.0] * 70, [*noise(count, 1.0), 3.5, 3.5])
+        assert [alarm.step for alarm in alarms] == steps
     norms = noise(200, 1.0, 0.1)
     assert [alarm.step for alarm in give_steps(GradientSpike(), [3.0] * 300, [*norms, 3.4, *norms[:63], 3.4])] == [265]
 
@@ -139,7 +149,7 @@ def test_gradient_spikes_need_64_steps_and_recur_within_64() -> None:
 # Losses that stay up --------------------------------------------------------------------------------------------------
 
 
-def test_unrecovered_spike() -> None:
+def test_high_loss_warns_after_4_steps_and_fails_after_64() -> None:
     def severities(high: int, level: float = 6.5) -> list[tuple[int, str]]:
         alarms = give_steps(UnrecoveredSpike(), [*noise(200), *[level] * high, *noise(50)])
         return [(alarm.step, alarm.severity) for alarm in alarms]
@@ -149,9 +159,12 @@ def test_unrecovered_spike() -> None:
     assert severities(100, level=5.9) == []
     assert {severity for _, severity in severities(64)} == {"warn"}
     assert severities(65)[-1] == (265, "fail")
+    alarm = give_steps(UnrecoveredSpike(), [*[3.0] * 20, *[9.0] * 5])[-1]
+    assert numbers_in(alarm.evidence) == [5, 21, 9, 3, 3], "steps, first step, loss, factor, earlier mean"
+    assert numbers_in(alarm.remedy) == [21]
 
 
-def test_half_of_what_was_learned_counts_as_lost() -> None:
+def test_losing_half_of_the_progress_counts_as_high() -> None:
     learned = [5.6, 5.6, 5.6, 5.6, *noise(100, 2.5)]
     assert give_steps(UnrecoveredSpike(), [*learned, *[4.3] * 5])[0].step == 109
     assert give_steps(UnrecoveredSpike(), [*learned, *[3.9] * 5]) == []
@@ -159,13 +172,13 @@ def test_half_of_what_was_learned_counts_as_lost() -> None:
     assert give_steps(UnrecoveredSpike(), [*barely, *[5.5] * 20]) == []
 
 
-def test_twice_the_mean_of_sixteen_losses_is_high() -> None:
+def test_twice_the_mean_of_sixteen_losses_counts_as_high() -> None:
     for level in (3.0, 0.3):
         assert [alarm.step for alarm in give_steps(UnrecoveredSpike(), [*[level] * 16, *[2 * level] * 5])] == [21]
         assert give_steps(UnrecoveredSpike(), [*[level] * 15, *[2 * level] * 5]) == []
 
 
-def test_half_of_a_fifth_of_the_first_loss() -> None:
+def test_losing_half_of_the_progress_counts_only_if_it_was_a_fifth_of_the_first_loss() -> None:
     assert [alarm.step for alarm in give_steps(UnrecoveredSpike(), [*[5.0] * 4, *[4.0] * 128, *[4.5] * 5])] == [137]
     assert give_steps(UnrecoveredSpike(), [*[5.0] * 4, *[4.125] * 128, *[4.75] * 5]) == []
 
@@ -173,7 +186,7 @@ def test_half_of_a_fifth_of_the_first_loss() -> None:
 # No progress ----------------------------------------------------------------------------------------------------------
 
 
-def told(alarms: list[Alarm]) -> str | None:
+def first_cause(alarms: list[Alarm]) -> str | None:
     """The first alarm's cause."""
     return alarms[0].evidence.split(":")[0] if alarms else None
 
@@ -183,7 +196,7 @@ def told(alarms: list[Alarm]) -> str | None:
     [
         (noise(80), 1e-3, None, "The loss has not fallen"),
         (noise(80), 0.0, None, "Learning rate 0, no weight changes"),
-        (noise(80), 1e-9, 1e-8, "Updates change only 1e-08 of the weights"),
+        (noise(80), 1e-9, 1e-8, "Updates are only 1e-08 of the weights"),
         (noise(80), math.nan, 1e-5, "The loss has not fallen"),
         (noise(80, 3.0, 0.3), 0.0, None, "Learning rate 0, no weight changes"),
         ([*noise(40, 3.0, 0.3), *noise(40, 2.9, 0.3)], 0.0, None, "Learning rate 0, no weight changes"),
@@ -195,9 +208,9 @@ def told(alarms: list[Alarm]) -> str | None:
     ],
     ids=[
         "flat",
-        "rate 0",
+        "learning rate 0",
         "tiny",
-        "rate unknown",
+        "learning rate unknown",
         "noisy",
         "noisy, 3 % lower",
         "59 steps",
@@ -207,46 +220,52 @@ def told(alarms: list[Alarm]) -> str | None:
         "risen",
     ],
 )
-def test_no_progress(losses: list[float], rate: float, update: float | None, expected: str | None) -> None:
+def test_flat_loss_is_reported_with_its_cause(
+    losses: list[float], rate: float, update: float | None, expected: str | None
+) -> None:
     history = History(facts=facts())
     if update is not None:
         history.samples.extend(Sample(step, {"update_ratio": [update] * 5}) for step in (10, 20))
     alarms = give_steps(NoProgress(), losses, lrs=[rate] * len(losses), history=history)
-    assert told(alarms) == expected
+    assert first_cause(alarms) == expected
     assert {alarm.severity for alarm in alarms} <= {"warn"}
     if alarms:
         assert alarms[0].step == 60
-        assert alarms[0].remedy.startswith("Is that meant")
+        steps, before, now = numbers_in(alarms[0].evidence)[-3:]
+        assert steps == 60
+        assert before == pytest.approx(sum(losses[:5]) / 5, rel=1e-3)
+        assert now == pytest.approx(sum(losses[40:60]) / 20, rel=1e-3)
+        assert "fine-tuning" in alarms[0].remedy or "intended" in alarms[0].remedy
 
 
-def test_no_progress_waits_for_a_warm_up_and_spares_a_resumed_run() -> None:
+def test_flat_loss_is_not_reported_in_a_warm_up_or_a_resumed_run() -> None:
     assert give_steps(NoProgress(), noise(80), lrs=[1e-6 * step for step in range(80)]) == []
     assert give_steps(NoProgress(), noise(80), start=1001) == []
 
 
-def asked(rates: list[float], samples: list[tuple[int, float]]) -> list[Alarm]:
-    """What is asked of 60 flat steps with these newest rates and updates."""
+def flat_run(rates: list[float], samples: list[tuple[int, float]]) -> list[Alarm]:
+    """The alarms about 60 flat steps with these newest learning rates and updates."""
     history = History(facts=facts())
     history.samples.extend(Sample(step, {"update_ratio": [ratio] * 5}) for step, ratio in samples)
     return give_steps(NoProgress(), noise(60), lrs=[*[1e-3] * (60 - len(rates)), *rates], history=history)
 
 
-def test_a_rate_rises_from_the_first_to_the_last_of_twenty() -> None:
-    assert len(asked([1e-3, 2e-3, *[1e-3] * 16, 2e-3, 1e-3], [])) == 1
-    assert asked([1e-3, 3e-3, *[1e-3] * 17, 2e-3], []) == []
-    assert len(asked([math.nan] * 19 + [1e-3], [])) == 1
+def test_warm_up_is_judged_by_the_first_and_last_of_twenty_learning_rates() -> None:
+    assert len(flat_run([1e-3, 2e-3, *[1e-3] * 16, 2e-3, 1e-3], [])) == 1
+    assert flat_run([1e-3, 3e-3, *[1e-3] * 17, 2e-3], []) == []
+    assert len(flat_run([math.nan] * 19 + [1e-3], [])) == 1
 
 
-def test_two_samples_tell_of_tiny_updates() -> None:
-    def words(*samples: tuple[int, float]) -> str:
-        return asked([], list(samples))[0].evidence.split(":")[0]
+def test_tiny_updates_are_the_cause_if_two_samples_after_the_first_show_them() -> None:
+    def cause(*samples: tuple[int, float]) -> str | None:
+        return first_cause(flat_run([], list(samples)))
 
-    tiny = "Updates change only 1e-07 of the weights"
-    assert words((40, 1e-7), (50, 1e-7), (60, 1e-7)) == tiny
-    assert words((2, 1e-7), (60, 1e-8)) == tiny
-    assert words((40, 1e-7), (50, 1e-6)) == "The loss has not fallen"
-    assert words((1, 1e-7), (50, 1e-7)) == "The loss has not fallen"
-    assert words((50, 1e-7)) == "The loss has not fallen"
+    tiny = "Updates are only 1e-07 of the weights"
+    assert cause((40, 1e-7), (50, 1e-7), (60, 1e-7)) == tiny
+    assert cause((2, 1e-7), (60, 1e-8)) == tiny
+    assert cause((40, 1e-7), (50, 1e-6)) == "The loss has not fallen"
+    assert cause((1, 1e-7), (50, 1e-7)) == "The loss has not fallen"
+    assert cause((50, 1e-7)) == "The loss has not fallen"
 
 
 # Non-finite values ----------------------------------------------------------------------------------------------------
@@ -259,12 +278,14 @@ def test_two_samples_tell_of_tiny_updates() -> None:
         (NonFinite(3, "forward", "embedding", "nan"), "pre", "NaN", "batch of step 3"),
         (NonFinite(3, "forward", "blocks.1", "nan"), "pre", "NaN", "0/0"),
         (NonFinite(3, "loss", None, "nan"), "pre", "in the loss", "labels"),
-        (NonFinite(3, "backward", "blocks.1.w", "nan"), "pre", "gradient of blocks.1.w", "root"),
+        (NonFinite(3, "backward", "blocks.1.w", "nan"), "pre", "gradient of blocks.1.w", "square root"),
         (NonFinite(3, "optimizer", "blocks.1.w", "inf"), "pre", "weights of blocks.1.w", "ε"),
         (NonFinite(3, "elsewhere", "{layer}", "nan"), "pre", "in {layer}", ""),
     ],
 )
-def test_nonfinite(found: NonFinite, placement: str, evidence: str, remedy: str) -> None:
+def test_first_nonfinite_value_fails_with_its_place_and_a_remedy(
+    found: NonFinite, placement: str, evidence: str, remedy: str
+) -> None:
     history = History(facts=facts(), placement=placement, nonfinite=found)
     history.steps.append(Step(2, 3.0, 1.0, 1e-3))
     assert list(NonFiniteRule().on_step(history, history.steps[-1])) == []
@@ -272,6 +293,7 @@ def test_nonfinite(found: NonFinite, placement: str, evidence: str, remedy: str)
     (alarm,) = NonFiniteRule().on_step(history, history.steps[-1])
     assert (alarm.step, alarm.severity, alarm.layer) == (3, "fail", found.layer)
     assert evidence in alarm.evidence
+    assert 3 in numbers_in(alarm.evidence)
     assert remedy in alarm.remedy
 
 
@@ -295,21 +317,21 @@ FALLING = [3.0 + 3.0 * 0.99**step for step in range(320)]
 SKIPPED = NonFinite(5, "backward", "blocks.1.w", "nan")
 
 
-def test_after_a_skipped_step_all_is_judged_again() -> None:
+def test_all_rules_are_judged_again_after_a_skipped_step() -> None:
     losses = [*FALLING[:4], math.nan, *FALLING[5:]]
     assert judged(losses, SKIPPED) == [(5, "nonfinite"), (300, "layer-jump")]
     assert judged(FALLING, SKIPPED, [*[1.0] * 4, math.inf, *[1.0] * 315]) == [(5, "nonfinite"), (300, "layer-jump")]
 
 
-def test_while_everything_is_nan_nothing_more_is_said() -> None:
+def test_no_other_alarm_is_raised_while_steps_are_not_finite() -> None:
     lost = [*FALLING[:4], *[math.nan] * 316]
     assert judged(lost, SKIPPED) == [(5, "nonfinite")]
-    assert judged(FALLING, SKIPPED, [*[1.0] * 4, *[math.nan] * 316]) == [(5, "nonfinite")], "no step is ever taken"
+    assert judged(FALLING, SKIPPED, [*[1.0] * 4, *[math.nan] * 316]) == [(5, "nonfinite")], "every step is skipped"
     two = [*FALLING[:4], *[math.nan, 3.0, 3.0] * 105, math.nan]
     assert judged(two, SKIPPED) == [(5, "nonfinite")], "never three in a row"
 
 
-def test_a_relapse_is_told() -> None:
+def test_relapse_after_a_recovery_is_reported() -> None:
     losses = [*FALLING[:4], math.nan, *FALLING[5:200], *[math.nan] * 120]
     assert judged(losses, SKIPPED) == [(5, "nonfinite"), (203, "nonfinite")]
     once = [*FALLING[:4], math.nan, *FALLING[5:200], math.nan, *FALLING[201:299]]
@@ -321,12 +343,12 @@ def test_a_relapse_is_told() -> None:
     [
         (NonFinite(3, "forward", "blocks.1", "nan"), "none", "NaN", "The blocks have no norm"),
         (NonFinite(3, "forward", "blocks.1", "-inf"), "none", "infinity", "bf16"),
-        (NonFinite(3, "forward", None, "nan"), "pre", "in the output of the model", "Look at the batch of step 3"),
-        (NonFinite(3, "backward", None, "overflow"), None, "The first overflow", "in the model's part"),
+        (NonFinite(3, "forward", None, "nan"), "pre", "in the output of the model", "batch of step 3"),
+        (NonFinite(3, "backward", None, "overflow"), None, "The first overflow", "around the model"),
     ],
-    ids=["no norm", "minus infinity", "no layer", "another word"],
+    ids=["no norm", "minus infinity", "no layer", "unknown value"],
 )
-def test_nonfinite_in_rare_cases(found: NonFinite, placement: str | None, evidence: str, remedy: str) -> None:
+def test_nonfinite_values_in_rare_places(found: NonFinite, placement: str | None, evidence: str, remedy: str) -> None:
     history = History(facts=facts(), placement=placement, nonfinite=found)
     history.samples.append(Sample(2, {}))
     assert list(NonFiniteRule().on_sample(history, history.samples[-1])) == []
@@ -335,10 +357,10 @@ def test_nonfinite_in_rare_cases(found: NonFinite, placement: str | None, eviden
         (alarm,) = NonFiniteRule().on_sample(history, history.samples[-1])
         assert (alarm.step, alarm.layer) == (3, found.layer)
         assert evidence in alarm.evidence
-        assert alarm.remedy.find(remedy) >= 0
+        assert remedy in alarm.remedy
 
 
-def test_three_finite_steps_are_a_recovery_and_two_are_none() -> None:
+def test_three_finite_steps_are_a_recovery_and_two_are_not() -> None:
     lost = [*FALLING[:4], math.nan, *FALLING[5:8], *[math.nan] * 312]
     assert judged(lost, SKIPPED) == [(5, "nonfinite"), (11, "nonfinite")]
     assert judged([*FALLING[:4], math.nan, *FALLING[5:7], *[math.nan] * 313], SKIPPED) == [(5, "nonfinite")]

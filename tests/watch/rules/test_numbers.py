@@ -1,4 +1,4 @@
-"""What the rules compute with."""
+"""Helpers for rules: formatting, quantiles, streaks and line fits."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def test_what_a_straight_line_leaves() -> None:
     assert line_error(values.tolist()) == pytest.approx(1 - float(correlation) ** 2)
 
 
-def test_factors_in_words() -> None:
+def test_factors_are_rounded_to_three_digits() -> None:
     assert [fold(ratio) for ratio in (2.0, 39.96, 999.0, 1234.5, 48_271.0, 2.5e8, 3e12)] == [
         "2-fold", "40-fold", "999-fold", "1,230-fold", "48,300-fold", "250,000,000-fold", "3e+12-fold",
     ]  # fmt: skip
 
 
-def test_quantiles_are_values_that_are_there() -> None:
+def test_quantiles_are_values_of_the_list() -> None:
     values = [5.0, 1.0, 4.0, 2.0]
     assert [quantile(values, share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)] == [1.0, 2.0, 4.0, 5.0, 5.0]
     assert median([3.0, 1.0, 2.0]) == 2.0
     assert median(values) == 4.0
 
 
-def test_what_is_no_number_is_none() -> None:
+def test_values_that_are_not_finite_numbers_are_none() -> None:
     assert [finite(value) for value in (1, 2.5, None, math.nan, math.inf, "3")] == [1.0, 2.5, None, None, None, None]
     sample = Sample(1, {"a": [1.0, math.nan, 3.0]})
     assert values_of(sample, "a") == [1.0, None, 3.0]
@@ -52,7 +52,7 @@ def test_what_is_no_number_is_none() -> None:
     assert value_at(sample, "a") == 1.0
 
 
-def test_earlier_values_leave_the_newest_out() -> None:
+def test_earlier_values_exclude_the_newest() -> None:
     history = History()
     history.samples.extend(Sample(step, {"a": [float(step), math.nan]}) for step in range(1, 6))
     assert earlier(history, "a", 0, 2) == [3.0, 4.0]

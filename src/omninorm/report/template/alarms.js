@@ -1,4 +1,4 @@
-// The timeline of alarms: a lane for each rule, and the choice of one alarm, which is then marked in every figure.
+// The timeline of alarms: one lane per rule. Selecting an alarm marks it in every figure.
 let chosen = null;
 
 function choose(number) {
@@ -22,7 +22,7 @@ function drawTimeline() {
     lanes.append(make('code', 'rule', rule), track);
   }
   lanes.append(make('span', 'corner'), axis());
-  place.replaceChildren(make('p', 'intro', 'A choice here or in the table is marked in every figure. ▲ is a failure, ○ a warning.'), lanes);
+  place.replaceChildren(make('p', 'intro', 'Click an alarm here or in the table to mark it in every figure. ▲ failure, ○ warning.'), lanes);
 }
 
 const share = step => `${clamp((step - range.low) / (range.high - range.low), 0, 1) * 100}%`;

@@ -1,4 +1,4 @@
-// Everything below is one function's body. Text of the record only ever goes into textContent and canvases.
+// All scripts together form the body of one function. Text from the record only goes into textContent and canvases.
 const data = JSON.parse(document.getElementById('data').textContent);
 const root = document.documentElement;
 
@@ -11,7 +11,7 @@ const make = (tag, className, text) => {
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const paint = name => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
 
-// As text.short in Python.
+// Formats numbers as text.short does in Python.
 function short(value, digits = 4) {
   if (value === null || value === undefined) return 'no value';
   if (Number.isNaN(value)) return 'NaN';
@@ -27,7 +27,7 @@ function short(value, digits = 4) {
 const count = value => value.toLocaleString('en');
 const stepLabel = value => value >= 1e6 ? `${value / 1e6}M` : value >= 1e4 ? `${value / 1e3}k` : count(value);
 
-// Round numbers between two limits, about so many.
+// Round numbers between two limits, about as many as requested.
 function ticks(low, high, number) {
   const rough = (high - low) / Math.max(1, number), power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].find(each => each * power >= rough * 0.999) * power;
@@ -46,7 +46,7 @@ function nearest(list, value) {
   return Math.abs(list[high] - value) < Math.abs(list[low] - value) ? high : low;
 }
 
-// Viridis: perceptually uniform, monotone in lightness, and the same to the colour-blind.
+// Viridis: perceptually uniform, monotone in lightness, and safe for colour-blind readers.
 const ANCHORS = [[68, 1, 84], [72, 36, 117], [65, 68, 135], [53, 95, 141], [42, 120, 142], [33, 145, 140], [34, 168, 132],
   [68, 191, 112], [122, 209, 81], [189, 223, 38], [253, 231, 37]];
 const SCALE = Array.from({length: 256}, (_, i) => {
@@ -54,10 +54,10 @@ const SCALE = Array.from({length: 256}, (_, i) => {
   return ANCHORS[left].map((from, channel) => Math.round(from + part * (ANCHORS[left + 1][channel] - from)));
 });
 
-// The same as one number a colour, in the order of bytes of a canvas.
+// The same colours as numbers, in the byte order of a canvas.
 const PACKED = new Uint32Array(new Uint8Array(SCALE.flatMap(colour => [...colour, 255])).buffer);
 
-// Stripes for what is no number: rising for NaN, falling for infinity, so that they differ without colour as well.
+// Stripes for non-finite values: rising for NaN, falling for infinity, so that they differ without colour.
 function stripes(kind) {
   const tile = make('canvas'), context = tile.getContext('2d');
   tile.width = tile.height = 6;

@@ -1,4 +1,4 @@
-// What maps and curves share: the axis of steps, which is the same in all of them, and the marks of alarms.
+// The base class of maps and curves: the common axis of steps and the marks of alarms.
 const LEFT = 72, RIGHT = 10, TOP = 14, BOTTOM = 20;
 const gaps = data.steps.slice(1).map((step, i) => step - data.steps[i]).sort((a, b) => a - b);
 const gap = gaps.length ? gaps[gaps.length >> 1] : 1;
@@ -9,14 +9,14 @@ const range = {
 if (!(range.high > range.low)) { range.low -= 0.5; range.high = range.low + 1; }
 const figures = [];
 
-// Round steps for an axis, and the first one where there is room for it: a run begins at step 1 and not at 0.
+// Round steps for an axis, plus the first step if there is room: a run begins at step 1, not at 0.
 function stepTicks(number) {
   const found = ticks(range.low, range.high, number).filter(Number.isInteger), room = (range.high - range.low) / (2.5 * number);
   if (Number.isInteger(range.low) && !(found[0] - range.low < room)) found.unshift(range.low);
   return found;
 }
 
-// A text shortened in its middle until it is no wider than so many pixels: names differ at either end.
+// Shortens a text in its middle to a width in pixels: names differ at either end.
 function fitting(context, text, wide) {
   for (let end = text.length; end > 0; end--) {
     const cut = end < text.length ? `${text.slice(0, Math.ceil(end / 2))}…${text.slice(text.length - Math.floor(end / 2))}` : text;
@@ -46,7 +46,7 @@ class Figure {
   x(step) { return LEFT + (step - range.low) / (range.high - range.low) * this.inner; }
   step(x) { return range.low + (x - LEFT) / this.inner * (range.high - range.low); }
 
-  // Sizes the canvas to its place and draws the axis of steps; the rest is the kind's.
+  // Fits the canvas to its container and draws the axis of steps. Subclasses draw the rest.
   draw() {
     this.drawn = true;
     this.measure();
@@ -77,7 +77,7 @@ class Figure {
     }
   }
 
-  // A triangle for a failure, a ring for a warning, above the plot; of those that would overlap the gravest.
+  // A triangle for a failure, a ring for a warning, above the plot. Of overlapping marks the most severe is drawn.
   drawAlarms(context) {
     const taken = [];
     const graver = [...data.alarms].sort((a, b) => (a[1] === 'warn') - (b[1] === 'warn'));

@@ -5,7 +5,7 @@ class Curve extends Figure {
     const {y, log} = this.data, low = Math.min(...y), high = Math.max(...y);
     this.constant = low === high;
     const room = log ? 1.12 : (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
-    // A rate or a loss that is never negative has no axis below nought.
+    // The axis of a learning rate or loss that is never negative does not extend below 0.
     Object.assign(this, log ? {low: low / room, high: high * room} : {low: low >= 0 ? Math.max(0, low - room) : low - room, high: high + room});
     if (!y.length) Object.assign(this, {low: 0, high: 1});
   }
@@ -24,7 +24,7 @@ class Curve extends Figure {
     return found.filter(level => level >= this.low && level <= this.high);
   }
 
-  // One notation for all of an axis, and as many digits as tell its levels apart. A label is pressed before it is cut.
+  // One notation per axis, with enough digits to distinguish its ticks. A label is condensed rather than cut off.
   labelsOf(levels) {
     const most = Math.max(...levels.map(Math.abs)), step = levels.length > 1 ? levels[1] - levels[0] : 0;
     if (this.constant || this.data.log || !step) return levels.map(level => short(level, 4));
@@ -55,7 +55,7 @@ class Curve extends Figure {
     const {x, y, bad} = this.data;
     context.strokeStyle = context.fillStyle = paint('accent');
     context.lineJoin = 'round';
-    // Where steps were thinned, the extremes make a pale band and the means a line.
+    // Where steps were thinned, the extremes form a pale band and the means a line.
     context.lineWidth = this.data.mean.length ? 1 : 1.4;
     context.globalAlpha = this.data.mean.length ? 0.35 : 1;
     this.trace(context, x, y, bad);
@@ -66,7 +66,7 @@ class Curve extends Figure {
     x.forEach((step, i) => { context.beginPath(); context.arc(this.x(step), this.y(y[i]), 2.2, 0, 7); context.fill(); });
   }
 
-  // A line that breaks where a step was not finite.
+  // The line is interrupted at non-finite steps.
   trace(context, x, y, bad) {
     let next = 0;
     context.beginPath();
@@ -91,7 +91,7 @@ class Curve extends Figure {
 
   at(x) { return [nearest(this.data.x, this.step(x)), 0]; }
 
-  tell([index]) {
+  describe([index]) {
     const {x, y} = this.data;
     if (!x.length) return {step: this.data.bad[0], value: 'never a finite number', layer: '', x: this.x(this.data.bad[0]), y: TOP};
     return {step: x[index], value: short(y[index]), layer: '', x: this.x(x[index]), y: this.y(y[index])};

@@ -1,19 +1,19 @@
-// What follows the pointer, the keys, the window's width and the theme.
+// Responds to the pointer, the keys, the window's width and the theme.
 const tip = document.getElementById('tip'), live = document.getElementById('live');
 
 function point(figure, cursor, spoken) {
-  const told = figure.tell(cursor), box = figure.plot.getBoundingClientRect();
+  const described = figure.describe(cursor), box = figure.plot.getBoundingClientRect();
   figure.cursor = cursor;
-  for (const other of figures) other.showHair(told.step);
+  for (const other of figures) other.showHair(described.step);
   figure.spot.hidden = false;
-  figure.spot.style.left = `${told.x}px`;
-  figure.spot.style.top = `${told.y}px`;
-  tip.replaceChildren(make('b', '', told.value), ...(told.layer ? [make('span', '', told.layer)] : []), make('span', '', `step ${count(told.step)}`));
+  figure.spot.style.left = `${described.x}px`;
+  figure.spot.style.top = `${described.y}px`;
+  tip.replaceChildren(make('b', '', described.value), ...(described.layer ? [make('span', '', described.layer)] : []), make('span', '', `step ${count(described.step)}`));
   tip.hidden = false;
-  const x = box.left + told.x, y = box.top + told.y, {offsetWidth: wide, offsetHeight: high} = tip;
+  const x = box.left + described.x, y = box.top + described.y, {offsetWidth: wide, offsetHeight: high} = tip;
   tip.style.left = `${clamp(x + 16 + wide > root.clientWidth ? x - wide - 16 : x + 16, 4, Math.max(4, root.clientWidth - wide - 4))}px`;
   tip.style.top = `${y - high - 12 < 4 ? y + 16 : y - high - 12}px`;
-  if (spoken) live.textContent = [told.value, told.layer, `step ${count(told.step)}`].filter(Boolean).join(', ');
+  if (spoken) live.textContent = [described.value, described.layer, `step ${count(described.step)}`].filter(Boolean).join(', ');
 }
 
 function leave(figure) {
@@ -46,7 +46,7 @@ function listen(figure) {
   });
 }
 
-// Draws what is in sight or near it now, the rest as soon as there is time.
+// Draws figures in or near the viewport immediately and the rest when idle.
 const sight = new IntersectionObserver(entries => {
   for (const {isIntersecting, target} of entries) if (isIntersecting) drawOnce(figures.find(figure => figure.plot === target));
 }, {rootMargin: '400px'});

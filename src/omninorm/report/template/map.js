@@ -1,18 +1,18 @@
 // A heat map: a row for each layer, a column for each sample.
 const EDGES = data.steps.map((step, i) => {
   const before = i ? (data.steps[i - 1] + step) / 2 : -Infinity, after = i + 1 < data.steps.length ? (data.steps[i + 1] + step) / 2 : Infinity;
-  // A sample stands for its neighbourhood, but not for a long stretch without samples.
+  // A sample extends to its neighbours, but not over a long stretch without samples.
   return [Math.max(before, step - 1.5 * gap), Math.min(after, step + 1.5 * gap)];
 });
 
-// Values from two bytes each (bfloat16), all low bytes first. Very negative stands for no value.
+// Decodes values of two bytes each (bfloat16), all low bytes first. A very negative number means no value.
 function decode(text) {
   const raw = atob(text), half = raw.length / 2, bits = new Uint32Array(half);
   for (let i = 0; i < half; i++) bits[i] = (raw.charCodeAt(half + i) << 24) | (raw.charCodeAt(i) << 16);
   return new Float32Array(bits.buffer);
 }
 const nothing = value => value < -2.9e38 && value !== -Infinity;
-// What is shown where several cells share a pixel: NaN, then infinity, then a number, then nothing.
+// Precedence where several cells share a pixel: NaN, then infinity, then a number, then no value.
 const rank = value => Number.isNaN(value) ? 3 : Math.abs(value) === Infinity ? 2 : nothing(value) ? 0 : 1;
 
 class HeatMap extends Figure {
@@ -24,7 +24,7 @@ class HeatMap extends Figure {
     this.rows = rows;
   }
 
-  // Decoded when first needed: a page has more maps than a window shows.
+  // Decoded on first use, because most maps are outside the window.
   get values() {
     const values = decode(this.data.data);
     Object.defineProperty(this, 'values', {value: values});
@@ -33,7 +33,7 @@ class HeatMap extends Figure {
 
   value(column, row) { return this.values[column * this.rows + row]; }
 
-  // The colours' range: all but the outermost hundredth of the finite values, and never so narrow that it shows mere noise.
+  // The colour range covers all but the outermost 1 % of the finite values, and is never so narrow that it shows only noise.
   findRange() {
     const {values} = this, {log} = this.data, kinds = new Set();
     let least = Infinity, most = -Infinity;
@@ -43,7 +43,7 @@ class HeatMap extends Figure {
       if (kind === 1 && value < least) least = value;
       if (kind === 1 && value > most) most = value;
     }
-    // The hundredths are estimated from a few thousand values.
+    // The percentiles are estimated from a few thousand values.
     const stride = Math.ceil(values.length / 5000), few = values.filter((_, i) => (i * 7919) % stride === 0);
     const usable = few.filter(value => rank(value) === 1 && (!log || value > 0)).sort();
     const at = share => usable.length ? usable[Math.round(share * (usable.length - 1))] : 1;
@@ -77,7 +77,7 @@ class HeatMap extends Figure {
     this.drawLegend();
   }
 
-  // One value for each pixel column and row: of the cells that fall on it, the farthest from the middle of the range.
+  // One value per pixel column and row: of the cells that share it, the one farthest from the middle of the range.
   pool(wide, high) {
     const {rows, values} = this, pixels = new Float32Array(wide * high).fill(-3e38);
     const middle = this.data.log ? Math.exp((this.from + this.to) / 2) : (this.low + this.high) / 2;
@@ -115,7 +115,7 @@ class HeatMap extends Figure {
     context.fillStyle = paint('soft');
     context.textAlign = 'right';
     context.textBaseline = 'middle';
-    // Every so manieth block, and what is no block where there is room; names of groups come last.
+    // Every n-th block, and parts outside the blocks where there is room; names of groups come last.
     const numbers = this.labels.filter(label => /^\d+$/.test(label)).length, each = this.height / Math.max(1, numbers);
     const every = [1, 2, 4, 5, 8, 10, 20, 50, 100, 500].find(step => step * each >= 20) || 1000;
     let last = -Infinity;
@@ -155,7 +155,7 @@ class HeatMap extends Figure {
     return [column, row];
   }
 
-  tell([column, row]) {
+  describe([column, row]) {
     const value = this.value(column, row), tall = this.height / this.rows;
     return {
       step: data.steps[column], value: nothing(value) ? 'no value' : short(value, 3), layer: this.names[row],
@@ -166,7 +166,7 @@ class HeatMap extends Figure {
   move([column, row], right, down) { return [clamp(column + right, 0, data.steps.length - 1), clamp(row + down, 0, this.rows - 1)]; }
   start() { return [data.steps.length - 1, 0]; }
 
-  // The row of the layer, or of the block that it is in.
+  // The row of the layer, or of the block that contains it.
   rowOf(layer) {
     let found = -1;
     this.names.forEach((name, row) => {

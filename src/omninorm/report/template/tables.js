@@ -1,4 +1,4 @@
-// Tables are sorted by their heads, which become buttons. A cell's data-value goes before its text.
+// Column heads become buttons that sort the table, by a cell's data-value or else its text.
 const keyOf = (row, column) => {
   const cell = row.cells[column], value = cell.dataset.value ?? cell.textContent.trim();
   if (value === '–' || value === '') return null;
@@ -6,7 +6,7 @@ const keyOf = (row, column) => {
   return Number.isNaN(number) ? value : number;
 };
 
-// What has no value stays at the end in both directions.
+// Cells without a value stay at the end in both directions.
 function compare(a, b, direction) {
   if (a === null || b === null) return (a === null) - (b === null);
   if (typeof a === 'number' && typeof b === 'number') return direction * (a === b ? 0 : a - b);

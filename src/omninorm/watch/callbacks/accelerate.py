@@ -1,4 +1,4 @@
-"""`watch` for loops with Accelerate: prepared models and optimizers, `accelerator.accumulate`, mixed precision."""
+"""`watch` for Accelerate: prepared models and optimizers, `accelerator.accumulate`, mixed precision."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ try:
     from accelerate import Accelerator  # type: ignore[import-untyped]
     from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 except ImportError as error:
-    remedy = "install it with pip install accelerate"
-    raise MissingExtraError("watching an Accelerate loop needs accelerate", "no such package", remedy) from error
+    remedy = "Install it with pip install accelerate"
+    raise MissingExtraError("Watching an Accelerate loop needs the package accelerate", "", remedy) from error
 
 
 def watch(
@@ -36,31 +36,33 @@ def watch(
     sinks: Sequence[Sink] = (),
     rules: Sequence[Rule] | None = None,
 ) -> AcceleratedWatch:
-    """`omninorm.watch` for what `accelerator.prepare` returned.
+    """Monitor a loop whose model and optimizer were returned by `accelerator.prepare`, as `omninorm.watch` does.
 
-    Call `step(loss)` once per batch, with the loss before `accelerator.backward`: only where `accelerator.accumulate`
-    completes an optimizer's step does a step end, whose loss is the mean over its batches. A GradScaler is found.
+    Call `step(loss)` once per batch, with the loss before `accelerator.backward`. A step ends only when
+    `accelerator.accumulate` completes an optimizer step; its loss is the mean over its batches. The GradScaler is taken
+    from the accelerator.
 
     Args:
-        accelerator: the loop's.
-        model: as `prepare` returned it. Shards of FullyShardedDataParallel and DeepSpeed are not understood.
-        optimizer: likewise; one, several, or None.
-        every, folder, step, sinks, rules: as those of `omninorm.watch`; a step is one of the optimizer. Sinks are
-            told by the first process alone.
+        accelerator: the Accelerator of the loop.
+        model: as returned by `prepare`. Shards of FullyShardedDataParallel and DeepSpeed are not supported.
+        optimizer: as returned by `prepare`; one, several, or None.
+        every, folder, step, sinks, rules: as for `omninorm.watch`; steps are optimizer steps. Only the first process
+            writes to sinks.
 
     Raises:
-        ConfigError: an argument of the wrong kind, or a model that is being watched already.
+        ConfigError: an argument has the wrong type, or the model is already being watched.
     """
     if not isinstance(accelerator, Accelerator):
-        raise ConfigError("watch needs the loop's Accelerator first", type(accelerator).__name__, "pass accelerator")
+        remedy = "pass the Accelerator of the loop as the first argument"
+        raise ConfigError("accelerator must be an accelerate.Accelerator", type(accelerator).__name__, remedy)
     given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
     found = [inner for one in given if (inner := inner_optimizer(one)) is not None]
-    told = tuple(sinks) if rank() == 0 else ()
-    return AcceleratedWatch(accelerator, model, found, every, folder, step=step, sinks=told, rules=rules)
+    own_sinks = tuple(sinks) if rank() == 0 else ()
+    return AcceleratedWatch(accelerator, model, found, every, folder, step=step, sinks=own_sinks, rules=rules)
 
 
 class AcceleratedWatch(Watch):
-    """A Watch whose `step` is called for every batch of a loop that may accumulate gradients."""
+    """A Watch whose `step` is called for every batch, in a loop that may accumulate gradients."""
 
     def __init__(
         self,
@@ -77,11 +79,11 @@ class AcceleratedWatch(Watch):
         self._losses = Total()
 
     def step(self, loss: Tensor | float | None = None) -> None:
-        """Ends a batch, and a training step where the gradients were complete.
+        """End a batch, and a training step if the gradients are complete.
 
         Raises:
             InputError: the loss is neither a real tensor nor a number.
-            RunError: the watch has not begun or has ended.
+            RunError: the watch is not open.
         """
         value = read_loss(loss)
         if value is not None:
@@ -91,9 +93,9 @@ class AcceleratedWatch(Watch):
 
 
 def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
-    """The optimizer of torch inside of what `prepare` made of it; None where it is none, as DeepSpeed's.
+    """Return the torch optimizer that `prepare` has wrapped; None if there is none, as with DeepSpeed.
 
-    Accelerate's wrapper passes for a torch.optim.Optimizer but has no hooks of its own.
+    Accelerate's wrapper is a subclass of torch.optim.Optimizer but has no hooks.
     """
     if not isinstance(optimizer, AcceleratedOptimizer):
         return optimizer

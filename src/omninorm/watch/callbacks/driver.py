@@ -1,4 +1,4 @@
-"""What the callbacks share: a watch that is driven by a trainer's events, and the loss of a step of several batches."""
+"""Base class of the callbacks: a watch driven by a trainer's events, and the loss of a step of several batches."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from omninorm.config import check_count
 from omninorm.errors import OmninormError
+from omninorm.record.jsonl import REPORT_FILE
 from omninorm.report import write_report
 from omninorm.watch import watch
 from omninorm.watch.alarm import Alarm
@@ -21,12 +22,11 @@ from omninorm.watch.rules import Rule
 from omninorm.watch.sinks import Sink
 from omninorm.watch.watching import Watch
 
-REPORT_FILE = "report.html"
 Self = TypeVar("Self", bound="Driver")
 
 
 class Total:
-    """A sum of numbers that stay on their device, and how many there were."""
+    """A sum of numbers that stay on their device, and their count."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -38,7 +38,7 @@ class Total:
         self._count += 1
 
     def take(self, mean: bool = False) -> Tensor | None:
-        """The sum or the mean, None if there were no numbers; and begins anew."""
+        """Return the sum or the mean, None if there were no numbers, and reset."""
         total, count = self._sum, self._count
         self._sum, self._count = None, 0
         return total / count if mean and total is not None else total
@@ -47,21 +47,21 @@ class Total:
 class Driver:
     """A watch that a trainer's events open, step and close.
 
-    As a context manager around the training it closes the record when an exception leaves the trainer, which tells its
-    callbacks nothing of it.
+    As a context manager around the training it also closes the record when an exception leaves the trainer, of which
+    the trainer does not notify its callbacks.
 
     Args:
         every: steps between samples of all signals.
-        folder: where record.jsonl is appended; None means the trainer's own folder.
-        sinks: further places for the numbers, see `omninorm.watch.sinks`.
-        rules: what raises alarms; None means `default_rules()`.
+        folder: where record.jsonl is appended; None means the trainer's output folder.
+        sinks: further loggers, see `omninorm.watch.sinks`.
+        rules: the alarm rules; None means `default_rules()`.
         report: whether report.html is written into the folder at the end.
 
     Attributes:
-        watch: the Watch of the newest training, None before the first.
+        watch: the Watch of the latest training; None before the first.
 
     Raises:
-        ConfigError: `every` is no count.
+        ConfigError: `every` is not a whole number ≥ 1.
     """
 
     def __init__(
@@ -76,15 +76,15 @@ class Driver:
         super().__init__()
         check_count("every", every)
         self._every, self._given_folder, self._sinks, self._rules = every, folder, sinks, rules
-        self._wants_report = report
+        self._with_report = report
         self.watch: Watch | None = None
         self._running = False
         self._report: Path | None = None
-        """Where the report goes, None if it is not wanted or another process writes it."""
+        """Path of the report; None if it is disabled or another process writes it."""
 
     @property
     def alarms(self) -> list[Alarm]:
-        """What the rules said, oldest first."""
+        """The alarms so far, oldest first."""
         return [] if self.watch is None else self.watch.alarms
 
     def __enter__(self: Self) -> Self:
@@ -98,11 +98,11 @@ class Driver:
     def _begin(
         self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], folder: str | Path, step: int, scaler: Any
     ) -> None:
-        """Opens a watch; one that an earlier training left open is closed."""
-        self._end("a training that did not end")
+        """Open a watch, closing one that an earlier training left open."""
+        self._end("the previous training did not end")
         folder = Path(folder if self._given_folder is None else self._given_folder)
         first = rank() == 0
-        self._report = folder / REPORT_FILE if self._wants_report and first else None
+        self._report = folder / REPORT_FILE if self._with_report and first else None
         sinks = self._sinks if first else ()
         self.watch = watch(
             model, optimizers or None, self._every, folder, step=step, scaler=scaler, sinks=sinks, rules=self._rules
@@ -114,7 +114,7 @@ class Driver:
             self.watch.step(loss)
 
     def _end(self, reason: str = "done") -> None:
-        """Closes the watch and writes the report. A second call does nothing."""
+        """Close the watch and write the report. A second call does nothing."""
         if self.watch is None or not self._running:
             return
         self._running = False
@@ -124,5 +124,5 @@ class Driver:
         try:
             write_report(self._report.parent, self._report)
         except OmninormError as error:
-            # The training has ended well; its result must still reach whoever waits for it.
-            warnings.warn(f"omninorm.watch could not write its report: {error}", stacklevel=2)
+            # The training has succeeded, so an error here must not hide its result.
+            warnings.warn(f"omninorm.watch could not write the report: {error}", stacklevel=2)

@@ -1,4 +1,4 @@
-"""`watch` for Lightning's Trainer, as a callback: for the package lightning and for pytorch-lightning."""
+"""`watch` as a callback for Lightning's Trainer, of the packages lightning and pytorch-lightning."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _callback_class() -> Any:
-    """The base class of callbacks: of the package that the program has imported already, else of any that is there."""
+    """Return the base class of callbacks, preferably of the package that has been imported already."""
     for package in sorted(PACKAGES, key=lambda name: name not in sys.modules):
         try:
             return importlib.import_module(package).Callback
         except ImportError:
             continue
-    remedy = "install it with pip install lightning"
-    raise MissingExtraError("WatchCallback needs lightning or pytorch-lightning", "neither of them", remedy)
+    remedy = "Install it with pip install lightning"
+    raise MissingExtraError("WatchCallback needs the package lightning or pytorch-lightning", "", remedy)
 
 
 class WatchCallback(Driver, _callback_class()):  # type: ignore[misc]
-    """Watches a Lightning `Trainer`: a record in its log folder, alarms in the log, a report at the end.
+    """Monitors a Lightning `Trainer`: a record in its log folder, alarms in the log, a report at the end.
 
-    A step is one after which `trainer.global_step` has grown; validation is not counted. The loss is that which
-    `training_step` returned, the mean over the batches of a step if gradients are accumulated; with manual
-    optimization it is known where `training_step` returns it.
+    A step ends when `trainer.global_step` has increased; validation is not counted. The loss is the one that
+    `training_step` returned, averaged over the batches of a step if gradients are accumulated. With manual
+    optimization it is known only if `training_step` returns it.
 
     Args:
         every, folder, sinks, rules, report: see `Driver`; the folder is `trainer.log_dir` unless given.
@@ -58,7 +58,7 @@ class WatchCallback(Driver, _callback_class()):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            # Lightning has divided it, for the sum to be a mean.
+            # Lightning has divided the loss by the number of batches.
             self._losses.add(loss * trainer.accumulate_grad_batches)
         if trainer.global_step > self._done:
             self._done = trainer.global_step

@@ -1,4 +1,4 @@
-"""`watch` for the Trainer of transformers, as a callback."""
+"""`watch` as a callback for the Trainer of transformers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from omninorm.watch.callbacks.driver import Driver, Total
 try:
     from transformers import TrainerCallback
 except ImportError as error:
-    remedy = 'install both with pip install "transformers[torch]"'
-    raise MissingExtraError("WatchCallback needs transformers and accelerate", "no such package", remedy) from error
+    remedy = 'Install both with pip install "transformers[torch]"'
+    raise MissingExtraError("WatchCallback needs the packages transformers and accelerate", "", remedy) from error
 
 
 class WatchCallback(Driver, TrainerCallback):
-    """Watches a `transformers.Trainer`: a record in its output folder, alarms in the log, a report at the end.
+    """Monitors a `transformers.Trainer`: a record in its output folder, alarms in the log, a report at the end.
 
-    A step is one of the optimizer; evaluations are not counted. The Trainer tells its callbacks no losses, and those
-    it logs are smoothed and without NaNs. So the loss is read from the model's output, and weighted as the Trainer
-    weights it, by the gradient that comes back to it. It is unknown, not wrong, where the Trainer makes the loss
-    itself (`compute_loss_func`, `label_smoothing_factor`) or compiles the model: then call `follow(trainer)`.
+    Steps are optimizer steps; evaluations are not counted. The Trainer does not pass losses to its callbacks, and those
+    it logs are smoothed and without NaNs. So the loss is read from the model's output and weighted as the Trainer
+    weights it, by the gradient that flows back to it. The loss is unknown where the Trainer computes it itself
+    (`compute_loss_func`, `label_smoothing_factor`) or compiles the model: then call `follow(trainer)`.
 
     Args:
         every, folder, sinks, rules, report: see `Driver`; the folder is `args.output_dir` unless given.
@@ -47,7 +47,7 @@ class WatchCallback(Driver, TrainerCallback):
         self._followed = False
 
     def follow(self, trainer: Any) -> WatchCallback:
-        """Takes the losses from `trainer.training_step`, whatever makes them, and closes the record if it raises."""
+        """Read the losses from `trainer.training_step`, and close the record if it raises."""
         original = trainer.training_step
 
         def training_step(*args: Any, **kwargs: Any) -> Tensor:
@@ -87,10 +87,10 @@ class WatchCallback(Driver, TrainerCallback):
         super()._end(reason)
 
     def _read_losses(self, model: nn.Module, scaler: Any) -> RemovableHandle:
-        """Hooks on the model and on each loss that it returns.
+        """Register hooks on the model and on each loss that it returns.
 
-        The gradient that a batch's loss gets is its share in the step: 1 divided by the batches that are accumulated,
-        or 1 where the model has divided by the tokens of all of them, times a GradScaler's scale.
+        The gradient of a batch's loss is its weight in the step: 1 divided by the number of accumulated batches, or 1
+        if the model has already divided by the tokens of all of them; times the scale of a GradScaler.
         """
 
         def after(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -109,6 +109,6 @@ class WatchCallback(Driver, TrainerCallback):
 
 
 def find_loss(output: Any) -> Tensor | None:
-    """The loss in a model's output, where the Trainer looks for it: "loss" in a dictionary, the first of a tuple."""
+    """Return the loss in a model's output as the Trainer does: "loss" of a dictionary, or the first item of a tuple."""
     loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None

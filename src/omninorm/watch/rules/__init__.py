@@ -1,4 +1,4 @@
-"""What can go wrong in a training run: one file for each rule, with its thresholds, their reasons and sources."""
+"""Alarm rules: one file per rule, with its thresholds, the reasons for them, and their sources."""
 
 from omninorm.watch.rules.adam_eps import AdamEps
 from omninorm.watch.rules.adam_underestimation import AdamUnderestimation
@@ -29,7 +29,7 @@ __all__ = ["Rule", "Threshold", "default_rules"]
 
 
 def default_rules() -> list[Rule]:
-    """All rules, new ones for a run, causes before consequences."""
+    """Return new instances of all rules, causes before consequences."""
     return [
         NoNorm(),
         NonFiniteRule(),

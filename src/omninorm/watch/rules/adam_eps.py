@@ -1,12 +1,12 @@
-"""adam-eps: Adam's ε is not small against the gradients, so the steps are smaller than the learning rate says.
+"""adam-eps: Adam's ε is not small compared with the gradients, so updates are smaller than the learning rate suggests.
 
-Signal: RMS(g)/ε of each parameter group's worst tensor. Threshold: below 10 is a warning; below 1 in at least half of
-the groups a "fail": then the run trains at another rate than the one that was set. Persistence: a "fail" after 3
-samples over 10 steps; a warning after 5 over 100, since the gradients of queries and keys are small until attention
-has learned to look somewhere: with initial weights of 0.02 they passed through 5 times 1e-8 in healthy runs.
-Gradients of exactly 0 don't count (a zero-initialized neighbour, a frozen branch), nor do biases (that of a key has
-no gradient but rounding errors, whatever the model).
-Source: Wortsman et al. saw ε = 1e-8 limit large models; the numbers are theirs by order of magnitude.
+Signal: RMS(g)/ε of each parameter group's worst tensor. Threshold: below 10 is a warning. Below 1 in at least half of
+the groups is a "fail": the run then trains at a different learning rate from the one that was set. Persistence: a
+"fail" after 3 samples over 10 steps; a warning after 5 samples over 100 steps, because the gradients of queries and
+keys are small until attention has learned a pattern: with initial weights of std 0.02 they went down to 5 × 1e-8 in
+healthy runs. Gradients of exactly 0 are ignored (a zero-initialized neighbour, a frozen branch), and so are biases (a
+key bias has a gradient of nothing but rounding errors in any model).
+Source: Wortsman et al. found that ε = 1e-8 limits large models; the thresholds follow theirs in order of magnitude.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WARN_SAMPLES, WARN_STEPS = 5, 100
 
 
 class AdamEps(Rule):
-    """One alarm about the worst tensor, and for how many groups it holds."""
+    """One alarm about the worst tensor, with the number of groups affected."""
 
     name = "adam-eps"
     explains = ("no-progress",)
@@ -35,7 +35,7 @@ class AdamEps(Rule):
 
     def __init__(self) -> None:
         self._streaks = Streaks()
-        self._named: dict[bool, str] = {}  # the tensor that is named, by severity, until all is clear
+        self._named: dict[bool, str] = {}  # the tensor named by the alarm, by severity, until nothing is wrong
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         if history.facts.adam_eps == 0.0:
@@ -63,13 +63,13 @@ class AdamEps(Rule):
         value, index = min(ratios)
         tensor = worst_tensor(history, sample, SIGNAL, index)
         eps = history.facts.adam_eps
-        size = "Adam's ε" if eps is None else f"Adam's ε, {eps:g}"
+        size = "ε" if eps is None else f"ε (ε = {eps:g})"
         beyond = sum(ratio < WARN for ratio, _ in ratios)
         evidence = (
-            f"Adam's ε too large: the gradient of {tensor} is {value:.2g} times {size}; "
-            f"in {beyond} of {len(ratios)} groups of parameters some gradient is less than {WARN:g} times it."
+            f"Adam's ε too large: the RMS gradient of {tensor} is only {value:.2g} × {size}. "
+            f"In {beyond} of {len(ratios)} parameter groups the smallest gradient is below {WARN:g} × ε."
         )
         target = "1e-15" if eps is None else f"{max(eps * value / 100, 1e-15):.0e}"
-        remedy = f"Set ε to {target} or less; as it is, ε and not the learning rate sets the size of the updates."
-        layer = self._named.setdefault(failed, tensor)  # another tensor is the worst at every sample
+        remedy = f"Set ε to {target} or less. At present ε, not the learning rate, determines the size of the updates."
+        layer = self._named.setdefault(failed, tensor)  # which tensor is the worst changes from sample to sample
         return self.alarm(sample.step, "fail" if failed else "warn", layer, evidence, remedy)

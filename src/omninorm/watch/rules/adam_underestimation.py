@@ -1,7 +1,7 @@
-"""adam-underestimation: the gradients have outgrown Adam's second moment, so its steps are too large.
+"""adam-underestimation: the gradients have outgrown Adam's second moment, so its updates are too large.
 
 Signal: √mean(g² / max(v, ε²)) of each parameter group's worst tensor; 1 where v is up to date. Threshold: above 2.3,
-after which the loss often spiked (StableAdamW). Persistence: 5 samples over 50 steps [ours]. A warning.
+after which the loss often spiked (StableAdamW). Persistence: 5 samples over 50 steps [ours]. It is a warning.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from omninorm.watch.rules.base import Threshold
 
 
 class AdamUnderestimation(Threshold):
-    """Names the tensor."""
+    """Reports the tensor."""
 
     name = "adam-underestimation"
-    source = "the threshold of 2.3 is from StableAdamW, arXiv 2304.13013; for how long is omninorm's own"
+    source = "the threshold of 2.3 is from StableAdamW, arXiv 2304.13013; the persistence is omninorm's own"
     signal = "adam_ratio"
     warn = 2.3
     persistence = 5
@@ -22,12 +22,12 @@ class AdamUnderestimation(Threshold):
 
     def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
         tensor = worst_tensor(history, sample, self.signal, index)
-        evidence = f"The gradient of {tensor} is {value:.3g} times what Adam's second moment v expects."
-        return evidence, "Lower β₂ (0.95 in place of 0.999), clip gradients, or use StableAdamW's update clipping."
+        evidence = f"The gradient of {tensor} is {value:.3g} times as large as Adam's second moment v predicts."
+        return evidence, "Lower β₂ (0.95 instead of 0.999), clip gradients, or use StableAdamW's update clipping."
 
 
 def worst_tensor(history: History, sample: Sample, signal: str, index: int) -> str:
-    """The name of the group's decisive tensor, or that of the group."""
+    """Return the name of the group's worst tensor; the group's name where that is unknown."""
     names = sample.worst.get(signal, ())
     name = names[index] if index < len(names) else None
     return name or f"a tensor of {history.facts.groups[index]}"

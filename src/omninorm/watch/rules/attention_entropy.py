@@ -1,9 +1,9 @@
-"""attention-entropy: a block's heads look at single tokens.
+"""attention-entropy: a block's heads attend to single tokens.
 
-Signal: the entropy of the attention as a share of the largest possible, mean over heads. Threshold: below 0.03 [ours].
-0.1 cries wolf: healthy byte-level Thinkers, in which a head that reads the character before is a good one, came down
-to 0.06 within 400 steps at three times their ordinary rate; at 30 times it the first blocks fell below 0.03 within 40.
-Persistence: 3 samples over 20 steps. A warning.
+Signal: the attention entropy as a share of its maximum, mean over heads. Threshold: below 0.03 [ours]. 0.1 gives false
+alarms: healthy byte-level Thinkers, where a head that reads the previous character is useful, went down to 0.06 within
+400 steps at three times their usual learning rate. At 30 times it, the first blocks fell below 0.03 within 40 steps.
+Persistence: 3 samples over 20 steps. It is a warning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from omninorm.watch.rules.base import Threshold
 
 
 class AttentionEntropy(Threshold):
-    """Low entropy is where growing logits end."""
+    """Reports the block. Low entropy is the final state of growing logits."""
 
     name = "attention-entropy"
     source = "entropy collapse is described by Zhai et al., arXiv 2303.06296; the threshold of 0.03 is omninorm's own"
@@ -26,6 +26,6 @@ class AttentionEntropy(Threshold):
     def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
         block = history.facts.blocks[index]
         evidence = (
-            f"The attention of {block} has {value:.2g} of the entropy it could have: its heads see single tokens."
+            f"The attention entropy of {block} is {value:.2g} of its maximum, so its heads attend to single tokens."
         )
-        return evidence, "Use qk-norm, or a lower learning rate on the query and key projections."
+        return evidence, "Use qk-norm, or a lower learning rate for the query and key projections."

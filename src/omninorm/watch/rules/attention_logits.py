@@ -1,8 +1,9 @@
-"""attention-logits: the logits of a block's attention grow without bound.
+"""attention-logits: a block's attention logits grow without bound.
 
 Signal: the largest logit, max |q·k|/√d_head. Threshold: 1e3 is a warning, 1e4 a "fail": every run of Wortsman et al.
-that passed 1e4 diverged. A softmax is one-hot long before, so growth counts too [ours]: beyond 100 and 3-fold in 3 or
-more rises running is a warning, on the way to 1e4 within as many samples again a "fail". Persistence: 2 samples.
+that passed 1e4 diverged. A softmax is one-hot long before that, so growth counts as well [ours]: above 100, a 3-fold
+increase over 3 or more consecutive rises is a warning; growth that would reach 1e4 within as many further samples is a
+"fail". Persistence: 2 samples.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import pairwise
 from omninorm.watch.alarm import Alarm
 from omninorm.watch.history import History, Sample
 from omninorm.watch.rules.base import Rule, layer_names
-from omninorm.watch.rules.numbers import Streaks, earlier, finite, fold
+from omninorm.watch.rules.numbers import Streaks, earlier, factor, finite
 
 SIGNAL = "attention_logit"
 WARN, FAIL = 1e3, 1e4
@@ -22,10 +23,10 @@ PERSISTENCE = 2
 
 
 class AttentionLogits(Rule):
-    """Compares each block with the two limits, and with its own past."""
+    """Compares each block with the two limits and with its own past."""
 
     name = "attention-logits"
-    source = "the limits 1e3 and 1e4 are from Wortsman et al., arXiv 2309.14322; to judge growth is omninorm's own"
+    source = "the limits 1e3 and 1e4 are from Wortsman et al., arXiv 2309.14322; the growth criterion is omninorm's own"
     explains = ("attention-entropy", "layer-jump", "learning-rate", "unrecovered-spike")
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class AttentionLogits(Rule):
 
     @staticmethod
     def _growth(history: History, index: int, value: float) -> float:
-        """By what factor it rose since its lowest among the last 8, at every sample; 1 below 3 rises."""
+        """Return the growth since the lowest of the last 8 samples if every sample rose; 1 for fewer than 3 rises."""
         past = earlier(history, SIGNAL, index, SAMPLES) if value > SUSPECT else []
         if not past or min(past) <= 0.0:
             return 1.0
@@ -63,10 +64,10 @@ class AttentionLogits(Rule):
 
     def _explain(self, history: History, sample: Sample, index: int, value: float, failed: bool) -> Alarm:
         block = history.facts.blocks[index]
-        evidence = f"Attention logits too large: the largest of {block} is {value:.3g}"
+        evidence = f"Attention logits too large: the largest in {block} is {value:.3g}"
         growth = self._growth(history, index, value)
         if growth > GROWTH:
-            evidence += f", {fold(growth)} what it was up to {SAMPLES} samples before, and rising"
-        evidence += "; its softmax picks single tokens, and its gradient vanishes."
-        remedy = "Use qk-norm, or weight decay and a lower learning rate on the query and key projections."
+            evidence += f", {factor(growth)} times its lowest value in the last {SAMPLES} samples and still rising"
+        evidence += ". The softmax saturates on single tokens and its gradient vanishes."
+        remedy = "Use qk-norm, or weight decay and a lower learning rate for the query and key projections."
         return self.alarm(sample.step, "fail" if failed else "warn", block, evidence, remedy)

@@ -1,4 +1,4 @@
-"""Rule: one way in which a training run goes wrong; and Threshold, the kind that compares a signal with two numbers."""
+"""Rule, the base class of all alarm rules, and Threshold, a rule that compares one signal with fixed limits."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from omninorm.watch.history import Facts, History, Sample, Step
 from omninorm.watch.rules.numbers import Streaks, finite
 
 EXTREME_SPAN = 4
-"""What starts at 0 on purpose has learned by then, with a sample at every step, too."""
+"""Steps by which parameters initialized to 0 on purpose have changed, even with a sample at every step."""
 
 
 class Rule(ABC):
-    """Looks at every step or at every sample, and reports what is wrong for as long as it is wrong.
+    """Checks every step or every sample, and reports a problem for as long as it lasts.
 
-    A rule may keep a state of its own between calls, so it belongs to one run. It need not remember what it has
+    A rule may keep state between calls, so each instance belongs to one run. It need not remember what it has
     reported: `omninorm.watch.judge.Judge` raises a lasting alarm once. If it reports several layers, the worst comes
-    first. It must be cheap, since it runs inside of the training loop, and it must expect None, NaN and infinities.
+    first. It must be cheap, because it runs inside the training loop, and it must handle None, NaN and infinities.
 
     Example:
-        A rule of your own, for `omninorm.watch(model, rules=[*default_rules(), Slow()])`:
+        A custom rule, for `omninorm.watch(model, rules=[*default_rules(), Slow()])`:
 
         >>> class Slow(Rule):
         ...     name = "slow"
@@ -31,63 +31,63 @@ class Rule(ABC):
         ...
         ...     def on_step(self, history, step):
         ...         if step.step == 1000 and step.loss > 4.0:
-        ...             yield self.alarm(step.step, "warn", None, f"loss {step.loss:.3g} at step 1000", "train longer")
+        ...             yield self.alarm(step.step, "warn", None, f"The loss is {step.loss:.3g}.", "Train longer.")
         >>> [alarm.rule for alarm in Slow().on_step(History(), Step(1000, 4.5, 1.0, 1e-3))]
         ['slow']
     """
 
     name: ClassVar[str]
-    """Short and unique; alarms carry it."""
+    """Short unique name, copied into alarms."""
     source: ClassVar[str] = ""
-    """Where its thresholds come from; alarms carry it."""
+    """Origin of its thresholds, copied into alarms."""
     explains: ClassVar[tuple[str, ...]] = ()
-    """Names of rules that report consequences of this one. While this one has a "fail" standing, their alarms become
-    warnings that refer to it, so that the cause is what is read first."""
+    """Names of the rules that report consequences of this one. While this rule has an active "fail", their alarms
+    become warnings that refer to it, so that the cause is read first."""
 
     most_layers: ClassVar[int] = 3
-    """If it reports more layers at once, they become one alarm about the worst."""
+    """If a rule reports more layers than this at once, they become one alarm about the worst."""
     final: ClassVar[bool] = False
-    """Whether nothing else is judged for as long as this rule reports."""
+    """Whether all other rules are ignored while this one reports."""
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
-        """Called for every step, in order, with `step` already in the history."""
+        """Check a step. Called for every step in order, with `step` already in the history."""
         return ()
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
-        """Called for every sample, `history.samples[-1]`, after `on_step` for all steps up to it."""
+        """Check a sample, `history.samples[-1]`. Called after `on_step` for all steps up to it."""
         return ()
 
     def alarm(self, step: int, severity: str, layer: str | None, evidence: str, remedy: str) -> Alarm:
-        """An alarm of this rule."""
+        """Return an alarm of this rule."""
         return Alarm(step, severity, self.name, layer, evidence, remedy, self.source)
 
 
 class Threshold(Rule):
-    """Reports every layer whose signal stays beyond a threshold for `persistence` samples and `span` steps running.
+    """Reports every layer whose signal stays beyond a limit for `persistence` consecutive samples over `span` steps.
 
-    A subclass sets the numbers and words the evidence. A value of None, NaN or infinity neither counts nor interrupts.
+    A subclass sets the limits and writes the evidence. A value of None, NaN or infinity neither counts nor interrupts.
     """
 
     signal: ClassVar[str]
     warn: ClassVar[float | None] = None
     fail: ClassVar[float | None] = None
     below: ClassVar[bool] = False
-    """Whether it is the small values that are wrong."""
+    """Whether small values are the problem."""
     extreme: ClassVar[float | None] = None
-    """A "fail" at the second sample beyond it that is `EXTREME_SPAN` steps or more after the first."""
+    """Limit beyond which two samples that are `EXTREME_SPAN` steps or more apart are a "fail"."""
     persistence: ClassVar[int] = 1
     span: ClassVar[int] = 0
-    """Steps that the samples must span, too: with a sample at every step a few of them say little."""
+    """Steps that the samples must span as well: with a sample at every step, a few of them are weak evidence."""
 
     def __init__(self) -> None:
         self._streaks = Streaks()
 
     @abstractmethod
     def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
-        """Evidence and remedy, a sentence each, for the layer at `index` of the signal's axis."""
+        """Return the evidence and the remedy for the layer at `index` of the signal's axis."""
 
     def applies(self, history: History, sample: Sample, index: int, value: float) -> bool:
-        """Whether the layer may be judged at all; for subclasses with further conditions."""
+        """Return whether the layer is judged at all; for subclasses with further conditions."""
         return True
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
@@ -122,7 +122,7 @@ class Threshold(Rule):
 
 
 def layer_names(facts: Facts, signal: str) -> Sequence[str | None]:
-    """Names along the signal's axis; for "run" a single None."""
+    """Return the names along the signal's axis; a single None for the axis "run"."""
     axis = SIGNALS[signal].axis if signal in SIGNALS else "run"
     if axis == "block":
         return facts.blocks

@@ -1,9 +1,10 @@
 """branch-silent: a block, its attention or its feed-forward adds nothing to the residual stream.
 
 Signals: RMS(F(x))/RMS(x) of the block and of its two parts; RMS of its output. Threshold: a block below 0.01 is a
-warning; a block or a part below 1e-6 is dead, a "fail" [ours]. Persistence: a warning after 3 samples over 50 steps;
-dead after 3 samples over 10 steps if it had been alive; over 20 if it is exactly 0 from the start, since branches that
-start at 0 on purpose (zero-initialized projections, ReZero) leave it with their first update; else after 5 over 50.
+warning; a block or a part below 1e-6 is dead, a "fail" [ours]. Persistence: 3 samples over 50 steps for a warning. For
+a "fail", 3 samples over 10 steps if the branch had contributed before; over 20 steps if it has been exactly 0 from the
+beginning, because branches initialized to 0 on purpose (zero-initialized projections, ReZero) leave 0 with their first
+update; otherwise 5 samples over 50 steps.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Finding = tuple[int, str, float]
 
 
 class BranchSilent(Rule):
-    """Names the attention or feed-forward where that is what is silent, else the block."""
+    """Reports the attention or the feed-forward if only that is silent, otherwise the block."""
 
     name = "branch-silent"
     source = "the thresholds, shares of 0.01 and 1e-6, are omninorm's own; see docs/watching.md"
@@ -41,15 +42,15 @@ class BranchSilent(Rule):
                         dead.append((index, signal, value))
                     if signal == "branch_ratio" and self._is_weak(index, value, sample.step):
                         weak.append((index, signal, value))
-        # Behind a block whose output is 0 everything is silent: the first one is the cause.
+        # After a block whose output is 0 everything is silent, so the first one is the cause.
         for index, signal, value in sorted(dead, key=lambda found: (found[0], SIGNALS.index(found[1]))):
             yield self._explain(history, sample, index, signal, value)
         blocks = {index for index, _, _ in dead}
         for index, _, value in sorted(weak, key=lambda found: found[2]):
             if index not in blocks:
                 block = history.facts.blocks[index]
-                evidence = f"{block} adds only {value:.2g} of the residual stream's size to it."
-                remedy = "The model would lose little without it: scale norms by 1/√depth (lns), or use fewer blocks."
+                evidence = f"{block} changes the residual stream by only {value:.2g} of its RMS."
+                remedy = "The block contributes almost nothing. Scale the norms by 1/√depth (lns), or use fewer blocks."
                 yield self.alarm(sample.step, "warn", block, evidence, remedy)
 
     def _is_dead(self, key: tuple[int, str], value: float, step: int) -> bool:
@@ -64,18 +65,18 @@ class BranchSilent(Rule):
 
     def _explain(self, history: History, sample: Sample, index: int, signal: str, value: float) -> Alarm:
         layer, what = _named(history.facts, index, signal)
-        was = " It has been alive in this run." if (index, signal) in self._alive else ""
-        unit = "RMS" if signal == "stream_rms" else "share of the residual stream"
-        evidence = f"{what} {layer} is silent: the {unit} of its output is {value:.2g}.{was}"
-        remedy = f"Look for a gain, a mask or weights of 0 in {layer}, or for a product that underflows."
+        was = " It contributed earlier in this run." if (index, signal) in self._alive else ""
+        unit = "" if signal == "stream_rms" else " relative to the residual stream"
+        evidence = f"{what} {layer} is silent: the RMS of its output{unit} is {value:.2g}.{was}"
+        remedy = f"Check {layer} for a gain, a mask or weights equal to 0, or for a product that underflows."
         return self.alarm(sample.step, "fail", layer, evidence, remedy)
 
 
 def _named(facts: Facts, index: int, signal: str) -> tuple[str, str]:
-    """The layer's name, and what it is."""
+    """Return the layer's name and its kind."""
     parts = {
-        "attention_ratio": ("The attention", facts.attentions),
-        "feed_forward_ratio": ("The feed-forward", facts.feed_forwards),
+        "attention_ratio": ("Attention", facts.attentions),
+        "feed_forward_ratio": ("Feed-forward", facts.feed_forwards),
     }
     what, names = parts.get(signal, ("Block", facts.blocks))
     name = names[index] if index < len(names) else None

@@ -1,6 +1,6 @@
-"""dead-units: hidden units of a feed-forward that are 0 for every token, and so never learn again.
+"""dead-units: hidden units of a feed-forward are 0 for every token, so they get no gradient.
 
-Signal: their share. Threshold: above 10 % [ours]. Persistence: 3 samples over 20 steps. A warning.
+Signal: their share. Threshold: above 10 % [ours]. Persistence: 3 samples over 20 steps. It is a warning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from omninorm.watch.rules.base import Threshold
 
 
 class DeadUnits(Threshold):
-    """Names the feed-forward."""
+    """Reports the block of the feed-forward."""
 
     name = "dead-units"
     source = "the threshold of 10 % is omninorm's own; see docs/watching.md"
@@ -21,8 +21,8 @@ class DeadUnits(Threshold):
 
     def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
         block = history.facts.blocks[index]
-        evidence = f"{100 * value:.0f} % of the hidden units of {block}'s feed-forward are 0 for every token."
+        evidence = f"{100 * value:.0f} % of the hidden units in the feed-forward of {block} are 0 for every token."
         return (
             evidence,
-            "Lower the learning rate, or lengthen the warm-up; if the activation is a ReLU, try a smooth one.",
+            "Lower the learning rate or lengthen the warm-up. If the activation is a ReLU, try a smooth one.",
         )

@@ -1,4 +1,4 @@
-"""How the residual stream and its gradient change over depth: shared by depth-growth, no-norm and post-norm-depth."""
+"""Change of the residual stream and its gradient over depth, for depth-growth, no-norm and post-norm-depth."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from omninorm.watch.rules.numbers import fold, known, line_error, values_of
 
 
 class Growth(NamedTuple):
-    """From the first block to the last of `blocks`: a ratio v_L/v_1, and whether v² follows an exponential over depth
-    more closely than a line. `backward`: it is told in the direction of gradients, v_1/v_L."""
+    """Change from the first to the last of `blocks` blocks: the ratio v_L/v_1, and whether v² fits an exponential over
+    depth better than a line. With `backward` the ratio is v_1/v_L, in the direction of the gradients."""
 
     ratio: float
     blocks: int
@@ -20,24 +20,25 @@ class Growth(NamedTuple):
 
     @property
     def exponent(self) -> float:
-        """(1/L)·|ln(v_L/v_1)|."""
+        """The exponent (1/L)·|ln(v_L/v_1)|."""
         return abs(math.log(self.ratio)) / self.blocks
 
     @property
     def total(self) -> float:
-        """The factor between the ends, at least 1."""
+        """The factor between the two ends, at least 1."""
         return max(self.ratio, 1.0 / self.ratio)
 
     def words(self, what: str) -> str:
+        """Describe the change in a clause that begins with `what`."""
         verb = "grows" if self.ratio >= 1.0 else "shrinks"
-        way = f"back from the last of {self.blocks} blocks to the first"
+        way = f"from the last of {self.blocks} blocks back to the first"
         if not self.backward:
             way = f"from the first to the last of {self.blocks} blocks"
         return f"{what} {verb} {fold(self.total)} {way}"
 
 
 def growth(sample: Sample, signal: str) -> Growth | None:
-    """None unless the signal is known, positive and finite at both ends of at least two blocks."""
+    """Return the change of a signal over depth; None with fewer than two blocks or unless both ends are positive."""
     values = values_of(sample, signal)
     if len(values) < 2 or not values[0] or not values[-1] or min(values[0], values[-1]) <= 0.0:
         return None
@@ -51,13 +52,13 @@ def growth(sample: Sample, signal: str) -> Growth | None:
 
 
 def backward_growth(sample: Sample) -> Growth | None:
-    """Of the gradient, in the direction in which it flows: from the last block to the first."""
+    """Return the change of the gradient in the direction in which it flows, from the last block to the first."""
     found = growth(sample, "stream_grad")
     return None if found is None else found._replace(ratio=1.0 / found.ratio, backward=True)
 
 
 def has_no_norm(history: History) -> bool:
-    """Whether there are blocks and none of them has a norm."""
+    """Return whether the model has blocks and none of them has a norm."""
     if history.placement is not None or not history.facts.blocks:
         return history.placement == "none"
     return all(norm.block is None for norm in history.facts.norms)

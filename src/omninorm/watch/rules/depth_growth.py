@@ -1,9 +1,9 @@
 """depth-growth: the residual stream or its gradient grows or shrinks exponentially over depth.
 
-Signals: RMS of each block's output, and of the gradient there. Threshold: the exponent (1/L)·|ln(v_L/v_1)| of 0.05 is
-a warning if the ends are 100-fold apart, 0.2 a "fail" if they are 10,000-fold apart; and v² over depth follows an
-exponential more closely than a line. [ours] The stream of a healthy pre-norm model grows, too, but its variance does
-so about linearly; trained GPT-2 grows with an exponent of 0.044. Persistence: 3 samples over 20 steps.
+Signals: RMS of each block's output, and of the gradient there. Threshold: an exponent (1/L)·|ln(v_L/v_1)| above 0.05
+is a warning if the two ends differ 100-fold; above 0.2 it is a "fail" if they differ 10,000-fold. Both require that v²
+over depth fits an exponential better than a line. [ours] The stream of a healthy pre-norm model also grows, but its
+variance does so about linearly; trained GPT-2 has an exponent of 0.044. Persistence: 3 samples over 20 steps.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from omninorm.watch.rules.numbers import Streaks
 WARN, FAIL = 0.05, 0.2
 WARN_TOTAL, FAIL_TOTAL = 100.0, 1e4
 SAMPLES, STEPS = 3, 20
-_PLACES = {"pre": "pre-norm", "post": "post-norm", "both": "norms before and after its branches", "none": "no norms"}
+_PLACES = {
+    "pre": "The model uses pre-norm.",
+    "post": "The model uses post-norm.",
+    "both": "The model has norms before and after each branch.",
+    "none": "The model has no norms.",
+}
 
 
 class DepthGrowth(Rule):
-    """About the whole run: no single layer is to blame."""
+    """Reports the whole run, because no single layer is the cause."""
 
     name = "depth-growth"
     source = "the thresholds of the exponent, 0.05 and 0.2, are omninorm's own; see docs/watching.md"
@@ -51,12 +56,12 @@ class DepthGrowth(Rule):
         evidence = f"Exponential over depth: {words} (exponent {found.exponent:.2g})."
         place = _PLACES.get(history.placement or "")
         if place:
-            evidence += f" The model has {place}."
+            evidence += f" {place}"
         if what == "the residual stream":
-            remedy = "divide the initial weights that write to the stream by √(2 · blocks)."
+            remedy = "divide the initial weights of layers that write to the residual stream by √(2 · blocks)."
             other = "Lower the learning rate"
         else:
-            remedy = "scaled residuals (DeepNorm), with a longer warm-up and a lower learning rate."
-            other = "Use norms before and after the branches (sandwich)"
+            remedy = "scaled residuals (DeepNorm) with a longer warm-up and a lower learning rate."
+            other = "Use norms before and after each branch (sandwich)"
         remedy = f"{other if history.placement == 'pre' else 'Use pre-norm'}, or {remedy}"
         return self.alarm(sample.step, severity, None, evidence, remedy)

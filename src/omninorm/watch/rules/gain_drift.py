@@ -1,10 +1,10 @@
-"""gain-drift: a norm's gains have drifted apart, or silence it.
+"""gain-drift: a norm's gains have drifted apart, or are 0.
 
-Signals: max |γ|, max |γ|/median |γ|, and the share of |γ| < 1e-3. Threshold: a ratio above 10 that is also 3 times
-its first one is a warning [ours]; pretrained models may start with more. All gains 0: the norm puts out nothing, a
-"fail", at once if they are frozen, else after 3 samples over 20 steps, because gains that start at 0 on purpose learn
-within a step.
-More than half of the gains silent is a warning. Persistence of the warnings: 3 samples over 20 steps.
+Signals: max |γ|, max |γ|/median |γ|, and the share of |γ| < 1e-3. Threshold: a ratio above 10 that is also 3 times its
+first value is a warning [ours]; pretrained models may begin with a larger one. If all gains are 0, the norm outputs
+nothing: a "fail", immediately if they are frozen, otherwise after 3 samples over 20 steps, because gains initialized
+to 0 on purpose change within a step. More than half of the gains near 0 is a warning. Persistence of the warnings: 3
+samples over 20 steps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from omninorm.watch.alarm import Alarm
 from omninorm.watch.history import History, Sample
 from omninorm.watch.rules.base import Rule
-from omninorm.watch.rules.numbers import Streaks, fold, values_of
+from omninorm.watch.rules.numbers import Streaks, factor, values_of
 
 RATIO, DRIFT = 10.0, 3.0
 SILENT = 0.5
@@ -22,7 +22,7 @@ SAMPLES, STEPS = 3, 20
 
 
 class GainDrift(Rule):
-    """Names the norm."""
+    """Reports the norm."""
 
     name = "gain-drift"
     source = "the threshold, 10-fold, is omninorm's own; see docs/watching.md"
@@ -58,18 +58,24 @@ class GainDrift(Rule):
         return largest == 0.0 and (frozen or lasting)
 
     def _explain_zero(self, norm: str, frozen: bool, step: int) -> Alarm:
-        evidence = f"All gains of {norm} are 0" + (" and frozen" if frozen else "") + ": what it feeds gets no input."
-        remedy = f"Set the gains of {norm} to 1" + (" and let them learn (requires_grad)." if frozen else ".")
+        evidence = (
+            f"All gains of {norm} are 0"
+            + (" and frozen" if frozen else "")
+            + ": the layers that read its output get no input."
+        )
+        remedy = f"Set the gains of {norm} to 1" + (" and make them trainable (requires_grad=True)." if frozen else ".")
         return self.alarm(step, "fail", norm, evidence, remedy)
 
     def _explain_ratio(self, norm: str, ratio: float, first: float, step: int) -> Alarm:
-        evidence = f"The largest gain of {norm} is {fold(ratio)} its median, after {fold(first)} at first."
-        remedy = "Give gains a lower learning rate, and expect outliers in the channels behind them when quantizing."
+        evidence = (
+            f"The largest gain of {norm} has grown from {factor(first)} to {factor(ratio)} times the median gain."
+        )
+        remedy = "Use a lower learning rate for gains, and expect outlier channels after this norm when quantizing."
         return self.alarm(step, "warn", norm, evidence, remedy)
 
     def _explain_silent(self, norm: str, silent: float, step: int) -> Alarm:
         evidence = f"{100 * silent:.0f} % of the gains of {norm} are below 1e-3."
-        return self.alarm(step, "warn", norm, evidence, "Don't apply weight decay to gains.")
+        return self.alarm(step, "warn", norm, evidence, "Do not apply weight decay to gains.")
 
 
 def _at(values: list[float | None], index: int) -> float | None:

@@ -1,11 +1,11 @@
-"""gradient-spike: gradient norms far above the last 128 come again, or did harm.
+"""gradient-spike: gradient norms far above the last 128 recur, or were followed by a higher loss.
 
 Signal: the total gradient norm before clipping. Threshold: more than 6σ above the mean and more than 3 times the
-mean. Persistence: 64 steps of history, and then either a second such step within 64, or a loss more than 3σ above its
-own mean within the 5 steps after it. A warning.
-Source: 6σ over 128 steps is OLMo-core's. Alone it fires at 57 of the 19,560 steps of a healthy GPT-2 124M, mostly at
-1.3 to 2.5 times the mean, which clipping takes care of; hence the factor [ours], with which it is at 4 of them, and
-the recurrence or harm [ours], with which it fires there once.
+mean. Persistence: 64 steps of history, then either a second such step within 64 steps, or a loss more than 3σ above
+its own mean within the 5 steps after the spike. It is a warning.
+Source: 6σ over 128 steps is OLMo-core's limit. Alone it fires at 57 of the 19,560 steps of a healthy GPT-2 124M, mostly
+at 1.3 to 2.5 times the mean, which clipping handles. With the factor of 3 [ours] it fires at 4 of them, and with the
+recurrence or harm [ours] once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from omninorm.watch.alarm import Alarm
 from omninorm.watch.history import History, Step
 from omninorm.watch.rules.base import Rule
-from omninorm.watch.rules.numbers import finite, fold
+from omninorm.watch.rules.numbers import factor, finite
 from omninorm.watch.rules.rolling import Rolling
 
 SIGMAS = 6.0
@@ -26,7 +26,7 @@ HARM = 3.0  # σ of the loss
 
 
 class _Spike(NamedTuple):
-    """A step's gradient norm, what it was compared with, and the loss expected then: mean and σ."""
+    """A step's gradient norm, the mean it was compared with, and the loss expected then (mean and σ)."""
 
     step: int
     norm: float
@@ -36,13 +36,13 @@ class _Spike(NamedTuple):
 
     def words(self) -> str:
         return (
-            f"the gradient norm of step {self.step} was {self.norm:.3g}, {fold(self.norm / self.mean)} "
-            f"its mean over the last {self.before} steps, {self.mean:.3g}"
+            f"at step {self.step} the gradient norm was {self.norm:.3g}, {factor(self.norm / self.mean)} times "
+            f"its mean over the last {self.before} steps ({self.mean:.3g})"
         )
 
 
 class GradientSpike(Rule):
-    """A single spike without harm is not worth an alarm."""
+    """Reports the whole run. A single harmless spike raises no alarm."""
 
     name = "gradient-spike"
     source = "6σ over 128 steps is OLMo-core's limit; 3-fold and recurrence are omninorm's own; see docs/watching.md"
@@ -56,9 +56,11 @@ class GradientSpike(Rule):
         harm = self._harm(step, last)
         self._last = spike or last
         if spike and last and spike.step - last.step <= AGAIN:
-            yield self._explain(step, "Gradient spikes recur", f"{spike.words()}; another was at step {last.step}.")
+            yield self._explain(
+                step, "Gradient spikes recur", f"{spike.words()}; the previous spike was at step {last.step}."
+            )
         elif harm and last:
-            yield self._explain(step, "A gradient spike did harm", f"{last.words()}, and {harm}.")
+            yield self._explain(step, "Harmful gradient spike", f"{last.words()}, and then {harm}.")
 
     def _look(self, step: Step) -> _Spike | None:
         norm = finite(step.grad_norm)
@@ -74,7 +76,7 @@ class GradientSpike(Rule):
         return _Spike(step.step, norm, mean, self._norms.before, self._losses.expected())
 
     def _harm(self, step: Step, last: _Spike | None) -> str | None:
-        """What the loss did, if it rose within the steps after the last spike."""
+        """Describe the rise of the loss in the steps after the last spike; None if it did not rise."""
         loss = finite(step.loss)
         if loss is None:
             return None
@@ -82,8 +84,8 @@ class GradientSpike(Rule):
         if last is None or last.loss is None or not 0 < step.step - last.step <= AFTER:
             return None
         mean, sigma = last.loss
-        return f"the loss rose to {loss:.4g} from {mean:.4g}" if loss > mean + HARM * sigma else None
+        return f"the loss rose from {mean:.4g} to {loss:.4g}" if loss > mean + HARM * sigma else None
 
     def _explain(self, step: Step, cause: str, evidence: str) -> Alarm:
-        remedy = "Make sure that gradients are clipped (e.g. at 1), and look at the batches of these steps."
+        remedy = "Make sure that gradients are clipped (for example at norm 1), and check the batches of these steps."
         return self.alarm(step.step, "warn", None, f"{cause}: {evidence}", remedy)

@@ -1,11 +1,11 @@
-"""layer-jump: one layer changed from one sample to the next, and the others did not.
+"""layer-jump: one layer changed abruptly from one sample to the next, and the others did not.
 
 Signals: RMS of a group's weights and the largest gain of a norm; then a block's branch, attention and feed-forward
-ratios and its stream. Threshold: at least 5 times both the sample before and the median of up to 8 before that, while
-the median layer changes less than 2-fold. [ours] Weights can't do that by training: a "fail" at once. Activations
-can, above all in the first steps: a warning; a "fail" from 20-fold on if the loss is at least 5 % above what it was
-before, and updates above 5 % of all weights are not the cause. Persistence of activations: 2 samples.
-If weights jumped, they are the cause and activations are not reported.
+ratios and its stream. Threshold: at least 5 times both the previous sample and the median of up to 8 samples before
+that, while the median layer changes less than 2-fold. [ours] Training cannot do this to weights, so it is an immediate
+"fail". It can do it to activations, especially in the first steps: a warning, or a "fail" from 20-fold on if the loss
+is at least 5 % higher than before and updates above 5 % of the weights are not the cause. Persistence for activations:
+2 samples. If weights jumped, they are the cause and activations are not reported.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from omninorm.watch.rules.base import Rule, layer_names
 from omninorm.watch.rules.numbers import earlier, finite, fold, known, median, values_of
 
 JUMP, HUGE, OTHERS = 5.0, 20.0, 2.0
-LARGE = 0.05  # of the weights; no healthy update is that large once the first steps are over
-WORSE, BEFORE, AFTER = 0.05, 10, 5  # of the loss: how much it rose, and the steps whose means are compared
+LARGE = 0.05  # share of the weights; after the first steps no healthy update is this large
+WORSE, BEFORE, AFTER = 0.05, 10, 5  # of the loss: the relative rise, and the number of steps averaged before and after
 SAMPLES, FEWEST = 8, 3
 WEIGHTS = ("weight_rms", "gain_max")
 ACTIVATIONS = ("branch_ratio", "attention_ratio", "feed_forward_ratio", "stream_rms")
 _TITLES = {
     "weight_rms": "RMS of the weights",
     "gain_max": "largest gain",
-    "branch_ratio": "share that the block adds to the residual stream",
-    "attention_ratio": "share that the attention adds to the residual stream",
-    "feed_forward_ratio": "share that the feed-forward adds to the residual stream",
+    "branch_ratio": "block's contribution relative to the residual stream",
+    "attention_ratio": "attention's contribution relative to the residual stream",
+    "feed_forward_ratio": "feed-forward's contribution relative to the residual stream",
     "stream_rms": "RMS of the residual stream",
 }
 
@@ -38,7 +38,7 @@ def _cause(signal: str) -> str:
 
 
 class LayerJump(Rule):
-    """Remembers the height before a jump for as long as the layer stays up."""
+    """Reports the layer, for as long as its signal stays at the higher level."""
 
     name = "layer-jump"
     source = "the thresholds, 5-fold and 20-fold, are omninorm's own; see docs/watching.md"
@@ -54,26 +54,26 @@ class LayerJump(Rule):
     )
 
     def __init__(self) -> None:
-        self._before: dict[tuple[str, int], tuple[float, int]] = {}  # the height before a jump, and its step
+        self._before: dict[tuple[str, int], tuple[float, int]] = {}  # the level before a jump, and the step of the jump
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         for signals in (WEIGHTS, ACTIVATIONS[:-1], ACTIVATIONS[-1:]):
             found = [found for signal in signals for found in self._jumps(history, sample, signal)]
             if not found:
                 continue
-            if signals == ACTIVATIONS[-1:]:  # the stream carries a jump on: the first block is the cause
+            if signals == ACTIVATIONS[-1:]:  # later blocks inherit a jump of the stream: the first block is the cause
                 yield self._explain(history, sample, *min(found, key=lambda jump: jump[2]))
                 return
-            told: set[str | None] = set()
+            reported: set[str | None] = set()
             for factor, signal, index in sorted(found, reverse=True):
                 layer = layer_names(history.facts, signal)[index]
-                if layer not in told:  # a part's jump is its block's, too
+                if layer not in reported:  # the jump of a part is also its block's jump
                     yield self._explain(history, sample, factor, signal, index)
-                told.add(layer)
+                reported.add(layer)
             return
 
     def _jumps(self, history: History, sample: Sample, signal: str) -> list[tuple[float, str, int]]:
-        """(factor, signal, index) of the layers that are up at this sample."""
+        """Return (ratio, signal, index) of the layers that are at a higher level at this sample."""
         values = values_of(sample, signal)
         new = self._new_jumps(history, signal, values)
         found = []
@@ -109,33 +109,36 @@ class LayerJump(Rule):
         height, step = self._before[signal, index]
         layer = layer_names(history.facts, signal)[index]
         evidence = (
-            f"{_cause(signal)} jumped at {layer}: the {_TITLES[signal]} rose {fold(factor)} by step {step}, "
-            f"from {height:.3g} to {height * factor:.3g}, while other layers stayed as they were."
+            f"{_cause(signal)} jumped in {layer}: the {_TITLES[signal]} rose {fold(factor)} by step {step}, "
+            f"from {height:.3g} to {height * factor:.3g}, while the other layers hardly changed."
         )
         if signal in WEIGHTS:
-            remedy = "Training does not do that: look for code that writes to these weights, or restore a checkpoint."
+            remedy = (
+                "Training alone does not do this. Look for code that writes to these weights, or restore a checkpoint."
+            )
             return self.alarm(sample.step, "fail", layer, evidence, remedy)
-        remedy = f"Compare {layer}'s weights and inputs with a checkpoint before step {step}; lower its learning rate."
+        remedy = f"Compare the weights and inputs of {layer} with a checkpoint from before step {step}, "
+        remedy += "and lower its learning rate."
         update = _largest_update(history, step)
-        if update > LARGE:  # then the weights did change, and the rate is to blame
-            evidence += f" Updates changed the weights by up to {100 * update:.2g} % a step."
-            remedy = "Lower the learning rate, and warm up to it."
+        if update > LARGE:  # then the weights did change, and the learning rate is the cause
+            evidence += f" Updates changed the weights by up to {100 * update:.2g} % per step."
+            remedy = "Lower the learning rate and use a warm-up."
         worse = _loss_rise(history, step) if factor >= HUGE and update <= LARGE else None
         if worse:
-            return self.alarm(sample.step, "fail", layer, f"{evidence} The loss got worse, {worse}.", remedy)
+            return self.alarm(sample.step, "fail", layer, f"{evidence} The loss rose {worse}.", remedy)
         return self.alarm(sample.step, "warn", layer, evidence, remedy)
 
 
 def _largest_update(history: History, jump: int) -> float:
-    """The largest median update from the sample before the jump on; 0 where none is known."""
+    """Return the largest median update since the sample before the jump; 0 if none is known."""
     samples = [sample for sample in history.samples if sample.step >= jump - history.facts.every]
     ratios = [known(values_of(sample, "update_ratio")) for sample in samples]
     return max((median(found) for found in ratios if found), default=0.0)
 
 
 def _loss_rise(history: History, jump: int) -> str | None:
-    """From what to what the loss rose, if it did: its newest values' mean against that from before the jump."""
-    before = jump - history.facts.every  # a jump seen at a sample may be as old as the sample before it
+    """Describe the rise of the loss from its mean before the jump to its newest mean; None if it did not rise."""
+    before = jump - history.facts.every  # the jump may have happened right after the previous sample
     steps = list(history.steps)
     past = known(finite(step.loss) for step in steps if step.step <= before)[-BEFORE:]
     newest = known(finite(step.loss) for step in steps if step.step >= jump)[-AFTER:]

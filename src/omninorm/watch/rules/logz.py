@@ -1,9 +1,9 @@
-"""logz: the output's normalizer drifts away, so the logits grow or sink as a whole.
+"""logz: the output's normalizer drifts, so the logits grow or shrink as a whole.
 
-Signal: the mean of log Z over tokens, or where that is not known its value of the largest magnitude. Threshold: more
-than 10 away from the first sample's (log Z starts near ln of the vocabulary's size, which may itself exceed 10) and
-further away than 8 samples before [ours]. Persistence: 5 samples over 50 steps. A warning: the softmax does not see
-such a drift, but low precision does.
+Signal: the mean of log Z over tokens or, where that is unknown, its value of the largest magnitude. Threshold: more
+than 10 away from the first sample's value (log Z begins near ln of the vocabulary size, which may itself exceed 10)
+and further away than 8 samples earlier [ours]. Persistence: 5 samples over 50 steps. It is a warning: the softmax is
+invariant to such a drift, but low precision is not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SAMPLES = 8
 
 
 class LogZ(Rule):
-    """Compares log Z with its start."""
+    """Compares log Z with its first value."""
 
     name = "logz"
     source = "drift of log Z is described in PaLM's report, arXiv 2204.02311; the limit of 10 is omninorm's own"
@@ -38,6 +38,6 @@ class LogZ(Rule):
         past = earlier(history, signal, 0, SAMPLES)
         drifts = abs(value - first) > DRIFT and bool(past) and abs(value - first) > abs(past[0] - first)
         if self._streaks.lasts("drift", drifts, sample.step, 5, 50):
-            evidence = f"log Z is {value:.3g} and drifts on; it was {first:.3g} at first."
-            remedy = "Add a z-loss, 1e-4 · (log Z)², or weight decay on the output matrix."
+            evidence = f"log Z has drifted from {first:.3g} to {value:.3g} and is still drifting."
+            remedy = "Add a z-loss, 1e-4 · (log Z)², or apply weight decay to the output matrix."
             yield self.alarm(sample.step, "warn", None, evidence, remedy)

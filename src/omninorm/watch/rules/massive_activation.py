@@ -1,8 +1,8 @@
-"""massive-activation: single numbers of the residual stream are thousands of times its ordinary ones.
+"""massive-activation: single elements of the residual stream are thousands of times larger than the typical ones.
 
 Signal: max |x| and median |x| of each block's output. Threshold: above 100 and above 1000 times the median.
-Persistence: 3 samples over 20 steps. A warning: large pretrained models work with them, but low precision and
-quantization suffer.
+Persistence: 3 samples over 20 steps. It is a warning: large pretrained models work with them, but they hurt low
+precision and quantization.
 Source: Sun et al., Massive Activations in Large Language Models.
 """
 
@@ -16,7 +16,7 @@ TIMES = 1000.0
 
 
 class MassiveActivation(Threshold):
-    """Judges stream_max where stream_median is known, too."""
+    """Reports the block, where both stream_max and stream_median are known."""
 
     name = "massive-activation"
     source = "the thresholds, 100 and 1000 times the median, are from Sun et al., arXiv 2402.17762"
@@ -31,5 +31,8 @@ class MassiveActivation(Threshold):
 
     def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
         block, middle = history.facts.blocks[index], value_at(sample, "stream_median", index) or 0.0
-        evidence = f"The largest activation in {block}'s output is {value:.3g}, where the median is {middle:.2g}."
-        return evidence, "Expect trouble in fp16 and in quantization; gated attention or a token to attend to avoid it."
+        evidence = f"The largest activation in the output of {block} is {value:.3g}, while the median is {middle:.2g}."
+        return (
+            evidence,
+            "Expect problems in fp16 and when quantizing. Gated attention or an attention-sink token avoids them.",
+        )

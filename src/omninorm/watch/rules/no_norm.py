@@ -1,10 +1,9 @@
-"""no-norm: the blocks have no norm, and depth makes the residual stream or its gradient explode or vanish.
+"""no-norm: the blocks have no norm, and the residual stream or its gradient explodes or vanishes over depth.
 
-Signals: the stream's RMS over depth and its gradient's; the first non-finite value of the forward pass. Threshold: an
-exponent above 0.2 with ends 100-fold apart, or a non-finite value, is a "fail"; an exponent above 0.2 with ends
-8-fold apart a warning. [ours] Models that are built to train without norms (ReZero, Fixup) keep both flat, and raise
-nothing.
-Persistence: none, as it is a property of the initialization.
+Signals: the RMS of the stream and of its gradient over depth; the first non-finite value of the forward pass.
+Threshold: an exponent above 0.2 with ends that differ 100-fold, or a non-finite value, is a "fail"; an exponent above
+0.2 with ends that differ 8-fold is a warning. [ours] Models designed to train without norms (ReZero, Fixup) keep both
+flat and raise no alarm. Persistence: none, because it is a property of the initialization.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ WARN_TOTAL, FAIL_TOTAL = 8.0, 100.0
 
 
 class NoNorm(Rule):
-    """Names the missing norms as the cause of what the other rules see."""
+    """Reports the missing norms as the cause of the other rules' alarms."""
 
     name = "no-norm"
     source = "the thresholds, an exponent of 0.2 and 100-fold, are omninorm's own; see docs/watching.md"
@@ -39,7 +38,7 @@ class NoNorm(Rule):
         found = history.nonfinite
         if found is not None and found.step <= step.step and found.phase == "forward" and has_no_norm(history):
             evidence = f"No norm in {len(history.facts.blocks)} blocks: at step {found.step} "
-            evidence += f"the residual stream left the range of its dtype at {found.layer}."
+            evidence += f"the residual stream exceeded the range of its dtype in {found.layer}."
             yield self._explain(found.step, "fail", evidence)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
@@ -55,6 +54,6 @@ class NoNorm(Rule):
             yield self._explain(sample.step, severity, f"No norm in {len(history.facts.blocks)} blocks: {words}.")
 
     def _explain(self, step: int, severity: str, evidence: str) -> Alarm:
-        remedy = "Use pre-norm: a norm before each attention and feed-forward, and one after the last block. "
-        remedy += "Without norms a branch must start at 0 (ReZero) or be scaled by depth (Fixup)."
+        remedy = "Use pre-norm: one norm before each attention and feed-forward, and one after the last block. "
+        remedy += "Without norms, initialize each branch to 0 (ReZero) or scale it by depth (Fixup)."
         return self.alarm(step, severity, None, evidence, remedy)

@@ -1,11 +1,12 @@
-"""no-progress: after 60 steps the loss is where it was.
+"""no-progress: the loss has not fallen in 60 steps.
 
-Signals: the loss; the rate and RMS(Δw)/RMS(w), where they are known. Threshold: the mean of the newest 20 losses is
-not below that of the first 5 by 1 % and by 3 standard errors, and never was, and one of these holds: all of the newest
-20 rates are 0; the median update of the two newest samples is below 1e-6; or the two means are less than 3 standard
-errors apart, which is noise. [ours] Persistence: 60 steps.
-A pretrained model that is fine-tuned may be as flat, so it is a question and never more than a warning. It is not
-asked while the rate rises (a warm-up), and about noise not in a run that was resumed.
+Signals: the loss; the learning rate and RMS(Δw)/RMS(w), where they are known. Threshold: the mean of the newest 20
+losses is not below that of the first 5 by 1 % and by 3 standard errors, and never was, and one of these holds: the
+newest 20 learning rates are all 0; the median update of the two newest samples is below 1e-6; or the two means differ
+by less than 3 standard errors, which is noise. [ours] Persistence: 60 steps.
+The loss of a pretrained model in fine-tuning may be just as flat, so the alarm asks whether this is intended and is
+never more than a warning. It is not raised while the learning rate rises (a warm-up), and in a resumed run not for
+noise.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ERRORS = 3.0
 
 
 class NoProgress(Rule):
-    """Says why, as far as it is known."""
+    """Reports the whole run, with the cause where it is known."""
 
     name = "no-progress"
     source = "the thresholds, 1 % within 60 steps and updates of 1e-6, are omninorm's own; see docs/watching.md"
@@ -65,31 +66,30 @@ class NoProgress(Rule):
             yield self.alarm(step.step, "warn", None, evidence, cause[1])
 
     def _error(self) -> float:
-        """The standard error of the difference between the means of the first losses and of the newest."""
+        """Return the standard error of the difference between the mean of the first and of the newest losses."""
         expected = self._noise.expected()
         return expected[1] * math.sqrt(1 / FIRST + 1 / NEWEST) if expected else 0.0
 
     def _cause(self, history: History, step: Step, is_noise: bool) -> tuple[str, str] | None:
-        """In a few words, and what to ask."""
+        """Return the cause in a few words and the remedy; None if the loss need not have fallen yet."""
         rates = known(self._rates)
         if len(rates) == NEWEST and not any(rates):
-            return "Learning rate 0, no weight changes", "Is that meant? Look at the schedule: its rate is 0."
+            return "Learning rate 0, no weight changes", "If this is not intended, check the learning-rate schedule."
         if len(rates) > 1 and rates[-1] > rates[0]:
             return None
         update = _update(history, step.step)
         if update is not None and update < TINY:
-            words = f"Updates change only {update:.1g} of the weights"
-            return words, "Is that meant? Raise the learning rate, and look for frozen parameters."
+            words = f"Updates are only {update:.1g} of the weights"
+            return words, "If this is not intended, raise the learning rate and check for frozen parameters."
         if self._start == 1 and is_noise:
-            remedy = (
-                "Is that meant, as when fine-tuning? Else look at labels, the rate, and what the optimizer is given."
-            )
+            remedy = "Expected when fine-tuning. Otherwise check the labels, the learning rate and the parameters that "
+            remedy += "the optimizer holds."
             return "The loss has not fallen", remedy
         return None
 
 
 def _update(history: History, step: int) -> float | None:
-    """The larger of the two newest samples' median updates; None where they are not known."""
+    """Return the larger median update of the two newest samples; None if they are unknown."""
     newest = [sample for sample in list(history.samples)[-2:] if 1 < sample.step <= step]
     medians = [median(ratios) for sample in newest if (ratios := known(values_of(sample, "update_ratio")))]
     return max(medians) if len(medians) == 2 else None

@@ -1,9 +1,9 @@
-"""nonfinite: a NaN or an infinity appeared; where it appeared first tells why.
+"""nonfinite: a NaN or an infinity appeared. The place where it appeared first shows the cause.
 
-Signal: the first non-finite value of the run, found by the recorder. Threshold: one value. Persistence: none, since
-what a NaN touches becomes NaN. It goes on until 3 steps running have a finite loss and gradient norm again: then the
-step was skipped, and the run is alive. Not finite again for 3 steps running is a relapse.
-Source: IEEE 754; fp16 ends at 65504.
+Signal: the first non-finite value of the run, found by the recorder. Threshold: one value. Persistence: none, because
+NaNs propagate. The alarm lasts until loss and gradient norm are finite for 3 consecutive steps: then the bad step was
+skipped and the run continues. If they are not finite again for 3 consecutive steps, that is a relapse.
+Source: IEEE 754; the largest fp16 number is 65504.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ _WHERE = {
     "optimizer": "in the weights of {layer} after the optimizer's step, while the gradients were finite",
 }
 _REMEDIES = {
-    "loss": "Look at the loss: a logarithm or quotient of 0, labels out of range, or a batch with nothing to predict.",
-    "backward": "Look for a root, quotient or norm of 0 in {layer}'s part of the graph; in fp16 scale the loss.",
+    "loss": "Check the loss for log(0) or a division by 0, labels out of range, or a batch without targets.",
+    "backward": "Look for a square root, division or norm at 0 in the graph around {layer}. In fp16, scale the loss.",
     "optimizer": "Raise the optimizer's ε, keep its state in fp32, or lower the learning rate.",
 }
 RECOVERED = 3
-"""Steps running that must be finite for the run to be alive again, or not finite for it to be lost again."""
+"""Consecutive finite steps after which the run has recovered, and non-finite ones after which it has relapsed."""
 
 
 class NonFiniteRule(Rule):
-    """Reports while steps are not finite: until then no other rule has anything to look at."""
+    """Reports while steps are not finite: until they are, the other rules cannot judge anything."""
 
     name = "nonfinite"
-    source = "IEEE 754: a NaN or an infinity does not go away"
+    source = "IEEE 754: NaNs and infinities propagate"
     final = True
 
     def __init__(self) -> None:
-        self._known: set[str] = set()  # of loss and gradient norm those that have been finite in this run
-        self._well = self._ill = 0  # steps running
+        self._known: set[str] = set()  # which of loss and gradient norm have been finite in this run
+        self._finite_steps = self._bad_steps = 0  # consecutive steps
         self._recovered = False
-        self._relapse: int | None = None  # its first step
+        self._relapse: int | None = None  # the first step of a relapse
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
         found = history.nonfinite
         if found is None or found.step > step.step:
-            self._is_well(step)
+            self._is_finite(step)
         elif found.step == step.step:
-            self._well = self._ill = 0
+            self._finite_steps = self._bad_steps = 0
             yield self._explain(found, history)
         else:
             self._count(step)
@@ -60,26 +60,29 @@ class NonFiniteRule(Rule):
         if found is not None and found.step <= sample.step:
             yield from self._report(sample.step, found, history)
 
-    def _is_well(self, step: Step) -> bool:
-        """Whether something is finite, and all is that has ever been; what is not known is NaN, too."""
+    def _is_finite(self, step: Step) -> bool:
+        """Return whether every value that has ever been finite is finite now; unknown values are NaN as well."""
         finite = {name for name in ("loss", "grad_norm") if math.isfinite(getattr(step, name))}
-        well = bool(finite) and finite >= self._known
+        good = bool(finite) and finite >= self._known
         self._known |= finite
-        return well
+        return good
 
     def _count(self, step: Step) -> None:
-        self._well, self._ill = (self._well + 1, 0) if self._is_well(step) else (0, self._ill + 1)
-        if self._well >= RECOVERED:
+        good = self._is_finite(step)
+        self._finite_steps, self._bad_steps = (self._finite_steps + 1, 0) if good else (0, self._bad_steps + 1)
+        if self._finite_steps >= RECOVERED:
             self._recovered, self._relapse = True, None
-        elif self._recovered and self._relapse is None and self._ill >= RECOVERED:
-            self._relapse = step.step - self._ill + 1
+        elif self._recovered and self._relapse is None and self._bad_steps >= RECOVERED:
+            self._relapse = step.step - self._bad_steps + 1
 
     def _report(self, step: int, found: NonFinite, history: History) -> Iterable[Alarm]:
         if not self._recovered:
             yield self._explain(found, history)
         elif self._relapse is not None:
-            evidence = f"Not finite again: loss or gradient norm have been NaN or infinite since step {self._relapse}."
-            remedy = f"Go back to a checkpoint before step {self._relapse}, and skip steps that are not finite."
+            evidence = (
+                f"Not finite again: the loss or gradient norm has been NaN or infinite since step {self._relapse}."
+            )
+            remedy = f"Resume from a checkpoint before step {self._relapse} and skip non-finite steps."
             yield self.alarm(step, "fail", None, evidence, remedy)
 
     def _explain(self, found: NonFinite, history: History) -> Alarm:
@@ -94,12 +97,15 @@ class NonFiniteRule(Rule):
     def _forward_remedy(found: NonFinite, history: History) -> str:
         if found.value != "nan":
             return (
-                "{layer} left the range of its dtype (fp16 ends at 65504): run it in bf16 or fp32, "
+                "{layer} exceeded the range of its dtype (the largest fp16 number is 65504). Run it in bf16 or fp32, "
                 "or make its weights smaller."
             )
         if history.placement == "none":
-            return "The blocks have no norm: add pre-norms, or scale the blocks' initial output down."
+            return "The blocks have no norm. Add pre-norms, or scale down the initial output of each block."
         inside = found.layer is not None and any(found.layer.startswith(block) for block in history.facts.blocks)
         if inside:
-            return "Look at {layer}: a root or logarithm of a negative number, 0/0, ∞ − ∞, or a row masked entirely."
-        return f"Look at the batch of step {found.step}: no block had run before {{layer}} put out a NaN."
+            return (
+                "Check {layer} for a square root or logarithm of a negative number, 0/0, ∞ − ∞, "
+                "or a fully masked attention row."
+            )
+        return f"Check the batch of step {found.step} and {{layer}}: the NaN did not come from a block."

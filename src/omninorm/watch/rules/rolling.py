@@ -1,4 +1,4 @@
-"""Rolling: what a series is expected to do next, from its newest values."""
+"""Rolling mean and noise of a series, to judge its next value."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from collections import deque
 
 WINDOW = 128
 FEWEST = 16
-"""Values below which nothing is expected."""
+"""Fewest values for an estimate."""
 
 
 class Rolling:
     """Mean m and noise σ of the last 128 values.
 
-    σ² is half the mean squared difference of neighbours. For independent noise that is the variance; unlike the
-    variance it ignores a trend, and the steep first hundred steps of a run do not hide a spike in it. A value above
-    m + 6σ enters as m + 6σ: the first spike must not raise the bar for the next, but a lasting shift does move it.
+    σ² is half the mean squared difference of neighbouring values. For independent noise this is the variance. Unlike
+    the variance it ignores a trend, so the steep first hundred steps of a run do not hide a spike. A value above
+    m + 6σ is stored as m + 6σ: the first spike must not raise the limit for the next one, but a lasting shift does.
     """
 
     def __init__(self) -> None:
         self._before = 0
         self._values: deque[float] = deque(maxlen=WINDOW)
-        self._squares: deque[float] = deque(maxlen=WINDOW - 1)  # of the differences
+        self._squares: deque[float] = deque(maxlen=WINDOW - 1)  # squared differences of neighbours
 
     @property
     def before(self) -> int:
-        """How many values the newest one was compared with."""
+        """The number of values that the newest one was compared with."""
         return self._before
 
     def expected(self) -> tuple[float, float] | None:
-        """(m, σ), or None while there are too few values."""
+        """Return (m, σ), or None while there are too few values."""
         count = len(self._values)
         if count < FEWEST:
             return None
         return sum(self._values) / count, math.sqrt(sum(self._squares) / (2 * (count - 1)))
 
     def add(self, value: float, expected: tuple[float, float] | None) -> None:
-        """Appends a finite value; `expected` is what was expected of it."""
+        """Append a finite value. `expected` is the (m, σ) it was compared with."""
         self._before = len(self._values)
         value = value if expected is None else min(value, expected[0] + 6.0 * expected[1])
         if self._values:

@@ -1,6 +1,6 @@
-"""saturation: most of what a DyT or Derf reads lies where its curve is flat, so little gradient passes.
+"""saturation: most inputs of a DyT or Derf lie in the flat part of its curve, so little gradient passes.
 
-Signal: share of |αx| > 2. Threshold: above 50 % [ours]. Persistence: 3 samples over 20 steps. A warning.
+Signal: share of |αx| > 2. Threshold: above 50 % [ours]. Persistence: 3 samples over 20 steps. It is a warning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from omninorm.watch.rules.base import Threshold
 
 
 class Saturation(Threshold):
-    """Names the norm."""
+    """Reports the norm."""
 
     name = "saturation"
     source = "the threshold of 50 % is omninorm's own; see docs/watching.md"
@@ -21,5 +21,5 @@ class Saturation(Threshold):
 
     def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
         norm = history.facts.norms[index].name
-        evidence = f"{100 * value:.0f} % of the values that {norm} reads lie in the flat part of its curve, |αx| > 2."
-        return evidence, "Start with a smaller α, or lower the learning rate of α."
+        evidence = f"{100 * value:.0f} % of the inputs of {norm} lie in the flat part of its curve (|αx| > 2)."
+        return evidence, "Use a smaller initial α, or a lower learning rate for α."

@@ -1,11 +1,11 @@
 """unrecovered-spike: the loss rose and stays up.
 
-Signal: the loss, against its mean m over the last 128 ordinary steps. High means: at least 2·m (llm-foundry), or half
-of what the run had learned is lost, loss ≥ (m + first)/2, where that is a fifth of the first loss or more [ours]:
-small models never reach 2·m, since the loss of a model that knows nothing is less than twice theirs.
-Persistence: more than 4 steps running is a warning (llm-foundry). More than 64 is a "fail" [ours]: a burst of 20 bad
-batches and as many steps to get over it must end as a warning, and a run that is lost does not come back in 64 steps.
-While the loss is high, m stands still.
+Signal: the loss, compared with its mean m over the last 128 ordinary steps. High means at least 2·m (llm-foundry), or
+that half of the progress is lost, loss ≥ (m + first)/2, if the progress was at least a fifth of the first loss [ours]:
+small models never reach 2·m, because the loss of an untrained model is less than twice theirs.
+Persistence: more than 4 consecutive steps is a warning (llm-foundry). More than 64 is a "fail" [ours]: a burst of 20
+bad batches with as many steps to recover must remain a warning, and a run that has diverged does not return within 64
+steps. While the loss is high, m is not updated.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from collections.abc import Iterable
 from omninorm.watch.alarm import Alarm
 from omninorm.watch.history import History, Step
 from omninorm.watch.rules.base import Rule
-from omninorm.watch.rules.numbers import finite, fold
+from omninorm.watch.rules.numbers import factor, finite
 
 FACTOR = 2.0
 WARN_STEPS, FAIL_STEPS = 4, 64
 WINDOW, FEWEST, FIRST = 128, 16, 4
-LEARNED = 0.2  # of the first loss must have been learned before losing half of it counts
+LEARNED = 0.2  # progress, as a share of the first loss, from which on losing half of it counts
 
 
 class UnrecoveredSpike(Rule):
-    """The loss is lost; why is for other rules to say."""
+    """Reports the whole run. Other rules report the cause."""
 
     name = "unrecovered-spike"
     source = "twice the mean for more than 4 steps is llm-foundry's limit; more than 64 steps is omninorm's own"
@@ -61,11 +61,11 @@ class UnrecoveredSpike(Rule):
     def _explain(self, step: int, loss: float, mean: float) -> Alarm:
         since = step - self._high + 1
         evidence = (
-            f"Loss high for {self._high} steps: it has been since step {since}, {loss:.4g}, "
-            f"{fold(loss / mean)} its mean before, {mean:.4g}."
+            f"Loss high for {self._high} steps: it rose at step {since} and is now {loss:.4g}, "
+            f"{factor(loss / mean)} times its earlier mean ({mean:.4g})."
         )
         if self._high > FAIL_STEPS:
-            remedy = f"Go back to a checkpoint before step {since} and skip its data, or go on with half the rate."
-            return self.alarm(step, "fail", None, evidence + " It does not recover.", remedy)
-        remedy = f"Look at the batches from step {since} on; if it stays high, go back to a checkpoint before it."
+            remedy = f"Resume from a checkpoint before step {since} and skip its data, or halve the learning rate."
+            return self.alarm(step, "fail", None, evidence + " It has not recovered.", remedy)
+        remedy = f"Check the batches from step {since} on. If the loss stays high, resume from an earlier checkpoint."
         return self.alarm(step, "warn", None, evidence, remedy)

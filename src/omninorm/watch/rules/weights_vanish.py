@@ -1,9 +1,9 @@
 """weights-vanish: weight decay shrinks the weights faster than the gradient can rebuild them.
 
 Signals: RMS(w) and RMS(Δw)/RMS(w) of a step, by group of parameters. Threshold: within 50 steps the weights of six of
-ten groups fell at least 3-fold, while the median update is 5 % of the weights or more. [ours] Training lets weights
-grow or keeps them; AdamW's ordinary decay, lr × weight_decay, takes 1e-5 to 1e-3 of them a step.
-Persistence: 3 samples running are a "fail"; before that it is a warning.
+ten groups fell at least 3-fold, while the median update is 5 % of the weights or more. [ours] In training, weights
+grow or stay about the same; AdamW's usual decay, lr × weight_decay, removes 1e-5 to 1e-3 of them per step.
+Persistence: 3 consecutive samples are a "fail"; before that it is a warning.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from omninorm.watch.rules.base import Rule
 from omninorm.watch.rules.numbers import Streaks, fold, known, median, quantile, values_of
 
 FALL, WITHIN = 3.0, 50
-MOST = 0.4  # share of the groups that may fall less than the one that counts
+MOST = 0.4  # share of the groups that may shrink less than the one that counts
 LARGE = 0.05
 SAMPLES = 3
 
 
 class WeightsVanish(Rule):
-    """About the whole run, with the share that a step takes away."""
+    """Reports the whole run, with the share that each step removes."""
 
     name = "weights-vanish"
     source = "the thresholds, 3-fold within 50 steps and 5 %, are omninorm's own; see docs/watching.md"
@@ -51,15 +51,15 @@ class WeightsVanish(Rule):
         if vanishes:
             share = 1.0 - fall ** (-1.0 / (sample.step - since))
             evidence = (
-                f"Weight decay too large: from step {since} on most weights shrank {fold(fall)}, "
-                f"by about {100 * share:.2g} % a step."
+                f"Weight decay too large: most weights have shrunk {fold(fall)} since step {since}, "
+                f"by about {100 * share:.2g} % per step."
             )
-            remedy = f"Lower weight decay: lr × weight_decay is about {share:.2g} per step, where 1e-3 is much."
+            remedy = f"Lower weight decay: lr × weight_decay is about {share:.2g} per step, and 1e-3 is already a lot."
             yield self.alarm(sample.step, "fail" if fails else "warn", None, evidence, remedy)
 
 
 def _fall(history: History, sample: Sample) -> tuple[int, float]:
-    """The oldest step not more than 50 before, and by what factor the weights of most groups fell since."""
+    """Return the oldest sampled step at most 50 steps ago, and the factor by which most groups' weights fell since."""
     start = sample
     for at in range(len(history.samples) - 1, -1, -1):
         if sample.step - history.samples[at].step > WITHIN:
