@@ -15,7 +15,7 @@ FUZZ = $(wildcard tests/*/test_fuzz_*.py tests/*/*/test_fuzz_*.py)
 # The tests most likely to catch a mistake, fast enough to wait for.
 QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tests/layers tests/kernels/numerics/test_edges.py \
     tests/placement/test_rules.py tests/placement/test_refusals.py tests/thinker/test_model.py tests/record \
-    tests/watch/rules/test_each_rule.py tests/watch/rules/test_layer_rules.py tests/watch/rules/test_loss_rules.py tests/watch/rules/test_optimizer_rules.py \
+    tests/watch/rules/test_each_rule.py tests/watch/rules/test_evidence.py tests/watch/rules/test_layer_rules.py tests/watch/rules/test_loss_rules.py tests/watch/rules/test_optimizer_rules.py \
     tests/watch/rules/test_numbers.py tests/watch/test_judge.py tests/report/test_reading.py tests/inspection tests/integration/docs/test_pages.py
 
 .PHONY: help demo bench test test-slow test-exhaustive test-all test-triton test-distributed docs links figures lint types dead tidy sanitize quick check
