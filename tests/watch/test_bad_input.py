@@ -6,7 +6,11 @@ import gc
 import json
 import logging
 import math
+import os
 import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,18 +309,30 @@ def test_full_disk_warns_once_and_training_continues(tmp_path: Path) -> None:
     assert all(json.loads(line)["step"] >= 0 for line in content.splitlines())
 
 
+KILLED = """
+import os, signal, sys
+from helpers.watched_models import Decoder, adamw, tokens_of
+from omninorm.watch import watch
+
+model = Decoder()
+optimizer = adamw(model)
+with watch(model, optimizer, every=2, folder=sys.argv[1], rules=[]) as watched:
+    for step in range(1, 10):
+        loss = tokens_of(model, step)
+        loss.backward()
+        optimizer.step()
+        watched.step(loss)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def test_killed_run_leaves_a_readable_record(tmp_path: Path) -> None:
     """Every event is in the file as soon as it is recorded, so a kill at any time loses none."""
-    model = Decoder()
-    optimizer = adamw(model)
-    with watch(model, optimizer, every=2, folder=tmp_path, rules=[]) as watched:
-        for step in range(1, 10):
-            loss = tokens_of(model, step)
-            loss.backward()
-            optimizer.step()
-            watched.step(loss)
-        content = (tmp_path / RECORD_FILE).read_bytes()
-    (tmp_path / RECORD_FILE).write_bytes(content)  # as a kill would leave it: without the end of the run
+    search_path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path}
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     events = read_history(tmp_path / RECORD_FILE)
     assert [event["step"] for event in events if event["kind"] == "sample"] == [1, 2, 4, 6, 8]
     assert "end" not in {event["kind"] for event in events}
