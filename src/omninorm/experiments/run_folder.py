@@ -87,12 +87,21 @@ class RunFolder:
         return run
 
     def _write(self, config: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-        # ASCII, because the name of a file may have bytes that are no characters; JSON can escape what they became.
-        text = json.dumps({"format": FORMAT, **config}, indent=2)
         with writing(self.path):
             for name, content in files.items():
                 write_file(self.path / name, content)
-            # Last, since it is what makes the folder a run.
+        # Last, since it is what makes the folder a run.
+        self.rewrite_config(config)
+
+    def rewrite_config(self, config: Mapping[str, Any]) -> None:
+        """Replace config.json as a whole: a kill leaves either the old file or the new one.
+
+        Raises:
+            RunError: the folder can't be written, or the disk is full.
+        """
+        # ASCII, because a file name may have bytes that are not characters; JSON can escape what Python makes of them.
+        text = json.dumps({"format": FORMAT, **config}, indent=2)
+        with writing(self.path):
             write_file(self.path / CONFIG_FILE, text.encode())
 
     def _open(self, stack: contextlib.ExitStack) -> None:

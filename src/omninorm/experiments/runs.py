@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from omninorm.config import NormConfig, check_choice, check_keys
+from omninorm.config import NormConfig, check_choice, check_count, check_keys
 from omninorm.errors import ConfigError, DataError, OmninormError, RunError
 from omninorm.experiments.checkpoint import check_packages, list_checkpoints, load_checkpoint
 from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
@@ -79,6 +79,21 @@ class Plan:
             train=replace(self.train, **_pick(settings, _names(TrainConfig))),
             **_pick(settings, own),
         )
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting flat, by the names that `change` takes; where None means a default, the default."""
+        model, training = self.model, self.train
+        return {
+            **{item.name: getattr(model.norm, item.name) for item in fields(NormConfig)},
+            **{item.name: getattr(model, item.name) for item in fields(ThinkerConfig)},
+            **{item.name: getattr(training, item.name) for item in fields(TrainConfig)},
+            **{item.name: getattr(self, item.name) for item in fields(Plan) if item.name not in ("model", "train")},
+            "n_kv_heads": model.kv_heads,
+            "head_dim": model.head_width,
+            "d_ff": model.hidden_width,
+            "warmup_steps": training.warmup,
+            "vocab_size": model.vocab_size,
+        }
 
 
 @dataclass
@@ -154,17 +169,31 @@ def _create_folder(path: Path | None, name: str, config: Mapping[str, Any], file
     return RunFolder.create(path, config, files)
 
 
-def open_run(path: Path, text: str | None = None, processes: Processes | None = None) -> Run:
-    """Opens a run to continue it from its newest checkpoint, with its own settings.
+def open_run(
+    path: Path,
+    text: str | None = None,
+    processes: Processes | None = None,
+    *,
+    steps: int | None = None,
+    command: Sequence[str] = (),
+) -> Run:
+    """Open a run to continue it from its newest checkpoint, with its own settings.
+
+    A larger number of steps extends the run, finished or not. From the resumed step on, the learning rate follows the
+    schedule for the new number of steps; the warm-up stays as it was. config.json is rewritten and keeps the earlier
+    number under "extended".
 
     Args:
         path: the run's folder.
         text: where the text is now, if it has moved.
         processes: those that train together, of which the first has opened the run already; None means this one alone.
+        steps: the new number of optimizer steps; None keeps the run's.
+        command: how the run was extended, for config.json.
 
     Raises:
-        RunError: no run, a damaged one, one that another process is at work on, one that diverged, or the text is
-            not the one that the run was started with.
+        ConfigError: `steps` is below the run's own.
+        RunError: no run, a damaged one, one that another process is writing, one that diverged, or the text is not
+            the one that the run was started with.
         DataError: the text is no longer there, or no text any more.
         MissingExtraError: a package that this or the checkpoints need is not installed.
     """
@@ -182,8 +211,39 @@ def open_run(path: Path, text: str | None = None, processes: Processes | None = 
     data = tokenize(corpus, tokenizer, plan.train.seq_len, plan.train.eval_bytes)
     model = build_model(plan.model, plan.train.seed)
     processes = processes or Processes()
+    extended = plan if steps is None else _extended(plan, steps, path)
     folder = RunFolder(path) if processes.first else RunFolder.follow(path, processes.rank)
-    return Run(plan, folder, corpus, tokenizer, data, model, _changes(config), processes)
+    notices = _changes(config)
+    if extended != plan:
+        try:
+            notices += (_extend(folder, config, plan, extended, command),)
+        except BaseException:
+            folder.close()
+            raise
+    return Run(extended, folder, corpus, tokenizer, data, model, notices, processes)
+
+
+def _extended(plan: Plan, steps: int, path: Path) -> Plan:
+    """Return the plan with more steps. The warm-up is kept: its default depends on the number of steps."""
+    check_count("steps", steps)
+    if steps < plan.train.steps:
+        invariant = f"A run can be extended but not shortened: the run in {path} has {plan.train.steps} steps"
+        raise ConfigError(invariant, f"steps={steps}", "give a larger number, or start a new run")
+    if steps == plan.train.steps:
+        return plan
+    return replace(plan, train=replace(plan.train, steps=steps, warmup_steps=plan.train.warmup))
+
+
+def _extend(folder: RunFolder, config: Mapping[str, Any], plan: Plan, extended: Plan, command: Sequence[str]) -> str:
+    """Write the new number of steps to config.json; return a notice of what that changes."""
+    before, after, done = plan.train.steps, extended.train.steps, folder.newest() or 0
+    earlier = config.get("extended")
+    entry = {"from": before, "to": after, "at_step": done, "command": list(command), "time": _now()}
+    extensions = [*(earlier if isinstance(earlier, list) else []), entry]
+    folder.rewrite_config({**config, "train": extended.train.to_dict(), "extended": extensions})
+    schedule = plan.train.schedule
+    change = "stays constant" if schedule == "constant" else f"follows the {schedule} schedule for {after} steps"
+    return f"extended from {before} to {after} steps: from step {done + 1} on, the learning rate {change}"
 
 
 def _load_again(plan: Plan, text: str | None) -> Corpus:
@@ -300,8 +360,12 @@ def _describe(plan: Plan, corpus: Corpus, files: Mapping[str, bytes], command: S
         "versions": versions(),
         "git_commit": git_commit(),
         "command": list(command),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": _now(),
     }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _shorten(skipped: Sequence[str]) -> list[str]:
