@@ -45,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"Reading or writing failed: {error}. Check the disk and the permissions.", BAD_INPUT)
     except KeyboardInterrupt:
         _fail("Interrupted.", INTERRUPTED)
+    except ImportError as error:
+        if "OMNINORM_TRACEBACK" in os.environ or (error.name or "").startswith("omninorm"):
+            raise
+        _fail(f"Cannot import a module: {error}. Reinstall Python or the package that needs it.", BAD_INPUT)
     except Exception as error:
         if "OMNINORM_TRACEBACK" in os.environ:
             raise

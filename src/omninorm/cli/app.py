@@ -72,7 +72,8 @@ app = typer.Typer(
 def _summary(name: str) -> str:
     """Return the first paragraph of a command's docstring, read from its source because importing it is slow."""
     spec = importlib.util.find_spec(f"omninorm.cli.{name}")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     function = next(each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name == name)
     return (ast.get_docstring(function) or "").split("\n\n")[0]

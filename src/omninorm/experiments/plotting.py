@@ -1,4 +1,4 @@
-"""matplotlib where it is installed, and figures that arrive whole."""
+"""Optional matplotlib, and atomic writing of figures."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def load_matplotlib(whose: str, *, otherwise: str = "") -> type[Figure]:
-    """matplotlib's Figure.
+    """Return matplotlib's Figure class.
 
     Args:
-        whose: what the figure belongs to, for the message.
-        otherwise: what else would help, after the installation.
+        whose: the command that draws the figure, for the message.
+        otherwise: an alternative to the installation, appended to the remedy.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -27,12 +27,12 @@ def load_matplotlib(whose: str, *, otherwise: str = "") -> type[Figure]:
         from matplotlib.figure import Figure
     except ImportError as error:
         remedy = 'install it with pip install "omninorm[demo]"' + otherwise
-        raise MissingExtraError(f"{whose}'s figure needs matplotlib", "an installation without it", remedy) from error
+        raise MissingExtraError(f"The figure of {whose} needs matplotlib", "", remedy) from error
     return Figure
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Writes the figure under a temporary name and renames it.
+    """Write the figure under a temporary name and rename it.
 
     Raises:
         RunError: the file can't be written.

@@ -1,4 +1,4 @@
-"""Runs with a folder: a plan becomes a folder and a model, and a folder becomes a run that goes on."""
+"""Create, open and resume training runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from omninorm.experiments.events import Callback, TrainResult
 from omninorm.experiments.interrupt import Interrupt
 from omninorm.experiments.processes import Processes
 from omninorm.experiments.provenance import git_commit, versions
-from omninorm.experiments.run_folder import CHECKPOINTS, FolderTakenError, RunFolder, fresh_folder, read_config
+from omninorm.experiments.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    FolderTakenError,
+    RunFolder,
+    fresh_folder,
+    read_config,
+)
 from omninorm.experiments.settings import TrainConfig
 from omninorm.experiments.tokenizer import TOKENIZER_FILE, TOKENIZERS, Tokenizer, build_tokenizer, load_tokenizer
 from omninorm.experiments.train import train
@@ -35,15 +42,15 @@ _NO_MEMORY = "allocate|overflow|out of memory"
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides what a run computes.
+    """Everything that determines what a run computes.
 
     Args:
         model: the Thinker; its vocab_size follows from the tokenizer, its max_seq_len must be train.seq_len.
         train: the training settings.
         text: None for the default text, or the path of a file or folder.
-        held_out: share of the text, at its end, that is held out.
+        held_out: fraction of the text, at its end, that is held out.
         tokenizer: "byte" or "bpe".
-        vocab_size: of a BPE tokenizer; None means 1024.
+        vocab_size: vocabulary size of a BPE tokenizer; None means 1024.
     """
 
     model: ThinkerConfig = field(default_factory=lambda: ThinkerConfig(d_model=128, n_layers=4, max_seq_len=128))
@@ -57,10 +64,10 @@ class Plan:
         check_choice("tokenizer", self.tokenizer, TOKENIZERS)
         if self.model.max_seq_len != self.train.seq_len:
             received = f"{self.model.max_seq_len} and {self.train.seq_len}"
-            raise ConfigError("max_seq_len and seq_len must be equal", received, "set both to the same number")
+            raise ConfigError("max_seq_len and seq_len must be equal", received, "set both to the same value")
 
     def change(self, **settings: Any) -> Plan:
-        """This plan with some settings replaced, given flat: Plan's own, ThinkerConfig's, NormConfig's, TrainConfig's.
+        """Return this plan with some settings of Plan, ThinkerConfig, NormConfig or TrainConfig replaced, given flat.
 
         `seq_len` also sets the model's max_seq_len.
 
@@ -110,10 +117,10 @@ class Run:
     processes: Processes = field(default_factory=Processes)
 
     def train(self, on_event: Callback | None = None) -> TrainResult:
-        """Trains to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`."""
+        """Train to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`."""
         received = f"batch_size={self.plan.train.batch_size}, seq_len={self.plan.train.seq_len}"
-        remedy = "choose a smaller batch and another folder, and keep the product of batch and grad_accumulation"
-        memory = _fitting("a step must fit in memory", received, remedy)
+        remedy = "use a smaller batch_size and a larger grad_accumulation, in another folder"
+        memory = _fitting("A training step must fit in memory", received, remedy)
         with memory, Interrupt(patient=self.processes.count > 1) as interrupt:
             return train(
                 self.model,
@@ -133,15 +140,15 @@ class Run:
 
 
 def create_run(plan: Plan, path: Path | None = None, command: Sequence[str] = ()) -> Run:
-    """Reads the text, builds tokenizer and model, and makes the run's folder last, when nothing else can fail.
+    """Read the text, build tokenizer and model, and create the run's folder last, when nothing else can fail.
 
     Args:
         plan: what to run.
-        path: a new or empty folder; None means a fresh runs/NAME-N, named after the text.
+        path: a new or empty folder; None means a new runs/NAME-N, named after the text.
         command: how the run was started, for config.json.
 
     Raises:
-        DataError, ConfigError, RunError: as their parts say; then nothing was written.
+        DataError, ConfigError, RunError: the text, a setting or the folder is unusable; then nothing was written.
         MissingExtraError: a package that this or the checkpoints need is not installed.
     """
     check_packages()
@@ -164,7 +171,7 @@ def _create_folder(path: Path | None, name: str, config: Mapping[str, Any], file
     while path is None:
         try:
             return RunFolder.create(fresh_folder(name), config, files)
-        except FolderTakenError:  # by a run that was started at the same moment: take the next name
+        except FolderTakenError:  # a run that was started at the same moment took the name
             continue
     return RunFolder.create(path, config, files)
 
@@ -202,11 +209,11 @@ def open_run(
     plan = read_plan(path)
     if final_status(path / RECORD_FILE) == "diverged":
         remedy = "start a new run with a smaller learning rate, gradient clipping, or another norm or placement"
-        raise RunError("only a run that has not diverged can go on", f"one that has, {path}", remedy)
+        raise RunError(f"The run in {path} has diverged and can't be resumed", "", remedy)
     corpus = _load_again(plan, text)
     if corpus.sha256 != config["data"].get("sha256"):
-        remedy = "restore the text, or start a new run"
-        raise RunError("a resumed run needs the text it was started with", f"another one at {corpus.source}", remedy)
+        invariant = f"{corpus.source} is not the text that the run in {path} was started with"
+        raise RunError(invariant, "", "restore the text, or start a new run")
     tokenizer = _load_tokenizer(path, plan, config)
     data = tokenize(corpus, tokenizer, plan.train.seq_len, plan.train.eval_bytes)
     model = build_model(plan.model, plan.train.seed)
@@ -250,24 +257,23 @@ def _load_again(plan: Plan, text: str | None) -> Corpus:
     try:
         return load_corpus(plan.text if text is None else text, plan.held_out)
     except DataError as error:
-        remedy = "restore the run's text, or name where it is now (--text)"
+        remedy = "restore the run's text, or pass its new place with --text"
         raise DataError(error.invariant, error.received, remedy) from error
 
 
 def _load_tokenizer(path: Path, plan: Plan, config: Mapping[str, Any]) -> Tokenizer:
     tokenizer = load_tokenizer(plan.tokenizer, path, config["tokenizer"].get("sha256"))
     if tokenizer.vocab_size != plan.model.vocab_size:
-        received = f"{tokenizer.vocab_size} and {plan.model.vocab_size} in {path}"
-        remedy = "restore the files of the original run or train again"
-        raise RunError("a run's tokenizer and its model must have the same number of tokens", received, remedy)
+        invariant = f"The tokenizer in {path} must have the {plan.model.vocab_size} tokens of the model"
+        raise RunError(invariant, tokenizer.vocab_size, "restore the files of the original run, or train again")
     return tokenizer
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan in a run's config.json.
+    """Return the plan in a run's config.json.
 
     Raises:
-        RunError: there is none, or it can't be understood.
+        RunError: config.json is missing or damaged.
     """
     config = read_config(path)
     try:
@@ -282,19 +288,21 @@ def read_plan(path: Path) -> Plan:
         )
     except (OmninormError, KeyError, TypeError) as error:
         remedy = "restore the file, or use the version of omninorm that wrote it"
-        raise RunError("config.json must describe a run", f"{error} in {path}", remedy) from error
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise RunError(f"{path / CONFIG_FILE} must describe a run", f"{reason:.300}", remedy) from error
 
 
 def _check_sections(config: Mapping[str, Any]) -> None:
     for name in _SECTIONS:
         if not isinstance(config[name], dict):
-            raise TypeError(f"{name} that is {type(config[name]).__name__}, no object,")
-    if not isinstance(config["data"]["text"], (str, type(None))):
-        raise TypeError("a text that is no path")
+            raise TypeError(f"{name} of type {type(config[name]).__name__}")
+    text = config["data"]["text"]
+    if not isinstance(text, (str, type(None))):
+        raise TypeError(f"a text of type {type(text).__name__}")
 
 
 def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, int]:
-    """The model and tokenizer of a run at its newest checkpoint, or that of `step`; and the step.
+    """Return the model and tokenizer of a run at its newest checkpoint, or at `step`, and the step.
 
     Raises:
         RunError: no run, no such checkpoint, or a damaged one.
@@ -303,10 +311,10 @@ def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, i
     plan = read_plan(path)
     steps = list_checkpoints(path / CHECKPOINTS)
     if not steps:
-        raise RunError("a run must have a checkpoint", f"none in {path / CHECKPOINTS}", "let it train on")
+        raise RunError(f"The run in {path} has no checkpoint yet", "", "resume its training")
     if step is not None and step not in steps:
         found = ", ".join(map(str, steps))
-        raise RunError("the step must be one of the run's checkpoints", f"step {step}", f"choose one of {found}")
+        raise RunError(f"The run in {path} has no checkpoint of step {step}", "", f"choose one of {found}")
     chosen = steps[-1] if step is None else step
     model = build_model(plan.model, plan.train.seed)
     load_checkpoint(path / CHECKPOINTS, chosen, model)
@@ -314,33 +322,33 @@ def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, i
 
 
 def build_model(config: ThinkerConfig, seed: int) -> Thinker:
-    """A Thinker whose initial weights depend on the seed alone. Leaves torch's global generator seeded, too.
+    """Return a Thinker whose initial weights depend only on the seed. Torch's global generator stays seeded.
 
     Raises:
         ConfigError: the model does not fit in memory.
     """
     torch.manual_seed(seed)
     received = f"d_model={config.d_model}, n_layers={config.n_layers}, vocab_size={config.vocab_size}"
-    with _fitting("a model must fit in memory", received, "choose a smaller one"):
+    with _fitting("The model must fit in memory", received, "choose a smaller model"):
         return Thinker(config)
 
 
 @contextmanager
 def _fitting(invariant: str, received: str, remedy: str) -> Iterator[None]:
-    """Makes a ConfigError of memory that is not there."""
+    """Turn a failed allocation into a ConfigError."""
     try:
         yield
     except OmninormError:
         raise
     except (MemoryError, RuntimeError, TypeError, OverflowError) as error:
-        # Torch has no class of its own for this on a CPU: a RuntimeError, and others where a size is beyond 64 bits.
+        # On a CPU torch raises a plain RuntimeError, and other types for sizes beyond 64 bits.
         if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error), re.IGNORECASE):
             raise
         raise ConfigError(invariant, received, remedy) from error
 
 
 def _describe(plan: Plan, corpus: Corpus, files: Mapping[str, bytes], command: Sequence[str]) -> dict[str, Any]:
-    """What config.json says."""
+    """Return the content of config.json."""
     digest = {"sha256": hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()} if TOKENIZER_FILE in files else {}
     return {
         "model": plan.model.to_dict(),
@@ -374,16 +382,17 @@ def _shorten(skipped: Sequence[str]) -> list[str]:
 
 
 def _changes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What has changed since the run was started that can change its arithmetic."""
+    """Return notices of changes since the start of the run that can affect its arithmetic."""
     then, now = config.get("versions", {}), versions()
     notices = [
-        f"{name} was {then.get(name)} when the run was started and is {now[name]}: the last bits may differ"
+        f"the run was started with {name} {then.get(name)!s:.40} and continues with {now[name]}: "
+        "results may differ in the last bits"
         for name in ("omninorm", "torch")
         if then.get(name) != now[name]
     ]
     if config.get("threads") != torch.get_num_threads():
-        threads = f"{config.get('threads')} threads, not {torch.get_num_threads()}"
-        notices.append(f"the run was started with {threads}: the last bits may differ")
+        threads = f"threads={config.get('threads')!s:.40} and continues with {torch.get_num_threads()}"
+        notices.append(f"the run was started with {threads}: results may differ in the last bits")
     return tuple(notices)
 
 

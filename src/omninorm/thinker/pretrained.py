@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from omninorm.errors import ConfigError, InputError, RunError
 from omninorm.record.tensors import FLOATS, open_safetensors
 from omninorm.thinker.config import ThinkerConfig
 from omninorm.thinker.model import Thinker
+from omninorm.thinker.sizes import check_sizes, count_layers
 
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -78,12 +79,14 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Thinker:
     folder = Path(folder)
     config = read_config(folder)
     files = _locate(folder)
-    _check_sizes(folder, config, files)
+    shapes = {name: stored.shape for name, stored in files.items()}
+    ignored = [name for name in files if name.endswith(_DERIVED) or (config.tied_head and name == _HEAD)]
+    names = check_sizes(folder, config, shapes, _foreign_name, count_layers(files, "model.layers."), ignored)
+    _check_types(files, names.values())
     with torch.device("meta"):
         model = Thinker(config)
     model.rotary.to_empty(device="cpu")  # which computes its tables
-    for name, _ in list(model.named_parameters()):
-        theirs = _foreign_name(name)
+    for name, theirs in names.items():
         _place(model, name, _read_tensor(files[theirs].path, theirs).to(dtype, copy=True))
     if config.tied_head and _HEAD in files:
         _check_tied(folder, model, _read_tensor(files[_HEAD].path, _HEAD))
@@ -225,65 +228,11 @@ def _foreign_name(name: str) -> str:
     return name
 
 
-def _check_sizes(folder: Path, config: ThinkerConfig, files: Mapping[str, _Stored]) -> None:
-    """Raise RunError unless the files hold the tensors of this config, before anything of its sizes is allocated."""
-    remedy = "check that config.json belongs to the weights and that every file is whole"
-    numbers = {number for name in files if (number := _layer(name)) is not None}
-    if config.n_layers > len(numbers):
-        invariant = f"{folder} must hold every tensor of its model: config.json has num_hidden_layers={config.n_layers}"
-        raise RunError(invariant, f"weights of {len(numbers)} layers", remedy)
-    expected = _shapes(config)
-    missing = sorted(expected.keys() - files.keys())
-    if missing:
-        raise RunError(f"{folder} must hold every tensor of its model", f"none named {_some(missing)}", remedy)
-    allowed = expected.keys() | ({_HEAD} if config.tied_head else set())
-    extra = sorted(name for name in files.keys() - allowed if not name.endswith(_DERIVED))
-    if extra:
-        raise RunError(f"{folder} must hold only the tensors of its model", f"also {_some(extra)}", remedy)
-    for name, shape in expected.items():
-        stored = files[name]
-        if stored.shape != shape or stored.dtype not in FLOATS:
-            invariant = f"{name} in {stored.path} must be floating-point of shape {shape}"
-            received = f"{stored.dtype} of shape {stored.shape}"
-            raise RunError(invariant, received, "check that config.json belongs to the weights")
-
-
-def _shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a model, by Hugging Face's names."""
-    width, hidden = config.d_model, config.hidden_width
-    queries, keys = config.n_heads * config.head_width, config.kv_heads * config.head_width
-    block: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (queries, width),
-        "self_attn.k_proj": (keys, width),
-        "self_attn.v_proj": (keys, width),
-        "self_attn.o_proj": (width, queries),
-        "mlp.gate_proj": (hidden, width),
-        "mlp.up_proj": (hidden, width),
-        "mlp.down_proj": (width, hidden),
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-    }
-    if config.norm.qk_norm:
-        block |= {"self_attn.q_norm": (config.head_width,), "self_attn.k_norm": (config.head_width,)}
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, width),
-        "model.norm.weight": (width,),
-    }
-    if not config.tied_head:
-        shapes[_HEAD] = (config.vocab_size, width)
-    for number in range(config.n_layers):
-        shapes |= {f"model.layers.{number}.{name}.weight": shape for name, shape in block.items()}
-    return shapes
-
-
-def _layer(name: str) -> str | None:
-    parts = name.split(".", 3)
-    return parts[2] if parts[:2] == ["model", "layers"] and len(parts) == 4 else None
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(f"{name:.100}" for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _check_types(files: Mapping[str, _Stored], names: Iterable[str]) -> None:
+    for name in names:
+        if files[name].dtype not in FLOATS:
+            invariant = f"{name} in {files[name].path} must be floating-point"
+            raise RunError(invariant, files[name].dtype, "use a model that is not quantized")
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
