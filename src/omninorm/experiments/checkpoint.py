@@ -37,12 +37,15 @@ from omninorm.record.files import (
     write_folder,
     writing,
 )
+from omninorm.thinker.config import ThinkerConfig
+from omninorm.thinker.sizes import count_layers, matrix_shapes
 from omninorm.watch.tensors import whole
 
 FORMAT, SHARDED_FORMAT = 1, 2
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _PARTS = "optimizer"
 _RANDOM_STATE = "random_state"
+_FOREIGN = "use the checkpoint with the config.json that it was trained with"
 _ALONE = Processes()
 
 
@@ -184,6 +187,31 @@ def load_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
         torch.set_rng_state(moments[_RANDOM_STATE])
 
 
+def check_sizes(folder: Path, step: int, config: ThinkerConfig) -> None:
+    """Compare the sizes of a model that is about to be built with the tensors of `folder`/step-N.
+
+    Raises:
+        RunError: the file of the weights can't be read, or is of another model.
+    """
+    path = folder / f"step-{step}" / _MODEL
+    try:
+        with _safetensors().safe_open(path, framework="pt") as tensors:
+            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise RunError(*_unreadable(path, error).args[:2], _remedy(folder, step)) from error
+    except Exception as error:  # the library's own
+        raise RunError(
+            *_damaged(f"{path} must be a safetensors file", error).args[:2], _remedy(folder, step)
+        ) from error
+    if config.n_layers != count_layers(shapes, "blocks."):
+        received = f"{count_layers(shapes, 'blocks.')} layers"
+        raise RunError(f"{path} must have the {config.n_layers} layers of this model", received, _FOREIGN)
+    for name, shape in matrix_shapes(config).items():
+        if shapes.get(name) != shape:
+            received = "none" if name not in shapes else f"the shape {shapes[name]}"
+            raise RunError(f"{name!r} in {path} must have the shape {shape} for this model", received, _FOREIGN)
+
+
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by name; tied ones appear once, under their first name."""
     seen: set[int] = set()
@@ -306,7 +334,7 @@ def _unreadable(path: Path, error: OSError) -> RunError:
 
 
 def _check_match(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    remedy = "use the checkpoint with the config.json that it was trained with"
+    remedy = _FOREIGN
     if ours.keys() != theirs.keys():
         lacking, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
         received = " and ".join(

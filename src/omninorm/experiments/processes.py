@@ -55,7 +55,7 @@ class Processes:
         return self.count > 1 and self.parallel == "fsdp"
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the model to call, with gradients averaged over the processes. Call this before making the optimizer."""
+        """Return the model to call, with gradients averaged over the processes. Call it before making the optimizer."""
         if self.sharded:
             return shard(model)
         return DistributedDataParallel(model) if self.count > 1 else model

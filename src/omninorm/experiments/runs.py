@@ -15,7 +15,7 @@ import torch
 
 from omninorm.config import NormConfig, check_choice, check_count, check_keys
 from omninorm.errors import ConfigError, DataError, OmninormError, RunError
-from omninorm.experiments.checkpoint import check_packages, list_checkpoints, load_checkpoint
+from omninorm.experiments.checkpoint import check_packages, check_sizes, list_checkpoints, load_checkpoint
 from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
 from omninorm.experiments.events import Callback, TrainResult
 from omninorm.experiments.interrupt import Interrupt
@@ -216,6 +216,9 @@ def open_run(
         raise RunError(invariant, "", "restore the text, or start a new run")
     tokenizer = _load_tokenizer(path, plan, config)
     data = tokenize(corpus, tokenizer, plan.train.seq_len, plan.train.eval_bytes)
+    steps_saved = list_checkpoints(path / CHECKPOINTS)
+    if steps_saved:
+        check_sizes(path / CHECKPOINTS, steps_saved[-1], plan.model)
     model = build_model(plan.model, plan.train.seed)
     processes = processes or Processes()
     extended = plan if steps is None else _extended(plan, steps, path)
@@ -316,6 +319,7 @@ def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, i
         found = ", ".join(map(str, steps))
         raise RunError(f"The run in {path} has no checkpoint of step {step}", "", f"choose one of {found}")
     chosen = steps[-1] if step is None else step
+    check_sizes(path / CHECKPOINTS, chosen, plan.model)
     model = build_model(plan.model, plan.train.seed)
     load_checkpoint(path / CHECKPOINTS, chosen, model)
     return model.eval(), _load_tokenizer(path, plan, read_config(path)), chosen
@@ -342,7 +346,7 @@ def _fitting(invariant: str, received: str, remedy: str) -> Iterator[None]:
         raise
     except (MemoryError, RuntimeError, TypeError, OverflowError) as error:
         # On a CPU torch raises a plain RuntimeError, and other types for sizes beyond 64 bits.
-        if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error), re.IGNORECASE):
+        if not isinstance(error, (MemoryError, OverflowError)) and not re.search(_NO_MEMORY, str(error), re.IGNORECASE):
             raise
         raise ConfigError(invariant, received, remedy) from error
 

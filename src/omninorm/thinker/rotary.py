@@ -46,7 +46,9 @@ class Rotary(nn.Module):
     def _tabulate(self, device: torch.device | str | None, rows: int) -> None:
         self._rows = rows
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
-        angles = torch.outer(torch.arange(rows, dtype=torch.float32, device=device), 1.0 / self.theta**exponents)
+        angles = torch.outer(
+            torch.arange(rows, dtype=torch.float32, device=device), 1.0 / float(self.theta) ** exponents
+        )
         cos, sin = angles.cos(), angles.sin()
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1).unsqueeze(1), persistent=False)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).unsqueeze(1), persistent=False)

@@ -11,30 +11,38 @@ from omninorm.thinker.config import ThinkerConfig
 _REMEDY = "check that the settings belong to the weights and that every file is whole"
 
 
-def parameter_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of a pre-norm Thinker with RMSNorm and SwiGLU, by name."""
+def matrix_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every matrix of a Thinker, by name. They do not depend on the norm and its placement."""
     width, hidden = config.d_model, config.hidden_width
     queries, keys = config.n_heads * config.head_width, config.kv_heads * config.head_width
-    block: dict[str, tuple[int, ...]] = {
+    block = {
         "attention.q": (queries, width),
         "attention.k": (keys, width),
         "attention.v": (keys, width),
         "attention.out": (width, queries),
         "feed_forward.up": (hidden, width),
         "feed_forward.down": (width, hidden),
-        "feed_forward.gate": (hidden, width),
-        "around_attention.norm": (width,),
-        "around_feed_forward.norm": (width,),
     }
-    if config.norm.qk_norm:
-        block |= {"attention.q_norm": (config.head_width,), "attention.k_norm": (config.head_width,)}
+    if config.feed_forward == "swiglu":
+        block["feed_forward.gate"] = (hidden, width)
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, width)}
     for number in range(config.n_layers):
         shapes |= {f"blocks.{number}.{name}.weight": shape for name, shape in block.items()}
-    shapes["final_norm.norm.weight"] = (width,)
     if not config.tied_head:
         shapes["head.weight"] = (config.vocab_size, width)
     return shapes
+
+
+def parameter_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of a Thinker with pre-norm and RMSNorm, by name."""
+    width, head = config.d_model, config.head_width
+    block: dict[str, tuple[int, ...]] = {"around_attention.norm": (width,), "around_feed_forward.norm": (width,)}
+    if config.norm.qk_norm:
+        block |= {"attention.q_norm": (head,), "attention.k_norm": (head,)}
+    shapes = matrix_shapes(config)
+    for number in range(config.n_layers):
+        shapes |= {f"blocks.{number}.{name}.weight": shape for name, shape in block.items()}
+    return {**shapes, "final_norm.norm.weight": (width,)}
 
 
 def check_sizes(
