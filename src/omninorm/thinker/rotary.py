@@ -10,8 +10,8 @@ from torch import Tensor, nn
 Rotation = tuple[Tensor, Tensor]
 """cos and signed sin of every position's angles, each (sequence, 1, head_dim) or (batch, sequence, 1, head_dim)."""
 
-# A table of this many positions is computed at once; a longer one only when such positions are used, because the
-# longest context that a file of weights claims need not fit in memory.
+# Tables are computed up to this many positions at first, and further when such positions are used: the longest context
+# that a file of weights claims need not fit in memory.
 _FIRST_ROWS = 8192
 
 
