@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omninorm.errors import ConfigError, DataError, RunError
 from omninorm.experiments.run_folder import CONFIG_FILE
-from omninorm.experiments.tokenizer import BYTE_OF, TOKENIZER_FILE, tokenizers_library
+from omninorm.experiments.tokenizer import BYTE_OF, TOKENIZER_FILE, library_errors, tokenizers_library
 from omninorm.thinker import Thinker, gguf, pretrained
 
 # How text is split before it is tokenized, by llama.cpp's names: whether every digit is a piece of its own.
@@ -73,7 +73,8 @@ class GgufTokenizer(_Pieces):
 
     def encode(self, text: bytes) -> Tensor:
         """Return the tokens, int32, without any special ones added."""
-        ids = self._tokenizer.encode(_decoded(text), add_special_tokens=False).ids
+        with library_errors("The tokenizer of a GGUF file must be able to encode any text", _REMEDY):
+            ids = self._tokenizer.encode(_decoded(text), add_special_tokens=False).ids
         return torch.tensor(ids, dtype=torch.int32)
 
     def _bytes_of(self, word: str) -> bytes:
@@ -97,17 +98,17 @@ class FolderTokenizer(_Pieces):
     def __init__(self, path: Path) -> None:
         library = tokenizers_library()
         try:
-            content = path.read_text(encoding="utf-8")
-            kinds = _decoders(json.loads(content).get("decoder"))
-            self._tokenizer = library.Tokenizer.from_str(content)
-            added = self._tokenizer.get_added_tokens_decoder()
-            vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+            serialized = path.read_bytes()
         except OSError as error:
             received = "" if isinstance(error, FileNotFoundError) else str(error.strerror)
             remedy = "add the model's tokenizer.json, or use Thinker.from_pretrained from Python"
             raise RunError(f"Generating text needs {path.name} in {path.parent}", received, remedy) from error
-        except Exception as error:  # the Rust library raises plain Exception
-            raise RunError(f"{path} must be a tokenizer of the package tokenizers", _short(error), _REMEDY) from error
+        with library_errors(f"{path} must be a tokenizer of the package tokenizers", _REMEDY):
+            content = serialized.decode()
+            kinds = _decoders(json.loads(content).get("decoder"))
+            self._tokenizer = library.Tokenizer.from_str(content)
+            added = self._tokenizer.get_added_tokens_decoder()
+            vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         if "ByteLevel" in kinds:
             convert = _byte_level
         elif kinds & {"ByteFallback", "Metaspace"}:
@@ -125,12 +126,8 @@ class FolderTokenizer(_Pieces):
 
     def encode(self, text: bytes) -> Tensor:
         """Return the tokens, int32, with the special ones that the model expects, such as <s> at the start."""
-        try:
+        with library_errors(f"{TOKENIZER_FILE} must be able to encode any text", _REMEDY):
             ids = self._tokenizer.encode(_decoded(text)).ids
-        except DataError:
-            raise
-        except Exception as error:  # the Rust library raises plain Exception
-            raise RunError("The tokenizer can't encode this text", _short(error), _REMEDY) from error
         return torch.tensor(ids, dtype=torch.int32)
 
 
@@ -166,11 +163,9 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Thinker, 
 def _build(words: list[str], merges: list[str], special: list[str], single_digits: bool) -> Any:
     library = tokenizers_library()
     vocabulary = {word: index for index, word in enumerate(words)}
-    try:
+    with library_errors("The merges in a GGUF file must be pairs of its tokens", _REMEDY):
         pairs = [tuple(merge.split(" ")) for merge in merges]
         tokenizer = library.Tokenizer(library.models.BPE(vocabulary, pairs))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise RunError("The merges in a GGUF file must be pairs of its tokens", _short(error), _REMEDY) from error
     cuts = [library.pre_tokenizers.ByteLevel(add_prefix_space=False)]
     digits = [library.pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
     tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([*digits, *cuts])
@@ -216,7 +211,3 @@ def _text_bytes(word: str) -> bytes:
 
 def _are_texts(values: object) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

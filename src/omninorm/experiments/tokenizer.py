@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from omninorm.config import check_choice, check_count
-from omninorm.errors import ConfigError, DataError, MissingExtraError, RunError
+from omninorm.errors import ConfigError, DataError, MissingExtraError, OmninormError, RunError
 
 TOKENIZERS = ("byte", "bpe")
 TOKENIZER_FILE = "tokenizer.json"
@@ -75,14 +76,11 @@ class BpeTokenizer:
 
     def __init__(self, serialized: str) -> None:
         library = tokenizers_library()
-        try:
+        with library_errors(f"{TOKENIZER_FILE} must be a byte-level BPE tokenizer", _REMEDY):
             self._tokenizer = library.Tokenizer.from_str(serialized)
             vocabulary: dict[str, int] = self._tokenizer.get_vocab()
             pieces = {index: bytes(BYTE_OF[character] for character in word) for word, index in vocabulary.items()}
             self._pieces = [pieces[index] for index in range(len(vocabulary))]
-        except Exception as error:  # the Rust library raises plain Exception
-            received = f"{type(error).__name__}: {error!s:.200}"
-            raise RunError(f"{TOKENIZER_FILE} must be a byte-level BPE tokenizer", received, _REMEDY) from error
         self.vocab_size = len(self._pieces)
         self._serialized = serialized
 
@@ -115,7 +113,8 @@ class BpeTokenizer:
             raise DataError(
                 "The text must be UTF-8", f"an invalid byte at {error.start}", "convert the text"
             ) from error
-        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        with library_errors(f"{TOKENIZER_FILE} must be able to encode any text", _REMEDY):
+            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
         tokens = [torch.tensor(encoding.ids, dtype=torch.int32) for encoding in encodings]
         return torch.cat([torch.empty(0, dtype=torch.int32), *tokens])
 
@@ -188,6 +187,23 @@ def tokenizers_library() -> Any:
         remedy = 'install it with pip install "omninorm[train]", or use the byte tokenizer'
         raise MissingExtraError("BPE needs the package tokenizers", "", remedy) from error
     return tokenizers
+
+
+@contextmanager
+def library_errors(invariant: str, remedy: str) -> Iterator[None]:
+    """Turn errors of the package `tokenizers` and of its file's content into RunError.
+
+    The package is written in Rust: it raises plain Exception, and its panics are not even derived from Exception.
+    """
+    try:
+        yield
+    except OmninormError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        received = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RunError(invariant, f"{received:.200}", remedy) from error
 
 
 def _printable_bytes() -> dict[str, int]:
