@@ -15,6 +15,7 @@ from omninorm.cli.app import _summary, app
 
 CODE = """
 import sys
+sys.argv = ["omninorm"]  # as if the console script had been started
 sys.modules.update(dict.fromkeys({blocked!r}))  # None: Python takes these for not installed
 from omninorm.cli import main
 main({arguments!r})
