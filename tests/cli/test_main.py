@@ -100,7 +100,7 @@ assert "torch" not in sys.modules
 """
 COMMANDS = [
     ["--version"], ["--help"], [], ["nonsense"], ["--nonsense"], ["train", "--help"], ["train", "--nonsense"],
-    ["train", "--steps", "many"], ["generate", "--help"], ["generate"],
+    ["train", "--steps", "many"], ["generate", "--help"], ["generate"], ["report", "--help"],
 ]  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
-import importlib.metadata
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,16 @@ from typer.core import TyperCommand, TyperGroup
 COMMANDS = ("demo", "train", "generate", "compare", "report", "inspect", "convert", "bench", "doctor")
 
 
+class _Command(TyperCommand):
+    """A command whose help page wraps its paragraphs at the width of the terminal, and not as the docstring does."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        shown: Any = copy.copy(self)
+        shown.__class__ = TyperCommand
+        shown.help = "\n\n".join(" ".join(part.split()) for part in (self.help or "").split("\n\n"))
+        shown.format_help(ctx, formatter)
+
+
 class _Commands(Mapping[str, Any]):
     """The commands by name, each imported when it is looked up."""
 
@@ -27,7 +36,7 @@ class _Commands(Mapping[str, Any]):
             raise KeyError(name)
         module = importlib.import_module(f"omninorm.cli.{name}")
         single = typer.Typer(add_completion=False, context_settings=_SETTINGS)
-        single.command(name)(getattr(module, name))
+        single.command(name, cls=_Command)(getattr(module, name))
         command = typer.main.get_command(single)
         for parameter in command.params:
             _show_plain_default(parameter)
@@ -86,9 +95,11 @@ def _show_plain_default(parameter: Any) -> None:
 
 
 def _version() -> str:
+    from importlib import metadata  # it takes longer to import than the help page takes to print
+
     try:
-        return importlib.metadata.version("omninorm")
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version("omninorm")
+    except metadata.PackageNotFoundError:
         return "(not installed)"
 
 

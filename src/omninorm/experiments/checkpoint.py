@@ -167,7 +167,7 @@ def load_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
     try:
         content = _read_checked(path)
     except RunError as error:
-        raise RunError(error.invariant, error.received, _remedy(folder, step)) from error
+        raise _with_remedy(error, folder, step) from error
     weights = _model_tensors(model)
     _check_match(path / _MODEL, weights, content.weights)
     moments: dict[str, Tensor] = {}
@@ -198,11 +198,9 @@ def check_sizes(folder: Path, step: int, config: ThinkerConfig) -> None:
         with _safetensors().safe_open(path, framework="pt") as tensors:
             shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except OSError as error:
-        raise RunError(*_unreadable(path, error).args[:2], _remedy(folder, step)) from error
+        raise _with_remedy(_unreadable(path, error), folder, step) from error
     except Exception as error:  # the library's own
-        raise RunError(
-            *_damaged(f"{path} must be a safetensors file", error).args[:2], _remedy(folder, step)
-        ) from error
+        raise _with_remedy(_damaged(f"{path} must be a safetensors file", error), folder, step) from error
     if config.n_layers != count_layers(shapes, "blocks."):
         received = f"{count_layers(shapes, 'blocks.')} layers"
         raise RunError(f"{path} must have the {config.n_layers} layers of this model", received, _FOREIGN)
@@ -346,6 +344,10 @@ def _check_match(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Te
         if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
             wanted, found = (f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (tensor, other))
             raise RunError(f"{name!r} in {path} must be {wanted} for this model", found, remedy)
+
+
+def _with_remedy(error: RunError, folder: Path, step: int) -> RunError:
+    return RunError(error.invariant, error.received, _remedy(folder, step))
 
 
 def _remedy(folder: Path, step: int) -> str:

@@ -97,7 +97,7 @@ def open_gguf(path: Path) -> Any:
         remedy = 'install it with pip install "omninorm[interop]"'
         raise MissingExtraError("Reading GGUF needs the package gguf", "", remedy) from error
 
-    class BoundedReader(GGUFReader):  # type: ignore[misc]
+    class BoundedReader(GGUFReader):
         """gguf's reader, which would read on past the end of the file, as often as a damaged length says."""
 
         def _get(self, offset: int, dtype: Any, count: Any = 1, *order: Any, **orders: Any) -> Any:
