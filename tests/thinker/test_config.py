@@ -3,7 +3,9 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from omninorm.config import NormConfig
 from omninorm.errors import ConfigError
@@ -117,3 +119,18 @@ def test_from_dict_refuses_unknown_keys(values, message):
     with pytest.raises(ConfigError) as caught:
         ThinkerConfig.from_dict(values)
     assert message in str(caught.value)
+
+
+def test_numpy_scalars_and_scalar_tensors_become_plain_numbers():
+    given = {
+        "d_model": np.int64(32),
+        "n_layers": torch.tensor(2),
+        "rope_theta": np.float32(500),
+        "tied_head": np.bool_(False),
+    }
+    config = ThinkerConfig(**given)
+    assert config == ThinkerConfig(d_model=32, n_layers=2, rope_theta=500.0, tied_head=False)
+    assert [type(getattr(config, name)) for name in given] == [int, int, float, bool]
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    with pytest.raises(ConfigError, match="d_model"):
+        ThinkerConfig(d_model=np.float32(32))

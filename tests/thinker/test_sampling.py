@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,3 +110,7 @@ def test_bad_settings_are_refused(settings, message):
     with pytest.raises(InputError) as caught:
         Sampling(**settings)
     assert message in str(caught.value)
+
+
+def test_numpy_scalars_are_accepted():
+    assert Sampling(np.float32(0.5), np.int64(3), np.float64(0.25)) == Sampling(0.5, 3, 0.25)

@@ -34,6 +34,7 @@ from omninorm.experiments.tokenizer import TOKENIZER_FILE, TOKENIZERS, Tokenizer
 from omninorm.experiments.train import train
 from omninorm.record import RECORD_FILE, final_status
 from omninorm.thinker import Thinker, ThinkerConfig
+from omninorm.thinker.config import use_plain_numbers
 
 _SECTIONS = ("model", "train", "tokenizer", "data", "versions")
 _MOST_SKIPPED = 20  # entries in config.json
@@ -61,6 +62,7 @@ class Plan:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
+        use_plain_numbers(self)
         check_choice("tokenizer", self.tokenizer, TOKENIZERS)
         if self.model.max_seq_len != self.train.seq_len:
             received = f"{self.model.max_seq_len} and {self.train.seq_len}"
