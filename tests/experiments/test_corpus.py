@@ -24,7 +24,7 @@ def test_the_default_is_the_king_james_bible():
     assert corpus.sha256 == hashlib.sha256(text).hexdigest()
 
 
-def test_the_tail_is_held_out_and_nothing_is_in_both(tmp_path):
+def test_the_tail_is_held_out_and_the_parts_do_not_overlap(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(bytes(range(48, 148 - 21)) * 10)
     corpus = load_corpus(path, held_out=0.25)
@@ -41,7 +41,7 @@ def test_the_cut_is_never_inside_a_character(tmp_path, shift):
     assert corpus.train.decode() + corpus.held_out.decode() == path.read_text(encoding="utf-8")
 
 
-def test_a_folder_is_read_in_sorted_order_and_says_what_it_left_out(tmp_path):
+def test_a_folder_is_read_in_sorted_order_and_skipped_files_are_listed(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "inner.txt").write_text("third", encoding="utf-8")
     (tmp_path / "a.txt").write_text("first\n", encoding="utf-8")
@@ -149,7 +149,7 @@ def test_seeds_beyond_32_bits_differ():
     assert not torch.equal(windows(tokens, 1, 1, 8, 4), windows(tokens, 1 + 2**32, 1, 8, 4))
 
 
-def test_runs_environments_and_hidden_files_are_no_text(tmp_path):
+def test_runs_environments_and_hidden_files_are_skipped(tmp_path):
     for name in ("runs/a-1/checkpoints/step-1", "runs/b/inner", ".git/refs", "venv/lib", "chapter"):
         (tmp_path / name).mkdir(parents=True)
     marks = [

@@ -84,7 +84,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
     RunFolder(tmp_path / "run").close()
 
 
-def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
+def test_files_left_by_a_killed_process_are_removed(tmp_path):
     RunFolder.create(tmp_path, CONFIG, {}).close()
     left = tmp_path / "checkpoints" / ".tmp-step-5"
     left.mkdir(parents=True)
@@ -94,7 +94,7 @@ def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
     assert _tree(tmp_path) == [".lock", "checkpoints", "config.json", "record.jsonl"]
 
 
-def test_what_a_process_killed_at_the_very_start_left_counts_as_empty(tmp_path):
+def test_a_folder_with_only_leftovers_of_a_killed_process_counts_as_empty(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".tmp-config.json").write_bytes(b"{")
     RunFolder.create(tmp_path, CONFIG, {}).close()

@@ -98,7 +98,7 @@ def write(path: Path, family: str = "llama", tied: bool = False, quantized: bool
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_logits_are_transformers(tmp_path: Path, family: str, tied: bool) -> None:
+def test_logits_equal_transformers(tmp_path: Path, family: str, tied: bool) -> None:
     theirs = write(tmp_path / "m.gguf", family, tied)
     ours = Thinker.from_pretrained(tmp_path / "m.gguf").eval()
     assert ours.config.tied_head is tied
@@ -157,3 +157,9 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"No such file: .*none.gguf"):
         Thinker.from_pretrained(tmp_path / "none.gguf")
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").symlink_to("m.gguf")
+    with pytest.raises(RunError, match=r"m\.gguf"):
+        Thinker.from_pretrained(tmp_path / "m.gguf")

@@ -26,7 +26,7 @@ def check_spread(weight, std):
 
 
 @pytest.mark.parametrize("feed_forward", ["swiglu", "gelu"])
-def test_xavier(feed_forward):
+def test_xavier_weights_have_their_standard_deviation(feed_forward):
     weights = matrices(build(tied_head=False, feed_forward=feed_forward))
     assert len(weights) == 2 + 4 * (7 if feed_forward == "swiglu" else 6)
     check_spread(weights.pop("embedding.weight"), 96**-0.5)
@@ -34,7 +34,7 @@ def test_xavier(feed_forward):
         check_spread(weight, math.sqrt(2 / sum(weight.shape)))
 
 
-def test_normal():
+def test_normal_weights_have_init_std():
     for weight in matrices(build(init="normal", init_std=0.3, tied_head=False)).values():
         check_spread(weight, 0.3)
 

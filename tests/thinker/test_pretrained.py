@@ -248,6 +248,13 @@ def test_a_missing_shard_is_named(tmp_path):
     fails(tmp_path, f"{tmp_path} has no {lost.name}")
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_link_to_itself_is_refused(folder, name):
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+    fails(folder, name)
+
+
 @pytest.mark.parametrize(
     "weight_map",
     [None, {}, {"a": "../elsewhere.safetensors"}, {"a": 3}, {"a": ["b"]}, {"a": "x" * 300}, {"a": "\0"}, ["a"]],

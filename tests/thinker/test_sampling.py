@@ -80,7 +80,7 @@ def test_temperature_0_takes_the_first_of_the_most_probable_tokens(temperature):
     assert sample(torch.tensor([[1.0, 2.0, 2.0]]), Sampling(0)).tolist() == [1]
 
 
-def test_bfloat16_logits_are_drawn_from():
+def test_bfloat16_logits_are_sampled():
     assert sample(torch.tensor([[0.0, 90.0]]).bfloat16(), Sampling(top_p=0.5)).tolist() == [1]
 
 

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["KVCache", "Sampling", "Thinker", "ThinkerConfig"]
 
 _HOMES = {"KVCache": "cache", "Sampling": "sampling", "Thinker": "model"}
+_MODULES = ("attention", "cache", "feed_forward", "init", "model", "rotary", "sampling")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
