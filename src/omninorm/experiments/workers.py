@@ -92,4 +92,4 @@ def end_with_parent(parent: int) -> None:
 
 def _explain(run: Path, code: int) -> str:
     lines = (run / LOG_FILE).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"exit code {code}, {lines[-1] if lines else 'no output'}"
+    return f"exit code {code}, {lines[-1].rstrip('.') if lines else 'no output'}"
