@@ -1,4 +1,4 @@
-"""`python -m omninorm` is `omninorm`."""
+"""Run the command line with `python -m omninorm`."""
 
 from omninorm.cli import main
 

@@ -1,4 +1,4 @@
-"""Runs that are really interrupted and killed end up bit for bit where an uninterrupted one does."""
+"""Runs that are interrupted or killed in reality and then resumed are bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(text, tmp_path_factory):
-    """What the run comes to when nothing disturbs it."""
+    """The result of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("straight")
     process = Process(folder, "train", "--text", text, "--out", folder / "run", *OPTIONS, 5)
     code, _, err = process.wait()
@@ -73,15 +73,17 @@ def _lines(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_goes_on_where_it_was(number, code, text, straight, spawn, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
+def test_an_interrupted_run_resumes_bit_identically(number, code, text, straight, spawn, tmp_path, capsys):
     folder = tmp_path / "a run"
     process = spawn("train", "--text", text, "--out", folder, *OPTIONS, 5)
     assert _wait_for(lambda: _lines(folder) >= 4, process.running)
-    process.signal(signal.SIGSTOP)  # or it might be done before the other has asked
+    process.signal(signal.SIGSTOP)  # or it might finish before the other process starts
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--resume", str(folder)])
-    assert "only one process may write a run" in capsys.readouterr().err
+    assert f"Another process is writing the run in {folder}" in capsys.readouterr().err
     process.signal(number)
     process.signal(signal.SIGCONT)
     exit_code, out, err = process.wait()
@@ -91,14 +93,15 @@ def test_an_interrupted_run_goes_on_where_it_was(number, code, text, straight, s
     assert 1 <= last["step"] < STEPS
     assert list_checkpoints(folder / "checkpoints")[-1] == last["step"]
 
-    told = re.search(r"^  omninorm (train --resume .*)$", out, re.M)
-    exit_code, out, err = spawn(*shlex.split(told.group(1))).wait()
+    printed = re.search(r"^  omninorm (train --resume .*)$", out, re.M)
+    exit_code, out, err = spawn(*shlex.split(printed.group(1))).wait()
     assert (exit_code, err) == (0, "")
     assert "Done:" in out
     assert _result(folder) == straight
 
 
-def test_ctrl_c_on_a_terminal(text, straight, spawn, tmp_path):
+@pytest.mark.slow
+def test_ctrl_c_on_a_terminal_saves_a_checkpoint(text, straight, spawn, tmp_path):
     """`python -m omninorm` on a real terminal: its Ctrl-C becomes the signal, and the progress is drawn on it."""
     folder = tmp_path / "run"
     ours, theirs = pty.openpty()
@@ -137,7 +140,8 @@ def _read_all(descriptor: int) -> bytes:
             return content
 
 
-def test_a_run_killed_at_random_moments_goes_on(text, straight, spawn, tmp_path):
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_resumes_bit_identically(text, straight, spawn, tmp_path):
     folder = tmp_path / "run"
     draw = random.Random(20)
     arguments = ["train", "--text", text, "--out", folder, *OPTIONS, 5]
@@ -149,7 +153,7 @@ def test_a_run_killed_at_random_moments_goes_on(text, straight, spawn, tmp_path)
         time.sleep(draw.uniform(0.0, 0.02))
         process.signal(signal.SIGKILL)
         if process.wait()[0] != -signal.SIGKILL:
-            break  # it came to its end before the moment did
+            break  # it finished before the kill
         kills += 1
         arguments = ["train", "--resume", folder]
     assert kills >= 3
@@ -158,7 +162,8 @@ def test_a_run_killed_at_random_moments_goes_on(text, straight, spawn, tmp_path)
     assert _result(folder) == straight
 
 
-def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(text, straight, spawn, tmp_path):
+@pytest.mark.slow
+def test_a_run_killed_while_it_writes_a_checkpoint_resumes_bit_identically(text, straight, spawn, tmp_path):
     """With a checkpoint at every step; neither the record nor the last checkpoint depends on how many there are."""
     folder, hits = tmp_path / "run", 0
     checkpoints = folder / "checkpoints"

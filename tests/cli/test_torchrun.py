@@ -1,4 +1,4 @@
-"""`torchrun … -m omninorm train`: the run of one process, by several; one that dies ends all, and the run goes on."""
+"""`torchrun … -m omninorm train`: several processes train the run of one; if one dies, all end and the run resumes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS = [
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-# Many more than the checkpoint that a process is killed behind.
+# Many more than the step of the checkpoint after which a process is killed.
 STEPS = "120"
 
 
@@ -67,10 +67,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(alone: Path, tmp_path: Path, parallel: str) -> None:
     said = train(2, *OPTIONS, "--steps", STEPS, "--out", tmp_path / "run", "--parallel", parallel)
-    assert said.count("Done: ") == 1, "one process speaks for all"
+    assert said.count("Done: ") == 1, "only one process prints"
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
     assert len(losses(alone)) == int(STEPS)
-    # Adam divides by the gradients' size, so what rounding leaves of tiny ones counts.
+    # Adam divides by the gradients' size, which amplifies the rounding errors of tiny ones.
     torch.testing.assert_close(weights(tmp_path / "run", 120), weights(alone, 120), rtol=1e-3, atol=1e-4)
     names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
     assert names == {"config.json", "record.jsonl", "record-rank1.jsonl", "checkpoints", "report.html"}
@@ -85,7 +85,7 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path, parallel: str) 
 
 
 @pytest.mark.slow
-def test_one_is_killed_the_others_say_so_and_the_run_goes_on_alone(alone: Path, tmp_path: Path) -> None:
+def test_if_one_process_is_killed_the_others_end_and_one_resumes_the_run(alone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = command(2, *OPTIONS, "--steps", STEPS, "--out", folder)
     process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -93,7 +93,7 @@ def test_one_is_killed_the_others_say_so_and_the_run_goes_on_alone(alone: Path, 
     os.kill(worker(process.pid, rank=1), signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "every process must stay to the end, got one is gone" in said
+    assert "Another process of this run is gone" in said
     newest = max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
     assert 6 <= newest < int(STEPS)
     train(1, "--resume", folder)
@@ -105,11 +105,11 @@ def test_one_is_killed_the_others_say_so_and_the_run_goes_on_alone(alone: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("parallel", "going_on"),
+    ("parallel", "resumed_by"),
     [("ddp", [(4, "ddp"), (2, "fsdp")]), ("fsdp", [(2, "ddp"), (1, "ddp")])],
 )
-def test_ctrl_c_stops_all_after_a_step_and_any_number_goes_on(
-    alone: Path, tmp_path: Path, parallel: str, going_on: list[tuple[int, str]]
+def test_ctrl_c_stops_all_after_a_step_and_any_number_resumes(
+    alone: Path, tmp_path: Path, parallel: str, resumed_by: list[tuple[int, str]]
 ) -> None:
     """The terminal sends it to every process, and torchrun passes it on."""
     folder = tmp_path / "run"
@@ -120,10 +120,10 @@ def test_ctrl_c_stops_all_after_a_step_and_any_number_goes_on(
     wait_for_checkpoint(process, folder)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=120)
-    stopped = int(re.search(r"Stopped after step (\d+) with a checkpoint", said)[1])
+    stopped = int(re.search(r"Stopped after step (\d+)", said)[1])
     assert (folder / "checkpoints" / f"step-{stopped}" / "model.safetensors").exists()
     assert 6 <= stopped < int(STEPS)
-    for count, way in going_on:
+    for count, way in resumed_by:
         copy = tmp_path / f"{count}-{way}"
         shutil.copytree(folder, copy)
         train(count, "--resume", copy, "--parallel", way)
@@ -154,26 +154,17 @@ def worker(launcher: int, rank: int) -> int:
     raise AssertionError("no such process")
 
 
-def test_an_unknown_way_to_share_the_model_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run(command(1, "--parallel", "zero3"), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.strip() == "omninorm: parallel must be one of ddp, fsdp, got 'zero3'. Choose one of these"
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_batch_that_can_not_be_shared_out_is_refused_once(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_divided_is_refused_once(tmp_path: Path) -> None:
     arguments = [*OPTIONS, "--batch-size", "3", "--out", str(tmp_path / "run")]
     done = subprocess.run(command(2, *arguments), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
-    said = "omninorm: every process must get equally many windows, got a batch of 3 on 2 processes"
-    assert done.stderr.count(said) == 1
+    assert done.stderr.count("omninorm: batch_size must be a multiple of the 2 processes, got 3") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_without_a_run_is_refused_once(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused_by_one_process_only(tmp_path: Path) -> None:
     done = subprocess.run(command(2, "--resume", tmp_path / "none"), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
-    assert [line for line in done.stderr.splitlines() if line.startswith("omninorm:")] == [
-        f"omninorm: a run's folder must have a config.json, got No such file or directory at {tmp_path / 'none' / 'config.json'}; "
-        "name the folder that omninorm train wrote"
-    ]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("omninorm:")]
+    assert f"{tmp_path / 'none'} is not the folder of a run" in line

@@ -1,26 +1,29 @@
-"""`omninorm train` from its options to what it leaves and says."""
+"""`omninorm train`: from its options to its output, its files, and resumed and extended runs."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
-from helpers.cli import SENTENCE, SMALL, tree
+from helpers.cli import SENTENCE, SMALL, call, tree
 
 from omninorm.experiments import list_checkpoints, read_plan, read_record
 
 
-def test_a_run_says_what_it_did_and_how_to_go_on(command, small, tmp_path):
+def test_a_run_prints_its_result_and_the_next_command(command, small, tmp_path):
     run = tmp_path / "run"
     code, out, err = command("train", *small, "--out", run)
     assert (code, err) == (0, "")
     assert f"{tmp_path / 'text.txt'}: 3,492 bytes to train on, 388 held out" in out
-    assert "1 blocks of width 16" in out
-    assert "step 0/4  held out 8." in out
-    assert "step 4/4  held out" in out
-    assert f"Written to {run}\n" in out
-    assert out.endswith(f'Try it: omninorm generate {run} --prompt "In the beginning"\n')
+    assert "1 block of width 16" in out
+    assert f"{run}, 1 thread\n" in out
+    assert "step 0/4  held-out 8." in out
+    assert "step 4/4  held-out" in out
+    assert f"Output folder: {run}\n" in out
+    # The prompt is the start of the text.
+    assert out.endswith(f"  omninorm generate {run} --prompt 'In the beginning'\n")
     assert "\x1b" not in out
     assert list_checkpoints(run / "checkpoints") == [4]
 
@@ -60,10 +63,10 @@ def test_runs_are_numbered_by_default(command, small, tmp_path, monkeypatch):
     for number in (1, 2):
         code, out, _ = command("train", *small, "--steps", 1)
         assert code == 0
-        assert f"Written to runs/text-{number}\n" in out
+        assert f"Output folder: runs/text-{number}\n" in out
 
 
-def test_a_folder_s_files_are_counted_and_what_is_left_out_is_named(command, tmp_path):
+def test_the_files_of_a_folder_are_counted_and_skipped_ones_are_named(command, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     for name in ("a.txt", "b.txt"):
@@ -72,10 +75,10 @@ def test_a_folder_s_files_are_counted_and_what_is_left_out_is_named(command, tmp
     code, out, _ = command("train", "--text", folder, *SMALL, "--steps", 1, "--out", tmp_path / "run")
     assert code == 0
     assert "2 files, " in out
-    assert "left out: picture.png (a NUL at byte 4" in out
+    assert "skipped: picture.png (a NUL at byte 4)" in out
 
 
-def test_a_run_that_diverges_says_so_and_exits_with_1(command, small, tmp_path):
+def test_a_diverged_run_exits_with_1_and_cannot_be_resumed(command, small, tmp_path):
     run = tmp_path / "run"
     code, out, err = command("train", *small, "--lr", 1e30, "--steps", 50, "--out", run, "--schedule", "constant")
     assert (code, err) == (1, "")
@@ -83,70 +86,133 @@ def test_a_run_that_diverges_says_so_and_exits_with_1(command, small, tmp_path):
     assert [event["kind"] for event in read_record(run / "record.jsonl")][-1] == "diverged"
     code, _, err = command("train", "--resume", run)
     assert code == 2
-    assert "only a run that has not diverged can go on" in err
+    assert f"{run} has diverged" in err
 
 
-def test_a_finished_run_is_left_alone(command, small, tmp_path):
-    run = tmp_path / "run"
-    command("train", *small, "--out", run)
-    before = tree(run)
-    code, out, _ = command("train", "--resume", run)
-    assert code == 0
-    assert f"The run in {run} is finished" in out
-    assert tree(run) == before
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of 4 steps with checkpoints of steps 2 and 4, its text, and the options of its command."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(SENTENCE * 40, encoding="utf-8")
+    options = ["--text", str(folder / "text.txt"), *SMALL, "--steps", "4", "--checkpoint-every", "2"]
+    assert call("train", *options, "--out", folder / "run") == 0
+    return folder / "run", options
 
 
 @pytest.fixture
-def unfinished(command, small, tmp_path):
-    """A run that has lost its end: as if it had been killed after step 2."""
-    run = tmp_path / "unfinished"
-    assert command("train", *small, "--out", run, "--checkpoint-every", 2)[0] == 0
-    lines = (run / "record.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (run / "record.jsonl").write_text(
-        "".join(line for line in lines if json.loads(line)["step"] <= 2), encoding="utf-8"
-    )
-    for file in (run / "checkpoints" / "step-4").iterdir():
-        file.unlink()
-    (run / "checkpoints" / "step-4").rmdir()
+def finished(trained, tmp_path):
+    run = tmp_path / "finished"
+    shutil.copytree(trained[0], run)
     return run
 
 
+@pytest.fixture
+def unfinished(trained, tmp_path):
+    """A run without its end, as if it had been killed after step 2."""
+    run = tmp_path / "unfinished"
+    shutil.copytree(trained[0], run)
+    lines = (run / "record.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 2]
+    (run / "record.jsonl").write_text("".join(kept), encoding="utf-8")
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    return run
+
+
+def test_a_finished_run_is_unchanged_and_the_command_to_extend_it_is_printed(command, finished, trained):
+    before = tree(finished)
+    for options in ([], trained[1]):
+        code, out, _ = command("train", "--resume", finished, *options)
+        assert code == 0
+        assert f"The run in {finished} is finished" in out
+        assert "4 steps" in out
+        assert f"omninorm train --resume {finished} --steps 8" in out
+        assert tree(finished) == before
+
+
+@pytest.mark.parametrize("state", ["finished", "unfinished"])
+def test_steps_extend_a_run(command, request, state):
+    run = request.getfixturevalue(state)
+    code, out, err = command("train", "--resume", run, "--steps", 7)
+    assert (code, err) == (0, "")
+    done = 4 if state == "finished" else 2
+    assert f"extended from 4 to 7 steps: from step {done + 1} on, the learning rate follows the cosine schedule" in out
+    assert "step 7/7" in out
+    record = read_record(run / "record.jsonl")
+    assert [event["step"] for event in record if event["kind"] == "step"] == list(range(1, 8))
+    assert record[-1] == {"kind": "finished", "step": 7}
+    assert read_plan(run).train.steps == 7
+    assert list_checkpoints(run / "checkpoints")[-1] == 7
+    code, out, _ = command("train", "--resume", run, "--steps", 7)
+    assert (code, "is finished" in out) == (0, True)
+
+
+@pytest.mark.parametrize("state", ["finished", "unfinished"])
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("options", "flag", "theirs", "given"),
     [
-        (["--lr", "0.5"], "lr"),
-        (["--steps", "9"], "steps"),
-        (["--norm", "layernorm"], "normalization"),
-        (["--seq-len", "8"], "seq len"),
-        (["--tokenizer", "bpe"], "tokenizer"),
-        (["--threads", "2"], "threads"),
-        (["--out", "elsewhere"], "out"),
-        (["--no-grad-clip"], "grad clip"),
+        (["--lr", "0.5"], "--lr", "0.003", "--lr 0.5"),
+        (["--steps", "3"], "--steps", "4 steps", "--steps 3"),
+        (["--steps", "9", "--lr", "0.5"], "--lr", "0.003", "--lr 0.5"),
+        (["--norm", "layernorm"], "--norm", "rmsnorm", "--norm layernorm"),
+        (["--seq-len", "8"], "--seq-len", "16", "--seq-len 8"),
+        (["--betas", "0.9", "0.9"], "--betas", "0.9 0.95", "--betas 0.9 0.9"),
+        (["--tokenizer", "bpe"], "--tokenizer", "byte", "--tokenizer bpe"),
+        (["--threads", "2"], "--threads", "1", "--threads 2"),
+        (["--out", "elsewhere"], "--out", "finished", "--out elsewhere"),
+        (["--untied-head"], "--untied-head", "tied_head is True", ""),
+        (["--no-grad-clip"], "--no-grad-clip", "1.0", ""),
+        (["--no-watch"], "--no-watch", "10", ""),
     ],
 )
-def test_resuming_with_other_settings_is_refused(command, unfinished, options, name):
-    before = tree(unfinished)
-    code, _, err = command("train", "--resume", unfinished, *options)
-    assert code == 2
-    assert f"--resume goes on with the run's own settings, got another {name}, " in err
-    assert tree(unfinished) == before
+def test_an_option_that_conflicts_with_the_resumed_run_is_refused(
+    command, request, state, options, flag, theirs, given
+):
+    run = request.getfixturevalue(state)
+    before = tree(run)
+    code, out, err = command("train", "--resume", run, *options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert flag in err
+    assert theirs in err
+    assert given in err
+    assert tree(run) == before
 
 
-def test_resuming_with_the_same_settings_goes_on(command, unfinished, small):
-    code, out, err = command("train", "--resume", unfinished, *small)
+def test_options_equal_to_the_settings_of_the_run_are_accepted(command, unfinished, trained):
+    equal = [
+        "--kv-heads",
+        "2",
+        "--head-dim",
+        "8",
+        "--d-ff",
+        "48",
+        "--warmup-steps",
+        "0",
+        "--vocab-size",
+        "256",
+        "--betas",
+        "0.9",
+        "0.95",
+        "--eps",
+        "1e-6",
+    ]
+    code, out, err = command("train", "--resume", unfinished, *trained[1], *equal, "--out", unfinished)
     assert (code, err) == (0, "")
     assert "step 4/4" in out
     assert [e["step"] for e in read_record(unfinished / "record.jsonl") if e["kind"] == "step"] == [1, 2, 3, 4]
 
 
-def test_resuming_with_a_text_that_has_moved_or_changed(command, unfinished, text_file, tmp_path):
-    moved = text_file.rename(tmp_path / "moved.txt")
+def test_a_moved_text_is_accepted_and_a_changed_one_is_refused(command, unfinished, tmp_path):
+    config = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
+    moved, absent = config["data"]["text"], str(tmp_path / "absent.txt")
+    config["data"]["text"] = absent
+    (unfinished / "config.json").write_text(json.dumps(config), encoding="utf-8")
     code, _, err = command("train", "--resume", unfinished)
     assert code == 2
-    assert f"No such file or directory at {text_file}" in err
+    assert absent in err
+    assert "--text" in err
     other = tmp_path / "other.txt"
     other.write_text(SENTENCE * 39, encoding="utf-8")
     code, _, err = command("train", "--resume", unfinished, "--text", other)
     assert code == 2
-    assert f"needs the text it was started with, got another one at {other}" in err
+    assert f"{other} is not the text" in err
     assert command("train", "--resume", unfinished, "--text", moved)[0] == 0

@@ -65,7 +65,7 @@ def test_with_bpe_the_bytes_of_the_text_count():
     assert len(tokens) < len(text) / 2
 
 
-def test_evaluation_leaves_no_trace(model, data):
+def test_evaluation_changes_neither_gradients_nor_random_state(model, data):
     model.train()
     state = torch.get_rng_state()
     bits_per_byte(model, data, seq_len=16, batch_size=2)
@@ -80,7 +80,7 @@ def test_the_unigram_baseline_by_hand():
     assert unigram_bits_per_byte(b"aab", b"aabz") == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_baselines_on_english_stand_in_their_order(text_file):
+def test_the_xz_baseline_is_below_the_unigram_baseline_on_repeated_text(text_file):
     text = text_file.read_bytes()
     train, held_out = text[:3600], text[3600:]
     unigram, xz = unigram_bits_per_byte(train, held_out), xz_bits_per_byte(train, held_out)

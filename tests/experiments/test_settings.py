@@ -59,7 +59,7 @@ BAD = [
 def test_a_bad_value_is_refused_by_name(name, value):
     with pytest.raises(ConfigError) as caught:
         TrainConfig(**{name: value})
-    expected = "warm-up" if value == 601 else name
+    expected = "warmup_steps=601" if value == 601 else name
     assert expected in str(caught.value)
 
 
@@ -77,7 +77,7 @@ def test_the_default_warmup_is_a_tenth_and_at_most_a_hundred():
     assert [TrainConfig(steps=steps).warmup for steps in (5, 600, 5000)] == [0, 60, 100]
 
 
-def test_warmup_rises_linearly_to_the_rate():
+def test_warmup_rises_linearly_to_the_peak():
     config = TrainConfig(steps=100, lr=2.0, warmup_steps=4)
     assert [learning_rate(step, config) for step in (1, 2, 3, 4)] == [0.5, 1.0, 1.5, 2.0]
 
@@ -90,10 +90,10 @@ def test_cosine_passes_the_middle_and_ends_at_its_ratio():
     assert rates == sorted(rates, reverse=True)
 
 
-def test_constant_stays():
+def test_the_constant_schedule_stays_at_the_peak():
     config = TrainConfig(steps=10, lr=0.125, warmup_steps=2, schedule="constant")
     assert {learning_rate(step, config) for step in range(2, 11)} == {0.125}
 
 
-def test_a_run_that_is_all_warmup_ends_at_the_rate():
+def test_a_run_of_warmup_only_ends_at_the_peak_learning_rate():
     assert learning_rate(5, TrainConfig(steps=5, warmup_steps=5, lr=0.5)) == 0.5

@@ -19,7 +19,7 @@ def bpe() -> BpeTokenizer:
     return BpeTokenizer.train(TEXT, 300)
 
 
-def test_bytes_are_tokens():
+def test_byte_tokens_are_the_bytes():
     tokens = ByteTokenizer().encode("é!".encode())
     assert tokens.tolist() == [0xC3, 0xA9, 0x21]
     assert ByteTokenizer().decode([0xC3, 0xA9]) == "é".encode()
@@ -31,7 +31,7 @@ def test_every_byte_tokenizer_token_is_one_byte():
 
 
 @pytest.mark.parametrize("text", [TEXT, b"unseen: \x01\x7f", "Ωmega".encode(), b"", b"\n"])
-def test_bpe_loses_nothing(bpe, text):
+def test_bpe_round_trip_is_lossless(bpe, text):
     tokens = bpe.encode(text)
     assert bpe.decode(tokens.tolist()) == text
     assert int(bpe.byte_lengths()[tokens.long()].sum()) == len(text)
@@ -42,7 +42,7 @@ def test_bpe_compresses_what_it_was_trained_on(bpe):
     assert len(bpe.encode(TEXT)) < len(TEXT) / 2
 
 
-def test_bpe_in_pieces_loses_nothing(bpe, monkeypatch):
+def test_bpe_of_a_text_in_pieces_is_lossless(bpe, monkeypatch):
     monkeypatch.setattr("omninorm.experiments.tokenizer._PIECE", 10)
     assert bpe.decode(bpe.encode(TEXT).tolist()) == TEXT
 
@@ -62,14 +62,14 @@ def test_a_small_text_gives_fewer_tokens_than_asked_for():
 def test_a_missing_or_damaged_file_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
-    with pytest.raises(RunError, match=r"tokenizer\.json.*restore the file"):
+    with pytest.raises(RunError, match=r"tokenizer\.json"):
         load_tokenizer("bpe", tmp_path)
 
 
 def test_sizes_that_do_not_go_with_the_kind_are_refused():
-    with pytest.raises(ConfigError, match=r"byte tokenizer has 256 tokens.*vocab_size=300.*'bpe'"):
+    with pytest.raises(ConfigError, match=r"256 tokens.*vocab_size=300.*'bpe'"):
         build_tokenizer("byte", 300, TEXT)
-    with pytest.raises(ConfigError, match="≥ 257, got 256"):
+    with pytest.raises(ConfigError, match=r"257.*got 256"):
         build_tokenizer("bpe", 256, TEXT)
     with pytest.raises(ConfigError, match="byte, bpe, got 'words'"):
         build_tokenizer("words", None, TEXT)
@@ -79,7 +79,7 @@ def test_a_vocabulary_with_a_gap_is_refused(bpe, tmp_path):
     content = json.loads(bpe.to_json())
     content["model"]["vocab"] = {word: index * 2 for word, index in content["model"]["vocab"].items()}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(RunError, match=r"tokenizer\.json must be a byte-level BPE tokenizer.*restore the file"):
+    with pytest.raises(RunError, match=r"tokenizer\.json"):
         load_tokenizer("bpe", tmp_path)
 
 
@@ -88,10 +88,10 @@ def test_another_tokenizer_than_the_one_written_is_refused(bpe, tmp_path):
     digest = hashlib.sha256(bpe.to_json().encode()).hexdigest()
     assert load_tokenizer("bpe", tmp_path, digest).vocab_size == 300
     (tmp_path / "tokenizer.json").write_text(BpeTokenizer.train(TEXT, 299).to_json(), encoding="utf-8")
-    with pytest.raises(RunError, match=r"tokenizer\.json must be what was written, got other content in"):
+    with pytest.raises(RunError, match=r"tokenizer\.json has changed"):
         load_tokenizer("bpe", tmp_path, digest)
 
 
-def test_a_vocabulary_that_no_memory_holds_is_refused():
-    with pytest.raises(ConfigError, match="vocab_size of a BPE tokenizer must be at most 1048576, got 1048577"):
+def test_a_vocabulary_above_the_limit_is_refused():
+    with pytest.raises(ConfigError, match=r"vocab_size.*1048577"):
         build_tokenizer("bpe", 2**20 + 1, b"some text")

@@ -1,4 +1,4 @@
-"""The training loop: its arithmetic against the textbook's, and its outcomes."""
+"""The training loop: its arithmetic against AdamW's formula, and its results."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_same_seed_same_run_other_seed_other_run(data, small):
     assert runs[0] != runs[2]
 
 
-def test_a_small_model_learns_more_than_letter_frequencies(data, text_file):
+def test_a_small_model_beats_the_unigram_baseline(data, text_file):
     config = TrainConfig(steps=150, batch_size=8, seq_len=16, lr=1e-2, eval_every=150)
     result = train(build_model(SHAPE, 0), data, config)
     corpus = load_corpus(text_file)

@@ -1,4 +1,4 @@
-"""Processes that run the real command line without paying for `import torch` each time.
+"""Processes that run the real command line without importing torch each time.
 
 A fork server imports everything once; each process is a fork of it, with a process id to send signals to, exactly as
 `python -m omninorm` has, and its own stdout and stderr in files.
@@ -13,6 +13,10 @@ import sys
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
+_PRELOADED = [
+    "omninorm.cli.app", "omninorm.cli.train", "omninorm.cli.progress", "omninorm.experiments", "omninorm.report",
+    "torch._dynamo", "safetensors.torch", "tokenizers",
+]  # fmt: skip
 
 
 class Process:
@@ -20,10 +24,10 @@ class Process:
 
     def __init__(self, folder: Path, *arguments: object) -> None:
         self._streams = (folder / "stdout", folder / "stderr")
-        # One thread: several processes share the cores, and OpenMP's waiting threads would eat them. The server
-        # also inherits this, if it starts now.
+        # One thread: several processes share the cores, which OpenMP's waiting threads would use up. The server also
+        # inherits this if it starts now.
         os.environ["OMP_NUM_THREADS"] = "1"
-        _SERVER.set_forkserver_preload(["omninorm.cli.app", "torch._dynamo", "safetensors.torch", "tokenizers"])
+        _SERVER.set_forkserver_preload(_PRELOADED)
         self._process = _SERVER.Process(target=_run, args=([str(a) for a in arguments], *map(str, self._streams)))
         self._process.start()
         del os.environ["OMP_NUM_THREADS"]
@@ -55,7 +59,7 @@ def _run(arguments: list[str], out: str, err: str) -> None:
         os.dup2(descriptor, stream)
         os.close(descriptor)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
-    # A shell ignores it for what it runs in the background, tests too, and the children of such a process do as well.
+    # A shell disables it for programs in the background, such as these tests, and their children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from omninorm.cli import main
 

@@ -56,14 +56,14 @@ def test_attention_is_its_formula(placement, n_kv_heads, head_dim):
 
 
 @pytest.mark.parametrize(("placement", "wanted"), [("pre", {"q", "k"}), ("hybrid", {"q", "k", "v"})])
-def test_qk_norm_joins_what_the_placement_wants(placement, wanted):
+def test_qk_norm_adds_to_the_norms_of_the_placement(placement, wanted):
     attention = Attention(ThinkerConfig(norm=NormConfig(norm_placement=placement, qk_norm=True)))
     assert attention.inner_norms == wanted
     names = {name for name, _ in attention.named_parameters() if "norm" in name}
     assert names == {f"{name}_norm.weight" for name in wanted}
 
 
-def test_shapes_of_the_weights():
+def test_the_weights_have_their_shapes():
     attention = Attention(ThinkerConfig(d_model=48, n_heads=6, n_kv_heads=2, head_dim=10))
     shapes = {name: tuple(weight.shape) for name, weight in attention.state_dict().items()}
     assert shapes == {"q.weight": (60, 48), "k.weight": (20, 48), "v.weight": (20, 48), "out.weight": (48, 60)}

@@ -38,6 +38,6 @@ def test_feed_forward_is_its_formula(kind, cls, placement):
 
 
 @pytest.mark.parametrize(("kind", "names"), [("swiglu", {"up", "gate", "down"}), ("gelu", {"up", "down"})])
-def test_names_of_the_weights(kind, names):
+def test_the_weights_have_their_names(kind, names):
     module = build_feed_forward(ThinkerConfig(feed_forward=kind))
     assert set(module.state_dict()) == {f"{name}.weight" for name in names}

@@ -34,28 +34,28 @@ def test_greedy_is_the_argmax_of_the_whole_context(make, placement):
 
 
 @pytest.mark.parametrize("placement", ["pre", "residual", "hybrid"])
-def test_ragged_prompts_continue_as_each_alone(make, placement):
+def test_prompts_of_different_lengths_continue_as_each_alone(make, placement):
     model = make(placement)
     together = model.generate(PROMPTS, 14, temperature=0)
     assert together == [model.generate([prompt], 14, temperature=0)[0] for prompt in PROMPTS]
     assert len({tuple(row) for row in together}) == 4
 
 
-def test_past_max_seq_len_each_row_slides_as_documented(make):
+def test_past_max_seq_len_each_row_keeps_its_newest_half(make):
     model = make()
     prompts = [*PROMPTS, list(range(24))]
-    together = model.generate(prompts, 60, temperature=0)
-    assert together == [greedy(model, prompt, 60) for prompt in prompts]
+    together = model.generate(prompts, 30, temperature=0)
+    assert together == [greedy(model, prompt, 30) for prompt in prompts]
 
 
-def test_a_context_of_one_token_slides_too(make):
+def test_a_context_of_one_token_keeps_the_newest(make):
     model = make(max_seq_len=1)
     got = model.generate([[7]], 5, temperature=0)[0]
     for before, after in zip([7, *got], got, strict=False):
         assert after == greedy(model, [before], 1)[0]
 
 
-def test_stop_tokens_end_a_row_and_the_others_go_on(make):
+def test_a_stop_token_ends_its_row_only(make):
     model = make()
     free = model.generate(PROMPTS, 40, temperature=0)
     stops = {free[0][3], free[2][7]}
@@ -87,7 +87,7 @@ def test_the_stream_is_lazy(make):
     assert len(calls) == 2
 
 
-def test_gradients_stay_on_for_the_caller(make):
+def test_a_stream_leaves_gradients_enabled_for_the_caller(make):
     steps = make().stream([[1, 2]], 3)
     next(steps)
     assert torch.is_grad_enabled()
@@ -118,52 +118,53 @@ def test_settings_reach_the_sampler(make):
     assert model.generate(PROMPTS, 10, temperature=5.0, seed=0) != most_probable
 
 
-def test_tensors_and_bytes_are_prompts_too(make):
+def test_tensors_and_bytes_are_accepted_as_prompts(make):
     model = make()
     want = model.generate([[1, 2, 3], [4, 5, 6]], 6, temperature=0)
     assert model.generate(torch.tensor([[1, 2, 3], [4, 5, 6]]), 6, temperature=0) == want
     assert model.generate([torch.tensor([1, 2, 3]), bytes([4, 5, 6])], 6, temperature=0) == want
 
 
-def test_prompts_are_left_as_they_were(make):
+def test_prompts_are_not_modified(make):
     prompts = [[1, 2, 3], [4]]
     make().generate(prompts, 30)
     assert prompts == [[1, 2, 3], [4]]
 
 
 BAD = [
-    ([], {}, "prompts are one or several lists of tokens, got no prompt. Pass a list of prompts"),
-    ("text", {}, "prompts are one or several lists of tokens, got 'str'. Pass a list of prompts"),
-    ([3, 4], {}, "prompt 0 must be a list of tokens, got 3. Put a single prompt into a list"),
-    (["text"], {}, "prompt 0 must be a list of tokens, got 'text'. Put a single prompt into a list and text thr"),
-    ([[1], []], {}, "prompt 1 must have between 1 and max_seq_len=24 tokens, got 0. Begin with at least one"),
-    ([[1] * 25], {}, "prompt 0 must have between 1 and max_seq_len=24 tokens, got 25. Keep its newest tokens"),
-    ([[1, 40]], {}, "prompt 0 must hold integers from 0 to 39, got 40. Use the tokenizer"),
-    ([[-1]], {}, "prompt 0 must hold integers from 0 to 39, got -1"),
-    ([[1.0]], {}, "prompt 0 must hold integers from 0 to 39, got 1.0"),
-    (torch.zeros(1, 2), {}, "prompt 0 must hold integers from 0 to 39, got 0.0"),
-    ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be an integer ≥ 1, got 0. Ask for at least one"),
-    ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens must be an integer ≥ 1, got 1.5"),
-    ([[1]], {"temperature": -1}, "temperature must be a finite number ≥ 0, got -1"),
-    ([[1]], {"top_k": 0}, "top_k must be an integer ≥ 1, got 0"),
-    ([[1]], {"top_p": 2}, "top_p must be a number in (0, 1], got 2"),
-    ([[1]], {"stop_tokens": [40]}, "stop_tokens must hold integers from 0 to 39, got 40"),
-    ([[1]], {"stop_tokens": 4}, "stop_tokens are a list or a set of tokens, got 4. Put a single one into a list"),
-    ([[1]], {"seed": -1}, "seed must be an integer from 0 to 2⁶³ − 1, got -1. Leave it out"),
-    ([[1]], {"seed": 0.5}, "seed must be an integer from 0 to 2⁶³ − 1, got 0.5"),
+    ([], {}, "prompts", "none"),
+    ("text", {}, "prompts", "str"),
+    ([3, 4], {}, "Prompt 0", "3"),
+    (["text"], {}, "Prompt 0", "'text'"),
+    ([[1], []], {}, "Prompt 1", "0"),
+    ([[1] * 25], {}, "Prompt 0 must have between 1 and max_seq_len=24 tokens", "25"),
+    ([[1, 40]], {}, "Prompt 0", "40"),
+    ([[-1]], {}, "Prompt 0", "-1"),
+    ([[1.0]], {}, "Prompt 0", "1.0"),
+    (torch.zeros(1, 2), {}, "Prompt 0", "0.0"),
+    ([[1]], {"max_new_tokens": 0}, "max_new_tokens", "0"),
+    ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens", "1.5"),
+    ([[1]], {"temperature": -1}, "temperature", "-1"),
+    ([[1]], {"top_k": 0}, "top_k", "0"),
+    ([[1]], {"top_p": 2}, "top_p", "2"),
+    ([[1]], {"stop_tokens": [40]}, "stop_tokens", "40"),
+    ([[1]], {"stop_tokens": 4}, "stop_tokens", "4"),
+    ([[1]], {"seed": -1}, "seed", "-1"),
+    ([[1]], {"seed": 0.5}, "seed", "0.5"),
 ]
 
 
-@pytest.mark.parametrize(("prompts", "settings", "message"), BAD)
-def test_bad_calls_are_refused_at_once(make, prompts, settings, message):
+@pytest.mark.parametrize(("prompts", "settings", "name", "received"), BAD)
+def test_a_bad_argument_is_refused_by_the_call(make, prompts, settings, name, received):
     with pytest.raises(InputError) as caught:
         make().stream(prompts, **{"max_new_tokens": 3, **settings})
-    assert message in str(caught.value)
+    assert name in caught.value.invariant
+    assert str(caught.value.received) == received
 
 
-def test_a_diverged_model_says_so(make):
+def test_logits_that_are_not_finite_are_refused(make):
     model = make()
     with torch.no_grad():
         model.embedding.weight[0, 0] = float("nan")
-    with pytest.raises(InputError, match="the model has diverged: use an earlier checkpoint"):
+    with pytest.raises(InputError, match="earlier checkpoint"):
         model.generate([[0]], 2)

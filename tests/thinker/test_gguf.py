@@ -1,8 +1,7 @@
-"""GGUF files: logits equal transformers' with the same weights; damaged and foreign files are refused in words."""
+"""GGUF files: logits equal transformers' with the same weights; damaged and unsupported files are refused."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import gguf
@@ -12,7 +11,7 @@ import torch
 import transformers as hf
 
 from omninorm import Thinker
-from omninorm.errors import ConfigError, OmninormError, RunError
+from omninorm.errors import ConfigError, RunError
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 SIZES = {
@@ -99,7 +98,7 @@ def write(path: Path, family: str = "llama", tied: bool = False, quantized: bool
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_logits_are_transformers(tmp_path: Path, family: str, tied: bool) -> None:
+def test_logits_equal_transformers(tmp_path: Path, family: str, tied: bool) -> None:
     theirs = write(tmp_path / "m.gguf", family, tied)
     ours = Thinker.from_pretrained(tmp_path / "m.gguf").eval()
     assert ours.config.tied_head is tied
@@ -108,7 +107,7 @@ def test_logits_are_transformers(tmp_path: Path, family: str, tied: bool) -> Non
         assert torch.allclose(ours(TOKENS), theirs(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_quantized_weights_are_as_near_as_their_bits(tmp_path: Path) -> None:
+def test_quantized_weights_are_within_their_rounding(tmp_path: Path) -> None:
     """Q8_0 rounds to 1/127 of a block's largest weight."""
     theirs = write(tmp_path / "m.gguf", quantized=True)
     ours = Thinker.from_pretrained(tmp_path / "m.gguf", dtype=torch.float64)
@@ -121,15 +120,15 @@ def test_quantized_weights_are_as_near_as_their_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "said"),
     [
-        ({"leave_out": ["blk.1.ffn_up.weight"]}, RunError, "no blk.1.ffn_up.weight"),
+        ({"leave_out": ["blk.1.ffn_up.weight"]}, RunError, "none named blk.1.ffn_up.weight"),
         ({"leave_out": ["token_embd.weight"]}, RunError, "no token_embd.weight"),
         ({"add": {"blk.0.attn_q.bias": np.zeros(32, np.float32)}}, RunError, "also blk.0.attn_q.bias"),
-        ({"add": {"rope_freqs.weight": np.ones(4, np.float32)}}, ConfigError, "scaled RoPE"),
+        ({"add": {"rope_freqs.weight": np.ones(4, np.float32)}}, ConfigError, "Scaled RoPE"),
         ({"add": {"output_norm.weight": np.ones(31, np.float32)}}, RunError, "shape (32,)"),
-        ({"keys": {"llama.rope.scaling.type": "yarn"}}, ConfigError, "scaled RoPE"),
+        ({"keys": {"llama.rope.scaling.type": "yarn"}}, ConfigError, "Scaled RoPE"),
     ],
 )
-def test_what_thinker_is_not_is_refused(tmp_path: Path, changes: dict, kind: type[Exception], said: str) -> None:
+def test_an_unsupported_model_is_refused(tmp_path: Path, changes: dict, kind: type[Exception], said: str) -> None:
     write(tmp_path / "m.gguf", **changes)
     with pytest.raises(kind, match=said.replace("(", r"\(").replace(")", r"\)")):
         Thinker.from_pretrained(tmp_path / "m.gguf")
@@ -142,7 +141,7 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ConfigError, match="llama and qwen3, got 'mamba'"):
+    with pytest.raises(ConfigError, match="'mamba'"):
         Thinker.from_pretrained(tmp_path / "m.gguf")
 
 
@@ -155,25 +154,12 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
         Thinker.from_pretrained(tmp_path / "m.gguf")
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="whole GGUF file"):
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"No such file: .*none.gguf"):
         Thinker.from_pretrained(tmp_path / "none.gguf")
 
 
-def test_broken_bytes_never_end_in_another_error(tmp_path: Path) -> None:
-    """Bytes of the header changed at random, and files cut at random: refused, or read."""
-    write(tmp_path / "m.gguf")
-    whole = (tmp_path / "m.gguf").read_bytes()
-    draw = random.Random(0)
-    refused = 0
-    for _ in range(120):
-        broken = bytearray(whole[: draw.randrange(len(whole))] if draw.random() < 0.3 else whole)
-        for _ in range(draw.randrange(1, 4)):
-            if broken:
-                broken[draw.randrange(min(len(broken), 2000))] = draw.randrange(256)
-        (tmp_path / "b.gguf").write_bytes(broken)
-        try:
-            Thinker.from_pretrained(tmp_path / "b.gguf")
-        except OmninormError:
-            refused += 1
-    assert refused > 40
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").symlink_to("m.gguf")
+    with pytest.raises(RunError, match=r"m\.gguf"):
+        Thinker.from_pretrained(tmp_path / "m.gguf")

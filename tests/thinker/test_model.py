@@ -10,6 +10,15 @@ from omninorm.config import NORMALIZATIONS, PLACEMENTS
 from omninorm.errors import InputError
 from omninorm.thinker import Thinker
 
+# Every placement with RMSNorm and every norm with pre-norm; the other pairs only in the exhaustive run.
+PAIRS = [
+    (placement, norm)
+    if norm == "rmsnorm" or placement == "pre"
+    else pytest.param(placement, norm, marks=pytest.mark.exhaustive)
+    for placement in PLACEMENTS
+    for norm in NORMALIZATIONS
+]
+
 
 @pytest.mark.parametrize("feed_forward", ["swiglu", "gelu"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -24,8 +33,7 @@ def test_every_placement_computes_and_trains_every_parameter(make, tokens, place
     assert silent == []
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("placement", "normalization"), PAIRS)
 def test_later_tokens_do_not_change_earlier_logits(make, tokens, placement, normalization):
     model = make(placement, normalization)
     changed = tokens.clone()
@@ -82,7 +90,7 @@ def test_the_state_dict_is_readable_and_loads(make, tokens):
     assert torch.equal(copy.deepcopy(model)(tokens), model(tokens))
 
 
-def test_a_tied_head_is_no_second_parameter(make):
+def test_a_tied_head_has_no_parameter_of_its_own(make):
     assert "head.weight" not in make(tied_head=True).state_dict()
 
 
@@ -102,7 +110,8 @@ def test_bfloat16_by_autocast_and_by_weights(make, tokens, placement):
         assert (rounded.float() - exact).square().mean().sqrt() < 0.05 * exact.std()
 
 
-def test_compiled_whole_it_computes_the_same(make, tokens):
+@pytest.mark.slow
+def test_compiled_as_one_graph_the_logits_are_the_same(make, tokens):
     # Without norms: what they need to be compiled is tested with them.
     model = make("none", "none")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -110,32 +119,30 @@ def test_compiled_whole_it_computes_the_same(make, tokens):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
-def test_nothing_in_nothing_out(make, shape):
+def test_empty_tokens_give_empty_logits(make, shape):
     assert make()(torch.zeros(shape, dtype=torch.int64)).shape == (*shape, 40)
 
 
-def test_int32_tokens_are_welcome(make, tokens):
+def test_int32_tokens_are_accepted(make, tokens):
     model = make()
     assert torch.equal(model(tokens.int()), model(tokens))
 
 
 BAD = [
-    (torch.zeros(1, 4), "tokens are integers of type int64 or int32, got torch.float32. Convert them"),
-    (torch.zeros(1, 4, dtype=torch.uint8), "tokens are integers of type int64 or int32, got torch.uint8"),
-    (torch.zeros(1, 4, dtype=torch.bool), "tokens are integers of type int64 or int32, got torch.bool"),
-    (
-        torch.zeros(4).long(),
-        "the shape (batch, sequence), got the shape (4,). Add the batch dimension by tokens.un",
-    ),
-    (torch.zeros(1, 2, 3).long(), "tokens have the shape (batch, sequence), got the shape (1, 2, 3). Reshape them"),
-    (torch.zeros(1, 25).long(), "reads at most max_seq_len=24 tokens at once, got 25. Pass fewer or build"),
-    (torch.tensor([[0, 40]]), "tokens lie between 0 and vocab_size − 1 = 39, got values from 0 to 40. Use the"),
-    (torch.tensor([[-1, 3]]), "tokens lie between 0 and vocab_size − 1 = 39, got values from -1 to 3. Use the"),
+    (torch.zeros(1, 4), "torch.float32"),
+    (torch.zeros(1, 4, dtype=torch.uint8), "torch.uint8"),
+    (torch.zeros(1, 4, dtype=torch.bool), "torch.bool"),
+    (torch.zeros(4).long(), "(4,)"),
+    (torch.zeros(1, 2, 3).long(), "(1, 2, 3)"),
+    (torch.zeros(1, 25).long(), "25"),
+    (torch.tensor([[0, 40]]), "values from 0 to 40"),
+    (torch.tensor([[-1, 3]]), "values from -1 to 3"),
+    ([[1]], "list"),
 ]
 
 
-@pytest.mark.parametrize(("tokens", "message"), BAD)
-def test_bad_tokens_are_refused(make, tokens, message):
+@pytest.mark.parametrize(("tokens", "received"), BAD)
+def test_bad_tokens_are_refused(make, tokens, received):
     with pytest.raises(InputError) as caught:
         make()(tokens)
-    assert message in str(caught.value)
+    assert str(caught.value.received) == received

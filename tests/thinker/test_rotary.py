@@ -1,4 +1,4 @@
-"""RoPE against its definition as a turn of complex numbers, in float64."""
+"""RoPE against its definition as a rotation of complex numbers, in float64."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from omninorm.thinker.rotary import Rotary, rotate
 
 
-def turned(x, position, theta):
+def rotated(x, position, theta):
     """One head vector: pair (x_i, x_{i+h/2}) as a complex number times e^(i·angle)."""
     half = len(x) // 2
     y = [0.0] * len(x)
@@ -23,12 +23,12 @@ def turned(x, position, theta):
 def test_rotation_is_the_definition(theta):
     x = torch.randn(2, 30, 3, 6, dtype=torch.float64)
     got = rotate(x, Rotary(6, 50, theta)(5, 35))
-    want = [[[turned(x[b, t, h].tolist(), 5 + t, theta) for h in range(3)] for t in range(30)] for b in range(2)]
+    want = [[[rotated(x[b, t, h].tolist(), 5 + t, theta) for h in range(3)] for t in range(30)] for b in range(2)]
     # The tables are float32: an angle below 35 is off by up to 35 · 2^-23 or so.
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=0, atol=2e-5)
 
 
-def test_padding_shifts_a_rows_positions():
+def test_padding_shifts_the_positions_of_its_row():
     rotary = Rotary(4, 20, 100.0)
     x = torch.randn(2, 7, 1, 4)
     got = rotate(x, rotary(3, 10, torch.tensor([0, 3])))
@@ -36,7 +36,7 @@ def test_padding_shifts_a_rows_positions():
     assert torch.equal(got[1:], rotate(x[1:], rotary(0, 7)))
 
 
-def test_scores_depend_on_the_distance_alone():
+def test_scores_depend_only_on_the_distance():
     rotary = Rotary(8, 64, 10000.0)
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
     scores = [(rotate(q, rotary(p + 5, p + 6)) * rotate(k, rotary(p, p + 1))).sum().item() for p in range(0, 58, 7)]
@@ -58,3 +58,19 @@ def test_a_rotated_bfloat16_stays_bfloat16():
     got = rotate(x, Rotary(8, 4, 10000.0)(0, 4))
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), rotate(x.float(), Rotary(8, 4, 10000.0)(0, 4)), rtol=2**-7, atol=2**-6)
+
+
+def test_a_long_table_grows_when_its_positions_are_used():
+    whole, grown = Rotary(4, 9000, 100.0), Rotary(4, 10**9, 100.0)
+    assert len(grown.cos) == 8192
+    with torch.inference_mode():
+        for start, stop in ((0, 8192), (8190, 8195), (8990, 9000)):
+            for ours, theirs in zip(grown(start, stop), whole(start, stop), strict=True):
+                assert torch.equal(ours, theirs)
+    assert 9000 <= len(grown.cos) <= 2 * 8192
+    # Not inference tensors, which could not be used in training.
+    assert not grown.cos.is_inference()
+    assert len(grown.double().cos) == len(grown.cos)
+    x = torch.randn(1, 2, 1, 4, requires_grad=True)
+    rotate(x, grown(8500, 8502)).sum().backward()
+    assert x.grad is not None

@@ -18,8 +18,10 @@ BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 70, 128 + signal.SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 done, 1 the training diverged or an inspected checkpoint fails, 2 bad input (one
-    sentence on stderr), 70 an error that omninorm did not foresee, 130 and 143 interrupted by Ctrl-C and SIGTERM.
+    """Run a command and exit with its code.
+
+    0: done. 1: the training diverged, or an inspected checkpoint fails. 2: bad input, reported on stderr in one line.
+    70: an unexpected error. 130 and 143: interrupted by Ctrl-C and by SIGTERM.
 
     Args:
         arguments: the command line without the program's name; None means this process's own.
@@ -27,12 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     _prepare_streams()
     if arguments is None and hasattr(signal, "SIGPIPE"):
-        # `omninorm … | head` ends quietly, as other programs do.
+        # With the default handler `omninorm … | head` ends quietly, as other programs do.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         needs = " and ".join(missing)
-        _fail(f'the command line needs {needs}; install with pip install "omninorm[train]"', BAD_INPUT)
+        _fail(f'The command line needs {needs}. Install with pip install "omninorm[train]".', BAD_INPUT)
     try:
         from omninorm.cli.app import app
 
@@ -40,20 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OmninormError as error:
         _fail(str(error), BAD_INPUT)
     except OSError as error:
-        _fail(f"a file or stream failed: {error}; check the disk and the permissions", BAD_INPUT)
+        _fail(f"Reading or writing failed: {error}. Check the disk and the permissions.", BAD_INPUT)
     except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
+        _fail("Interrupted.", INTERRUPTED)
+    except ImportError as error:
+        if "OMNINORM_TRACEBACK" in os.environ or (error.name or "").startswith("omninorm"):
+            raise
+        _fail(f"Cannot import a module: {error}. Reinstall Python or the package that needs it.", BAD_INPUT)
     except Exception as error:
         if "OMNINORM_TRACEBACK" in os.environ:
             raise
-        what = f"{type(error).__name__}: {error}"
-        _fail(f"an error that omninorm did not foresee, {what}; set OMNINORM_TRACEBACK=1 to see where", UNEXPECTED)
+        what = f"{type(error).__name__}: {error}".rstrip(". ")
+        _fail(f"Unexpected error: {what}. Set OMNINORM_TRACEBACK=1 for a traceback.", UNEXPECTED)
     finally:
         _flush()
 
 
 def _prepare_streams() -> None:
-    """Makes both streams usable: one may be closed, or of an encoding that lacks a character."""
+    """Make both streams usable: one may be closed, or have an encoding that lacks a character."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -68,10 +74,10 @@ def _fail(sentence: str, code: int) -> None:
 
 
 def _flush() -> None:
-    """What a full disk did not take of stdout must not become a traceback when Python exits."""
+    """Flush stdout, so that output lost on a full disk is one error and not a traceback when Python exits."""
     try:
         sys.stdout.flush()
     except OSError as error:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _fail(f"the output could not be written: {error}; check the disk", BAD_INPUT)
+        _fail(f"Could not write the output: {error}. Check the disk.", BAD_INPUT)

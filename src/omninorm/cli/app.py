@@ -1,49 +1,121 @@
-"""The Typer application: one file per command, in the order of the help page."""
+"""The Typer application. A command's module is imported when the command is used, and not to list the commands."""
 
 from __future__ import annotations
 
+import ast
+import copy
+import importlib
+import importlib.util
 import logging
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from omninorm.cli.bench import bench
-from omninorm.cli.compare import compare
-from omninorm.cli.convert import convert
-from omninorm.cli.demo import demo
-from omninorm.cli.doctor import doctor
-from omninorm.cli.generate import generate
-from omninorm.cli.inspect import inspect
-from omninorm.cli.report import report
-from omninorm.cli.train import train
-from omninorm.experiments.provenance import version_of
+# In the order of the help page. `omninorm.cli.NAME` defines the function NAME.
+COMMANDS = ("demo", "train", "generate", "compare", "report", "inspect", "convert", "bench", "doctor")
+
+
+class _Command(TyperCommand):
+    """A command whose help page wraps its paragraphs at the width of the terminal, and not as the docstring does."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        shown: Any = copy.copy(self)
+        shown.__class__ = TyperCommand
+        shown.help = "\n\n".join(" ".join(part.split()) for part in (self.help or "").split("\n\n"))
+        shown.format_help(ctx, formatter)
+
+
+class _Commands(Mapping[str, Any]):
+    """The commands by name, each imported when it is looked up."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in COMMANDS:
+            raise KeyError(name)
+        module = importlib.import_module(f"omninorm.cli.{name}")
+        single = typer.Typer(add_completion=False, context_settings=_SETTINGS)
+        single.command(name, cls=_Command)(getattr(module, name))
+        command = typer.main.get_command(single)
+        for parameter in command.params:
+            _show_plain_default(parameter)
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _LazyGroup(TyperGroup):
+    """A group that imports a command only to run it or to print its own help."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = _Commands()  # type: ignore[assignment]
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        listing: Any = copy.copy(self)
+        listing.__class__ = TyperGroup
+        listing.commands = {name: TyperCommand(name, help=_summary(name)) for name in COMMANDS}
+        listing.format_help(ctx, formatter)
+
+
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
+    cls=_LazyGroup,
     help="Normalization for PyTorch transformers, from the layer to the training run.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_SETTINGS,
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"omninorm {version_of('omninorm') or '(not installed)'}")
+def _summary(name: str) -> str:
+    """Return the first paragraph of a command's docstring, read from its source because importing it is slow."""
+    spec = importlib.util.find_spec(f"omninorm.cli.{name}")
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    function = next(each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name == name)
+    return (ast.get_docstring(function) or "").split("\n\n")[0]
+
+
+def _show_plain_default(parameter: Any) -> None:
+    """Show a default that was given as text as it is: Typer puts it in parentheses."""
+    if isinstance(parameter.show_default, str) and hasattr(parameter, "_get_default_string"):
+        parameter._get_default_string = lambda **_: parameter.show_default
+
+
+def _version() -> str:
+    from importlib import metadata  # it takes longer to import than the help page takes to print
+
+    try:
+        return metadata.version("omninorm")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _show_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"omninorm {_version()}")
         raise typer.Exit
 
 
 @app.callback()
 def _omninorm(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    # Commands show alarms themselves; the library's log would say them again.
+    # Commands print alarms themselves; the library's log would repeat them.
     log = logging.getLogger("omninorm.watch")
     log.propagate = False
     log.addHandler(logging.NullHandler())
-
-
-for _command in (demo, train, generate, compare, report, inspect, convert, bench, doctor):
-    app.command()(_command)

@@ -1,4 +1,4 @@
-"""Where commands print, and the commands that they tell the user to type next."""
+"""The console that commands print to, and the commands that they suggest next."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _WIDE = 200
 
 
 def console() -> Console:
-    """Standard output as it is now: styled on a terminal, plain text without control codes anywhere else, as wide as
-    its tables are, unless COLUMNS says how wide.
+    """Return standard output as it is now: styled on a terminal, plain text without control codes anywhere else, and
+    there as wide as its tables unless COLUMNS sets a width.
     """
     if not sys.stdout.isatty():
         width = None if os.environ.get("COLUMNS") else _WIDE
@@ -27,15 +27,17 @@ def console() -> Console:
 
 
 def program() -> str:
-    """What to type to run omninorm here: its name where the shell finds it, else the path that it was started by."""
+    """Return what to type to run omninorm: its name if the shell finds it, else the path that it was started by."""
     started = sys.argv[0]
     if Path(started).name != "omninorm" or shutil.which("omninorm") is not None:
         return "omninorm"
     return shlex.quote(started)
 
 
-def generate_command(folder: Path) -> str:
-    return f'{program()} generate {shlex.quote(str(folder))} --prompt "In the beginning"'
+def generate_command(folder: Path, prompt: str | None = "In the beginning") -> str:
+    """Return the command that generates text from a run; the prompt should suit the text that it was trained on."""
+    option = "" if prompt is None else f" --prompt {shlex.quote(prompt)}"
+    return f"{program()} generate {shlex.quote(str(folder))}{option}"
 
 
 def resume_command(folder: Path) -> str:

@@ -1,14 +1,14 @@
-"""Text from models and file names, made safe for a terminal."""
+"""Escape control characters in text from models and file names for terminal output."""
 
 from __future__ import annotations
 
 
 def harmless(text: str, *, one_line: bool = False) -> str:
-    """Control characters as pictures: they could move the cursor or reprogram a terminal.
+    """Replace control characters, which could move the cursor or reprogram a terminal, with their Unicode symbols.
 
     Args:
-        text: what is to be shown.
-        one_line: line breaks and tabs become pictures too.
+        text: the text to print.
+        one_line: replace line breaks and tabs as well.
     """
     return "".join(_picture(character, "" if one_line else "\n\t") for character in text)
 

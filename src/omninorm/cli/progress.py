@@ -1,4 +1,4 @@
-"""A training run as it goes on: a live line on a terminal, a plain line now and then elsewhere."""
+"""Progress of a training run: a live line on a terminal, plain lines at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def show_progress(run: Run) -> TrainResult:
-    """Trains the run and shows its events."""
+    """Train the run and print its events."""
     screen = console()
     if not screen.is_terminal:
         return run.train(_Lines(screen, run.plan.train.steps))
@@ -28,12 +28,12 @@ def show_progress(run: Run) -> TrainResult:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=screen, refresh_per_second=8) as progress:
-        task = progress.add_task("measuring the untrained model", total=run.plan.train.steps)
+        task = progress.add_task("evaluating the untrained model", total=run.plan.train.steps)
         return run.train(_Bar(progress, task))
 
 
 class _Bar:
-    """Events on a terminal: the bar shows the newest step, evaluations stay above it."""
+    """Events on a terminal: the bar shows the newest step, evaluations scroll above it."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
@@ -44,7 +44,7 @@ class _Bar:
         if isinstance(event, StepEvent):
             self._progress.update(self._task, completed=event.step, description=_numbers(event) + self._held_out)
         elif isinstance(event, EvalEvent):
-            self._held_out = f"  held out {event.bits_per_byte:.2f}"
+            self._held_out = f"  held-out {event.bits_per_byte:.2f}"
             self._progress.console.print(
                 f"step {event.step:>6}  {event.bits_per_byte:.3f} bits per byte on held-out text"
             )
@@ -53,7 +53,7 @@ class _Bar:
 
 
 class _Lines:
-    """Events where nobody watches a cursor move, such as a log file."""
+    """Events where the cursor cannot move, such as in a log file."""
 
     def __init__(self, screen: Console, steps: int) -> None:
         self._screen = screen
@@ -68,7 +68,7 @@ class _Lines:
             if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
                 self._print(f"step {event.step}/{self._steps}  {self._newest}")
         elif isinstance(event, EvalEvent):
-            held_out = f"held out {event.bits_per_byte:.3f} bits per byte"
+            held_out = f"held-out {event.bits_per_byte:.3f} bits per byte"
             self._print(f"step {event.step}/{self._steps}  {held_out}  {self._newest}".rstrip())
         elif isinstance(event, CheckpointEvent):
             self._print(f"step {event.step}/{self._steps}  checkpoint {event.path}")
@@ -84,13 +84,13 @@ class _Lines:
 
     def _print(self, line: str) -> None:
         self._last = time.monotonic()
-        # A pipe or a file would otherwise keep lines back until the run is over.
+        # Flushed, because a pipe or a file would otherwise hold lines back until the run ends.
         self._screen.print(line)
         self._screen.file.flush()
 
 
 def alarm_text(event: AlarmEvent) -> str:
-    """An alarm as a paragraph: where, what was measured, what to try."""
+    """Return an alarm as a paragraph: the layer, the evidence and the remedy."""
     alarm = event.alarm
     where = f" {alarm.layer}:" if alarm.layer else ""
     text = f"step {alarm.step:>6}  {alarm.severity.upper()} {alarm.rule}:{where} {alarm.evidence}\n"
@@ -98,4 +98,4 @@ def alarm_text(event: AlarmEvent) -> str:
 
 
 def _numbers(event: StepEvent) -> str:
-    return f"loss {event.loss:.3f} nats/token  rate {event.lr:.1e}  {event.tokens_per_second:,.0f} tok/s"
+    return f"loss {event.loss:.3f} nats/token  lr {event.lr:.1e}  {event.tokens_per_second:,.0f} tok/s"

@@ -1,47 +1,46 @@
-"""`omninorm train`: a Thinker on real text."""
+"""`omninorm train`: train a Thinker on real text. Torch is imported only once a run is about to start."""
 
 from __future__ import annotations
 
-import dataclasses
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import torch
 import typer
 
 from omninorm.cli.console import console, generate_command, resume_command
 from omninorm.cli.harmless import harmless
-from omninorm.cli.progress import show_progress
 from omninorm.config import NORMALIZATIONS, PLACEMENTS, check_count
 from omninorm.errors import ConfigError
-from omninorm.experiments.events import TrainResult
-from omninorm.experiments.processes import PARALLEL, Processes, SilentExit, joined
-from omninorm.experiments.run_folder import is_finished, read_config
-from omninorm.experiments.runs import Plan, Run, create_run, open_run, read_plan
-from omninorm.experiments.settings import PRECISIONS, SCHEDULES
-from omninorm.experiments.tokenizer import TOKENIZERS
-from omninorm.report import write_report
 from omninorm.thinker.config import FEED_FORWARDS
 
-_PLAN = Plan()
+if TYPE_CHECKING:
+    from omninorm.experiments.corpus import Corpus
+    from omninorm.experiments.events import TrainResult
+    from omninorm.experiments.processes import Processes
+    from omninorm.experiments.runs import Plan, Run
+
+REPORT_FILE = "report.html"
 _SHOWN = 5
 _MOST_THREADS = 4096
-REPORT_FILE = "report.html"
-_DEFAULTS = {
-    **{field.name: getattr(_PLAN, field.name) for field in dataclasses.fields(_PLAN)},
-    **_PLAN.model.to_dict(),
-    **_PLAN.train.to_dict(),
-    **dataclasses.asdict(_PLAN.model.norm),
-}
+# The library's choices and defaults, repeated here because importing them would import torch. A test compares them.
+TOKENIZERS, SCHEDULES, PRECISIONS, PARALLEL = ("byte", "bpe"), ("cosine", "constant"), ("fp32", "bf16"), ("ddp", "fsdp")
+DEFAULTS: dict[str, object] = {
+    "held_out": 0.1, "tokenizer": "byte", "d_model": 128, "n_layers": 4, "n_heads": 4, "feed_forward": "swiglu",
+    "normalization": "rmsnorm", "norm_placement": "pre", "norm_eps": 1e-6, "steps": 600, "batch_size": 16,
+    "seq_len": 128, "lr": 0.003, "schedule": "cosine", "min_lr_ratio": 0.1, "weight_decay": 0.1, "adam_eps": 1e-8,
+    "grad_clip": 1.0, "grad_accumulation": 1, "precision": "fp32", "seed": 0, "eval_every": 100, "eval_bytes": 65536,
+    "checkpoint_every": 100, "keep_checkpoints": 2, "log_every": 1, "watch_every": 10,
+}  # fmt: skip
+# Options that are not settings of the run, so that they need no comparison with it when it is resumed.
+_APART = ("text", "out", "resume", "threads", "parallel", "no_grad_clip", "no_watch")
 
 
 def _option(name: str, flag: str, panel: str, text: str, default: str | None = None) -> Any:
-    """An option without a default of its own, so that one that was given can be told from one that was not; the help
-    page shows the library's default."""
-    value = _DEFAULTS.get(name)
-    shown = default or (None if value is None else str(value))
+    """Return an option without a default of its own, so that an option that was given can be told from one that was
+    not; the help page shows the library's default."""
+    shown = default or (str(DEFAULTS[name]) if name in DEFAULTS else None)
     return typer.Option(flag, help=text, rich_help_panel=panel, show_default=shown or False)
 
 
@@ -62,81 +61,121 @@ def _train(name: str, flag: str, text: str, default: str | None = None) -> Any:
 
 
 def _one_of(choices: tuple[str, ...]) -> str:
-    return f"One of {', '.join(choices)}."
+    return f"one of {', '.join(choices)}."
 
 
 def train(
     context: typer.Context,
     text: Annotated[
-        str | None, _text("text", "--text", "A text file (.gz too), or a folder of them.", "King James Bible")
+        str | None,
+        _text("text", "--text", "Text to train on: a UTF-8 file (also .gz) or a folder of files.", "King James Bible"),
     ] = None,
-    held_out: Annotated[float | None, _text("held_out", "--held-out", "Share held out, at the text's end.")] = None,
-    tokenizer: Annotated[str | None, _text("tokenizer", "--tokenizer", _one_of(TOKENIZERS))] = None,
-    vocab_size: Annotated[int | None, _text("", "--vocab-size", "Tokens of a BPE tokenizer.", "1024")] = None,
-    out: Annotated[Path | None, _option("", "--out", "Run", "The run's folder, new or empty.", "runs/NAME-N")] = None,
-    resume: Annotated[Path | None, _option("", "--resume", "Run", "Go on with the run in this folder.")] = None,
-    threads: Annotated[int | None, _option("", "--threads", "Run", "CPU threads.", "torch's choice")] = None,
+    held_out: Annotated[
+        float | None, _text("held_out", "--held-out", "Fraction of the text to hold out, taken from its end.")
+    ] = None,
+    tokenizer: Annotated[str | None, _text("tokenizer", "--tokenizer", f"Tokenizer: {_one_of(TOKENIZERS)}")] = None,
+    vocab_size: Annotated[
+        int | None, _text("", "--vocab-size", "Vocabulary size of the BPE tokenizer.", "1024")
+    ] = None,
+    out: Annotated[Path | None, _option("", "--out", "Run", "Folder of the run, new or empty.", "runs/NAME-N")] = None,
+    resume: Annotated[
+        Path | None, _option("", "--resume", "Run", "Resume the run in this folder; --steps may extend it.")
+    ] = None,
+    threads: Annotated[
+        int | None, _option("", "--threads", "Run", "Number of CPU threads.", "PyTorch's default")
+    ] = None,
     parallel: Annotated[
-        str, _option("", "--parallel", "Run", f"How torchrun's processes share the model. {_one_of(PARALLEL)}", "ddp")
+        str,
+        _option("", "--parallel", "Run", f"How processes under torchrun share the model: {_one_of(PARALLEL)}", "ddp"),
     ] = PARALLEL[0],
     d_model: Annotated[int | None, _model("d_model", "--d-model", "Width of the residual stream.")] = None,
-    n_layers: Annotated[int | None, _model("n_layers", "--layers", "Blocks.")] = None,
-    n_heads: Annotated[int | None, _model("n_heads", "--heads", "Query heads.")] = None,
-    n_kv_heads: Annotated[int | None, _model("", "--kv-heads", "Key and value heads.", "as --heads")] = None,
+    n_layers: Annotated[int | None, _model("n_layers", "--layers", "Number of blocks.")] = None,
+    n_heads: Annotated[int | None, _model("n_heads", "--heads", "Number of query heads.")] = None,
+    n_kv_heads: Annotated[
+        int | None, _model("", "--kv-heads", "Number of key and value heads.", "same as --heads")
+    ] = None,
     head_dim: Annotated[int | None, _model("", "--head-dim", "Width of a head.", "d_model / heads")] = None,
-    feed_forward: Annotated[str | None, _model("feed_forward", "--feed-forward", _one_of(FEED_FORWARDS))] = None,
-    d_ff: Annotated[int | None, _model("", "--d-ff", "Width of the feed-forward.", "by --feed-forward")] = None,
+    feed_forward: Annotated[
+        str | None, _model("feed_forward", "--feed-forward", f"Feed-forward layer: {_one_of(FEED_FORWARDS)}")
+    ] = None,
+    d_ff: Annotated[
+        int | None,
+        _model("", "--d-ff", "Hidden width of the feed-forward layer.", "8/3 d_model for swiglu, 4 d_model for gelu"),
+    ] = None,
     tied_head: Annotated[
-        bool | None, _model("tied_head", "--tied-head/--untied-head", "Share the head with the embedding.", "tied")
+        bool | None,
+        _model("tied_head", "--tied-head/--untied-head", "Share the output head with the embedding.", "tied"),
     ] = None,
-    normalization: Annotated[str | None, _norm("normalization", "--norm", _one_of(NORMALIZATIONS))] = None,
-    norm_placement: Annotated[str | None, _norm("norm_placement", "--placement", _one_of(PLACEMENTS))] = None,
-    norm_eps: Annotated[float | None, _norm("norm_eps", "--eps", "ε, added under the root.")] = None,
+    normalization: Annotated[str | None, _norm("normalization", "--norm", f"Norm: {_one_of(NORMALIZATIONS)}")] = None,
+    norm_placement: Annotated[
+        str | None, _norm("norm_placement", "--placement", f"Norm placement: {_one_of(PLACEMENTS)}")
+    ] = None,
+    norm_eps: Annotated[float | None, _norm("norm_eps", "--eps", "Epsilon of the norm.")] = None,
     qk_norm: Annotated[
-        bool | None, _norm("", "--qk-norm/--no-qk-norm", "Norms on queries and keys.", "as the placement wants")
+        bool | None,
+        _norm("", "--qk-norm/--no-qk-norm", "Normalize queries and keys.", "only for reordered and hybrid"),
     ] = None,
-    steps: Annotated[int | None, _train("steps", "--steps", "Optimizer steps.")] = None,
-    batch_size: Annotated[int | None, _train("batch_size", "--batch-size", "Windows per micro-batch.")] = None,
-    seq_len: Annotated[int | None, _train("seq_len", "--seq-len", "Tokens per window.")] = None,
-    lr: Annotated[float | None, _train("lr", "--lr", "Largest learning rate.")] = None,
+    steps: Annotated[
+        int | None,
+        _train("steps", "--steps", "Number of optimizer steps. With --resume, a larger number extends the run."),
+    ] = None,
+    batch_size: Annotated[int | None, _train("batch_size", "--batch-size", "Sequences per micro-batch.")] = None,
+    seq_len: Annotated[int | None, _train("seq_len", "--seq-len", "Tokens per sequence.")] = None,
+    lr: Annotated[float | None, _train("lr", "--lr", "Peak learning rate.")] = None,
     warmup_steps: Annotated[
-        int | None, _train("", "--warmup-steps", "Steps of linear warm-up.", "a tenth of the steps, at most 100")
+        int | None,
+        _train("", "--warmup-steps", "Steps of linear warm-up.", "10% of the steps, at most 100"),
     ] = None,
-    schedule: Annotated[str | None, _train("schedule", "--schedule", _one_of(SCHEDULES))] = None,
+    schedule: Annotated[
+        str | None, _train("schedule", "--schedule", f"Learning rate schedule: {_one_of(SCHEDULES)}")
+    ] = None,
     min_lr_ratio: Annotated[
-        float | None, _train("min_lr_ratio", "--min-lr-ratio", "Where the cosine ends, as a share of --lr.")
+        float | None, _train("min_lr_ratio", "--min-lr-ratio", "Final learning rate as a fraction of --lr.")
     ] = None,
-    weight_decay: Annotated[float | None, _train("weight_decay", "--weight-decay", "AdamW's, on matrices.")] = None,
-    betas: Annotated[tuple[float, float] | None, _train("", "--betas", "AdamW's two.", "0.9 0.95")] = None,
-    adam_eps: Annotated[float | None, _train("adam_eps", "--adam-eps", "AdamW's ε.")] = None,
-    grad_clip: Annotated[float | None, _train("grad_clip", "--grad-clip", "Largest gradient norm.")] = None,
-    no_grad_clip: Annotated[bool, _train("", "--no-grad-clip", "Never clip gradients.")] = False,
+    weight_decay: Annotated[
+        float | None, _train("weight_decay", "--weight-decay", "AdamW weight decay, applied to matrices only.")
+    ] = None,
+    betas: Annotated[tuple[float, float] | None, _train("", "--betas", "AdamW betas.", "0.9 0.95")] = None,
+    adam_eps: Annotated[float | None, _train("adam_eps", "--adam-eps", "AdamW epsilon.")] = None,
+    grad_clip: Annotated[
+        float | None, _train("grad_clip", "--grad-clip", "Clip the total gradient norm to this value.")
+    ] = None,
+    no_grad_clip: Annotated[bool, _train("", "--no-grad-clip", "Disable gradient clipping.")] = False,
     grad_accumulation: Annotated[
         int | None, _train("grad_accumulation", "--grad-accumulation", "Micro-batches per step.")
     ] = None,
-    precision: Annotated[str | None, _train("precision", "--precision", _one_of(PRECISIONS))] = None,
-    seed: Annotated[int | None, _train("seed", "--seed", "Decides the first weights and every batch.")] = None,
+    precision: Annotated[str | None, _train("precision", "--precision", f"Precision: {_one_of(PRECISIONS)}")] = None,
+    seed: Annotated[int | None, _train("seed", "--seed", "Random seed for weights and batches.")] = None,
     eval_every: Annotated[int | None, _train("eval_every", "--eval-every", "Steps between evaluations.")] = None,
-    eval_bytes: Annotated[int | None, _train("eval_bytes", "--eval-bytes", "Held-out bytes to evaluate on.")] = None,
+    eval_bytes: Annotated[
+        int | None, _train("eval_bytes", "--eval-bytes", "Bytes of held-out text to evaluate on.")
+    ] = None,
     checkpoint_every: Annotated[
         int | None, _train("checkpoint_every", "--checkpoint-every", "Steps between checkpoints.")
     ] = None,
     keep_checkpoints: Annotated[
-        int | None, _train("keep_checkpoints", "--keep-checkpoints", "How many checkpoints stay.")
+        int | None, _train("keep_checkpoints", "--keep-checkpoints", "Number of newest checkpoints to keep.")
     ] = None,
-    log_every: Annotated[int | None, _train("log_every", "--log-every", "Record every n-th step.")] = None,
+    log_every: Annotated[int | None, _train("log_every", "--log-every", "Steps between recorded steps.")] = None,
     watch_every: Annotated[
-        int | None, _train("watch_every", "--watch-every", "Steps between samples of every signal.")
+        int | None, _train("watch_every", "--watch-every", "Steps between samples of all monitored signals.")
     ] = None,
-    no_watch: Annotated[bool, _train("", "--no-watch", "Do not watch for what goes wrong.")] = False,
+    no_watch: Annotated[bool, _train("", "--no-watch", "Disable monitoring.")] = False,
 ) -> None:
     """Train a small transformer on real text, on bytes or BPE tokens.
 
-    Started by torchrun, all processes train one model, each on its share of every batch. With --parallel ddp each has
-    the whole model, with fsdp a part of every tensor of it. Any number of processes, either way, can --resume a run.
+    Runs on the CPU. Ctrl-C stops after the current step, saves a checkpoint and prints the command to resume.
 
-    Ctrl-C stops after the current step with a checkpoint, and prints the command to go on.
+    --resume continues a run with its own settings. With a larger --steps it extends the run, finished or not: from
+    the resumed step on, the learning rate follows the schedule for the new number of steps; the warm-up stays as it
+    was.
+
+    Under torchrun, --parallel ddp replicates the model in every process, and fsdp shards it. A run can be resumed with
+    any number of processes and either way of sharing.
     """
+    from omninorm.cli.progress import show_progress
+    from omninorm.experiments.processes import SilentExit, joined
+
     given = _given(context.params)
     with joined(parallel) as processes:
         if not processes.first:
@@ -145,10 +184,10 @@ def train(
             except SilentExit:
                 raise typer.Exit(2) from None
             return
-        opened = _open_for_all(processes, resume, out, threads, given, context.obj)
+        opened = _open_for_all(processes, context, given)
         if opened is None:
             assert resume is not None
-            console().print(f"The run in {resume} is finished. Try it: {generate_command(resume)}")
+            _print_finished(resume)
             return
         with opened as run:
             _introduce(run)
@@ -160,33 +199,34 @@ def train(
     _conclude(result, run, page)
 
 
-def _open_for_all(
-    processes: Processes,
-    resume: Path | None,
-    out: Path | None,
-    threads: int | None,
-    given: dict[str, Any],
-    command: Sequence[str],
-) -> Run | None:
-    """Opens the run, and tells the other processes where it is; None where it is finished."""
+def _open_for_all(processes: Processes, context: typer.Context, given: dict[str, Any]) -> Run | None:
+    """Open the run, and send its folder to the other processes; return None where it is finished."""
+    from omninorm.experiments.run_folder import is_finished
+    from omninorm.experiments.runs import Plan, read_plan
+
+    resume = context.params["resume"]
     opened: list[Run] = []
 
-    def open_and_tell() -> str | None:
-        if resume is not None and is_finished(resume):
-            return None
-        plan = _PLAN if resume is None else read_plan(resume)
+    def open_and_send() -> str | None:
+        plan = Plan() if resume is None else read_plan(resume)
+        if resume is not None:
+            _check_same(context, plan, given)
+            if is_finished(resume) and given.get("steps", 0) <= plan.train.steps:
+                return None
         processes.check_batch(given.get("batch_size", plan.train.batch_size))  # before there is a folder
-        opened.append(_open(resume, out, threads, given, command))
+        opened.append(_open(context, given))
         return str(opened[0].folder.path)
 
-    if processes.from_first(open_and_tell) is None:
+    if processes.from_first(open_and_send) is None:
         return None
     opened[0].processes = processes
     return opened[0]
 
 
 def _follow(processes: Processes, text: str | None) -> None:
-    """Trains along with the first process, which speaks for all."""
+    """Train along with the first process, which prints and records for all."""
+    from omninorm.experiments.runs import open_run
+
     folder = processes.from_first(lambda: None)
     if folder is None:
         return
@@ -195,84 +235,133 @@ def _follow(processes: Processes, text: str | None) -> None:
 
 
 def _given(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings on the command line, by the library's names."""
-    apart = ("out", "resume", "threads", "parallel", "no_grad_clip", "no_watch")
-    given = {name: value for name, value in params.items() if name not in apart and value is not None}
-    if params["no_grad_clip"]:
-        if "grad_clip" in given:
-            received = f"--grad-clip {given['grad_clip']} with --no-grad-clip"
-            raise ConfigError("gradients are either clipped or not", received, "give one of the two")
-        given["grad_clip"] = None
-    if params["no_watch"]:
-        if "watch_every" in given:
-            received = f"--watch-every {given['watch_every']} with --no-watch"
-            raise ConfigError("a run is either watched or not", received, "give one of the two")
-        given["watch_every"] = None
+    """Return the run's settings that are on the command line, by the library's names."""
+    given = {name: value for name, value in params.items() if name not in _APART and value is not None}
+    for switch, name, option in (
+        ("no_grad_clip", "grad_clip", "--grad-clip"),
+        ("no_watch", "watch_every", "--watch-every"),
+    ):
+        if params[switch]:
+            if name in given:
+                off = f"--{switch.replace('_', '-')}"
+                raise ConfigError(
+                    f"{option} and {off} exclude each other",
+                    f"{option} {given[name]} with {off}",
+                    "give one of the two",
+                )
+            given[name] = None
     return given
 
 
-def _open(
-    resume: Path | None, out: Path | None, threads: int | None, given: dict[str, Any], command: Sequence[str]
-) -> Run:
+def _open(context: typer.Context, given: dict[str, Any]) -> Run:
+    from omninorm.experiments.run_folder import read_config
+    from omninorm.experiments.runs import Plan, create_run, open_run
+
+    text, resume, threads = (context.params[name] for name in ("text", "resume", "threads"))
     if resume is None:
         _use_threads(threads)
-        return create_run(Plan().change(**given), out, command)
-    text = given.pop("text", None)
-    recorded = read_config(resume).get("threads")
-    if out is not None:
-        given["out"] = str(out)
-    if threads is not None and threads != recorded:
-        given["threads"] = threads
-    _refuse_changes(read_plan(resume), given)
-    _use_threads(recorded)
-    return open_run(resume, text)
+        return create_run(
+            Plan().change(**given, **({} if text is None else {"text": text})), context.params["out"], context.obj
+        )
+    _use_threads(read_config(resume).get("threads"))
+    return open_run(resume, text, steps=given.get("steps"), command=context.obj)
 
 
-def _refuse_changes(plan: Plan, given: Mapping[str, Any]) -> None:
+def _check_same(context: typer.Context, plan: Plan, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError if an option differs from the setting of the run that is resumed; --steps may be larger."""
+    from omninorm.experiments.run_folder import read_config
+
+    resume, out, threads = (context.params[name] for name in ("resume", "out", "threads"))
+    theirs = plan.settings()
     for name, value in given.items():
-        if name in ("out", "threads") or plan.change(**{name: value}) != plan:
-            received = f"another {name.replace('_', ' ')}, {value}"
-            raise ConfigError("--resume goes on with the run's own settings", received, "leave it out or start anew")
+        if value != theirs[name] and not (name == "steps" and value > theirs["steps"]):
+            _refuse(context, name, theirs[name], value)
+    recorded = read_config(resume).get("threads")
+    if threads is not None and threads != recorded:
+        _refuse(context, "threads", recorded, threads)
+    if out is not None and out.absolute() != resume.absolute():
+        _refuse(context, "out", resume, out)
+
+
+def _refuse(context: typer.Context, name: str, theirs: object, given: object) -> NoReturn:
+    if name == "steps":
+        invariant = (
+            f"--steps can extend a run but not shorten it: the run in {context.params['resume']} has {theirs} steps"
+        )
+        raise ConfigError(invariant, f"--steps {given}", "give a larger number, or leave --steps out")
+    if given is None:
+        flag, shown = {"grad_clip": "--no-grad-clip", "watch_every": "--no-watch"}[name], ""
+    else:
+        option = next(each for each in context.command.params if each.name == name)
+        flag = (option.secondary_opts if given is False else option.opts)[0]
+        shown = "" if isinstance(given, bool) else f"{flag} {_plain(given)}"
+    invariant = f"{flag} conflicts with the run in {context.params['resume']}, whose {name} is {_plain(theirs)}"
+    raise ConfigError(invariant, shown, f"leave {flag} out, or start a new run without --resume")
+
+
+def _plain(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _use_threads(threads: int | None) -> None:
+    import torch
+
     if threads is not None:
         check_count("threads", threads)
         if threads > _MOST_THREADS:
-            raise ConfigError(
-                f"threads must be at most {_MOST_THREADS}", str(threads), "choose as many as there are cores"
-            )
+            invariant = f"threads must be at most {_MOST_THREADS}"
+            raise ConfigError(invariant, str(threads), "use as many threads as there are cores")
         torch.set_num_threads(threads)
 
 
 def _introduce(run: Run) -> None:
+    import torch
+
     corpus, screen = run.corpus, console()
     files = "" if corpus.files == 1 else f"{corpus.files} files, "
     size = f"{len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held out"
     screen.print(f"Text   {corpus.source}: {files}{size}")
     for skipped in corpus.skipped[:_SHOWN]:
-        screen.print(f"       left out: {harmless(skipped, one_line=True)}")
+        screen.print(f"       skipped: {harmless(skipped, one_line=True)}")
     if len(corpus.skipped) > _SHOWN:
-        screen.print(f"       left out: {len(corpus.skipped) - _SHOWN} more")
+        screen.print(f"       skipped: {len(corpus.skipped) - _SHOWN} more")
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     norm = run.plan.model.norm
-    shape = f"{run.plan.model.n_layers} blocks of width {run.plan.model.d_model}, {parameters:,} parameters"
+    blocks = _count(run.plan.model.n_layers, "block")
+    shape = f"{blocks} of width {run.plan.model.d_model}, {parameters:,} parameters"
     screen.print(f"Model  {shape}, {norm.normalization}, placement {norm.norm_placement}")
-    screen.print(f"Run    {run.folder.path}, {torch.get_num_threads()} threads")
+    screen.print(f"Run    {run.folder.path}, {_count(torch.get_num_threads(), 'thread')}")
     for notice in run.notices:
         screen.print(f"Note   {harmless(notice, one_line=True)}")
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _print_finished(folder: Path) -> None:
+    from omninorm.experiments.runs import read_plan
+
+    steps, screen = read_plan(folder).train.steps, console()
+    screen.print(
+        f"The run in {folder} is finished: it has done its {_count(steps, 'step')}. Extend it with a larger --steps:"
+    )
+    screen.print(f"  {resume_command(folder)} --steps {2 * steps}")
+    screen.print(f"Generate text with:\n  {generate_command(folder, None)}")
+
+
 def _give_up(run: Run) -> NoReturn:
-    """A second Ctrl-C came before the step was done."""
+    """End after a second Ctrl-C, which came before the step was done."""
     step = run.folder.newest() or 0
-    command = resume_command(run.folder.path)
-    console().print(f"Stopped at once; what came after step {step} is lost. Go on with:\n  {command}")
+    console().print(f"Stopped immediately; progress after step {step} is lost. Resume with:")
+    console().print(f"  {resume_command(run.folder.path)}")
     raise typer.Exit(128 + signal.SIGINT)
 
 
 def _report(run: Run) -> Path | None:
-    """The run's report.html, if it was watched."""
+    """Write the run's report.html, if it was monitored."""
+    from omninorm.report import write_report
+
     if run.plan.train.watch_every is None:
         return None
     return write_report(run.folder.path, run.folder.path / REPORT_FILE)
@@ -283,14 +372,22 @@ def _conclude(result: TrainResult, run: Run, page: Path | None) -> None:
     if page is not None:
         screen.print(f"Report: {page}")
     if result.status == "interrupted":
-        screen.print(f"Stopped after step {result.steps} with a checkpoint. Go on with:\n  {resume_command(folder)}")
+        screen.print(
+            f"Stopped after step {result.steps}; a checkpoint was saved. Resume with:\n  {resume_command(folder)}"
+        )
         raise typer.Exit(128 + (result.signal or signal.SIGINT))
     if result.status == "diverged":
-        screen.print(f"Diverged at step {result.steps}: loss, gradient or weights are no longer finite.")
-        screen.print(
-            f"Try a smaller learning rate, gradient clipping, or another norm or placement. Recorded in {folder}"
-        )
+        screen.print(f"Diverged at step {result.steps}: the loss, the gradient or the weights are no longer finite.")
+        screen.print("Try a smaller learning rate, gradient clipping, or another norm or placement.")
+        screen.print(f"Output folder: {folder}")
         raise typer.Exit(1)
     speed = f"{result.tokens_per_second:,.0f} tokens/s"
-    screen.print(f"Done: {result.bits_per_byte:.3f} bits per byte on held-out text, {speed}. Written to {folder}")
-    screen.print(f"Try it: {generate_command(folder)}")
+    screen.print(f"Done: {result.bits_per_byte:.3f} bits per byte on held-out text, {speed}.")
+    screen.print(f"Output folder: {folder}")
+    screen.print(f"Generate text with:\n  {generate_command(folder, _prompt(run.corpus))}")
+
+
+def _prompt(corpus: Corpus) -> str | None:
+    """Return the first words of the text, which suit a model that was trained on it; None if they are no plain text."""
+    words = " ".join(corpus.train[:400].decode(errors="ignore").split()[:3])
+    return words if words.isprintable() and 0 < len(words) <= 60 else None

@@ -1,11 +1,14 @@
-"""checkpoints/step-N/: everything that the next step depends on, so that a resumed run is bit-identical.
+"""Checkpoints: everything that the next step depends on, so that a resumed run is bit-identical.
+
+A checkpoint is the folder checkpoints/step-N/:
+
 
 model.safetensors      parameters and buffers, whole
 optimizer.safetensors  AdamW's moments and step counters by parameter name, and torch's random state
-state.json             format, step, and size and SHA-256 of the other files; nothing is ever unpickled
+state.json             format, step, and size and SHA-256 of the other files; nothing is unpickled
 
-Processes that share a model (FSDP2) write format 2: in the place of optimizer.safetensors stands optimizer/ with a
-file of each process, in the layout of torch.distributed.checkpoint. Any number of processes can read both formats.
+Processes that share a model (FSDP2) write format 2, which has a folder optimizer/ instead of optimizer.safetensors. It
+holds one file per process in the layout of torch.distributed.checkpoint. Any number of processes can read both formats.
 """
 
 from __future__ import annotations
@@ -34,12 +37,15 @@ from omninorm.record.files import (
     write_folder,
     writing,
 )
+from omninorm.thinker.config import ThinkerConfig
+from omninorm.thinker.sizes import count_layers, matrix_shapes
 from omninorm.watch.tensors import whole
 
 FORMAT, SHARDED_FORMAT = 1, 2
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _PARTS = "optimizer"
 _RANDOM_STATE = "random_state"
+_FOREIGN = "use the checkpoint with the config.json that it was trained with"
 _ALONE = Processes()
 
 
@@ -51,7 +57,7 @@ def save_checkpoint(
     keep: int,
     processes: Processes = _ALONE,
 ) -> Path:
-    """Writes `folder`/step-N and then deletes all but the newest `keep` checkpoints. All processes must call it.
+    """Write `folder`/step-N, then delete all but the newest `keep` checkpoints. All processes must call this.
 
     Raises:
         RunError: the disk is full or not writable; nothing half-written is left, earlier checkpoints are intact.
@@ -80,7 +86,7 @@ def _save_whole(path: Path, step: int, weights: Mapping[str, Tensor], moments: M
 def _save_sharded(
     path: Path, step: int, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], processes: Processes
 ) -> None:
-    """Each process writes its moments, the first one also the weights, gathered tensor by tensor."""
+    """Write the moments of each process, and in the first one the weights, gathered tensor by tensor."""
     partial = path.with_name(f"{TEMPORARY}{path.name}")
     failure: OSError | None = None
 
@@ -128,14 +134,14 @@ def _state(version: int, step: int, files: Mapping[str, Mapping[str, Any]]) -> b
 
 
 def list_checkpoints(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, oldest first."""
+    """Return the steps of the checkpoints in a folder, oldest first."""
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
-    # A name such as step-02 is not one that `save_checkpoint` gives, nor one that it would find again.
+    # Names such as step-02 are skipped: `save_checkpoint` does not write them, so their path could not be rebuilt.
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
 def is_whole(folder: Path, step: int) -> bool:
-    """Whether `folder`/step-N can be read and is what was written."""
+    """Return whether `folder`/step-N can be read and is unchanged."""
     try:
         _read_checked(folder / f"step-{step}")
     except RunError:
@@ -144,12 +150,12 @@ def is_whole(folder: Path, step: int) -> bool:
 
 
 def check_packages() -> None:
-    """Raises MissingExtraError unless checkpoints can be written and read here."""
+    """Raise MissingExtraError unless checkpoints can be written and read here."""
     _safetensors()
 
 
 def load_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Restores the model and, if an optimizer is given, it and torch's random state.
+    """Restore the model and, if an optimizer is given, the optimizer and torch's random state.
 
     Everything is checked before a weight is changed.
 
@@ -161,7 +167,7 @@ def load_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
     try:
         content = _read_checked(path)
     except RunError as error:
-        raise RunError(error.invariant, error.received, _remedy(folder, step)) from error
+        raise _with_remedy(error, folder, step) from error
     weights = _model_tensors(model)
     _check_match(path / _MODEL, weights, content.weights)
     moments: dict[str, Tensor] = {}
@@ -181,8 +187,31 @@ def load_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
         torch.set_rng_state(moments[_RANDOM_STATE])
 
 
+def check_sizes(folder: Path, step: int, config: ThinkerConfig) -> None:
+    """Compare the sizes of a model that is about to be built with the tensors of `folder`/step-N.
+
+    Raises:
+        RunError: the file of the weights can't be read, or is of another model.
+    """
+    path = folder / f"step-{step}" / _MODEL
+    try:
+        with _safetensors().safe_open(path, framework="pt") as tensors:
+            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise _with_remedy(_unreadable(path, error), folder, step) from error
+    except Exception as error:  # the library's own
+        raise _with_remedy(_damaged(f"{path} must be a safetensors file", error), folder, step) from error
+    if config.n_layers != count_layers(shapes, "blocks."):
+        received = f"{count_layers(shapes, 'blocks.')} layers"
+        raise RunError(f"{path} must have the {config.n_layers} layers of this model", received, _FOREIGN)
+    for name, shape in matrix_shapes(config).items():
+        if shapes.get(name) != shape:
+            received = "none" if name not in shapes else f"the shape {shapes[name]}"
+            raise RunError(f"{name!r} in {path} must have the shape {shape} for this model", received, _FOREIGN)
+
+
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; of tied ones only the first name."""
+    """Return parameters and persistent buffers by name; tied ones appear once, under their first name."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -201,7 +230,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _create_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
-    """Gives AdamW an empty state, as its first step would, for the parameters that had one when it was saved."""
+    """Create empty AdamW state, as its first step would, for the parameters that had one when it was saved."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and f"{name}.step" in saved:
             state = optimizer.state[parameter]
@@ -217,7 +246,7 @@ def _serialize(tensors: Mapping[str, Tensor]) -> bytes:
 
 @dataclass(frozen=True)
 class _Content:
-    """A checkpoint that is whole. Where moments lie in parts, in that folder, these tensors have no content."""
+    """A complete checkpoint. If the moments are in parts, in that folder, their tensors here have no content."""
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
@@ -225,7 +254,7 @@ class _Content:
 
 
 def _read_checked(path: Path) -> _Content:
-    """What is in a checkpoint, after checking sizes, digests and format."""
+    """Return the content of a checkpoint after checking sizes, digests and format."""
     version, files = _read_state(path / _STATE)
     if version == FORMAT:
         whole_files = {name: _parse(path / name, _read_as(path / name, files[name])) for name in files}
@@ -236,8 +265,7 @@ def _read_checked(path: Path) -> _Content:
     try:
         moments = describe_parts(path / _PARTS)
     except Exception as error:  # the library's own errors
-        received = f"{error} in {path / _PARTS}"
-        raise RunError("a checkpoint must be made of safetensors files", received, "") from error
+        raise _damaged(f"{path / _PARTS} must hold safetensors files", error) from error
     return _Content(weights, moments, path / _PARTS)
 
 
@@ -249,38 +277,35 @@ def _read_as(path: Path, expected: Mapping[str, Any]) -> bytes:
 
 def _check_as(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     if found["bytes"] != expected["bytes"]:
-        received = f"{found['bytes']} bytes in {path}, written as {expected['bytes']}"
-        raise RunError("a checkpoint must be whole", received, "")
+        received = f"{found['bytes']} bytes"
+        raise _damaged(f"{path} must have the {expected['bytes']!r:.40} bytes that were written", received)
     if found != expected:
-        raise RunError("a checkpoint must be what was written", f"other content in {path}", "")
+        raise _damaged(f"{path} has changed since it was written")
 
 
 def _parse(path: Path, content: bytes) -> dict[str, Tensor]:
     library = _safetensors()
     try:
         tensors: dict[str, Tensor] = library.load(content)
-    except Exception as error:  # the library's own error, and what torch says of sizes that can't be
-        raise RunError("a checkpoint must be made of safetensors files", f"{error} in {path}", "") from error
+    except Exception as error:  # the library's own error, or torch's for impossible sizes
+        raise _damaged(f"{path} must be a safetensors file", error) from error
     return tensors
 
 
 def _read_state(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """The format and the files that a checkpoint is made of."""
+    """Return the format of a checkpoint and the files that it consists of."""
     try:
         state = json.loads(_read(path))
         version, files = state["format"], state["files"]
         named = {name: {"bytes": each["bytes"], "sha256": each["sha256"]} for name, each in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        received = f"{type(error).__name__} in {path}"
-        raise RunError("a checkpoint must have a readable state.json", received, "") from error
-    if version not in (FORMAT, SHARDED_FORMAT):
-        received = f"format {version!r} in {path}"
-        raise RunError(f"a checkpoint must have format {FORMAT} or {SHARDED_FORMAT}", received, "")
+        raise _damaged(f"{path} must describe a checkpoint", type(error).__name__) from error
+    if isinstance(version, bool) or version not in (FORMAT, SHARDED_FORMAT):
+        raise _damaged(f"{path} must have format {FORMAT} or {SHARDED_FORMAT}", f"format {version!r:.60}")
     others = named.keys() - {_MODEL}
     expected = others == {_OPTIMIZER} if version == FORMAT else others and all(map(_is_part, others))
     if _MODEL not in named or not expected:
-        invariant = "a checkpoint must be made of the model's file and the optimizer's"
-        raise RunError(invariant, f"{sorted(files)} in {path}", "")
+        raise _damaged(f"{path} must name the files of the model and the optimizer", f"{sorted(files)!s:.200}")
     return version, named
 
 
@@ -293,26 +318,40 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise RunError("a checkpoint must have all its files", f"{error.strerror} at {path}", "") from error
+        raise _unreadable(path, error) from error
+
+
+def _damaged(problem: str, received: object = "") -> RunError:
+    """Return an error whose remedy `load_checkpoint` fills in, which knows the other checkpoints of the run."""
+    return RunError(f"A checkpoint is damaged: {problem}", f"{received!s:.300}", "")
+
+
+def _unreadable(path: Path, error: OSError) -> RunError:
+    reason = "it is missing" if isinstance(error, FileNotFoundError) else error.strerror
+    return _damaged(f"{path} can't be read ({reason})")
 
 
 def _check_match(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    remedy = "use the checkpoint with the config.json that it was trained with"
+    remedy = _FOREIGN
     if ours.keys() != theirs.keys():
         lacking, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
         received = " and ".join(
-            [f"no {name!r}" for name in lacking[:1]] + [f"a foreign {name!r}" for name in extra[:1]]
+            [f"no {name!r:.100}" for name in lacking[:1]] + [f"an unknown {name!r:.100}" for name in extra[:1]]
         )
-        raise RunError("a checkpoint must have the model's tensors", f"{received} in {path}", remedy)
+        raise RunError(f"{path} must have the tensors of this model", received, remedy)
     for name, tensor in ours.items():
         other = theirs[name]
         if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
             wanted, found = (f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (tensor, other))
-            raise RunError(f"{name!r} of this model must be {wanted}", f"{found} in {path}", remedy)
+            raise RunError(f"{name!r} in {path} must be {wanted} for this model", found, remedy)
+
+
+def _with_remedy(error: RunError, folder: Path, step: int) -> RunError:
+    return RunError(error.invariant, error.received, _remedy(folder, step))
 
 
 def _remedy(folder: Path, step: int) -> str:
-    """What to do about a damaged checkpoint: the newest older one that is whole is named, never silently used."""
+    """Return what to do about a damaged checkpoint: it names an older one that is whole, but never uses it silently."""
     for older in reversed([found for found in list_checkpoints(folder) if found < step]):
         if is_whole(folder, older):
             return f"delete {folder / f'step-{step}'} to go back to step-{older}, which is whole"
@@ -324,7 +363,7 @@ def _describe(content: bytes) -> dict[str, Any]:
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
-    """As `_describe`, of a file that may not fit in memory."""
+    """Return what `_describe` does, for a file that may not fit in memory."""
     digest, size = hashlib.sha256(), 0
     try:
         with open(path, "rb") as file:
@@ -332,7 +371,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
                 digest.update(block)
                 size += len(block)
     except OSError as error:
-        raise RunError("a checkpoint must have all its files", f"{error.strerror} at {path}", "") from error
+        raise _unreadable(path, error) from error
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
@@ -343,6 +382,5 @@ def _safetensors() -> Any:
     except ImportError as error:
         name = (error.name or "safetensors").partition(".")[0]
         remedy = 'install it with pip install "omninorm[train]"'
-        invariant = "checkpoints need the packages safetensors and numpy"
-        raise MissingExtraError(invariant, f"an installation without {name}", remedy) from error
+        raise MissingExtraError(f"Checkpoints need the package {name}", "", remedy) from error
     return safetensors.torch

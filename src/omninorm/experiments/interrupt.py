@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the current step instead of in the middle of it."""
+"""Handling of Ctrl-C and SIGTERM: a run ends after the current step instead of in the middle of it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """While it is entered, the first SIGINT or SIGTERM is only noted, in `signal`; the second stops at once.
+    """A context manager in which the first SIGINT or SIGTERM is only stored in `signal`; the second stops immediately.
+
+    The earlier handlers are restored on exit. Outside the main thread, where Python allows no handlers, signals are not
+    intercepted.
 
     Args:
-        patient: the second does nothing, either: torchrun passes on what the terminal has already sent to all.
-
-    The earlier handlers come back at the end. Outside the main thread Python allows no handlers: nothing is noted then.
+        patient: ignore further signals as well: torchrun repeats those that the terminal has already sent to all.
 
     Raises:
-        KeyboardInterrupt: at the second signal, wherever the program is.
+        KeyboardInterrupt: at the second signal, at any point of the program.
     """
 
     def __init__(self, patient: bool = False) -> None:

@@ -1,24 +1,47 @@
-"""Models with weights of others, and their tokenizers, for generation and evaluation."""
+"""Pretrained models with their tokenizers, for generation and evaluation: GGUF files and Hugging Face folders."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from omninorm.errors import ConfigError, DataError, RunError
-from omninorm.experiments.tokenizer import BYTE_OF, tokenizers_library
-from omninorm.thinker import Thinker, gguf
+from omninorm.experiments.run_folder import CONFIG_FILE
+from omninorm.experiments.tokenizer import BYTE_OF, TOKENIZER_FILE, library_errors, tokenizers_library
+from omninorm.thinker import Thinker, gguf, pretrained
 
-# How text is cut before pieces of it are merged, by the names that llama.cpp gives: whether every digit stands alone.
+# How text is split before it is tokenized, by llama.cpp's names: whether every digit is a piece of its own.
 _SINGLE_DIGITS = {"gpt-2": False, "default": False, "smollm": True}
-_CONTROL = 3  # a token's type in GGUF: <|endoftext|> and the like
+_CONTROL = 3  # the type of control tokens such as <|endoftext|> in GGUF
+_SPACE = "▁"  # SentencePiece's character for a space
+_REMEDY = "download it again, or use another file"
 
 
-class GgufTokenizer:
+class _Pieces:
+    """A tokenizer whose tokens each stand for fixed bytes, so that decoding can stop anywhere."""
+
+    vocab_size: int
+    _pieces: list[bytes]
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        """Return the bytes that the tokens stand for. A model may have more logits than there are tokens."""
+        return b"".join(self._pieces[token] for token in tokens if token < len(self._pieces))
+
+    def byte_lengths(self) -> Tensor:
+        """Return how many bytes each token stands for, int64 (vocab_size,)."""
+        return torch.tensor([len(piece) for piece in self._pieces], dtype=torch.int64)
+
+    def to_json(self) -> str | None:
+        """Return None: the tokenizer stays in the file that it was read from."""
+        return None
+
+
+class GgufTokenizer(_Pieces):
     """The byte-level BPE tokenizer in a GGUF file.
 
     Args:
@@ -33,13 +56,15 @@ class GgufTokenizer:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         kind, cut = settings.get("tokenizer.ggml.model"), settings.get("tokenizer.ggml.pre", "default")
-        if kind != "gpt2" or cut not in _SINGLE_DIGITS:
-            known = f"gpt2 with {', '.join(_SINGLE_DIGITS)}"
-            raise ConfigError(f"a GGUF file's tokenizer is {known}", f"{kind!r} with {cut!r}", "use another file")
+        if kind != "gpt2" or not isinstance(cut, str) or cut not in _SINGLE_DIGITS:
+            invariant = f"Only GGUF tokenizers of the kind gpt2 with {', '.join(_SINGLE_DIGITS)} are supported"
+            raise ConfigError(invariant, f"{kind!r:.60} with {cut!r:.60}", "use another file")
         words, merges = settings.get("tokenizer.ggml.tokens"), settings.get("tokenizer.ggml.merges")
-        if not isinstance(words, list) or not isinstance(merges, list):
-            raise RunError("a GGUF file must hold its tokenizer", "no tokens or merges", "use another file")
+        if not _are_texts(words) or not _are_texts(merges):
+            raise RunError("This GGUF file has no tokens or no merges for its tokenizer", "", _REMEDY)
         types = settings.get("tokenizer.ggml.token_type") or [1] * len(words)
+        if not isinstance(types, list):
+            raise RunError("tokenizer.ggml.token_type in a GGUF file must be a list", type(types).__name__, _REMEDY)
         self._special = {word for word, kind in zip(words, types, strict=False) if kind == _CONTROL}
         self._tokenizer = _build(words, merges, sorted(self._special), _SINGLE_DIGITS[cut])
         self._pieces = [self._bytes_of(word) for word in words]
@@ -47,35 +72,86 @@ class GgufTokenizer:
         self.end: int | None = settings.get("tokenizer.ggml.eos_token_id")
 
     def encode(self, text: bytes) -> Tensor:
-        """Tokens, int32, without any added."""
-        try:
-            ids = self._tokenizer.encode(text.decode(), add_special_tokens=False).ids
-        except UnicodeDecodeError as error:
-            raise DataError("text must be UTF-8", f"an invalid byte at {error.start}", "convert the text") from error
+        """Return the tokens, int32, without any special ones added."""
+        with library_errors("The tokenizer of a GGUF file must be able to encode any text", _REMEDY):
+            ids = self._tokenizer.encode(_decoded(text), add_special_tokens=False).ids
         return torch.tensor(ids, dtype=torch.int32)
 
-    def decode(self, tokens: Iterable[int]) -> bytes:
-        return b"".join(self._pieces[token] for token in tokens)
-
-    def byte_lengths(self) -> Tensor:
-        return torch.tensor([len(piece) for piece in self._pieces], dtype=torch.int64)
-
-    def to_json(self) -> str | None:
-        return None
-
     def _bytes_of(self, word: str) -> bytes:
-        if word in self._special:
-            return word.encode()
+        return _text_bytes(word) if word in self._special else _byte_level(word)
+
+
+class FolderTokenizer(_Pieces):
+    """The tokenizer of a Hugging Face folder, in its tokenizer.json.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ConfigError: its tokens do not stand for fixed bytes, as those of byte-level and byte-fallback BPE do.
+        RunError: the file is missing or damaged.
+        MissingExtraError: the package tokenizers is not installed.
+    """
+
+    name = "hugging face"
+
+    def __init__(self, path: Path) -> None:
+        library = tokenizers_library()
         try:
-            return bytes(BYTE_OF[character] for character in word)
-        except KeyError as error:
-            raise RunError(
-                "a byte-level token is made of GPT-2's characters", repr(word), "use another file"
-            ) from error
+            serialized = path.read_bytes()
+        except OSError as error:
+            received = "" if isinstance(error, FileNotFoundError) else str(error.strerror)
+            remedy = "add the model's tokenizer.json, or use Thinker.from_pretrained from Python"
+            raise RunError(f"Generating text needs {path.name} in {path.parent}", received, remedy) from error
+        with library_errors(f"{path} must be a tokenizer of the package tokenizers", _REMEDY):
+            content = serialized.decode()
+            kinds = _decoders(json.loads(content).get("decoder"))
+            self._tokenizer = library.Tokenizer.from_str(content)
+            added = self._tokenizer.get_added_tokens_decoder()
+            vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        if "ByteLevel" in kinds:
+            convert = _byte_level
+        elif kinds & {"ByteFallback", "Metaspace"}:
+            convert = _byte_fallback
+        else:
+            invariant = f"The tokenizer in {path} must decode by ByteLevel, ByteFallback or Metaspace"
+            raise ConfigError(invariant, ", ".join(sorted(kinds)) or "no decoder", "use another model")
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        if self.vocab_size > 2 * len(vocabulary) + 1024:
+            received = f"token {self.vocab_size - 1} among {len(vocabulary)} tokens"
+            raise RunError(f"The tokens in {path} must be numbered without large gaps", received, _REMEDY)
+        self._pieces = [b""] * self.vocab_size
+        for word, index in vocabulary.items():
+            self._pieces[index] = _text_bytes(word) if index in added else convert(word)
+
+    def encode(self, text: bytes) -> Tensor:
+        """Return the tokens, int32, with the special ones that the model expects, such as <s> at the start."""
+        with library_errors(f"{TOKENIZER_FILE} must be able to encode any text", _REMEDY):
+            ids = self._tokenizer.encode(_decoded(text)).ids
+        return torch.tensor(ids, dtype=torch.int32)
+
+
+def is_pretrained(path: Path) -> bool:
+    """Return whether a folder has the config.json of a Hugging Face model, and not that of a run."""
+    try:
+        config = json.loads((path / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "format" not in config and bool({"model_type", "architectures"} & config.keys())
+
+
+def load_folder(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Thinker, FolderTokenizer]:
+    """Return the model and the tokenizer of a Hugging Face folder.
+
+    Raises:
+        ConfigError, RunError, MissingExtraError: as `omninorm.thinker.pretrained.load`, and for the tokenizer.
+    """
+    tokenizer = FolderTokenizer(path / TOKENIZER_FILE)
+    return pretrained.load(path, dtype=dtype).eval(), tokenizer
 
 
 def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Thinker, GgufTokenizer]:
-    """The model and the tokenizer of a GGUF file.
+    """Return the model and the tokenizer of a GGUF file.
 
     Raises:
         ConfigError, RunError, MissingExtraError: as `omninorm.thinker.gguf.load`, and for the tokenizer.
@@ -87,13 +163,51 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Thinker, 
 def _build(words: list[str], merges: list[str], special: list[str], single_digits: bool) -> Any:
     library = tokenizers_library()
     vocabulary = {word: index for index, word in enumerate(words)}
-    try:
+    with library_errors("The merges in a GGUF file must be pairs of its tokens", _REMEDY):
         pairs = [tuple(merge.split(" ")) for merge in merges]
         tokenizer = library.Tokenizer(library.models.BPE(vocabulary, pairs))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise RunError("a GGUF file's merges must be of its tokens", str(error)[:200], "use another file") from error
     cuts = [library.pre_tokenizers.ByteLevel(add_prefix_space=False)]
     digits = [library.pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
     tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([*digits, *cuts])
     tokenizer.add_special_tokens(special)
     return tokenizer
+
+
+def _decoders(decoder: Any) -> set[str]:
+    """Return the kinds of a decoder in tokenizer.json and of those that it is a sequence of."""
+    parts = decoder.get("decoders", []) if isinstance(decoder, Mapping) else []
+    each = [decoder, *parts] if isinstance(parts, Sequence) else [decoder]
+    return {str(part.get("type")) for part in each if isinstance(part, Mapping)} - {"Sequence"}
+
+
+def _decoded(text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise DataError("The text must be UTF-8", f"an invalid byte at {error.start}", "convert the text") from error
+
+
+def _byte_level(word: str) -> bytes:
+    try:
+        return bytes(BYTE_OF[character] for character in word)
+    except KeyError as error:
+        invariant = "The tokens of a byte-level tokenizer must be made of GPT-2's characters"
+        raise RunError(invariant, f"{word!r:.60}", _REMEDY) from error
+
+
+def _byte_fallback(word: str) -> bytes:
+    """Return the bytes of a SentencePiece token: <0x0A> is a byte, everything else is text."""
+    if len(word) == 6 and word.startswith("<0x") and word.endswith(">"):
+        try:
+            return bytes.fromhex(word[3:5])
+        except ValueError:
+            pass
+    return _text_bytes(word.replace(_SPACE, " "))
+
+
+def _text_bytes(word: str) -> bytes:
+    return word.encode("utf-8", errors="replace")
+
+
+def _are_texts(values: object) -> TypeGuard[list[str]]:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)

@@ -1,4 +1,4 @@
-"""What a run was made with: versions of packages and the commit of the source."""
+"""Provenance of a run: versions of packages and the commit of the source."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-# Distribution names, with what each is for and the extra that brings it.
+# Distribution names, with their purpose and the extra that installs them.
 OPTIONAL = {
     "numpy": ("checkpoints", "train"),
     "safetensors": ("checkpoints, real weights", "train"),
@@ -22,7 +22,7 @@ OPTIONAL = {
 
 
 def version_of(distribution: str) -> str | None:
-    """The installed version of a package, or None."""
+    """Return the installed version of a package, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -30,15 +30,15 @@ def version_of(distribution: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, omninorm, torch and every optional package; None for one that is not installed."""
+    """Return the versions of Python, omninorm, torch and all optional packages; None for those not installed."""
     names = ("omninorm", "torch", *OPTIONAL)
     return {"python": platform.python_version(), **{name: version_of(name) for name in names}}
 
 
 def git_commit() -> str | None:
-    """The commit that the source of omninorm is at, with "+" if files differ from it; None outside a repository."""
+    """Return the commit of omninorm's source, with "+" if files differ from it; None outside a repository."""
     source = Path(__file__).parent
-    # A package that was installed into someone's repository is not tracked by it.
+    # If omninorm is merely installed inside another repository, that repository does not track this file.
     if _git(source, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     commit = _git(source, "rev-parse", "HEAD")

@@ -1,4 +1,4 @@
-"""A run's folder: config.json, record.jsonl, checkpoints/step-N/, and the lock that keeps a second writer out."""
+"""The folder of a run: config.json, record.jsonl, checkpoints/step-N/, and a lock against a second writer."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ __all__ = ["RunFolder", "fresh_folder", "list_checkpoints", "load_checkpoint", "
 
 
 class FolderTakenError(RunError):
-    """Another run is in the folder, or just being made there."""
+    """Another run is in the folder, or is being created there."""
 
 
 class RunFolder:
-    """The folder of a run that this process writes. Only one process can have it open; `close` lets it go.
+    """The folder of a run that this process writes. Only one process can open it at a time; `close` releases it.
 
-    The lock is the kernel's (flock), so it ends with the process, however that dies.
+    The lock is the kernel's (flock), so it ends with the process, however the process ends.
     """
 
     def __init__(self, path: Path) -> None:
-        """Takes over a folder that has a config.json: locks it and cleans up after a killed process.
+        """Open a folder that has a config.json: lock it and clean up after a killed process.
 
         Raises:
-            RunError: no such run, or another process is at work on it.
+            RunError: no such run, or another process is writing it.
         """
         self.path = path
         read_config(path)
@@ -49,7 +49,7 @@ class RunFolder:
 
     @classmethod
     def follow(cls, path: Path, rank: int) -> RunFolder:
-        """The folder of a run that another process writes, which has told of it: only a record of one's own is kept.
+        """Return the folder of a run that another process writes; this process only writes a record of its own.
 
         Args:
             path: the folder.
@@ -64,11 +64,11 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any], files: Mapping[str, bytes]) -> RunFolder:
-        """Makes a new folder with config.json and `files`.
+        """Create a folder with config.json and `files`.
 
         Raises:
-            RunError: the folder can't be written, or the disk is full. What was made is removed again.
-            FolderTakenError: it has something in it, or another process is making a run there.
+            RunError: the folder can't be written, or the disk is full. Everything created is removed again.
+            FolderTakenError: the folder is not empty, or another process is creating a run there.
         """
         run = cls.__new__(cls)
         run.path = path
@@ -76,7 +76,7 @@ class RunFolder:
         made = _make_folder(path)
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(path))
-            _check_empty(path)  # again: until the lock was held another process could fill it
+            _check_empty(path)  # again: before the lock was held, another process could fill it
             try:
                 run._open(stack)
                 run._write(config, files)
@@ -87,12 +87,21 @@ class RunFolder:
         return run
 
     def _write(self, config: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-        # ASCII, because the name of a file may have bytes that are no characters; JSON can escape what they became.
-        text = json.dumps({"format": FORMAT, **config}, indent=2)
         with writing(self.path):
             for name, content in files.items():
                 write_file(self.path / name, content)
-            # Last, since it is what makes the folder a run.
+        # Last, since it is what makes the folder a run.
+        self.rewrite_config(config)
+
+    def rewrite_config(self, config: Mapping[str, Any]) -> None:
+        """Replace config.json as a whole: a kill leaves either the old file or the new one.
+
+        Raises:
+            RunError: the folder can't be written, or the disk is full.
+        """
+        # ASCII, because a file name may have bytes that are not characters; JSON can escape what Python makes of them.
+        text = json.dumps({"format": FORMAT, **config}, indent=2)
+        with writing(self.path):
             write_file(self.path / CONFIG_FILE, text.encode())
 
     def _open(self, stack: contextlib.ExitStack) -> None:
@@ -107,12 +116,12 @@ class RunFolder:
         return self.path / CHECKPOINTS
 
     def newest(self) -> int | None:
-        """Step of the newest checkpoint, or None if there is none."""
+        """Return the step of the newest checkpoint, or None."""
         steps = list_checkpoints(self.checkpoints)
         return steps[-1] if steps else None
 
     def close(self) -> None:
-        """Closes the record and releases the lock."""
+        """Close the record and release the lock."""
         self._resources.close()
 
     def __enter__(self) -> RunFolder:
@@ -123,7 +132,7 @@ class RunFolder:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's config.json.
+    """Return a run's config.json.
 
     Raises:
         RunError: there is no such run, or the file is damaged or of another format.
@@ -132,22 +141,26 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_bytes())
     except OSError as error:
-        remedy = "name the folder that omninorm train wrote"
-        raise RunError(f"a run's folder must have a {CONFIG_FILE}", f"{error.strerror} at {file}", remedy) from error
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"
+        remedy = "pass a folder that omninorm train wrote"
+        raise RunError(
+            f"{path} is not the folder of a run: it has no readable {CONFIG_FILE}{reason}", "", remedy
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{CONFIG_FILE} must be JSON", f"{error} in {file}", "restore the file") from error
+        reason = str(error) or type(error).__name__
+        raise RunError(f"{file} must be JSON", f"{reason:.200}", "restore the file") from error
     if isinstance(config, dict) and "model_type" in config and "format" not in config:
-        remedy = "load it with omninorm.Thinker.from_pretrained, or name a run's folder"
-        raise RunError("a run's folder is one that omninorm train wrote", f"a Hugging Face model at {path}", remedy)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        received = f"{config.get('format')!r}" if isinstance(config, dict) else type(config).__name__
+        remedy = "pass a folder that omninorm train wrote, or load the model with omninorm.Thinker.from_pretrained"
+        raise RunError(f"{path} holds a Hugging Face model, not a run", "", remedy)
+    if not isinstance(config, dict) or type(config.get("format")) is not int or config["format"] != FORMAT:
+        received = f"format {config.get('format')!r:.60}" if isinstance(config, dict) else type(config).__name__
         remedy = "use the version of omninorm that wrote it"
-        raise RunError(f"{CONFIG_FILE} must have format {FORMAT}", f"{received} in {file}", remedy)
+        raise RunError(f"{file} must have format {FORMAT}", received, remedy)
     return config
 
 
 def fresh_folder(name: str, parent: Path = Path("runs")) -> Path:
-    """The first of runs/name-1, runs/name-2, … that does not exist."""
+    """Return the first of runs/name-1, runs/name-2, … that does not exist."""
     number = 1
     while os.path.lexists(parent / f"{name}-{number}"):
         number += 1
@@ -155,7 +168,7 @@ def fresh_folder(name: str, parent: Path = Path("runs")) -> Path:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether the run in `path` has done all its steps and has the whole checkpoint of the last one.
+    """Return whether the run in `path` has done all its steps and has a complete checkpoint of the last one.
 
     Raises:
         RunError: there is no such run, or its record is damaged.
@@ -170,30 +183,29 @@ def is_finished(path: Path) -> bool:
 
 
 def is_run(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder looks like a run, whole or not; nothing is read."""
+    """Return whether a folder looks like a run, complete or not, without reading files."""
     config, *others = (os.path.join(folder, name) for name in (CONFIG_FILE, RECORD_FILE, CHECKPOINTS))
     return os.path.lexists(config) and any(map(os.path.lexists, others))
 
 
 def _check_empty(path: Path) -> None:
     if entries := _entries(path):
-        received = f"{path} with {entries[0]!r} in it"
-        remedy = "choose another folder, or resume the run that is in it"
-        raise FolderTakenError("a new run needs an empty or a new folder", received, remedy)
+        remedy = "choose another folder, or resume the run in it with --resume"
+        raise FolderTakenError(f"A new run needs a new or an empty folder: {path} has {entries[0]!r} in it", "", remedy)
 
 
 def _entries(path: Path) -> list[str]:
-    """What is in a folder, apart from what a process that was killed at the very start may have left."""
+    """Return the names in a folder, except those that a process killed right at the start may have left."""
     try:
         names = sorted(os.listdir(path)) if os.path.lexists(path) else []
     except OSError as error:
-        remedy = "choose another folder"
-        raise RunError("a new run needs a folder", f"{error.strerror!r} at {path}", remedy) from error
+        invariant = f"Cannot use {path} as the folder of a run ({error.strerror})"
+        raise RunError(invariant, "", "choose another folder") from error
     return [name for name in names if name != _LOCK and not name.startswith(TEMPORARY)]
 
 
 def _make_folder(path: Path) -> bool:
-    """Makes a folder and those above it; false if it was there already, perhaps since a moment ago."""
+    """Create a folder and its parents; return False if it exists, perhaps only since a moment ago."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -204,34 +216,34 @@ def _make_folder(path: Path) -> bool:
 
 
 def _undo(path: Path, names: Sequence[str], made: bool) -> None:
-    """Removes what a failed creation wrote; only for the holder of the lock, who found the folder empty."""
+    """Remove what a failed creation wrote; only for the holder of the lock, who found the folder empty."""
     for name in names:
         (path / name).unlink(missing_ok=True)
     if made:
-        with contextlib.suppress(OSError):  # not empty: someone else has put something there
+        with contextlib.suppress(OSError):  # not empty: another process has written something
             path.rmdir()
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder.
+    """Keep other processes out of a folder.
 
     Raises:
-        FolderTakenError: another one has it.
+        FolderTakenError: another process holds the lock.
     """
     with writing(path):
         descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not _lock(descriptor, path / _LOCK):
             remedy = "wait for it, stop it, or choose another folder"
-            raise FolderTakenError("only one process may write a run", f"another one at work on {path}", remedy)
+            raise FolderTakenError(f"Another process is writing the run in {path}", "", remedy)
         yield
     finally:
         os.close(descriptor)
 
 
 def _lock(descriptor: int, path: Path) -> bool:
-    """Locks an open file; false if another process has it, or has removed it since it was opened."""
+    """Lock an open file; return False if another process holds it, or has removed it since it was opened."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(descriptor), os.stat(path))

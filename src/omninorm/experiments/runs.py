@@ -1,4 +1,4 @@
-"""Runs with a folder: a plan becomes a folder and a model, and a folder becomes a run that goes on."""
+"""Create, open and resume training runs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,28 @@ from typing import Any
 
 import torch
 
-from omninorm.config import NormConfig, check_choice, check_keys
+from omninorm.config import NormConfig, check_choice, check_count, check_keys
 from omninorm.errors import ConfigError, DataError, OmninormError, RunError
-from omninorm.experiments.checkpoint import check_packages, list_checkpoints, load_checkpoint
+from omninorm.experiments.checkpoint import check_packages, check_sizes, list_checkpoints, load_checkpoint
 from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
 from omninorm.experiments.events import Callback, TrainResult
 from omninorm.experiments.interrupt import Interrupt
 from omninorm.experiments.processes import Processes
 from omninorm.experiments.provenance import git_commit, versions
-from omninorm.experiments.run_folder import CHECKPOINTS, FolderTakenError, RunFolder, fresh_folder, read_config
+from omninorm.experiments.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    FolderTakenError,
+    RunFolder,
+    fresh_folder,
+    read_config,
+)
 from omninorm.experiments.settings import TrainConfig
 from omninorm.experiments.tokenizer import TOKENIZER_FILE, TOKENIZERS, Tokenizer, build_tokenizer, load_tokenizer
 from omninorm.experiments.train import train
 from omninorm.record import RECORD_FILE, final_status
 from omninorm.thinker import Thinker, ThinkerConfig
+from omninorm.thinker.config import use_plain_numbers
 
 _SECTIONS = ("model", "train", "tokenizer", "data", "versions")
 _MOST_SKIPPED = 20  # entries in config.json
@@ -35,15 +43,15 @@ _NO_MEMORY = "allocate|overflow|out of memory"
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides what a run computes.
+    """Everything that determines what a run computes.
 
     Args:
         model: the Thinker; its vocab_size follows from the tokenizer, its max_seq_len must be train.seq_len.
         train: the training settings.
         text: None for the default text, or the path of a file or folder.
-        held_out: share of the text, at its end, that is held out.
+        held_out: fraction of the text, at its end, that is held out.
         tokenizer: "byte" or "bpe".
-        vocab_size: of a BPE tokenizer; None means 1024.
+        vocab_size: vocabulary size of a BPE tokenizer; None means 1024.
     """
 
     model: ThinkerConfig = field(default_factory=lambda: ThinkerConfig(d_model=128, n_layers=4, max_seq_len=128))
@@ -54,13 +62,14 @@ class Plan:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
+        use_plain_numbers(self)
         check_choice("tokenizer", self.tokenizer, TOKENIZERS)
         if self.model.max_seq_len != self.train.seq_len:
             received = f"{self.model.max_seq_len} and {self.train.seq_len}"
-            raise ConfigError("max_seq_len and seq_len must be equal", received, "set both to the same number")
+            raise ConfigError("max_seq_len and seq_len must be equal", received, "set both to the same value")
 
     def change(self, **settings: Any) -> Plan:
-        """This plan with some settings replaced, given flat: Plan's own, ThinkerConfig's, NormConfig's, TrainConfig's.
+        """Return this plan with some settings of Plan, ThinkerConfig, NormConfig or TrainConfig replaced, given flat.
 
         `seq_len` also sets the model's max_seq_len.
 
@@ -80,6 +89,21 @@ class Plan:
             **_pick(settings, own),
         )
 
+    def settings(self) -> dict[str, Any]:
+        """Return every setting flat, by the names that `change` takes; where None means a default, the default."""
+        model, training = self.model, self.train
+        return {
+            **{item.name: getattr(model.norm, item.name) for item in fields(NormConfig)},
+            **{item.name: getattr(model, item.name) for item in fields(ThinkerConfig)},
+            **{item.name: getattr(training, item.name) for item in fields(TrainConfig)},
+            **{item.name: getattr(self, item.name) for item in fields(Plan) if item.name not in ("model", "train")},
+            "n_kv_heads": model.kv_heads,
+            "head_dim": model.head_width,
+            "d_ff": model.hidden_width,
+            "warmup_steps": training.warmup,
+            "vocab_size": model.vocab_size,
+        }
+
 
 @dataclass
 class Run:
@@ -95,10 +119,10 @@ class Run:
     processes: Processes = field(default_factory=Processes)
 
     def train(self, on_event: Callback | None = None) -> TrainResult:
-        """Trains to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`."""
+        """Train to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`."""
         received = f"batch_size={self.plan.train.batch_size}, seq_len={self.plan.train.seq_len}"
-        remedy = "choose a smaller batch and another folder, and keep the product of batch and grad_accumulation"
-        memory = _fitting("a step must fit in memory", received, remedy)
+        remedy = "use a smaller batch_size and a larger grad_accumulation, in another folder"
+        memory = _fitting("A training step must fit in memory", received, remedy)
         with memory, Interrupt(patient=self.processes.count > 1) as interrupt:
             return train(
                 self.model,
@@ -118,15 +142,15 @@ class Run:
 
 
 def create_run(plan: Plan, path: Path | None = None, command: Sequence[str] = ()) -> Run:
-    """Reads the text, builds tokenizer and model, and makes the run's folder last, when nothing else can fail.
+    """Read the text, build tokenizer and model, and create the run's folder last, when nothing else can fail.
 
     Args:
         plan: what to run.
-        path: a new or empty folder; None means a fresh runs/NAME-N, named after the text.
+        path: a new or empty folder; None means a new runs/NAME-N, named after the text.
         command: how the run was started, for config.json.
 
     Raises:
-        DataError, ConfigError, RunError: as their parts say; then nothing was written.
+        DataError, ConfigError, RunError: the text, a setting or the folder is unusable; then nothing was written.
         MissingExtraError: a package that this or the checkpoints need is not installed.
     """
     check_packages()
@@ -149,22 +173,36 @@ def _create_folder(path: Path | None, name: str, config: Mapping[str, Any], file
     while path is None:
         try:
             return RunFolder.create(fresh_folder(name), config, files)
-        except FolderTakenError:  # by a run that was started at the same moment: take the next name
+        except FolderTakenError:  # a run that was started at the same moment took the name
             continue
     return RunFolder.create(path, config, files)
 
 
-def open_run(path: Path, text: str | None = None, processes: Processes | None = None) -> Run:
-    """Opens a run to continue it from its newest checkpoint, with its own settings.
+def open_run(
+    path: Path,
+    text: str | None = None,
+    processes: Processes | None = None,
+    *,
+    steps: int | None = None,
+    command: Sequence[str] = (),
+) -> Run:
+    """Open a run to continue it from its newest checkpoint, with its own settings.
+
+    A larger number of steps extends the run, finished or not. From the resumed step on, the learning rate follows the
+    schedule for the new number of steps; the warm-up stays as it was. config.json is rewritten and keeps the earlier
+    number under "extended".
 
     Args:
         path: the run's folder.
         text: where the text is now, if it has moved.
         processes: those that train together, of which the first has opened the run already; None means this one alone.
+        steps: the new number of optimizer steps; None keeps the run's.
+        command: how the run was extended, for config.json.
 
     Raises:
-        RunError: no run, a damaged one, one that another process is at work on, one that diverged, or the text is
-            not the one that the run was started with.
+        ConfigError: `steps` is below the run's own.
+        RunError: no run, a damaged one, one that another process is writing, one that diverged, or the text is not
+            the one that the run was started with.
         DataError: the text is no longer there, or no text any more.
         MissingExtraError: a package that this or the checkpoints need is not installed.
     """
@@ -173,41 +211,74 @@ def open_run(path: Path, text: str | None = None, processes: Processes | None = 
     plan = read_plan(path)
     if final_status(path / RECORD_FILE) == "diverged":
         remedy = "start a new run with a smaller learning rate, gradient clipping, or another norm or placement"
-        raise RunError("only a run that has not diverged can go on", f"one that has, {path}", remedy)
+        raise RunError(f"The run in {path} has diverged and can't be resumed", "", remedy)
     corpus = _load_again(plan, text)
     if corpus.sha256 != config["data"].get("sha256"):
-        remedy = "restore the text, or start a new run"
-        raise RunError("a resumed run needs the text it was started with", f"another one at {corpus.source}", remedy)
+        invariant = f"{corpus.source} is not the text that the run in {path} was started with"
+        raise RunError(invariant, "", "restore the text, or start a new run")
     tokenizer = _load_tokenizer(path, plan, config)
     data = tokenize(corpus, tokenizer, plan.train.seq_len, plan.train.eval_bytes)
+    steps_saved = list_checkpoints(path / CHECKPOINTS)
+    if steps_saved:
+        check_sizes(path / CHECKPOINTS, steps_saved[-1], plan.model)
     model = build_model(plan.model, plan.train.seed)
     processes = processes or Processes()
+    extended = plan if steps is None else _extended(plan, steps, path)
     folder = RunFolder(path) if processes.first else RunFolder.follow(path, processes.rank)
-    return Run(plan, folder, corpus, tokenizer, data, model, _changes(config), processes)
+    notices = _changes(config)
+    if extended != plan:
+        try:
+            notices += (_extend(folder, config, plan, extended, command),)
+        except BaseException:
+            folder.close()
+            raise
+    return Run(extended, folder, corpus, tokenizer, data, model, notices, processes)
+
+
+def _extended(plan: Plan, steps: int, path: Path) -> Plan:
+    """Return the plan with more steps. The warm-up is kept: its default depends on the number of steps."""
+    check_count("steps", steps)
+    if steps < plan.train.steps:
+        invariant = f"A run can be extended but not shortened: the run in {path} has {plan.train.steps} steps"
+        raise ConfigError(invariant, f"steps={steps}", "give a larger number, or start a new run")
+    if steps == plan.train.steps:
+        return plan
+    return replace(plan, train=replace(plan.train, steps=steps, warmup_steps=plan.train.warmup))
+
+
+def _extend(folder: RunFolder, config: Mapping[str, Any], plan: Plan, extended: Plan, command: Sequence[str]) -> str:
+    """Write the new number of steps to config.json; return a notice of what that changes."""
+    before, after, done = plan.train.steps, extended.train.steps, folder.newest() or 0
+    earlier = config.get("extended")
+    entry = {"from": before, "to": after, "at_step": done, "command": list(command), "time": _now()}
+    extensions = [*(earlier if isinstance(earlier, list) else []), entry]
+    folder.rewrite_config({**config, "train": extended.train.to_dict(), "extended": extensions})
+    schedule = plan.train.schedule
+    change = "stays constant" if schedule == "constant" else f"follows the {schedule} schedule for {after} steps"
+    return f"extended from {before} to {after} steps: from step {done + 1} on, the learning rate {change}"
 
 
 def _load_again(plan: Plan, text: str | None) -> Corpus:
     try:
         return load_corpus(plan.text if text is None else text, plan.held_out)
     except DataError as error:
-        remedy = "restore the run's text, or name where it is now (--text)"
+        remedy = "restore the run's text, or pass its new place with --text"
         raise DataError(error.invariant, error.received, remedy) from error
 
 
 def _load_tokenizer(path: Path, plan: Plan, config: Mapping[str, Any]) -> Tokenizer:
     tokenizer = load_tokenizer(plan.tokenizer, path, config["tokenizer"].get("sha256"))
     if tokenizer.vocab_size != plan.model.vocab_size:
-        received = f"{tokenizer.vocab_size} and {plan.model.vocab_size} in {path}"
-        remedy = "restore the files of the original run or train again"
-        raise RunError("a run's tokenizer and its model must have the same number of tokens", received, remedy)
+        invariant = f"The tokenizer in {path} must have the {plan.model.vocab_size} tokens of the model"
+        raise RunError(invariant, tokenizer.vocab_size, "restore the files of the original run, or train again")
     return tokenizer
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan in a run's config.json.
+    """Return the plan in a run's config.json.
 
     Raises:
-        RunError: there is none, or it can't be understood.
+        RunError: config.json is missing or damaged.
     """
     config = read_config(path)
     try:
@@ -222,19 +293,21 @@ def read_plan(path: Path) -> Plan:
         )
     except (OmninormError, KeyError, TypeError) as error:
         remedy = "restore the file, or use the version of omninorm that wrote it"
-        raise RunError("config.json must describe a run", f"{error} in {path}", remedy) from error
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise RunError(f"{path / CONFIG_FILE} must describe a run", f"{reason:.300}", remedy) from error
 
 
 def _check_sections(config: Mapping[str, Any]) -> None:
     for name in _SECTIONS:
         if not isinstance(config[name], dict):
-            raise TypeError(f"{name} that is {type(config[name]).__name__}, no object,")
-    if not isinstance(config["data"]["text"], (str, type(None))):
-        raise TypeError("a text that is no path")
+            raise TypeError(f"{name} of type {type(config[name]).__name__}")
+    text = config["data"]["text"]
+    if not isinstance(text, (str, type(None))):
+        raise TypeError(f"a text of type {type(text).__name__}")
 
 
 def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, int]:
-    """The model and tokenizer of a run at its newest checkpoint, or that of `step`; and the step.
+    """Return the model and tokenizer of a run at its newest checkpoint, or at `step`, and the step.
 
     Raises:
         RunError: no run, no such checkpoint, or a damaged one.
@@ -243,44 +316,45 @@ def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, i
     plan = read_plan(path)
     steps = list_checkpoints(path / CHECKPOINTS)
     if not steps:
-        raise RunError("a run must have a checkpoint", f"none in {path / CHECKPOINTS}", "let it train on")
+        raise RunError(f"The run in {path} has no checkpoint yet", "", "resume its training")
     if step is not None and step not in steps:
         found = ", ".join(map(str, steps))
-        raise RunError("the step must be one of the run's checkpoints", f"step {step}", f"choose one of {found}")
+        raise RunError(f"The run in {path} has no checkpoint of step {step}", "", f"choose one of {found}")
     chosen = steps[-1] if step is None else step
+    check_sizes(path / CHECKPOINTS, chosen, plan.model)
     model = build_model(plan.model, plan.train.seed)
     load_checkpoint(path / CHECKPOINTS, chosen, model)
     return model.eval(), _load_tokenizer(path, plan, read_config(path)), chosen
 
 
 def build_model(config: ThinkerConfig, seed: int) -> Thinker:
-    """A Thinker whose initial weights depend on the seed alone. Leaves torch's global generator seeded, too.
+    """Return a Thinker whose initial weights depend only on the seed. Torch's global generator stays seeded.
 
     Raises:
         ConfigError: the model does not fit in memory.
     """
     torch.manual_seed(seed)
     received = f"d_model={config.d_model}, n_layers={config.n_layers}, vocab_size={config.vocab_size}"
-    with _fitting("a model must fit in memory", received, "choose a smaller one"):
+    with _fitting("The model must fit in memory", received, "choose a smaller model"):
         return Thinker(config)
 
 
 @contextmanager
 def _fitting(invariant: str, received: str, remedy: str) -> Iterator[None]:
-    """Makes a ConfigError of memory that is not there."""
+    """Turn a failed allocation into a ConfigError."""
     try:
         yield
     except OmninormError:
         raise
     except (MemoryError, RuntimeError, TypeError, OverflowError) as error:
-        # Torch has no class of its own for this on a CPU: a RuntimeError, and others where a size is beyond 64 bits.
-        if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error), re.IGNORECASE):
+        # On a CPU torch raises a plain RuntimeError, and other types for sizes beyond 64 bits.
+        if not isinstance(error, (MemoryError, OverflowError)) and not re.search(_NO_MEMORY, str(error), re.IGNORECASE):
             raise
         raise ConfigError(invariant, received, remedy) from error
 
 
 def _describe(plan: Plan, corpus: Corpus, files: Mapping[str, bytes], command: Sequence[str]) -> dict[str, Any]:
-    """What config.json says."""
+    """Return the content of config.json."""
     digest = {"sha256": hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()} if TOKENIZER_FILE in files else {}
     return {
         "model": plan.model.to_dict(),
@@ -300,8 +374,12 @@ def _describe(plan: Plan, corpus: Corpus, files: Mapping[str, bytes], command: S
         "versions": versions(),
         "git_commit": git_commit(),
         "command": list(command),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": _now(),
     }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _shorten(skipped: Sequence[str]) -> list[str]:
@@ -310,16 +388,17 @@ def _shorten(skipped: Sequence[str]) -> list[str]:
 
 
 def _changes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What has changed since the run was started that can change its arithmetic."""
+    """Return notices of changes since the start of the run that can affect its arithmetic."""
     then, now = config.get("versions", {}), versions()
     notices = [
-        f"{name} was {then.get(name)} when the run was started and is {now[name]}: the last bits may differ"
+        f"the run was started with {name} {then.get(name)!s:.40} and continues with {now[name]}: "
+        "results may differ in the last bits"
         for name in ("omninorm", "torch")
         if then.get(name) != now[name]
     ]
     if config.get("threads") != torch.get_num_threads():
-        threads = f"{config.get('threads')} threads, not {torch.get_num_threads()}"
-        notices.append(f"the run was started with {threads}: the last bits may differ")
+        threads = f"threads={config.get('threads')!s:.40} and continues with {torch.get_num_threads()}"
+        notices.append(f"the run was started with {threads}: results may differ in the last bits")
     return tuple(notices)
 
 

@@ -1,4 +1,4 @@
-"""Text from a model, piece by piece as it is made."""
+"""Streaming of generated text."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def stream_text(
     seed: int | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Continues a prompt; yields new text as soon as it is certain, without the prompt.
+    """Continue a prompt; yield new text, without the prompt, as soon as it is final.
 
-    Bytes are decoded as UTF-8 across tokens; what is not UTF-8 becomes U+FFFD. Of a prompt longer than the model's
-    context the newest tokens count. The text ends before the first of `stop`, which is not yielded.
+    Bytes are decoded as UTF-8 across tokens; invalid bytes become U+FFFD. A prompt longer than the model's context is
+    cut to its last tokens. The text ends before the first of `stop`, which is not yielded.
 
     Raises:
         InputError: an empty prompt or stop text, or a sampling setting out of range (at the call, not later).
         ConfigError: a seed outside [0, 2⁶³).
     """
     if not prompt:
-        raise InputError("a prompt must have at least one character", "an empty one", "begin with a line break")
+        raise InputError("The prompt must have at least one character", "''", "start with a line break")
     if seed is not None:
         check_seed(seed)
     if not all(stop):
-        raise InputError("a stop text must have at least one character", "an empty one", "leave it out")
+        raise InputError("A stop text must have at least one character", "''", "leave it out")
     tokens = tokenizer.encode(prompt.encode("utf-8", errors="replace")).tolist()[-model.config.max_seq_len :]
     steps = model.stream([tokens], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     pieces = (tokenizer.decode([token for token in step if token is not None]) for step in steps)
@@ -45,7 +45,7 @@ def stream_text(
 
 
 def _until(pieces: Iterator[bytes], stops: Sequence[bytes]) -> Iterator[bytes]:
-    """Passes bytes on until a stop comes. What may be the beginning of a stop is held back."""
+    """Yield bytes until a stop text; hold back bytes that may be the start of one."""
     held = b""
     for piece in pieces:
         held += piece
@@ -60,7 +60,7 @@ def _until(pieces: Iterator[bytes], stops: Sequence[bytes]) -> Iterator[bytes]:
 
 
 def _overlap(text: bytes, stop: bytes) -> int:
-    """Length of the longest beginning of `stop`, short of all of it, that `text` ends with."""
+    """Return the length of the longest proper prefix of `stop` that `text` ends with."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
 

@@ -1,4 +1,4 @@
-"""TrainConfig: every setting of a training run, checked in one place; and the learning rate's schedule."""
+"""TrainConfig, which checks every setting of a training run, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 from omninorm.config import check_choice, check_count, check_keys, check_number
 from omninorm.errors import ConfigError
+from omninorm.thinker.config import use_plain_numbers
 
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
-# What float32, in which the weights are, still holds: beyond it a number becomes 0 or infinite.
+# The range of float32, the dtype of the weights: beyond it a number becomes 0 or infinite.
 _SMALLEST, _LARGEST = 1e-38, 3e38
 
 
@@ -22,26 +23,26 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps, ≥ 1.
-        batch_size: windows per micro-batch; a step sees batch_size · grad_accumulation windows.
-        seq_len: tokens per window.
-        lr: the largest learning rate, reached at the end of the warm-up, in [1e-38, 3e38].
+        batch_size: sequences per micro-batch; a step has batch_size · grad_accumulation of them.
+        seq_len: tokens per sequence.
+        lr: the peak learning rate, reached at the end of the warm-up, in [1e-38, 3e38].
         warmup_steps: steps of linear warm-up, at most `steps`; None means a tenth of the steps, at most 100.
         schedule: "cosine" falls to min_lr_ratio · lr at the last step; "constant" stays at lr.
-        min_lr_ratio: where the cosine ends, as a share of lr, in [0, 1].
-        weight_decay: AdamW's decoupled decay, ≥ 0; see `omninorm.param_groups` for what it applies to.
-        betas: AdamW's averaging factors, each in [0, 1).
+        min_lr_ratio: final learning rate as a fraction of lr, in [0, 1].
+        weight_decay: AdamW's decoupled weight decay, ≥ 0; `omninorm.param_groups` selects its parameters.
+        betas: AdamW's betas, each in [0, 1).
         adam_eps: AdamW's ε, in [1e-38, 3e38].
-        grad_clip: largest total gradient norm, in [1e-38, 3e38]; None never clips. The norm is recorded either way.
-        grad_accumulation: micro-batches per step. It changes memory, not mathematics: the windows of a step are the
-            same however they are divided.
+        grad_clip: clip the total gradient norm to this, in [1e-38, 3e38]; None disables clipping.
+        grad_accumulation: micro-batches per step. It changes the memory, not the mathematics: a step has the same
+            sequences however they are divided.
         precision: "fp32", or "bf16" for autocast (parameters, moments and the loss stay in fp32).
-        seed: decides the initial weights and every batch, ≥ 0.
+        seed: random seed for weights and batches, ≥ 0.
         eval_every: steps between evaluations on the held-out text; step 0 and the last step are always evaluated.
-        eval_bytes: how much of the held-out text is evaluated, from its start; None means all.
+        eval_bytes: bytes of the held-out text to evaluate, from its start; None means all.
         checkpoint_every: steps between checkpoints; the last step always gets one.
-        keep_checkpoints: how many of the newest checkpoints stay, ≥ 1.
+        keep_checkpoints: number of newest checkpoints to keep, ≥ 1.
         log_every: record every n-th step; the last step is always recorded.
-        watch_every: steps between samples of `omninorm.watch`, for runs that have a folder; None does not watch.
+        watch_every: steps between samples of `omninorm.watch`, for runs with a folder; None disables monitoring.
 
     Raises:
         ConfigError: a value of the wrong type, out of range, NaN or infinite.
@@ -69,6 +70,7 @@ class TrainConfig:
     watch_every: int | None = 10
 
     def __post_init__(self) -> None:
+        use_plain_numbers(self)
         for name in ("steps", "batch_size", "seq_len", "grad_accumulation", "eval_every"):
             check_count(name, getattr(self, name))
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
@@ -102,7 +104,9 @@ class TrainConfig:
         check_count("warmup_steps", self.warmup_steps, at_least=0)
         if self.warmup_steps > self.steps:
             received = f"warmup_steps={self.warmup_steps} with steps={self.steps}"
-            raise ConfigError("the warm-up must end within the run", received, "shorten it or leave it out")
+            raise ConfigError(
+                "The warm-up must end within the run", received, "use fewer warmup_steps, or leave them out"
+            )
 
     @property
     def warmup(self) -> int:
@@ -115,7 +119,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Reads what `to_dict` wrote; keys that are left out take their defaults.
+        """Return the config that `to_dict` wrote; missing keys take their defaults.
 
         Raises:
             ConfigError: not a mapping, an unknown key (the known ones are listed), or a bad value.
@@ -124,12 +128,12 @@ class TrainConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting, as plain JSON values."""
+        """Return every setting as a plain JSON value."""
         return {**asdict(self), "betas": list(self.betas)}
 
 
 def check_seed(seed: object) -> None:
-    """Raises ConfigError unless `seed` is one that torch's generators accept: an integer in [0, 2⁶³)."""
+    """Raise ConfigError unless torch's generators accept `seed`: an integer in [0, 2⁶³)."""
     check_count("seed", seed, at_least=0)
     check_number("seed", seed, at_most=2**63 - 1)
 
@@ -140,7 +144,7 @@ def _check_positive(name: str, value: object) -> None:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of a step, counted from 1.
+    """Return the learning rate of a step, counted from 1.
 
     η(s) = lr · s/w during the w steps of warm-up, so η(w) = lr. Then "constant" stays at lr, and "cosine" follows
     lr · (m + (1 − m)·(1 + cos πp)/2), p = (s − w)/(steps − w), which ends exactly at m·lr, m = min_lr_ratio.

@@ -1,6 +1,6 @@
-"""FSDP2: a model whose parameters are spread over the processes, and the files that all of them write at once.
+"""FSDP2: sharding of a model over processes, and files that all of them write together.
 
-What of torch this needs takes half a second to import, so it is imported where it is used.
+The parts of torch that this needs take half a second to import, so they are imported where they are used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from omninorm.kernels.distributed import is_distributed
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """Spreads a model's parameters over all processes, in place: each block is gathered while it computes."""
+    """Shard a model's parameters over all processes, in place: each block is gathered while it computes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -32,7 +32,7 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def copy_whole(target: Tensor, value: Tensor) -> None:
-    """Copies a whole tensor into one that may be spread; each process has `value`, and takes its part."""
+    """Copy a whole tensor into one that may be sharded; each process has all of `value` and takes its part."""
     if is_distributed(target):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -42,10 +42,10 @@ def copy_whole(target: Tensor, value: Tensor) -> None:
 
 
 def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Each process writes its part of the tensors into a safetensors file; all must call this.
+    """Write the part of the tensors that this process has to a safetensors file; all processes must call this.
 
     Raises:
-        OSError: a process could not write; on each of them.
+        OSError: a process could not write; raised in all of them.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -59,10 +59,10 @@ def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def describe_parts(folder: Path) -> dict[str, Tensor]:
-    """Name, shape and dtype of what `save_parts` wrote, as tensors without content.
+    """Return name, shape and dtype of what `save_parts` wrote, as tensors without content.
 
     Raises:
-        Exception: files that are none of safetensors; the library's own.
+        Exception: the files are not safetensors; the library's own exceptions.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -76,7 +76,7 @@ def describe_parts(folder: Path) -> dict[str, Tensor]:
 
 
 def load_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Reads what `save_parts` wrote into tensors, whole ones or spread over another number of processes."""
+    """Load what `save_parts` wrote into tensors, whole or sharded over another number of processes."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -89,7 +89,7 @@ def load_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _cause(error: Any) -> OSError:
-    """What stopped a process: the system's error, if it was one, in torch's CheckpointException."""
+    """Return the system error inside torch's CheckpointException, or an OSError with its message."""
     for failure, _ in error.failures.values():
         if isinstance(failure, OSError):
             return failure

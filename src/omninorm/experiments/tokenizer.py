@@ -1,9 +1,10 @@
-"""Text to tokens and back: bytes (the default), or byte-level BPE trained on the run's own text."""
+"""Tokenizers: bytes (the default), or byte-level BPE trained on the run's own text."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,32 +12,32 @@ import torch
 from torch import Tensor
 
 from omninorm.config import check_choice, check_count
-from omninorm.errors import ConfigError, DataError, MissingExtraError, RunError
+from omninorm.errors import ConfigError, DataError, MissingExtraError, OmninormError, RunError
 
 TOKENIZERS = ("byte", "bpe")
 TOKENIZER_FILE = "tokenizer.json"
-_REMEDY = "restore the file from the original run or train again"
+_REMEDY = "restore the file from the original run, or train again"
 _LARGEST_VOCABULARY = 1 << 20
-_PIECE = 1 << 20  # characters handed to the BPE encoder at a time; keeps its offset tables small
+_PIECE = 1 << 20  # characters per call of the BPE encoder, which keeps its offset tables small
 
 
 class Tokenizer(Protocol):
-    """What training and generation need of a tokenizer. Encoding is lossless: decode(encode(text)) == text."""
+    """The interface that training and generation use. Encoding is lossless: decode(encode(text)) == text."""
 
     name: str
     vocab_size: int
 
     def encode(self, text: bytes) -> Tensor:
-        """Tokens of UTF-8 text, a 1-D integer tensor of the smallest dtype that holds the vocabulary."""
+        """Return the tokens of UTF-8 text: a 1-D integer tensor of the smallest dtype that holds the vocabulary."""
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """The bytes that the tokens stand for; a cut may fall inside a character."""
+        """Return the bytes that the tokens stand for; they may end inside a character."""
 
     def byte_lengths(self) -> Tensor:
-        """int64 (vocab_size,): how many bytes of text each token stands for."""
+        """Return how many bytes of text each token stands for, int64 (vocab_size,)."""
 
     def to_json(self) -> str | None:
-        """What `load_tokenizer` reads back from tokenizer.json, or None if there is nothing to save."""
+        """Return the content of tokenizer.json for `load_tokenizer`, or None if there is nothing to save."""
 
 
 class ByteTokenizer:
@@ -75,20 +76,17 @@ class BpeTokenizer:
 
     def __init__(self, serialized: str) -> None:
         library = tokenizers_library()
-        try:
+        with library_errors(f"{TOKENIZER_FILE} must be a byte-level BPE tokenizer", _REMEDY):
             self._tokenizer = library.Tokenizer.from_str(serialized)
             vocabulary: dict[str, int] = self._tokenizer.get_vocab()
             pieces = {index: bytes(BYTE_OF[character] for character in word) for word, index in vocabulary.items()}
             self._pieces = [pieces[index] for index in range(len(vocabulary))]
-        except Exception as error:  # the Rust library raises plain Exception
-            received = f"a file that can't be read ({type(error).__name__}: {error})"
-            raise RunError(f"{TOKENIZER_FILE} must be a byte-level BPE tokenizer", received, _REMEDY) from error
         self.vocab_size = len(self._pieces)
         self._serialized = serialized
 
     @classmethod
     def train(cls, text: bytes, vocab_size: int) -> BpeTokenizer:
-        """Learns merges from UTF-8 text until there are `vocab_size` tokens, or nothing left to merge.
+        """Learn merges from UTF-8 text until there are `vocab_size` tokens, or nothing is left to merge.
 
         Raises:
             ConfigError: vocab_size below 257 (the bytes and one merge) or above 2²⁰.
@@ -96,7 +94,7 @@ class BpeTokenizer:
         check_count("vocab_size of a BPE tokenizer", vocab_size, at_least=257)
         if vocab_size > _LARGEST_VOCABULARY:
             invariant = f"vocab_size of a BPE tokenizer must be at most {_LARGEST_VOCABULARY}"
-            raise ConfigError(invariant, str(vocab_size), "choose a smaller one")
+            raise ConfigError(invariant, str(vocab_size), "use a smaller vocabulary")
         library = tokenizers_library()
         tokenizer = library.Tokenizer(library.models.BPE())
         tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -112,8 +110,11 @@ class BpeTokenizer:
         try:
             pieces = list(_pieces(text.decode()))
         except UnicodeDecodeError as error:
-            raise DataError("text must be UTF-8", f"an invalid byte at {error.start}", "convert the text") from error
-        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+            raise DataError(
+                "The text must be UTF-8", f"an invalid byte at {error.start}", "convert the text"
+            ) from error
+        with library_errors(f"{TOKENIZER_FILE} must be able to encode any text", _REMEDY):
+            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
         tokens = [torch.tensor(encoding.ids, dtype=torch.int32) for encoding in encodings]
         return torch.cat([torch.empty(0, dtype=torch.int32), *tokens])
 
@@ -128,7 +129,7 @@ class BpeTokenizer:
 
 
 def build_tokenizer(name: str, vocab_size: int | None, train_text: bytes) -> Tokenizer:
-    """The tokenizer called `name`; "bpe" is trained on `train_text` (vocab_size None means 1024).
+    """Return the tokenizer called `name`; "bpe" is trained on `train_text` (vocab_size None means 1024).
 
     Raises:
         ConfigError: an unknown name, or a vocabulary size that does not go with it.
@@ -137,17 +138,18 @@ def build_tokenizer(name: str, vocab_size: int | None, train_text: bytes) -> Tok
     if name == "bpe":
         return BpeTokenizer.train(train_text, 1024 if vocab_size is None else vocab_size)
     if vocab_size not in (None, 256):
-        raise ConfigError("the byte tokenizer has 256 tokens", f"vocab_size={vocab_size}", "use tokenizer 'bpe'")
+        remedy = "use tokenizer 'bpe', or leave vocab_size out"
+        raise ConfigError("The byte tokenizer has 256 tokens", f"vocab_size={vocab_size}", remedy)
     return ByteTokenizer()
 
 
 def load_tokenizer(name: str, folder: Path, sha256: str | None = None) -> Tokenizer:
-    """The tokenizer of a run; "bpe" reads tokenizer.json in the run's folder.
+    """Return the tokenizer of a run; "bpe" reads tokenizer.json in the run's folder.
 
     Args:
         name: "byte" or "bpe".
         folder: the run's.
-        sha256: of tokenizer.json, in hexadecimal; None where it is not known.
+        sha256: digest of tokenizer.json, in hexadecimal; None if it is unknown.
 
     Raises:
         ConfigError: an unknown name.
@@ -160,14 +162,15 @@ def load_tokenizer(name: str, folder: Path, sha256: str | None = None) -> Tokeni
     try:
         content = path.read_bytes()
         if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-            raise RunError(f"{TOKENIZER_FILE} must be what was written", f"other content in {path}", _REMEDY)
+            raise RunError(f"{path} has changed since the run was started", "", _REMEDY)
         return BpeTokenizer(content.decode())
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"a BPE run needs {TOKENIZER_FILE}", f"{error} at {path}", _REMEDY) from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunError(f"This run has a BPE tokenizer and needs {path}", f"{reason!s:.200}", _REMEDY) from error
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cuts a text after newlines into pieces of about a million characters."""
+    """Cut a text after newlines into pieces of about a million characters."""
     start = 0
     while start < len(text):
         cut = text.find("\n", start + _PIECE)
@@ -177,17 +180,34 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def tokenizers_library() -> Any:
-    """The package `tokenizers`; raises MissingExtraError without it."""
+    """Return the package `tokenizers`, or raise MissingExtraError."""
     try:
         import tokenizers
     except ImportError as error:
         remedy = 'install it with pip install "omninorm[train]", or use the byte tokenizer'
-        raise MissingExtraError("BPE needs the package tokenizers", "an installation without it", remedy) from error
+        raise MissingExtraError("BPE needs the package tokenizers", "", remedy) from error
     return tokenizers
 
 
+@contextmanager
+def library_errors(invariant: str, remedy: str) -> Iterator[None]:
+    """Turn errors of the package `tokenizers` and of its file's content into RunError.
+
+    The package is written in Rust: it raises plain Exception, and its panics are not even derived from Exception.
+    """
+    try:
+        yield
+    except OmninormError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        received = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RunError(invariant, f"{received:.200}", remedy) from error
+
+
 def _printable_bytes() -> dict[str, int]:
-    """GPT-2's one-to-one map between bytes and visible characters, in which byte-level BPE writes its vocabulary."""
+    """Return GPT-2's map from visible characters to bytes, in which byte-level BPE writes its vocabulary."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + index): byte for index, byte in enumerate(hidden)}

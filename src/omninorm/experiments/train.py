@@ -1,4 +1,4 @@
-"""The training loop: flat, in one function, with everything it needs passed in."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ def train(
     stopped_by: Callable[[], int | None] = lambda: None,
     processes: Processes | None = None,
 ) -> TrainResult:
-    """Trains a model, from the newest checkpoint of `run` if there is one.
+    """Train a model, from the newest checkpoint of `run` if there is one.
 
     A step: set the learning rate, accumulate the gradients of its micro-batches, measure and clip them, step; then
-    log, evaluate, checkpoint. A run that is resumed from a checkpoint computes bit for bit what an uninterrupted one
-    does, on the same machine with the same number of threads.
+    log, evaluate, checkpoint. A resumed run is bit-identical to an uninterrupted one on the same machine with the same
+    number of threads.
 
     Args:
         model: maps int64 tokens (batch, sequence) to logits (batch, sequence, vocabulary); trained in place.
         data: training and held-out tokens, see `tokenize`.
         config: the settings.
-        run: where to record and to write checkpoints; None keeps everything in memory, and then nothing watches.
+        run: where to record and to write checkpoints; None keeps everything in memory, without monitoring.
         on_event: called with every event as it happens.
-        stopped_by: asked after every step; a signal's number ends the run there, with a checkpoint.
-        processes: those that train the model together, each with its share of every batch; None means this one alone.
-            A step's loss and gradients are those of one process up to rounding.
+        stopped_by: called after every step; a signal number ends the run there, with a checkpoint.
+        processes: the training processes, each with its share of every batch; None means only this one. The loss and
+            gradients of a step equal those of one process up to rounding.
 
     Returns:
-        How it ended and what was recorded. A loss or gradient that is no longer finite, or weights that are not when
-        a checkpoint is due, end the run as "diverged": that is a result, not an error.
+        The status and the recorded events. A non-finite loss or gradient, or non-finite weights when a checkpoint is
+        due, end the run as "diverged", which is a result and not an error.
 
     Raises:
         RunError: the run's folder can't be written, its newest checkpoint can't be used, or a process is gone.
-        ConfigError: a batch that can't be shared out evenly.
+        ConfigError: the batch can't be divided evenly among the processes.
     """
     processes = processes or Processes()
     processes.check_batch(config.batch_size)
@@ -93,7 +93,7 @@ def _steps(
     log: _Log,
     stopped_by: Callable[[], int | None],
 ) -> StopEvent:
-    """The steps after `done`, and how they end; `wrapped` is the model as it is called."""
+    """Run the steps after `done` and return how they ended; `wrapped` is the model to call."""
     processes = log.processes
     for step in range(done + 1, config.steps + 1):
         started = time.perf_counter()
@@ -116,7 +116,7 @@ def _steps(
             return StopEvent(step, "diverged", loss, grad_norm)
         signal = (processes.largest(stopped_by() or 0) or None) if step < config.steps else None
         if signal is not None or _due(step, config.checkpoint_every, config):
-            if processes.largest(not _is_finite(model)):  # never write such a checkpoint in the place of a good one
+            if processes.largest(not _is_finite(model)):  # such a checkpoint must not replace a good one
                 return StopEvent(step, "diverged", loss, grad_norm)
             log.checkpoint(step, model, optimizer, config)
         if signal is not None:
@@ -125,7 +125,7 @@ def _steps(
 
 
 def _accumulate(model: nn.Module, data: TokenData, config: TrainConfig, step: int, processes: Processes) -> float:
-    """Adds up the gradients of the step's mean loss, one micro-batch at a time; returns that loss in nats per token."""
+    """Accumulate the gradients of the step's mean loss by micro-batches; return that loss in nats per token."""
     device = next(model.parameters()).device
     count = config.batch_size * config.grad_accumulation
     total = torch.zeros((), dtype=torch.float64)
@@ -142,7 +142,7 @@ def _accumulate(model: nn.Module, data: TokenData, config: TrainConfig, step: in
 
 
 def _clip(model: nn.Module, limit: float | None) -> float:
-    """The total gradient norm before clipping; clips to `limit` unless that is None."""
+    """Clip gradients to the total norm `limit`, unless it is None; return the norm before clipping."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = whole(nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
     if limit is not None:
@@ -159,8 +159,10 @@ def _due(step: int, every: int, config: TrainConfig) -> bool:
 
 
 class _Log:
-    """Sends every event to the callback, to the record, and to the result. Of several processes the first one writes
-    events and checkpoints; each has a record of its own for what its watch sees."""
+    """Sends every event to the callback, the record and the result.
+
+    Only the first of several processes writes events and checkpoints; each has its own record for its monitor.
+    """
 
     def __init__(self, run: RunFolder | None, on_event: Callback | None, processes: Processes) -> None:
         self._run = run
@@ -169,10 +171,10 @@ class _Log:
         self._steps: list[StepEvent] = []
         self._evals: dict[int, EvalEvent] = {}
         self._watch: Watch | None = None
-        self._alarms_told = 0
+        self._alarms_emitted = 0
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Loads the newest checkpoint and the events up to it; returns its step, 0 if there is none."""
+        """Load the newest checkpoint and the events up to it; return its step, 0 if there is none."""
         if self._run is None:
             return 0
         step = self.processes.from_first(self._run.newest)
@@ -189,23 +191,23 @@ class _Log:
     def watching(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, done: int, config: TrainConfig
     ) -> Iterator[None]:
-        """Watches the run, if it has a record to write to."""
+        """Monitor the run, if it has a record to write to."""
         if self._run is None or config.watch_every is None:
             yield
             return
         with watch(model, optimizer, config.watch_every, self._run.record, step=done) as self._watch:
             yield
-        self._tell_alarms()
+        self._emit_alarms()
 
     def watch_step(self, loss: float) -> None:
         if self._watch is not None:
             self._watch.step(loss)
-            self._tell_alarms()
+            self._emit_alarms()
 
-    def _tell_alarms(self) -> None:
+    def _emit_alarms(self) -> None:
         assert self._watch is not None
-        for alarm in self._watch.alarms[self._alarms_told :]:
-            self._alarms_told += 1
+        for alarm in self._watch.alarms[self._alarms_emitted :]:
+            self._alarms_emitted += 1
             self.emit(AlarmEvent(alarm.step, alarm))
 
     def emit(self, event: Event) -> None:
@@ -217,7 +219,7 @@ class _Log:
             self._on_event(event)
 
     def evaluate(self, step: int, model: nn.Module, data: TokenData, config: TrainConfig) -> bool:
-        """Measures held-out bits per byte; false if they are not finite."""
+        """Measure held-out bits per byte; return whether they are finite."""
         started = time.perf_counter()
         bits = self.processes.evaluate(
             model,
@@ -258,5 +260,5 @@ def _event(line: dict[str, object], path: object) -> Event:
     try:
         return from_record(line)
     except (KeyError, TypeError) as error:
-        received = f"{line.get('kind')!r} at step {line.get('step')} in {path}"
-        raise RunError("each event of a record must be complete", received, "delete that line") from error
+        invariant = f"The event {line.get('kind')!r:.40} of step {line.get('step')} in {path} is incomplete"
+        raise RunError(invariant, "", "delete that line") from error

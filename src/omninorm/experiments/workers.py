@@ -1,4 +1,4 @@
-"""Runs that go on beside each other, one process of one thread each: on small models far better than two threads."""
+"""Trains several runs in parallel, one single-threaded process each: for small models far faster than two threads."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Workers:
-    """Trains runs in processes of `omninorm train --resume`, at most `count` at a time, in the order given.
+    """Train runs in processes of `omninorm train --resume`, at most `count` at a time, in the order given.
 
-    Entered as a context manager: on leaving early, those at work are asked to stop, and leave a checkpoint.
+    Use it as a context manager: when it is left early, running processes are stopped and save a checkpoint.
     """
 
     def __init__(self, runs: Sequence[Path], count: int) -> None:
@@ -40,24 +40,25 @@ class Workers:
         self._working: dict[Path, subprocess.Popen[bytes]] = {}
 
     def advance(self) -> bool:
-        """Starts what can be started; false once nothing is left to do.
+        """Start waiting runs if there is room; return False once all are done.
 
         Raises:
-            RunError: a process ended before its run did; what it said last is in the message.
+            RunError: a process ended before its run was done; its last line of output is in the message.
         """
         for run, process in list(self._working.items()):
             code = process.poll()
             if code is not None:
                 del self._working[run]
                 if final_status(run / RECORD_FILE) is None:
-                    raise RunError("each run must come to its end", _explain(run, code), "see its log, then resume")
+                    remedy = f"see {run / LOG_FILE}, then resume"
+                    raise RunError(f"The process of {run} ended too early ({_explain(run, code)})", "", remedy)
         while self._waiting and len(self._working) < self._count:
             self._start(self._waiting.pop(0))
         return bool(self._working)
 
     def _start(self, run: Path) -> None:
         arguments = [str(os.getpid()), "train", "--resume", str(run)]
-        # A session of its own, so that a Ctrl-C reaches it once, from us.
+        # A session of its own, so that Ctrl-C reaches it only once, from this process.
         with open(run / LOG_FILE, "ab") as log:
             self._working[run] = subprocess.Popen(
                 [sys.executable, "-c", _START, *arguments],
@@ -79,7 +80,7 @@ class Workers:
 
 
 def end_with_parent(parent: int) -> None:
-    """Sends this process SIGTERM, which leaves a checkpoint, when the process that started it is gone."""
+    """Send this process SIGTERM, which makes it save a checkpoint, when the process that started it is gone."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -91,4 +92,4 @@ def end_with_parent(parent: int) -> None:
 
 def _explain(run: Path, code: int) -> str:
     lines = (run / LOG_FILE).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"exit code {code} of {run} ({lines[-1] if lines else 'it said nothing'})"
+    return f"exit code {code}, {lines[-1].rstrip('.') if lines else 'no output'}"

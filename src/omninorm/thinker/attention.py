@@ -1,4 +1,4 @@
-"""Causal self-attention with RoPE, shared key/value heads, and the norms that a placement wants inside."""
+"""Causal self-attention with RoPE, shared key and value heads, and the inner norms of the placement."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from omninorm.thinker.rotary import Rotation, rotate
 class Attention(nn.Module):
     """softmax(q·kᵀ/√head_dim + causal mask)·v per head, between the projections q, k, v and out (none has a bias).
 
-    Grouped queries (arXiv 2305.13245): n_heads / n_kv_heads query heads share a key and value head. What the placement
-    asks for inside: a norm per head on q, k and v before RoPE, and one learned gain per head on the heads' outputs.
+    Grouped queries (arXiv 2305.13245): n_heads / n_kv_heads query heads share a key and value head. Inner norms of
+    placements: a norm per head on q, k and v before RoPE, and a trainable gain per head on the heads' outputs.
 
     Attributes:
-        inner_norms: which of the placement's inner norms live here.
+        inner_norms: the placement's inner norms that belong to attention.
     """
 
     def __init__(self, config: ThinkerConfig) -> None:
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         Args:
             x: the tokens' vectors.
             rotation: RoPE's tables for the tokens' positions.
-            mask: boolean, which keys a query may see; None is causal, or everything for a single query.
+            mask: boolean, the keys that a query may attend to; None is causal, or all keys for a single query.
             cache: keys and values of earlier tokens, to which the new ones are appended.
         """
         q_shape = (*x.shape[:2], self.heads, self.head_dim)

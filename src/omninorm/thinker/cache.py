@@ -1,4 +1,4 @@
-"""KVCache: the keys and values of the tokens so far, so that a new token costs one position instead of all."""
+"""KVCache: keys and values of earlier tokens, so that a new token costs one position instead of all."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from omninorm.thinker.config import ThinkerConfig
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One block's share: keys and values (batch, kv_heads, capacity, head_dim), of which `used` slots are filled."""
+    """The cache of one block: keys and values (batch, kv_heads, capacity, head_dim), with `used` slots filled."""
 
     keys: Tensor
     values: Tensor
     used: int
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (batch, kv_heads, sequence, head_dim) behind the filled slots; returns all up to there."""
+        """Write (batch, kv_heads, sequence, head_dim) after the filled slots; return all slots up to there."""
         stop = self.used + keys.shape[2]
         self.keys[:, :, self.used : stop] = keys
         self.values[:, :, self.used : stop] = values
@@ -32,12 +32,12 @@ class KVCache:
     """Preallocated keys and values of every block. `Thinker(config)(tokens, cache=cache)` fills it.
 
     Args:
-        config: of the Thinker that will fill it.
+        config: the config of the Thinker that will fill it.
         batch: number of rows.
-        capacity: how many tokens fit, padding included; None means config.max_seq_len.
-        padding: per row, how many tokens at its left are padding. Prompts of different lengths share a batch this way:
-            padding is neither attended to nor counted as positions.
-        device, dtype: of the keys and values; those of the Thinker's weights.
+        capacity: number of tokens per row, with padding; None means config.max_seq_len.
+        padding: number of padding tokens on the left of each row, for prompts of different lengths in one batch.
+            Padding is not attended to and does not count as positions.
+        device, dtype: of the keys and values; use those of the Thinker's weights.
 
     Attributes:
         used: number of slots filled in every row.
@@ -58,8 +58,8 @@ class KVCache:
     ) -> None:
         self.capacity = config.max_seq_len if capacity is None else capacity
         if not 1 <= self.capacity <= config.max_seq_len:
-            invariant = f"a cache holds between 1 and max_seq_len={config.max_seq_len} tokens"
-            raise InputError(invariant, f"capacity={capacity}", "choose a capacity within these bounds")
+            invariant = f"The capacity of a cache must be between 1 and max_seq_len={config.max_seq_len}"
+            raise InputError(invariant, self.capacity, "choose a capacity in this range")
         shape = (config.n_layers, batch, config.kv_heads, self.capacity, config.head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
@@ -70,8 +70,10 @@ class KVCache:
         if padding is None or (len(padding) == batch and not any(padding)):
             return None
         if len(padding) != batch or not all(0 <= count < self.capacity for count in padding):
-            invariant = f"padding is one count per row, {batch} in all, each from 0 to {self.capacity - 1}"
-            raise InputError(invariant, str(list(padding)), "pass how many tokens are padding at each row's left")
+            invariant = f"padding must be {batch} counts, one per row, from 0 to {self.capacity - 1}"
+            raise InputError(
+                invariant, f"{list(padding)!s:.80}", "pass the number of padding tokens on the left of each row"
+            )
         return torch.tensor(padding, device=self.keys.device)
 
     @property
@@ -80,27 +82,27 @@ class KVCache:
         return self.keys.shape[1]
 
     def layer(self, index: int) -> LayerCache:
-        """The share of block `index`, counted from 0."""
+        """Return the cache of block `index`, counted from 0."""
         return LayerCache(self.keys[index], self.values[index], self.used)
 
     def check_room(self, batch: int, count: int) -> None:
-        """Raises InputError unless `count` more tokens for each of `batch` rows fit."""
+        """Raise InputError unless `count` more tokens for each of `batch` rows fit."""
         if batch != self.batch:
-            received = f"tokens for {batch}"
-            raise InputError(f"this cache belongs to {self.batch} rows", received, "make one cache for each batch")
+            received = f"tokens for {batch} rows"
+            raise InputError(f"This cache is for {self.batch} rows", received, "create a new cache for each batch")
         if self.used + count > self.capacity:
             received = f"{count} more after {self.used}"
-            remedy = "make a larger cache or begin a new one with the newest tokens"
-            raise InputError(f"this cache has room for {self.capacity} tokens", received, remedy)
+            remedy = "create a larger cache, or start a new one with the last tokens"
+            raise InputError(f"This cache has room for {self.capacity} tokens", received, remedy)
 
     def advance(self, count: int) -> None:
-        """Declares the `count` slots that every block has just written to be filled."""
+        """Mark the `count` slots that every block has just written as filled."""
         self.used += count
 
     def mask(self, count: int) -> Tensor | None:
-        """Which slots the next `count` tokens may see, boolean (batch or 1, 1, count, used + count).
+        """Return which slots the next `count` tokens may attend to, boolean (batch or 1, 1, count, used + count).
 
-        None where plain causal attention (nothing cached yet) or attention to every slot (one token) is right.
+        None if plain causal attention (an empty cache) or attention to every slot (one token) is right.
         """
         if self.padding is None and (self.used == 0 or count == 1):
             return None
@@ -109,11 +111,11 @@ class KVCache:
         if self.padding is None:
             return (slots <= queries)[None, None]
         real = slots >= self.padding[:, None, None]
-        # Padding sees itself, because a softmax over nothing is NaN; nobody sees the result.
+        # Padding attends to itself, because a softmax over nothing is NaN; the result is never used.
         return (((slots <= queries) & real) | (slots == queries)).unsqueeze(1)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keeps these rows only, and drops the slots that are padding in all of them."""
+        """Keep only these rows, and drop the slots that are padding in all of them."""
         index = torch.tensor(rows, device=self.keys.device)
         self.keys, self.values = self.keys[:, index], self.values[:, index]
         if self.padding is None:

@@ -1,4 +1,4 @@
-"""ThinkerConfig: the shape of the decoder, its norms, and how its weights start."""
+"""ThinkerConfig: the shape of the decoder, its norms and its initialization."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class ThinkerConfig:
     """A decoder-only transformer. The defaults are a small byte-level one with μOmni's norms.
 
     Args:
-        vocab_size: number of different tokens; 256 is one per byte.
+        vocab_size: number of tokens in the vocabulary; 256 is one per byte.
         d_model: width of the residual stream.
-        n_layers: number of blocks, each an attention and a feed-forward.
+        n_layers: number of blocks, each with attention and a feed-forward layer.
         n_heads: query heads.
         n_kv_heads: key and value heads, each shared by n_heads / n_kv_heads query heads; None means n_heads.
         max_seq_len: the longest context, in tokens.
-        norm: which norm, and where it stands.
-        d_ff: width of the feed-forward's hidden activation; None means 8/3 · d_model rounded up to a multiple of 16
-            for "swiglu" and 4 · d_model for "gelu", which have about as many weights.
+        norm: the norm and its placement.
+        d_ff: hidden width of the feed-forward layer; None means 8/3 · d_model rounded up to a multiple of 16 for
+            "swiglu" and 4 · d_model for "gelu", which gives both about as many weights.
         feed_forward: "swiglu", down(silu(gate(x)) · up(x)), or "gelu", down(gelu(up(x))).
-        head_dim: width of a head, even because RoPE turns pairs; None means d_model / n_heads.
+        head_dim: width of a head, even because RoPE rotates pairs; None means d_model / n_heads.
         rope_theta: base of RoPE's frequencies.
-        tied_head: the logits are inner products with the embedding; False gives them a matrix of their own.
+        tied_head: the output head is the embedding matrix; False gives it a matrix of its own.
         init: "xavier", normal with variance 2/(fan_in + fan_out) and the embedding with standard deviation d_model^−½,
             or "normal", with `init_std` everywhere.
         init_std: standard deviation of init "normal".
-        scaled_init: divide the initial weights that write to the stream by √(2 · n_layers), as GPT-2 does.
+        scaled_init: divide the initial weights that write to the residual stream by √(2 · n_layers), as GPT-2 does.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, or settings that do not go together.
@@ -63,6 +63,7 @@ class ThinkerConfig:
     scaled_init: bool = False
 
     def __post_init__(self) -> None:
+        use_plain_numbers(self)
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len"):
             check_count(name, getattr(self, name))
         for name in ("n_kv_heads", "d_ff", "head_dim"):
@@ -74,7 +75,8 @@ class ThinkerConfig:
         check_number("init_std", self.init_std, above=0.0)
         for name in ("tied_head", "scaled_init"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false", repr(getattr(self, name)), f"set {name} to one")
+                received = f"{getattr(self, name)!r:.80}"
+                raise ConfigError(f"{name} must be true or false", received, f"set {name} to True or False")
         if not isinstance(self.norm, NormConfig):
             remedy = "pass NormConfig(...), or a dictionary through ThinkerConfig.from_dict"
             raise ConfigError("norm must be a NormConfig", type(self.norm).__name__, remedy)
@@ -84,35 +86,35 @@ class ThinkerConfig:
     def _check_heads(self) -> None:
         if self.head_dim is None and self.d_model % self.n_heads:
             received = f"d_model={self.d_model} with n_heads={self.n_heads}"
-            remedy = "choose a divisor as n_heads or set head_dim"
+            remedy = "choose an n_heads that divides d_model, or set head_dim"
             raise ConfigError("d_model must be a multiple of n_heads", received, remedy)
         if self.n_heads % self.kv_heads:
             received = f"n_heads={self.n_heads} with n_kv_heads={self.n_kv_heads}"
-            raise ConfigError("n_heads must be a multiple of n_kv_heads", received, "choose a divisor as n_kv_heads")
+            raise ConfigError("n_heads must be a multiple of n_kv_heads", received, "choose another n_kv_heads")
         if self.head_width % 2:
             received = f"{self.head_width} (d_model={self.d_model}, n_heads={self.n_heads}, head_dim={self.head_dim})"
-            remedy = "choose another n_heads or set head_dim to an even number"
-            raise ConfigError("the width of a head must be even, because RoPE turns pairs", received, remedy)
+            remedy = "choose another n_heads, or set head_dim to an even number"
+            raise ConfigError("The width of a head must be even, because RoPE rotates pairs", received, remedy)
 
     def _check_combinations(self) -> None:
         if self.scaled_init and self.norm.norm_placement == "lns":
             remedy = "set scaled_init=False or choose another placement"
-            invariant = "placement 'lns' already scales the norms by depth and goes without scaled_init"
+            invariant = "Placement 'lns' already scales the norms by depth and excludes scaled_init"
             raise ConfigError(invariant, "scaled_init=True", remedy)
 
     @property
     def kv_heads(self) -> int:
-        """Number of key and value heads, the default filled in."""
+        """Number of key and value heads, with the default filled in."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def head_width(self) -> int:
-        """Width of a head, the default filled in."""
+        """Width of a head, with the default filled in."""
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
     def hidden_width(self) -> int:
-        """Width of the feed-forward's hidden activation, the default filled in."""
+        """Hidden width of the feed-forward layer, with the default filled in."""
         if self.d_ff is not None:
             return self.d_ff
         if self.feed_forward == "gelu":
@@ -121,7 +123,7 @@ class ThinkerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ThinkerConfig:
-        """Reads what `to_dict` writes; keys that are left out take their defaults, `norm` may be a dictionary.
+        """Return the config that `to_dict` wrote; missing keys take their defaults, `norm` may be a dictionary.
 
         Raises:
             ConfigError: not a mapping, an unknown key (the known ones are listed), or a bad value.
@@ -133,5 +135,21 @@ class ThinkerConfig:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting under its name, `norm` as `NormConfig.to_dict` writes it: JSON without further ado."""
+        """Return every setting by name, `norm` as `NormConfig.to_dict` writes it. The result is JSON-serializable."""
         return {**asdict(self), "norm": self.norm.to_dict()}
+
+
+def use_plain_numbers(config: object) -> None:
+    """Replace NumPy scalars and tensors of no dimensions among a frozen dataclass's values by Python's numbers.
+
+    So they pass the checks and can be written as JSON.
+    """
+    for name, value in vars(config).items():
+        object.__setattr__(config, name, plain_number(value))
+
+
+def plain_number(value: Any) -> Any:
+    """Return a NumPy scalar or a tensor of no dimensions as Python's number; anything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(plain_number, value))
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value

@@ -1,4 +1,4 @@
-"""The two feed-forwards: gated with SiLU, and plain with GELU."""
+"""The two feed-forward layers: gated with SiLU, and plain with GELU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from omninorm.thinker.config import ThinkerConfig
 
 
 class FeedForward(nn.Module):
-    """What both have: `up` and `down` without bias, and the norm that a placement wants on the hidden activation.
+    """Base class: `up` and `down` without bias, and the placement's norm on the hidden activation.
 
     Attributes:
-        inner_norms: {"hidden"} where the placement asks for it, else empty.
+        inner_norms: {"hidden"} if the placement has this norm, else empty.
     """
 
     def __init__(self, config: ThinkerConfig) -> None:
@@ -46,5 +46,5 @@ class GELU(FeedForward):
 
 
 def build_feed_forward(config: ThinkerConfig) -> FeedForward:
-    """The feed-forward that the config names."""
+    """Return the feed-forward layer that the config names."""
     return {"swiglu": SwiGLU, "gelu": GELU}[config.feed_forward](config)

@@ -1,4 +1,4 @@
-"""Continuing prompts token by token, in batches of any lengths."""
+"""Generation of text, token by token, for batches of prompts of any lengths."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from omninorm.errors import InputError
 from omninorm.thinker.cache import KVCache
+from omninorm.thinker.config import plain_number
 from omninorm.thinker.sampling import Sampling, is_integer, sample
 
 if TYPE_CHECKING:
@@ -27,30 +28,33 @@ def stream(
     stop_tokens: Collection[int] = (),
     seed: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yields, step by step, one new token for every prompt; None for a prompt that has come to its stop token.
+    """Yield, step by step, one new token for every prompt; None after a prompt's stop token.
 
-    A prompt's continuation under temperature 0 does not depend on the prompts beside it (up to rounding of the logits).
-    A row whose context would pass max_seq_len is cut to its newest max_seq_len // 2 tokens and read again, so
-    generation goes on, and the model never sees more than max_seq_len tokens nor fewer than half of them.
+    With temperature 0 the continuation of a prompt does not depend on the other prompts (up to rounding of the logits).
+    A row whose context would exceed max_seq_len is cut to its last max_seq_len // 2 tokens and processed again. So the
+    model never sees more than max_seq_len tokens, and at least half as many once the context has been that long.
 
     Args:
         model: the Thinker.
-        prompts: one or several, each of 1 to max_seq_len tokens, of any lengths; or a tensor (batch, sequence).
-        max_new_tokens: how many tokens to add to each prompt at most.
+        prompts: one or more lists of 1 to max_seq_len tokens, of any lengths, or a tensor (batch, sequence).
+        max_new_tokens: maximum number of tokens to add to each prompt.
         temperature, top_k, top_p: see `Sampling`.
-        stop_tokens: tokens that end a continuation; the one that does is yielded.
-        seed: for the draws, so that they repeat; None draws from torch's global generator.
+        stop_tokens: tokens that end a continuation; the one that ends it is yielded.
+        seed: random seed of the samples; None uses torch's global generator.
 
     Raises:
-        InputError: at the call, not at the first step: no prompt, an empty or too long one, a token outside the
-            vocabulary, or a setting out of its range.
+        InputError: no prompt, an empty or too long one, a token outside the vocabulary, or a setting out of range. It
+            is raised by the call, not at the first step.
     """
     sampling = Sampling(temperature, top_k, top_p)
     rows = _check_prompts(prompts, model.config.vocab_size, model.config.max_seq_len)
+    max_new_tokens, seed = plain_number(max_new_tokens), plain_number(seed)
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
-        raise InputError("max_new_tokens must be an integer ≥ 1", repr(max_new_tokens), "ask for at least one token")
+        raise InputError("max_new_tokens must be an integer ≥ 1", repr(max_new_tokens), "use at least 1")
     if not isinstance(stop_tokens, Collection):
-        raise InputError("stop_tokens are a list or a set of tokens", repr(stop_tokens), "put a single one into a list")
+        raise InputError(
+            "stop_tokens must be a list or set of tokens", repr(stop_tokens), "put a single token into a list"
+        )
     stops = frozenset(_check_tokens("stop_tokens", list(stop_tokens), model.config.vocab_size))
     generator = None if seed is None else _generator(seed, model.embedding.weight.device)
     return _steps(model, rows, max_new_tokens, sampling, stops, generator)
@@ -85,7 +89,7 @@ def _steps(
 
 
 def _next(model: Thinker, rows: list[list[int]], cache: KVCache, remaining: int) -> tuple[Tensor, KVCache]:
-    """Logits (batch, vocab_size) after each row's last token, which the cache does not hold yet."""
+    """Return logits (batch, vocab_size) after each row's last token, which is not in the cache yet."""
     limit = model.config.max_seq_len
     if any(len(row) > limit for row in rows):
         for row in rows:
@@ -97,7 +101,7 @@ def _next(model: Thinker, rows: list[list[int]], cache: KVCache, remaining: int)
 
 
 def _read(model: Thinker, rows: list[list[int]], remaining: int) -> tuple[Tensor, KVCache]:
-    """Reads whole rows, padded at the left, into a new cache with room for what will follow."""
+    """Process whole rows, padded on the left, with a new cache that has room for the tokens to come."""
     longest = max(len(row) for row in rows)
     padding = [longest - len(row) for row in rows]
     cache = model.new_cache(len(rows), min(longest + remaining, model.config.max_seq_len), padding=padding)
@@ -108,7 +112,7 @@ def _read(model: Thinker, rows: list[list[int]], remaining: int) -> tuple[Tensor
 
 def _generator(seed: int, device: torch.device) -> torch.Generator:
     if not is_integer(seed) or not 0 <= seed < 2**63:
-        remedy = "leave it out for another text each time"
+        remedy = "leave it out for a different text each time"
         raise InputError("seed must be an integer from 0 to 2⁶³ − 1", repr(seed), remedy)
     return torch.Generator(device).manual_seed(seed)
 
@@ -116,27 +120,27 @@ def _generator(seed: int, device: torch.device) -> torch.Generator:
 def _check_prompts(prompts: Tensor | Sequence[Sequence[int]], vocab_size: int, max_seq_len: int) -> list[list[int]]:
     rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
     if not isinstance(rows, Sequence) or isinstance(rows, (str, bytes)) or not len(rows):
-        received = "no prompt" if isinstance(rows, Sequence) and not len(rows) else repr(type(prompts).__name__)
+        received = "none" if isinstance(rows, Sequence) and not len(rows) else type(prompts).__name__
         remedy = "pass a list of prompts, each a list of tokens"
-        raise InputError("prompts are one or several lists of tokens", received, remedy)
+        raise InputError("prompts must be one or more lists of tokens", received, remedy)
     return [_check_prompt(number, row, vocab_size, max_seq_len) for number, row in enumerate(rows)]
 
 
 def _check_prompt(number: int, prompt: object, vocab_size: int, max_seq_len: int) -> list[int]:
     row = prompt.tolist() if isinstance(prompt, Tensor) else prompt
     if not isinstance(row, Sequence) or isinstance(row, str):
-        remedy = "put a single prompt into a list and text through the tokenizer"
-        raise InputError(f"prompt {number} must be a list of tokens", repr(row), remedy)
+        remedy = "put a single prompt into a list, and encode text with a tokenizer first"
+        raise InputError(f"Prompt {number} must be a list of tokens", f"{row!r:.80}", remedy)
     if not 1 <= len(row) <= max_seq_len:
-        remedy = "begin with at least one token, e.g. a line break" if not len(row) else "keep its newest tokens"
-        invariant = f"prompt {number} must have between 1 and max_seq_len={max_seq_len} tokens"
+        remedy = "start with at least one token, such as a line break" if not len(row) else "keep its last tokens"
+        invariant = f"Prompt {number} must have between 1 and max_seq_len={max_seq_len} tokens"
         raise InputError(invariant, str(len(row)), remedy)
-    return _check_tokens(f"prompt {number}", list(row), vocab_size)
+    return _check_tokens(f"Prompt {number}", list(row), vocab_size)
 
 
 def _check_tokens(what: str, tokens: list[int], vocab_size: int) -> list[int]:
     wrong = [token for token in tokens if not is_integer(token) or not 0 <= token < vocab_size]
     if wrong:
         remedy = "use the tokenizer that this Thinker was built for"
-        raise InputError(f"{what} must hold integers from 0 to {vocab_size - 1}", repr(wrong[0]), remedy)
+        raise InputError(f"{what} must hold integers from 0 to {vocab_size - 1}", f"{wrong[0]!r:.80}", remedy)
     return tokens

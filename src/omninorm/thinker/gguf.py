@@ -1,7 +1,8 @@
-"""Reading GGUF files of the architectures llama and qwen3, quantized or not: llama.cpp's format.
+"""Reader of GGUF files, llama.cpp's format, of the architectures llama and qwen3, quantized or not.
 
-llama.cpp turns neighbouring pairs of a head's features by RoPE in llama models, Hugging Face and Thinker the first half
-with the second; its converter has therefore reordered the rows of the query and key matrices, which is undone here.
+In llama models, llama.cpp applies RoPE to neighbouring pairs of a head's features, and Hugging Face and Thinker to the
+first half with the second. llama.cpp's converter therefore reorders the rows of the query and key matrices; this reader
+restores their order.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omninorm.config import NormConfig
+from omninorm.config import NormConfig, is_finite
 from omninorm.errors import ConfigError, MissingExtraError, RunError
 from omninorm.thinker.config import ThinkerConfig
 from omninorm.thinker.model import Thinker
+from omninorm.thinker.sizes import check_sizes, count_layers
 
 ARCHITECTURES = ("llama", "qwen3")
 _REORDERED = ("llama",)
@@ -45,100 +47,130 @@ _KEYS = {
     "context_length": "max_seq_len",
     "feed_forward_length": "d_ff",
 }
-# RoPE's frequencies, where they are not what rope.freq_base alone gives.
+_EPS = "attention.layer_norm_rms_epsilon"
+# Tensors with RoPE's frequencies where these do not follow from rope.freq_base alone.
 _SCALED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-_REMEDY = "check that the file is whole, and a language model's"
+_REMEDY = "check that the file is whole and holds a language model"
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Thinker:
-    """A Thinker with the weights of a GGUF file, dequantized one by one.
+    """Return a Thinker with the weights of a GGUF file, dequantized one by one.
 
     Args:
-        path: one file; of a model in several parts, none can be read.
+        path: one file; models in several parts are not supported.
         dtype: of the weights, a floating-point type.
 
     Raises:
-        ConfigError: an architecture or a setting that Thinker does not have.
+        ConfigError: an architecture or a setting that Thinker does not support.
         RunError: the file is missing or damaged, or a tensor is missing, unexpected or of another shape.
         MissingExtraError: the package gguf is not installed.
     """
-    reader = open_gguf(Path(path))
+    path = Path(path)
+    reader = open_gguf(path)
     settings = read_settings(reader)
     tensors = {str(tensor.name): tensor for tensor in reader.tensors}
-    config = _config(settings, tensors)
+    config = _config(path, settings, tensors)
+    shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
+    names = check_sizes(path, config, shapes, _foreign_name, count_layers(tensors, "blk."))
     with torch.device("meta"):
         model = Thinker(config)
     model.rotary.to_empty(device="cpu")  # which computes its tables
-    wanted = {_foreign_name(name): name for name, _ in model.named_parameters()}
-    _check_names(set(tensors), set(wanted), Path(path))
-    for theirs, ours in wanted.items():
-        values = _dequantize(tensors[theirs], Path(path))
+    for ours, theirs in names.items():
+        values = _dequantize(tensors[theirs], path)
         if settings["general.architecture"] in _REORDERED and ".attention." in ours:
             heads = {"q.weight": config.n_heads, "k.weight": config.kv_heads}.get(ours.split("attention.")[-1])
             values = values if heads is None else _halves_first(values, heads)
-        _place(model, ours, values.to(dtype), theirs)
+        _place(model, ours, values.to(dtype))
     return model
 
 
 def open_gguf(path: Path) -> Any:
-    """gguf's reader of a file.
+    """Return gguf's reader of a file.
 
     Raises:
-        RunError: it is missing or damaged.
+        RunError: the file is missing or damaged.
         MissingExtraError: the package gguf is not installed.
     """
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError as error:
-        remedy = "install it by `pip install 'omninorm[interop]'`"
-        raise MissingExtraError("reading GGUF needs the package gguf", "an environment without it", remedy) from error
+        remedy = 'install it with pip install "omninorm[interop]"'
+        raise MissingExtraError("Reading GGUF needs the package gguf", "", remedy) from error
+
+    class BoundedReader(GGUFReader):
+        """gguf's reader, which would read on past the end of the file, as often as a damaged length says."""
+
+        def _get(self, offset: int, dtype: Any, count: Any = 1, *order: Any, **orders: Any) -> Any:
+            values = super()._get(offset, dtype, count, *order, **orders)
+            if len(values) < int(count):
+                raise ValueError(f"it ends within a value at byte {offset}")
+            return values
+
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise ValueError("it does not begin with GGUF")
-        return GGUFReader(path)
-    # What gguf raises for a damaged file is whatever its parsing stumbles over.
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, TypeError, ValueError) as error:
+                raise ValueError("it does not start with GGUF")
+        return BoundedReader(path)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise RunError(f"No such file: {path}", "", "check the path") from error
+    # For a damaged file, gguf raises whatever its parser stumbles over.
+    except (
+        ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RecursionError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         received = f"{type(error).__name__}: {error}"
         raise RunError(f"{path} must be a whole GGUF file", received[:200], "download it again") from error
 
 
 def read_settings(reader: Any) -> dict[str, Any]:
-    """The file's metadata, by key."""
+    """Return the file's metadata, by key."""
     try:
         return {key: field.contents() for key, field in reader.fields.items()}
     except (LookupError, TypeError, ValueError) as error:
-        raise RunError("a GGUF file's metadata must be readable", f"{error}"[:200], "download it again") from error
+        invariant = "The metadata of a GGUF file must be readable"
+        raise RunError(invariant, f"{error}"[:200], "download the file again") from error
 
 
-def _config(settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> ThinkerConfig:
+def _config(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> ThinkerConfig:
     family = settings.get("general.architecture")
     if family not in ARCHITECTURES:
-        remedy = "convert a model of one of these"
-        raise ConfigError(f"Thinker reads GGUF files of {' and '.join(ARCHITECTURES)}", f"{family!r}", remedy)
+        invariant = f"Only GGUF files of {' and '.join(ARCHITECTURES)} are supported"
+        raise ConfigError(invariant, f"{family!r:.80} in {path}", "convert a model of one of these")
     own = {key.removeprefix(f"{family}."): value for key, value in settings.items() if key.startswith(f"{family}.")}
-    missing = [key for key in (*_KEYS, "attention.layer_norm_rms_epsilon") if key not in own]
+    missing = [key for key in (*_KEYS, _EPS) if key not in own]
     if missing or "token_embd.weight" not in tensors:
         what = f"no {', '.join(missing)}" if missing else "no token_embd.weight"
-        raise RunError("a GGUF file must describe its model", what, _REMEDY)
-    scaled = own.get("rope.scaling.type", "none") != "none" or any(name in tensors for name in _SCALED)
-    if scaled:
-        raise ConfigError("Thinker computes plain RoPE", "a file with scaled RoPE", "use a model without it")
-    heads = own["attention.head_count"]
-    width = own.get("attention.key_length") or own.get("rope.dimension_count")
-    return ThinkerConfig(
-        vocab_size=int(tensors["token_embd.weight"].shape[-1]),
-        **{ours: own[theirs] for theirs, ours in _KEYS.items()},
-        n_kv_heads=own.get("attention.head_count_kv", heads),
-        head_dim=width,
-        rope_theta=own.get("rope.freq_base", 10000.0),
-        tied_head="output.weight" not in tensors,
-        feed_forward="swiglu",
-        # The file keeps float32; the number that was meant has few digits.
-        norm=NormConfig(
-            norm_eps=float(f"{own['attention.layer_norm_rms_epsilon']:.6g}"), cast="llama", qk_norm=family == "qwen3"
-        ),
-    )
+        raise RunError(f"{path} must describe its model", what, _REMEDY)
+    if own.get("rope.scaling.type", "none") != "none" or any(name in tensors for name in _SCALED):
+        raise ConfigError(f"Scaled RoPE is not supported, and {path} has it", "", "use a model without it")
+    rotated = own.get("rope.dimension_count")
+    eps = own[_EPS]
+    if not is_finite(eps):
+        raise RunError(f"{_EPS} in {path} must be a number", f"{eps!r:.80}", _REMEDY)
+    try:
+        config = ThinkerConfig(
+            vocab_size=_shape(tensors["token_embd.weight"])[0],
+            **{ours: own[theirs] for theirs, ours in _KEYS.items()},
+            n_kv_heads=own.get("attention.head_count_kv", own["attention.head_count"]),
+            head_dim=own.get("attention.key_length") or rotated,
+            rope_theta=own.get("rope.freq_base", 10000.0),
+            tied_head="output.weight" not in tensors,
+            feed_forward="swiglu",
+            # The file holds a float32; the number that was meant has few digits.
+            norm=NormConfig(norm_eps=float(f"{eps:.6g}"), cast="llama", qk_norm=family == "qwen3"),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.invariant}", f"{error.received!s:.200}", error.remedy) from error
+    if rotated not in (None, config.head_width):
+        received = f"rope.dimension_count {rotated!r:.40} with heads of width {config.head_width}"
+        raise ConfigError(
+            f"RoPE on a part of each head is not supported, and {path} has it", received, "use a model without it"
+        )
+    return config
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    """Return a tensor's shape in torch's order; one of no dimensions has a single element."""
+    return tuple(int(size) for size in reversed(tensor.shape.tolist())) or (1,)
 
 
 def _foreign_name(name: str) -> str:
@@ -148,39 +180,26 @@ def _foreign_name(name: str) -> str:
     return f"blk.{number}.{_NAMES[rest]}"
 
 
-def _check_names(found: set[str], expected: set[str], path: Path) -> None:
-    missing, extra = sorted(expected - found), sorted(found - expected)
-    if missing:
-        raise RunError(f"{path} must hold every tensor of its model", f"no {', '.join(missing[:3])}", _REMEDY)
-    if extra:
-        raise RunError(f"{path} must hold the tensors of its model only", f"also {', '.join(extra[:3])}", _REMEDY)
-
-
 def _dequantize(tensor: Any, path: Path) -> Tensor:
     import gguf
     import numpy as np
 
     try:
-        values = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        shape = [int(size) for size in reversed(tensor.shape.tolist())]
-        return torch.from_numpy(values.reshape(shape).copy())
+        with np.errstate(all="ignore"):
+            values = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        return torch.from_numpy(values.reshape(_shape(tensor)).copy())
     except (NotImplementedError, ValueError, TypeError, LookupError) as error:
-        received = f"{tensor.name} of type {tensor.tensor_type.name} in {path} ({error})"
-        raise RunError("a tensor's quantization must be one that gguf reads", received, "use another file") from error
+        invariant = f"{tensor.name} in {path} must have a quantization that gguf reads"
+        received = f"{tensor.tensor_type.name} ({error!s:.100})"
+        raise RunError(invariant, received, "use another file") from error
 
 
 def _halves_first(weight: Tensor, heads: int) -> Tensor:
-    """Rows of every head from (x₀, y₀, x₁, y₁, …) to (x₀, x₁, …, y₀, y₁, …)."""
+    """Reorder the rows of every head from (x₀, y₀, x₁, y₁, …) to (x₀, x₁, …, y₀, y₁, …)."""
     rows, width = weight.shape
-    if rows % (2 * heads):
-        raise RunError("a head must have an even number of rows", f"{rows} rows for {heads} heads", _REMEDY)
     return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
 
 
-def _place(model: nn.Module, name: str, values: Tensor, source: str) -> None:
-    expected = model.get_parameter(name).shape
-    if values.shape != expected:
-        invariant = f"{source} must be of shape {tuple(expected)}"
-        raise RunError(invariant, f"the shape {tuple(values.shape)}", _REMEDY)
+def _place(model: nn.Module, name: str, values: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(values))

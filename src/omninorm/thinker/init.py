@@ -1,4 +1,4 @@
-"""How a Thinker's weights start."""
+"""Weight initialization."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _ATTENTION_ROLES = ("q", "k", "v", "out")
 
 @torch.no_grad()
 def init_weights(model: nn.Module, config: ThinkerConfig) -> None:
-    """Draws every matrix from torch's global generator; the norms keep the start that they were built with.
+    """Draw every matrix from torch's global generator; the norms keep the initialization that they were built with.
 
-    "xavier": normal with variance 2/(fan_in + fan_out), the embedding with d_model^−½. "normal": `init_std` everywhere.
-    Then `scaled_init` divides the matrices that write to the stream by √(2·n_layers), and the placement's own rule
-    (`omninorm.placement.init_gain`) multiplies. The draws come in one order and do not depend on the norm or its
-    placement: with one seed, two runs that differ in these start from the same weights up to the rule's factors.
+    "xavier": normal with variance 2/(fan_in + fan_out), and std d_model^−½ for the embedding. "normal": std `init_std`
+    everywhere. Then `scaled_init` divides the matrices that write to the residual stream by √(2·n_layers), and the
+    factor of the placement (`omninorm.placement.init_gain`) multiplies. The order of the draws does not depend on the
+    norm or its placement: with the same seed, runs that differ only in these start from the same weights up to factors.
     """
     for module in model.modules():
         if isinstance(module, nn.Embedding):

@@ -37,7 +37,7 @@ class Thinker(nn.Module):
     def __init__(self, config: ThinkerConfig) -> None:
         super().__init__()
         self.config = config
-        # The constructors' own draws are drawn over; forked, they do not shift those that count.
+        # The constructors' own draws are overwritten. In a forked generator they do not shift the draws that count.
         with torch.random.fork_rng(devices=[]):
             self.embedding = nn.Embedding(config.vocab_size, config.d_model)
             self.rotary = Rotary(config.head_width, config.max_seq_len, config.rope_theta)
@@ -52,20 +52,21 @@ class Thinker(nn.Module):
         return Block(config.norm, config.d_model, attention, feed_forward, block=number, blocks=config.n_layers)
 
     def forward(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
-        """Logits of the next token after every token.
+        """Return the logits of the next token after every token.
 
         Args:
-            tokens: int64 or int32, (batch, sequence). Rows of different lengths: pad them at the right and ignore the
-                logits there, which nothing before them can see; with a cache, at the left (see `KVCache`).
-            cache: keys and values of the tokens before these; gets those of these appended. For inference only.
+            tokens: int64 or int32, (batch, sequence). Pad rows of different lengths on the right and ignore the logits
+                there, which do not affect earlier ones; with a cache, pad on the left (see `KVCache`).
+            cache: keys and values of the preceding tokens, to which those of these tokens are appended. For inference
+                only.
 
         Returns:
             (batch, sequence, vocab_size) in the compute dtype: that of the weights, or autocast's.
 
         Raises:
-            InputError: tokens of another type or shape, outside the vocabulary (seen on the CPU only, where looking
-                costs no synchronization), or more than max_seq_len; a cache without room, of another batch, or
-                under autograd.
+            InputError: tokens of another type or shape, outside the vocabulary (checked only on the CPU, where no
+                synchronization is needed), or more than max_seq_len; a cache that is full, of another batch, or used
+                with gradients enabled.
         """
         self._check(tokens, cache)
         start, count = (0 if cache is None else cache.used), tokens.shape[1]
@@ -79,9 +80,9 @@ class Thinker(nn.Module):
         return self._logits(self.final_norm(stream))
 
     def untie_head(self) -> Callable[[], None]:
-        """Gives the head a weight of its own, equal to the embedding's; returns the function that ties it again.
+        """Give the head a weight of its own, equal to the embedding's; return a function that ties it again.
 
-        For what changes the one and not the other, such as `omninorm.surgery.center`. An untied model stays as it is.
+        For operations that change only one of them, such as `omninorm.surgery.center`. An untied model is unchanged.
         """
         if self.head is not None:
             return lambda: None
@@ -101,35 +102,35 @@ class Thinker(nn.Module):
 
     def _check(self, tokens: Tensor, cache: KVCache | None) -> None:
         if not isinstance(tokens, Tensor):
-            remedy = "encode text first, e.g. torch.tensor([list(text.encode())])"
-            raise InputError("tokens are a torch.Tensor", f"a {type(tokens).__name__}", remedy)
+            remedy = "encode text first, for example with torch.tensor([list(text.encode())])"
+            raise InputError("tokens must be a torch.Tensor", type(tokens).__name__, remedy)
         if tokens.dtype not in (torch.int64, torch.int32):
-            remedy = "convert them, e.g. by tokens.long()"
-            raise InputError("tokens are integers of type int64 or int32", str(tokens.dtype), remedy)
+            remedy = "convert them, for example with tokens.long()"
+            raise InputError("tokens must be int64 or int32", str(tokens.dtype), remedy)
         if tokens.ndim != 2:
-            remedy = "add the batch dimension by tokens.unsqueeze(0)" if tokens.ndim == 1 else "reshape them"
-            raise InputError("tokens have the shape (batch, sequence)", f"the shape {tuple(tokens.shape)}", remedy)
+            remedy = "add the batch dimension with tokens.unsqueeze(0)" if tokens.ndim == 1 else "reshape them"
+            raise InputError("tokens must have the shape (batch, sequence)", tuple(tokens.shape), remedy)
         if tokens.shape[1] > self.config.max_seq_len:
-            remedy = "pass fewer or build the Thinker with a larger max_seq_len"
-            invariant = f"this Thinker reads at most max_seq_len={self.config.max_seq_len} tokens at once"
+            remedy = "pass fewer tokens, or build the Thinker with a larger max_seq_len"
+            invariant = f"This Thinker takes at most max_seq_len={self.config.max_seq_len} tokens at once"
             raise InputError(invariant, str(tokens.shape[1]), remedy)
         if not torch.compiler.is_compiling() and tokens.device.type == "cpu" and tokens.numel():
             self._check_range(tokens)
         if cache is not None:
             if torch.is_grad_enabled():
-                invariant = "a cache is for inference, because no gradient flows into its keys and values"
-                raise InputError(invariant, "a call with gradients enabled", "wrap the call in torch.no_grad()")
+                invariant = "A cache works only with gradients disabled, because none flow into its keys and values"
+                raise InputError(invariant, "", "wrap the call in torch.no_grad()")
             cache.check_room(tokens.shape[0], tokens.shape[1])
 
     def _check_range(self, tokens: Tensor) -> None:
         least, largest = (int(value) for value in torch.aminmax(tokens))
         if least < 0 or largest >= self.config.vocab_size:
-            invariant = f"tokens lie between 0 and vocab_size − 1 = {self.config.vocab_size - 1}"
+            invariant = f"tokens must be between 0 and vocab_size − 1 = {self.config.vocab_size - 1}"
             received = f"values from {least} to {largest}"
             raise InputError(invariant, received, "use the tokenizer that this Thinker was built for")
 
     def new_cache(self, batch: int, capacity: int | None = None, *, padding: Sequence[int] | None = None) -> KVCache:
-        """An empty `KVCache` on this Thinker's device and in its weights' dtype."""
+        """Return an empty `KVCache` with the device and dtype of this Thinker's weights."""
         weight = self.embedding.weight
         return KVCache(self.config, batch, capacity, padding=padding, device=weight.device, dtype=weight.dtype)
 
@@ -144,7 +145,7 @@ class Thinker(nn.Module):
         stop_tokens: Collection[int] = (),
         seed: int | None = None,
     ) -> Iterator[list[int | None]]:
-        """Continues every prompt by one token a step; see `omninorm.thinker.generate.stream`."""
+        """Continue every prompt by one token per step; see `omninorm.thinker.generate.stream`."""
         from omninorm.thinker.generate import stream
 
         return stream(
@@ -169,7 +170,7 @@ class Thinker(nn.Module):
         stop_tokens: Collection[int] = (),
         seed: int | None = None,
     ) -> list[list[int]]:
-        """The continuation of every prompt, without the prompt; a stop token ends it and is its last token.
+        """Return the continuation of every prompt, without the prompt; a stop token ends it and is its last token.
 
         Arguments, errors and what happens past max_seq_len: see `omninorm.thinker.generate.stream`.
 
@@ -190,7 +191,7 @@ class Thinker(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Thinker:
-        """Reads a Llama or Qwen3 model: a folder in Hugging Face's format, or a .gguf file.
+        """Load a Llama or Qwen3 model: a folder in Hugging Face's format, or a .gguf file.
 
         See `omninorm.thinker.pretrained.load` and `omninorm.thinker.gguf.load`.
         """

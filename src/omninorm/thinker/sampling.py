@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from omninorm.errors import InputError
+from omninorm.thinker.config import use_plain_numbers
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: temperature first, then top-k, then top-p among what is left.
+    """How the next token is sampled: temperature first, then top-k, then top-p on the rest.
 
     Args:
-        temperature: the logits are divided by it; 0 is greedy, the most probable token (the first of equals).
-        top_k: keep the k most probable tokens, and equals of the k-th; None or k ≥ the vocabulary keeps all.
+        temperature: divides the logits; 0 is greedy and takes the most probable token (the first of equals).
+        top_k: keep the k most probable tokens and ties of the k-th; None or k ≥ the vocabulary keeps all.
         top_p: keep the fewest most probable tokens whose probabilities sum to at least top_p; None keeps all.
 
     Raises:
@@ -29,28 +30,29 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
+        use_plain_numbers(self)
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             remedy = "use 0 for the most probable token, 1 for the model's own distribution"
             raise InputError("temperature must be a finite number ≥ 0", repr(self.temperature), remedy)
         if self.top_k is not None and not (is_integer(self.top_k) and self.top_k >= 1):
-            raise InputError("top_k must be an integer ≥ 1", repr(self.top_k), "leave it out to keep every token")
+            raise InputError("top_k must be an integer ≥ 1", repr(self.top_k), "leave it out to keep all tokens")
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise InputError("top_p must be a number in (0, 1]", repr(self.top_p), "leave it out to keep every token")
+            raise InputError("top_p must be a number in (0, 1]", repr(self.top_p), "leave it out to keep all tokens")
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """Draws one token a row: logits (batch, vocab_size) → int64 (batch,).
+    """Sample one token per row: logits (batch, vocab_size) → int64 (batch,).
 
     Raises:
-        InputError: a row of logits with NaN or +∞ in it, or with nothing but −∞.
+        InputError: a row of logits has NaN or +∞ in it, or nothing but −∞.
     """
     if not bool(logits.amax(dim=-1).isfinite().all()):
-        remedy = "the model has diverged: use an earlier checkpoint"
-        raise InputError("the largest logit of every row must be finite", "NaN or infinity", remedy)
+        remedy = "the model has probably diverged: use an earlier checkpoint"
+        raise InputError("The largest logit of every row must be finite", "NaN or infinity", remedy)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float()
-    # The largest becomes 0 first, and the divisor a normal float32, so that no temperature makes ∞ − ∞.
+    # Subtract the largest first and keep the divisor a normal float32, so that no temperature gives ∞ − ∞.
     temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probabilities = keep_probable(scaled, sampling.top_k, sampling.top_p).softmax(dim=-1)
@@ -58,22 +60,22 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 
 
 def keep_probable(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """The logits (batch, vocab_size) with −∞ for every token that top-k or top-p leaves out."""
+    """Return the logits (batch, vocab_size) with −∞ for every token that top-k or top-p excludes."""
     if top_k is not None and top_k < logits.shape[-1]:
         smallest_kept = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, -math.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(dim=-1)
-        # A token stays while those before it do not reach top_p; the first always does.
+        # A token is kept while those before it do not reach top_p; the first is always kept.
         surplus = probabilities.cumsum(dim=-1) - probabilities >= top_p
-        surplus[..., 0] = False  # even where float32 has no number as small as top_p
+        surplus[..., 0] = False  # even if top_p underflows to 0 in float32
         logits = logits.masked_fill(torch.zeros_like(surplus).scatter(-1, order, surplus), -math.inf)
     return logits
 
 
 def is_integer(value: object) -> bool:
-    """Whether `value` is an int and no bool."""
+    """Return whether `value` is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

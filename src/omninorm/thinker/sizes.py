@@ -1,0 +1,93 @@
+"""The sizes in a file's metadata, compared with its tensors before anything of these sizes is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+from omninorm.errors import RunError
+from omninorm.thinker.config import ThinkerConfig
+
+_REMEDY = "check that the settings belong to the weights and that every file is whole"
+
+
+def matrix_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every matrix of a Thinker, by name. They do not depend on the norm and its placement."""
+    width, hidden = config.d_model, config.hidden_width
+    queries, keys = config.n_heads * config.head_width, config.kv_heads * config.head_width
+    block = {
+        "attention.q": (queries, width),
+        "attention.k": (keys, width),
+        "attention.v": (keys, width),
+        "attention.out": (width, queries),
+        "feed_forward.up": (hidden, width),
+        "feed_forward.down": (width, hidden),
+    }
+    if config.feed_forward == "swiglu":
+        block["feed_forward.gate"] = (hidden, width)
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, width)}
+    for number in range(config.n_layers):
+        shapes |= {f"blocks.{number}.{name}.weight": shape for name, shape in block.items()}
+    if not config.tied_head:
+        shapes["head.weight"] = (config.vocab_size, width)
+    return shapes
+
+
+def parameter_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of a Thinker with pre-norm and RMSNorm, by name."""
+    width, head = config.d_model, config.head_width
+    block: dict[str, tuple[int, ...]] = {"around_attention.norm": (width,), "around_feed_forward.norm": (width,)}
+    if config.norm.qk_norm:
+        block |= {"attention.q_norm": (head,), "attention.k_norm": (head,)}
+    shapes = matrix_shapes(config)
+    for number in range(config.n_layers):
+        shapes |= {f"blocks.{number}.{name}.weight": shape for name, shape in block.items()}
+    return {**shapes, "final_norm.norm.weight": (width,)}
+
+
+def check_sizes(
+    path: Path,
+    config: ThinkerConfig,
+    found: Mapping[str, tuple[int, ...]],
+    rename: Callable[[str], str],
+    layers: int,
+    ignored: Collection[str] = (),
+) -> dict[str, str]:
+    """Return the names in the file by Thinker's names.
+
+    Args:
+        path: the file or folder, for messages.
+        config: what its metadata describes.
+        found: the shapes of its tensors, by name.
+        rename: returns the file's name of a parameter.
+        layers: how many layers the names of the tensors have.
+        ignored: tensors that may be there although the model has no such parameter.
+
+    Raises:
+        RunError: a tensor is missing, unexpected or of another shape, or there are fewer layers.
+    """
+    if config.n_layers > layers:  # first, because the shapes of a huge number of layers would fill the memory
+        invariant = f"{path} must hold every tensor of its model: its settings say {config.n_layers} layers"
+        raise RunError(invariant, f"weights of {layers}", _REMEDY)
+    shapes = parameter_shapes(config)
+    names = {ours: rename(ours) for ours in shapes}
+    if missing := sorted(set(names.values()) - found.keys()):
+        raise RunError(f"{path} must hold every tensor of its model", f"none named {_some(missing)}", _REMEDY)
+    if extra := sorted(found.keys() - set(names.values()) - set(ignored)):
+        raise RunError(f"{path} must hold only the tensors of its model", f"also {_some(extra)}", _REMEDY)
+    for ours, shape in shapes.items():
+        if found[names[ours]] != shape:
+            invariant = f"{names[ours]} in {path} must have the shape {shape}"
+            raise RunError(invariant, f"the shape {found[names[ours]]}", _REMEDY)
+    return names
+
+
+def count_layers(names: Collection[str], prefix: str) -> int:
+    """Return how many different numbers follow the prefix, such as `model.layers.`, in the names."""
+    rests = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return len({rest.partition(".")[0] for rest in rests})
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(f"{name:.100}" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
