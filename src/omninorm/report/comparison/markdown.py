@@ -1,4 +1,4 @@
-"""A comparison as a page of documentation: Markdown, and a folder of figures beside it."""
+"""A comparison as a page of documentation: Markdown, and a folder of figures next to it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ from pathlib import Path
 
 from omninorm.record.files import write_file, writing
 from omninorm.report.comparison.figures import claim_figure, study_figure
-from omninorm.report.comparison.page import MARKS, NOTES, anchor, condition_row, facts, kind, study_rows
+from omninorm.report.comparison.page import (
+    CONDITION_HEAD,
+    MARKS,
+    NOTES,
+    anchor,
+    condition_row,
+    facts,
+    kind,
+    sentence,
+    study_rows,
+)
 from omninorm.report.comparison.reading import Card, Comparison, StudyResults
 from omninorm.report.text import plain
 
 
 def write_markdown(comparison: Comparison, out: Path) -> Path:
-    """Writes the page, and its figures to the folder of the same name without the ending.
+    """Write the page, and its figures to the folder of the same name without the suffix.
 
     Raises:
         RunError: they can't be written.
@@ -48,7 +58,7 @@ def _lines(comparison: Comparison, folder: str) -> Iterator[str]:
     yield f"# {_text(comparison.title)}\n"
     yield f"{_text('; '.join(facts(comparison)))}. {NOTES}\n"
     if comparison.claims:
-        yield from _table(("", "claim", "verdict"), (_overview(card) for card in comparison.claims))
+        yield from _table(("claim", "sentence", "verdict"), (_overview(card) for card in comparison.claims))
         for card in comparison.claims:
             yield from _card(card, folder)
     yield "\n## The studies"
@@ -56,23 +66,22 @@ def _lines(comparison: Comparison, folder: str) -> Iterator[str]:
         yield from _study(study, folder)
     if comparison.failures:
         yield "\n## Runs that failed\n"
-        yield from _table(("run", "why"), comparison.failures.items())
+        yield from _table(("run", "reason"), comparison.failures.items())
 
 
 def _overview(card: Card) -> tuple[str, str, str]:
     mark = MARKS[kind(card.verdict)][1]
-    return card.id, card.claim, f"{mark} {card.verdict.split(':')[0]}"
+    return card.id, card.claim, f"{mark} {card.verdict}"
 
 
 def _card(card: Card, folder: str) -> Iterator[str]:
     yield f"\n## {_text(card.id)}: {_text(card.claim)}\n"
-    yield f"**{MARKS[kind(card.verdict)][1]} {_text(card.verdict)}.** {_text(card.found)}\n"
+    yield f"**{MARKS[kind(card.verdict)][1]} {_text(sentence(card.verdict))}** {_text(card.found)}\n"
     if any(each.mean is not None for each in card.conditions):
         yield f"![Intervals of claim {_text(card.id)}]({folder}/{anchor(card.id)}.svg)\n"
     yield f"{_text(card.measured)} {_text(card.source)}\n"
-    head = ("condition", "mean", "95 % interval", "the claim says", "seeds", "so")
-    yield from _table(head, (condition_row(each) for each in card.conditions))
-    yield f"\nAgain: `{plain(card.command).replace('`', chr(39))}`"
+    yield from _table(CONDITION_HEAD, (condition_row(each) for each in card.conditions))
+    yield f"\nReproduce with: `{plain(card.command).replace('`', chr(39))}`"
 
 
 def _study(study: StudyResults, folder: str) -> Iterator[str]:
@@ -93,5 +102,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[st
 
 
 def _text(value: object) -> str:
-    """Text that Markdown takes as it is."""
+    """Escape text for Markdown."""
     return plain(value, 2000).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|")
