@@ -44,6 +44,7 @@ _LARGEST_FILE, _LARGEST_YAML = 2**20, 2**16
 _MOST_BRACKETS = 10_000
 _MOST_NODES = 20_000  # of a YAML file whose aliases are expanded
 _DEEPEST = 20
+_LONGEST_TEXT = 200  # of a setting
 _LARGEST_INTEGER = 2**63
 
 
@@ -321,8 +322,8 @@ def _check_plain(value: object, depth: int = 0) -> None:
     if depth > _DEEPEST:
         raise ValueError("its values are nested too deeply")
     if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            raise ValueError("keys must be texts")
+        if not all(isinstance(key, str) and len(key) <= _LONGEST_TEXT for key in value):
+            raise ValueError(f"keys must be texts of at most {_LONGEST_TEXT} characters")
         for item in value.values():
             _check_plain(item, depth + 1)
     elif isinstance(value, list):
@@ -332,6 +333,8 @@ def _check_plain(value: object, depth: int = 0) -> None:
         raise ValueError("an integer is too large")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError("numbers must be finite")
+    elif isinstance(value, str) and len(value) > _LONGEST_TEXT:
+        raise ValueError(f"texts may have at most {_LONGEST_TEXT} characters")
     elif not isinstance(value, str | int | float | None):
         raise ValueError(f"values must be numbers, texts, lists or null, not {type(value).__name__}")
 
