@@ -19,7 +19,7 @@ from omninorm.cli.train import REPORT_FILE
 from omninorm.errors import ConfigError
 from omninorm.experiments.compare import Cell, ComparePlan, read_plan
 from omninorm.experiments.compare import preset as named_plan
-from omninorm.experiments.compare.apart import look_apart
+from omninorm.experiments.compare.apart import probe_in_subprocess
 from omninorm.experiments.compare.engine import Engine, Runner
 from omninorm.experiments.compare.estimate import estimate_seconds, longest_first
 from omninorm.experiments.compare.protocols.common import check_text
@@ -62,7 +62,7 @@ class Job:
         model = self.plan.model
         if not todo:
             return "All runs are done."
-        seconds = look_apart(model, todo, workers, time_limit) if model else estimate_seconds(todo, workers)
+        seconds = probe_in_subprocess(model, todo, workers, time_limit) if model else estimate_seconds(todo, workers)
         runs, crew = plural(len(todo), "run"), plural(workers, "worker")
         if seconds is None:
             return f"{runs}, {crew}; duration unknown."

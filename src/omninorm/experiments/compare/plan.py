@@ -39,9 +39,9 @@ else:
 _MOST_CELLS = 10_000
 _MOST_BLOCKS = 10_000
 _MOST_VALUES = 1000  # in one list of a plan
-# A plan has a few hundred bytes. PyYAML reads only about 100 kB per second, so YAML has a lower limit.
-_LARGEST_FILE, _LARGEST_YAML = 2**20, 2**16
-_MOST_BRACKETS = 10_000
+# A plan has a few hundred bytes. PyYAML reads only some 30 kB per second, so YAML has a lower limit.
+_LARGEST_FILE, _LARGEST_YAML = 2**20, 2**15
+_DEEPEST_BRACKETS = 100
 _MOST_NODES = 20_000  # of a YAML file whose aliases are expanded
 _DEEPEST = 20
 _LONGEST_TEXT = 200  # of a setting
@@ -258,8 +258,11 @@ def _content(path: Path, limit: int) -> bytes:
 
 def _load_yaml(text: str) -> Any:
     """Read YAML whose aliases expand to a bounded size."""
-    if text.count("[") + text.count("{") > _MOST_BRACKETS:  # the time that PyYAML takes is quadratic in them
-        raise ValueError(f"it has more than {_MOST_BRACKETS:,} brackets")
+    depth = 0
+    for character in text:  # PyYAML needs seconds for deeply nested brackets
+        depth += (character in "[{") - (character in "]}")
+        if depth > _DEEPEST_BRACKETS:
+            raise ValueError("it is nested too deeply")
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()

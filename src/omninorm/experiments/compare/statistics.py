@@ -12,7 +12,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import numpy as np
 from scipy import stats
 
 from omninorm.report.comparison.wording import not_enough_evidence
@@ -113,8 +116,12 @@ def judge(
 
 def seeds_needed(spread: float, margin: float) -> int:
     """Return the number of seeds that detect a difference of `margin` with probability `POWER`, at most MOST_SEEDS."""
-    for count in range(2, MOST_SEEDS):
-        reach = float(stats.t.ppf(1 - SIGNIFICANCE / 2, count - 1) + stats.t.ppf(POWER, count - 1))
-        if reach * spread / math.sqrt(count) <= margin:
-            return count
-    return MOST_SEEDS
+    enough = np.flatnonzero(_detectable() * spread <= margin)
+    return int(enough[0]) + 2 if len(enough) else MOST_SEEDS
+
+
+@cache
+def _detectable() -> Any:
+    """Return the detectable difference over its standard deviation for 2, 3, … seeds."""
+    counts = np.arange(2, MOST_SEEDS)
+    return (stats.t.ppf(1 - SIGNIFICANCE / 2, counts - 1) + stats.t.ppf(POWER, counts - 1)) / np.sqrt(counts)
