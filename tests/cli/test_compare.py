@@ -112,7 +112,7 @@ def test_a_comparison_prints_its_plan_tables_cards_and_files(finished: Finished)
         "norms: bits per byte (lower is better, margin 0.02)",
         "C3  Subtracting the mean is not needed",
         "→ Not enough evidence (about 2 more seeds needed).",
-        "- pre-norm, 1 blocks, learning rate 0.003: – (–), claimed < 0.02 [bits per byte]: not enough evidence",
+        "- pre-norm, 1 block, learning rate 0.003: – (–), claimed < 0.02 [bits per byte]: not enough evidence",
         "Reproduce with: omninorm compare plan.json",
         f"Page     {finished.folder / 'report.html'}",
     ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def test_what_is_read_can_be_rendered(tmp_path: Path) -> None:
     def show(folder: Path) -> None:
         comparison = read_comparison(folder)
         render(comparison)
-        render_markdown(comparison, "figures")
+        render_markdown(comparison, "figures", ["study-norms.svg"])
 
     shown = 0
     for case in range(min(cases(6), 300)):  # drawing takes a third of a second

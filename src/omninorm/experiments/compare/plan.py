@@ -44,7 +44,7 @@ _LARGEST_FILE, _LARGEST_YAML = 2**20, 2**15
 _DEEPEST_BRACKETS = 100
 _MOST_NODES = 20_000  # of a YAML file whose aliases are expanded
 _DEEPEST = 20
-_LONGEST_TEXT = 200  # of a setting
+_LONGEST_TEXT, _LONGEST_LIST = 200, 20  # of a setting
 _LARGEST_INTEGER = 2**63
 
 
@@ -91,11 +91,19 @@ class Study(_Strict):
     def _known_placements(cls, names: list[str]) -> list[str]:
         return _known(names, PLACEMENTS)
 
-    @field_validator("vary", "settings")
+    @field_validator("settings")
     @classmethod
-    def _plain_values(cls, values: dict[str, Any]) -> dict[str, Any]:
-        _check_plain(values)
-        return values
+    def _plain_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        _check_plain(settings)
+        return settings
+
+    @field_validator("vary")
+    @classmethod
+    def _plain_values(cls, vary: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for name, values in vary.items():
+            for value in values:
+                _check_plain({name: value})
+        return vary
 
     @model_validator(mode="after")
     def _has_cells(self) -> Study:
@@ -330,6 +338,8 @@ def _check_plain(value: object, depth: int = 0) -> None:
         for item in value.values():
             _check_plain(item, depth + 1)
     elif isinstance(value, list):
+        if len(value) > _LONGEST_LIST:
+            raise ValueError(f"lists may have at most {_LONGEST_LIST} items")
         for item in value:
             _check_plain(item, depth + 1)
     elif isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from omninorm.record.files import write_file, writing
@@ -30,20 +30,22 @@ def write_markdown(comparison: Comparison, out: Path) -> Path:
         MissingExtraError: matplotlib is not installed.
     """
     folder = out.with_suffix("")
+    drawn = dict(figures(comparison))
     with writing(out):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, svg in _figures(comparison):
+        for name, svg in drawn.items():
             write_file(folder / name, svg)
-        write_file(out, render(comparison, folder.name).encode())
+        write_file(out, render(comparison, folder.name, drawn).encode())
     return out
 
 
-def render(comparison: Comparison, folder: str) -> str:
-    """The page as text; `folder` holds its figures."""
-    return "\n".join(_lines(comparison, folder)) + "\n"
+def render(comparison: Comparison, folder: str, names: Container[str]) -> str:
+    """Return the page's text; `folder` holds the figures with these names."""
+    return "\n".join(_lines(comparison, folder, names)) + "\n"
 
 
-def _figures(comparison: Comparison) -> Iterator[tuple[str, bytes]]:
+def figures(comparison: Comparison) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the SVG of every figure."""
     for card in comparison.claims:
         svg = claim_figure(card)
         if svg is not None:
@@ -54,7 +56,7 @@ def _figures(comparison: Comparison) -> Iterator[tuple[str, bytes]]:
             yield f"study-{anchor(study.name)}.svg", svg
 
 
-def _lines(comparison: Comparison, folder: str) -> Iterator[str]:
+def _lines(comparison: Comparison, folder: str, names: Container[str]) -> Iterator[str]:
     yield f"# {_text(comparison.title)}\n"
     yield f"{_text('; '.join(facts(comparison)))}. {NOTES}\n"
     if comparison.claims:
@@ -63,7 +65,7 @@ def _lines(comparison: Comparison, folder: str) -> Iterator[str]:
             yield from _card(card, folder)
     yield "\n## The studies"
     for study in comparison.studies:
-        yield from _study(study, folder)
+        yield from _study(study, folder, names)
     if comparison.failures:
         yield "\n## Runs that failed\n"
         yield from _table(("run", "reason"), comparison.failures.items())
@@ -84,10 +86,11 @@ def _card(card: Card, folder: str) -> Iterator[str]:
     yield f"\nReproduce with: `{plain(card.command).replace('`', chr(39))}`"
 
 
-def _study(study: StudyResults, folder: str) -> Iterator[str]:
+def _study(study: StudyResults, folder: str, names: Container[str]) -> Iterator[str]:
     yield f"\n### {_text(study.name)}\n"
-    if study_figure(study) is not None:
-        yield f"![Study {_text(study.name)}]({folder}/study-{anchor(study.name)}.svg)\n"
+    figure = f"study-{anchor(study.name)}.svg"
+    if figure in names:
+        yield f"![Study {_text(study.name)}]({folder}/{figure})\n"
     head, rows = study_rows(study)
     yield "<details><summary>Numbers</summary>\n"
     yield from _table(head, rows)

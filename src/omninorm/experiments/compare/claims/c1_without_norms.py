@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from omninorm.experiments.compare.cards import NO, YES, Card, Condition, Question
-from omninorm.experiments.compare.claims.common import LEARNED, TINY, TRAINED, card, one, score, values
+from omninorm.experiments.compare.claims.common import LEARNED, TINY, TRAINED, blocks, card, one, score, values
 from omninorm.experiments.compare.evidence import Evidence, Outcome
 
 START, TRAIN = "without-norms-start", "without-norms"
@@ -45,13 +45,13 @@ def judge(evidence: Evidence) -> Card:
     for init in evidence.values(START, "init"):
         depth = max(evidence.values(START, "depth"))
         rows = evidence.rows(START, normalization="none", init=init, depth=depth)
-        label = f"residual stream, {INITIALIZATIONS[init]}, {depth} blocks"
+        label = f"residual stream, {INITIALIZATIONS[init]}, {blocks(depth)}"
         samples = [change for row in rows for change in values(row, _change).values()]
         questions.append(Question(label, samples, FOLD, True, "change of the residual stream over the stack", "log"))
     for init in evidence.values(TRAIN, "init"):
         for depth in evidence.values(TRAIN, "depth"):
             found = one(evidence.rows(TRAIN, normalization="none", init=init, depth=depth))
-            label = f"training, {INITIALIZATIONS[init]}, {depth} blocks"
+            label = f"training, {INITIALIZATIONS[init]}, {blocks(depth)}"
             samples = list(values(found, score).values())
             questions.append(Question(label, samples, LEARNED * evidence.unigram, True, "bits per byte"))
     return card(

@@ -8,6 +8,7 @@ from omninorm.experiments.compare.cards import Card, Condition, Question
 from omninorm.experiments.compare.claims.common import (
     LEARNED,
     NORMS,
+    blocks,
     card,
     differences,
     mean,
@@ -30,7 +31,7 @@ def judge(evidence: Evidence) -> Card:
                 values(one(evidence.rows("norms", normalization=kind, depth=depth, lr=lr)), score)
                 for kind in ("rmsnorm", "layernorm")
             )
-            label = f"pre-norm, {depth} blocks, learning rate {lr:g}"
+            label = f"pre-norm, {blocks(depth)}, learning rate {lr:g}"
             # Models that have not learned are equally bad whatever their norm, so they are no evidence.
             learned = all(mean(list(each.values())) < LEARNED * evidence.unigram for each in (ours, theirs))
             samples = differences(ours, theirs) if learned else []

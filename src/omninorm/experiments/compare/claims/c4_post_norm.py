@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from omninorm.experiments.compare.cards import Card, Condition, Question
-from omninorm.experiments.compare.claims.common import DEPTHS, LEARNED, TRAINED, card, mean, score, span, values
+from omninorm.experiments.compare.claims.common import DEPTHS, LEARNED, TRAINED, blocks, card, mean, score, span, values
 from omninorm.experiments.compare.evidence import Evidence, Row
 
 WARM_UP: dict[str, Any] = {
@@ -51,7 +51,7 @@ def judge(evidence: Evidence) -> Card:
 
 def _where(row: Row, evidence: Evidence) -> str:
     late = row in evidence.rows("warm-up")
-    return f"{row.variant['depth']} blocks, learning rate {row.variant['lr']:g}{', long warm-up' if late else ''}"
+    return f"{blocks(row.variant['depth'])}, learning rate {row.variant['lr']:g}{', long warm-up' if late else ''}"
 
 
 def _by_rate(evidence: Evidence, lr: float, limit: float) -> str:
@@ -64,7 +64,7 @@ def _by_rate(evidence: Evidence, lr: float, limit: float) -> str:
         }
         share = {depth: mean([each < limit for each in found]) for depth, found in by_depth.items() if found}
         percent = {depth: f"{100 * share[depth]:.0f} %" for depth in sorted(share)}
-        by_depth_text = ", ".join(f"{value} with {depth} blocks" for depth, value in percent.items())
+        by_depth_text = ", ".join(f"{value} with {blocks(depth)}" for depth, value in percent.items())
         same = len(percent) > 1 and len(set(percent.values())) == 1
         shares.append(
             f"{place}-norm {percent[max(percent)]} at every depth" if same else f"{place}-norm {by_depth_text}"

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from omninorm.experiments.compare.cards import Card, Condition, Question
-from omninorm.experiments.compare.claims.common import LEARNED, TRAINED, card, differences, mean, one, score, values
+from omninorm.experiments.compare.claims.common import (
+    LEARNED,
+    TRAINED,
+    blocks,
+    card,
+    differences,
+    mean,
+    one,
+    score,
+    values,
+)
 from omninorm.experiments.compare.evidence import Evidence
 
 STUDIES = [
@@ -25,13 +35,13 @@ def judge(evidence: Evidence) -> Card:
     by_depth = {depth: values(one(evidence.rows("deep", placement="pre", depth=depth)), score) for depth in depths}
     limit = LEARNED * evidence.unigram
     questions = [
-        Question(f"{depth} blocks", list(by_depth[depth].values()), limit, False, "bits per byte")
+        Question(f"{blocks(depth)}", list(by_depth[depth].values()), limit, False, "bits per byte")
         for depth in depths
         if depth >= 100
     ]
 
     def found(conditions: Sequence[Condition]) -> str:
-        means = ", ".join(f"{mean(list(by_depth[depth].values())):.3f} with {depth} blocks" for depth in depths)
+        means = ", ".join(f"{mean(list(by_depth[depth].values())):.3f} with {blocks(depth)}" for depth in depths)
         sentence = f"Held-out bits per byte: {means}; the unigram baseline is {evidence.unigram:.3f}."
         if len(depths) > 1:
             loss = mean(differences(by_depth[depths[-1]], by_depth[depths[0]]))

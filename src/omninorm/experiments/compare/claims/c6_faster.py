@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from omninorm.experiments.compare.cards import NO, YES, Card, Condition, Question
-from omninorm.experiments.compare.claims.common import DEPTHS, card, one, span
+from omninorm.experiments.compare.claims.common import DEPTHS, blocks, card, one, span
 from omninorm.experiments.compare.evidence import Evidence, Outcome
 
 STUDIES = [DEPTHS]
@@ -20,7 +20,7 @@ def judge(evidence: Evidence) -> Card:
             pre, post = (one(evidence.rows("depths", placement=place, depth=depth, lr=lr)) for place in ("pre", "post"))
             shared = [] if pre is None or post is None else [seed for seed in pre.outcomes if seed in post.outcomes]
             samples = [_log_ratio(pre.outcomes[seed], post.outcomes[seed]) for seed in shared if pre and post]
-            label = f"{depth} blocks, learning rate {lr:g}"
+            label = f"{blocks(depth)}, learning rate {lr:g}"
             questions.append(Question(label, samples, 0.0, False, "pre-norm's steps / post-norm's", "log"))
 
     def found(conditions: Sequence[Condition]) -> str:

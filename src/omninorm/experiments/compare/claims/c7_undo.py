@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from omninorm.experiments.compare.cards import Card, Condition, Question
-from omninorm.experiments.compare.claims.common import DEPTHS, LEARNED, NORMS, card, mean, score, span, values
+from omninorm.experiments.compare.claims.common import DEPTHS, LEARNED, NORMS, blocks, card, mean, score, span, values
 from omninorm.experiments.compare.evidence import Evidence, Outcome, Row
 
 STUDIES = [NORMS, DEPTHS]
@@ -23,14 +23,14 @@ def judge(evidence: Evidence) -> Card:
             learned += list(values(row, _learned).values())
 
     def found(conditions: Sequence[Condition]) -> str:
-        left = " and ".join(
-            f"{span(shares, '.2g')} % with {place}-norm"
+        left = ", ".join(
+            f"{span(shares, '#.2g')} % with {place}-norm"
             for place in ("pre", "post")
             if (shares := _left(conditions, place))
         )
         return (
-            f"The best possible γ leaves {left} of the residual stream's energy Σx² unexplained. A norm divides each token "
-            "by that token's own RMS, whereas γ is the same for all tokens, so γ can undo a norm only if all tokens have "
+            f"The best possible γ leaves a share of the residual stream's energy Σx² unexplained: {left}. A norm divides each "
+            "token by that token's own RMS, whereas γ is the same for all tokens, so γ can undo a norm only if all tokens have "
             f"the same RMS. The γ that training finds leaves {100 * mean(learned):.0f} % on average: training does not "
             "use γ to undo the norm."
         )
@@ -48,7 +48,7 @@ def judge(evidence: Evidence) -> Card:
 
 def _where(row: Row) -> str:
     norm, place = NAMES[row.variant["normalization"]], row.variant["placement"]
-    return f"{norm}, {place}-norm, {row.variant['depth']} blocks, learning rate {row.variant['lr']:g}"
+    return f"{norm}, {place}-norm, {blocks(row.variant['depth'])}, learning rate {row.variant['lr']:g}"
 
 
 def _left(conditions: Sequence[Condition], place: str) -> list[float]:

@@ -83,6 +83,11 @@ def one(rows: Sequence[Row]) -> Row | None:
     return rows[0] if rows else None
 
 
+def blocks(depth: int) -> str:
+    """Return a depth in words, such as "4 blocks"."""
+    return f"{depth} block{'' if depth == 1 else 's'}"
+
+
 def span(numbers: Sequence[float], form: str) -> str:
     """Return the smallest and the largest number as text.
 

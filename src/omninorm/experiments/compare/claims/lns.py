@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from omninorm.experiments.compare.cards import Card, Condition, Question
-from omninorm.experiments.compare.claims.common import TINY, card, differences, one, values
+from omninorm.experiments.compare.claims.common import TINY, blocks, card, differences, one, values
 from omninorm.experiments.compare.evidence import Evidence, Outcome
 
 STUDIES = [
@@ -28,7 +28,7 @@ def judge(evidence: Evidence) -> Card:
             values(one(evidence.rows("stream", placement=place, depth=depth)), _last) for place in ("lns", "pre")
         )
         questions.append(
-            Question(f"{depth} blocks", differences(lns, pre), 0.0, False, "lns's variance / pre-norm's", "log")
+            Question(f"{blocks(depth)}", differences(lns, pre), 0.0, False, "lns's variance / pre-norm's", "log")
         )
 
     def found(conditions: Sequence[Condition]) -> str:
