@@ -22,6 +22,7 @@ from omninorm.experiments.compare import preset as named_plan
 from omninorm.experiments.compare.apart import probe_in_subprocess
 from omninorm.experiments.compare.engine import Engine, Runner
 from omninorm.experiments.compare.estimate import estimate_seconds, longest_first
+from omninorm.experiments.compare.factory import check_factory_name
 from omninorm.experiments.compare.protocols.common import check_text
 from omninorm.experiments.compare.results import collect, collect_timings, write
 from omninorm.experiments.compare.store import Store, to_json
@@ -126,8 +127,10 @@ def begin(path: Path | None, preset: str | None, text: str | None, model: str | 
     if text or plan.text:
         plan = plan.model_copy(update={"text": corpus.source})
     check_text(plan.cells().values(), corpus)
-    if model or plan.model:
-        plan = plan.model_copy(update={"model": model or plan.model})
+    factory = model or plan.model
+    if factory:
+        check_factory_name(factory)
+        plan = plan.model_copy(update={"model": factory})
     return Job(plan, Store(out or fresh_folder("compare")), corpus, is_new=True)
 
 

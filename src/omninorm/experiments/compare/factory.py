@@ -40,17 +40,23 @@ def build_cell(cell: Cell, norm: NormConfig | None = None) -> nn.Module:
     return call(cell.model, chosen, cell.depth, cell.seed)
 
 
+def check_factory_name(name: str) -> None:
+    """Raise ConfigError unless a factory's name has the form package.module:function."""
+    module_name, _, function = name.partition(":")
+    if not module_name or not function:
+        invariant = "A model factory's name must have the form package.module:function"
+        raise ConfigError(invariant, f"{name!r:.100}", "write for example mymodels.small:build")
+
+
 def load_factory(name: str) -> Factory:
     """Import a factory. Modules in the current folder are found after the installed ones.
 
     Raises:
         ConfigError: it does not exist, or its module can't be imported.
     """
+    check_factory_name(name)
     remedy = "check the name, and that Python can import the module from the current folder"
     module_name, _, function = name.partition(":")
-    if not module_name or not function:
-        invariant = "A model factory's name must have the form package.module:function"
-        raise ConfigError(invariant, repr(name), "write for example mymodels.small:build")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
