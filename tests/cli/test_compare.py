@@ -190,6 +190,7 @@ def test_a_model_of_the_users_own_is_compared(tmp_path: Path) -> None:
     assert "d_model" not in cells[0]["settings"]
 
 
+@pytest.mark.slow
 def test_a_model_that_ignores_its_norm_is_refused(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, text = write_plan(tmp_path)
     write_models(tmp_path)

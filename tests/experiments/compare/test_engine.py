@@ -178,7 +178,7 @@ def test_speed_is_part_of_timings_and_not_of_results(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two folders with different times have the same results.json."""
-    study = {"name": "speed", "protocol": "speed", "depth": [1], "seeds": 2, "settings": TINY}
+    study = {"name": "speed", "protocol": "speed", "depth": [1], "seeds": 1, "settings": TINY}
     chosen = parse_plan({"claims": ["C2"], "studies": [study], "text": str(text)}, "here")
     monkeypatch.setattr("omninorm.experiments.compare.protocols.speed.SECONDS", 0.01)
     found = []
