@@ -58,7 +58,7 @@ def test_what_is_read_can_be_rendered(tmp_path: Path) -> None:
         render_markdown(comparison, "figures", ["study-norms.svg"])
 
     shown = 0
-    for case in range(min(cases(6), 300)):  # a figure takes a fifth of a second, so there are only two
+    for case in range(min(cases(20), 300)):  # a figure takes a fifth of a second, so there are only two
         full = {**FULL, "studies": [FULL["studies"][case % 3]]}
         with bounded(damaged(tmp_path, case, full, {**TIMINGS, "claims": []})):
             shown += refuses_or_reads(show, tmp_path)
