@@ -21,11 +21,11 @@ MIB = 2**20
         (0, 32 * MIB, 2048 * MIB, 256),
     ],
 )
-def test_as_many_sets_as_overflow_the_cache_within_the_cap(bytes_per_set, cache, cap, count) -> None:
+def test_the_sets_fill_the_cache_twice_within_the_memory_cap(bytes_per_set, cache, cap, count) -> None:
     assert sets_needed(bytes_per_set, cache, cap) == count
 
 
-def test_every_set_has_memory_of_its_own() -> None:
+def test_every_set_has_its_own_memory() -> None:
     buffers = Buffers(3, 5, torch.bfloat16, cache_bytes=100)
     assert buffers.bytes == 30
     assert buffers.count == 7
@@ -35,12 +35,12 @@ def test_every_set_has_memory_of_its_own() -> None:
     assert all(x.requires_grad and x.is_leaf for x in buffers.x)
 
 
-def test_the_cache_is_the_largest_that_the_system_names(tmp_path) -> None:
+def test_the_cache_size_is_the_largest_that_the_system_reports(tmp_path) -> None:
     for index, text in enumerate(["32K\n", "512K\n", "260M\n", "damaged\n", ""]):
         (tmp_path / f"index{index}").mkdir()
         (tmp_path / f"index{index}" / "size").write_text(text)
     assert last_level_cache_bytes(tmp_path) == 260 * MIB
 
 
-def test_without_a_word_from_the_system_there_is_a_fallback(tmp_path) -> None:
+def test_without_a_reported_cache_size_the_fallback_is_used(tmp_path) -> None:
     assert last_level_cache_bytes(tmp_path / "none") == FALLBACK_CACHE_BYTES

@@ -1,4 +1,4 @@
-"""`omninorm bench`, tiny: it measures, writes, prints, is interrupted, and refuses what it can't use."""
+"""`omninorm bench` with tiny sizes: measuring, output, interruption and invalid input."""
 
 from __future__ import annotations
 
@@ -19,19 +19,31 @@ TINY = ["--rows", "4", "--widths", "24", "--dtypes", "fp32", "--threads", "1", "
 TINY += ["--no-compile", "--no-models"]
 
 
-def test_it_measures_shows_and_writes(command, tmp_path, monkeypatch) -> None:
+def test_one_job_is_measured_in_a_worker_and_written(command, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(process, "plan", lambda config: [Group(1, "raised", (Job("RMSNorm, one row", "fp32", 1, 8),))])
+    folder = tmp_path / "new" / "bench"
+    code, out, err = command("bench", *TINY, "--no-plot", "--out", folder)
+    assert (code, err) == (0, "")
+    (measured,) = json.loads((folder / "results.json").read_text())["measurements"]
+    assert (measured["width"], measured["rounds"] >= 7) == (8, True)
+    assert f"Written: {folder / 'results.json'}" in out
+    assert [path.name for path in folder.iterdir()] == ["results.json"]
+
+
+@pytest.mark.slow
+def test_it_measures_prints_and_writes_results(command, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")  # a wild ratio makes a column wide, and 80 would then cut names
     folder = tmp_path / "new" / "bench"
     code, out, err = command("bench", *TINY, "--out", folder)
     assert (code, err) == (0, "")
-    told = json.loads((folder / "results.json").read_text())
-    assert {each["allocator"] for each in told["measurements"]} == {"raised", "default"}
-    assert len(told["measurements"]) == 5 + 1 + 2, "five jobs, the one row, and two with the default allocator"
-    assert all(each["rounds"] >= 7 for each in told["measurements"])
-    assert {each["norm"] for each in told["kept"]} == {"RMSNorm", "LayerNorm"}
-    assert told["machine"]["cores"] >= 1
-    assert told["settings"]["rows"] == [4]
-    for each in told["targets"]:
+    results = json.loads((folder / "results.json").read_text())
+    assert {each["allocator"] for each in results["measurements"]} == {"raised", "default"}
+    assert len(results["measurements"]) == 5 + 1 + 2, "five jobs, the one row, and two with the default allocator"
+    assert all(each["rounds"] >= 7 for each in results["measurements"])
+    assert {each["norm"] for each in results["kept"]} == {"RMSNorm", "LayerNorm"}
+    assert results["machine"]["cores"] >= 1
+    assert results["settings"]["rows"] == [4]
+    for each in results["targets"]:
         assert each["name"] in out
     assert "not measured" in out
     assert f"Written: {folder / 'results.json'}" in out
@@ -40,10 +52,9 @@ def test_it_measures_shows_and_writes(command, tmp_path, monkeypatch) -> None:
     assert "\x1b" not in out, "control codes in what is not a terminal"
 
 
-def test_json_is_all_of_stdout_and_writes_nothing(command, tmp_path, monkeypatch) -> None:
+def test_json_is_the_only_output_and_no_file_is_written(command, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    # Only what is said is of interest here, not what is measured.
-    monkeypatch.setattr(process, "plan", lambda config: [Group(1, "raised", (Job("RMSNorm, one row", "fp32", 1, 8),))])
+    monkeypatch.setattr("omninorm.cli.bench.measure_all", lambda config, progress: {"measurements": [{"width": 8}]})
     code, out, _ = command("bench", *TINY, "--json")
     assert code == 0
     assert [each["width"] for each in json.loads(out)["measurements"]] == [8]
@@ -53,13 +64,13 @@ def test_json_is_all_of_stdout_and_writes_nothing(command, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "many"], "--rows must be whole numbers with commas between them, got 'many'"),
+        (["--rows", "many"], "--rows must be integers separated by commas, got 'many'"),
         (["--rows", "0"], "rows must be an integer ≥ 1, got 0"),
-        (["--widths", ""], "widths must name at least one value"),
-        (["--widths", "8,8"], "widths must name at least one value, each once, got (8, 8)"),
+        (["--widths", ""], "widths must have at least one value"),
+        (["--widths", "8,8"], "and no value twice, got (8, 8)"),
         (["--dtypes", "int8"], "dtypes must be one of fp32, bf16, fp16, got 'int8'"),
         (["--threads", "-1"], "threads must be an integer ≥ 1, got -1"),
-        (["--threads", "every"], "--threads must be whole numbers"),
+        (["--threads", "every"], "--threads must be integers"),
         (["--seconds", "0"], "seconds must be a finite number > 0, got 0.0"),
         (["--patience", "nan"], "patience must be a finite number > 0, got nan"),
     ],
@@ -73,7 +84,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(command, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_matplotlib_it_says_so_before_it_measures(command, tmp_path, monkeypatch) -> None:
+def test_a_missing_matplotlib_is_reported_before_measuring(command, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = command("bench", *TINY, "--out", tmp_path / "bench")
     assert code == 2
@@ -81,17 +92,18 @@ def test_without_matplotlib_it_says_so_before_it_measures(command, tmp_path, mon
     assert not (tmp_path / "bench").exists()
 
 
-def test_interrupted_it_ends_with_its_processes_and_leaves_nothing(spawn, tmp_path) -> None:
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_and_leaves_no_files(spawn, tmp_path) -> None:
     running = spawn("bench", *TINY, "--seconds", "600", "--out", tmp_path / "bench")
     limit = time.monotonic() + 60
     while not (workers := measuring(running._process.pid)):
         assert time.monotonic() < limit, "no measuring process was started"
         time.sleep(0.05)
-    time.sleep(1)  # the parent has begun to listen to it
+    time.sleep(1)  # until the parent reads from it
     running.signal(signal.SIGINT)
     code, out, err = running.wait()
     assert (code, err) == (130, "")
-    assert "Stopped; nothing was written." in out
+    assert "Stopped. Nothing was written." in out
     limit = time.monotonic() + 20
     while any(os.path.exists(f"/proc/{worker}") for worker in workers):
         assert time.monotonic() < limit, "a process was left behind"
@@ -100,7 +112,7 @@ def test_interrupted_it_ends_with_its_processes_and_leaves_nothing(spawn, tmp_pa
 
 
 def measuring(pid: int) -> list[str]:
-    """The children that measure; others, such as git, come and go before them."""
+    """Return the process ids of the measuring children; others, such as git, run before them."""
     with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
         return [child for child in file.read().split() if "omninorm.bench.worker" in command_line(child)]
 
@@ -113,14 +125,14 @@ def command_line(pid: str) -> str:
         return ""
 
 
-def test_a_process_that_fails_says_its_last_words(monkeypatch) -> None:
+def test_a_measuring_process_that_fails_is_reported_with_its_last_output(monkeypatch) -> None:
     monkeypatch.setattr(process, "_START", "import sys; sys.exit('out of luck')")
     monkeypatch.setattr(process, "plan", lambda config: [Group(1, "raised", (Job("x", "fp32", 1, 1),))])
-    with pytest.raises(RunError, match=r"exit code 1 \(out of luck\)"):
+    with pytest.raises(RunError, match="exit code 1: out of luck"):
         process.measure_all(BenchConfig(), lambda what, done, total: None)
 
 
-def test_the_allocator_is_the_environments(monkeypatch) -> None:
+def test_the_environment_sets_threads_and_allocator(monkeypatch) -> None:
     for name in process.THRESHOLDS:
         monkeypatch.setenv(name, "1")
     raised, default = (process.environment(Group(3, name, ())) for name in ("raised", "default"))

@@ -1,14 +1,24 @@
 """`omninorm compare` as a user types it."""
 
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
+
+from omninorm.cli import comparing
+from omninorm.cli.compare_tables import duration
+from omninorm.errors import MissingExtraError
+from omninorm.experiments.compare import needs, work
+from omninorm.experiments.compare.store import Store
 
 PLAN = """
 title: a tiny one
@@ -57,12 +67,12 @@ def hangs(norm, depth, vocab_size):
 """
 
 
-def command(*arguments: str) -> list[str]:
+def shell(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "omninorm", "compare", *arguments]
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=180, check=False, cwd=cwd)
+    return subprocess.run(shell(*arguments), capture_output=True, text=True, timeout=180, check=False, cwd=cwd)
 
 
 def write_plan(folder: Path, steps: int = 3) -> tuple[str, str]:
@@ -71,81 +81,144 @@ def write_plan(folder: Path, steps: int = 3) -> tuple[str, str]:
     return str(folder / "p.yaml"), str(folder / "text.txt")
 
 
-def test_from_plan_to_verdict(tmp_path: Path) -> None:
-    plan, text = write_plan(tmp_path)
-    done = run(plan, "--text", text, "--out", str(tmp_path / "c"), "--workers", "1")
-    assert done.returncode == 0, done.stderr
-    assert "4 runs to do, about" in done.stdout
-    assert "norms: bits per byte (less is better)" in done.stdout
-    assert "layernorm pre" in done.stdout
-    results = json.loads((tmp_path / "c" / "results.json").read_text())
-    assert results["text"]["name"] == "text"
-    again = run("--resume", str(tmp_path / "c"), "--json")
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout) == results
-    assert "0 runs to do" in again.stderr
-
-
-def test_claims_end_as_cards_and_as_a_page(tmp_path: Path) -> None:
-    plan, text = write_plan(tmp_path)
-    Path(plan).write_text(Path(plan).read_text().replace("title:", "claims: [C3]\ntitle:"))
-    done = run(plan, "--text", text, "--out", str(tmp_path / "c"))
-    assert done.returncode == 0, done.stderr
-    assert "C3  Subtracting the mean is not needed" in done.stdout
-    assert "→ not enough evidence: needs about" in done.stdout
-    assert "Again: omninorm compare plan.json" in done.stdout
-    page = tmp_path / "c" / "report.html"
-    whole = page.read_bytes()
-    page.unlink()
-    reported = subprocess.run(
-        [sys.executable, "-m", "omninorm", "report", str(tmp_path / "c")], capture_output=True, text=True, check=False
-    )
-    assert "C3  Subtracting" in reported.stdout
-    assert page.read_bytes() == whole
-
-
-def models(folder: Path) -> None:
+def write_models(folder: Path) -> None:
     (folder / "models_of_mine.py").write_text(MODELS)
 
 
-def test_a_model_of_the_users_own(tmp_path: Path) -> None:
+class Finished(NamedTuple):
+    """A comparison's folder, and what `omninorm compare` printed."""
+
+    folder: Path
+    out: str
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Four runs of three steps, none of which can learn, with the claim C3."""
+    folder = tmp_path_factory.mktemp("compare")
+    plan, text = write_plan(folder)
+    Path(plan).write_text(Path(plan).read_text().replace("title:", "claims: [C3]\ntitle:"))
+    done = run(plan, "--text", text, "--out", str(folder / "c"), "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return Finished(folder / "c", done.stdout)
+
+
+def test_a_comparison_prints_its_plan_tables_cards_and_files(finished: Finished) -> None:
+    printed = " ".join(finished.out.split())  # long lines wrap
+    for line in (
+        "norms, train: rmsnorm, layernorm × pre; blocks 1; learning rates 0.003; 2 seeds",
+        "4 runs in total, each in a process of one thread.",
+        "4 runs, about ",
+        "with 1 worker.",
+        f"Output folder: {finished.folder}",
+        "norms: bits per byte (lower is better, margin 0.02)",
+        "C3  Subtracting the mean is not needed",
+        "→ Not enough evidence (about 2 more seeds needed).",
+        "- pre-norm, 1 block, learning rate 0.003: – (–), claimed < 0.02 [bits per byte]: not enough evidence",
+        "Reproduce with: omninorm compare plan.json",
+        f"Page     {finished.folder / 'report.html'}",
+    ):
+        assert " ".join(line.split()) in printed
+    results = json.loads((finished.folder / "results.json").read_text())
+    assert results["text"]["name"] == "text"
+
+
+def test_runs_that_did_not_learn_are_counted_and_get_no_verdict(finished: Finished) -> None:
+    """Three steps leave the loss at 8 bits per byte, far above the unigram baseline."""
+    (study,) = json.loads((finished.folder / "results.json").read_text())["studies"]
+    assert [row["outcomes"] for row in study["configurations"]] == [{"0": "stagnated", "1": "stagnated"}] * 2
+    assert [row["lost"] for row in study["configurations"]] == [[], []]
+    assert [each["verdict"] for each in study["comparisons"]] == ["no verdict (no run learned)"]
+    assert "2 stagnated" in finished.out
+    assert "no verdict (no run" in finished.out
+    assert (finished.folder / "results.csv").read_text().count(",stagnated\n") == 4
+    page = (finished.folder / "report.html").read_text()
+    assert "<td>2 stagnated</td>" in page
+    assert "no verdict (no run learned)" in page
+
+
+def test_a_finished_comparison_is_not_repeated(command, finished: Finished) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished.folder / "cells").iterdir()}
+    code, out, err = command("compare", "--resume", finished.folder, "--json")
+    assert code == 0, err
+    assert out == (finished.folder / "results.json").read_text()
+    assert "All runs are done." in err
+    assert {path: path.stat().st_mtime_ns for path in (finished.folder / "cells").iterdir()} == before
+
+
+def test_report_writes_the_same_page_and_cards(command, finished: Finished) -> None:
+    page = finished.folder / "report.html"
+    whole = page.read_bytes()
+    page.unlink()
+    code, out, _ = command("report", finished.folder)
+    assert code == 0
+    assert "C3  Subtracting" in out
+    assert page.read_bytes() == whole
+
+
+def test_a_damaged_run_is_reported_set_aside_and_repeated(
+    command, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(name: str, store: Store, workers: int, time_limit: float) -> object:
+        return SimpleNamespace(run=lambda cells, look: [work.run(cell, store) for cell in cells])
+
+    monkeypatch.setattr(comparing, "_engine", here)
+    folder = tmp_path / "c"
+    shutil.copytree(finished.folder, folder)
+    cell = min((folder / "cells").iterdir())
+    cell.write_text(cell.read_text().replace('"score": ', '"score": "high", "was": '))
+    code, out, err = command("compare", "--resume", folder)
+    assert (code, err) == (0, "")
+    assert f"{cell} is damaged (outcome.score: " in out.replace("\n", "")
+    assert "The file will be set aside and the run repeated." in out
+    assert "1 run, about " in out
+    assert (folder / "damaged" / f"cells-{cell.name}").exists()
+    assert (folder / "results.json").read_bytes() == (finished.folder / "results.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_model_of_the_users_own_is_compared(tmp_path: Path) -> None:
     plan, text = write_plan(tmp_path)
-    models(tmp_path)
+    write_models(tmp_path)
     done = run(plan, "--text", text, "--out", "c", "--model", "models_of_mine:build", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "4 runs to do, about" in done.stdout
+    assert "4 runs, about" in done.stdout
     cells = [json.loads(path.read_text())["cell"] for path in (tmp_path / "c" / "cells").glob("*.json")]
     assert len(cells) == 4
     assert {cell["model"] for cell in cells} == {"models_of_mine:build"}
     assert "d_model" not in cells[0]["settings"]
 
 
-def test_a_model_that_ignores_its_norm_is_found_out(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_model_that_ignores_its_norm_is_refused(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, text = write_plan(tmp_path)
-    models(tmp_path)
-    done = run(plan, "--text", text, "--out", "c", "--model", "models_of_mine:deaf", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "for layernorm, pre, 4 blocks and rmsnorm, pre, 4 blocks" in done.stderr
-    assert "Traceback" not in done.stderr
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("compare", plan, "--text", text, "--out", "c", "--model", "models_of_mine:deaf")
+    assert code == 2
+    assert "for layernorm, pre, 4 blocks and rmsnorm, pre, 4 blocks" in err
+    assert "Traceback" not in err
     assert not (tmp_path / "c").exists()
 
 
-# The limit holds for the others, too, which a busy machine may slow down.
+# The limit applies to the other runs as well, which a busy machine may slow down.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "seconds", "why"),
     [("dies", "300", "its process ended (exit code 9)"), ("hangs", "8", "longer than 8 s")],
     ids=["dies", "hangs"],
 )
-def test_a_model_that_ends_or_hangs_is_reported_and_the_others_go_on(
+def test_a_model_that_crashes_or_hangs_is_reported_and_the_other_runs_finish(
     tmp_path: Path, name: str, seconds: str, why: str
 ) -> None:
     plan, text = write_plan(tmp_path)
-    models(tmp_path)
+    write_models(tmp_path)
     limit = ("--time-limit", seconds, "--workers", "2")
     done = run(plan, "--text", text, "--out", "c", "--model", f"models_of_mine:{name}", *limit, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "for how long is not known" in done.stdout
-    assert "2 runs failed" in done.stdout
+    assert "4 runs, 2 workers; duration unknown." in done.stdout
+    assert "2 runs failed and are missing above" in done.stdout
     failures = json.loads((tmp_path / "c" / "results.json").read_text())["failures"]
     assert [why in each for each in failures.values()] == [True, True]
     assert len(list((tmp_path / "c" / "cells").glob("*.json"))) == 2
@@ -154,7 +227,7 @@ def test_a_model_that_ends_or_hangs_is_reported_and_the_others_go_on(
 @pytest.mark.slow
 def test_ray_gives_the_same_results_and_reports_the_same_failures(tmp_path: Path) -> None:
     plan, text = write_plan(tmp_path)
-    models(tmp_path)
+    write_models(tmp_path)
     shared = (plan, "--text", text, "--workers", "2", "--model", "models_of_mine:dies", "--time-limit", "60")
     here = run(*shared, "--out", "here", cwd=tmp_path)
     there = run(*shared, "--out", "there", "--engine", "ray", cwd=tmp_path)
@@ -166,40 +239,53 @@ def test_ray_gives_the_same_results_and_reports_the_same_failures(tmp_path: Path
     assert len(list((tmp_path / "there" / "cells").glob("*.json"))) == 2
 
 
-def test_a_cluster_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_cluster_that_can_not_be_reached_is_one_sentence(tmp_path: Path) -> None:
     plan, text = write_plan(tmp_path)
     done = subprocess.run(
-        command(plan, "--text", text, "--out", str(tmp_path / "c"), "--engine", "ray"),
+        shell(plan, "--text", text, "--out", str(tmp_path / "c"), "--engine", "ray"),
         capture_output=True, text=True, timeout=180, check=False, env={**os.environ, "RAY_ADDRESS": "nowhere"},
     )  # fmt: skip
     assert done.returncode == 2
-    assert "a Ray that can be reached" in done.stderr
+    assert "Cannot connect to Ray" in done.stderr
+    assert "RAY_ADDRESS" in done.stderr
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("module", "package"), [("scipy", "scipy"), ("yaml", "PyYAML"), ("pydantic", "pydantic")])
+def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch, module: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=f"needs the package {package}") as caught:
+        importlib.reload(needs)
+    assert "omninorm[compare]" in caught.value.remedy
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["scipy", "yaml"])
-def test_a_missing_package_is_named(tmp_path: Path, package: str) -> None:
+def test_a_missing_package_is_one_sentence_of_the_command(tmp_path: Path, package: str) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; from omninorm.cli import main; main(['compare', '--dry-run'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert f"without {package}" in done.stderr
+    assert {"scipy": "scipy", "yaml": "PyYAML"}[package] in done.stderr
     assert "omninorm[compare]" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_ctrl_c_keeps_finished_runs_and_prints_how_to_resume(tmp_path: Path) -> None:
     plan, text = write_plan(tmp_path, steps=400)
     folder = tmp_path / "c"
     process = subprocess.Popen(
-        command(plan, "--text", text, "--out", str(folder), "--workers", "1"), stdout=subprocess.PIPE, text=True
+        shell(plan, "--text", text, "--out", str(folder), "--workers", "1"), stdout=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
     while not list((folder / "cells").glob("*.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"compare --resume {folder}" in said
+    assert "Stopped. Resume with:" in out
+    assert f"compare --resume {folder}" in out
     kept = {path.name: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
     assert 1 <= len(kept) < 4
     assert run("--resume", str(folder)).returncode == 0
@@ -209,33 +295,51 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "named"),
     [
-        (["--preset", "qiuck"], "choose one of quick"),
-        (["missing.yaml"], "a plan's file must be readable"),
-        (["plan.ini"], "a plan ends in"),
-        (["--resume", "nowhere"], "plan.json"),
-        (["--resume", "nowhere", "--preset", "quick"], "--resume goes on"),
-        (["p.yaml", "--preset", "quick"], "a comparison has one plan"),
+        (["--preset", "qiuck"], "quick, chapter"),
+        (["missing.yaml"], "No such file: missing.yaml"),
+        (["plan.ini"], "plan.ini"),
+        (["--resume", "nowhere"], "No comparison found in nowhere"),
+        (["--resume", "nowhere", "--preset", "quick"], "--preset quick"),
+        (["p.yaml", "--preset", "quick"], "p.yaml and --preset quick"),
         (["--workers", "0"], "workers must be"),
         (["--text", "missing.txt"], "missing.txt"),
         (["--engine", "slurm"], "engine must be one of local, ray"),
         (["--model", "nowhere"], "package.module:function"),
-        (["--model", "nowhere:build"], "No module named 'nowhere'"),
+        pytest.param(["--model", "nowhere:build"], "No module named 'nowhere'", marks=pytest.mark.slow),
     ],
 )
-def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], said: str) -> None:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_one_sentence(
+    command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("compare", *arguments)
+    assert code == 2
+    assert named in err
+    assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_text_too_short_for_a_held_out_part_is_one_sentence(tmp_path: Path) -> None:
+def test_a_text_too_short_for_a_held_out_part_is_one_sentence(command, tmp_path: Path) -> None:
     plan, text = write_plan(tmp_path)
     Path(text).write_text("And God said, Let there be light: and there was light. " * 2)
-    done = run(plan, "--text", text, "--out", str(tmp_path / "c"))
-    assert done.returncode == 2
-    assert "the held-out part of the text must have at least" in done.stderr
+    code, _, err = command("compare", plan, "--text", text, "--out", tmp_path / "c")
+    assert code == 2
+    assert "held-out part" in err
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.1, "1 second"),
+        (59.4, "59 seconds"),
+        (60.0, "1 minute"),
+        (89.0, "1 minute"),
+        (120.0, "2 minutes"),
+        (7200.0, "2.0 hours"),
+    ],
+)
+def test_durations_have_the_right_number(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

@@ -1,4 +1,4 @@
-"""Results made by hand, to judge and to draw."""
+"""Synthetic benchmark results for tests of verdicts and figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROLES = {"clone": "limit", "torch.add": "limit", "torch.nn.LayerNorm": "other"}
 
 
 def measurement(case: str, ratios: dict[str, float], **place: Any) -> dict[str, Any]:
-    """What a worker tells of a case in which our time over each other's is as given, and ours is 1 ms."""
+    """Return a worker's measurement with the given ratios of our time to the others'; ours is 1 ms."""
     times = {OURS: 1e6, **{name: 1e6 / ratio for name, ratio in ratios.items()}}
     roles = {OURS: "ours", **{name: _ROLES.get(name, "peer") for name in ratios}}
     contestants = {

@@ -1,4 +1,4 @@
-"""A comparison's files, written by hand."""
+"""Synthetic results.json and timings.json of a comparison."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write(folder: Path, results: dict[str, Any] = RESULTS, timings: dict[str, An
 
 
 def changed(*path: str | int, to: Any) -> dict[str, Any]:
-    """The results with another value at a place."""
+    """Return the results with another value at a path."""
     found = copy.deepcopy(RESULTS)
     place: Any = found
     for part in path[:-1]:

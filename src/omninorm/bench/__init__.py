@@ -1,4 +1,4 @@
-"""The benchmark: our operators against their peers and against what memory allows, on this machine."""
+"""The CPU benchmark: omninorm's operators against their peers and the memory-bandwidth bound."""
 
 from omninorm.bench.config import BenchConfig
 from omninorm.bench.process import measure_all

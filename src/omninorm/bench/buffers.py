@@ -1,4 +1,4 @@
-"""Inputs that are used in turn, so many that none is still in the cache when its turn comes again."""
+"""Rotating inputs, enough that none is still in the cache when it is used again."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-# Where the system does not tell: as much as most desktop and server cores can reach.
+# Used if the system does not report it: the last-level cache of most desktop and server cores.
 FALLBACK_CACHE_BYTES = 32 * 2**20
 MEMORY_CAP_BYTES = 2 * 2**30
-# What a set may bring with it: x, dy, a residual, and kept outputs and graphs of up to this many times x together.
+# Tensors per set: x, dy, a residual, and kept outputs and graphs, in multiples of x.
 _TENSORS_PER_SET = 12
-# Tiny inputs stay in the cache, as they do in use: what counts there is the call.
+# Tiny inputs may stay in the cache, as they do in practice: their time is that of the call.
 _MOST_SETS = 256
 
 
 def last_level_cache_bytes(caches: Path = _CACHES) -> int:
-    """Size of the largest cache that the first core can reach; 32 MiB where the system does not tell."""
+    """Return the size of the first core's largest cache, 32 MiB if the system does not report it."""
     sizes = [parse_size(path) for path in caches.glob("index*/size")]
     return max(sizes, default=0) or FALLBACK_CACHE_BYTES
 
 
 def parse_size(path: Path) -> int:
-    """Bytes from a file that says for example "32768K"; 0 for anything else."""
+    """Return the bytes from a file such as "32768K", 0 for anything else."""
     try:
         text = path.read_text(encoding="ascii").strip()
         return int(text.rstrip("KMG")) * _UNITS.get(text[-1:], 1)
@@ -34,7 +34,7 @@ def parse_size(path: Path) -> int:
 
 
 def sets_needed(bytes_per_set: int, cache_bytes: int, cap_bytes: int = MEMORY_CAP_BYTES) -> int:
-    """How many inputs of this size overflow the cache twice, from 2 to 256 and within the cap on memory."""
+    """Return how many inputs of this size fill the cache twice, from 2 to 256 and within the memory cap."""
     wanted = -(-2 * cache_bytes // max(1, bytes_per_set))
     allowed = cap_bytes // (_TENSORS_PER_SET * max(1, bytes_per_set))
     return max(2, min(wanted, allowed, _MOST_SETS))
@@ -43,7 +43,7 @@ def sets_needed(bytes_per_set: int, cache_bytes: int, cap_bytes: int = MEMORY_CA
 class Buffers:
     """Rotating inputs of one size: x, gradients dy and residuals, all (rows, width).
 
-    x requires a gradient; what is measured without one runs under `torch.no_grad`.
+    x requires a gradient; cases without gradients run under `torch.no_grad`.
     """
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype, cache_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""What is compared with what: each function builds the contestants for one job on the same inputs."""
+"""Benchmark cases: each function builds the contestants for one job on the same inputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _Entry = tuple[str, str, Callable[[], Norm]]
 
 
 class Context(NamedTuple):
-    """What a case is built from: the inputs, the number of threads, and where to say that a peer is left out."""
+    """Arguments for building a case: the inputs, the number of threads, and a callback for peers that are left out."""
 
     buffers: Buffers
     threads: int
@@ -56,15 +56,15 @@ def rms_forward(context: Context) -> Case:
         ("onnxruntime", "peer", onnx),
         ("torch.nn.LayerNorm", "other", lambda: context.module(peers.torch_layer_norm)),
     ]
-    found = [Contestant(n, _forward(norm, b), role, 2 * b.bytes) for n, role, norm in _present(context, entries)]
-    return Case(RMS_FORWARD, [*found, _clone(b)], b.count, grad=False)
+    present = [Contestant(n, _forward(norm, b), role, 2 * b.bytes) for n, role, norm in _present(context, entries)]
+    return Case(RMS_FORWARD, [*present, _clone(b)], b.count, grad=False)
 
 
 def rms_backward(context: Context) -> Case:
     """dx and dγ from dy: 2 reads + 1 write.
 
-    Our operator itself, as clone is an operator itself; what autograd adds to a call stands beside it. The peers have
-    no backward operator to call, they go through graphs that were built before.
+    Ours is the bare operator, as clone is; the same through autograd is a separate contestant. The peers have no
+    backward operator to call, so they run through graphs that were built before.
     """
     b = context.buffers
     ours = context.module(peers.our_rms_norm)
@@ -90,7 +90,7 @@ def rms_both(context: Context) -> Case:
 
 
 def rms_compiled(context: Context) -> Case:
-    """`rms_both` with both modules behind torch.compile."""
+    """`rms_both` with both modules compiled by torch.compile."""
     entries: list[_Entry] = [
         (OURS, "ours", lambda: peers.compiled(context.module(peers.our_rms_norm))),
         ("torch.compile", "peer", lambda: peers.compiled(context.module(peers.torch_rms_norm))),
@@ -99,7 +99,7 @@ def rms_compiled(context: Context) -> Case:
 
 
 def layer_both(context: Context) -> Case:
-    """As `rms_both`, for LayerNorm: y, then dx, dγ and dβ."""
+    """The same as `rms_both` for LayerNorm: y, then dx, dγ and dβ."""
     entries: list[_Entry] = [
         (OURS, "ours", lambda: context.module(peers.our_layer_norm)),
         ("torch.nn", "peer", lambda: context.module(peers.torch_layer_norm)),
@@ -124,9 +124,9 @@ def add_rms_forward(context: Context) -> Case:
 
 
 def one_row(context: Context) -> Case:
-    """The call of a module on one row without a graph: what a call costs apart from its work.
+    """The call of a module on one row without a graph: the overhead of a call.
 
-    The row is always the same one, which stays in the cache as a row does that another layer has just computed.
+    The row is always the same one, so it is in the cache, like a row that another layer has just computed.
     """
     b = context.buffers
     entries = [
@@ -149,10 +149,7 @@ CASES: dict[str, Callable[[Context], Case]] = {
 
 
 def check_agreement(case: Case) -> None:
-    """Raises Unavailable unless every peer computes what we compute, to the precision of the dtype.
-
-    A comparison of two different functions would be no comparison.
-    """
+    """Raise Unavailable unless every peer computes the same values, to the precision of the dtype."""
     with torch.set_grad_enabled(case.grad):
         ours = _tensors(next(each.call(0) for each in case.contestants if each.role == "ours"))
         for peer in (each for each in case.contestants if each.role == "peer"):
@@ -160,11 +157,11 @@ def check_agreement(case: Case) -> None:
                 scale = mine.float().abs().max().clamp_min(1e-30)
                 error = ((mine.float() - theirs.float()).abs().max() / scale).item()
                 if not error <= _tolerance(mine):
-                    raise Unavailable(f"{peer.name} computes something else: it differs by {error:.1e} of the largest")
+                    raise Unavailable(f"{peer.name} gives other values: the maximum relative difference is {error:.1e}")
 
 
 def _tolerance(result: Tensor) -> float:
-    """How far two implementations may be apart, in units of the largest element."""
+    """Return the tolerated difference between two implementations, relative to the largest element."""
     if result.dtype == torch.float32:
         return 1e-4
     # Half precision rounds at 2⁻⁸ or finer, and Llama's order rounds twice; gradients of gains are sums over all
@@ -209,7 +206,7 @@ def _backward(module: nn.Module, b: Buffers) -> Callable[[int], Sequence[Tensor]
 
 
 def _backward_operator(norm: nn.Module, b: Buffers) -> Callable[[int], Sequence[Tensor]]:
-    """The C++ operator on what a forward pass keeps; where it was not built, what autograd calls."""
+    """Return a call of the C++ backward operator, or of autograd if the operators were not built."""
     if cpu.unavailable():
         return _backward(norm, b)
     weight = next(norm.parameters()).detach()

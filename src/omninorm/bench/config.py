@@ -1,4 +1,4 @@
-"""What a benchmark measures, as plain settings."""
+"""Settings of the benchmark."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class BenchConfig:
     """The settings of a benchmark.
 
     Args:
-        rows, widths: the sizes, every one with every other.
-        dtypes: of "fp32", "bf16" and "fp16". In fp16 only the forward pass is measured.
-        threads: how many threads each; the first measures every size, further ones the largest number of rows.
-        seconds: for the rounds of one case, at least 7 of which are done.
-        compile: whether torch.compile takes part, which has to run a C++ compiler.
-        models: whether whole models are measured.
-        patience: seconds that one model may take; slower ones are skipped, with the reason.
+        rows, widths: the sizes; all combinations are measured.
+        dtypes: from "fp32", "bf16" and "fp16". In fp16 only the forward pass is measured.
+        threads: thread counts. All sizes are measured with the first, only the largest row count with the others.
+        seconds: time budget per case, which has at least 7 rounds.
+        compile: whether to measure torch.compile, which needs a C++ compiler.
+        models: whether to measure whole models.
+        patience: time limit for a whole model, in seconds; slower models are skipped with the reason.
 
     Raises:
         ConfigError: an empty list, an unknown dtype, or a number out of range.
@@ -45,7 +45,8 @@ class BenchConfig:
         for name in ("rows", "widths", "dtypes", "threads"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
-                raise ConfigError(f"{name} must name at least one value, each once", repr(values), f"pass --{name}")
+                remedy = f"pass --{name} with different values separated by commas"
+                raise ConfigError(f"{name} must have at least one value and no value twice", repr(values), remedy)
         for name in ("rows", "widths", "threads"):
             for value in getattr(self, name):
                 check_count(name, value)
@@ -56,20 +57,20 @@ class BenchConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BenchConfig:
-        """Reads what `to_dict` writes.
+        """Read what `to_dict` returns.
 
         Raises:
             ConfigError: not a mapping, an unknown key, or a bad value.
         """
-        check_keys("a benchmark's settings", values, [field.name for field in fields(cls)])
+        check_keys("A benchmark's settings", values, [field.name for field in fields(cls)])
         chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**chosen)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting under its name: JSON without further ado."""
+        """Return all settings by name; the result is JSON-serializable."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def all_threads() -> int:
-    """Cores that this process may use, which can be fewer than the machine has."""
+    """Return the number of cores that this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

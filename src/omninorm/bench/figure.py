@@ -1,4 +1,4 @@
-"""The benchmark's picture: GB/s by width against the measured limit. Reads results, measures nothing."""
+"""The benchmark's figure: GB/s by width, with clone as the measured bound. It only reads results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart by colour-blind readers too; line styles differ as well.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; line styles differ as well.
 _STYLES = {
     OURS: ("#0072B2", "-"),
     "clone": ("black", ":"),
@@ -28,14 +28,14 @@ _PANELS = ((cases.RMS_FORWARD, "fp32"), (cases.RMS_FORWARD, "bf16"), (cases.RMS_
 
 
 def load_matplotlib() -> type[Figure]:
-    """As `plotting.load_matplotlib`, for the benchmark."""
+    """Call `plotting.load_matplotlib` for the benchmark."""
     return plotting.load_matplotlib("the benchmark", otherwise=", or pass --no-plot")
 
 
 def draw(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes a PNG: RMSNorm's forward pass, and forward and backward together, in fp32 and bf16.
+    """Write a PNG: RMSNorm's forward pass, and forward and backward together, in fp32 and bf16.
 
-    A panel without measurements says so.
+    A panel without measurements is labelled as such.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -49,15 +49,15 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if named:
         figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=9)
-    told = "clone reads and writes once, through the caches"
-    figure.suptitle(f"{rows} rows, {threads} thread{'s' if threads > 1 else ''}; {told}")
+    note = "clone reads and writes once, through the caches"
+    figure.suptitle(f"{rows} rows, {threads} thread{'s' if threads > 1 else ''}; {note}")
     plotting.save_png(figure, path)
 
 
 def lines_of(
     result: Mapping[str, Any], case: str, dtype: str, threads: int, rows: int
 ) -> dict[str, list[tuple[int, float]]]:
-    """(width, GB/s) of every contestant, by rising width."""
+    """Return (width, GB/s) of every contestant, by increasing width."""
     wanted = (case, dtype, threads, rows, "raised")
     lines: dict[str, list[tuple[int, float]]] = {}
     for each in sorted(result["measurements"], key=lambda entry: int(entry["width"])):

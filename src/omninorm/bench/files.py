@@ -1,4 +1,4 @@
-"""The benchmark's folder: results.json and bench.png."""
+"""The benchmark's output folder: results.json and bench.png."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def to_json(result: Mapping[str, Any]) -> str:
 
 
 def write(folder: Path, result: Mapping[str, Any], *, plot: bool) -> list[Path]:
-    """Writes the result, and its figure where `plot`; returns what was written. Older files are replaced.
+    """Write the result, and its figure if `plot`; return the paths. Existing files are replaced.
 
     Raises:
-        MissingExtraError: a plot is wanted, and matplotlib is not installed.
+        MissingExtraError: `plot` is set, and matplotlib is not installed.
         RunError: the folder can't be written.
     """
     results, figure = folder / RESULTS_FILE, folder / FIGURE_FILE

@@ -1,4 +1,4 @@
-"""What a norm keeps for its backward pass beyond its input, in bytes per row."""
+"""Memory that a norm keeps for its backward pass in addition to its input, in bytes per row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NORMS = {
 
 
 def kept_per_row(norm: str, rows: int, width: int, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes per row of every implementation that is there."""
+    """Return the bytes per row of every available implementation."""
     found = {}
     for name, make in _NORMS[norm].items():
         try:
@@ -32,9 +32,9 @@ def kept_per_row(norm: str, rows: int, width: int, dtype: torch.dtype) -> dict[s
 
 
 def kept_bytes(module: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd saves in a call, leaving out x, the parameters and the output, which live on anyway.
+    """Return the bytes that autograd saves in a call, except x, the parameters and the output, which stay alive anyway.
 
-    Views count once, by the memory below them.
+    Views of the same memory count once.
     """
     saved: dict[int, int] = {}
 

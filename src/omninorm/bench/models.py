@@ -1,6 +1,6 @@
 """Whole models with every norm replaced: Qwen3 from transformers, and the Thinker.
 
-The variants of a model start from the same weights and take turns, one step each a round. The norms' share of a step
+The variants of a model start from the same weights and alternate, one step each per round. The norms' share of a step
 is the number of norms times the time of one alone (forward and backward, at the model's size) over the time of a step.
 """
 
@@ -31,7 +31,7 @@ _LEARNING_RATE = 1e-5
 
 
 def replace_norms(model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> int:
-    """Puts make(norm) in the place of every norm of the kind, and returns how many there were."""
+    """Replace every norm of a kind by make(norm), and return their number."""
     found = [name for name, module in model.named_modules() if isinstance(module, kind)]
     for name in found:
         parent, _, child = name.rpartition(".")
@@ -40,7 +40,7 @@ def replace_norms(model: nn.Module, kind: type[nn.Module], make: Callable[[Any],
 
 
 def our_qwen3_norm(norm: Any) -> nn.Module:
-    """Our RMSNorm in Llama's order of rounding, with the weight of a Qwen3RMSNorm; the two share it."""
+    """Return our RMSNorm with Llama's rounding order, sharing the weight of a Qwen3RMSNorm."""
     ours = omninorm.RMSNorm(norm.weight.shape[0], norm.variance_epsilon, dtype=norm.weight.dtype, cast="llama")
     ours.weight = norm.weight
     return ours
@@ -77,7 +77,7 @@ def thinker_training(dtype: torch.dtype) -> Case:
     """Forward, loss, backward and AdamW on 2,048 tokens, with our RMSNorm, torch.nn's, and torch.nn's LayerNorm."""
     config = ThinkerConfig(d_model=THINKER_WIDTH, n_layers=8, n_heads=8)
     first = Thinker(config).to(dtype)
-    # All are copies: the original, whose weights lie elsewhere in memory, was up to 5 % slower than its own copy.
+    # All variants are copies, because the original was up to 5 % slower than its copy: its memory layout differs.
     variants: dict[str, Any] = {name: copy.deepcopy(first) for name in (OURS, "torch.nn", "torch.nn.LayerNorm")}
     kind = omninorm.RMSNorm
     replace_norms(variants["torch.nn"], kind, lambda _: peers.torch_rms_norm(THINKER_WIDTH, dtype))
@@ -88,7 +88,7 @@ def thinker_training(dtype: torch.dtype) -> Case:
     return Case(THINKER_TRAINING, contestants, 1, grad=True)
 
 
-# What each needs: multiply-adds count twice, and the backward pass twice the forward pass.
+# Operations per step: multiply-adds count twice, and the backward pass counts as two forward passes.
 _QWEN_WEIGHTS = 6 * (2 * 1024 * 2048 + 2 * 1024 * 1024 + 3 * 1024 * 3072) + _VOCABULARY * QWEN_WIDTH
 _THINKER_WEIGHTS = 8 * (4 * 512 * 512 + 3 * 512 * 1376) + 256 * 512
 MODELS: dict[str, tuple[Callable[[torch.dtype], Case], tuple[str, ...], int, int, float]] = {
@@ -106,9 +106,9 @@ MODELS: dict[str, tuple[Callable[[torch.dtype], Case], tuple[str, ...], int, int
 
 
 def check_patience(case: str, dtype: str, patience: float) -> None:
-    """Raises Unavailable where the model would take longer than `patience` seconds.
+    """Raise Unavailable if the model would take longer than `patience` seconds.
 
-    Some CPUs multiply bf16 matrices a hundred times more slowly than fp32 ones, one step then takes minutes.
+    Some CPUs multiply bf16 matrices a hundred times more slowly than fp32 ones, so that one step takes minutes.
     """
     variants = 3 if case == THINKER_TRAINING else 2
     training = case != QWEN_PREFILL
@@ -116,12 +116,14 @@ def check_patience(case: str, dtype: str, patience: float) -> None:
     step = MODELS[case][4] / speed
     total = variants * (1 + ROUNDS) * step
     if total > patience:
-        told = f"a step takes about {step:.0f} s here (matrices at {speed / 1e9:.1f} GFLOP/s), the case {total:.0f} s"
-        raise Unavailable(f"{told}; allow it with --patience {total * 1.5:.0f}")
+        times = (
+            f"a step takes about {step:.0f} s here (matrices at {speed / 1e9:.1f} GFLOP/s) and the case {total:.0f} s"
+        )
+        raise Unavailable(f"{times}; to run it, pass --patience {total * 1.5:.0f}")
 
 
 def matmul_speed(dtype: torch.dtype, training: bool) -> float:
-    """Operations per second of a linear layer, with its backward pass where `training`."""
+    """Return the operations per second of a linear layer, with its backward pass if `training`."""
     tokens, width = 256, 512
     x, weight = torch.randn(tokens, width).to(dtype), torch.randn(width, width).to(dtype)
     x.requires_grad_(training)
@@ -137,7 +139,7 @@ def matmul_speed(dtype: torch.dtype, training: bool) -> float:
 
 
 def _qwen3_pair(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """The stock model, and a copy of it with our norms."""
+    """Return the stock model and a copy with our norms."""
     peers.need_transformers()
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm

@@ -15,7 +15,7 @@ _IR_VERSION, _OPSET = 8, 17
 
 
 def rms_norm_model(rows: int, width: int, eps: float, *, half: bool) -> bytes:
-    """The model y = RMSNorm(x, weight) with x (rows, width), in fp32, or in fp16 where `half`."""
+    """Return the model y = RMSNorm(x, weight) with x (rows, width), in fp32, or in fp16 if `half`."""
     kind = _HALF if half else _FLOAT
     node = _text(1, "x") + _text(1, "weight") + _text(2, "y") + _text(4, "SimplifiedLayerNormalization")
     node += _message(5, _text(1, "axis") + _number(3, 2**64 - 1) + _number(20, _ATTRIBUTE_INT))  # -1
@@ -49,7 +49,7 @@ def _real(field: int, value: float) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the top bit says that more follow."""
+    """Encode seven bits per byte, lowest first; the top bit marks that more bytes follow."""
     parts = bytearray()
     while value >= 0x80:
         parts.append(value & 0x7F | 0x80)

@@ -1,4 +1,4 @@
-"""The other implementations: torch.nn, torch.compile, transformers and onnxruntime, and why one is not there."""
+"""The peers: torch.nn, torch.compile, transformers and onnxruntime, and the reasons why one is unavailable."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import omninorm
 EPS = 1e-6
 
 
-class Unavailable(Exception):  # noqa: N818 no error: it is told, and the rest goes on
-    """A peer can't take part; the message says why."""
+class Unavailable(Exception):  # noqa: N818 not an error: it is reported, and the benchmark continues
+    """A peer can't take part, for the reason in the message."""
 
 
 def our_rms_norm(width: int, dtype: torch.dtype) -> nn.Module:
@@ -37,7 +37,7 @@ def torch_layer_norm(width: int, dtype: torch.dtype) -> nn.Module:
 
 
 def llama_rms_norm(width: int, dtype: torch.dtype) -> nn.Module:
-    """Raises Unavailable where transformers is not installed."""
+    """Build Llama's or Qwen3's RMSNorm; raise Unavailable if transformers is not installed."""
     need_transformers()
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -46,7 +46,7 @@ def llama_rms_norm(width: int, dtype: torch.dtype) -> nn.Module:
 
 
 def qwen3_rms_norm(width: int, dtype: torch.dtype) -> nn.Module:
-    """Raises Unavailable where transformers is not installed."""
+    """Build Llama's or Qwen3's RMSNorm; raise Unavailable if transformers is not installed."""
     need_transformers()
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -55,19 +55,19 @@ def qwen3_rms_norm(width: int, dtype: torch.dtype) -> nn.Module:
 
 
 def need_transformers() -> None:
-    """Raises Unavailable where transformers is not installed."""
+    """Raise Unavailable if transformers is not installed."""
     if importlib.util.find_spec("transformers") is None:
         raise Unavailable('transformers is not installed: pip install "omninorm[interop]"')
 
 
 def need_compiler() -> None:
-    """Raises Unavailable where torch.compile would find no C++ compiler."""
+    """Raise Unavailable if there is no C++ compiler for torch.compile."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
-        raise Unavailable("torch.compile needs a C++ compiler, and there is no g++ or clang++")
+        raise Unavailable("torch.compile needs a C++ compiler: install g++ or clang++")
 
 
 def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """torch.compile of the module, once for each shape.
+    """Compile the module with torch.compile, once for each shape.
 
     Raises:
         Unavailable: there is no C++ compiler.
@@ -79,7 +79,7 @@ def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def onnx_rms_norm(rows: int, width: int, dtype: torch.dtype, threads: int) -> Callable[[Tensor], Any]:
-    """onnxruntime's RMSNorm as a function of a tensor; it reads the tensor's memory without a copy.
+    """Return onnxruntime's RMSNorm as a function of a tensor, whose memory it reads without a copy.
 
     Raises:
         Unavailable: onnxruntime is not installed, or has no kernel for the dtype.

@@ -1,4 +1,4 @@
-"""Which jobs are done, in which process: threads and allocator are settings of a whole process."""
+"""Jobs of the benchmark, grouped by process, because threads and allocator are settings of a whole process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Job(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What one process does. allocator: "raised" or "default", see `process`."""
+    """The jobs of one process. allocator: "raised" or "default", see `process`."""
 
     threads: int
     allocator: str
@@ -34,7 +34,7 @@ class Group(NamedTuple):
 
 
 def plan(config: BenchConfig) -> list[Group]:
-    """All groups, those that decide most first."""
+    """Return all groups, the most important ones first."""
     first, *others = config.threads
     most, widest = max(config.rows), max(config.widths)
     groups = [Group(first, "raised", (*_everything(config), *_kept(config)))]
@@ -51,14 +51,14 @@ def _everything(config: BenchConfig) -> list[Job]:
     jobs = _sweep(config, config.rows)
     full = [name for name in config.dtypes if name != "fp16"]
     if config.compile:
-        # Every shape is compiled anew, which takes seconds: the narrowest and the widest stand for all.
+        # Compiling takes seconds per shape, so only the narrowest and the widest are measured.
         rows, widths = max(config.rows), sorted({min(config.widths), max(config.widths)})
         jobs += [Job(cases.RMS_COMPILED, dtype, rows, width) for width in widths for dtype in full]
     return jobs + [Job(cases.ONE_ROW, dtype, 1, _ONE_ROW_WIDTH) for dtype in full]
 
 
 def _sweep(config: BenchConfig, rows: tuple[int, ...]) -> list[Job]:
-    """Jobs of one size stand together, since they share their inputs."""
+    """Return the jobs ordered by size, because jobs of one size share their inputs."""
     return [
         Job(case, dtype, count, width)
         for dtype in config.dtypes

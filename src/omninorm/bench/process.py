@@ -1,8 +1,8 @@
-"""Runs each group of jobs in a process of its own, whose environment sets threads and allocator.
+"""Runs each group of jobs in its own process, whose environment sets threads and allocator.
 
-Above two thresholds glibc gives memory back to the system and takes it anew at every large result; every page of it
-then costs a fault, and all of them take several times as long as a norm. "raised"
-measures the operators, "default" what the system does to them.
+Above two thresholds, glibc returns memory to the system and requests it again for every large result. Each page then
+costs a page fault, and together they take several times as long as a norm. With the allocator "raised", the operators
+are measured without these faults, with "default" including them.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from omninorm.bench.worker import main
 main()
 """
 
-# What is being done, and how many jobs of how many are done.
+# Called with the current job, the number of finished jobs and the total.
 Progress = Callable[[str, int, int], None]
 
 
 def measure_all(config: BenchConfig, progress: Progress) -> dict[str, Any]:
-    """Measures everything and returns the result: plain JSON values, complete with targets and losses.
+    """Measure everything and return the result as plain JSON values, including targets and losses.
 
     Raises:
-        RunError: a measuring process failed; what it said last is in the message.
+        RunError: a measuring process failed; its last output is in the message.
     """
     result = new_result(config)
     groups = plan(config)
@@ -64,7 +64,7 @@ def measure_all(config: BenchConfig, progress: Progress) -> dict[str, Any]:
 
 
 def new_result(config: BenchConfig) -> dict[str, Any]:
-    """A result without measurements."""
+    """Return a result without measurements."""
     return {
         "schema": SCHEMA,
         "versions": {**versions(), "onnxruntime": version_of("onnxruntime")},
@@ -81,7 +81,7 @@ def new_result(config: BenchConfig) -> dict[str, Any]:
 
 
 def add_event(result: dict[str, Any], event: dict[str, Any]) -> None:
-    """Puts a process's event where it belongs in the result."""
+    """Add a process's event to the result."""
     place = {"measured": "measurements", "kept": "kept", "skipped": "skipped"}[event["event"]]
     entry = {name: value for name, value in event.items() if name != "event"}
     if entry not in result[place]:
@@ -89,7 +89,7 @@ def add_event(result: dict[str, Any], event: dict[str, Any]) -> None:
 
 
 def enumerate_started(events: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every event with the number of jobs started so far, its own included."""
+    """Yield every event with the number of jobs started so far, including its own."""
     started = 0
     for event in events:
         started += event["event"] == "started"
@@ -97,7 +97,7 @@ def enumerate_started(events: Iterator[dict[str, Any]]) -> Iterator[tuple[int, d
 
 
 def environment(group: Group) -> dict[str, str]:
-    """This process's environment with the group's threads, and the thresholds raised or as the system has them."""
+    """Return this process's environment with the group's threads and allocator thresholds."""
     kept = {name: value for name, value in os.environ.items() if name not in THRESHOLDS}
     raised = THRESHOLDS if group.allocator == "raised" else {}
     return {**kept, **raised, "OMP_NUM_THREADS": str(group.threads), "TRANSFORMERS_VERBOSITY": "error"}
@@ -114,14 +114,15 @@ def _events(config: BenchConfig, group: Group) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         if process.wait() != 0:
             errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines()
-            received = f"exit code {process.returncode} ({said[-1] if said else 'it said nothing'})"
-            raise RunError("a measuring process must come to its end", received, "leave out what failed, or report it")
+            printed = errors.read().decode(errors="replace").strip().splitlines()
+            last = f": {printed[-1]}" if printed else " without a message"
+            remedy = "leave out the case that failed, or report the error"
+            raise RunError(f"A measuring process failed with exit code {process.returncode}{last}", "", remedy)
 
 
 @contextmanager
 def _process(group: Group, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """The process, in a session of its own, so that Ctrl-C reaches only us; it and its compilers end when we leave."""
+    """Start the process in its own session, so that Ctrl-C reaches only the parent, and end it on exit."""
     process = subprocess.Popen(
         [sys.executable, "-c", _START, str(os.getpid())],
         stdin=subprocess.PIPE,

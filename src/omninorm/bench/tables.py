@@ -1,4 +1,4 @@
-"""A result as tables and lines for a terminal. Reads results, measures nothing."""
+"""Benchmark results as tables and lines for a terminal. This module only reads results."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rich.table import Table
 
 from omninorm.bench.targets import FAIL, UNKNOWN
 
-# Tables fit a terminal of 80 columns; a narrower one cuts names, not numbers.
+# Tables fit 80 columns; narrower terminals cut names, not numbers.
 _NUMBER_WIDTH = 6
 _Key = tuple[str, str, int, str]
 
 
 def show(screen: Console, result: Mapping[str, Any]) -> None:
-    """Prints everything that a result says."""
+    """Print a result."""
     screen.print(speed_table(result))
     for line in (*norm_share_lines(result), *loss_lines(result), *skipped_lines(result)):
         screen.print(line)
@@ -28,8 +28,8 @@ def show(screen: Console, result: Mapping[str, Any]) -> None:
 
 
 def target_table(result: Mapping[str, Any]) -> Table:
-    """Every target: the value of its worst size, the median over its sizes, the verdict, at how many it is met."""
-    title = "\nTargets: our time over the other's (speed: the reverse); the worst size decides"
+    """Return a table of all targets: worst size, median over the sizes, verdict, and number of sizes that meet it."""
+    title = "\nTargets: our time / the other's (speed: the inverse); the worst size decides"
     table = _table(title, ("target",), ("limit", "worst", "median"))
     table.add_column("verdict", no_wrap=True, min_width=len(UNKNOWN))
     for each in result["targets"]:
@@ -40,8 +40,10 @@ def target_table(result: Mapping[str, Any]) -> Table:
 
 
 def speed_table(result: Mapping[str, Any]) -> Table:
-    """For every job: each contestant's GB/s, and our time over its, as median and worst of the sizes."""
-    table = _table("\nSpeed: GB/s, and our time over the other's", ("job",), ("GB/s", "ours/it", "worst"))
+    """Return a table of all jobs: each contestant's GB/s, and our time over its, as median and worst of the sizes."""
+    table = _table(
+        "\nSpeed: GB/s, and our time / the other's (below 1: omninorm is faster)", ("job",), ("GB/s", "ratio", "worst")
+    )
     for key, group in _by_job(result["measurements"]).items():
         table.add_section()
         table.add_row(_job(key))
@@ -51,7 +53,7 @@ def speed_table(result: Mapping[str, Any]) -> Table:
 
 
 def norm_share_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """How much of a Thinker's training step its norms are."""
+    """Yield the norms' share of a Thinker's training step."""
     for each in result["measurements"]:
         if "norm_share" in each:
             shares = ", ".join(f"{name} {share:.1%}" for name, share in each["norm_share"].items())
@@ -60,18 +62,19 @@ def norm_share_lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def loss_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """The sizes where another is faster than we, one line for each job and other."""
+    """Yield the sizes at which another implementation is faster, one line per job and implementation."""
     losses: dict[tuple[_Key, str], list[str]] = {}
     for each in result["losses"]:
         size = f"{each['rows']}×{each['width']} ({each['ratio']:.2f})"
         losses.setdefault((_key(each), each["against"]), []).append(size)
-    yield "\nWhere we lose (our time over the other's, above 1):" if losses else "\nNo peer was faster at any size."
+    head = "\nOther implementations that were faster (our time / theirs):"
+    yield head if losses else "\nNo other implementation was faster at any size."
     for (key, against), sizes in losses.items():
         yield f"  {_job(key)}, against {against}: {', '.join(sizes)}"
 
 
 def skipped_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """What was left out and why, one line for each reason."""
+    """Yield the skipped measurements, one line per reason."""
     reasons: dict[str, list[str]] = {}
     for each in result["skipped"]:
         reasons.setdefault(each["why"], []).append(each["what"])
@@ -81,7 +84,7 @@ def skipped_lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def missed_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """The sizes where a limit was missed, and a count of the verdicts."""
+    """Yield the sizes at which a limit was missed, and the number of each verdict."""
     for each in result["targets"]:
         if each["verdict"] == FAIL:
             yield f"Missed {each['name']} {each['wanted']} at {'; '.join(each['missed'])}"

@@ -1,4 +1,4 @@
-"""What we set out to reach, as data, and whether a result reaches it. Reads results, measures nothing."""
+"""Performance targets, as data, and the verdicts on a result. This module only reads results."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from omninorm.bench import cases, memory, models
 from omninorm.timing import OURS
 
 PASS, FAIL, UNKNOWN = "pass", "FAIL", "not measured"
-# The sizes that the limits hold for; models and the one row have sizes of their own.
+# The sizes that the limits apply to; models and the one-row case have their own sizes.
 _LEAST_ROWS, _WIDTHS = 512, (576, 4096)
 _ANY_SIZE = frozenset({cases.ONE_ROW, models.QWEN_TRAINING, models.QWEN_PREFILL, models.THINKER_TRAINING})
 
 
 class Target(NamedTuple):
-    """A limit on our time over another's.
+    """A limit on the ratio of our time to another's.
 
-    at_least: the limit is on the speed-up instead, the other's time over ours.
+    at_least: whether the limit is on the speed-up instead, the other's time over ours.
     """
 
     name: str
@@ -62,7 +62,7 @@ KEPT_LIMITS = {memory.RMS_KEPT: 4.0, memory.LAYER_KEPT: 8.0}
 
 
 class Point(NamedTuple):
-    """A value and where it was measured."""
+    """A measured value with its dtype, size and threads."""
 
     value: float
     dtype: str
@@ -76,7 +76,7 @@ class Point(NamedTuple):
 
 
 def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every target with what was measured: the worst size decides, and the median over the sizes stands beside it.
+    """Return the verdict on every target: the worst size decides, and the median over the sizes is reported.
 
     A target without measurements is "not measured", never passed.
     """
@@ -93,7 +93,7 @@ def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def points_of(target: Target, result: Mapping[str, Any]) -> Iterator[Point]:
-    """What counts for a target: its case, dtypes and sizes, with the allocator's thresholds raised."""
+    """Yield the measurements for a target: its case, dtypes and sizes, with the allocator's thresholds raised."""
     for each in result["measurements"]:
         place = (each["dtype"], each["rows"], each["width"], each["threads"])
         counts = each["case"] == target.case and each["dtype"] in target.dtypes and each["allocator"] == "raised"
@@ -103,7 +103,7 @@ def points_of(target: Target, result: Mapping[str, Any]) -> Iterator[Point]:
 
 
 def find_losses(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every size where another was faster than we: peers, and other functions that one might choose instead."""
+    """Return every size at which a peer or an alternative function was faster than ours."""
     losses = []
     for each in result["measurements"]:
         for name, ratio in each["ratios"].items():

@@ -1,4 +1,4 @@
-"""The process that measures one group of jobs. It tells what it does as JSON, one event a line, on its stdout."""
+"""The process that measures one group of jobs. It reports events as JSON on stdout, one per line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
-    """Reads the settings and the group from stdin and does the jobs."""
+    """Read the settings and the group from stdin and run the jobs."""
     request = json.load(sys.stdin)
     jobs = tuple(Job(*job) for job in request["jobs"])
     run(
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _claim_stdout() -> Tell:
-    """The only way to the real stdout from now on: what libraries print there goes to stderr."""
+    """Return a function that writes to the real stdout; output of libraries is redirected to stderr."""
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -41,7 +41,7 @@ def _claim_stdout() -> Tell:
 
 
 def run(config: BenchConfig, group: Group, tell: Tell) -> None:
-    """Does the jobs of a group in order, one "started" event before each and its outcome after it."""
+    """Run the jobs of a group in order, with a "started" event before each job and its outcome after it."""
     torch.manual_seed(0)
     torch.set_num_threads(group.threads)
     cache = last_level_cache_bytes()
@@ -60,7 +60,7 @@ def run(config: BenchConfig, group: Group, tell: Tell) -> None:
                 _model(config, group, job, cache, tell)
             else:
                 if buffers is None or (buffers.rows, buffers.width, buffers.dtype) != (*job[2:], DTYPES[job.dtype]):
-                    buffers = None  # the old ones go before the new ones come
+                    buffers = None  # free the old ones before allocating new ones
                     buffers = Buffers(job.rows, job.width, DTYPES[job.dtype], cache)
                 _operator(config, group, job, cases.Context(buffers, group.threads, skip), tell)
         except Unavailable as reason:
@@ -91,7 +91,7 @@ def _model(config: BenchConfig, group: Group, job: Job, cache: int, tell: Tell) 
 
 
 def _norm_shares(config: BenchConfig, group: Group, job: Job, cache: int, report: dict[str, Any]) -> dict[str, float]:
-    """Of each variant: the number of norms times the time of one alone, over the time of a step."""
+    """Return for each variant the number of norms times the time of one norm, over the time of a step."""
     buffers = Buffers(job.rows, job.width, DTYPES[job.dtype], cache)
     case = cases.rms_both(cases.Context(buffers, group.threads, lambda what, why: None))
     alone = report_samples(case, time_case(case, config.seconds))["contestants"]

@@ -1,4 +1,4 @@
-"""`omninorm bench`: our operators against their peers and the measured memory limit."""
+"""`omninorm bench`: omninorm's CPU operators against their peers and the memory-bandwidth bound."""
 
 from __future__ import annotations
 
@@ -24,42 +24,50 @@ _QUICK: dict[str, Any] = {"rows": (512,), "dtypes": ("fp32", "bf16"), "threads":
 
 
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="One thread, 512 rows; no compiler, no models.")] = False,
-    rows: Annotated[str | None, typer.Option(help="Numbers of rows.", show_default="512,2048")] = None,
-    widths: Annotated[str | None, typer.Option(help="Widths.", show_default="576,1024,2048,4096")] = None,
-    dtypes: Annotated[str | None, typer.Option(help="Of fp32, bf16, fp16.", show_default="all")] = None,
-    threads: Annotated[
-        str | None, typer.Option(help='Numbers of threads; "all" is every core there is.', show_default="1,all")
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Measure only one thread and 512 rows, without torch.compile and whole models."),
+    ] = False,
+    rows: Annotated[str | None, typer.Option(help="Row counts, comma-separated.", show_default="512,2048")] = None,
+    widths: Annotated[
+        str | None, typer.Option(help="Widths, comma-separated.", show_default="576,1024,2048,4096")
     ] = None,
-    seconds: Annotated[float | None, typer.Option(help="Seconds of rounds for each case.", show_default="0.7")] = None,
+    dtypes: Annotated[
+        str | None, typer.Option(help="Dtypes to benchmark: fp32, bf16, fp16 (comma-separated).", show_default="all")
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option(help='Thread counts, comma-separated; "all" means every core.', show_default="1,all")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time budget per case, in seconds.", show_default="0.7")] = None,
     patience: Annotated[
-        float, typer.Option(help="Seconds that a model may take; slower ones are skipped.")
+        float, typer.Option(help="Time limit for a whole model, in seconds; slower models are skipped.")
     ] = BenchConfig.patience,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Measure torch.compile.")] = None,
     models: Annotated[bool | None, typer.Option("--models/--no-models", help="Measure whole models.")] = None,
-    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the figure.")] = True,
+    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the figure bench.png.")] = True,
     out: Annotated[
-        Path | None, typer.Option(help="The folder for results.json and bench.png.", show_default="runs/bench-N")
+        Path | None, typer.Option(help="Output folder for results.json and bench.png.", show_default="runs/bench-N")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The result as one JSON object on stdout; files only with --out.")
+        bool, typer.Option("--json", help="Print the result as one JSON object on stdout; write files only with --out.")
     ] = False,
 ) -> None:
-    """Measure our operators against torch.nn, torch.compile, transformers, onnxruntime and the memory's limit.
+    """Benchmark the CPU operators against torch.nn, torch.compile, transformers, onnxruntime and memory bandwidth.
 
-    About eight minutes on two cores; --quick takes one. Missed targets are printed and are no error.
+    Takes about eight minutes on two cores, or one minute with --quick. GPUs are not measured. Missed targets are
+    printed and do not change the exit code.
     """
     config = _config(quick, rows, widths, dtypes, threads, seconds, patience, compile, models)
     folder = out if out is not None or as_json else fresh_folder("bench")
     plot = plot and folder is not None
     if plot:
-        load_matplotlib()  # now, not when everything is measured
+        load_matplotlib()  # before measuring, so that a missing package is reported at once
     screen = Console(file=sys.stderr, soft_wrap=True, markup=False) if as_json else console()
     try:
         with Counting(screen) as progress:
             result = {"machine": inspect_machine()["machine"], **measure_all(config, progress)}
     except KeyboardInterrupt:
-        screen.print("Stopped; nothing was written.")
+        screen.print("Stopped. Nothing was written.")
         raise typer.Exit(128 + signal.SIGINT) from None
     written = [] if folder is None else write(folder, result, plot=plot)
     if as_json:
@@ -79,7 +87,7 @@ def _config(
     compile: bool | None,
     models: bool | None,
 ) -> BenchConfig:
-    """The defaults, or those of --quick, with what the command line says instead."""
+    """Return the defaults, or those of --quick, overridden by the given options."""
     given: dict[str, Any] = {
         "rows": _numbers("rows", rows),
         "widths": _numbers("widths", widths),
@@ -106,11 +114,11 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in parts)
     except ValueError:
         remedy = f"write for example --{name} 512,2048"
-        raise ConfigError(f"--{name} must be whole numbers with commas between them", repr(text), remedy) from None
+        raise ConfigError(f"--{name} must be integers separated by commas", repr(text), remedy) from None
 
 
 def _threads(text: str | None) -> tuple[int, ...] | None:
-    """ "all" becomes the number of cores; naming a number twice that way is no mistake."""
+    """Replace "all" by the number of cores; repeated numbers are merged."""
     parts = _parts(text)
     if parts is None:
         return None

@@ -1,4 +1,4 @@
-"""`omninorm compare`: a grid of norms, placements, depths, rates and seeds, with paired statistics."""
+"""`omninorm compare`: a grid of norms, placements, depths, learning rates and seeds, with paired statistics."""
 
 from __future__ import annotations
 
@@ -17,39 +17,51 @@ _DEFAULT = "quick"
 
 
 def compare(
-    plan: Annotated[Path | None, typer.Argument(help="A plan: YAML, TOML or JSON.", show_default="a preset")] = None,
+    plan: Annotated[
+        Path | None, typer.Argument(help="The plan: a YAML, TOML or JSON file.", show_default="a preset")
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="quick, chapter (C1 to C7 and more), placements, or one claim such as C3.", show_default=_DEFAULT
+            help="A plan by name: quick, chapter (all claims), placements, or one claim such as C3.",
+            show_default=_DEFAULT,
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The comparison's folder, new or empty.", show_default="runs/compare-N")
+        Path | None, typer.Option(help="Output folder, new or empty.", show_default="runs/compare-N")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the comparison in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the comparison in this folder.")] = None,
     text: Annotated[
-        str | None, typer.Option(help="A text file, or a folder of them.", show_default="King James Bible")
+        str | None,
+        typer.Option(help="Training text: a file, or a folder of text files.", show_default="King James Bible"),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Your own: package.module:build, from (norm, depth, vocab_size).", show_default="Thinker"),
+        typer.Option(
+            help="Your model factory, package.module:function, called with (norm, depth, vocab_size).",
+            show_default="Thinker",
+        ),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="local, or ray: on the cluster that RAY_ADDRESS names, else on this machine.")
+        str, typer.Option(help="local; or ray, which uses the cluster in RAY_ADDRESS, or else this machine.")
     ] = "local",
     workers: Annotated[
-        int | None, typer.Option(help="Runs at the same time, one thread each.", show_default="cores")
+        int | None, typer.Option(help="Number of parallel single-threaded workers.", show_default="cores")
     ] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds that one run may take.")] = 1800.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its time, and run nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The results as JSON on stdout, all else on stderr.")] = False,
+    time_limit: Annotated[float, typer.Option(help="Time limit for one run, in seconds.")] = 1800.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its estimated duration, then exit.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as JSON on stdout and everything else on stderr.")
+    ] = False,
 ) -> None:
-    """Compare norms and placements at your depth, on your text, with intervals and verdicts.
+    """Compare norms and placements at your depth and on your text, with confidence intervals and verdicts.
 
-    Ctrl-C stops; finished runs are kept and not repeated by --resume. Runs that fail are tried twice and reported.
+    Ctrl-C stops the comparison; --resume continues it and does not repeat finished runs. Failed runs are retried once
+    and reported.
     """
-    from omninorm.cli import comparing  # it needs packages that the other commands do without
+    from omninorm.cli import comparing  # needs packages that the other commands do not
 
     count = all_threads() if workers is None else workers
     check_count("workers", count)
@@ -59,7 +71,8 @@ def compare(
     if resume is None:
         job = comparing.begin(plan, preset or (None if plan else _DEFAULT), text, model, out)
     else:
-        job = comparing.go_on(resume, others=(plan, preset, text, model, out))
+        others = {"PLAN": plan, "--preset": preset, "--text": text, "--model": model, "--out": out}
+        job = comparing.resume_job(resume, others)
     todo = job.introduce(screen, count, time_limit)
     if not dry_run:
         job.run(screen, todo, engine, count, time_limit)

@@ -1,4 +1,4 @@
-"""Verdict cards in a terminal."""
+"""Verdict cards for a terminal."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ _WIDTH = 110
 
 
 def show_cards(screen: Console, cards: Sequence[Mapping[str, Any]]) -> None:
-    """A verdict and a finding for each claim; the page has the rest."""
+    """Print the verdict, the finding and the conditions of each claim; the page has the sources and the figures."""
+    from omninorm.report.comparison.page import condition_row, sentence  # needs packages that other commands do not
+    from omninorm.report.comparison.reading import Condition
+
     for card in cards:
         screen.print(f"\n{card['id']}  {harmless(card['claim'], one_line=True)}")
-        for line in (f"→ {card['verdict']}", card["found"], f"Again: {card['command']}"):
-            screen.print(
-                fill(
-                    harmless(line, one_line=True),
-                    min(screen.width, _WIDTH),
-                    initial_indent=_INDENT,
-                    subsequent_indent=_INDENT,
-                )
-            )
+        _paragraph(screen, f"→ {sentence(card['verdict'])}")
+        _paragraph(screen, card["found"])
+        for each in card["conditions"]:
+            label, measured, mean, interval, claimed, _, holds = condition_row(Condition.model_validate(each))
+            _paragraph(screen, f"- {label}: {mean} ({interval}), claimed {claimed} [{measured}]: {holds}", hanging="  ")
+        _paragraph(screen, f"Reproduce with: {card['command']}")
+
+
+def _paragraph(screen: Console, text: str, hanging: str = "") -> None:
+    width = min(screen.width, _WIDTH)
+    line = harmless(text, one_line=True)
+    screen.print(fill(line, width, initial_indent=_INDENT, subsequent_indent=_INDENT + hanging))

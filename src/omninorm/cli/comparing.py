@@ -1,8 +1,8 @@
-"""A comparison on the command line: its plan, its runs, and what came of them."""
+"""A comparison on the command line: its plan, its runs and its results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -14,13 +14,15 @@ from omninorm.cli import compare_tables as tables
 from omninorm.cli.compare_cards import show_cards
 from omninorm.cli.console import program
 from omninorm.cli.counting import Counting
+from omninorm.cli.harmless import harmless
 from omninorm.cli.train import REPORT_FILE
 from omninorm.errors import ConfigError
 from omninorm.experiments.compare import Cell, ComparePlan, read_plan
 from omninorm.experiments.compare import preset as named_plan
-from omninorm.experiments.compare.apart import look_apart
+from omninorm.experiments.compare.apart import probe_in_subprocess
 from omninorm.experiments.compare.engine import Engine, Runner
 from omninorm.experiments.compare.estimate import estimate_seconds, longest_first
+from omninorm.experiments.compare.factory import check_factory_name
 from omninorm.experiments.compare.protocols.common import check_text
 from omninorm.experiments.compare.results import collect, collect_timings, write
 from omninorm.experiments.compare.store import Store, to_json
@@ -28,11 +30,12 @@ from omninorm.experiments.corpus import Corpus, load_corpus
 from omninorm.experiments.interrupt import Interrupt
 from omninorm.experiments.run_folder import fresh_folder, locked
 from omninorm.report.comparison import read_comparison, write_comparison_page
+from omninorm.report.text import plural
 
 
 @dataclass(frozen=True)
 class Job:
-    """A comparison that is about to run. is_new: its folder is not made yet."""
+    """A comparison that is about to run. is_new: whether its folder has yet to be created."""
 
     plan: ComparePlan
     store: Store
@@ -40,44 +43,56 @@ class Job:
     is_new: bool
 
     def introduce(self, screen: Console, workers: int, time_limit: float) -> list[Cell]:
-        """Shows what will be done and how long it takes; returns what is left to do.
+        """Print the plan and the estimated duration; return the runs that are still to do.
 
         Raises:
-            ConfigError: the model's factory ignores what it is told.
+            ConfigError: the model's factory ignores its arguments.
         """
         cells = self.plan.cells()
         tables.introduce(screen, self.plan, len(cells))
         done = set() if self.is_new else self.store.done()
-        todo = longest_first(cell for name, cell in cells.items() if name not in done)
-        model = self.plan.model
-        seconds = look_apart(model, todo, workers, time_limit) if model and todo else estimate_seconds(todo, workers)
-        about = "for how long is not known" if seconds is None else f"about {tables.duration(seconds)}"
-        screen.print(f"{len(todo)} runs to do, {about} with {workers} at a time.")
+        damaged = {} if self.is_new else self.store.damaged(cells.values())
+        for fault in damaged.values():
+            screen.print(f"{harmless(fault, one_line=True)}. The file will be set aside and the run repeated.")
+        todo = longest_first(cell for name, cell in cells.items() if name not in done or name in damaged)
+        screen.print(self._workload(todo, workers, time_limit))
         return todo
 
+    def _workload(self, todo: Sequence[Cell], workers: int, time_limit: float) -> str:
+        """Return the number of runs and their estimated duration as a sentence."""
+        model = self.plan.model
+        if not todo:
+            return "All runs are done."
+        seconds = probe_in_subprocess(model, todo, workers, time_limit) if model else estimate_seconds(todo, workers)
+        runs, crew = plural(len(todo), "run"), plural(workers, "worker")
+        if seconds is None:
+            return f"{runs}, {crew}; duration unknown."
+        return f"{runs}, about {tables.duration(seconds)} with {crew}."
+
     def run(self, screen: Console, todo: Sequence[Cell], engine: str, workers: int, time_limit: float) -> None:
-        """Runs the cells by the engine "local" or "ray".
+        """Run the cells with the engine "local" or "ray".
 
         Raises:
-            Exit: Ctrl-C or SIGTERM stopped it; how to go on has been printed.
+            Exit: Ctrl-C or SIGTERM stopped it; the command that resumes it has been printed.
         """
         if self.is_new:
             Store.create(self.store.path, self.plan)
-        screen.print(f"Everything is written to {self.store.path}\n")
+        screen.print(f"Output folder: {self.store.path}\n")
         with locked(self.store.path), Interrupt() as interrupt, Counting(screen) as progress:
             self.store.clean()
+            self.store.set_aside(todo)
 
             def look(running: dict[str, float], done: int, failed: int) -> bool:
-                progress(_told(running, failed), done + failed, len(todo))
+                progress(_status(running, failed), done + failed, len(todo))
                 return interrupt.signal is None
 
             _engine(engine, self.store, workers, time_limit).run(todo, look)
         if interrupt.signal is not None:
-            screen.print(f"Stopped. Go on with:\n  {program()} compare --resume {quote(str(self.store.path))}")
+            screen.print(f"Stopped. Resume with:\n  {program()} compare --resume {quote(str(self.store.path))}")
             raise typer.Exit(128 + interrupt.signal)
 
     def conclude(self, screen: Console, as_json: bool) -> None:
-        """Writes and shows the results."""
+        """Write and print the results."""
         results = collect(self.plan, self.store, self.corpus)
         timings = collect_timings(self.plan, self.store)
         write(self.store, results, timings)
@@ -99,38 +114,46 @@ def _engine(name: str, store: Store, workers: int, time_limit: float) -> Runner:
 
 
 def begin(path: Path | None, preset: str | None, text: str | None, model: str | None, out: Path | None) -> Job:
-    """A new comparison, from a file or a preset.
+    """Prepare a new comparison from a file or a preset.
 
     Raises:
-        ConfigError: both are given, or the plan is bad.
+        ConfigError: both are given, or the plan is invalid.
         DataError: the text can't be used.
     """
     if path is not None and preset is not None:
-        raise ConfigError("a comparison has one plan", f"{path} and --preset {preset}", "leave one out")
+        raise ConfigError("A comparison has one plan", f"{path} and --preset {preset}", "leave one of them out")
     plan = read_plan(path) if path is not None else named_plan(preset or "")
     corpus = load_corpus(text or plan.text)
     if text or plan.text:
         plan = plan.model_copy(update={"text": corpus.source})
     check_text(plan.cells().values(), corpus)
-    if model or plan.model:
-        plan = plan.model_copy(update={"model": model or plan.model})
+    factory = model or plan.model
+    if factory:
+        check_factory_name(factory)
+        plan = plan.model_copy(update={"model": factory})
     return Job(plan, Store(out or fresh_folder("compare")), corpus, is_new=True)
 
 
-def go_on(folder: Path, others: Sequence[object]) -> Job:
-    """An earlier comparison.
+def resume_job(folder: Path, others: Mapping[str, object]) -> Job:
+    """Open an earlier comparison.
+
+    Args:
+        folder: the comparison's folder.
+        others: the values of the options that can't be combined with --resume.
 
     Raises:
-        ConfigError: something else is given, too.
-        RunError: there is no comparison in the folder.
+        ConfigError: one of the other options is given.
+        RunError: the folder holds no comparison.
     """
-    if any(others):
-        raise ConfigError("--resume goes on with the comparison's own plan", "another one", "leave it out")
+    given = [f"{name} {value}" for name, value in others.items() if value]
+    if given:
+        remedy = "leave these out, or start a new comparison without --resume"
+        raise ConfigError("--resume continues a comparison with its own plan", ", ".join(given), remedy)
     store, plan = Store.open(folder)
     return Job(plan, store, load_corpus(plan.text), is_new=False)
 
 
-def _told(running: dict[str, float], failed: int) -> str:
-    """What runs now."""
+def _status(running: dict[str, float], failed: int) -> str:
+    """Return the current runs and the number of failures."""
     what = ", ".join(f"{name.rsplit('-', 1)[0]} {seconds:.0f} s" for name, seconds in running.items())
     return f"{failed} failed, {what}" if failed else what

@@ -1,4 +1,4 @@
-"""Work that is counted: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of counted work: a bar on a terminal, a line every 15 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Counting:
-    """Shows how much of the work is done and what is at hand, while it is entered."""
+    """Progress display, used as a context manager and called with the current work, the number done and the total."""
 
     def __init__(self, screen: Console) -> None:
         self._screen = screen

@@ -1,4 +1,4 @@
-"""Models of the user's own: found, called, and seen through where they ignore what they are told."""
+"""Model factories of users: they are found and called, and refused if they ignore their arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH = 8
 
 
 class Mixer(nn.Module):
-    """No Thinker: blocks of linear layers."""
+    """Blocks of linear layers, unlike a Thinker."""
 
     def __init__(self, norm: NormConfig, depth: int, vocab_size: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ GRID = {"protocol": "train", "normalization": ["rmsnorm", "layernorm"], "placeme
 
 
 @pytest.mark.parametrize("function", ["Mixer", "fails_for_layer_norm"])
-def test_an_honest_factory_passes(function: str) -> None:
+def test_a_factory_that_follows_its_arguments_passes(function: str) -> None:
     check_factory(f"{HERE}:{function}", cells(function, **GRID))
 
 
@@ -85,28 +85,28 @@ def test_an_honest_factory_passes(function: str) -> None:
     ("name", "said"),
     [
         (f"{HERE}:ignores_norm", "for layernorm, post, 4 blocks and layernorm, pre, 4 blocks"),
-        (f"{HERE}:ignores_depth", "for layernorm, post, 4 blocks and layernorm, post, 1 blocks"),
+        (f"{HERE}:ignores_depth", "for layernorm, post, 4 blocks and layernorm, post, 1 block"),
         (f"{HERE}:fails", "ValueError: no such model"),
-        (f"{HERE}:narrow", "logits are (batch, sequence, vocab_size)"),
-        (f"{HERE}:no_logits", "maps tokens to logits"),
+        (f"{HERE}:narrow", "got (1, 8, 255)"),
+        (f"{HERE}:no_logits", "no_logits failed for"),
         (f"{HERE}:missing", "has no attribute 'missing'"),
-        (f"{HERE}:WIDTH", "a int"),
+        (f"{HERE}:WIDTH", "type int"),
         ("no_such_module:build", "No module named"),
         (HERE, "package.module:function"),
     ],
 )
-def test_others_are_told_what_is_wrong(name: str, said: str) -> None:
+def test_an_invalid_factory_is_refused_with_the_reason(name: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_factory(name, cells("Mixer", **GRID))
     assert said in str(caught.value)
 
 
-def test_at_one_block_some_placements_are_the_same_and_that_is_no_fault() -> None:
+def test_placements_that_are_equal_at_one_block_are_accepted() -> None:
     """LayerNorm Scaling divides by √1 in block 1."""
     check_factory(f"{HERE}:Mixer", cells("Mixer", protocol="train", placement=["pre", "lns"], depth=[1]))
 
 
-def test_weights_follow_the_seed() -> None:
+def test_weights_depend_only_on_the_seed() -> None:
     (cell,) = cells("Mixer", protocol="train", depth=[2])
     first, second = build_cell(cell), build_cell(cell)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
@@ -114,15 +114,15 @@ def test_weights_follow_the_seed() -> None:
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
 
 
-def test_the_thinkers_settings_are_no_part_of_another_model() -> None:
-    """d_model says nothing of it, so cells that differ in d_model alone are one."""
+def test_settings_of_the_thinker_are_left_out_for_another_model() -> None:
+    """d_model does not apply to it, so runs that differ only in d_model are the same run."""
     (cell,) = cells("Mixer", protocol="train", depth=[2])
     assert "d_model" not in cell.settings
     assert cell.settings["steps"] == 5
 
 
 @pytest.mark.parametrize("protocol", ["init", "ramp", "train", "speed"])
-def test_every_protocol_measures_it(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_protocol_measures_a_users_model(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omninorm.experiments.compare.protocols.speed.SECONDS", 0.01)
     (cell,) = cells("Mixer", protocol=protocol, depth=[2])
     measured = MEASURE[protocol](cell, load_corpus())

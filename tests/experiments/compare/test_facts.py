@@ -1,5 +1,6 @@
-"""Published facts that models small enough for a test reproduce: directions, each with its interval; and equal
-configurations, which must stay equal. The others are in docs/claims.md, and test_recorded.py holds them.
+"""Published facts that models small enough for a test reproduce, and equal configurations, which must not get a verdict.
+
+The other facts are in docs/claims.md; test_recorded.py checks them.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def measure(claim: str, corpus: Corpus, **changes: Any) -> Card:
     return CLAIMS[claim].judge(Evidence({grid.name: grid}, {grid.name: tuple(rows)}, unigram))
 
 
-def test_gradients_before_training(corpus: Corpus) -> None:
+@pytest.mark.slow
+def test_gradients_before_training_follow_theory(corpus: Corpus) -> None:
     """Xiong et al. 2020: the last layer's gradient falls with depth in pre-norm, and hardly changes in post-norm."""
     settings = {"d_model": 64, "tied_head": False, "batch_size": 4}
     card = measure("Xiong", corpus, depth=[4, 12, 36], seeds=6, settings=settings)
@@ -58,14 +60,16 @@ def test_gradients_before_training(corpus: Corpus) -> None:
     assert -0.25 < post.low < post.high < 0.35
 
 
-def test_layer_norm_scaling_holds_the_stream_down(corpus: Corpus) -> None:
+@pytest.mark.slow
+def test_layer_norm_scaling_reduces_the_streams_variance(corpus: Corpus) -> None:
     """Curse of Depth: below pre-norm's variance, here more than twofold."""
     (found,) = measure("lns", corpus, depth=[24]).conditions
     assert found.high < -0.7
     assert found.outcome == "yes"
 
 
-def test_equal_configurations_are_seldom_told_apart(corpus: Corpus) -> None:
+@pytest.mark.slow
+def test_real_runs_of_one_configuration_rarely_get_a_verdict(corpus: Corpus) -> None:
     """Thirty real runs of one configuration; 200 times five of them against five others: at most 5 % verdicts."""
     study = {
         "name": "a",

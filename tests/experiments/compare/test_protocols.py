@@ -1,4 +1,4 @@
-"""Protocols on tiny models and real text: what they say, that they say it again, and facts that must come out."""
+"""Protocols on tiny models and real text: outcomes, reproducibility, and known facts."""
 
 import math
 
@@ -22,7 +22,8 @@ def cells(**study: object) -> list[Cell]:
     return list(parse_plan({"studies": [{"name": "a", "settings": settings, **study}]}, "here").cells().values())
 
 
-def test_training_learns_and_is_repeatable(corpus: Corpus) -> None:
+@pytest.mark.slow
+def test_training_learns_and_is_reproducible(corpus: Corpus) -> None:
     (cell,) = cells(protocol="train", depth=[2], seeds=1, lr=[0.01], settings={"steps": 60})
     first, second = (MEASURE["train"](cell, corpus) for _ in range(2))
     assert first.outcome == second.outcome
@@ -41,7 +42,8 @@ def test_a_run_that_diverges_counts_as_a_uniform_guess(corpus: Corpus) -> None:
     assert outcome["score"] == 8.0
 
 
-def test_the_ramp_finds_a_lower_rate_for_deep_post_norm(corpus: Corpus) -> None:
+@pytest.mark.slow
+def test_deep_post_norm_tolerates_a_lower_learning_rate_than_pre_norm(corpus: Corpus) -> None:
     """KEEL's order, at 12 blocks: post tolerates less than pre."""
     study = {"placement": ["pre", "post"], "depth": [12], "lr": [0.03], "seeds": 1}
     settings = {"steps": 150, "batch_size": 8}
@@ -54,9 +56,9 @@ def test_the_ramp_finds_a_lower_rate_for_deep_post_norm(corpus: Corpus) -> None:
     assert 0 < found["pre"]["largest_rate"] <= 0.03
 
 
-def test_streams_at_the_start_as_theory_has_them(corpus: Corpus) -> None:
-    """Pre-norm's stream grows like a random walk, post-norm's does not grow, none's grows by a factor each block; lns
-    grows more slowly than pre (Curse of Depth)."""
+def test_residual_streams_at_initialization_match_theory(corpus: Corpus) -> None:
+    """Pre-norm's stream grows like a random walk, post-norm's does not grow, and without norms it grows by a factor per
+    block; lns grows more slowly than pre-norm (Curse of Depth)."""
     found = {
         cell.norm.norm_placement: MEASURE["init"](cell, corpus).outcome
         for cell in cells(
@@ -74,7 +76,7 @@ def test_streams_at_the_start_as_theory_has_them(corpus: Corpus) -> None:
     assert pre[15] ** 2 / pre[7] ** 2 == pytest.approx(2, rel=0.5), "variance grows in proportion to depth"
 
 
-def test_spikes_are_counted() -> None:
+def test_the_spike_score_is_the_share_of_spikes() -> None:
     calm = [1.0 + 0.01 * (step % 7) for step in range(200)]
     assert spike_score(calm) == 0
     spiky = list(calm)
@@ -87,7 +89,7 @@ def test_spikes_are_counted() -> None:
     assert spike_score([]) == 0
 
 
-def test_outcomes_are_json(corpus: Corpus) -> None:
+def test_an_overflowing_stream_gives_a_valid_outcome(corpus: Corpus) -> None:
     (cell,) = cells(protocol="init", normalization=["none"], placement=["none"], depth=[200], seeds=1)
     outcome = MEASURE["init"](cell, corpus).outcome
     assert outcome["growth"] is None or math.isfinite(outcome["growth"])

@@ -1,6 +1,6 @@
-"""docs/claims.md: made of the results beside it, and these say what the sources say, or the page tells the difference.
+"""docs/claims.md and docs/placements: the page is made from the recorded results, and these agree with the code and sources.
 
-The runs take half an hour (`omninorm compare --preset chapter`), so what is tested here is what they left.
+The runs take half an hour (`omninorm compare --preset chapter`), so these tests read the recorded results.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from omninorm.experiments.compare import preset
+from omninorm.experiments.compare import Study, preset
+from omninorm.experiments.compare.cards import verdict
+from omninorm.experiments.compare.claims import CLAIMS
+from omninorm.experiments.compare.evidence import Evidence, Row
+from omninorm.experiments.compare.results import VALUES, judge_comparisons
 from omninorm.report.comparison import read_comparison
-from omninorm.report.comparison.markdown import render
+from omninorm.report.comparison.markdown import figures, render
 
 DOCS = Path(__file__).parents[3] / "docs"
 RECORDED = DOCS / "claims"
 CARDS = {card.id: card for card in read_comparison(RECORDED).claims}
+UNIGRAM = read_comparison(RECORDED).text.unigram_bits_per_byte
 
 
 def condition(claim: str, label: str):
@@ -24,12 +29,19 @@ def condition(claim: str, label: str):
     return found
 
 
-def test_the_page_is_made_of_the_results() -> None:
-    """After a change: omninorm report docs/claims --out docs/claims.md"""
-    assert (DOCS / "claims.md").read_text(encoding="utf-8") == render(read_comparison(RECORDED), "claims")
+def test_the_page_is_made_from_the_results() -> None:
+    """Regenerate it with: omninorm report docs/claims --out docs/claims.md"""
+    names = [path.name for path in RECORDED.glob("*.svg")]
+    assert (DOCS / "claims.md").read_text(encoding="utf-8") == render(read_comparison(RECORDED), "claims", names)
 
 
-def test_the_results_are_of_the_preset_as_it_is() -> None:
+@pytest.mark.slow
+def test_the_figures_are_made_from_the_results() -> None:
+    drawn = dict(figures(read_comparison(RECORDED)))
+    assert {path.name for path in RECORDED.glob("*.svg")} == set(drawn)
+
+
+def test_the_recorded_plan_is_the_preset() -> None:
     recorded = json.loads((RECORDED / "results.json").read_text())["plan"]
     now = json.loads(preset("chapter").model_dump_json(exclude={"text"}))
     assert recorded == now
@@ -45,18 +57,18 @@ def test_a_stack_of_more_than_a_hundred_blocks_learns() -> None:
     assert found.high < found.threshold
 
 
-@pytest.mark.parametrize("label", ["post tolerates less than deepnorm", "deepnorm tolerates less than pre"])
-def test_deep_placements_tolerate_rates_in_keels_order(label: str) -> None:
+@pytest.mark.parametrize("label", ["post-norm tolerates less than deepnorm", "deepnorm tolerates less than pre-norm"])
+def test_deep_placements_tolerate_learning_rates_in_keels_order(label: str) -> None:
     """At 32 blocks post < deepnorm < pre."""
     assert condition("KEEL", label).low > 0
 
 
-def test_qk_norm_makes_rates_matter_less() -> None:
+def test_qk_norm_reduces_the_sensitivity_to_the_learning_rate() -> None:
     (found,) = CARDS["qk-norm"].conditions
     assert found.high < 0
 
 
-def test_layer_norm_scaling_holds_the_stream_down() -> None:
+def test_layer_norm_scaling_reduces_the_streams_variance() -> None:
     (found,) = CARDS["lns"].conditions
     assert found.high < 0
 
@@ -68,4 +80,43 @@ def test_gradients_before_training_follow_theory() -> None:
 
 
 def test_without_norms_a_deep_stack_explodes() -> None:
-    assert condition("C1", "stream with Xavier").low > condition("C1", "stream with Xavier").threshold
+    stream = condition("C1", "residual stream, Xavier")
+    assert stream.low > stream.threshold
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_recorded_texts_are_those_of_the_code(claim: str) -> None:
+    """The sentences are stored in the results, so rewording a claim must also reword them."""
+    card, plan = CARDS[claim], preset(claim)
+    none = {study.name: tuple(Row(variant, {}, {}) for variant in study.variants()) for study in plan.studies}
+    now = CLAIMS[claim].judge(Evidence({study.name: study for study in plan.studies}, none, UNIGRAM))
+    assert (card.claim, card.measured, card.source) == (now.claim, now.measured, now.source)
+    recorded = {(each.label, each.unit) for each in card.conditions}
+    assert {(each.label, each.unit) for each in now.conditions} <= recorded
+    assert card.verdict == verdict(card.conditions)
+
+
+@pytest.mark.parametrize("folder", ["claims", "placements"])
+def test_recorded_verdicts_are_those_of_the_code(folder: str) -> None:
+    """They follow from the recorded values, intervals and outcomes."""
+    results = json.loads((DOCS / folder / "results.json").read_text())
+    for study in results["studies"]:
+        grid = Study(name=study["name"], protocol=study["protocol"], margin=study["margin"])
+        assert study["unit"] == VALUES[study["protocol"]][1]
+        for row in study["configurations"] if study["protocol"] == "train" else ():
+            limit = 0.9 * results["text"]["unigram_bits_per_byte"]
+            learned = {seed: score < limit for seed, score in row["values"].items()}
+            assert {seed: outcome == "learned" for seed, outcome in row["outcomes"].items()} == learned
+            assert [seed for seed, outcome in row["outcomes"].items() if outcome == "diverged"] == row["lost"]
+        if study["protocol"] != "init":
+            recorded = [dict(each) for each in study["comparisons"]]
+            judge_comparisons(grid, recorded, study["configurations"])
+            assert [each["verdict"] for each in recorded] == [each["verdict"] for each in study["comparisons"]]
+
+
+def test_a_placement_that_never_learns_is_worse_for_that_reason() -> None:
+    """Post-norm ends at the unigram baseline at 12 blocks, in all five runs."""
+    study, *_ = json.loads((DOCS / "placements" / "results.json").read_text())["studies"]
+    verdicts = {each["label"]: each["verdict"] for each in study["comparisons"]}
+    assert verdicts["rmsnorm post"] == "worse (no run learned)"
+    assert verdicts["rmsnorm deepnorm"] == "worse"

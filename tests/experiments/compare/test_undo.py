@@ -1,4 +1,4 @@
-"""What the best gain leaves of a norm, where it can be said by hand; and operations counted by hand."""
+"""The share that the best gain leaves of a norm, in cases that can be computed by hand; and operation counts."""
 
 import math
 
@@ -16,17 +16,17 @@ def rows(*sizes: float, width: int = 64) -> torch.Tensor:
     return signs * torch.tensor(sizes, dtype=torch.float64)[:, None]
 
 
-def test_equal_rows_are_undone() -> None:
+def test_rows_of_equal_size_are_undone_exactly() -> None:
     assert remainder(rows(3.0, 3.0, 3.0), centred=False, eps=0.0) < 1e-24
 
 
-def test_unequal_rows_leave_their_variance() -> None:
+def test_rows_of_unequal_size_leave_their_variance() -> None:
     """The best γ is the mean size m: what is left is the sizes' variance over their mean square, here ((1−2)² + (3−2)²)/2
     over (1 + 9)/2."""
     assert remainder(rows(1.0, 3.0), centred=False, eps=0.0) == pytest.approx(1 / 5)
 
 
-def test_layer_norm_is_given_its_bias() -> None:
+def test_layer_norm_is_undone_with_its_bias() -> None:
     """Rows that are one shape, shifted alike and scaled alike, are undone by γ and β; scaled differently they are not."""
     shape = torch.linspace(-1, 1, 32, dtype=torch.float64)
     alike = torch.stack([shape.roll(k) * 2 + 5 for k in range(4)])
@@ -35,7 +35,7 @@ def test_layer_norm_is_given_its_bias() -> None:
     assert remainder(unlike, centred=True, eps=0.0) > 0.01
 
 
-def test_a_models_own_gain_is_measured_too() -> None:
+def test_the_models_own_gain_is_measured() -> None:
     """Tokens of RMS 2 through RMSNorm: with γ = 1 half of each is left, a quarter of its square; with γ = 2 nothing."""
     table = nn.Embedding.from_pretrained(rows(*[2.0] * 8).float())
     norm = nn.RMSNorm(64, eps=0.0)
@@ -49,7 +49,7 @@ def test_a_models_own_gain_is_measured_too() -> None:
     assert not norm._forward_hooks
 
 
-def test_operations_by_hand() -> None:
+def test_operation_counts_match_counting_by_hand() -> None:
     """RMSNorm: square, add, times r, times γ. LayerNorm: add (mean); subtract, square, add (variance); subtract, times r,
     times γ, plus β."""
     assert count_operations("rmsnorm")["per_element"] == 4

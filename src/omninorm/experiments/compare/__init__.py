@@ -1,6 +1,6 @@
-"""Comparisons: which norm, which placement? A plan becomes cells, cells become outcomes, outcomes verdicts."""
+"""Comparisons of norms and placements: plans, their runs (cells), outcomes and verdicts."""
 
-from omninorm.experiments.compare import needs  # noqa: F401  before what needs them
+from omninorm.experiments.compare import needs  # noqa: F401  imported first, for a readable error
 from omninorm.experiments.compare.cells import Cell, Measurement
 from omninorm.experiments.compare.plan import ComparePlan, Study, parse_plan, read_plan
 from omninorm.experiments.compare.presets import PRESETS, preset

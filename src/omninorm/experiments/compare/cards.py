@@ -1,7 +1,8 @@
-"""Verdict cards: a claim, what was measured, with intervals, and what may be said.
+"""Verdict cards: a claim, the measurements with their intervals, and the verdict.
 
-A claim says something of several conditions (a depth, a rate, a start). Each is a question: the mean of a number over
-the seeds against a threshold. The p-values of a card's questions are corrected together by Holm's procedure.
+A claim covers several conditions (a depth, a learning rate, an initialization). Each condition is one question: is the
+mean of a number over the seeds above or below a threshold? The p-values of a card's questions are corrected together by
+Holm's procedure.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from omninorm.experiments.compare.statistics import MOST_SEEDS, SIGNIFICANCE, Paired, holm, paired, seeds_needed
+from omninorm.report.comparison.wording import not_enough_evidence
 
-HOLDS, PARTLY, FAILS = "holds", "holds only when", "does not hold here"
+HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold here"
 YES, NO, UNCLEAR = "yes", "no", "unclear"
 
 
@@ -22,12 +24,12 @@ class Question:
     """A condition of a claim.
 
     Args:
-        label: the condition, as in "holds only when …".
-        samples: the measured number, one for each seed.
-        threshold: what it is compared with.
-        above: whether the claim says that it is above the threshold.
-        unit: of the number.
-        scale: how a reader is shown it: "linear", or "log" where the samples are logarithms.
+        label: the condition, such as "4 blocks, learning rate 0.003".
+        samples: the measured values, one per seed.
+        threshold: the value to compare their mean with.
+        above: whether the claim says that the mean is above the threshold.
+        unit: the values' unit.
+        scale: "linear", or "log" if the samples are logarithms that are displayed as their exponentials.
     """
 
     label: str
@@ -40,7 +42,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Condition:
-    """An answer: "yes", "no" or "unclear", and how many more seeds would tell; the mean and its 95 % interval."""
+    """An answer: "yes", "no" or "unclear" and the number of further seeds needed; the mean and its 95 % interval."""
 
     label: str
     outcome: str
@@ -63,10 +65,11 @@ class Card:
         id: "C1", …
         claim: the sentence that is judged.
         measured: what was measured, in a sentence.
-        conditions: what the verdict is made of.
-        verdict: "holds", "holds only when …", "does not hold here", or "not enough evidence: needs about N more seeds".
-        found: the finding in a sentence or two, with its figures.
-        source: what others found, and where this differs.
+        conditions: the answers that decide the verdict.
+        verdict: "holds", "holds in part (2 of 5 conditions)", "does not hold here", or "not enough evidence (about N
+            more seeds needed)".
+        found: the finding in a few sentences, with its figures.
+        source: what others found, and how their experiments differ.
     """
 
     id: str
@@ -82,7 +85,7 @@ class Card:
 
 
 def decide(questions: Sequence[Question]) -> tuple[Condition, ...]:
-    """The answer to every question."""
+    """Answer every question."""
     results = [_against_threshold(question) for question in questions]
     corrected = holm([1.0 if result is None else result.p for result in results])
     return tuple(_condition(*each) for each in zip(questions, results, corrected, strict=True))
@@ -123,13 +126,12 @@ def _condition(question: Question, result: Paired | None, p: float) -> Condition
 
 
 def verdict(conditions: Sequence[Condition]) -> str:
-    """What the conditions come to together."""
+    """Return the verdict on all conditions together."""
     outcomes = {condition.outcome for condition in conditions}
     if outcomes == {YES}:
         return HOLDS
     if outcomes == {NO}:
         return FAILS
     if YES in outcomes and NO in outcomes:
-        return f"{PARTLY}: {'; '.join(each.label for each in conditions if each.outcome == YES)}"
-    more = max((each.more for each in conditions if each.outcome == UNCLEAR), default=2)
-    return f"not enough evidence: needs about {more} more seed{'s' if more > 1 else ''}"
+        return f"{PARTLY} ({sum(each.outcome == YES for each in conditions)} of {len(conditions)} conditions)"
+    return not_enough_evidence(max((each.more for each in conditions if each.outcome == UNCLEAR), default=2))

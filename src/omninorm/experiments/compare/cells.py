@@ -1,4 +1,4 @@
-"""A cell: one run of a comparison, with everything that decides its outcome."""
+"""Cells: single runs of a comparison, with everything that determines their outcomes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Cell:
     """One run.
 
     Args:
-        protocol: what is measured, "init", "ramp", "train" or "speed".
-        norm: how the model is normalized.
-        depth: its blocks.
-        seed: of weights and batches. Cells that differ in the norm alone see the same batches.
-        lr: the learning rate, of a ramp the largest; None for "init" and "speed".
-        settings: further ones, flat: those of `Plan.change`.
-        text: None for the default text, or the path of a file or folder.
-        model: "package.module:build", a factory of the user's own; None for the Thinker.
+        protocol: the kind of measurement, "init", "ramp", "train" or "speed".
+        norm: the model's norms.
+        depth: the number of blocks.
+        seed: the seed for weights and batches. Cells that differ only in the norm see the same batches.
+        lr: the learning rate, for a ramp the largest; None for "init" and "speed".
+        settings: further settings, flat, as `Plan.change` takes them.
+        text: the path of a file or folder; None for the default text.
+        model: "package.module:build", a user's own model factory; None for the Thinker.
     """
 
     protocol: str
@@ -40,14 +40,14 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """A name that can be read, and a hash of all the rest: equal cells have equal ids."""
+        """A readable name with a hash of all settings: equal cells have equal ids."""
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:_DIGITS]
         parts = (self.protocol, self.norm.normalization, self.norm.norm_placement, f"d{self.depth}", f"s{self.seed}")
         return "-".join((*parts, digest))
 
     @property
     def plan(self) -> Plan:
-        """The run that the cell describes.
+        """The training plan of the cell.
 
         Raises:
             ConfigError: a setting is unknown or out of range.
@@ -57,7 +57,7 @@ class Cell:
         return Plan(text=self.text).change(**chosen)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON without further ado; `from_dict` reads it back to an equal cell."""
+        """Return JSON-serializable values, from which `from_dict` builds an equal cell."""
         return {
             "protocol": self.protocol,
             "norm": self.norm.to_dict(),
@@ -76,10 +76,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a cell comes to.
+    """The result of a cell.
 
     Args:
-        outcome: JSON values that are the same whenever the cell is run on the same machine; what is not finite is None.
+        outcome: JSON values that are the same in every run on the same machine; None for numbers that are not finite.
         clock: JSON values that depend on the clock.
     """
 

@@ -1,16 +1,16 @@
-"""When a training run whose learning rate rises has been lost, and at which step it still got further.
+"""Divergence of a training run with a rising learning rate, and the last step at which it made progress.
 
-The losses are smoothed over a twentieth of the run. The run got further where the smoothed loss falls by a share of
-`GAIN` below its value at the last such step, unless it is then on `PLATEAU`, near what the frequencies of letters give:
-a run that has stopped there falls now and then by the chance of its batches alone. It was lost if
+The losses are smoothed over a twentieth of the run. The run makes progress at a step where the smoothed loss falls by
+`GAIN` below its value at the previous such step, except on `PLATEAU`, near the unigram baseline, where the loss of a
+stalled run falls occasionally by chance. The run has diverged if
 
 - a loss is **not finite**, or the run ended early;
-- it has **an unrecovered spike**: at the end the smoothed loss is more than `RISE` times its lowest value;
-- it **stagnates**: it did not get further in the last `PATIENCE` of its steps;
-- it is **abnormally slow**: its lowest smoothed loss is not below `LEARNED` times what the frequencies of letters give;
+- it has **an unrecovered spike**: the final smoothed loss is more than `RISE` times its lowest value;
+- it **stagnates**: it made no progress in the last `PATIENCE` of its steps;
+- it is **abnormally slow**: its lowest smoothed loss is not below `LEARNED` times the unigram baseline.
 
-and then it was lost behind the last step at which it got further. The protocol is KEEL's (arXiv 2601.19895), which
-names these four signs without numbers; the numbers are ours.
+It then diverged after the last step with progress. The protocol is KEEL's (arXiv 2601.19895), which names these four
+signs without numbers; the numbers are ours.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ RISE = 1.1
 GAIN = 0.02
 PATIENCE = 0.2
 LEARNED = 0.95
-PLATEAU = (LEARNED, 1.02)  # times what the frequencies of letters give
+PLATEAU = (LEARNED, 1.02)  # times the unigram baseline
 
 
 class Divergence(NamedTuple):
-    """sign: "not finite", "spike", "stagnation", "slow", or None where a run was not lost; step: the last good one."""
+    """sign: "not finite", "spike", "stagnation", "slow", or None; step: the last step with progress."""
 
     sign: str | None
     step: int
 
 
 def find_divergence(losses: Sequence[float], steps: int, unigram: float) -> Divergence:
-    """Whether and where a run was lost.
+    """Return whether and where a run diverged.
 
     Args:
-        losses: of each step, in the unit of `unigram`; fewer than `steps` where the run ended early.
-        steps: that the run was to have.
-        unigram: the loss of predicting letters by their frequencies.
+        losses: the loss of each step, in the unit of `unigram`; fewer than `steps` if the run ended early.
+        steps: the planned number of steps.
+        unigram: the loss of the unigram baseline.
 
     Example:
         >>> find_divergence([4.0 - 0.02 * step for step in range(100)], 100, unigram=4.0)
@@ -69,7 +69,7 @@ def _first_bad(losses: Sequence[float]) -> int:
 
 
 def _last_gain(smooth: Sequence[float], unigram: float) -> int:
-    """The last place off the plateau at which the smoothed loss had become lower, by a share of GAIN, than before."""
+    """Return the last position outside the plateau where the smoothed loss fell by GAIN."""
     best, at = smooth[0], 0
     for place, value in enumerate(smooth):
         on_plateau = PLATEAU[0] * unigram <= value <= PLATEAU[1] * unigram

@@ -1,4 +1,4 @@
-"""Runs cells on this machine: worker processes of one thread each, which take the next cell when they have done one."""
+"""Runs cells on this machine in single-threaded worker processes, each of which takes the next cell when it is free."""
 
 from __future__ import annotations
 
@@ -27,22 +27,25 @@ main(int(sys.argv[1]), sys.argv[2])
 TRIES = 2
 Look = Callable[[dict[str, float], int, int], bool]
 _LOOK_EVERY = 0.5
-_START_LIMIT = 120.0  # seconds that a process may take to start, which are no part of a cell's time
+_START_LIMIT = 120.0  # seconds that a process may take to start, in addition to its cell's time limit
 
 
 class Runner(Protocol):
-    """Runs cells and keeps their outcomes, or why they have none."""
+    """Runs cells and stores their outcomes, or the reasons why they have none."""
 
     def run(self, cells: Iterable[Cell], look: Look) -> None:
-        """Works until all is done, or `look` says false. It is told twice a second what runs (id → seconds so far), how
-        many cells are done, and how many failed. What is timed runs last and has the machine for itself."""
+        """Run all cells, or stop when `look` returns False.
+
+        `look` is called twice a second with the running cells (id → seconds so far) and the numbers of cells that are
+        done and that failed. Timed cells run last, one at a time.
+        """
 
 
 class Engine:
-    """Takes cells in the order given, at most `workers` at a time.
+    """Runs cells in the given order, at most `workers` at a time.
 
-    A cell that fails, or takes longer than `time_limit` seconds, is tried once more; then its failure is kept and the
-    others go on.
+    A cell that fails or takes longer than `time_limit` seconds is retried once. After a second failure, the reason is
+    recorded and the other cells continue.
     """
 
     def __init__(self, store: Store, workers: int, time_limit: float) -> None:
@@ -57,7 +60,7 @@ class Engine:
             self._run(timed, 1, look)
 
     def _run(self, cells: list[Cell], count: int, look: Look) -> bool:
-        """Whether `look` let it work to the end."""
+        """Run cells; return False if `look` stopped it."""
         waiting = [(cell, 1) for cell in reversed(cells)]
         with self._workers(min(count, len(waiting))) as workers:
             while waiting or any(worker.cell for worker in workers):
@@ -79,7 +82,7 @@ class Engine:
         return True
 
     def _finished(self, workers: list[_Worker]) -> Iterator[tuple[_Worker, str | None]]:
-        """Workers whose cell has come to an end, each with the reason if it failed. Waits for a moment."""
+        """Yield workers whose cell has ended, each with the reason if it failed. Waits up to half a second."""
         with selectors.DefaultSelector() as selector:
             for worker in workers:
                 if worker.cell is not None:
@@ -105,7 +108,7 @@ class Engine:
 
 
 class _Worker:
-    """A process, and the cell that it has."""
+    """A worker process and its current cell."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -122,7 +125,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            start_new_session=True,  # a Ctrl-C reaches us alone
+            start_new_session=True,  # Ctrl-C must reach only the parent process
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
@@ -136,42 +139,42 @@ class _Worker:
         return time.monotonic() - self._since
 
     def take(self, cell: Cell, tries: int) -> None:
-        """Begins a cell."""
+        """Start a cell."""
         self.cell, self._tries, self._since = cell, tries, time.monotonic()
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died; its answer will say so
+        with suppress(BrokenPipeError):  # the process has died, which `answer` reports
             self._process.stdin.write(json.dumps(cell.to_dict()).encode() + b"\n")
             self._process.stdin.flush()
 
     def give(self) -> tuple[Cell, int]:
-        """Lets go of its cell; returns it, and which try it was."""
+        """Detach and return the current cell and its attempt number."""
         assert self.cell is not None
         cell, self.cell = self.cell, None
         return cell, self._tries
 
     def answer(self) -> tuple[bool, str | None]:
-        """Whether the cell has come to an end, and if it failed, why. A process that has died is started anew."""
+        """Return whether the cell has ended, and the reason if it failed. A process that has died is restarted."""
         line = self.answers.readline()
         if line:
-            told = json.loads(line)
-            if "ready" in told:
+            message = json.loads(line)
+            if "ready" in message:
                 self.is_ready, self._since = True, time.monotonic()
                 return False, None
-            return True, told.get("why")
+            return True, message.get("why")
         code = self._process.wait()
         self._errors.seek(0)
-        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        printed = self._errors.read().decode(errors="replace").strip().splitlines()
         self.restart()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        memory = ", perhaps for lack of memory" if code == -signal.SIGKILL else ""
-        return True, f"its process ended ({how}{memory})" + (f": {said[-1]}" if said else "")
+        memory = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
+        return True, f"its process ended ({how}{memory})" + (f": {printed[-1]}" if printed else "")
 
     def restart(self) -> None:
         self.end()
         self._start()
 
     def end(self) -> None:
-        """Stops the process at once: what a cell has not finished is run again."""
+        """Kill the process; an unfinished cell is run again when the comparison is resumed."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):

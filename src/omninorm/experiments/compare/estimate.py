@@ -1,4 +1,4 @@
-"""How long a comparison will take, from a step of each size of model, measured here and now."""
+"""Estimated duration of a comparison, from one timed step of each model size on this machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from omninorm.experiments.compare.factory import build_cell
 from omninorm.experiments.compare.protocols.speed import SECONDS as TIMED
 
 _TIMED_CASES = 4
-_START_SECONDS = 4.0  # of a worker: it imports torch and reads the text
+_START_SECONDS = 4.0  # of a worker, which imports torch and reads the text
 
 
 def estimate_seconds(cells: Iterable[Cell], workers: int) -> float:
-    """The time that cells will take, seconds. A step of one model of each size is timed, on one thread."""
+    """Return the estimated duration in seconds, from a timed single-threaded step of each model size."""
     todo = list(cells)
     if not todo:
         return 0.0
@@ -25,7 +25,7 @@ def estimate_seconds(cells: Iterable[Cell], workers: int) -> float:
     total = 0.0
     for cell in todo:
         if cell.protocol == "speed":
-            total += workers * (_TIMED_CASES * TIMED + _START_SECONDS)  # alone on the machine
+            total += workers * (_TIMED_CASES * TIMED + _START_SECONDS)  # these run one at a time
             continue
         size = _size(cell)
         if size not in seconds:
@@ -35,12 +35,12 @@ def estimate_seconds(cells: Iterable[Cell], workers: int) -> float:
 
 
 def longest_first(cells: Iterable[Cell]) -> list[Cell]:
-    """In an order in which workers end together."""
+    """Sort cells so that all workers finish at about the same time."""
     return sorted(cells, key=lambda cell: cell.depth * _steps(cell) * cell.plan.train.tokens_per_step, reverse=True)
 
 
 def _steps(cell: Cell) -> float:
-    """Training steps that take as long; an evaluation's forward pass is a third of one."""
+    """Return the duration in training steps; an evaluation's forward pass counts as a third of a step."""
     config = cell.plan.train
     return 1 if cell.protocol == "init" else config.steps + 2 * (config.eval_bytes or 0) / config.tokens_per_step / 3
 
@@ -51,7 +51,7 @@ def _size(cell: Cell) -> tuple[object, ...]:
 
 
 def _step_seconds(cell: Cell) -> float:
-    """The shorter of two steps, forward and backward; the optimizer's part is small."""
+    """Return the shorter of two forward and backward passes; the optimizer's time is negligible."""
     plan = cell.plan
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What a comparison's cells have said, as claims are judged by it."""
+"""Evidence for claims: the outcomes of a comparison's runs, by study and configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Outcome = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration of a study, and the outcomes of its seeds; `clocks` holds what depends on the clock."""
+    """A configuration of a study and its outcomes by seed; `clocks` holds the values that depend on the clock."""
 
     variant: Mapping[str, Any]
     outcomes: Mapping[int, Outcome]
@@ -22,7 +22,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """Its norm, placement and varied setting."""
+        """The norm, placement and varied setting."""
         names = ("normalization", "placement")
         own = [f"{name}={value}" for name, value in self.variant.items() if name not in (*names, "depth", "lr")]
         return " ".join([*(str(self.variant[name]) for name in names), *own])
@@ -30,24 +30,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The rows of every study, and the bits per byte of byte frequencies on the text that is held out."""
+    """The rows of every study, and the unigram baseline of the held-out text in bits per byte."""
 
     studies: Mapping[str, Study]
     found: Mapping[str, tuple[Row, ...]]
     unigram: float
 
     def rows(self, study: str, **where: Any) -> tuple[Row, ...]:
-        """The rows of a study whose variant has these values; none for a study that is not part of the comparison."""
+        """Return a study's rows whose variant has these values; an empty tuple if the comparison lacks the study."""
         rows = self.found.get(study, ())
         return tuple(row for row in rows if all(row.variant.get(key) == value for key, value in where.items()))
 
     def values(self, study: str, name: str) -> list[Any]:
-        """The values of depth, lr, … in a study, in its order."""
+        """Return a study's values of depth, lr, …, in the plan's order."""
         return list(dict.fromkeys(row.variant.get(name) for row in self.rows(study)))
 
 
 def gather(plan: ComparePlan, store: Store, unigram: float) -> Evidence:
-    """Reads every outcome of a comparison."""
+    """Read every outcome of a comparison."""
     found = {
         study.name: tuple(_row(study, variant, plan, store) for variant in study.variants()) for study in plan.studies
     }

@@ -1,7 +1,7 @@
-"""The model of a cell: a Thinker, or what the user's own factory builds.
+"""The model of a cell: a Thinker, or one from the user's own factory.
 
 A factory is a function build(norm: NormConfig, depth: int, vocab_size: int) -> Module, from int64 tokens
-(batch, sequence) to logits (batch, sequence, vocab_size). It is named "package.module:build".
+(batch, sequence) to logits (batch, sequence, vocab_size). Its name has the form "package.module:build".
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from omninorm.experiments.runs import build_model
 
 Factory = Callable[[NormConfig, int, int], nn.Module]
 VOCABULARY = 256  # bytes
-_PROBED_DEPTH = 4  # at one or two blocks some placements are the same
+_PROBED_DEPTH = 4  # with one or two blocks some placements are equal
 _PROBED_TOKENS = 8
 
 
 def build_cell(cell: Cell, norm: NormConfig | None = None) -> nn.Module:
-    """The cell's model, or the same with another norm. Its weights depend on the seed alone.
+    """Build the cell's model, or the same with another norm. Its weights depend only on the seed.
 
     Raises:
-        ConfigError: the factory can't be found, or does not build a model of its kind.
+        ConfigError: the factory can't be found or does not build a valid model.
     """
     chosen = cell.norm if norm is None else norm
     if cell.model is None:
@@ -40,92 +40,101 @@ def build_cell(cell: Cell, norm: NormConfig | None = None) -> nn.Module:
     return call(cell.model, chosen, cell.depth, cell.seed)
 
 
-def load_factory(name: str) -> Factory:
-    """Imports a factory; modules in the current folder are found, behind the installed ones.
-
-    Raises:
-        ConfigError: there is none of this name, or its module can't be imported.
-    """
-    invariant = "a model's factory is named package.module:function"
-    remedy = "check the name, and that the module can be imported from here"
+def check_factory_name(name: str) -> None:
+    """Raise ConfigError unless a factory's name has the form package.module:function."""
     module_name, _, function = name.partition(":")
     if not module_name or not function:
-        raise ConfigError(invariant, repr(name), "write for example mymodels.small:build")
+        invariant = "A model factory's name must have the form package.module:function"
+        raise ConfigError(invariant, f"{name!r:.100}", "write for example mymodels.small:build")
+
+
+def load_factory(name: str) -> Factory:
+    """Import a factory. Modules in the current folder are found after the installed ones.
+
+    Raises:
+        ConfigError: it does not exist, or its module can't be imported.
+    """
+    check_factory_name(name)
+    remedy = "check the name, and that Python can import the module from the current folder"
+    module_name, _, function = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
     try:
         factory = getattr(importlib.import_module(module_name), function)
-    except Exception as error:  # whatever the user's module does when it is imported
-        raise ConfigError(invariant, f"{name!r} ({type(error).__name__}: {error})", remedy) from error
+    except Exception as error:  # the user's module may raise anything when it is imported
+        raise ConfigError(f"Cannot import {name!r}: {type(error).__name__}: {error}", "", remedy) from error
     if not callable(factory):
-        raise ConfigError(invariant, f"{name!r}, a {type(factory).__name__}", remedy)
+        raise ConfigError(f"{name} must be a function", f"an object of type {type(factory).__name__}", remedy)
     found: Factory = factory
     return found
 
 
 def call(name: str, norm: NormConfig, depth: int, seed: int) -> nn.Module:
-    """A model of the user's factory, whose weights depend on the seed.
+    """Build a model with the user's factory, with weights that depend on the seed.
 
     Raises:
-        ConfigError: it can't be found, raises an error, or returns no module with logits of the right shape.
+        ConfigError: the factory can't be found, raises an error, or does not return a module with logits of the right
+            shape.
     """
     factory = load_factory(name)
     torch.manual_seed(seed)
     what = _words(norm, depth)
-    remedy = "mend the factory, or leave this configuration out"
+    remedy = "fix the factory, or remove this configuration from the plan"
     try:
         model = factory(norm, depth, VOCABULARY)
         logits = _logits(model)
     except OmninormError:
         raise
-    except Exception as error:  # whatever the user's code does
-        received = f"{name} for {what}: {type(error).__name__}: {error}"
-        raise ConfigError("a factory builds a model that maps tokens to logits", received, remedy) from error
+    except Exception as error:  # the user's code may raise anything
+        invariant = f"The factory {name} failed for {what}: {type(error).__name__}: {error}"
+        raise ConfigError(invariant, "", remedy) from error
     if tuple(logits.shape) != (1, _PROBED_TOKENS, VOCABULARY):
-        received = f"logits of shape {tuple(logits.shape)} from {name} for {what}"
-        raise ConfigError("a model's logits are (batch, sequence, vocab_size)", received, remedy)
+        invariant = f"The model of {name} for {what} must return logits of shape (batch, sequence, vocab_size)"
+        expected = f"{(1, _PROBED_TOKENS, VOCABULARY)} expected here"
+        raise ConfigError(f"{invariant}, {expected}", tuple(logits.shape), remedy)
     return model
 
 
 def check_factory(name: str, cells: Iterable[Cell]) -> None:
-    """Finds factories that ignore what they are told: two settings, one model. Settings for which it fails are left to
-    their cells.
+    """Refuse a factory that ignores its arguments, because it builds the same model for two settings.
+
+    Settings for which the factory fails are ignored here; their cells report them.
 
     Raises:
         ConfigError: the factory can't be found, fails for all settings, or ignores its norm config or its depth.
     """
     load_factory(name)
-    asked = list(cells)
     models = []
     errors = []
-    for told in _told(asked):
+    for arguments in _probed(list(cells)):
         try:
-            models.append((told, call(name, *told, seed=0)))
+            models.append((arguments, call(name, *arguments, seed=0)))
         except ConfigError as error:
             errors.append(error)
     if errors and not models:
         raise errors[0]
     for (one, a), (other, b) in itertools.combinations(models, 2):
         if _same(a, b):
-            received = (
-                f"{name} builds the same parameters with the same outputs for {_words(*one)} and {_words(*other)}"
+            invariant = (
+                f"The factory {name} ignores its norm or its depth: it builds the same parameters with the same "
+                f"outputs for {_words(*one)} and {_words(*other)}"
             )
-            remedy = "let it build its norms from `norm`, for example by omninorm.Block, and as many blocks as `depth`"
-            raise ConfigError("a factory must follow its norm config and its depth", received, remedy)
+            remedy = "build the norms from `norm`, for example with omninorm.Block, and as many blocks as `depth`"
+            raise ConfigError(invariant, "", remedy)
 
 
-def _told(cells: Sequence[Cell]) -> list[tuple[NormConfig, int]]:
-    """What a factory is told to see whether it listens: every norm and placement at one depth, and a second depth."""
+def _probed(cells: Sequence[Cell]) -> list[tuple[NormConfig, int]]:
+    """Return the arguments to probe a factory with: every norm and placement at one depth, and a second depth."""
     depths = sorted({cell.depth for cell in cells})
     pairs = sorted({(cell.norm.normalization, cell.norm.norm_placement) for cell in cells})
-    told = [(NormConfig(*pair), max(_PROBED_DEPTH, depths[0])) for pair in pairs]
-    other = next((depth for depth in depths if depth != told[0][1]), None)
-    return told if other is None else [*told, (told[0][0], other)]
+    probed = [(NormConfig(*pair), max(_PROBED_DEPTH, depths[0])) for pair in pairs]
+    other = next((depth for depth in depths if depth != probed[0][1]), None)
+    return probed if other is None else [*probed, (probed[0][0], other)]
 
 
 def _words(norm: NormConfig, depth: int) -> str:
-    return f"{norm.normalization}, {norm.norm_placement}, {depth} blocks"
+    return f"{norm.normalization}, {norm.norm_placement}, {depth} block{'' if depth == 1 else 's'}"
 
 
 def _same(a: nn.Module, b: nn.Module) -> bool:
@@ -142,5 +151,5 @@ def _logits(model: nn.Module) -> Tensor:
         logits = model(torch.arange(_PROBED_TOKENS)[None])
     model.train(was_training)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"the model returns a {type(logits).__name__}, no tensor of logits")
+        raise TypeError(f"the model returned a {type(logits).__name__} instead of a tensor of logits")
     return logits

@@ -1,4 +1,4 @@
-"""Says in words which packages are missing: this part needs some that the rest of omninorm does without."""
+"""Raises a readable error when packages are missing that only this part of omninorm needs."""
 
 from omninorm.errors import MissingExtraError
 
@@ -7,7 +7,6 @@ try:
     import scipy  # noqa: F401
     import yaml  # noqa: F401
 except ImportError as error:
-    remedy = 'install them with pip install "omninorm[compare]"'
-    raise MissingExtraError(
-        "comparisons need pydantic, PyYAML and scipy", f"an installation without {error.name}", remedy
-    ) from error
+    missing = {"yaml": "PyYAML"}.get(error.name or "", error.name)
+    remedy = 'install it with pip install "omninorm[compare]"'
+    raise MissingExtraError(f"omninorm compare needs the package {missing}", "", remedy) from error

@@ -1,7 +1,7 @@
-"""Runs cells on Ray: on the cluster that RAY_ADDRESS names, else on a Ray of its own on this machine.
+"""Runs cells on Ray: on the cluster in RAY_ADDRESS, or else on a local Ray.
 
-The nodes need the same omninorm and, for a model of the user's own, its module; the text travels with the cells, and
-the outcomes come back: only this process writes to the comparison's folder.
+The nodes need the same omninorm and, for a user's own model, its module. The text is sent with the cells, and the
+outcomes are sent back: only this process writes to the comparison's folder.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from omninorm.experiments.compare.protocols import MEASURE
 from omninorm.experiments.compare.store import Store
 from omninorm.experiments.corpus import Corpus, load_corpus
 
-# Ray would otherwise report its use to its makers.
+# Disable Ray's usage reports.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 try:
     import ray
     from ray.exceptions import RayError
 except ImportError as missing:
     raise MissingExtraError(
-        "the engine ray needs Ray", "an installation without it", 'install it with pip install "omninorm[ray]"'
+        "--engine ray needs the package ray", "", 'install it with pip install "omninorm[ray]"'
     ) from missing
 
 _LOOK_EVERY = 0.5
 
 
 def measure(values: Mapping[str, Any], corpus: Corpus) -> dict[str, Any]:
-    """A cell's outcome and clock, or why it has none. Runs on a node."""
+    """Return a cell's outcome and clock, or the reason why it has none. Runs on a node."""
     torch.set_num_threads(1)
     cell = Cell.from_dict(values)
     try:
@@ -45,13 +45,13 @@ def measure(values: Mapping[str, Any], corpus: Corpus) -> dict[str, Any]:
         return {"outcome": dict(measured.outcome), "clock": dict(measured.clock)}
     except OmninormError as error:
         return {"why": str(error)}
-    except Exception as error:  # a cell that fails must not end the others
+    except Exception as error:  # a failed cell must not end the others
         return {"why": f"{type(error).__name__}: {error}"}
 
 
 @dataclass
 class _Task:
-    """A cell on its way, which try it is, and since when."""
+    """A running cell, its attempt number and its start time."""
 
     cell: Cell
     tries: int
@@ -63,7 +63,7 @@ class _Task:
 
 
 class RayEngine:
-    """As `engine.Engine`, on Ray. workers: cells at the same time, each on one CPU of the cluster."""
+    """Like `engine.Engine`, on Ray. workers: the number of parallel cells, each on one CPU of the cluster."""
 
     def __init__(self, store: Store, workers: int, time_limit: float) -> None:
         self._store, self._count, self._limit = store, workers, time_limit
@@ -89,7 +89,7 @@ class RayEngine:
             ray.shutdown()
 
     def _run(self, cells: list[Cell], count: int, look: Look) -> bool:
-        """Whether `look` let it work to the end."""
+        """Run cells; return False if `look` stopped it."""
         remote = ray.remote(num_cpus=1, max_retries=0)(measure)
         waiting = [(cell, 1) for cell in reversed(cells)]
         running: dict[Any, _Task] = {}
@@ -115,22 +115,22 @@ class RayEngine:
         return True
 
     def _take(self, reference: Any, cell: Cell, late: bool) -> str | None:
-        """Keeps an outcome; returns why there is none."""
+        """Store an outcome; return the reason if there is none."""
         if late:
             ray.cancel(reference, force=True)
             return f"it took longer than {self._limit:.0f} s, the time limit of a run"
         try:
-            told = ray.get(reference)
+            answer = ray.get(reference)
         except RayError as error:
             return f"its process ended: {' '.join(str(error).split())[:300]}"
-        if "why" in told:
-            return str(told["why"])
-        self._store.save(cell, Measurement(told["outcome"], told["clock"]))
+        if "why" in answer:
+            return str(answer["why"])
+        self._store.save(cell, Measurement(answer["outcome"], answer["clock"]))
         return None
 
 
 def _start(cells: list[Cell]) -> None:
-    """Connects to a cluster, or starts a Ray here."""
+    """Connect to a cluster, or start a local Ray."""
     variables = {"OMP_NUM_THREADS": "1"}
     if any(cell.model for cell in cells):
         known = os.environ.get("PYTHONPATH", "")
@@ -139,6 +139,5 @@ def _start(cells: list[Cell]) -> None:
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables}, **own)
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        remedy = "check RAY_ADDRESS, or use --engine local"
-        said = " ".join(str(error).split())[:300]
-        raise RunError("the engine ray needs a Ray that can be reached", said, remedy) from error
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"Cannot connect to Ray: {reason}", "", "check RAY_ADDRESS, or use --engine local") from error

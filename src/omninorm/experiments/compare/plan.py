@@ -1,4 +1,4 @@
-"""What is compared: studies, each a grid, read from a YAML, TOML or JSON file or taken from a preset.
+"""Plans of comparisons: studies, each a grid, read from a YAML, TOML or JSON file or taken from a preset.
 
 title: RMSNorm or LayerNorm?
 studies:
@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -35,6 +37,18 @@ else:
     import tomli as tomllib
 
 _MOST_CELLS = 10_000
+_MOST_BLOCKS = 10_000
+_MOST_VALUES = 1000  # in one list of a plan
+# A plan has a few hundred bytes. PyYAML reads only some 30 kB per second, so YAML has a lower limit.
+_LARGEST_FILE, _LARGEST_YAML = 2**20, 2**15
+_DEEPEST_BRACKETS = 100
+_MOST_NODES = 20_000  # of a YAML file whose aliases are expanded
+_DEEPEST = 20
+_LONGEST_TEXT, _LONGEST_LIST = 200, 20  # of a setting
+_LARGEST_INTEGER = 2**63
+
+
+Depth = Annotated[int, Field(ge=1, le=_MOST_BLOCKS)]
 
 
 class _Strict(BaseModel):
@@ -42,26 +56,26 @@ class _Strict(BaseModel):
 
 
 class Study(_Strict):
-    """A grid: every normalization with every placement, depth, rate, value of `vary`, and seed.
+    """A grid: every normalization with every placement, depth, learning rate, value of `vary`, and seed.
 
     Args:
-        name: of the study, without spaces.
+        name: the study's name, without spaces.
         protocol: "init", "ramp", "train" or "speed".
-        normalization, placement: names as in NormConfig. `none` goes with `none` alone; other pairs of it are left out.
+        normalization, placement: names as in NormConfig. `none` is combined only with `none`.
         depth: numbers of blocks.
-        lr: learning rates; of a ramp, the largest. Not for "init" and "speed".
-        seeds: how many, from 0 on.
+        lr: learning rates; for a ramp, the largest. Ignored by "init" and "speed".
+        seeds: the number of seeds, which start at 0.
         vary: one further setting and its values, such as {qk_norm: [true, false]}.
-        settings: what all cells share: settings of the model, of its training and of NormConfig, flat.
-        margin: the smallest difference of the compared value that matters; bits per byte, or the rates' logarithm.
+        settings: settings of the model, of its training and of NormConfig that all runs share, flat.
+        margin: the smallest difference that matters, in bits per byte, or in ln(learning rate) for ramps.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^[\w.-]+$", max_length=100)
     protocol: Literal["init", "ramp", "train", "speed"]
-    normalization: list[str] = Field(default=["rmsnorm"], min_length=1)
-    placement: list[str] = Field(default=["pre"], min_length=1)
-    depth: list[int] = Field(default=[4], min_length=1)
-    lr: list[float] = Field(default=[3e-3], min_length=1)
+    normalization: list[str] = Field(default=["rmsnorm"], min_length=1, max_length=_MOST_VALUES)
+    placement: list[str] = Field(default=["pre"], min_length=1, max_length=_MOST_VALUES)
+    depth: list[Depth] = Field(default=[4], min_length=1, max_length=_MOST_VALUES)
+    lr: list[float] = Field(default=[3e-3], min_length=1, max_length=_MOST_VALUES)
     seeds: int = Field(default=3, ge=1, le=1000)
     vary: dict[str, list[Any]] = Field(default_factory=dict, max_length=1)
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -77,20 +91,43 @@ class Study(_Strict):
     def _known_placements(cls, names: list[str]) -> list[str]:
         return _known(names, PLACEMENTS)
 
+    @field_validator("settings")
+    @classmethod
+    def _plain_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        _check_plain(settings)
+        return settings
+
+    @field_validator("vary")
+    @classmethod
+    def _plain_values(cls, vary: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for name, values in vary.items():
+            for value in values:
+                _check_plain({name: value})
+        return vary
+
     @model_validator(mode="after")
     def _has_cells(self) -> Study:
-        if any(not values for values in self.vary.values()) or not list(self.pairs()):
-            raise ValueError("an empty grid: no normalization goes with a placement here, or `vary` has no values")
+        for name, values in self.vary.items():
+            if not 0 < len(values) <= _MOST_VALUES:
+                raise ValueError(f"`vary` must name 1 to {_MOST_VALUES} values of {name}, not {len(values)}")
+        if not any(True for _ in self.pairs()):
+            raise ValueError("an empty grid, because `none` goes with `none` only: add a placement or a normalization")
         return self
 
+    def count(self) -> int:
+        """Return the number of runs, without expanding the grid."""
+        pairs = sum(1 for _ in self.pairs())
+        rates = 1 if self.protocol in ("init", "speed") else len(self.lr)
+        return pairs * len(self.depth) * rates * math.prod(map(len, self.vary.values())) * self.seeds
+
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """(normalization, placement): without a norm there is nothing to place."""
+        """Yield (normalization, placement); `none` is combined only with `none`."""
         for norm, placement in itertools.product(self.normalization, self.placement):
             if (norm == "none") == (placement == "none"):
                 yield norm, placement
 
     def variants(self) -> Iterator[dict[str, Any]]:
-        """What is compared, without seeds: {"normalization", "placement", "depth", "lr" and the varied setting}."""
+        """Yield the grid without seeds, as {"normalization", "placement", "depth", "lr" and the varied setting}."""
         name, values = next(iter(self.vary.items()), (None, [None]))
         rates: list[float | None] = [None] if self.protocol in ("init", "speed") else [*self.lr]
         for (norm, placement), depth, lr, value in itertools.product(self.pairs(), self.depth, rates, values):
@@ -98,7 +135,7 @@ class Study(_Strict):
             yield {"normalization": norm, "placement": placement, "depth": depth, "lr": lr, **varied}
 
     def cell(self, variant: Mapping[str, Any], seed: int, text: str | None, model: str | None) -> Cell:
-        """One run of a variant. Of a model of the user's own, the Thinker's settings say nothing and are left out."""
+        """Return one run of a variant. For a user's own model, the Thinker's settings do not apply and are left out."""
         own = {key: value for key, value in variant.items() if key not in ("normalization", "placement", "depth", "lr")}
         settings = {"seq_len": 128, "checkpoint_every": 10**9, "eval_every": 10**9, **self.settings, **own}
         if model is not None:
@@ -113,56 +150,66 @@ class ComparePlan(_Strict):
     """A comparison.
 
     Args:
-        title: of its page.
-        studies: what is compared.
-        claims: what is judged besides, by the ids of `omninorm.experiments.compare.claims`, from the studies they name.
-        text: that all studies read: None for the default text, or a path.
-        model: "package.module:build", a factory of the user's own; None for the Thinker.
+        title: the title of its page.
+        studies: the grids to run.
+        claims: the ids of claims in `omninorm.experiments.compare.claims` to judge from the studies that they name.
+        text: the path of the training text; None for the default text.
+        model: "package.module:build", a user's own model factory; None for the Thinker.
     """
 
-    title: str = "comparison"
-    studies: list[Study] = Field(min_length=1)
-    claims: list[str] = Field(default_factory=list)
-    text: str | None = None
-    model: str | None = None
+    title: str = Field(default="comparison", max_length=1000)
+    studies: list[Study] = Field(min_length=1, max_length=_MOST_VALUES)
+    claims: list[str] = Field(default_factory=list, max_length=_MOST_VALUES)
+    text: str | None = Field(default=None, max_length=4096)
+    model: str | None = Field(default=None, max_length=4096)
+
+    @field_validator("text", "model")
+    @classmethod
+    def _no_nul(cls, value: str | None) -> str | None:
+        if value is not None and "\0" in value:
+            raise ValueError("a path or name can't contain a NUL character")
+        return value
 
     @model_validator(mode="after")
     def _names_differ(self) -> ComparePlan:
         names = [study.name for study in self.studies]
         if len(set(names)) < len(names):
-            raise ValueError(f"studies need names of their own, not {', '.join(names)}")
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two studies are named {twice}: give each its own name")
         for claim in self.claims:
             self._check_claim(claim, names)
         return self
 
     def _check_claim(self, claim: str, names: list[str]) -> None:
-        from omninorm.experiments.compare.claims import CLAIMS  # claims speak of studies, which are defined here
+        from omninorm.experiments.compare.claims import CLAIMS  # claims import studies, which are defined here
 
         if claim not in CLAIMS:
-            raise ValueError(f"{claim!r} is none of {', '.join(CLAIMS)}")
-        wanted = [study["name"] for study in CLAIMS[claim].studies]
-        if not set(wanted) & set(names):
-            raise ValueError(f"claim {claim} is judged by a study named {' or '.join(wanted)}")
+            raise ValueError(f"{claim!r:.80} is not one of {', '.join(CLAIMS)}")
+        needed = [study["name"] for study in CLAIMS[claim].studies]
+        if not set(needed) & set(names):
+            raise ValueError(f"claim {claim} needs a study named {' or '.join(needed)}")
 
     def cells(self) -> dict[str, Cell]:
-        """Every run by its id; what two studies share stands there once.
+        """Return every run by its id; a run that two studies share is included once.
 
         Raises:
-            ConfigError: a setting is unknown or out of range, or the grid is too large.
+            ConfigError: a setting is unknown or out of range, the grid is too large, or a run would not fit in memory.
         """
+        runs = sum(study.count() for study in self.studies)
+        if runs > _MOST_CELLS:
+            received = f"{runs:,}" if runs < _LARGEST_INTEGER else "far more"
+            raise ConfigError(f"A comparison can have at most {_MOST_CELLS:,} runs", received, "choose a smaller grid")
         found: dict[str, Cell] = {}
         for study in self.studies:
             for variant, seed in itertools.product(study.variants(), range(study.seeds)):
                 cell = study.cell(variant, seed, self.text, self.model)
-                cell.plan  # noqa: B018  refuses bad settings
+                check_memory(cell)
                 found[cell.id] = cell
-        if len(found) > _MOST_CELLS:
-            raise ConfigError(f"a comparison has at most {_MOST_CELLS} runs", str(len(found)), "choose a smaller grid")
         return found
 
 
 def parse_plan(values: object, source: str) -> ComparePlan:
-    """A plan from plain values.
+    """Build a plan from plain values.
 
     Raises:
         ConfigError: naming the key that is wrong.
@@ -170,43 +217,151 @@ def parse_plan(values: object, source: str) -> ComparePlan:
     try:
         return ComparePlan.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the plan"
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])[:100] or "the plan"
         if first["type"] == "extra_forbidden":
             known = list((ComparePlan if len(first["loc"]) == 1 else Study).model_fields)
-            remedy = f"correct that key{closest(first['loc'][-1], known)}"
-            raise ConfigError(
-                f"a plan must be valid: its keys here are {', '.join(known)}", f"{place} in {source}", remedy
-            ) from None
-        said = first["msg"].removeprefix("Value error, ")
-        received = f"{place} = {first['input']!r:.80} in {source}: {said}"
-        raise ConfigError("a comparison's plan must be valid", received, "correct that key") from None
+            remedy = f"use one of {', '.join(known)}{closest(str(first['loc'][-1])[:100], known)}"
+            raise ConfigError(f"Unknown key {place} in the plan {source}", "", remedy) from None
+        reason = first["msg"].removeprefix("Value error, ")[:300]
+        invariant = f"{place} is not valid in the plan {source}: {reason}"
+        raise ConfigError(invariant, _shown(first["input"]), "correct this key") from None
 
 
 def read_plan(path: Path) -> ComparePlan:
-    """Reads a plan's file: .yaml, .yml, .toml or .json.
+    """Read a plan from a .yaml, .yml, .toml or .json file.
 
     Raises:
-        ConfigError: it can't be read, has another ending, or is no plan.
+        ConfigError: the file can't be read, is too large, has another suffix, or holds no plan.
     """
-    readers = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads, ".json": json.loads}
+    readers = {".yaml": _load_yaml, ".yml": _load_yaml, ".toml": tomllib.loads, ".json": json.loads}
     if path.suffix not in readers:
-        raise ConfigError(
-            f"a plan ends in {', '.join(readers)}", str(path), "rename it, or name a preset with --preset"
-        )
+        remedy = "rename the file, or choose a preset with --preset"
+        raise ConfigError(f"The file name of a plan must end in {', '.join(readers)}", str(path), remedy)
+    yaml_file = readers[path.suffix] is _load_yaml
+    content = _content(path, _LARGEST_YAML if yaml_file else _LARGEST_FILE)
     try:
-        return parse_plan(readers[path.suffix](path.read_text(encoding="utf-8")), str(path))
-    except OSError as error:
-        raise ConfigError("a plan's file must be readable", f"{path} ({error.strerror})", "check the path") from error
+        values = readers[path.suffix](content.decode())
     except (yaml.YAMLError, tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        said = " ".join(str(error).split())
-        raise ConfigError("a plan's file must be well-formed", f"{path}: {said}", "correct that line") from error
+        language = "YAML" if yaml_file else path.suffix[1:].upper()
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:300]
+        raise ConfigError(f"{path} is not valid {language}: {reason}", "", "correct the file") from error
+    return parse_plan(values, str(path))
+
+
+def _content(path: Path, limit: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise ConfigError(f"No such file: {path}", "", "check the path") from error
+    except (OSError, ValueError) as error:  # a ValueError for a path with a NUL character
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"Cannot read the plan {str(path)!r}: {reason}", "", "check the path") from error
+    if len(content) > limit:
+        remedy = "a plan has a few hundred bytes, so check that this is the right file"
+        raise ConfigError(f"A plan may have at most {limit:,} bytes, but {path} is larger", "", remedy)
+    return content
+
+
+def _load_yaml(text: str) -> Any:
+    """Read YAML whose aliases expand to a bounded size."""
+    depth = 0
+    for character in text:  # PyYAML needs seconds for deeply nested brackets
+        depth += (character in "[{") - (character in "]}")
+        if depth > _DEEPEST_BRACKETS:
+            raise ValueError("it is nested too deeply")
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, {}) > _MOST_NODES:
+            raise ValueError(f"its aliases expand to more than {_MOST_NODES:,} values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _expanded(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Return the number of nodes below a node after aliases are expanded; `sizes` holds those known so far."""
+    known = sizes.get(id(node))
+    if known is not None:
+        if known == 0:
+            raise ValueError("an alias contains itself")
+        return known
+    sizes[id(node)] = 0  # being counted
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        children = list(node.value)
+    elif isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    sizes[id(node)] = 1 + sum(_expanded(child, sizes) for child in children)
+    return sizes[id(node)]
+
+
+def check_memory(cell: Cell) -> None:
+    """Refuse a run that certainly needs more memory than this machine has.
+
+    Raises:
+        ConfigError: it needs too much, or a setting is unknown or out of range.
+    """
+    plan = cell.plan
+    tokens = plan.train.batch_size * plan.train.seq_len
+    model = plan.model
+    # Lower bounds: weights, gradients and two moments; one activation per block and the logits.
+    parameters = model.d_model * (cell.depth * (4 * model.d_model + 2 * (model.d_ff or 0)) + model.vocab_size)
+    weights = 0 if cell.model is not None else 16 * parameters
+    activations = 4 * tokens * (model.vocab_size + (0 if cell.model is not None else cell.depth * model.d_model))
+    needed, available = weights + activations, _memory()
+    if available is not None and needed > available:
+        what = f"batch_size {_shown(plan.train.batch_size)}, seq_len {_shown(plan.train.seq_len)}, {cell.depth} blocks"
+        received = f"{what} (at least {needed / 2**30:,.0f} GiB)" if needed < 2**100 else what
+        invariant = f"A run must fit into this machine's memory of {available / 2**30:,.0f} GiB"
+        raise ConfigError(invariant, received, "choose a smaller model or fewer tokens per step")
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _check_plain(value: object, depth: int = 0) -> None:
+    """Refuse values that JSON can't represent, huge integers and deep nesting."""
+    if depth > _DEEPEST:
+        raise ValueError("its values are nested too deeply")
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) and len(key) <= _LONGEST_TEXT for key in value):
+            raise ValueError(f"keys must be texts of at most {_LONGEST_TEXT} characters")
+        for item in value.values():
+            _check_plain(item, depth + 1)
+    elif isinstance(value, list):
+        if len(value) > _LONGEST_LIST:
+            raise ValueError(f"lists may have at most {_LONGEST_LIST} items")
+        for item in value:
+            _check_plain(item, depth + 1)
+    elif isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
+        raise ValueError("an integer is too large")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("numbers must be finite")
+    elif isinstance(value, str) and len(value) > _LONGEST_TEXT:
+        raise ValueError(f"texts may have at most {_LONGEST_TEXT} characters")
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(f"values must be numbers, texts, lists or null, not {type(value).__name__}")
+
+
+def _shown(value: object) -> str:
+    """Return a value as text of at most 80 characters."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # an integer of more than 4,300 digits
+        return f"a {type(value).__name__} of many digits"
 
 
 def _known(names: list[str], choices: tuple[str, ...]) -> list[str]:
     for name in names:
         if name not in choices:
-            raise ValueError(f"{name!r} is none of {', '.join(choices)}")
+            raise ValueError(f"{name!r:.80} is not one of {', '.join(choices)}")
     return names

@@ -1,4 +1,4 @@
-"""Plans that have a name, sized for two cores of a Zen 4. `compare --dry-run` estimates their time elsewhere."""
+"""Named plans, sized for two Zen 4 cores. `compare --dry-run` estimates their duration on other machines."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> ComparePlan:
-    """The plan of this name; a claim's name stands for the studies of this claim.
+    """Return the plan of this name; a claim's name gives the studies of this claim.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such plan.
     """
     claims = {each: {"title": f"Claim {each}", "claims": [each], "studies": studies_of([each])} for each in CLAIMS}
     known = PRESETS | claims
     if name not in known:
-        raise ConfigError("a preset must exist", repr(name), f"choose one of {', '.join(known)}")
+        raise ConfigError(f"There is no preset {name!r:.80}", "", f"choose one of {', '.join(known)}")
     return parse_plan(known[name], f"preset {name}")

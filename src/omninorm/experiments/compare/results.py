@@ -1,7 +1,7 @@
-"""From cells to results: each configuration's values over the seeds, and paired comparisons with the first one.
+"""Results of a comparison: each configuration's values over the seeds, and paired comparisons with the first one.
 
-results.json holds nothing that depends on the clock, on the order in which cells ran, or on where the folder is: the
-same plan on the same machine gives the same file. What depends on the clock is in timings.json.
+results.json holds nothing that depends on the clock, on the order of the runs, or on the folder's location: the same
+plan on the same machine gives the same file. timings.json holds everything that depends on the clock.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from omninorm.experiments.compare.protocols.common import plain
 from omninorm.experiments.compare.statistics import Paired, holm, judge, paired
 from omninorm.experiments.compare.store import Store, to_json
 from omninorm.experiments.corpus import Corpus
+from omninorm.experiments.demo import judge as outcome_of
 from omninorm.experiments.evaluate import unigram_bits_per_byte
 from omninorm.record.files import write_file, writing
 
 RESULTS_FILE, TIMINGS_FILE, TABLE_FILE = "results.json", "timings.json", "results.csv"
 FORMAT = 2
 _CURVE_POINTS = 50
-# What is compared: the value of an outcome, its unit, and whether less of it is better.
+# By protocol: the outcome's value that is compared, its unit, and whether lower is better.
 VALUES = {
     "train": ("score", "bits per byte", True),
-    "ramp": ("largest_rate", "largest rate", False),
-    "init": ("growth", "ln of the stream's growth per block", True),
+    "ramp": ("largest_rate", "largest tolerable learning rate", False),
+    "init": ("growth", "ln of the residual stream's growth per block", True),
     "speed": ("operations", "times", False),  # its times are in timings.json
 }
+LEARNED = "learned"  # the other outcomes of a training run are "stagnated" and "diverged", see experiments.demo
 Outcomes = Mapping[int, Mapping[str, Any]]
 
 
 def collect(plan: ComparePlan, store: Store, corpus: Corpus) -> dict[str, Any]:
-    """Everything that the cells say, as results.json has it."""
+    """Return the content of results.json."""
     unigram = unigram_bits_per_byte(corpus.train, corpus.held_out)
     text = {
         "name": corpus.name,
@@ -53,14 +55,14 @@ def collect(plan: ComparePlan, store: Store, corpus: Corpus) -> dict[str, Any]:
         "format": FORMAT,
         "plan": plan.model_dump(exclude={"text"}),
         "text": text,
-        "studies": [_study(study, plan, store) for study in plan.studies if study.protocol != "speed"],
+        "studies": [_study(study, plan, store, unigram) for study in plan.studies if study.protocol != "speed"],
         "claims": plain(_cards(plan, evidence, timed=False)),
         "failures": store.failures(),
     }
 
 
 def collect_timings(plan: ComparePlan, store: Store) -> dict[str, Any]:
-    """What depends on the clock, as timings.json has it: the claims about speed, and every cell's times."""
+    """Return the content of timings.json: the claims about speed, and the times of every run."""
     return {
         "format": FORMAT,
         "claims": plain(_cards(plan, gather(plan, store, 0.0), timed=True)),
@@ -74,7 +76,7 @@ def _cards(plan: ComparePlan, evidence: Evidence, timed: bool) -> list[dict[str,
 
 
 def _command(claim: str, plan: ComparePlan) -> str:
-    """What measures a claim again."""
+    """Return the command that reproduces a claim."""
     own = {study.name: study for study in plan.studies}
     whole = [Study.model_validate(study) for study in CLAIMS[claim].studies]
     preset = next(
@@ -89,7 +91,7 @@ def _command(claim: str, plan: ComparePlan) -> str:
 
 
 def write(store: Store, results: Mapping[str, Any], timings: Mapping[str, Any]) -> None:
-    """Writes results.json, results.csv and timings.json.
+    """Write results.json, results.csv and timings.json.
 
     Raises:
         RunError: the folder can't be written.
@@ -101,34 +103,34 @@ def write(store: Store, results: Mapping[str, Any], timings: Mapping[str, Any]) 
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """One row for each configuration and seed."""
+    """Return a CSV table with one row per configuration and seed."""
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
-    lines.writerow(["study", "protocol", "depth", "configuration", "lr", "seed", "value", "lost"])
+    lines.writerow(["study", "protocol", "depth", "configuration", "lr", "seed", "value", "lost", "outcome"])
     for study in results["studies"]:
         for row in study["configurations"]:
             for seed, value in row["values"].items():
                 lost = seed in row["lost"]
                 head = [study["name"], study["protocol"], row["depth"], row["label"]]
-                lines.writerow([*head, row["lr"], seed, value, int(lost)])
+                lines.writerow([*head, row["lr"], seed, value, int(lost), row.get("outcomes", {}).get(seed, "")])
     return out.getvalue()
 
 
-def _study(study: Study, plan: ComparePlan, store: Store) -> dict[str, Any]:
-    rows = [_configuration(study, plan, store, name, depth) for depth in study.depth for name in _names(study)]
+def _study(study: Study, plan: ComparePlan, store: Store, unigram: float) -> dict[str, Any]:
+    rows = [_configuration(study, plan, store, name, depth, unigram) for depth in study.depth for name in _names(study)]
     comparisons = []
     for depth in study.depth:
         at_depth = [row for row in rows if row["depth"] == depth]
         comparisons += _compare(study, at_depth)
-    if study.protocol != "init":  # a start that grows less is not better
-        _judge(study, comparisons)
+    if study.protocol != "init":  # less growth at initialization is not better
+        judge_comparisons(study, comparisons, rows)
     what, unit, lower = VALUES[study.protocol]
     head = {"name": study.name, "protocol": study.protocol, "value": what, "unit": unit, "lower_is_better": lower}
     return {**head, "margin": study.margin, "configurations": rows, "comparisons": comparisons}
 
 
 def _names(study: Study) -> Iterator[dict[str, Any]]:
-    """The configurations: variants without depth and rate."""
+    """Yield the configurations: variants without depth and learning rate."""
     seen = []
     for variant in study.variants():
         name = {key: value for key, value in variant.items() if key not in ("depth", "lr")}
@@ -138,9 +140,9 @@ def _names(study: Study) -> Iterator[dict[str, Any]]:
 
 
 def _configuration(
-    study: Study, plan: ComparePlan, store: Store, name: Mapping[str, Any], depth: int
+    study: Study, plan: ComparePlan, store: Store, name: Mapping[str, Any], depth: int, unigram: float
 ) -> dict[str, Any]:
-    """A configuration at a depth, at its best rate; with several rates also how much depends on them."""
+    """Summarize a configuration at a depth and its best learning rate, and its sensitivity to the learning rate."""
     by_rate: dict[float | None, Outcomes] = {}
     for variant in study.variants():
         if variant["depth"] == depth and all(variant[key] == value for key, value in name.items()):
@@ -159,6 +161,7 @@ def _configuration(
     }
     row.update(_drawn(study, by_rate[best]))
     if study.protocol == "train":
+        row["outcomes"] = {str(seed): _outcome(outcome, unigram) for seed, outcome in by_rate[best].items()}
         row["spike_score"] = _mean_of([outcome["spike_score"] for outcome in by_rate[best].values()])
     if len(values) > 1 and study.protocol == "train":
         means = [_mean(each, worst=8.0) for each in values.values()]
@@ -168,7 +171,7 @@ def _configuration(
 
 
 def _drawn(study: Study, outcomes: Outcomes) -> dict[str, Any]:
-    """Means over the seeds, to be drawn: the training loss by step, or stream and gradient by block."""
+    """Return means over the seeds for the figures: the training loss by step, or stream and gradient by block."""
     if study.protocol == "init":
         names = ("stream_rms", "grad_norms")
         return {name: _means([outcome[name] for outcome in outcomes.values()]) for name in names}
@@ -176,13 +179,13 @@ def _drawn(study: Study, outcomes: Outcomes) -> dict[str, Any]:
     steps = max((len(each) for each in losses), default=0)
     every = max(1, math.ceil(steps / _CURVE_POINTS))
     ends = range(every, steps + 1, every)
-    # Runs that ended early are no part of what comes after.
+    # A run that ended early does not count in later steps.
     smooth = [_means([[_mean_of(each[end - every : end])] for each in losses if len(each) >= end]) for end in ends]
     return {"curve": [[end, value[0]] for end, value in zip(ends, smooth, strict=True) if value]}
 
 
 def _means(series: Sequence[Sequence[float | None]]) -> list[float | None]:
-    return [plain(_mean_of(each)) for each in zip(*series, strict=True)]
+    return [plain(_mean_of(each)) for each in zip(*series, strict=False)]
 
 
 def _mean_of(values: Sequence[float | None]) -> float | None:
@@ -205,8 +208,14 @@ def _values(study: Study, outcomes: Outcomes) -> dict[int, float | None]:
 
 
 def _is_lost(study: Study, outcome: Mapping[str, Any]) -> bool:
-    """A run that diverged, or whose ramp found an end."""
+    """Return whether a training run or a ramp diverged."""
     return outcome.get("status") == "diverged" or outcome.get("sign") is not None
+
+
+def _outcome(outcome: Mapping[str, Any], unigram: float) -> str:
+    """Return "learned", "stagnated" or "diverged", by the definition that `omninorm demo` uses."""
+    bits = outcome["bits_per_byte"]
+    return outcome_of(outcome["status"], math.inf if bits is None else bits, unigram)
 
 
 def _mean(values: Mapping[int, float | None], worst: float) -> float:
@@ -215,7 +224,7 @@ def _mean(values: Mapping[int, float | None], worst: float) -> float:
 
 
 def _compare(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every configuration but the first against the first."""
+    """Compare every configuration but the first with the first."""
     baseline, *others = rows
     return [
         {
@@ -243,9 +252,10 @@ def _difference(study: Study, ours: Mapping[str, Any], baseline: Mapping[str, An
     }
 
 
-def _judge(study: Study, comparisons: list[dict[str, Any]]) -> None:
-    """Adds verdicts; all comparisons of a study are one family."""
+def judge_comparisons(study: Study, comparisons: list[dict[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add the verdicts of a study's comparisons, which are one family."""
     lower = VALUES[study.protocol][2]
+    known_rows = {(row["depth"], row["label"]): row for row in rows}
     corrected = holm([each["p"] for each in comparisons])
     for each, p in zip(comparisons, corrected, strict=True):
         each["p_holm"] = p
@@ -253,4 +263,14 @@ def _judge(study: Study, comparisons: list[dict[str, Any]]) -> None:
             known = Paired(math.nan, -math.inf, math.inf, 1.0, math.nan, each["seeds"])
         else:
             known = Paired(*(each[name] for name in ("mean", "low", "high", "p", "spread", "seeds")))
-        each["verdict"] = judge(known, p, study.margin, lower)
+        ours, baseline = (known_rows[each["depth"], each[name]] for name in ("label", "against"))
+        each["verdict"] = judge(known, p, study.margin, lower, _learned(ours, baseline))
+
+
+def _learned(ours: Mapping[str, Any], baseline: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return how many runs of the seeds that both share learned; None for other protocols than "train"."""
+    if "outcomes" not in ours:
+        return None
+    shared = ours["outcomes"].keys() & baseline["outcomes"].keys()
+    ours_learned, theirs = (sum(row["outcomes"][seed] == LEARNED for seed in shared) for row in (ours, baseline))
+    return ours_learned, theirs

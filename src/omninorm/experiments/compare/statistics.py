@@ -1,9 +1,9 @@
-"""Paired comparisons: differences seed by seed, their intervals, and what may be said.
+"""Paired comparisons: differences by seed, their confidence intervals, and verdicts.
 
-Intervals are Student's t at 95 %. The p-values of a family are corrected by Holm's procedure, and a verdict needs
-p < 0.02: of two hundred comparisons of equals hardly ever more than 5 % then end in one, where p < 0.05 would let half
-of such series have more. "No difference" is said only where the whole interval lies within the smallest difference
-that matters; otherwise more seeds are asked for.
+Intervals are Student's t at 95 %. The p-values of a family are corrected by Holm's procedure, and a verdict requires
+p < 0.02. With this threshold, 200 comparisons of equal configurations rarely give more than 5 % false verdicts; with
+p < 0.05, half of such series would. The verdict "no difference" requires the whole interval to lie within the margin,
+the smallest difference that matters; otherwise the verdict is that more seeds are needed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import numpy as np
 from scipy import stats
+
+from omninorm.report.comparison.wording import not_enough_evidence
 
 LEVEL, SIGNIFICANCE, POWER = 0.95, 0.02, 0.8
 BETTER, WORSE, EQUAL = "better", "worse", "no difference"
@@ -22,7 +27,7 @@ MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Paired:
-    """The differences of two configurations, ours minus the baseline's, over the same seeds.
+    """The differences between two configurations, ours minus the baseline's, over the same seeds.
 
     Args:
         mean: of the differences.
@@ -41,7 +46,7 @@ class Paired:
 
 
 def paired(ours: Sequence[float], baseline: Sequence[float]) -> Paired:
-    """Compares two configurations on the same seeds.
+    """Compare two configurations on the same seeds.
 
     Example:
         >>> result = paired([2.0, 2.1, 2.3], [2.5, 2.7, 2.8])
@@ -62,7 +67,7 @@ def paired(ours: Sequence[float], baseline: Sequence[float]) -> Paired:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """The p-values of a family, corrected so that the chance of any false finding stays below the level asked for.
+    """Correct a family's p-values so that the probability of any false positive stays below the chosen level.
 
     Example:
         >>> holm([0.01, 0.04, 0.03])
@@ -76,29 +81,47 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def judge(result: Paired, p: float, margin: float, lower_is_better: bool = True) -> str:
-    """What may be said of a difference.
+def judge(
+    result: Paired, p: float, margin: float, lower_is_better: bool = True, learned: tuple[int, int] | None = None
+) -> str:
+    """Return the verdict on a difference.
+
+    Runs that did not learn are equally bad whatever their norm, so two configurations without a run that learned get
+    no verdict. If only some runs learned, the spread is that of two different populations, and no number of further
+    seeds can be estimated from it.
 
     Args:
         result: the comparison.
         p: its p-value, corrected for its family.
         margin: the smallest difference that matters.
-        lower_is_better: of the values that were compared.
+        lower_is_better: whether lower values are better.
+        learned: the number of compared runs that learned, ours and the baseline's; None if that is not measured.
     """
+    if learned == (0, 0) and result.seeds:
+        return "no verdict (no run learned)"
     if result.seeds < 2:
-        return "no verdict: fewer than two seeds show that something happens, not how often"
+        return "no verdict (at least two seeds needed)"
     if p < SIGNIFICANCE:
-        return BETTER if (result.mean < 0) == lower_is_better else WORSE
+        verdict = BETTER if (result.mean < 0) == lower_is_better else WORSE
+        if learned is not None and 0 in learned:
+            return f"{verdict} ({'no run learned' if learned[0] == 0 else 'no run of the baseline learned'})"
+        return verdict
     if -margin <= result.low and result.high <= margin:
         return EQUAL
-    more = max(1, seeds_needed(result.spread, margin) - result.seeds)
-    return f"not enough evidence: needs about {more} more seed{'s' if more > 1 else ''}"
+    runs = 2 * result.seeds
+    if learned is not None and sum(learned) < runs:
+        return f"not enough evidence ({runs - sum(learned)} of {runs} runs did not learn)"
+    return not_enough_evidence(max(1, seeds_needed(result.spread, margin) - result.seeds))
 
 
 def seeds_needed(spread: float, margin: float) -> int:
-    """The number of seeds with which a difference of `margin` would be found in `POWER` of the cases."""
-    for count in range(2, MOST_SEEDS):
-        reach = float(stats.t.ppf(1 - SIGNIFICANCE / 2, count - 1) + stats.t.ppf(POWER, count - 1))
-        if reach * spread / math.sqrt(count) <= margin:
-            return count
-    return MOST_SEEDS
+    """Return the number of seeds that detect a difference of `margin` with probability `POWER`, at most MOST_SEEDS."""
+    enough = np.flatnonzero(_detectable() * spread <= margin)
+    return int(enough[0]) + 2 if len(enough) else MOST_SEEDS
+
+
+@cache
+def _detectable() -> Any:
+    """Return the detectable difference over its standard deviation for 2, 3, … seeds."""
+    counts = np.arange(2, MOST_SEEDS)
+    return (stats.t.ppf(1 - SIGNIFICANCE / 2, counts - 1) + stats.t.ppf(POWER, counts - 1)) / np.sqrt(counts)

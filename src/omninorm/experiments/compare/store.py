@@ -1,118 +1,173 @@
-"""A comparison's folder. A cell that has its file is done and never run again, whatever killed the process before.
+"""A comparison's folder. A cell that has its file is done and is never run again, even after a crash or a kill.
 
-plan.json           what is compared
+plan.json           the plan
 cells/ID.json       a cell and its outcome, the same in every repetition on the same machine
-clock/ID.json       what of it depends on the clock
-failed/ID.json      why a cell has no outcome; tried again when the comparison is resumed
+clock/ID.json       the cell's values that depend on the clock
+failed/ID.json      the reason why a cell has no outcome; the cell is run again when the comparison is resumed
+damaged/            files that could not be read; their cells are run again when the comparison is resumed
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from omninorm.errors import ConfigError, RunError
 from omninorm.experiments.compare.cells import Cell, Measurement
-from omninorm.experiments.compare.plan import ComparePlan, parse_plan
+from omninorm.experiments.compare.outcomes import clock_fault, outcome_fault
+from omninorm.experiments.compare.plan import ComparePlan, read_plan
 from omninorm.record.files import remove_temporaries, write_file, writing
 
 PLAN_FILE = "plan.json"
-_CELLS, _CLOCK, _FAILED = "cells", "clock", "failed"
+_CELLS, _CLOCK, _FAILED, _DAMAGED = "cells", "clock", "failed", "damaged"
 
 
 class Store:
-    """The folder of one comparison. Worker processes write into it, too: each cell has files of its own."""
+    """The folder of one comparison. Worker processes write to it as well: each cell has its own files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
     def create(cls, path: Path, plan: ComparePlan) -> Store:
-        """Makes a new folder.
+        """Create a new folder.
 
         Raises:
-            RunError: it has something in it, or can't be written.
-            ConfigError: the plan has values that JSON has no words for.
+            RunError: it is not empty, or can't be written.
+            ConfigError: the plan has values that JSON can't represent.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            remedy = "choose another folder, or go on with --resume"
-            raise RunError("a new comparison needs an empty or a new folder", str(path), remedy)
+            remedy = f"choose another folder, or continue the comparison in it with --resume {path}"
+            raise RunError(f"A new comparison needs a new or an empty folder, but {path} is not empty", "", remedy)
         store, content = cls(path), _plan_as_json(plan)
         with writing(path):
             for name in (_CELLS, _CLOCK, _FAILED):
                 (path / name).mkdir(parents=True, exist_ok=True)
-            # Last, since it is what makes the folder a comparison.
+            # Written last, because this file makes the folder a comparison.
             write_file(path / PLAN_FILE, content)
         return store
 
     @classmethod
     def open(cls, path: Path) -> tuple[Store, ComparePlan]:
-        """An earlier comparison, and its plan.
+        """Open an earlier comparison and read its plan.
 
         Raises:
-            RunError: there is none, or its plan is damaged.
+            RunError: there is none.
+            ConfigError: its plan is damaged.
         """
-        store = cls(path)
-        plan = parse_plan(store._read(path / PLAN_FILE, "a comparison has a plan.json"), str(path / PLAN_FILE))
-        return store, plan
+        if not (path / PLAN_FILE).is_file():
+            remedy = "use a folder written by omninorm compare"
+            raise RunError(f"No comparison found in {path}: it has no {PLAN_FILE}", "", remedy)
+        return cls(path), read_plan(path / PLAN_FILE)
 
     def clean(self) -> None:
-        """Removes what killed processes left. Only for the holder of the folder's lock."""
+        """Remove temporary files of killed processes. Only the holder of the folder's lock may call this."""
         with writing(self.path):
             for folder in (self.path, *(self.path / name for name in (_CELLS, _CLOCK, _FAILED))):
                 remove_temporaries(folder)
 
     def done(self) -> set[str]:
-        """The ids of the cells that have an outcome."""
+        """Return the ids of the cells that have an outcome."""
         return {path.stem for path in (self.path / _CELLS).glob("*.json")}
 
+    def damaged(self, cells: Iterable[Cell]) -> dict[str, str]:
+        """Return what is wrong with the damaged files of these cells, by id."""
+        faults: dict[str, str] = {}
+        for cell in cells:
+            try:
+                if self.outcome(cell) is not None:
+                    self.clock(cell)
+                if (self.path / _FAILED / f"{cell.id}.json").exists():
+                    self._failure(cell.id)
+            except RunError as error:
+                faults[cell.id] = error.invariant
+        return faults
+
+    def set_aside(self, cells: Iterable[Cell]) -> None:
+        """Move the files of damaged cells to the folder `damaged`. Only the holder of the lock may call this."""
+        for name in self.damaged(cells):
+            with writing(self.path):
+                (self.path / _DAMAGED).mkdir(exist_ok=True)
+                for folder in (_CELLS, _CLOCK, _FAILED):
+                    path = self.path / folder / f"{name}.json"
+                    if path.exists():
+                        os.replace(path, self.path / _DAMAGED / f"{folder}-{name}.json")
+
     def save(self, cell: Cell, measured: Measurement) -> None:
-        """Keeps a cell's outcome."""
+        """Write a cell's outcome."""
         with writing(self.path):
             write_file(self.path / _CLOCK / f"{cell.id}.json", to_json(dict(measured.clock)))
-            # Last, since it is what makes the cell done.
+            # Written last, because this file marks the cell as done.
             content = {"cell": cell.to_dict(), "outcome": dict(measured.outcome)}
             write_file(self.path / _CELLS / f"{cell.id}.json", to_json(content))
             (self.path / _FAILED / f"{cell.id}.json").unlink(missing_ok=True)
 
     def fail(self, cell: Cell, why: str) -> None:
-        """Notes why a cell has no outcome."""
+        """Write the reason why a cell has no outcome."""
         with writing(self.path):
             write_file(self.path / _FAILED / f"{cell.id}.json", to_json({"cell": cell.to_dict(), "why": why}))
 
     def outcome(self, cell: Cell) -> Mapping[str, Any] | None:
-        """A cell's outcome, None where it has none."""
+        """Return a cell's outcome, None if it has none.
+
+        Raises:
+            RunError: the file is damaged.
+        """
         path = self.path / _CELLS / f"{cell.id}.json"
         if not path.exists():
             return None
-        outcome: Mapping[str, Any] = self._read_cell(path, "outcome", dict)
+        content = self._read(path)
+        if content.get("cell") != json.loads(to_json(cell.to_dict())):
+            raise self._damage(path, "cell: the settings of another run")
+        outcome: Mapping[str, Any] = content.get("outcome", {})
+        fault = outcome_fault(cell, outcome)
+        if fault is not None:
+            raise self._damage(path, f"outcome.{fault}")
         return outcome
 
     def clock(self, cell: Cell) -> Mapping[str, Any]:
+        """Return a cell's values that depend on the clock.
+
+        Raises:
+            RunError: the file is damaged.
+        """
         path = self.path / _CLOCK / f"{cell.id}.json"
-        clock: Mapping[str, Any] = self._read_cell(path) if path.exists() else {}
+        clock: Mapping[str, Any] = self._read(path) if path.exists() else {}
+        fault = clock_fault(clock)
+        if fault is not None:
+            raise self._damage(path, fault)
         return clock
 
     def failures(self) -> dict[str, str]:
-        """Why cells have no outcome, by id."""
-        found = sorted((self.path / _FAILED).glob("*.json"))
-        return {path.stem: self._read_cell(path, "why", str) for path in found}
+        """Return the reasons why cells have no outcome, by id.
 
-    def _read_cell(self, path: Path, name: str | None = None, kind: type = object) -> Any:
-        """An object from a cell's file, or one of its values."""
-        found = self._read(path, "a cell's file must be whole")
-        if not isinstance(found, dict) or (name is not None and not isinstance(found.get(name), kind)):
-            remedy = "delete it, and --resume runs that cell again"
-            raise RunError("a cell's file must be whole", f"another content in {path}", remedy)
-        return found if name is None else found[name]
+        Raises:
+            RunError: a file is damaged.
+        """
+        return {path.stem: self._failure(path.stem) for path in sorted((self.path / _FAILED).glob("*.json"))}
 
-    def _read(self, path: Path, invariant: str) -> Any:
+    def _failure(self, name: str) -> str:
+        path = self.path / _FAILED / f"{name}.json"
+        why = self._read(path).get("why")
+        if not isinstance(why, str):
+            raise self._damage(path, "why: not a text")
+        return why
+
+    def _read(self, path: Path) -> dict[str, Any]:
         try:
-            return json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
-            raise RunError(invariant, f"{error} at {path}", "name a folder that `omninorm compare` wrote") from error
+            raise self._damage(path, " ".join(str(error).split())[:200]) from error
+        if not isinstance(content, dict):
+            raise self._damage(path, "not a JSON object")
+        return content
+
+    def _damage(self, path: Path, fault: str) -> RunError:
+        remedy = f"run omninorm compare --resume {self.path}: it sets the file aside and repeats the run"
+        return RunError(f"{path} is damaged ({fault})", "", remedy)
 
 
 def _plan_as_json(plan: ComparePlan) -> bytes:
@@ -120,7 +175,7 @@ def _plan_as_json(plan: ComparePlan) -> bytes:
         return to_json(plan.model_dump())
     except (TypeError, ValueError) as error:
         remedy = "write it as a number, or in quotation marks"
-        raise ConfigError("a plan's values must be finite numbers, words or lists", str(error), remedy) from error
+        raise ConfigError("The values of a plan must be finite numbers, text or lists", str(error), remedy) from error
 
 
 def to_json(value: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""The worker process: takes cells from stdin, one JSON line each, and tells on stdout what became of them."""
+"""The worker process: reads cells from stdin, one JSON line each, and reports their results on stdout."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from omninorm.experiments.compare.store import Store
 from omninorm.experiments.corpus import Corpus, load_corpus
 from omninorm.experiments.workers import end_with_parent
 
-READY = {"ready": True}  # said once, when all is imported
+READY = {"ready": True}  # sent once, after all imports
 
 
 def main(parent: int, folder: str) -> None:
-    """Works until stdin ends, or until the parent process does."""
+    """Run cells until stdin or the parent process ends."""
     end_with_parent(parent)
     torch.set_num_threads(1)
     store, texts = Store(Path(folder)), _Texts()
-    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
-    print(json.dumps(READY), file=told, flush=True)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries may print to stdout
+    print(json.dumps(READY), file=answers, flush=True)
     for line in sys.stdin:
         cell = Cell.from_dict(json.loads(line))
-        print(json.dumps(run(cell, store, texts.read)), file=told, flush=True)
+        print(json.dumps(run(cell, store, texts.read)), file=answers, flush=True)
 
 
 def run(cell: Cell, store: Store, read: Any = load_corpus) -> dict[str, str]:
-    """Runs a cell and keeps its outcome; {"done": id}, or {"failed": id, "why": …}."""
+    """Run a cell and store its outcome; return {"done": id} or {"failed": id, "why": …}."""
     try:
         store.save(cell, MEASURE[cell.protocol](cell, read(cell.text)))
         return {"done": cell.id}
     except OmninormError as error:
         return {"failed": cell.id, "why": str(error)}
-    except Exception as error:  # a cell that fails must not end the others
+    except Exception as error:  # a failed cell must not end the others
         return {"failed": cell.id, "why": f"{type(error).__name__}: {error}"}
 
 
 class _Texts:
-    """The last text that was read, which most often is the next."""
+    """A cache of the last text, which is usually the next one as well."""
 
     def __init__(self) -> None:
         self._last: tuple[str | None, Corpus] | None = None

@@ -1,4 +1,4 @@
-"""A comparison's page, from its results.json and timings.json alone."""
+"""A comparison's page, generated from its results.json and timings.json alone."""
 
 from omninorm.report.comparison.markdown import write_markdown
 from omninorm.report.comparison.page import write_comparison_page

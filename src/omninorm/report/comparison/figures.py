@@ -1,7 +1,7 @@
-"""A comparison's figures as SVG: intervals of claims, curves and profiles of studies. Results are drawn, not computed.
+"""A comparison's figures as SVG: intervals of claims, curves and profiles of studies.
 
-Colours are Okabe and Ito's, told apart by colour-blind readers too; shapes differ as well. Text is of a grey that can
-be read on white and on black.
+Colours are from Okabe and Ito's palette, which colour-blind readers can distinguish; shapes differ as well. The grey of
+the text is legible on white and on black.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _STYLE = {
 }
 _MOST_DEPTHS = 5
 _WIDTH = 9.0
-# An interval is drawn to here beyond what all means span.
+# Intervals are clipped at this multiple of the span of all means.
 _REACH = 1.0
 _UNIFORM = 8.0  # bits per byte
 
 
 def claim_figure(card: Card) -> bytes | None:
-    """The conditions' means and intervals against their thresholds, those of one unit in one panel."""
+    """Draw the conditions' means and intervals with their thresholds, one panel per unit."""
     groups: dict[tuple[str, str], list[Condition]] = {}
     for condition in card.conditions:
         if condition.mean is not None:
@@ -64,7 +64,10 @@ def claim_figure(card: Card) -> bytes | None:
 
 
 def study_figure(study: StudyResults) -> bytes | None:
-    """Curves of a "train" study, profiles by block of "init", rates of a "ramp"; None where there is nothing."""
+    """Draw the curves of a "train" study, the profiles of an "init" study or the learning rates of a "ramp" study.
+
+    Returns None if there is nothing to draw.
+    """
     draw = {"train": _draw_train, "init": _draw_init, "ramp": _draw_ramp}.get(study.protocol)
     return draw(study) if draw else None
 
@@ -73,7 +76,7 @@ def study_figure(study: StudyResults) -> bytes | None:
 
 
 def _draw_conditions(axes: Axes, unit: str, scale: str, group: Sequence[Condition]) -> None:
-    value = math.exp if scale == "log" else float
+    value = _exp if scale == "log" else float
     threshold = group[0].threshold
     means = [condition.mean for condition in group if condition.mean is not None]
     span = max([*means, threshold]) - min([*means, threshold]) or 1.0
@@ -119,7 +122,7 @@ def _draw_train(study: StudyResults) -> bytes | None:
         shown = [
             y for rows in by_depth.values() for row in rows for _, y in row.curve if y is not None and y <= _UNIFORM
         ]
-        if shown:  # what is worse than a uniform guess is off the panel
+        if shown:  # losses worse than a uniform guess are outside the panel
             panels[0, 0].set_ylim(min(shown) - 0.2, max(shown) + 0.2)
         _legend(figure, panels[0, 0])
     return out.getvalue()
@@ -143,7 +146,10 @@ def _draw_init(study: StudyResults) -> bytes | None:
             _line(left, at, row.label, _positive(row.stream_rms))
             _line(right, at, row.label, _positive(row.grad_norms))
         left.set(
-            title=f"{depth} blocks, before the first step", xlabel="block", ylabel="RMS of the stream", yscale="log"
+            title=f"{depth} blocks, before the first step",
+            xlabel="block",
+            ylabel="RMS of the residual stream",
+            yscale="log",
         )
         right.set(xlabel="block", ylabel="gradient norm of the block", yscale="log")
         _legend(figure, left)
@@ -161,7 +167,7 @@ def _draw_ramp(study: StudyResults) -> bytes | None:
             axes.plot(rates, [place] * len(rates), marker="o", linestyle="", color=COLORS[0], alpha=0.7)
         axes.set_yticks(range(len(rows)), [f"{_short(row.label, 40)}, {row.depth} blocks" for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel("largest tolerable learning rate, one dot a seed")
+        axes.set_xlabel("largest tolerable learning rate, one dot per seed")
         _logarithmic(axes, "x")
     return out.getvalue()
 
@@ -175,8 +181,12 @@ def _line(axes: Axes, at: int, label: str, points: Sequence[tuple[float, float]]
     axes.plot(xs, ys, color=color, linestyle=line, marker=marker, linewidth=1.4, label=_short(label, 40))
 
 
+def _exp(value: float) -> float:
+    return math.exp(max(-700.0, min(value, 700.0)))
+
+
 def _logarithmic(axes: Axes, which: str) -> None:
-    """A logarithmic axis with plain numbers, three a decade where there are few."""
+    """Make an axis logarithmic with plain numbers, three per decade if the range is short."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -203,19 +213,19 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _short(text: str, limit: int) -> str:
-    """A label, in which no formula is looked for."""
+    """Shorten a label and escape $, which matplotlib would read as the start of a formula."""
     return plain(text, limit).replace("$", r"\$")
 
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
-    """A figure to draw on, and what becomes of it."""
+    """Yield a figure to draw on and the buffer that receives its SVG."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         remedy = 'install it with pip install "omninorm[compare]"'
-        raise MissingExtraError("a comparison's page needs matplotlib", "an installation without it", remedy) from error
+        raise MissingExtraError("A comparison's page needs matplotlib", "", remedy) from error
     out = io.BytesIO()
     style: Any = _STYLE
     with matplotlib.rc_context(style):

@@ -13,20 +13,23 @@ from pathlib import Path
 from omninorm.record.files import write_file, writing
 from omninorm.report.comparison.figures import claim_figure, study_figure
 from omninorm.report.comparison.reading import Card, Comparison, Condition, Configuration, Difference, StudyResults
+from omninorm.report.comparison.wording import count_outcomes, not_enough_evidence
 from omninorm.report.text import escape, plain, plural, short
 
 _POLICY = "default-src 'none'; img-src data:; style-src {style}; base-uri 'none'; form-action 'none'"
 MARKS = {"holds": ("healthy", "✓"), "partly": ("warnings", "◐"), "fails": ("failing", "✗"), "unclear": ("quiet", "?")}
 NOTES = (
-    "Seeds are paired: what is compared starts from the same weights' seed and sees the same batches. Bars are 95 % "
-    "intervals of Student's t; what is said of a claim or a study is corrected for all its questions together by "
-    "Holm's procedure, so that an interval may miss a threshold and yet decide nothing. Runs that diverge count, with "
-    "the 8 bits per byte of a uniform guess."
+    "Seeds are paired: compared runs use the same seed for their weights and the same batches. Bars are Student's t "
+    "intervals at 95 %. Verdicts are corrected for all questions of a claim or a study by Holm's procedure, so an "
+    "interval that excludes a threshold does not always give a verdict. A run has learned if it needs less than 0.9 of "
+    "the unigram baseline's bits per byte, and has stagnated otherwise. Diverged runs count as 8 bits per byte, a "
+    "uniform guess."
 )
+CONDITION_HEAD = ("condition", "measured", "mean", "95 % interval", "claimed", "seeds", "holds")
 
 
 def write_comparison_page(comparison: Comparison, out: Path) -> Path:
-    """Writes the page; an existing one is replaced in one go.
+    """Write the page; an existing one is replaced atomically.
 
     Raises:
         RunError: it can't be written.
@@ -39,7 +42,7 @@ def write_comparison_page(comparison: Comparison, out: Path) -> Path:
 
 
 def render(comparison: Comparison) -> str:
-    """The page as text. It has no script, and loads nothing."""
+    """Return the page's HTML. It contains no scripts and loads nothing."""
     style = (files("omninorm.report") / "template" / "comparison.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = _POLICY.format(style=f"'sha256-{digest}'")
@@ -73,30 +76,47 @@ def _body(comparison: Comparison) -> Iterator[str]:
 
 
 def facts(comparison: Comparison) -> list[str]:
-    """The text, and the work."""
+    """Return the text, the unigram baseline and the CPU time."""
     text = comparison.text
-    told = [
-        f"{plain(text.name, 80)}, {plural(text.bytes, 'byte')}",
-        f"byte frequencies need {short(text.unigram_bits_per_byte)} bits per byte",
+    shown = [
+        f"{plain(text.name, 80)} ({plural(text.bytes, 'byte')})",
+        f"unigram baseline {short(text.unigram_bits_per_byte)} bits per byte",
     ]
-    return told if comparison.seconds is None else [*told, f"{comparison.seconds / 60:.1f} core minutes"]
+    return shown if comparison.seconds is None else [*shown, f"{short(comparison.seconds / 60, 3)} CPU-minutes"]
 
 
 # Claims ----------------------------------------------------------------------------------------------------------
 
 
 def kind(verdict: str) -> str:
-    """What sort of verdict it is: a key of `MARKS`."""
+    """Return the kind of a verdict, a key of `MARKS`."""
     if verdict == "holds":
         return "holds"
-    return "partly" if verdict.startswith("holds only") else "fails" if verdict.startswith("does not") else "unclear"
+    # "holds only when …" is the wording of older results.
+    return (
+        "partly"
+        if verdict.startswith(("holds in part", "holds only"))
+        else "fails"
+        if verdict.startswith("does not")
+        else "unclear"
+    )
+
+
+def sentence(verdict: str) -> str:
+    """Return a verdict as a sentence.
+
+    Example:
+        >>> sentence("holds in part (2 of 5 conditions)")
+        'Holds in part (2 of 5 conditions).'
+    """
+    return f"{verdict[:1].upper()}{verdict[1:]}."
 
 
 def _overview(cards: Sequence[Card]) -> str:
     rows = "".join(
         f'<tr><td><a href="#{anchor(card.id)}">{escape(card.id)}</a></td><td>{escape(card.claim)}</td>'
         f'<td class="{MARKS[kind(card.verdict)][0]}"><span class="mark">{MARKS[kind(card.verdict)][1]}</span> '
-        f"{escape(card.verdict.split(':')[0])}</td></tr>"
+        f"{escape(card.verdict)}</td></tr>"
         for card in cards
     )
     return f'<div class="scroll"><table class="overview"><tbody>{rows}</tbody></table></div>'
@@ -104,51 +124,51 @@ def _overview(cards: Sequence[Card]) -> str:
 
 def _card(card: Card) -> str:
     sort, mark = MARKS[kind(card.verdict)]
+    verdict = escape(sentence(card.verdict), 1500)
     figure = claim_figure(card)
     name = escape(card.id)
     picture = _image(figure, f"Intervals of claim {card.id}; the table has the numbers") if figure else ""
     return (
         f'<article class="card {sort}" id="{anchor(card.id)}"><p class="id">{name}</p><h3>{escape(card.claim)}</h3>'
-        f'<p class="verdict"><span class="mark" aria-hidden="true">{mark}</span> {escape(card.verdict, 1500)}</p>'
+        f'<p class="verdict"><span class="mark" aria-hidden="true">{mark}</span> {verdict}</p>'
         f"<p>{escape(card.found, 2000)}</p>{picture}"
-        f"<details><summary>The measurement, its numbers, its sources</summary><p>{escape(card.measured, 1500)}</p>"
+        f"<details><summary>Measurement, numbers and sources</summary><p>{escape(card.measured, 1500)}</p>"
         f"{_conditions(card.conditions)}<p>{escape(card.source, 1500)}</p></details>"
-        f'<p class="again">Again: <code>{escape(card.command)}</code></p></article>'
+        f'<p class="again">Reproduce with: <code>{escape(card.command)}</code></p></article>'
     )
 
 
 def _conditions(conditions: Sequence[Condition]) -> str:
-    head = ("condition", "mean", "95 % interval", "the claim says", "seeds", "so")
-    return table(head, (condition_row(each) for each in conditions))
+    return table(CONDITION_HEAD, (condition_row(each) for each in conditions))
 
 
 def condition_row(each: Condition) -> tuple[str, ...]:
-    """A condition's cells."""
-    says = f"{'>' if each.above else '<'} {short(_shown(each.threshold, each))} {each.unit}"
-    more = f" (+{each.more})" if each.more else ""
+    """Return a condition's row, in the order of `CONDITION_HEAD`."""
+    claimed = f"{'>' if each.above else '<'} {short(_shown(each.threshold, each))}"
     mean, ends = short(_shown(each.mean, each)), interval(each.low, each.high, each)
-    return each.label, mean, ends, says, str(each.seeds), each.outcome + more
+    holds = not_enough_evidence(each.more) if each.outcome == "unclear" else each.outcome
+    return each.label, each.unit, mean, ends, claimed, str(each.seeds), holds
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table of texts; everything is escaped."""
+    """Return an HTML table; all texts are escaped."""
     title = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{title}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def interval(low: float | None, high: float | None, each: Condition | None = None) -> str:
-    """An interval in words; – without ends."""
+    """Return an interval as text, – if it is unknown."""
     if low is None or high is None:
         return "–"
     return f"{short(_shown(low, each))} … {short(_shown(high, each))}"
 
 
 def _shown(value: float | None, each: Condition | None) -> float | None:
-    """Logarithms are shown as what they are of."""
+    """Return the number to display: logarithms are displayed as their exponentials."""
     if value is None or each is None or each.scale != "log":
         return value
-    return math.exp(min(value, 700.0))
+    return math.exp(max(-700.0, min(value, 700.0)))
 
 
 # Studies ---------------------------------------------------------------------------------------------------------
@@ -157,7 +177,7 @@ def _shown(value: float | None, each: Condition | None) -> float | None:
 def _study(study: StudyResults) -> str:
     figure = study_figure(study)
     picture = _image(figure, f"Study {study.name}; the table has the numbers") if figure else ""
-    better = f", {'less' if study.lower_is_better else 'more'} is better; a difference of {study.margin:g} matters"
+    better = f", {'lower' if study.lower_is_better else 'higher'} is better; margin {study.margin:g}"
     rows = table(*study_rows(study))
     return (
         f'<article class="study"><h3>{escape(study.name)}</h3>'
@@ -167,20 +187,22 @@ def _study(study: StudyResults) -> str:
 
 
 def study_rows(study: StudyResults) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The head and the rows of a study's table."""
+    """Return the head and the rows of a study's table."""
     found = {(each.depth, each.label): each for each in study.comparisons}
-    head = ("configuration", "blocks", "rate", "mean", "lost", "difference, 95 %", "verdict")
-    return head, [_row(row, found.get((row.depth, row.label))) for row in study.configurations]
+    head = ("configuration", "blocks", "learning rate", "mean", "runs", "difference (95 % interval)", "verdict")
+    return head, [_row(row, found.get((row.depth, row.label)), study.protocol) for row in study.configurations]
 
 
-def _row(row: Configuration, each: Difference | None) -> tuple[str, ...]:
+def _row(row: Configuration, each: Difference | None, protocol: str) -> tuple[str, ...]:
     known = [value for value in row.values.values() if value is not None]
     mean = short(statistics.fmean(known)) if known else "–"
     rate = "" if row.lr is None else short(row.lr)
-    told = ("", "baseline")
+    compared = ("", "baseline")
     if each is not None:
-        told = ("–" if each.mean is None else f"{each.mean:+.3f} ({interval(each.low, each.high)})", each.verdict)
-    return row.label, str(row.depth), rate, mean, f"{len(row.lost)}/{len(row.values)}", *told
+        compared = ("–" if each.mean is None else f"{each.mean:+.3f} ({interval(each.low, each.high)})", each.verdict)
+    measured = 0 if protocol == "init" else len(row.values)  # nothing can diverge before the first step
+    runs = count_outcomes(row.outcomes, row.lost, measured, row.missing)
+    return row.label, str(row.depth), rate, mean, runs, *compared
 
 
 def _image(svg: bytes, alternative: str) -> str:
@@ -188,5 +210,5 @@ def _image(svg: bytes, alternative: str) -> str:
 
 
 def anchor(name: str) -> str:
-    """A name that can stand in an address."""
+    """Return a name that is valid in a URL."""
     return "".join(character if character.isalnum() and character.isascii() else "-" for character in name)[:60]

@@ -1,26 +1,29 @@
-"""results.json and timings.json, read back. They may come from anywhere: what they must be is written down here."""
+"""Reader of results.json and timings.json. The files may come from elsewhere, so every value is checked."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from omninorm.errors import MissingExtraError, RunError
+from omninorm.report.text import plain
 
 try:
     from pydantic import BaseModel, Field, ValidationError
 except ImportError as missing:
     raise MissingExtraError(
-        "pages of comparisons need pydantic",
-        "an installation without it",
-        'install it with pip install "omninorm[compare]"',
+        "A comparison's page needs pydantic", "", 'install it with pip install "omninorm[compare]"'
     ) from missing
 
 RESULTS_FILE, TIMINGS_FILE = "results.json", "timings.json"
 FORMAT = 2
-Number = float | None
+# Larger numbers come from damage, and sums or squares of them would overflow.
+_LARGEST = 1e60
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=-_LARGEST, le=_LARGEST)]
+Number = Finite | None
+Count = Annotated[int, Field(ge=0, le=10**12)]
 
 
 class Condition(BaseModel):
@@ -28,13 +31,13 @@ class Condition(BaseModel):
 
     label: str
     outcome: str
-    more: int
+    more: Count
     mean: Number
     low: Number
     high: Number
-    threshold: float
+    threshold: Finite
     above: bool
-    seeds: int
+    seeds: Count
     unit: str
     scale: str
 
@@ -53,29 +56,36 @@ class Card(BaseModel):
 
 
 class Configuration(BaseModel):
-    """A configuration at a depth and at its best rate. curve: (step, training loss in bits per byte)."""
+    """A configuration at a depth and its best learning rate.
+
+    Args:
+        lost: the seeds whose runs diverged.
+        outcomes: "learned", "stagnated" or "diverged" by seed; empty in older files and for other protocols.
+        curve: (step, training loss in bits per byte).
+    """
 
     label: str
-    depth: int
+    depth: Count
     lr: Number
     values: dict[str, Number]
     lost: list[str]
-    missing: int
-    by_rate: list[tuple[float, Number]] = Field(default_factory=list)
+    missing: Count
+    outcomes: dict[str, str] = Field(default_factory=dict)
+    by_rate: list[tuple[Finite, Number]] = Field(default_factory=list)
     sensitivity: Number = None
     spike_score: Number = None
-    curve: list[tuple[int, Number]] = Field(default_factory=list)
+    curve: list[tuple[Count, Number]] = Field(default_factory=list)
     stream_rms: list[Number] = Field(default_factory=list)
     grad_norms: list[Number] = Field(default_factory=list)
 
 
 class Difference(BaseModel):
-    """A configuration against the study's first one."""
+    """The difference between a configuration and the study's first one."""
 
-    depth: int
+    depth: Count
     label: str
     against: str
-    seeds: int
+    seeds: Count
     mean: Number
     low: Number
     high: Number
@@ -89,18 +99,18 @@ class StudyResults(BaseModel):
     protocol: str
     unit: str
     lower_is_better: bool
-    margin: float
+    margin: Finite
     configurations: list[Configuration]
     comparisons: list[Difference]
 
 
 class Text(BaseModel):
-    """What was trained on."""
+    """The text that the models were trained on."""
 
     name: str
     sha256: str
-    bytes: int
-    unigram_bits_per_byte: float
+    bytes: Count
+    unigram_bits_per_byte: Finite
 
 
 class _Results(BaseModel):
@@ -113,7 +123,7 @@ class _Results(BaseModel):
 
 
 class _Clock(BaseModel):
-    """Of a run only how long it took is told."""
+    """A run's duration in seconds."""
 
     seconds: Number = None
 
@@ -125,16 +135,16 @@ class _Timings(BaseModel):
 
 
 class Comparison(BaseModel):
-    """Everything that the page tells.
+    """The content of a comparison's page.
 
     Args:
-        title: the plan's.
-        plan: what was compared, as the user wrote it.
-        text: what was trained on.
-        studies: the results of each.
-        claims: cards, those about speed included.
-        failures: why runs have no outcome, by their ids.
-        seconds: that all runs took together; None where it is not known.
+        title: the plan's title.
+        plan: the plan, as the user wrote it.
+        text: the text that the models were trained on.
+        studies: the results of each study.
+        claims: the claims' cards, including those about speed.
+        failures: the reasons of failed runs, by their ids.
+        seconds: the total duration of all runs; None if it is not known.
     """
 
     title: str
@@ -147,12 +157,12 @@ class Comparison(BaseModel):
 
 
 def is_comparison(path: Path) -> bool:
-    """Whether the folder is one that `omninorm compare` has finished."""
+    """Return whether the folder holds the results of `omninorm compare`."""
     return (path / RESULTS_FILE).exists() and (path / TIMINGS_FILE).exists()
 
 
 def read_comparison(path: Path) -> Comparison:
-    """Reads a comparison's folder.
+    """Read a comparison's folder.
 
     Raises:
         RunError: a file is missing, damaged, or of another format.
@@ -178,16 +188,20 @@ _File = TypeVar("_File", _Results, _Timings)
 
 
 def _read(path: Path, kind: type[_File]) -> _File:
-    remedy = "name a folder that `omninorm compare` wrote, or let it write the file anew with --resume"
+    remedy = "use a folder written by omninorm compare, or write the file again with omninorm compare --resume FOLDER"
     try:
         content = json.loads(path.read_bytes())
-        found = content.get("format") if isinstance(content, Mapping) else None
-        if found != FORMAT:
-            raise RunError(f"results have format {FORMAT}", f"{found!r} in {path}", remedy)
+    except OSError as error:
+        raise RunError(f"Cannot read {path}: {error.strerror or error}", "", remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is not valid JSON: {plain(error, 200)}", "", remedy) from error
+    found = content.get("format") if isinstance(content, Mapping) else None
+    if found != FORMAT:
+        received = plain(found, 80) if isinstance(found, int | float | str | None) else type(found).__name__
+        raise RunError(f"The results in {path} must have format {FORMAT}", received, remedy)
+    try:
         return kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise RunError("results must be complete", f"{place} in {path}: {first['msg']}", remedy) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError("results must be readable JSON", f"{path} ({error})", remedy) from error
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        place = plain(".".join(str(part) for part in first["loc"]), 200)
+        raise RunError(f"{path} is damaged at {place}: {plain(first['msg'], 200)}", "", remedy) from None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from omninorm.experiments.compare.cards import NO, YES, Card, Condition, Question
-from omninorm.experiments.compare.claims.common import LEARNED, TINY, TRAINED, card, one, score, values
+from omninorm.experiments.compare.claims.common import LEARNED, TINY, TRAINED, blocks, card, one, score, values
 from omninorm.experiments.compare.evidence import Evidence, Outcome
 
 START, TRAIN = "without-norms-start", "without-norms"
@@ -33,58 +33,58 @@ STUDIES: list[dict[str, Any]] = [
         "settings": TRAINED,
     },
 ]
-STARTS = {"xavier": "Xavier's start", "normal": "a start of deviation 0.02"}
-# Over the whole stack, tenfold: an order of magnitude.
+INITIALIZATIONS = {"xavier": "Xavier initialization", "normal": "std-0.02 initialization"}
+# A factor of ten over the whole stack.
 FOLD = math.log(10.0)
-# What is not finite grew at least so much.
+# The change that a stream with infinite or zero values is counted with.
 _OVERFLOW = math.log(3.4e38)
 
 
 def judge(evidence: Evidence) -> Card:
     questions = []
-    for start in evidence.values(START, "init"):
+    for init in evidence.values(START, "init"):
         depth = max(evidence.values(START, "depth"))
-        rows = evidence.rows(START, normalization="none", init=start, depth=depth)
-        label = f"the stream with {STARTS[start]}, {depth} blocks"
+        rows = evidence.rows(START, normalization="none", init=init, depth=depth)
+        label = f"residual stream, {INITIALIZATIONS[init]}, {blocks(depth)}"
         samples = [change for row in rows for change in values(row, _change).values()]
-        questions.append(
-            Question(label, samples, FOLD, True, "last block's stream over the first's, or its inverse", "log")
-        )
-    for start in evidence.values(TRAIN, "init"):
+        questions.append(Question(label, samples, FOLD, True, "change of the residual stream over the stack", "log"))
+    for init in evidence.values(TRAIN, "init"):
         for depth in evidence.values(TRAIN, "depth"):
-            found = one(evidence.rows(TRAIN, normalization="none", init=start, depth=depth))
-            label = f"training with {STARTS[start]}, {depth} blocks"
+            found = one(evidence.rows(TRAIN, normalization="none", init=init, depth=depth))
+            label = f"training, {INITIALIZATIONS[init]}, {blocks(depth)}"
             samples = list(values(found, score).values())
             questions.append(Question(label, samples, LEARNED * evidence.unigram, True, "bits per byte"))
     return card(
         "C1",
         "Without normalization the layers of a deep network explode or vanish, and training fails.",
-        "The stream's RMS after each block of a stack without norms, before the first step; and whether training "
-        f"comes below {LEARNED:g} of the bits per byte that byte frequencies alone have.",
+        "The RMS of the residual stream after each block of a stack without norms, before the first step; and whether "
+        f"training reaches less than {LEARNED:g} of the unigram baseline's bits per byte.",
         questions,
         _found,
-        "Norm-free training is known to work with a start made for it (ReZero, Fixup, T-Fixup) or with pointwise functions "
-        "in the norms' place (DyT, Derf), so the claim can only be one about standard starts.",
+        "Norm-free training works with tailored initialization (ReZero, Fixup, T-Fixup) or with pointwise functions in "
+        "place of norms (DyT, Derf), so the claim can only be about standard initializations.",
     )
 
 
 def _change(outcome: Outcome) -> float:
-    """|ln| of the last block's stream over the first's."""
-    first, *_, last = outcome["stream_rms"]
+    """Return |ln(RMS after the last block / RMS after the first block)|."""
+    first, last = outcome["stream_rms"][0], outcome["stream_rms"][-1]
     if first is None or last is None or not first * last:
         return _OVERFLOW
     return abs(math.log(last / first))
 
 
 def _found(conditions: Sequence[Condition]) -> str:
-    said = []
+    sentences = []
     for each in conditions:
         if each.mean is None:
             continue
+        setting = each.label.split(", ", 1)[1].replace(", ", " and ")
         if each.scale == "log":
-            said.append(f"{each.label}: it changes by a factor of {math.exp(each.mean):.3g}")
+            finding = f"the residual stream changes by a factor of {math.exp(each.mean):#.3g}"
         else:
-            fails = "it does not learn" if each.mean >= each.threshold / LEARNED else "it hardly learns"
-            learns = {YES: fails, NO: "it learns"}.get(each.outcome, "unclear")
-            said.append(f"{each.label}: {learns} ({each.mean:.2f} bits per byte)")
-    return f"Without norms, {'; '.join(said)}."
+            fails = "does not learn" if each.mean >= each.threshold / LEARNED else "hardly learns"
+            learns = {YES: fails, NO: "learns"}.get(each.outcome, "may or may not learn")
+            finding = f"training {learns} ({each.mean:.2f} bits per byte)"
+        sentences.append(f"With {setting}, {finding}.")
+    return " ".join(sentences)

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from omninorm.experiments.compare.cards import Card, Condition, Question
-from omninorm.experiments.compare.claims.common import LEARNED, NORMS, card, differences, mean, one, score, values
+from omninorm.experiments.compare.claims.common import (
+    LEARNED,
+    NORMS,
+    blocks,
+    card,
+    differences,
+    mean,
+    one,
+    score,
+    span,
+    values,
+)
 from omninorm.experiments.compare.evidence import Evidence
 
 STUDIES = [NORMS]
@@ -20,15 +31,15 @@ def judge(evidence: Evidence) -> Card:
                 values(one(evidence.rows("norms", normalization=kind, depth=depth, lr=lr)), score)
                 for kind in ("rmsnorm", "layernorm")
             )
-            label = f"pre-norm, {depth} blocks, rate {lr:g}"
-            # Models that have not learned are equally good, and say nothing.
+            label = f"pre-norm, {blocks(depth)}, learning rate {lr:g}"
+            # Models that have not learned are equally bad whatever their norm, so they are no evidence.
             learned = all(mean(list(each.values())) < LEARNED * evidence.unigram for each in (ours, theirs))
             samples = differences(ours, theirs) if learned else []
             questions.append(Question(label, samples, margin, False, "bits per byte"))
 
     def found(conditions: Sequence[Condition]) -> str:
-        said = "; ".join(f"{each.label}: {each.mean:+.3f}" for each in conditions if each.mean is not None)
-        return f"RMSNorm's held-out bits per byte minus LayerNorm's: {said}. Up to {margin:g} counts as no cost."
+        means = span([each.mean for each in conditions if each.mean is not None], "+.3f")
+        return f"RMSNorm's held-out bits per byte minus LayerNorm's: {means}. Up to {margin:g} counts as no cost."
 
     return card(
         "C3",
@@ -36,5 +47,5 @@ def judge(evidence: Evidence) -> Card:
         "Held-out bits per byte after training with either norm, from the same weights on the same batches.",
         questions,
         found,
-        "The paper of RMSNorm reports BLEU 26.8 against 26.6, OLMo-2 found no difference.",
+        "The RMSNorm paper reports BLEU 26.8 against 26.6; OLMo 2 found no difference.",
     )

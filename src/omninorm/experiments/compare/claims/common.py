@@ -1,4 +1,4 @@
-"""What claims share: the size of their models, studies that several of them judge by, and differences of paired seeds."""
+"""Shared parts of claims: model sizes, studies that several claims use, and differences of paired seeds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from omninorm.experiments.compare.cards import Card, Condition, Question, decide, verdict
 from omninorm.experiments.compare.evidence import Outcome, Row
+from omninorm.experiments.demo import LEARNED_BELOW
 
-# Bytes of real text; GELU, since without norms a gated feed-forward overflows before anything can be measured.
+# GELU, because without norms a gated feed-forward layer overflows before anything can be measured.
 TINY = {"d_model": 32, "n_heads": 2, "seq_len": 64, "batch_size": 8, "feed_forward": "gelu", "eval_bytes": 16384}
 TRAINED = {**TINY, "steps": 200}
-# A run that predicts the held-out text no better than this share of what byte frequencies need has not learned.
-LEARNED = 0.9
+# A run has learned if it needs less than this share of the unigram baseline's bits per byte.
+LEARNED = LEARNED_BELOW
 
 NORMS: dict[str, Any] = {
     "name": "norms",
@@ -44,7 +45,7 @@ def card(
     found: Callable[[Sequence[Condition]], str],
     source: str,
 ) -> Card:
-    """A claim's card from its questions; `found` tells the finding."""
+    """Build a claim's card from its questions; `found` words the finding."""
     conditions = decide(questions)
     finding = (
         found(conditions)
@@ -55,7 +56,7 @@ def card(
 
 
 def values(row: Row | None, read: Callable[[Outcome], float | None]) -> dict[int, float]:
-    """A number of every seed; seeds without one are left out."""
+    """Return a number of every seed; seeds without a finite one are left out."""
     if row is None:
         return {}
     found = {seed: read(outcome) for seed, outcome in row.outcomes.items()}
@@ -63,12 +64,12 @@ def values(row: Row | None, read: Callable[[Outcome], float | None]) -> dict[int
 
 
 def differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
-    """Ours minus theirs, seed by seed."""
+    """Return ours minus theirs, by seed."""
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
 def score(outcome: Outcome) -> float | None:
-    """Held-out bits per byte, 8 for a run that was lost."""
+    """Return the held-out bits per byte, 8 for a diverged run."""
     found: float | None = outcome["score"]
     return found
 
@@ -78,5 +79,21 @@ def mean(numbers: Sequence[float]) -> float:
 
 
 def one(rows: Sequence[Row]) -> Row | None:
-    """The row, where there is one."""
+    """Return the first row, None if there is none."""
     return rows[0] if rows else None
+
+
+def blocks(depth: int) -> str:
+    """Return a depth in words, such as "4 blocks"."""
+    return f"{depth} block{'' if depth == 1 else 's'}"
+
+
+def span(numbers: Sequence[float], form: str) -> str:
+    """Return the smallest and the largest number as text.
+
+    Example:
+        >>> span([0.5, 2.0, 1.0], ".2f"), span([1.0], ".2f")
+        ('0.50 to 2.00', '1.00')
+    """
+    low, high = (format(end(numbers), form) for end in (min, max))
+    return low if low == high else f"{low} to {high}"

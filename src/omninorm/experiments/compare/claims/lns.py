@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from omninorm.experiments.compare.cards import Card, Condition, Question
-from omninorm.experiments.compare.claims.common import TINY, card, differences, one, values
+from omninorm.experiments.compare.claims.common import TINY, blocks, card, differences, one, values
 from omninorm.experiments.compare.evidence import Evidence, Outcome
 
 STUDIES = [
@@ -28,20 +28,24 @@ def judge(evidence: Evidence) -> Card:
             values(one(evidence.rows("stream", placement=place, depth=depth)), _last) for place in ("lns", "pre")
         )
         questions.append(
-            Question(f"{depth} blocks", differences(lns, pre), 0.0, False, "lns's variance over pre-norm's", "log")
+            Question(f"{blocks(depth)}", differences(lns, pre), 0.0, False, "lns's variance / pre-norm's", "log")
         )
 
     def found(conditions: Sequence[Condition]) -> str:
-        said = "; ".join(f"{each.label}: {math.exp(each.mean):.2f}" for each in conditions if each.mean is not None)
-        return f"The mean square of the stream behind the last block, lns's over pre-norm's: {said}."
+        ratios = ", ".join(
+            f"{math.exp(each.mean):.2f} with {each.label}" for each in conditions if each.mean is not None
+        )
+        return f"The residual stream's mean square after the last block, lns's over pre-norm's: {ratios}."
 
     return card(
         "lns",
-        "Scaling the norms by 1/√block keeps the stream's variance below that of pre-norm.",
-        "The mean square of the stream behind the last block before training, the same weights with and without the scaling.",
+        "Scaling the norms by 1/√block keeps the residual stream's variance below that of pre-norm.",
+        "The mean square of the residual stream after the last block before training, for the same weights with and without "
+        "the scaling.",
         questions,
         found,
-        "Curse of Depth (Sun et al. 2025): with the scaling the variance grows slower than exponentially, and deep blocks learn.",
+        "Curse of Depth (Sun et al. 2025): with the scaling, the variance grows more slowly than exponentially, and deep blocks "
+        "learn.",
     )
 
 

@@ -24,28 +24,28 @@ STUDIES = [
 def judge(evidence: Evidence) -> Card:
     without, with_norm = sensitivity(evidence, False), sensitivity(evidence, True)
     gains = differences(with_norm, without)
-    questions = [Question("4 blocks, pre-norm", gains, 0.0, False, "difference of sensitivity, bits per byte")]
+    questions = [Question("4 blocks, pre-norm", gains, 0.0, False, "difference in sensitivity, bits per byte")]
 
     def found(conditions: Sequence[Condition]) -> str:
         return (
-            f"Sensitivity {mean(list(without.values())):.2f} without qk-norm and {mean(list(with_norm.values())):.2f} with it, "
-            "in bits per byte."
+            f"The sensitivity is {mean(list(without.values())):.2f} bits per byte without qk-norm and "
+            f"{mean(list(with_norm.values())):.2f} with it."
         )
 
     return card(
         "qk-norm",
         "Norms on queries and keys make training less sensitive to the learning rate.",
-        "The mean over seven rates, 3e-4 to 0.3, of the final held-out bits per byte minus the best of them; lost runs "
-        "count 8.",
+        "The mean over seven learning rates, 3e-4 to 0.3, of the final held-out bits per byte minus the best of them; "
+        "diverged runs count as 8.",
         questions,
         found,
-        "Wortsman et al. 2023, arXiv 2309.14322, with models of 10 million parameters and more, whose attention logits grow "
-        "as these small ones' may not.",
+        "Wortsman et al. 2023, arXiv 2309.14322, use models of 10 million or more parameters, whose attention logits may "
+        "grow more than those of the small models here.",
     )
 
 
 def sensitivity(evidence: Evidence, qk_norm: bool) -> dict[int, float]:
-    """Of every seed that has all its rates."""
+    """Return the sensitivity of every seed that has a result at each learning rate."""
     rows = evidence.rows("qk-norm", qk_norm=qk_norm)
     by_rate = [values(row, _capped) for row in rows]
     seeds = set.intersection(*(set(each) for each in by_rate)) if by_rate else set()
@@ -54,7 +54,7 @@ def sensitivity(evidence: Evidence, qk_norm: bool) -> dict[int, float]:
 
 
 def _capped(outcome: Outcome) -> float | None:
-    """As Wortsman: no run counts worse than its start."""
+    """Return the score, but never worse than at initialization (as Wortsman et al.)."""
     initial = outcome["initial_bits"]
     score: float = outcome["score"]
     return min(score, 8.0 if initial is None else initial)

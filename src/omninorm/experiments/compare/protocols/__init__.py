@@ -1,4 +1,4 @@
-"""What a cell can measure. Each protocol is a function from a cell and its text to a Measurement."""
+"""The protocols: each is a function from a cell and its text to a Measurement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the protocols share: the tokens of a cell, and numbers for JSON."""
+"""Shared parts of the protocols: the tokens of a cell, and numbers for JSON."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _DIGITS = 9
 
 
 def tokens_of(cell: Cell, corpus: Corpus) -> TokenData:
-    """The text as bytes, cut as the cell's settings say."""
+    """Return the text as byte tokens, split as in the cell's settings."""
     config = cell.plan.train
     return tokenize(corpus, ByteTokenizer(), config.seq_len, config.eval_bytes)
 
 
 def check_text(cells: Iterable[Cell], corpus: Corpus) -> None:
-    """Raises DataError where the text is too short for a cell's windows, or for its held-out part."""
+    """Raise DataError if the text is too short for a cell's windows or for its held-out part."""
     for config in {(cell.plan.train.seq_len, cell.plan.train.eval_bytes) for cell in cells}:
         tokenize(corpus, ByteTokenizer(), *config)
 
 
 def plain(value: Any) -> Any:
-    """For JSON: numbers at nine digits, None for what is not finite."""
+    """Prepare values for JSON: round numbers to nine digits, replace those that are not finite by None."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

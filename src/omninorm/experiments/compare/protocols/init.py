@@ -1,4 +1,4 @@
-"""The init protocol: streams and gradients by depth before the first step."""
+"""The init protocol: the residual stream and the gradients of each block before the first step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from omninorm.watch.structure import find_blocks
 
 
 def measure(cell: Cell, corpus: Corpus) -> Measurement:
-    """One forward and backward pass on the first batch.
+    """Run one forward and backward pass on the first batch.
 
     The outcome, block 1 first: "stream_rms", RMS(x) of each block's output; "grad_norms" of each block's parameters;
-    "growth", (ln RMS of the last output − ln RMS of the first)/(blocks − 1), None for one block or what is not finite.
+    "growth", (ln RMS of the last output − ln RMS of the first)/(blocks − 1), None for one block or non-finite values.
     """
     plan = cell.plan
     config = plan.train
@@ -28,13 +28,13 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
     model = build_cell(cell)
     blocks = [block for _, block in find_blocks(model)]
     if not blocks:
-        remedy = "keep the blocks in an nn.ModuleList or an nn.Sequential, or leave out the protocol init"
-        raise ConfigError("the protocol init needs a model made of blocks", f"none found in {cell.model}", remedy)
+        remedy = "keep the blocks in an nn.ModuleList or an nn.Sequential, or do not use the protocol init"
+        raise ConfigError(f"The protocol init needs a model with blocks, but {cell.model} has none", "", remedy)
     tokens = windows(tokens_of(cell, corpus).train, config.seed, 1, config.batch_size, config.seq_len)
     streams: list[float] = []
 
     def look(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        stream = output[0] if isinstance(output, tuple) else output  # "residual" has two
+        stream = output[0] if isinstance(output, tuple) else output  # the placement "residual" returns two tensors
         streams.append(float(stream.detach().double().square().mean().sqrt()))
 
     for block in blocks:
@@ -50,7 +50,7 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
 
 
 def growth(values: list[float]) -> float:
-    """The mean change of the logarithm from one value to the next."""
+    """Return the mean change of the logarithm from one value to the next."""
     if len(values) < 2 or not all(math.isfinite(value) and value > 0 for value in values):
         return math.nan
     return (math.log(values[-1]) - math.log(values[0])) / (len(values) - 1)

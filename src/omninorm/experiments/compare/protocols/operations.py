@@ -1,4 +1,4 @@
-"""How many arithmetic operations a norm takes per element: those that PyTorch's own operators come apart into."""
+"""Arithmetic operations per element of a norm: those that PyTorch's own operators decompose into."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS, _WIDTH = 8, 64
-# What an operator does with each element that it reads; sums and means add it, a variance (given the mean) subtracts,
-# squares and adds.
+# Operations per element that an operator reads: sums and means add it; a variance, given the mean, subtracts, squares
+# and adds.
 _POINTWISE = ("add", "sub", "mul", "div", "pow")
 _REDUCTIONS = {"sum": 1, "mean": 1, "var": 3}
 
 
 def count_operations(normalization: str) -> dict[str, float]:
-    """Operations of "rmsnorm" or "layernorm", forward: "per_element" and "per_row".
+    """Count the operations of the forward pass of "rmsnorm" or "layernorm": "per_element" and "per_row".
 
-    Counted in the graph that torch.compile makes of torch.nn.functional's operator.
+    They are counted in the graph that torch.compile makes of torch.nn.functional's operator.
     """
-    # Their import takes a second, which no other protocol needs.
+    # Imported here because the import takes a second, and no other protocol needs it.
     from torch._decomp import get_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -1,4 +1,4 @@
-"""The ramp protocol: the largest learning rate that a configuration tolerates, from one run whose rate rises (KEEL)."""
+"""The ramp protocol: the largest tolerable learning rate, from one run with a rising learning rate (KEEL)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from omninorm.experiments.train import train
 
 
 def measure(cell: Cell, corpus: Corpus) -> Measurement:
-    """Trains with a rate that rises linearly from 0 to the cell's `lr` over all steps.
+    """Train with a learning rate that rises linearly from 0 to the cell's `lr` over all steps.
 
-    The outcome: "largest_rate", that of the last good step; "sign" of the run's loss, None where it survived, and the
-    largest tolerable rate is then not below "largest_rate"; "losses" of the steps in bits per byte.
+    The outcome: "largest_rate", the learning rate at the last step with progress; "sign" of divergence, None if the run
+    did not diverge, in which case "largest_rate" is a lower bound; "losses" of the steps in bits per byte.
     """
     plan = cell.plan
     config = replace(plan.train, warmup_steps=plan.train.steps, eval_every=plan.train.steps)

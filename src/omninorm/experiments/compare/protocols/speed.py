@@ -1,7 +1,7 @@
 """The speed protocol: a norm's time against LayerNorm's, alone, in a block and in a training step.
 
-Both take turns in random order, and what counts is the median of the rounds' ratios. A comparison runs these cells one
-at a time, when all others are done.
+Both alternate in random order, and the result is the median of the ratios within a round. A comparison runs these cells
+one at a time, after all others.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Call = Callable[[int], object]
 
 
 def measure(cell: Cell, corpus: Corpus) -> Measurement:
-    """Times the cell's norm and LayerNorm in the same places.
+    """Time the cell's norm and LayerNorm in the same places.
 
     The outcome: "operations", of each norm's forward pass. The clock: "ratios", LayerNorm's time over the norm's, so
-    that above 1 the norm is faster: "norm" and "norm, torch.nn" forward and backward at the model's width, "block" the
-    same of a whole block, "step" of a training step with its optimizer; "microseconds" of ours.
+    that the norm is faster if the ratio is above 1: "norm" and "norm, torch.nn" forward and backward at the model's
+    width, "block" the same of a whole block, "step" of a training step with its optimizer; "microseconds" of ours.
     """
     started = time.perf_counter()
     torch.manual_seed(cell.seed)
@@ -56,7 +56,7 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
 
 
 def _time(calls: tuple[Call, Call], inputs: int, seed: int) -> tuple[float, float]:
-    """LayerNorm's time over ours, and ours in microseconds."""
+    """Return LayerNorm's time over ours, and ours in microseconds."""
     contestants = [Contestant(OURS, calls[0], "ours"), Contestant(BASELINE, calls[1], "other")]
     samples = time_case(Case("speed", contestants, inputs, grad=True), SECONDS, seed=seed)
     ratio = statistics.median(paired_ratios(samples[BASELINE], samples[OURS]))
@@ -64,7 +64,7 @@ def _time(calls: tuple[Call, Call], inputs: int, seed: int) -> tuple[float, floa
 
 
 def _norms(cell: Cell, ours: bool) -> tuple[Call, Call] | None:
-    """Two norms alone; torch.nn's where it has both."""
+    """Return calls of the two norms alone: omninorm's, or torch.nn's if it has both."""
     plan = cell.plan
     width, rows = plan.model.d_model, plan.train.batch_size * plan.train.seq_len
     xs = [torch.randn(rows, width, requires_grad=True) for _ in range(_INPUTS)]
@@ -80,7 +80,7 @@ def _norms(cell: Cell, ours: bool) -> tuple[Call, Call] | None:
 
 
 def _blocks(cell: Cell) -> tuple[Call, Call] | None:
-    """The first block of two Thinkers."""
+    """Return calls of the first block of two Thinkers."""
     if cell.model is not None:
         return None
     calls = []
@@ -102,7 +102,7 @@ def _blocks(cell: Cell) -> tuple[Call, Call] | None:
 
 
 def _steps(cell: Cell) -> tuple[Call, Call]:
-    """Training steps of two models: forward, backward, optimizer."""
+    """Return training steps of two models: forward, backward, optimizer."""
     config = cell.plan.train
     tokens = torch.randint(0, VOCABULARY, (config.batch_size, config.seq_len + 1))
     calls = []

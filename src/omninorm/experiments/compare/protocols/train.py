@@ -1,4 +1,4 @@
-"""The train protocol: held-out bits per byte at the end of a run, and how rough the way there was."""
+"""The train protocol: held-out bits per byte at the end of a run, divergence and gradient spikes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SPIKE_SIGMA, SPIKE_WINDOW, SPIKE_HISTORY = 7.0, 1000, 32
 
 
 def measure(cell: Cell, corpus: Corpus) -> Measurement:
-    """Trains the cell's model.
+    """Train the cell's model.
 
-    The outcome: "status"; "bits_per_byte" of the held-out text at the end, None for a run that diverged;
-    "initial_bits" before the first step; "score", its bits per byte, but for a run that diverged or ended worse the 8
-    of a uniform guess (after Wortsman et al. 2023, arXiv 2309.14322, who take the loss at initialization);
-    "diverged_at"; "largest_grad_norm"; "spike_score", see there; "losses" of the steps in bits per byte; "undo",
-    what the trained model's gains leave of the norms, see `measure_undo`, on a batch of the held-out text.
+    The outcome: "status"; "bits_per_byte" of the held-out text at the end, None for a diverged run; "initial_bits"
+    before the first step; "score", the final bits per byte, but at most the 8 of a uniform guess, which is also the
+    score of a diverged run (Wortsman et al. 2023, arXiv 2309.14322, use the loss at initialization instead);
+    "diverged_at"; "largest_grad_norm"; "spike_score", see there; "losses" of the steps in bits per byte; "undo", the
+    result of `measure_undo` on a batch of the held-out text.
     """
     plan = cell.plan
     data = tokens_of(cell, corpus)
@@ -57,14 +57,16 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
 
 
 def _probe(data: TokenData, config: TrainConfig) -> Tensor:
-    """The first windows of the held-out text, int64 (≤ batch_size, seq_len)."""
+    """Return the first windows of the held-out text, int64 (≤ batch_size, seq_len)."""
     count = min(config.batch_size, len(data.held_out) // config.seq_len)
     return data.held_out[: count * config.seq_len].view(count, config.seq_len).long()
 
 
 def spike_score(norms: Sequence[float]) -> float:
-    """The share of steps whose gradient norm is 7 standard deviations above the mean of the last 1,000; of the first 32
-    steps none counts."""
+    """Return the share of steps whose gradient norm is 7 standard deviations above the mean of the last 1,000 steps.
+
+    The first 32 steps never count as spikes.
+    """
     spikes = 0
     for at in range(SPIKE_HISTORY, len(norms)):
         before = norms[max(0, at - SPIKE_WINDOW) : at]

@@ -1,11 +1,11 @@
-"""How far a norm's gain can undo the norm, and how far it does, on the streams of a trained model.
+"""How far a norm's gain can undo the norm, and how far it does, in a trained model.
 
-A norm divides every token by a number of its own; γ multiplies every feature by one number for all tokens. With x a
-stream (tokens, features) and x̂ the norm of x before the gain, the least that can be left of undoing is
+A norm divides every token by that token's own number; γ multiplies every feature by the same number for all tokens.
+With the residual stream x (tokens, features) and the normalized x̂ before the gain, the smallest possible remainder is
 
     min over γ (and β, where the norm has one) of  Σ (x − γ·x̂ − β)² / Σ x²
 
-which is 0 exactly where all tokens are divided by the same number.
+which is 0 exactly if all tokens are divided by the same number.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from omninorm.watch.norms import find_gain
 
 
 def measure_undo(model: nn.Module, tokens: Tensor) -> dict[str, float] | None:
-    """Medians over the model's RMSNorms and LayerNorms: "best", what the best γ and β leave, and "learned", what the
-    model's own leave. None for a model without such norms over a stream of (batch, sequence, features)."""
+    """Return medians over the model's RMSNorms and LayerNorms of the share that remains.
+
+    "best" is for the best possible γ and β, "learned" for the model's own. The result is None for a model without such
+    norms on inputs of shape (batch, sequence, features).
+    """
     best: list[float] = []
     learned: list[float] = []
 
     def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].detach().double()
         if x.ndim == 3:
-            rows, told = x.flatten(0, 1), output.detach().double().flatten(0, 1)
+            rows, normed = x.flatten(0, 1), output.detach().double().flatten(0, 1)
             best.append(remainder(rows, isinstance(module, nn.LayerNorm), float(module.eps or 0.0)))  # type: ignore[arg-type]
-            learned.append(float((rows - told).square().sum() / rows.square().sum()))
+            learned.append(float((rows - normed).square().sum() / rows.square().sum()))
 
     kinds = (nn.RMSNorm, nn.LayerNorm)
     hooks = [
@@ -49,7 +52,7 @@ def measure_undo(model: nn.Module, tokens: Tensor) -> dict[str, float] | None:
 
 
 def remainder(x: Tensor, centred: bool, eps: float) -> float:
-    """The share of Σ x² that the best γ (and β, for a LayerNorm) leave; x is float64, (tokens, features)."""
+    """Return the share of Σx² that the best γ (and β, for a LayerNorm) leave; x is float64, (tokens, features)."""
     normed = functional.layer_norm(x, eps=eps) if centred else functional.rms_norm(x, eps=eps)
     target, power = x, x.square().sum()
     if centred:
