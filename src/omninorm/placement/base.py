@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from omninorm.config import NormConfig, check_choice, check_count
 from omninorm.errors import ConfigError, InputError
+from omninorm.layers.tracing import Proxy
 
 Sublayer = Callable[[Tensor], Tensor]
 
@@ -67,7 +68,7 @@ class Placement(nn.Module, ABC):
 
     def check_stream(self, stream: Stream) -> None:
         """Raises InputError unless `stream` is what `enter` makes."""
-        if not isinstance(stream, Tensor):
+        if not isinstance(stream, (Tensor, Proxy)):
             raise InputError("the stream must be a tensor", f"a {type(stream).__name__}", "pass (..., width) features")
 
     @staticmethod

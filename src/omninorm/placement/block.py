@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from omninorm.config import NormConfig, check_choice, check_count
 from omninorm.errors import ConfigError, InputError
 from omninorm.layers import build_norm
+from omninorm.layers.tracing import Proxy
 from omninorm.placement.base import Placement, Position, Stream
 from omninorm.placement.normed import DeepNorm, HybridNorm, Keel, MixNorm, PostNorm, ResiDual
 from omninorm.placement.plain import LayerNormScaling, NoNorm, NormFormer, PreNorm, Reordered, Sandwich
@@ -165,6 +166,8 @@ def check_sublayer(config: NormConfig, name: str, sublayer: nn.Module, realizabl
 
 def same_shape(name: str, x: Tensor, branch: Tensor) -> Tensor:
     """The sublayer's output; raises InputError where adding it to the stream would broadcast or fail."""
+    if isinstance(branch, Proxy):
+        return branch  # type: ignore[return-value]
     if not isinstance(branch, Tensor) or branch.shape != x.shape:
         received = f"shape {tuple(branch.shape)}" if isinstance(branch, Tensor) else f"a {type(branch).__name__}"
         remedy = "wrap the sublayer so that it returns just that tensor"
