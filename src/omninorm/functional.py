@@ -186,7 +186,7 @@ def z_score(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def overriding(*arguments: object) -> list[Any]:
-    """Return the arguments that handle function calls themselves, such as torch.fx's proxies; subclasses of Tensor don't count."""
+    """Return the arguments that override function calls, such as torch.fx's proxies, without subclasses of Tensor."""
     return [
         argument
         for argument in arguments

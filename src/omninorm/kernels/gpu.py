@@ -1,7 +1,7 @@
 """The GPU back end: omninorm's operators for CUDA and ROCm, by the Triton kernels of `triton_norms`.
 
-Triton comes with PyTorch for GPUs and is imported when a norm first needs it. With TRITON_INTERPRET=1 in the
-environment its interpreter computes CPU tensors in `use_backend("triton")`: slowly, but by the same kernels.
+PyTorch builds for GPUs include Triton, which is imported when a norm first needs it. With TRITON_INTERPRET=1 in the
+environment, Triton's interpreter computes CPU tensors in `use_backend("triton")`: slowly, but with the same kernels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COLUMNS, BLOCKS = 128, 32
 
 @cache
 def unavailable() -> str:
-    """Why the kernels can't be used here, on a machine with a GPU; empty if they can."""
+    """Return why the kernels can't be used, assuming that the machine has a GPU; empty if they can."""
     for name in ("triton", "pytorch-triton-rocm", "triton-windows"):
         try:
             version = importlib.metadata.version(name)
@@ -41,13 +41,13 @@ def unavailable() -> str:
             continue
         found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
         if found < OLDEST_TRITON:
-            return f"Triton is {version}, and {'.'.join(map(str, OLDEST_TRITON))} is needed"
+            return f"Triton {version} is too old, version {'.'.join(map(str, OLDEST_TRITON))} or later is needed"
         return ""
     return "Triton is not installed"
 
 
 def device() -> str:
-    """What the kernels run on here, by name; empty if on nothing."""
+    """Return the name of the device that the kernels run on; empty if there is none."""
     if INTERPRETED:
         return "Triton's interpreter"
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""

@@ -25,7 +25,7 @@ _NO_GAINS = re.compile(r"bias|^alpha$|^shift$|^beta$")
 
 
 def decayed_names(model: nn.Module, *, decay_norms: bool = False) -> set[str]:
-    """Return the names of the parameters that weight decay applies to: all except those that one of these rules excludes.
+    """Return the names of the parameters that weight decay applies to: all that none of these rules excludes.
 
     1. Norms: gains and biases of any shape, in modules of torch.nn's and omninorm's norm types and in classes that have
        "norm" in their name (`CohereLayerNorm`). Decay would pull a gain towards 0, where a norm's output vanishes.
