@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import oracle
+from helpers.norm_checks import on_threads
 from torch import Tensor, nn
 
 import omninorm
@@ -148,3 +149,17 @@ def test_the_builder_hands_on_gain_offset_and_cast() -> None:
     assert (norm.gain_offset, norm.cast, norm.eps) == (1.0, "llama", None)
     with pytest.raises(ConfigError, match="integers ≥ 1"):
         build_norm(NormConfig(), 0)
+
+
+@pytest.mark.parametrize("norm_type", [omninorm.CRMSNorm, omninorm.ScaleNorm, omninorm.DynamicTanh, omninorm.DynamicErf])  # fmt: skip
+@pytest.mark.parametrize("shape", [(400, 500), (100_000, 2), (3, 20_000)], ids=str)
+def test_every_number_of_threads_gives_the_same_gradients(norm_type, shape: tuple[int, int]) -> None:
+    x, dy = torch.randn(shape), torch.randn(shape)
+
+    def run() -> list[torch.Tensor]:
+        norm = norm_type(shape[-1])
+        return list(torch.autograd.grad(norm(x), list(norm.parameters()), dy))
+
+    first, *others = on_threads(run, (1, 2, 3, 4, 2))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
