@@ -71,7 +71,7 @@ def results(norm: Callable[..., tuple[Tensor, ...]], rows: int, width: int, dtyp
         pytest.param(layer, torch.bfloat16, marks=pytest.mark.slow),
         pytest.param(add_layer, torch.bfloat16, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_one_graph_without_breaks_and_the_same_bits(norm, dtype: torch.dtype) -> None:
     counter = CompileCounterWithBackend("aot_eager")
