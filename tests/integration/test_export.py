@@ -99,7 +99,7 @@ def gradients(run: Callable[[Tensor], tuple[Tensor, Tensor]], of: nn.Module, x: 
 
 @pytest.mark.parametrize("name", quick("RMSNorm of Llama", "LayerNorm"))
 @pytest.mark.parametrize("strict", [True, False])
-def test_an_exported_program_trains_as_the_model_does(name: str, strict: bool) -> None:
+def test_an_exported_program_has_the_gradients_of_the_model(name: str, strict: bool) -> None:
     """Also a program that was exported with frozen parameters in no_grad."""
     made = model(name).requires_grad_(strict)
     with torch.set_grad_enabled(strict):
@@ -125,7 +125,7 @@ def test_a_program_by_the_reference_trains(name: str, strict: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", quick("RMSNorm of Llama", "LayerNorm"))
-def test_a_traced_program_trains_as_the_model_does(name: str, backend: str) -> None:
+def test_a_traced_program_has_the_gradients_of_the_model(name: str, backend: str) -> None:
     made, x = model(name), torch.randn(5, 7, WIDTH)
     with omninorm.use_backend(backend):
         program = torch.jit.trace(made, (torch.randn(2, 3, WIDTH),))
@@ -134,6 +134,7 @@ def test_a_traced_program_trains_as_the_model_does(name: str, backend: str) -> N
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_program_has_second_derivatives() -> None:
     """In float64, against finite differences."""
     made = model("LayerNorm", torch.float64)
@@ -176,7 +177,7 @@ def test_onnx(name: str, trainable: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", quick("RMSNorm of Llama"))
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", [pytest.param(18, marks=pytest.mark.slow), 23])
 def test_onnx_without_the_table(name: str, opset: int, tmp_path: Path) -> None:
     """Without custom_translation_table the norms become basic operations."""
     made = model(name)

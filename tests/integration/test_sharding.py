@@ -1,4 +1,4 @@
-"""DTensors over two and four processes: rows or features sharded, the gains' gradients those of one process."""
+"""DTensors over two and four processes: with rows or features sharded, results and gradients equal one process's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_rows_and_features() -> None:
     run_in_processes(4, sharding.sharded_norms, (2, 2), [Shard(0), Shard(2)], [Shard(2), Shard(1)])
 
 
-def test_sums_hard_rows_and_refusals() -> None:
+def test_partial_sums_extreme_rows_and_errors() -> None:
     run_in_processes(2, sharding.others)
 
 
