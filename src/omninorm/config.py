@@ -236,13 +236,14 @@ def store_python_numbers(settings: Any) -> None:
 
 def check_keys(what: str, values: object, known: list[str]) -> None:
     """Raise ConfigError unless `values` is a mapping whose keys are all known."""
+    what = what[:1].upper() + what[1:]
     if not isinstance(values, Mapping):
         remedy = f"use the keys {', '.join(known)}"
         raise ConfigError(f"{what} must be a dictionary", f"{type(values).__name__} {values!r:.40}", remedy)
     unknown = [key for key in values if key not in known]
     if unknown:
         remedy = f"correct or remove {'it' if len(unknown) == 1 else 'them'}{closest(unknown[0], known)}"
-        raise ConfigError(f"{what} can have the keys {', '.join(known)}", ", ".join(map(repr, unknown)), remedy)
+        raise ConfigError(f"{what} has the keys {', '.join(known)}", ", ".join(map(repr, unknown)), remedy)
 
 
 def closest(key: object, known: Sequence[str]) -> str:

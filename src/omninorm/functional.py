@@ -61,8 +61,8 @@ def rms_norm(
             check_rms_norm(x, weight, eps, gain_offset, cast)
             raise
     if proxies := overriding(x, weight):
-        options = {"gain_offset": gain_offset, "cast": cast}
-        return handle_torch_function(rms_norm, proxies, x, weight, eps, **options)  # type: ignore[no-any-return]
+        options: dict[str, Any] = {"gain_offset": gain_offset, "cast": cast}
+        return handle_torch_function(rms_norm, proxies, x, weight, eps, **options)
     if is_jagged(x):
         return map_rows(lambda rows: rms_norm(rows, weight, eps, gain_offset=gain_offset, cast=cast), x)
     eps, gain_offset = python_number(eps), python_number(gain_offset)
@@ -98,7 +98,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
             check_layer_norm(x, weight, bias, eps)
             raise
     if proxies := overriding(x, weight, bias):
-        return handle_torch_function(layer_norm, proxies, x, weight, bias, eps)  # type: ignore[no-any-return]
+        return handle_torch_function(layer_norm, proxies, x, weight, bias, eps)
     if is_jagged(x):
         return map_rows(lambda rows: layer_norm(rows, weight, bias, eps), x)
     eps = python_number(eps)
@@ -127,8 +127,8 @@ def add_rms_norm(
         InputError: x and residual differ in shape, dtype or device; otherwise as `rms_norm`.
     """
     if proxies := overriding(x, residual, weight):
-        options = {"gain_offset": gain_offset, "cast": cast}
-        return handle_torch_function(add_rms_norm, proxies, x, residual, weight, eps, **options)  # type: ignore[no-any-return]
+        options: dict[str, Any] = {"gain_offset": gain_offset, "cast": cast}
+        return handle_torch_function(add_rms_norm, proxies, x, residual, weight, eps, **options)
     check_pair(x, residual)
     if is_jagged(x):
         total = x + residual
@@ -147,7 +147,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (layer_norm(s), s) with s = x + residual, rounded to x's dtype: `add_rms_norm` for LayerNorm."""
     if proxies := overriding(x, residual, weight, bias):
-        return handle_torch_function(add_layer_norm, proxies, x, residual, weight, bias, eps)  # type: ignore[no-any-return]
+        return handle_torch_function(add_layer_norm, proxies, x, residual, weight, bias, eps)
     check_pair(x, residual)
     if is_jagged(x):
         total = x + residual
@@ -173,7 +173,7 @@ def z_score(x: Tensor, dim: int = -1) -> Tensor:
         tensor([-1.3416, -0.4472,  0.4472,  1.3416])
     """
     if proxies := overriding(x):
-        return handle_torch_function(z_score, proxies, x, dim)  # type: ignore[no-any-return]
+        return handle_torch_function(z_score, proxies, x, dim)
     check_float("x", x)
     dim = python_number(dim)
     if isinstance(dim, bool) or not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from omninorm.errors import RunError
 from omninorm.experiments import build_optimizer, load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.slow  # processes that import torch
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -105,7 +105,7 @@ def _decompose_add_layer_norm(x: Tensor, residual: Tensor, *arguments: Any) -> t
     return y, total, mean, scale
 
 
-_PROGRAM_OPERATORS = {
+_PROGRAM_OPERATORS: dict[str, tuple[Any, Any, Any]] = {
     "rms_norm_autograd": (RMSNormFunction, _save_rms_norm, _decompose_rms_norm),
     "add_rms_norm_autograd": (AddRMSNormFunction, _save_add_rms_norm, _decompose_add_rms_norm),
     "layer_norm_autograd": (LayerNormFunction, _save_layer_norm, _decompose_layer_norm),

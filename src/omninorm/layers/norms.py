@@ -67,7 +67,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.__class__ is not Tensor and isinstance(x, Proxy) and (y := record_leaf(self, RMSNorm, x)) is not None:
-            return y  # type: ignore[no-any-return]
+            return y
         weight = self._parameters.get("weight")
         if weight is not None and len(self.normalized_shape) == 1:
             try:
@@ -122,7 +122,7 @@ class LayerNorm(nn.LayerNorm):
         if input.__class__ is not Tensor and isinstance(input, Proxy):
             y = record_leaf(self, LayerNorm, input)
             if y is not None:
-                return y  # type: ignore[no-any-return]
+                return y
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if weight is not None and bias is not None and len(self.normalized_shape) == 1:
             try:
@@ -172,7 +172,7 @@ class CRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy) and (y := record_leaf(self, CRMSNorm, x)) is not None:
-            return y  # type: ignore[no-any-return]
+            return y
         return crms_norm(x, self.weight, self.eps)
 
     __prepare_scriptable__ = refuse_scripting
@@ -218,7 +218,7 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy) and (y := record_leaf(self, ScaleNorm, x)) is not None:
-            return y  # type: ignore[no-any-return]
+            return y
         return scale_norm(x, self.scale, self.width, self.eps)
 
     __prepare_scriptable__ = refuse_scripting
@@ -240,7 +240,7 @@ def rms_norm_over(
     """Return `functional.rms_norm` of x over its trailing dimensions `shape`."""
     if proxies := functional.overriding(x, weight):
         arguments = x, shape, weight, eps, gain_offset, cast
-        return handle_torch_function(rms_norm_over, proxies, *arguments)  # type: ignore[no-any-return]
+        return handle_torch_function(rms_norm_over, proxies, *arguments)
     rows = flatten_features(x, shape)
     y = functional.rms_norm(rows, flatten_gain(weight), eps, gain_offset=gain_offset, cast=cast)
     return y if rows is x else y.reshape(x.shape)
@@ -252,7 +252,7 @@ def layer_norm_over(
     """Return `functional.layer_norm` of x over its trailing dimensions `shape`."""
     if proxies := functional.overriding(x, weight, bias):
         arguments = x, shape, weight, bias, eps
-        return handle_torch_function(layer_norm_over, proxies, *arguments)  # type: ignore[no-any-return]
+        return handle_torch_function(layer_norm_over, proxies, *arguments)
     rows = flatten_features(x, shape)
     y = functional.layer_norm(rows, flatten_gain(weight), flatten_gain(bias), eps)
     return y if rows is x else y.reshape(x.shape)
@@ -261,7 +261,7 @@ def layer_norm_over(
 def crms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     """Return x / √((Σx² + (Σx)²)/(d+1) + ε) · γ, as `CRMSNorm` computes it."""
     if proxies := functional.overriding(x, weight):
-        return handle_torch_function(crms_norm, proxies, x, weight, eps)  # type: ignore[no-any-return]
+        return handle_torch_function(crms_norm, proxies, x, weight, eps)
     width = weight.shape[0]
     flatten_features(x, (width,))
     if functional.is_jagged(x):
@@ -283,7 +283,7 @@ def crms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 def scale_norm(x: Tensor, scale: Tensor, width: int, eps: float | None) -> Tensor:
     """Return RMSNorm of x with the gain g/√d for every feature, as `ScaleNorm` computes it."""
     if proxies := functional.overriding(x, scale):
-        return handle_torch_function(scale_norm, proxies, x, scale, width, eps)  # type: ignore[no-any-return]
+        return handle_torch_function(scale_norm, proxies, x, scale, width, eps)
     rows = flatten_features(x, (width,))
     gain = scale.to(torch.promote_types(scale.dtype, torch.float32)) / math.sqrt(width)
     return functional.rms_norm(rows, gain.expand(width), eps)

@@ -45,7 +45,7 @@ class Pointwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy) and (y := record_leaf(self, Pointwise, x)) is not None:
-            return y  # type: ignore[no-any-return]
+            return y
         shift = getattr(self, "shift", None)
         return bounded(x, self.function, self.normalized_shape, self.alpha, shift, self.weight, self.bias)
 
@@ -125,7 +125,7 @@ def bounded(
     """
     if proxies := overriding(x, alpha, shift, weight, bias):
         arguments = x, function, shape, alpha, shift, weight, bias
-        return handle_torch_function(bounded, proxies, *arguments)  # type: ignore[no-any-return]
+        return handle_torch_function(bounded, proxies, *arguments)
     flatten_features(x, shape)
     if is_jagged(x):
         return map_rows(lambda rows: bounded(rows, function, shape, alpha, shift, weight, bias), x)

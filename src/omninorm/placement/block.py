@@ -169,7 +169,7 @@ def check_sublayer(config: NormConfig, name: str, sublayer: nn.Module, realizabl
 def same_shape(name: str, x: Tensor, branch: Tensor) -> Tensor:
     """Return the sublayer's output; raise InputError if adding it to the stream would broadcast or fail."""
     if isinstance(branch, Proxy):
-        return branch  # type: ignore[return-value]
+        return branch
     if not isinstance(branch, Tensor) or branch.shape != x.shape:
         received = f"shape {tuple(branch.shape)}" if isinstance(branch, Tensor) else f"a {type(branch).__name__}"
         remedy = "wrap the sublayer so that it returns just that tensor"
