@@ -111,6 +111,6 @@ def test_a_damaged_part_is_found_before_anything_is_changed(copied: Path, damage
     damage(copied)
     made = checkpoints.model(5)
     before = {name: value.detach().clone() for name, value in made.named_parameters()}
-    with pytest.raises(RunError, match="[Cc]heckpoint"):
+    with pytest.raises(RunError, match=r"[Cc]heckpoint"):
         load_checkpoint(copied.parent, 4, made, build_optimizer(made, checkpoints.SETTINGS))
     assert all(torch.equal(before[name], value) for name, value in made.named_parameters())

@@ -68,7 +68,10 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.__class__ is not Tensor and isinstance(x, Proxy) and (y := record_leaf(self, RMSNorm, x)) is not None:
             return y
-        weight = self._parameters.get("weight")
+        try:
+            weight = self._parameters["weight"]
+        except KeyError:  # parametrized
+            weight = None
         if weight is not None and len(self.normalized_shape) == 1:
             try:
                 return functional.rms_norm(x, weight, self.eps, gain_offset=self.gain_offset, cast=self.cast)
@@ -123,7 +126,10 @@ class LayerNorm(nn.LayerNorm):
             y = record_leaf(self, LayerNorm, input)
             if y is not None:
                 return y
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        try:
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # parametrized
+            weight = bias = None
         if weight is not None and bias is not None and len(self.normalized_shape) == 1:
             try:
                 return functional.layer_norm(input, weight, bias, self.eps)
