@@ -29,7 +29,7 @@ def is_distributed(x: Tensor) -> bool:
 def rms_norm(
     x: Any, weight: Any, eps: float | None, gain_offset: float, cast: str, on_rows: Callable[..., Tensor]
 ) -> Any:
-    """As `reference.rms_norm_forward`; `on_rows` computes whole rows that are here."""
+    """Compute `reference.rms_norm_forward`; `on_rows` computes whole rows of this process."""
     parts = Parts(x, {"weight": weight})
     if parts.features is None:
         return parts.whole(on_rows(parts.x, *parts.gains, eps, gain_offset, cast))
@@ -39,7 +39,7 @@ def rms_norm(
 
 
 def layer_norm(x: Any, weight: Any, bias: Any, eps: float | None, on_rows: Callable[..., Tensor]) -> Any:
-    """As `reference.layer_norm_forward`."""
+    """Compute `reference.layer_norm_forward`."""
     parts = Parts(x, {"weight": weight, "bias": bias})
     if parts.features is None:
         return parts.whole(on_rows(parts.x, *parts.gains, eps))
