@@ -1,14 +1,14 @@
-// Rows for which the compute type is too narrow: r = 1/√(mean square + ε) is beyond ORDINARY's bounds, or not finite.
+// Slow path for extreme rows: r = 1/√(mean square + ε) is outside ORDINARY's bounds, or not finite.
 //
-// Such a row is measured in a unit of its own, the power of two next above its largest magnitude (or √ε). So no square
-// overflows or vanishes, and RMSNorm's x̂ is bit for bit that of the row in ordinary units. What is left is done in
-// double and one element at a time: these rows are rare.
+// Such a row is rescaled by a power of two, the next above its largest magnitude (or √ε). No square then overflows or
+// underflows, and RMSNorm's x̂ has the same bits as without rescaling. The rest is computed in double, one element at a
+// time, because these rows are rare.
 #pragma once
 #include "sums.h"
 
 namespace omninorm::OMNINORM_SET {
 
-// Within these bounds squares neither overflow nor vanish in the compute type.
+// Within these bounds squares neither overflow nor underflow in the compute type.
 template <class C>
 INLINE bool ordinary(C r);
 template <>
@@ -94,7 +94,7 @@ INLINE Centered center(double* row, int64_t width, double largest) {
   return {headroom, mean.high / per_unit};
 }
 
-// What an infinite or undefined largest magnitude makes of r: 1/√∞ = 0, but deviations from an infinite mean are NaN.
+// r for an infinite or NaN largest magnitude: 1/√∞ = 0, but differences from an infinite mean are NaN.
 INLINE Scale not_finite(double* row, int64_t width, bool defined) {
   const double r = defined ? 0 : __builtin_nan("");
   for (int64_t i = 0; i < width; ++i) row[i] *= r;

@@ -1,13 +1,13 @@
-// Rows on their way in. A pass that writes one row reads the next one too, and takes its sums: so memory is never idle.
+// Row streaming: the pass that writes row i also loads row i+1 and accumulates its sums, so memory stays busy.
 //
-// The passes capture by value and are inlined: what is captured by reference would be loaded anew for each vector.
+// The passes capture by value and are inlined: captures by reference would be loaded again for each vector.
 #pragma once
 #include "careful.h"
 
 namespace omninorm::OMNINORM_SET {
 
-// A row of x, or of x + residual, which is kept in `total`; where that is written past the caches the sum also stays in
-// `near`, to be read again from there.
+// A row of x, or of x + residual, which is stored in `total`. If that uses streaming (non-temporal) stores, the sum is
+// also kept in `near`, to be read again from the cache.
 template <class T, bool ADD>
 struct Incoming {
   const T *x, *residual;
@@ -45,7 +45,7 @@ struct Incoming {
   }
 };
 
-// Does nothing with a vector: for a pass that only reads.
+// Does nothing with a vector; for a pass that only reads.
 struct Nothing {
   template <class... Arguments>
   INLINE void operator()(Arguments...) const {}

@@ -1,4 +1,4 @@
-// The norms for one instruction set, OMNINORM_SET; compiled once for each. With AVX-512 only for rows of 16 bits: see
+// The norms for one instruction set, OMNINORM_SET; compiled once per set. With AVX-512 for 16-bit rows only, see
 // select.cpp.
 #include "kernels.h"
 
@@ -42,7 +42,7 @@ INLINE Floats settled(Floats v) { return (v == v) ? v : Floats{} + __builtin_nan
 INLINE EvenOdd settled(EvenOdd v) { return {settled(v.even), settled(v.odd)}; }
 INLINE Doubles settled(Doubles v) { return v; }
 
-// A gain or bias of dtype T as rows of X want it: see load_gain. NaNs lose their lower bits, as narrow() demands.
+// Converts a gain or bias of dtype T for rows of X; see load_gain. NaNs lose their lower bits, as narrow() requires.
 template <class X, class T>
 void prepare_gain(const void* gain, double offset, void* to, int64_t width) {
   using V = Vector<X>;

@@ -1,5 +1,5 @@
-// What an instruction set offers: the norms over ranges of rows. The only interface between the kernels, which know no
-// PyTorch, and the operators, which know no arithmetic.
+// The functions of an instruction set: the norms over ranges of rows. This is the only interface between the kernels,
+// which do not use PyTorch, and the operators, which do no arithmetic.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -54,7 +54,7 @@ struct Kernels {
   void (*prepare_gain[DTYPES])(Dtype of_gain, const void* gain, double offset, void* to, int64_t width);
 };
 
-// The sets that were built and that this machine can run, best first, ended by null.
+// The sets that were built and that this machine supports, best first; null-terminated.
 const Kernels* const* runnable_sets();
 // The one in use: the best, or the one that the environment variable OMNINORM_CPU or `use_set` names.
 const Kernels& kernels();

@@ -29,15 +29,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// A thread gets at least this many elements. Waking one costs about as much as normalizing some ten thousand.
+// Minimum number of elements per thread. Waking a thread costs about as much as normalizing some ten thousand.
 constexpr int64_t GRAIN = 32768;
 // A gain's gradient is summed over blocks of rows and then over blocks, so that its bits depend on the shape alone.
-// A block's sums are written and read once more, which this many rows make negligible. kernels/autograd.py tells
-// these numbers to who watches.
+// A block's sums are written and read once more, which this many rows make negligible. kernels/autograd.py passes
+// these numbers to probes.
 constexpr int64_t BLOCK_ROWS = 64;
 constexpr int64_t MOST_BLOCKS = 256;
 
-// The size of a core's own cache, the second level, as Linux tells it.
+// The size of a core's own second-level cache, as reported by Linux.
 int64_t own_cache() {
   std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index2/size");
   int64_t size = 0;
@@ -47,10 +47,10 @@ int64_t own_cache() {
   return size << (unit == 'K' ? 10 : unit == 'M' ? 20 : 0);
 }
 
-// Results of at least this many bytes are written past the caches: where they and the input do not fit into a core's own
-// together. Measured with what reads them next (Zen 4, AVX-512 and AVX2, 0.6 to 32 MB): the norm alone takes 0.5 to 0.9
-// of the time; it and a linear layer 0.95 to 1.03; it and a multiplication 0.72 to 1.05, but 1.25 and 1.14 for 1.2 and
-// 2 MB of float32 with AVX-512; the backward pass and an addition 0.83 to 1.12.
+// Results of at least this many bytes use streaming (non-temporal) stores: they and the input together do not fit into a
+// core's cache. Time relative to ordinary stores, measured with the next consumer (Zen 4, AVX-512 and AVX2, 0.6 to
+// 32 MB): the norm alone 0.5 to 0.9; with a linear layer 0.95 to 1.03; with a multiplication 0.72 to 1.05, but 1.25 and
+// 1.14 for 1.2 and 2 MB of float32 with AVX-512; the backward pass with an addition 0.83 to 1.12.
 int64_t stream_from() {
   static const int64_t half = own_cache() / 2;
   return half;
@@ -122,7 +122,7 @@ struct Rows {
   Tensor one_per_row() const { return empty(IntHeaderOnlyArrayRef(&count, 1), compute_type()); }
 };
 
-// A gain or bias as this set's kernels want it; `fill` everywhere where there is none.
+// A gain or bias in the form that this set's kernels need; filled with `fill` if there is none.
 class Gain {
  public:
   Gain(const Kernels& set, const MaybeTensor& given, double offset, double fill, const Rows& x) {
@@ -177,7 +177,7 @@ void check_constants(double eps, double gain_offset) {
 
 // Forward ---------------------------------------------------------------------------------------------------------
 
-// What a forward pass makes; `total` only with a residual, the statistics only where a backward pass will want them.
+// Results of a forward pass; `total` only with a residual, the statistics only if a backward pass needs them.
 struct Results {
   Tensor y;
   MaybeTensor total, mean, scale;
@@ -280,8 +280,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(
 
 // Backward --------------------------------------------------------------------------------------------------------
 
-// Sums of a gain's gradient, a row of `width` doubles a block. Adding them up leaves them as they are: who watches a
-// backward pass gets them too.
+// Sums of a gain's gradient, a row of `width` doubles per block. Adding them up leaves them unchanged, because probes
+// receive them too.
 class Sums {
  public:
   Sums(bool wanted, int64_t blocks, int64_t width) : blocks_(wanted ? blocks : 0), width_(width) {
@@ -335,7 +335,7 @@ class Sums {
   double* values_ = nullptr;
 };
 
-// What a backward pass makes; the gradients of gain and bias are their sums' totals.
+// Results of a backward pass; the gradients of gain and bias are the totals of their block sums.
 struct Gradients {
   Tensor dx;
   Sums gain, bias;
@@ -432,8 +432,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward_blocks(
 
 }  // namespace
 
-// `scale` is r = 1/√(mean square + ε), one a row; `total` is x + residual; gradients that are not wanted come out empty.
-// `blocks` are the sums of dweight over blocks of rows, in their order, in float64: what dweight is the rounded sum of.
+// `scale` is r = 1/√(mean square + ε), one per row; `total` is x + residual; gradients that are not needed are empty.
+// `blocks` are the float64 sums of dweight over blocks of rows, in order; dweight is their rounded sum.
 STABLE_TORCH_LIBRARY(omninorm, m) {
 #define RMS "Tensor? weight, float eps, float gain_offset=0.0, bool round_first=False"
 #define LAYER "Tensor? weight, Tensor? bias, float eps"

@@ -1,5 +1,5 @@
-// Which instruction set's kernels run: the best that was built and that this machine has, unless OMNINORM_CPU names
-// another. The extern "C" functions are for Python, through ctypes.
+// Selects the instruction set: the best that was built and that this machine supports, unless OMNINORM_CPU names
+// another. The extern "C" functions are called from Python through ctypes.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -29,8 +29,8 @@ DECLARE(baseline)
 namespace {
 
 #if defined(OMNINORM_HAS_AVX512)
-// AVX-512 where it counts: rows of 16 bits, whose conversions have to be computed. Those of 32 and 64 bits wait for memory,
-// and take less time with AVX2's shorter registers (Zen 4: 0.7 to 0.95 of it).
+// AVX-512 is used for 16-bit rows only, whose conversions are compute-bound. Rows of 32 and 64 bits are memory-bound and
+// faster with AVX2's shorter registers (Zen 4: 0.7 to 0.95 × the time).
 Kernels avx512_and_avx2() {
   Kernels both = avx512::KERNELS;
   const Kernels& narrow = avx2::KERNELS;
@@ -100,7 +100,7 @@ const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// The name of the i-th set that can run here, best first; null beyond the last.
+// Returns the name of the i-th supported set, best first; null after the last.
 EXPORTED const char* omninorm_runnable_set(int i) {
   const omninorm::Kernels* const* set = omninorm::runnable_sets();
   while (*set && i-- > 0) ++set;
@@ -109,7 +109,7 @@ EXPORTED const char* omninorm_runnable_set(int i) {
 
 EXPORTED const char* omninorm_current_set() { return omninorm::kernels().name; }
 
-// 1, or 0 if no such set can run here; the one in use then stays.
+// Returns 1, or 0 if the set is not supported; then nothing changes.
 EXPORTED int omninorm_use_set(const char* name) {
   const omninorm::Kernels* found = omninorm::find(name);
   if (found) omninorm::current().store(found, std::memory_order_relaxed);

@@ -1,7 +1,7 @@
 // Vectors of the compute type, as wide as the instruction set's registers, and how rows of each dtype get in and out.
 //
 // This file is compiled once per instruction set (OMNINORM_SET names it), each time in a namespace of its own. No
-// standard header with functions may be included: the linker would keep one set's copy of them for all.
+// standard header with inline functions may be included: the linker would keep one set's copy of them for all sets.
 // Lengths count elements. N is the number of lanes, C the compute type: float, or double for double rows.
 #pragma once
 #include <stddef.h>
@@ -14,7 +14,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
-// For a lambda, behind its parameters: what it captures then stays in registers.
+// Put after a lambda's parameters; its captures then stay in registers.
 #define INLINED __attribute__((always_inline))
 
 namespace omninorm::OMNINORM_SET {
@@ -52,8 +52,8 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::Type;
 
-// What a register of bfloat16 becomes: its elements of even and of odd places. They stand in the lower and upper halves
-// of 32-bit words, so that one operation each makes floats of them, where bringing them in order would take several.
+// A register of bfloat16, split into its elements at even and at odd places. They are the lower and upper halves of
+// 32-bit words, so one operation each converts them to float; putting them in order would take several.
 struct EvenOdd {
   Floats even, odd;
 };
@@ -98,7 +98,7 @@ INLINE EvenOdd broadcast<EvenOdd>(double c) {
   return {Floats{} + float(c), Floats{} + float(c)};
 }
 
-// a · b + c with one rounding, where the set has it.
+// a · b + c with one rounding, if the set supports it.
 INLINE Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -147,8 +147,8 @@ INLINE Halfwords to_halfwords(Words v) {
 #endif
 }
 
-// A NaN must have 0 in its lower bits, else rounding could carry it into the sign. Those that arithmetic makes have,
-// and those of bfloat16 rows; gains are settled by prepare_gain.
+// The lower bits of a NaN must be 0, otherwise rounding could carry into the sign. They are for NaNs that arithmetic
+// produces and for bfloat16 rows; prepare_gain clears them in gains.
 INLINE Words to_upper_half(Floats v) {
   const Words bits = (Words)v;
   return bits + 0x7fff + ((bits >> 16) & 1);
@@ -216,7 +216,7 @@ template <class V, class T>
 INLINE void write(T* to, V v) {
   __builtin_memcpy(to, &v, sizeof(V));
 }
-// As one piece it would go through memory.
+// Written in one piece, it would go through memory.
 template <>
 INLINE EvenOdd read<EvenOdd>(const float* from) {
   return {read<Floats>(from), read<Floats>(from + LANES<float>)};
@@ -245,7 +245,7 @@ INLINE void store(double* y, Doubles v) { write(y, v); }
 INLINE void store(Float16* y, Floats v) { write(y, narrow(Float16{}, v)); }
 INLINE void store(BFloat16* y, EvenOdd v) { write(y, narrow(v)); }
 
-// v as T holds it.
+// v rounded to T.
 template <class T>
 INLINE Vector<T> rounded(Vector<T> v) {
   return v;
@@ -288,7 +288,7 @@ INLINE void in_order(C* values, V v) {
   }
 }
 
-// Past the caches, to addresses that are multiples of the vector's size.
+// Streaming (non-temporal) stores, to addresses that are multiples of the vector's size.
 #if defined(__AVX512F__)
 INLINE void stream(float* y, Floats v) { _mm512_stream_ps(y, v); }
 INLINE void stream(double* y, Doubles v) { _mm512_stream_pd(y, v); }
@@ -331,7 +331,7 @@ struct Scratch {
   Scratch(const Scratch&) = delete;
 };
 
-// A vector's worth of a row: whole, or what is left at its end.
+// A vector of a row: whole, or the remainder at its end.
 struct Whole {
   template <class T>
   INLINE Vector<T> load(const T* x) const {
@@ -403,10 +403,10 @@ INLINE void each_vector(int64_t width, Do do_vector) {
   if (i < width) do_vector(Part{int(width - i)}, i);
 }
 
-// Asks memory for a line, into the second level of the caches. An address beyond the tensor does no harm. (As a function
-// it would be dropped by GCC, which sees no effect in it.)
+// Prefetches a cache line into the second-level cache. An address beyond the tensor does no harm. (GCC would drop it as
+// a function without effects.)
 #define FETCH(address) __builtin_prefetch(address, 0, 2)
-// So many elements before they are read: 2 to 8 KiB make no difference, 1 KiB is too late.
+// Prefetch distance in elements: 2 to 8 KiB make no difference, 1 KiB is too late.
 template <class T>
 constexpr int64_t AHEAD = 4096 / sizeof(T);
 

@@ -1,4 +1,4 @@
-"""NormConfig: which norm, where it stands, and with which constants. Reads and writes μOmni's dictionary."""
+"""NormConfig (which norm, its placement and constants), and the checks that all settings share."""
 
 from __future__ import annotations
 
@@ -34,23 +34,25 @@ _ALWAYS_WRITTEN = ("normalization", "norm_placement", "norm_eps")
 
 @dataclass(frozen=True)
 class NormConfig:
-    """How a transformer is normalized. The defaults are μOmni's choice: RMSNorm, pre-norm, ε = 1e-6.
+    """How a transformer is normalized. The defaults are RMSNorm, pre-norm and ε = 1e-6.
 
     Args:
-        normalization: the norm, one of `NORMALIZATIONS`.
-        norm_placement: where it stands around a sublayer, one of `PLACEMENTS`.
+        normalization: the kind of norm, one of `NORMALIZATIONS`.
+        norm_placement: the norm's place around a sublayer, one of `PLACEMENTS`.
         norm_eps: ε ≥ 0, added under the root; None means the machine epsilon of the compute dtype.
         gain_offset: the norm multiplies by γ + gain_offset, with γ starting at 1 − gain_offset (1 is Gemma's
             form; rmsnorm only).
         cast: "fp32" multiplies by the gain in float32 and rounds once; "llama" rounds before the gain
             (rmsnorm only).
-        qk_norm: a norm per head on queries and keys; None means what the placement prescribes
-            (yes for "reordered" and "hybrid").
+        qk_norm: whether queries and keys are normalized per head; None means as the placement prescribes
+            (True for "reordered" and "hybrid").
         residual_scale: α of "deepnorm" and "keel"; None means the paper's formula for the model's depth.
-        mix_fraction: share of blocks, counted from the input, that "mix" places post-norm.
+        mix_fraction: fraction of the blocks, counted from the input, to which "mix" gives post-norm.
+
+    Numbers may be NumPy scalars or 0-d tensors; they are stored as Python numbers.
 
     Raises:
-        ConfigError: an unknown name, a value out of range, or settings that do not go together.
+        ConfigError: an unknown name, a value out of range, or settings that exclude each other.
 
     Example:
         >>> NormConfig.from_dict({"normalization": "rmsnorm", "norm_placement": "pre", "norm_eps": 1e-6})
@@ -68,6 +70,7 @@ qk_norm=None, residual_scale=None, mix_fraction=0.25)
     mix_fraction: float = 0.25
 
     def __post_init__(self) -> None:
+        store_python_numbers(self)
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         check_choice("norm_placement", self.norm_placement, PLACEMENTS)
         check_choice("cast", self.cast, CASTS)
@@ -78,28 +81,32 @@ qk_norm=None, residual_scale=None, mix_fraction=0.25)
         if self.residual_scale is not None:
             check_number("residual_scale", self.residual_scale, above=0.0)
         if self.qk_norm is not None and not isinstance(self.qk_norm, bool):
-            raise ConfigError("qk_norm must be true, false or None", repr(self.qk_norm), "leave it out for the default")
+            remedy = "leave it out for the placement's default"
+            raise ConfigError("qk_norm must be True, False or None", repr(self.qk_norm), remedy)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
         if self.normalization != "rmsnorm" and (self.gain_offset != 0.0 or self.cast != "fp32"):
-            received = f"gain_offset={self.gain_offset}, cast={self.cast!r} with {self.normalization!r}"
-            raise ConfigError("gain_offset and cast belong to normalization 'rmsnorm'", received, "leave them out")
+            received = f"gain_offset={self.gain_offset} and cast={self.cast!r} with {self.normalization!r}"
+            invariant = "gain_offset and cast can only be set for normalization 'rmsnorm'"
+            raise ConfigError(invariant, received, "leave both out, or choose 'rmsnorm'")
         if self.qk_norm and self.normalization == "none":
-            raise ConfigError("qk_norm needs a norm", "normalization='none'", "choose one or set qk_norm=False")
+            remedy = "choose a normalization, or set qk_norm=False"
+            raise ConfigError("qk_norm=True needs a normalization", "normalization='none'", remedy)
         if self.qk_norm is False and self.norm_placement == "hybrid":
-            remedy = "leave qk_norm out or choose another placement"
-            raise ConfigError("placement 'hybrid' normalizes queries, keys and values", "qk_norm=False", remedy)
+            remedy = "leave qk_norm out, or choose another placement"
+            raise ConfigError("norm_placement 'hybrid' normalizes queries, keys and values", "qk_norm=False", remedy)
         if self.residual_scale is not None and self.norm_placement not in ("deepnorm", "keel"):
-            received = f"residual_scale={self.residual_scale} with {self.norm_placement!r}"
-            raise ConfigError("residual_scale belongs to placements 'deepnorm' and 'keel'", received, "leave it out")
+            received = f"residual_scale={self.residual_scale} with norm_placement={self.norm_placement!r}"
+            invariant = "residual_scale can only be set for placements 'deepnorm' and 'keel'"
+            raise ConfigError(invariant, received, "leave it out, or choose one of these placements")
         if self.mix_fraction != _default("mix_fraction") and self.norm_placement != "mix":
-            received = f"mix_fraction={self.mix_fraction} with {self.norm_placement!r}"
-            raise ConfigError("mix_fraction belongs to placement 'mix'", received, "leave it out")
+            received = f"mix_fraction={self.mix_fraction} with norm_placement={self.norm_placement!r}"
+            raise ConfigError("mix_fraction can only be set for placement 'mix'", received, "leave it out")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NormConfig:
-        """Reads a dictionary such as μOmni's; keys that are left out take their defaults.
+        """Return the config that a dictionary describes; keys that are left out take their defaults.
 
         Raises:
             ConfigError: not a mapping, an unknown key (the known ones are listed), or a bad value.
@@ -108,16 +115,20 @@ qk_norm=None, residual_scale=None, mix_fraction=0.25)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """μOmni's three keys, then whatever differs from its default. `from_dict` reads it back to an equal config."""
+        """Return three keys (kind, placement, ε), then whatever differs from its default.
+
+        `from_dict` makes an equal config from it.
+        """
         return {
             name: value for name, value in asdict(self).items() if name in _ALWAYS_WRITTEN or value != _default(name)
         }
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises ConfigError unless `value` is one of `choices`."""
+    """Raise ConfigError unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}", repr(value), "choose one of these")
+        remedy = f"did you mean {near!r}?" if (near := _nearest(value, choices)) else "choose one of these"
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}", repr(value), remedy)
 
 
 def check_number(
@@ -128,7 +139,7 @@ def check_number(
     above: float | None = None,
     at_most: float | None = None,
 ) -> None:
-    """Raises ConfigError unless `value` is a finite real number within the bounds."""
+    """Raise ConfigError unless `value` is a finite Python number within the bounds."""
     bounds = [(at_least, "≥"), (above, ">"), (at_most, "≤")]
     wanted = " and ".join(f"{sign} {bound:g}" for bound, sign in bounds if bound is not None)
     invariant = f"{name} must be a finite number{' ' + wanted if wanted else ''}"
@@ -140,37 +151,114 @@ def check_number(
         raise ConfigError(invariant, repr(value), f"choose {name} within these bounds")
 
 
+def read_number(
+    name: str,
+    value: object,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> float:
+    """Return `value` as a float; it may be a Python number, a NumPy scalar or a 0-d array or tensor.
+
+    Raises:
+        ConfigError: as `check_number`.
+    """
+    number = python_number(value)
+    check_number(name, number, at_least=at_least, above=above, at_most=at_most)
+    return float(number)
+
+
 def is_finite(value: object) -> bool:
-    """Whether `value` is a real number, no bool, that a float can hold."""
+    """Whether `value` is a Python number, no bool, that a float can hold."""
     largest = sys.float_info.max
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def check_count(name: str, value: object, *, at_least: int = 1) -> None:
-    """Raises ConfigError unless `value` is an integer of at least `at_least`."""
+    """Raise ConfigError unless `value` is a Python integer of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigError(f"{name} must be an integer ≥ {at_least}", repr(value), f"choose {name} within this bound")
+        remedy = f"pass an integer, {at_least} or more"
+        raise ConfigError(f"{name} must be an integer ≥ {at_least}", f"{value!r:.40}", remedy)
+
+
+def read_count(name: str, value: object, *, at_least: int = 1) -> int:
+    """Return `value` as an int; it may be a Python integer, a NumPy integer or a 0-d array or tensor of integers.
+
+    Raises:
+        ConfigError: as `check_count`.
+    """
+    number = python_number(value)
+    check_count(name, number, at_least=at_least)
+    return int(number)
+
+
+def python_number(value: Any) -> Any:
+    """Return a NumPy scalar, 0-d array or 0-d tensor as a Python number, and everything else as it is.
+
+    Tensors that require a gradient stay as they are, since a constant would silently leave the graph.
+    NumPy is never imported: its scalars are recognized by their attributes.
+
+    Example:
+        >>> import torch
+        >>> python_number(torch.tensor(0.5)), python_number("0.5")
+        (0.5, '0.5')
+    """
+    if type(value) in (int, float, bool, str, type(None)):
+        return value
+    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item") or getattr(value, "requires_grad", False):
+        return value
+    try:
+        number = value.item()
+    except RuntimeError:  # tensors without values, on the meta device
+        return value
+    if type(number) in (int, float):
+        return number
+    # NumPy's long double stays one when it is unpacked.
+    is_real = type(number).__name__ == "longdouble"
+    return float(number) if is_real else value
+
+
+def store_python_numbers(settings: Any) -> None:
+    """Replace the NumPy scalars and 0-d tensors among a dataclass's fields with Python numbers, in place.
+
+    For `__post_init__`, before the checks; frozen dataclasses are changed too, and tuples and lists element by element.
+    """
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, (tuple, list)):
+            number: Any = type(value)(map(python_number, value))
+        else:
+            number = python_number(value)
+        if number is not value:
+            object.__setattr__(settings, field.name, number)
 
 
 def check_keys(what: str, values: object, known: list[str]) -> None:
-    """Raises ConfigError unless `values` is a mapping whose keys are all known."""
+    """Raise ConfigError unless `values` is a mapping whose keys are all known."""
+    what = what[:1].upper() + what[1:]
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{what} must be a dictionary", type(values).__name__, f"use the keys {', '.join(known)}")
+        remedy = f"use the keys {', '.join(known)}"
+        raise ConfigError(f"{what} must be a dictionary", f"{type(values).__name__} {values!r:.40}", remedy)
     unknown = [key for key in values if key not in known]
     if unknown:
-        remedy = f"correct or remove the unknown ones{closest(unknown[0], known)}"
+        remedy = f"correct or remove {'it' if len(unknown) == 1 else 'them'}{closest(unknown[0], known)}"
         raise ConfigError(f"{what} has the keys {', '.join(known)}", ", ".join(map(repr, unknown)), remedy)
 
 
 def closest(key: object, known: Sequence[str]) -> str:
-    """A question after the known key that was probably meant, or nothing.
+    """A question with the known key that was probably meant, or an empty string.
 
     Example:
         >>> closest("norm_epsilon", ["norm_eps", "cast"])
         "; did you mean 'norm_eps'?"
     """
-    near = difflib.get_close_matches(str(key), known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = _nearest(key, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def _nearest(key: object, known: Sequence[str]) -> str:
+    return next(iter(difflib.get_close_matches(str(key), known, 1)), "")
 
 
 def _default(name: str) -> Any:

@@ -1,15 +1,20 @@
-"""The norms as functions: arguments are checked here, `kernels.dispatch` chooses who computes.
+"""The norms as functions. Arguments are checked here; `kernels.dispatch` chooses the back end.
 
-All of them normalize over the last dimension, for float16, bfloat16, float32 and float64 input of any strides.
-Statistics and products are taken in float32 (float64 for float64 input) and rounded once, at the end.
+All of them normalize over the last dimension, for float16, bfloat16, float32 and float64 input of any strides, and for
+jagged nested tensors. Statistics and products are computed in float32 (float64 for float64 input) and rounded once, at
+the end. On the proxies of torch.fx each function is recorded as one node, like those of torch.nn.functional.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
-from omninorm.config import CASTS, LARGEST, is_finite
+from omninorm.config import CASTS, LARGEST, is_finite, python_number
 from omninorm.errors import InputError
 from omninorm.kernels import dispatch, operators
 
@@ -40,8 +45,8 @@ def rms_norm(
         (..., d), in x's dtype.
 
     Raises:
-        InputError: x is not a dense floating-point tensor of width ≥ 1, the gain does not fit it, or a constant
-            is out of range.
+        InputError: x is not a floating-point tensor (dense, or jagged nested) of width ≥ 1, the gain does not match
+            its last dimension, or a constant is out of range.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
 
@@ -55,6 +60,12 @@ def rms_norm(
         except REFUSALS:
             check_rms_norm(x, weight, eps, gain_offset, cast)
             raise
+    if proxies := overriding(x, weight):
+        options: dict[str, Any] = {"gain_offset": gain_offset, "cast": cast}
+        return handle_torch_function(rms_norm, proxies, x, weight, eps, **options)
+    if is_jagged(x):
+        return map_rows(lambda rows: rms_norm(rows, weight, eps, gain_offset=gain_offset, cast=cast), x)
+    eps, gain_offset = python_number(eps), python_number(gain_offset)
     check_rms_norm(x, weight, eps, gain_offset, cast)
     return dispatch.rms_norm(x, weight, eps, gain_offset, cast)
 
@@ -86,6 +97,11 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         except REFUSALS:
             check_layer_norm(x, weight, bias, eps)
             raise
+    if proxies := overriding(x, weight, bias):
+        return handle_torch_function(layer_norm, proxies, x, weight, bias, eps)
+    if is_jagged(x):
+        return map_rows(lambda rows: layer_norm(rows, weight, bias, eps), x)
+    eps = python_number(eps)
     check_layer_norm(x, weight, bias, eps)
     return dispatch.layer_norm(x, weight, bias, eps)
 
@@ -99,18 +115,25 @@ def add_rms_norm(
     gain_offset: float = 0.0,
     cast: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) with s = x + residual rounded to x's dtype: a residual addition and the norm after it.
+    """Return (rms_norm(s), s) with s = x + residual, rounded to x's dtype: a residual connection and the next norm.
 
     Args:
         x, residual: (..., d), equal in shape and dtype. The others as in `rms_norm`.
 
     Returns:
-        The normalized sum and the sum, bit for bit what the two steps give.
+        The normalized sum and the sum, bit-identical to the results of the two separate steps.
 
     Raises:
         InputError: x and residual differ in shape, dtype or device; otherwise as `rms_norm`.
     """
+    if proxies := overriding(x, residual, weight):
+        options: dict[str, Any] = {"gain_offset": gain_offset, "cast": cast}
+        return handle_torch_function(add_rms_norm, proxies, x, residual, weight, eps, **options)
     check_pair(x, residual)
+    if is_jagged(x):
+        total = x + residual
+        return rms_norm(total, weight, eps, gain_offset=gain_offset, cast=cast), total
+    eps, gain_offset = python_number(eps), python_number(gain_offset)
     check_rms_norm(x, weight, eps, gain_offset, cast)
     return dispatch.add_rms_norm(x, residual, weight, eps, gain_offset, cast)
 
@@ -122,8 +145,14 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float | None = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """(layer_norm(s), s) with s = x + residual rounded to x's dtype; `add_rms_norm` for LayerNorm."""
+    """Return (layer_norm(s), s) with s = x + residual, rounded to x's dtype: `add_rms_norm` for LayerNorm."""
+    if proxies := overriding(x, residual, weight, bias):
+        return handle_torch_function(add_layer_norm, proxies, x, residual, weight, bias, eps)
     check_pair(x, residual)
+    if is_jagged(x):
+        total = x + residual
+        return layer_norm(total, weight, bias, eps), total
+    eps = python_number(eps)
     check_layer_norm(x, weight, bias, eps)
     return dispatch.add_layer_norm(x, residual, weight, bias, eps)
 
@@ -131,32 +160,68 @@ def add_layer_norm(
 def z_score(x: Tensor, dim: int = -1) -> Tensor:
     """z = (x − mean(x)) / std(x) along `dim`, std being the root of the *mean* squared deviation.
 
-    It is LayerNorm without gain, bias and ε. Constant values have no spread: their z is 0/0, NaN.
+    This is LayerNorm without gain, bias and ε. Constant values have a standard deviation of 0, so their z is NaN.
 
     Args:
         x: any shape of at least one dimension, floating point.
 
     Raises:
-        InputError: as `rms_norm`, or no such dimension.
+        InputError: as `rms_norm`, or x has no such dimension.
 
     Example:
         >>> z_score(torch.tensor([10.0, 20.0, 30.0, 40.0]))
         tensor([-1.3416, -0.4472,  0.4472,  1.3416])
     """
+    if proxies := overriding(x):
+        return handle_torch_function(z_score, proxies, x, dim)
     check_float("x", x)
+    dim = python_number(dim)
     if isinstance(dim, bool) or not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
-        raise InputError("dim must be a dimension of x", f"dim={dim!r} for shape {tuple(x.shape)}", "choose another")
+        remedy = f"choose an integer from {-x.ndim} to {x.ndim - 1}" if x.ndim else "pass a tensor of features"
+        raise InputError("dim must be a dimension of x", f"dim={dim!r} for shape {tuple(x.shape)}", remedy)
     return layer_norm(x.movedim(dim, -1), eps=0.0).movedim(-1, dim)
 
 
-# Checks. The C++ operators check too, in a fraction of the time that a small norm takes; what they refuse is then put
-# in words here.
+# What stands for tensors -----------------------------------------------------------------------------------------
+
+
+def overriding(*arguments: object) -> list[Any]:
+    """Return the arguments that override function calls, such as torch.fx's proxies, without subclasses of Tensor."""
+    return [
+        argument
+        for argument in arguments
+        if not (argument is None or isinstance(argument, Tensor)) and hasattr(type(argument), "__torch_function__")
+    ]
+
+
+def is_jagged(x: object) -> bool:
+    """Whether `x` is a nested tensor in the jagged layout."""
+    return isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged
+
+
+def map_rows(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a norm to a jagged nested tensor. Rows are independent, so its values are normalized as one tensor.
+
+    Raises:
+        InputError: the jagged dimension is the last one, that of the features.
+    """
+    ragged: int = x._ragged_idx  # type: ignore[attr-defined]
+    if ragged == x.ndim - 1:
+        remedy = "transpose it, so that features of one width come last"
+        raise InputError("A nested tensor must have the same number of features everywhere", f"shape {x.shape}", remedy)
+    x = x if x.lengths() is None else x.contiguous()  # type: ignore[attr-defined]
+    y = norm(x.values())
+    return torch.nested.nested_tensor_from_jagged(y, x.offsets(), jagged_dim=ragged)  # type: ignore[attr-defined]
+
+
+# Checks. The C++ operators check too, in a fraction of the time that a small norm takes; these functions then put into
+# words what an operator refused.
 
 REFUSALS = (RuntimeError, TypeError, KeyError)
 
 
 def check_rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> None:
-    """Raises InputError unless these are arguments of `rms_norm`."""
+    """Raise InputError unless these are valid arguments of `rms_norm`."""
     check_rows(x)
     check_gain("weight", weight, x)
     check_eps(eps)
@@ -164,7 +229,7 @@ def check_rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_off
 
 
 def check_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> None:
-    """Raises InputError unless these are arguments of `layer_norm`."""
+    """Raise InputError unless these are valid arguments of `layer_norm`."""
     check_rows(x)
     check_gain("weight", weight, x)
     check_gain("bias", bias, x)
@@ -172,20 +237,25 @@ def check_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
 
 
 def check_float(name: str, x: object) -> None:
-    """Raises InputError unless `x` is a dense tensor of one of the four floating dtypes."""
+    """Raise InputError unless `x` is a dense tensor of one of the four floating-point dtypes."""
     if not isinstance(x, Tensor):
-        raise InputError(f"{name} must be a torch.Tensor", type(x).__name__, "convert it with torch.as_tensor")
+        received = f"{type(x).__name__} {x!r:.40}" if isinstance(x, (bool, int, float, str)) else type(x).__name__
+        raise InputError(f"{name} must be a torch.Tensor", received, "convert it with torch.as_tensor")
     if x.dtype not in FLOATS:
-        remedy = f"convert it first, e.g. {name}.float()"
+        remedy = f"convert it first, e.g. with {name}.float()"
         raise InputError(f"{name} must be float16, bfloat16, float32 or float64", str(x.dtype), remedy)
     if x.is_nested:
-        raise InputError(f"{name} must be a dense tensor", "a nested tensor", "pad it with to_padded_tensor")
+        if x.layout == torch.jagged:
+            remedy = "pass a dense tensor, e.g. its padded form from to_padded_tensor"
+            raise InputError(f"{name} can't be a nested tensor here", "", remedy)
+        remedy = "build it with torch.nested.nested_tensor(…, layout=torch.jagged), or pad it with to_padded_tensor"
+        raise InputError(f"{name} must be a dense or a jagged nested tensor", "a strided nested tensor", remedy)
     if x.layout != torch.strided:
-        raise InputError(f"{name} must be a dense tensor", str(x.layout), f"use {name}.to_dense()")
+        raise InputError(f"{name} must be a dense tensor", str(x.layout), f"convert it with {name}.to_dense()")
 
 
 def check_rows(x: Tensor) -> None:
-    """Raises InputError unless `x` has a last dimension to normalize over."""
+    """Raise InputError unless `x` has a last dimension to normalize over."""
     check_float("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         remedy = "pass a tensor with features in its last dimension"
@@ -193,46 +263,50 @@ def check_rows(x: Tensor) -> None:
 
 
 def check_gain(name: str, gain: Tensor | None, x: Tensor) -> None:
-    """Raises InputError unless `gain` is None or one value per feature of `x`, on its device."""
+    """Raise InputError unless `gain` is None or holds one value per feature of `x`, on the same device."""
     if gain is None:
         return
     check_float(name, gain)
     if gain.shape != x.shape[-1:]:
         received = f"{tuple(gain.shape)} for x of shape {tuple(x.shape)}"
-        raise InputError(f"{name} must have shape ({x.shape[-1]},), x's last dimension", received, "make them agree")
+        remedy = f"pass a {name} with one value per feature of x"
+        raise InputError(f"{name} must have shape ({x.shape[-1]},), like x's last dimension", received, remedy)
     check_device(name, gain, x)
 
 
 def check_device(name: str, gain: Tensor, x: Tensor) -> None:
-    """Raises InputError unless `gain` is where `x` is."""
+    """Raise InputError unless `gain` is on x's device."""
     if gain.device != x.device:
         received = f"{gain.device} and {x.device}"
-        raise InputError(f"{name} and x must be on one device", received, f"move one, e.g. {name}.to(x.device)")
+        raise InputError(f"{name} and x must be on the same device", received, f"move {name}: {name}.to(x.device)")
 
 
 def check_eps(eps: float | None) -> None:
-    """Raises InputError unless `eps` is None or a finite number ≥ 0."""
+    """Raise InputError unless `eps` is None or a finite number ≥ 0."""
     if eps is None:
         return
     if not is_finite(eps) or not 0 <= eps <= LARGEST:
-        raise InputError("eps must be a finite number ≥ 0 or None", repr(eps), "pass e.g. 1e-6")
+        remedy = "use a small positive value such as 1e-6"
+        raise InputError("eps must be a finite number ≥ 0, or None", f"{eps!r:.40}", remedy)
 
 
 def check_rounding(gain_offset: float, cast: str) -> None:
-    """Raises InputError unless the gain offset is finite and the casting order known."""
+    """Raise InputError unless the gain offset is finite and the casting order known."""
     if not is_finite(gain_offset) or abs(gain_offset) > LARGEST:
-        raise InputError("gain_offset must be a finite number", repr(gain_offset), "pass 0.0, or 1.0 for Gemma's form")
+        remedy = "use 0.0, or 1.0 for Gemma's norms, whose gains start at 0"
+        raise InputError("gain_offset must be a finite number", f"{gain_offset!r:.40}", remedy)
     if cast not in CASTS:
         raise InputError(f"cast must be one of {', '.join(CASTS)}", repr(cast), "choose one of these")
 
 
 def check_pair(x: Tensor, residual: Tensor) -> None:
-    """Raises InputError unless `x` and `residual` can be added without broadcasting or promotion."""
-    check_float("x", x)
-    check_float("residual", residual)
+    """Raise InputError unless `x` and `residual` can be added without broadcasting or promotion."""
+    for name, tensor in (("x", x), ("residual", residual)):
+        if not is_jagged(tensor):
+            check_float(name, tensor)
     if (x.shape, x.dtype, x.device) != (residual.shape, residual.dtype, residual.device):
         received = f"{_describe(x)} and {_describe(residual)}"
-        raise InputError("x and residual must agree in shape, dtype and device", received, "convert one of them")
+        raise InputError("x and residual must have the same shape, dtype and device", received, "convert one of them")
 
 
 def _describe(x: Tensor) -> str:

@@ -1,10 +1,12 @@
-"""Export to ONNX: what omninorm's operators are called there.
+"""Translation of omninorm's operators to ONNX, one node per norm.
 
     torch.onnx.export(model, (x,), "model.onnx", dynamo=True, opset_version=23,
                       custom_translation_table=omninorm.onnx.translations())
 
-RMSNorm becomes RMSNormalization, which is in opset 23, and LayerNorm LayerNormalization, which is in opset 17. Float16
-and bfloat16 are cast to float32 before and back after it, since they would be rounded before the gain otherwise.
+RMSNorm becomes RMSNormalization, which needs opset 23, and LayerNorm becomes LayerNormalization (opset 17). Float16 and
+bfloat16 are cast to float32 before the node and back after it, because they would be rounded before the gain otherwise.
+
+Without the table, torch.onnx.export writes the norms as basic operations (Mul, ReduceMean, …), in any opset.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from omninorm.kernels import operators as _operators  # noqa: F401  defines them
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """The table for torch.onnx.export's custom_translation_table, with `dynamo=True`.
+    """Return the table for torch.onnx.export's custom_translation_table, with `dynamo=True` and `opset_version=23`.
 
     Returns:
-        operator → how it is written, with opset 23.
+        operator → function that builds its ONNX nodes.
 
     Raises:
         MissingExtraError: onnxscript is not installed.
@@ -31,7 +33,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         import onnxscript  # noqa: F401
     except ImportError as error:
         remedy = 'install it with pip install "omninorm[onnx]"'
-        raise MissingExtraError("ONNX is written by onnxscript", "an installation without it", remedy) from error
+        raise MissingExtraError("Exporting to ONNX needs the package onnxscript", "", remedy) from error
     names = torch.ops.omninorm
     return {
         names.rms_norm_autograd.default: _rms_norm,
@@ -41,7 +43,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     }
 
 
-# The operators. Arguments and results are those of omninorm's; ONNX's are in capitals. -----------------------------
+# One function per operator, with its arguments and results --------------------------------------------------------
 
 
 def _rms_norm(x: Any, weight: Any, eps: float, gain_offset: float = 0.0, round_first: bool = False) -> Any:
@@ -94,7 +96,7 @@ def _sum(x: Any, residual: Any) -> Any:
 
 
 def _wide(x: Any) -> Any:
-    """x in the compute type, itself where it is of that."""
+    """Return x in the compute type; x itself if it has that type already."""
     if x.dtype.bitwidth >= 32:
         return x
     wide = _opset().Cast(x, to=_FLOAT)
@@ -108,7 +110,7 @@ def _ones(x: Any) -> Any:
 
 
 def _scale(x: Any, eps: float) -> Any:
-    """1/√(mean(x²) + ε) of each row. Where nobody reads it the exporter leaves it out."""
+    """Return 1/√(mean(x²) + ε) of each row. The exporter removes it if it is unused."""
     op = _opset()
     power = op.ReduceMean(op.Mul(x, x), op.Constant(value_ints=[-1]), keepdims=1)
     return _flat(op.Reciprocal(op.Sqrt(op.Add(power, op.CastLike(op.Constant(value_float=eps), power)))))

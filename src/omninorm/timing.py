@@ -1,8 +1,8 @@
-"""The timing loop: contestants take turns in random order, and every ratio is taken within a round.
+"""The timing loop: each round times all contestants in random order, and ratios are computed within a round.
 
-Machines drift: another process takes a core, a clock changes. Contestants that are timed one after the other then
-differ by the drift. Here each round times every contestant once, and the ratio of two contestants is the *median of the
-rounds' ratios*, everywhere in the benchmark.
+Machines drift: another process takes a core, a clock changes. If contestants were timed one after the other, the drift
+would look like a difference. So each round times every contestant once, and the ratio of two contestants is the *median
+of the rounds' ratios*, everywhere in the benchmark.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 OURS = "omninorm"
-# Shorter samples than this are made of several calls: the clock's own cost must not count.
+# A sample shorter than this is extended to several calls, so that the cost of reading the clock is negligible.
 _SHORTEST_SAMPLE_NS = 200_000
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 400
 _MAX_CALLS = 1000
@@ -28,11 +28,11 @@ _MAX_CALLS = 1000
 class Contestant(NamedTuple):
     """Something to time.
 
-    name: what it is called in results.
-    call: does the work on the inputs with the number that it is given; returns what it computed.
-    role: "ours", "peer" (computes the same), "other" (computes something else that one might choose instead), or
-        "limit" (the bare memory traffic).
-    bytes: the traffic that the work needs at least; 0 where bandwidth says nothing.
+    name: its name in results.
+    call: does the work on the inputs of the given number and returns the result.
+    role: "ours", "peer" (computes the same), "other" (an alternative that computes something else), or "limit" (the
+        bare memory traffic).
+    bytes: the minimum memory traffic of the work; 0 if bandwidth is meaningless for it.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Contestant(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Contestants for one job, and the number of inputs that they take in turn."""
+    """Contestants for one job, and the number of inputs that they use in turn."""
 
     name: str
     contestants: Sequence[Contestant]
@@ -54,10 +54,10 @@ Samples = dict[str, list[float]]
 
 
 def time_case(case: Case, seconds: float, min_rounds: int = _MIN_ROUNDS, warm_up: int = 3, seed: int = 0) -> Samples:
-    """Nanoseconds per call of every contestant in every round, after `warm_up` calls of each.
+    """Return the nanoseconds per call of every contestant in every round, after `warm_up` calls of each.
 
-    Rounds go on for `seconds`, and there are at least `min_rounds`. What a call returns stays alive until its inputs'
-    next turn, so that outputs rotate through memory as inputs do.
+    Rounds continue for `seconds`; there are at least `min_rounds`. The result of a call stays alive until its inputs
+    are used again, so that outputs rotate through memory as inputs do.
     """
     loop = _Loop(case)
     order = list(case.contestants)
@@ -76,7 +76,7 @@ def time_case(case: Case, seconds: float, min_rounds: int = _MIN_ROUNDS, warm_up
 
 
 class _Loop:
-    """Calls contestants on inputs in turn and keeps what they return."""
+    """Calls contestants on inputs in turn and keeps their results."""
 
     def __init__(self, case: Case) -> None:
         self._case = case
@@ -84,10 +84,10 @@ class _Loop:
         self._turn = 0
 
     def sample(self, contestant: Contestant, calls: int) -> float:
-        """Nanoseconds per call, over `calls` calls.
+        """Return the nanoseconds per call, over `calls` calls.
 
-        Where inputs rotate, a call that is not timed goes before: its result takes the memory that the contestant
-        before has just freed, which may still be in the cache. The others get what was last used a rotation ago.
+        If inputs rotate, an untimed call comes first: its result takes the memory that the previous contestant has just
+        freed, which may still be in the cache. The timed calls get memory that was last used a rotation ago.
         """
         kept, call, count, turn = self._kept, contestant.call, self._case.inputs, self._turn
         if count > 1:
@@ -102,7 +102,7 @@ class _Loop:
         return elapsed / calls
 
     def calls_per_sample(self, warm_up: int) -> int:
-        """Warms every contestant up, and counts the calls with which the fastest fills a sample."""
+        """Warm up every contestant; return how many calls of the fastest fill a sample."""
         fastest = math.inf
         for each in self._case.contestants:
             for _ in range(warm_up):
@@ -124,7 +124,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def summarize(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles.
+    """Return the median and the quartiles.
 
     Example:
         >>> summarize([3.0, 1.0, 2.0])
@@ -137,7 +137,7 @@ def summarize(values: Sequence[float]) -> dict[str, float]:
 
 
 def paired_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Our time over theirs, round by round.
+    """Return our time divided by theirs, round by round.
 
     Example:
         >>> paired_ratios([1.0, 4.0], [2.0, 2.0])
@@ -147,7 +147,7 @@ def paired_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]
 
 
 def report_samples(case: Case, samples: Samples) -> dict[str, Any]:
-    """What results keep of a case: every contestant's median, quartiles and GB/s, and ours over each of the others."""
+    """Return a case's results: each contestant's median, quartiles and GB/s, and the ratios of ours to the others."""
     contestants = {}
     for each in case.contestants:
         times = summarize(samples[each.name])

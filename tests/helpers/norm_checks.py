@@ -1,5 +1,9 @@
-"""A norm's results and gradients against the oracle; every part of these checks is for every implementation."""
+"""Checks of a norm's results and gradients against the oracle, for every implementation, and choices of test cases."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
 import torch
 from helpers import oracle
 from torch import Tensor
@@ -9,8 +13,27 @@ from omninorm.kernels import gpu
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
-# A million rows; as many as Triton's interpreter has time for, which are 128 blocks of a gain's gradient.
-MANY_ROWS = 2**13 if gpu.INTERPRETED else 2**20
+# Rows for tests of long sums: 256 blocks of 512 rows each; `exhaustive`, a million. Triton's interpreter has time for
+# 128 blocks of a gain's gradient.
+MANY_ROWS = [2**13] if gpu.INTERPRETED else [2**17, pytest.param(2**20, marks=pytest.mark.exhaustive)]
+
+
+def sampled(cases: Iterable[tuple[Any, ...]], is_quick: Callable[..., bool]) -> list[Any]:
+    """Return the cases for pytest.mark.parametrize, those that are not quick with the mark `exhaustive`."""
+    return [pytest.param(*case, marks=() if is_quick(*case) else pytest.mark.exhaustive) for case in cases]
+
+
+def on_threads(run: Callable[[], list[Tensor]], counts: Iterable[int]) -> list[list[Tensor]]:
+    """Return the results of `run` for each of these numbers of threads."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return results
 
 
 def spread(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""setup.py: it builds the operators, or says why it did not, and never leaves what an earlier build made."""
+"""setup.py builds the operators or writes down why not, and removes the results of earlier builds."""
 
 import importlib.util
 import os
@@ -82,7 +82,7 @@ class Repository:
         return self.setup("build_ext", "--inplace", **variables)
 
     def pretend(self) -> None:
-        """What earlier builds left."""
+        """Pretend that earlier builds left results."""
         self.library.write_text("stale")
         self.note.write_text("stale")
 
@@ -105,7 +105,7 @@ def test_torch_is_found_without_importing_it(setup_py):
     assert setup_py.find_torch(setup_py.package_folders()) == Path(torch.__file__).parent
 
 
-def test_the_first_torch_that_will_do_is_taken(setup_py, tmp_path):
+def test_the_first_usable_torch_is_found(setup_py, tmp_path):
     old = torch_folder(tmp_path / "old", "2.9.1+cu128")
     bare = torch_folder(tmp_path / "bare", "2.11.0", headers=False)
     good = torch_folder(tmp_path / "good", "2.10.0a0+git1")
@@ -113,25 +113,23 @@ def test_the_first_torch_that_will_do_is_taken(setup_py, tmp_path):
     assert setup_py.find_torch([str(tmp_path), old, bare, good, other]) == tmp_path / "good" / "torch"
 
 
-def test_a_torch_that_will_not_do_is_named_with_the_remedy(setup_py, tmp_path):
-    remedy = (
-        "install torch >= 2.10, then install omninorm again with pip's --force-reinstall --no-deps --no-cache-dir, "
-        "and --no-build-isolation where that is not enough"
-    )
+def test_an_unusable_torch_is_named_with_the_remedy(setup_py, tmp_path):
     old = torch_folder(tmp_path / "old", "2.9.1")
     bare = torch_folder(tmp_path / "bare", "2.11.0", headers=False)
     cases = [
-        ([], "torch was not there when omninorm was installed"),
-        ([old], "torch was 2.9.1 when omninorm was installed"),
-        ([bare], "torch 2.11.0 was there without its C++ headers"),
+        ([], "torch was not installed"),
+        ([old], "torch 2.9.1 is too old"),
+        ([bare], "torch 2.11.0 was installed without its C++ headers"),
     ]
     for folders, reason in cases:
         with pytest.raises(setup_py.UnavailableError) as caught:
             setup_py.find_torch(folders)
-        assert str(caught.value) == f"{reason}; {remedy}"
+        assert str(caught.value).startswith(reason)
+        assert "Install torch >= 2.10, then reinstall omninorm with pip install --force-reinstall" in str(caught.value)
+        assert "--no-build-isolation" in str(caught.value)
 
 
-def test_sets_that_the_compiler_refuses_are_left_out(setup_py, tmp_path, monkeypatch, capsys):
+def test_instruction_sets_that_the_compiler_refuses_are_skipped(setup_py, tmp_path, monkeypatch, capsys):
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\ncase "$*" in *-mavx512dq*) echo refused >&2; exit 1;; esac\n')
     compiler.chmod(0o755)
@@ -140,54 +138,54 @@ def test_sets_that_the_compiler_refuses_are_left_out(setup_py, tmp_path, monkeyp
     assert list(sets) == ["baseline", "avx2"]
     assert "no avx512 operators" in capsys.readouterr().err
     select, *kernels = setup_py.kernel_jobs(sets, "", [])
-    told = [flag for flag in select.flags if flag.startswith("-DOMNINORM")]
-    assert told == ["-DOMNINORM_HAS_BASELINE", "-DOMNINORM_HAS_AVX2"]
+    defined = [flag for flag in select.flags if flag.startswith("-DOMNINORM")]
+    assert defined == ["-DOMNINORM_HAS_BASELINE", "-DOMNINORM_HAS_AVX2"]
     assert [job.flags[-1] for job in kernels] == ["-DOMNINORM_SET=baseline", "-DOMNINORM_SET=avx2"]
 
 
-def test_of_equal_functions_the_linker_keeps_one_that_runs_everywhere(setup_py):
-    """It keeps the first, so the first set must need no flags."""
+def test_the_first_instruction_set_needs_no_flags(setup_py):
+    """Of equal inline functions the linker keeps the first, which must run on every processor."""
     assert all(next(iter(sets.values())) == "" for sets in setup_py.SETS.values())
 
 
 def test_an_unknown_machine_is_named(setup_py, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
-    with pytest.raises(setup_py.UnavailableError, match="on riscv64 has no operators yet"):
+    with pytest.raises(setup_py.UnavailableError, match=r"don't support .* on riscv64"):
         setup_py.supported_sets(["c++"])
 
 
-def test_without_a_compiler_a_note_says_so(repository):
+def test_without_a_compiler_a_note_holds_the_reason(repository):
     repository.pretend()
     done = repository.build(CXX="/nonexistent")
     assert done.returncode == 0, done.stderr
     why = repository.note.read_text()
     assert why == (
-        "CXX=/nonexistent is not there; install g++ or clang++, or name another with CXX, "
-        "then install omninorm again with pip's --force-reinstall --no-deps --no-cache-dir\n"
+        "No C++ compiler found: the compiler of CXX=/nonexistent. Install g++ or clang++, or set CXX, "
+        "then reinstall omninorm with pip install --force-reinstall --no-deps --no-cache-dir.\n"
     )
-    assert f"omninorm: installed without its C++ operators, in slower pure Python: {why}" in done.stderr
+    assert f"omninorm is installed without its C++ operators, so its norms are slower. {why}" in done.stderr
     assert not repository.library.exists()
 
 
-def test_wishes_are_followed_or_refused(repository):
+def test_omninorm_build_is_obeyed_or_refused(repository):
     done = repository.build(OMNINORM_BUILD="0")
     assert done.returncode == 0, done.stderr
-    assert repository.note.read_text().startswith("OMNINORM_BUILD=0 left them out; unset it, then ")
+    assert "OMNINORM_BUILD=0. Unset it, then " in repository.note.read_text()
 
     repository.pretend()
     done = repository.build(OMNINORM_BUILD="1", CXX="/nonexistent")
     assert done.returncode != 0
-    assert "OMNINORM_BUILD=1, but the C++ operators cannot be built: CXX=/nonexistent is not there" in done.stderr
+    assert "OMNINORM_BUILD=1 requires them. No C++ compiler found: the compiler of CXX=/nonexistent." in done.stderr
     assert not repository.library.exists()
     assert not repository.note.exists()
 
     done = repository.build(OMNINORM_BUILD="yes")
     assert done.returncode != 0
-    assert "OMNINORM_BUILD must be 0, 1 or empty, not 'yes'" in done.stderr
+    assert "OMNINORM_BUILD must be 0, 1 or empty, got 'yes'" in done.stderr
 
 
 @needs_compiler
-def test_build_break_and_mend(repository):
+def test_a_broken_source_leaves_a_note_and_a_fixed_one_a_library(repository):
     repository.pretend()
     assert repository.build(OMNINORM_BUILD="1").stderr == ""
     assert not repository.note.exists()
@@ -199,7 +197,7 @@ def test_build_break_and_mend(repository):
     assert repository.build().returncode == 0
     assert not repository.library.exists()
     why = repository.note.read_text()
-    assert why.startswith("compiling kernels-")
+    assert why.startswith("Compiling kernels-")
     assert "csrc/kernels.cpp:" in why
     assert why.count("\n") == 1
 
@@ -209,6 +207,7 @@ def test_build_break_and_mend(repository):
     assert not repository.note.exists()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_only_what_changed_is_compiled(repository):
     def objects() -> dict[str, int]:
@@ -226,8 +225,9 @@ def test_only_what_changed_is_compiled(repository):
     assert [name.split("-")[0] for name in set(after) - set(before)] == ["operators"]
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_a_wheel_is_tagged_by_what_is_in_it(repository):
+def test_a_wheel_is_tagged_by_its_content(repository):
     def wheel(**variables: str) -> tuple[str, set[str]]:
         done = repository.setup("bdist_wheel", "--dist-dir", "wheels", **variables)
         assert done.returncode == 0, done.stderr

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from helpers import distributed_training as training
 from helpers.distributed import run_in_processes
+
+pytestmark = pytest.mark.slow  # processes that import torch
 
 NORMS = ["rmsnorm", "layernorm"]
 

@@ -1,4 +1,4 @@
-"""torch.compile: one graph with the operators in it, gradients too, one compilation for all sizes, autocast."""
+"""torch.compile: one graph with the operators, the same bits and gradients, no recompilation, autocast."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,14 +37,14 @@ def add_layer(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.fixture(autouse=True)
-def from_the_start() -> Iterator[None]:
+def reset_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
 def results(norm: Callable[..., tuple[Tensor, ...]], rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
-    """Of `norm` and of its gradients, for the same numbers in every call."""
+    """Return the results of `norm` and its gradients, for the same numbers in every call."""
     numbers = torch.Generator().manual_seed(rows * width)
 
     def random(*shape: int) -> Tensor:
@@ -59,8 +59,20 @@ def results(norm: Callable[..., tuple[Tensor, ...]], rows: int, width: int, dtyp
 
 
 # The bits are the operators'; only rms has an operation beside them, an addition in one step of its own.
-@pytest.mark.parametrize("norm", [rms, add_rms, layer, add_layer])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("norm", "dtype"),
+    [
+        (rms, torch.bfloat16),
+        (add_layer, torch.float32),
+        pytest.param(rms, torch.float32, marks=pytest.mark.slow),
+        pytest.param(add_rms, torch.float32, marks=pytest.mark.slow),
+        pytest.param(add_rms, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(layer, torch.float32, marks=pytest.mark.slow),
+        pytest.param(layer, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(add_layer, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_one_graph_without_breaks_and_the_same_bits(norm, dtype: torch.dtype) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(norm, fullgraph=True, backend=counter, dynamic=False)
@@ -70,6 +82,7 @@ def test_one_graph_without_breaks_and_the_same_bits(norm, dtype: torch.dtype) ->
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [rms, layer])
 def test_inputs_of_two_and_four_dimensions_in_turns_are_compiled_once_each(norm) -> None:
     counter = CompileCounterWithBackend("aot_eager")
@@ -84,7 +97,7 @@ def test_inputs_of_two_and_four_dimensions_in_turns_are_compiled_once_each(norm)
     assert attempts[-1] == attempts[1] <= 4
 
 
-@pytest.mark.parametrize("norm", [rms, add_layer])
+@pytest.mark.parametrize("norm", [rms, pytest.param(add_layer, marks=pytest.mark.slow)])
 def test_dynamic_shapes_are_not_compiled_again(norm) -> None:
     """The first call may take Dynamo several attempts; the sizes that follow take none."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -109,7 +122,7 @@ def test_inductor_runs_the_operators(norm) -> None:
             torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("norm", [functional.rms_norm, functional.layer_norm])
+@pytest.mark.parametrize("norm", [functional.rms_norm, pytest.param(functional.layer_norm, marks=pytest.mark.slow)])
 def test_autocast_keeps_bfloat16_and_casts_nothing(norm) -> None:
     """Eager and compiled: torch's own norms are in autocast's float32 list, which costs a cast each way."""
     x = torch.randn(4, 32).bfloat16()
@@ -139,9 +152,9 @@ def test_the_compiled_graph_holds_one_operator() -> None:
     assert not [target for target in seen if "rsqrt" in target or "sum" in target]
 
 
-@pytest.mark.parametrize("norm", [functional.rms_norm, functional.layer_norm])
+@pytest.mark.parametrize("norm", [functional.rms_norm, pytest.param(functional.layer_norm, marks=pytest.mark.slow)])
 def test_compiled_function_transforms_differentiate(norm) -> None:
-    """Inside torch.func a tensor does not say that it learns; an operator without its derivative gave zeros."""
+    """Inside torch.func, requires_grad is False; an operator without its derivative would give zeros."""
     x, weight = torch.randn(3, 8), torch.randn(8)
 
     def loss(row: torch.Tensor) -> torch.Tensor:
@@ -154,8 +167,8 @@ def test_compiled_function_transforms_differentiate(norm) -> None:
         torch.testing.assert_close(compiled(x), expected)
 
 
-def test_one_tensor_may_be_given_twice() -> None:
-    """Dynamo takes none twice in an autograd.Function."""
+def test_the_same_tensor_may_be_passed_twice() -> None:
+    """Dynamo does not accept one tensor as two arguments of an autograd.Function."""
     x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
     for norm in (
         lambda: functional.add_rms_norm(x, x, weight)[0],
@@ -172,7 +185,7 @@ def test_one_tensor_may_be_given_twice() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_llamas_rounding_of_the_reference_survives_inductor(dtype: torch.dtype) -> None:
-    """Which leaves out what goes to a narrower dtype and straight back."""
+    """Inductor removes a cast to a narrower dtype that is followed by the cast back."""
     x, weight = torch.randn(64, 256).to(dtype), torch.randn(256).to(dtype)
     x.requires_grad_()
     exact = x.detach().float() * torch.rsqrt(x.detach().float().square().mean(-1, keepdim=True) + 1e-6)

@@ -1,5 +1,6 @@
-"""Who watches a norm: what is shown, that it is right and changes no bit of the results, and where nothing is shown."""
+"""Probes: what a norm passes to them, that it is right and changes no bit, and when no probe is called."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers import oracle
+from helpers.norm_checks import sampled
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +25,7 @@ ROWS = [1, 63, 64, 65, 1000, 64 * 256 + 1]
 
 
 class Recorder:
-    """A probe that keeps copies of all it is shown, in the order of the calls."""
+    """A probe that keeps copies of everything that it receives, in the order of the calls."""
 
     def __init__(self) -> None:
         self.shown: list[tuple[str, tuple[Any, ...]]] = []
@@ -82,11 +84,11 @@ def leaves_of(rows: int, width: int, dtype: torch.dtype, gains: torch.dtype | No
 
 
 def run(norm: Norm, leaves: list[Tensor], along: list[Tensor], by: probe.Probe | None = None) -> list[Tensor | None]:
-    """The results and the gradients of the leaves; `by` watches the forward pass, as a module's hooks would let it."""
+    """Return the results and the gradients of the leaves, with the probe `by` set for the forward pass."""
     with watched(by):
         made = norm.compute(*leaves)
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    gradients = torch.autograd.grad(made, wanted, along[: len(made)], allow_unused=True)
+    trainable = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    gradients = torch.autograd.grad(made, trainable, along[: len(made)], allow_unused=True)
     return [*(t.detach() for t in made), *gradients]
 
 
@@ -100,7 +102,7 @@ def same_bits(ours: list[Tensor | None], theirs: list[Tensor | None]) -> bool:
 # No bit changes --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -108,10 +110,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+QUICK = [(torch.float32, 2), (torch.bfloat16, 1)]
+CASES = sampled(itertools.product(DTYPES, [1, 2]), lambda *case: case in QUICK)
+
+
 @all_norms
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_watching_changes_no_bit(norm: Norm, dtype: torch.dtype, threads: int) -> None:
-    """Nor does the number of threads change one of what is shown."""
+@pytest.mark.parametrize(("dtype", "threads"), CASES, indirect=["threads"], ids=str)
+def test_a_probe_changes_no_bit(norm: Norm, dtype: torch.dtype, threads: int) -> None:
+    """Nor does the number of threads change the block sums that the probe receives."""
     for rows, width in [*((rows, 33) for rows in ROWS), (1, 4099), (65, 1), (130, 768)]:
         leaves = leaves_of(rows, width, dtype)
         along = [torch.randn(rows, width).to(dtype) for _ in range(2)]
@@ -127,7 +133,7 @@ def test_watching_changes_no_bit(norm: Norm, dtype: torch.dtype, threads: int) -
 
 
 @all_norms
-def test_watching_changes_no_bit_on_any_instruction_set(norm: Norm, instruction_set: str) -> None:
+def test_a_probe_changes_no_bit_on_any_instruction_set(norm: Norm, instruction_set: str) -> None:
     leaves, along = leaves_of(200, 77, torch.bfloat16), [torch.randn(200, 77).bfloat16() for _ in range(2)]
     assert same_bits(run(norm, leaves, along, Recorder()), run(norm, leaves, along))
 
@@ -202,7 +208,7 @@ def test_many_rows_make_larger_blocks(norm: Norm) -> None:
 
 
 @pytest.mark.parametrize(("norm", "dead"), [("rms_norm", (2,)), ("add_rms_norm", (2,)), ("layer_norm", (2, 3))])
-def test_a_gain_that_does_not_learn_has_no_blocks(norm: str, dead: tuple[int, ...]) -> None:
+def test_a_frozen_gain_has_no_blocks(norm: str, dead: tuple[int, ...]) -> None:
     for frozen in (True, False):
         leaves, recorder = leaves_of(5, 8, torch.float32), Recorder()
         for place in dead:
@@ -220,7 +226,7 @@ def test_a_bias_alone_has_no_blocks() -> None:
 
 
 @all_norms
-def test_an_empty_batch_is_shown(norm: Norm) -> None:
+def test_a_probe_receives_an_empty_batch(norm: Norm) -> None:
     leaves, recorder = leaves_of(0, 8, torch.float32), Recorder()
     run(norm, leaves, [torch.ones(0, 8)] * 2, recorder)
     assert recorder.only("forward")[1].shape == (0,)
@@ -246,7 +252,7 @@ def test_rows_of_more_dimensions_and_other_strides(norm: Norm) -> None:
 
 
 @all_norms
-def test_the_probe_of_the_forward_pass_sees_the_backward_pass(norm: Norm) -> None:
+def test_the_probe_of_the_forward_pass_receives_the_backward_pass(norm: Norm) -> None:
     """Whoever is set in between sees nothing of it."""
     first, second, leaves = Recorder(), Recorder(), leaves_of(3, 8, torch.float32)
     with watched(first):
@@ -258,7 +264,7 @@ def test_the_probe_of_the_forward_pass_sees_the_backward_pass(norm: Norm) -> Non
 
 
 @all_norms
-def test_nothing_is_shown_where_nothing_is_differentiated(norm: Norm) -> None:
+def test_without_gradients_no_probe_is_called(norm: Norm) -> None:
     recorder, leaves = Recorder(), leaves_of(3, 8, torch.float32)
     with watched(recorder):
         with torch.no_grad():
@@ -270,7 +276,7 @@ def test_nothing_is_shown_where_nothing_is_differentiated(norm: Norm) -> None:
 
 
 @all_norms
-def test_the_reference_shows_nothing(norm: Norm) -> None:
+def test_the_reference_calls_no_probe(norm: Norm) -> None:
     recorder, leaves = Recorder(), leaves_of(3, 8, torch.float32)
     with watched(recorder), dispatch.use_backend("reference"):
         norm.compute(*leaves)[0].sum().backward()
@@ -278,7 +284,7 @@ def test_the_reference_shows_nothing(norm: Norm) -> None:
 
 
 @all_norms
-def test_a_backward_pass_that_is_differentiated_is_not_shown(norm: Norm) -> None:
+def test_with_create_graph_the_backward_pass_calls_no_probe(norm: Norm) -> None:
     recorder, leaves = Recorder(), leaves_of(3, 8, torch.float64)
     with watched(recorder):
         y = norm.compute(*leaves)[0]
@@ -289,7 +295,7 @@ def test_a_backward_pass_that_is_differentiated_is_not_shown(norm: Norm) -> None
 
 
 @pytest.mark.parametrize("norm", ["add_rms_norm", "add_layer_norm"])
-def test_a_norm_without_a_part_in_the_loss_is_not_shown(norm: str) -> None:
+def test_a_norm_that_the_loss_does_not_depend_on_calls_no_backward_probe(norm: str) -> None:
     recorder, leaves = Recorder(), leaves_of(3, 8, torch.float32)
     with watched(recorder):
         _, total = NORMS[norm].compute(*leaves)
@@ -298,7 +304,7 @@ def test_a_norm_without_a_part_in_the_loss_is_not_shown(norm: str) -> None:
 
 
 @all_norms
-def test_every_backward_pass_of_one_forward_pass_is_shown(norm: Norm) -> None:
+def test_a_probe_receives_every_backward_pass(norm: Norm) -> None:
     recorder, leaves = Recorder(), leaves_of(3, 8, torch.float32)
     with watched(recorder):
         y = norm.compute(*leaves)[0]
@@ -309,7 +315,7 @@ def test_every_backward_pass_of_one_forward_pass_is_shown(norm: Norm) -> None:
 
 @all_norms
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints_show_the_forward_pass_where_it_is_differentiated(norm: Norm, reentrant: bool) -> None:
+def test_with_checkpointing_the_recomputed_forward_pass_is_probed(norm: Norm, reentrant: bool) -> None:
     """Reentrant ones run it first in no_grad; the others run it twice, and the first is the one that is kept."""
     leaves, along = leaves_of(70, 8, torch.float32), torch.randn(70, 8)
     expected = run(Norm(lambda *given: norm.compute(*given)[:1], norm.centered, norm.adds), leaves, [along])[1:]
@@ -338,7 +344,7 @@ class Failing(Recorder):
 
 @all_norms
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_what_a_probe_raises_reaches_the_caller_and_spoils_nothing(norm: Norm, where: str) -> None:
+def test_an_exception_of_a_probe_reaches_the_caller_and_changes_nothing(norm: Norm, where: str) -> None:
     leaves, along = leaves_of(3, 8, torch.float32), [torch.randn(3, 8) for _ in range(2)]
     expected = run(norm, leaves, along)
     with pytest.raises(ZeroDivisionError, match=where):
@@ -351,10 +357,12 @@ def test_what_a_probe_raises_reaches_the_caller_and_spoils_nothing(norm: Norm, w
 
 
 @all_norms
-@pytest.mark.parametrize("first", [True, False], ids=["watched at first", "not watched at first"])
+@pytest.mark.parametrize(
+    "first", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["first call probed", "first call not probed"]
+)
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
-def test_a_trace_does_not_ask_who_watches(norm: Norm, first: bool) -> None:
-    """One graph, whoever comes and goes; nothing is shown."""
+def test_compiled_norms_ignore_the_probe(norm: Norm, first: bool) -> None:
+    """One graph, with and without a probe, which is never called."""
     torch._dynamo.reset()
     counter, recorder = CompileCounterWithBackend("aot_eager"), Recorder()
     compiled = norm._replace(compute=torch.compile(norm.compute, fullgraph=True, backend=counter, dynamic=False))

@@ -1,4 +1,4 @@
-"""The Triton kernels for GPUs that are not here: they compile, stay in registers, and move no byte twice."""
+"""The Triton kernels, compiled ahead of time for GPUs: they stay in registers and move no byte twice."""
 
 import itertools
 
@@ -25,7 +25,12 @@ if not gpu.INTERPRETED:
             (torch.float32, 16384, "gfx942"),
         ]
     ]
-    CASES = [pytest.param(case, marks=() if case in SOME else pytest.mark.exhaustive, id=str(case)) for case in EVERY]
+    QUICK = [case for case in SOME if case.width == 1024]
+
+    def marks(case: Case) -> tuple:
+        return () if case in QUICK else (pytest.mark.slow,) if case in SOME else (pytest.mark.exhaustive,)
+
+    CASES = [pytest.param(case, marks=marks(case), id=str(case)) for case in EVERY]
     # Rows of a power of two, whole in a tile: there each byte is moved by an instruction of its own.
     COUNTED = [case for case in SOME if case.target != "gfx942"]
     COUNTED += [Case(kernel, torch.float16, 4096, "sm_90") for kernel in KERNELS]
@@ -36,7 +41,14 @@ if not gpu.INTERPRETED:
         addresses, which don't depend on the row. A row that did not fit would take 64 bytes of each tensor."""
         assert local_memory(compiled(case)) <= (24 if "backward" in case.kernel else 0)
 
-    @pytest.mark.parametrize("case", [case for case in COUNTED if case.tile.WHOLE], ids=str)
+    @pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, marks=() if case in QUICK else (pytest.mark.slow,), id=str(case))
+            for case in COUNTED
+            if case.tile.WHOLE
+        ],
+    )
     def test_every_byte_of_a_row_is_moved_once_16_at_a_time(case: Case) -> None:
         """Forward x once and y once, backward x, dy and dx once; with an addition one more of each. Beside them the gains
         and the sums of their gradients, once a program, and the rows' statistics."""
@@ -55,6 +67,10 @@ if not gpu.INTERPRETED:
         assert sum(stores.values()) <= (0 if backward else statistics)
 
     @pytest.mark.parametrize("target", TARGETS)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_the_blocks_of_gain_gradients_are_added_up_in_registers_too(dtype: torch.dtype, target: str) -> None:
+    @pytest.mark.parametrize(
+        "dtype",
+        [torch.float32, *(pytest.param(each, marks=pytest.mark.slow) for each in DTYPES if each != torch.float32)],
+        ids=str,
+    )
+    def test_block_sums_of_gain_gradients_stay_in_registers(dtype: torch.dtype, target: str) -> None:
         assert local_memory(totals(dtype, target)) == 0

@@ -1,5 +1,7 @@
 """RMSNorm and LayerNorm can stand wherever torch.nn's do."""
 
+import inspect
+
 import numpy
 import pytest
 import torch
@@ -80,13 +82,13 @@ def test_the_output_may_be_changed_in_place(ours, theirs, shape) -> None:
 @pytest.mark.parametrize(
     "norm_type", [omninorm.CRMSNorm, omninorm.ScaleNorm, omninorm.DynamicTanh, omninorm.DynamicErf]
 )
-def test_the_relatives_output_may_be_changed_in_place_too(norm_type) -> None:
+def test_the_output_of_the_other_norms_may_be_changed_in_place(norm_type) -> None:
     x = torch.randn(2, 8, requires_grad=True)
     norm_type(8)(x).mul_(2.0).sum().backward()
     assert x.grad.isfinite().all()
 
 
-def test_sizes_may_be_numpys_and_inputs_may_be_named() -> None:
+def test_sizes_may_be_numpy_integers_and_inputs_keyword_arguments() -> None:
     assert omninorm.RMSNorm(numpy.int64(4)).normalized_shape == (4,)
     x = torch.randn(2, 4)
     assert torch.equal(omninorm.LayerNorm(4)(input=x), omninorm.LayerNorm(4)(x))
@@ -122,7 +124,7 @@ def test_gradients_per_sample(norm_type) -> None:
             torch.testing.assert_close(together[name][index], gradient)
 
 
-def test_gain_offset_starts_at_one_all_the_same() -> None:
+def test_with_a_gain_offset_the_initial_norm_is_the_same() -> None:
     x = torch.randn(2, 6)
     norm = omninorm.RMSNorm(6, gain_offset=1.0)
     assert torch.equal(norm.weight, torch.zeros(6))
@@ -156,7 +158,7 @@ def test_bad_eps_is_refused(norm, eps) -> None:
 
 
 @pytest.mark.parametrize("norm", [omninorm.RMSNorm, omninorm.LayerNorm, omninorm.DynamicTanh, omninorm.DynamicErf])
-def test_an_input_that_does_not_fit_is_refused(norm) -> None:
+def test_an_input_of_another_shape_or_type_is_refused(norm) -> None:
     with pytest.raises(InputError, match=r"shape ends in \(3, 4\), got shape \(2, 3, 5\)"):
         norm((3, 4))(torch.ones(2, 3, 5))
     with pytest.raises(InputError, match="got list"):
@@ -166,14 +168,81 @@ def test_an_input_that_does_not_fit_is_refused(norm) -> None:
 
 
 @pytest.mark.parametrize("norm", [omninorm.DynamicTanh, omninorm.DynamicErf])
-def test_another_device_is_named(norm) -> None:
+def test_an_input_on_another_device_is_refused_with_both_names(norm) -> None:
     with pytest.raises(InputError, match="meta and cpu"):
         norm(8, device="meta")(torch.ones(2, 8))
 
 
 @pytest.mark.parametrize("offset", [1e39, -1e39, float("nan")])
-def test_a_gain_offset_that_float32_lacks_is_refused(offset: float) -> None:
+def test_a_gain_offset_beyond_float32_is_refused(offset: float) -> None:
     with pytest.raises(ConfigError, match="gain_offset"):
         omninorm.RMSNorm(8, gain_offset=offset)
     with pytest.raises(ConfigError, match="gain_offset"):
         omninorm.NormConfig(gain_offset=offset)
+
+
+NUMBERS = [numpy.float16(0.25), numpy.float32(0.25), numpy.float64(0.25), numpy.array(0.25), torch.tensor(0.25)]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: type(number).__name__)
+def test_constants_and_sizes_are_stored_as_python_numbers(number: object) -> None:
+    for norm in (omninorm.RMSNorm(8, number), omninorm.LayerNorm(8, number), omninorm.CRMSNorm(8, number), omninorm.ScaleNorm(8, number)):  # fmt: skip
+        assert type(norm.eps) is float
+        assert norm.eps == 0.25
+    offset = omninorm.RMSNorm(8, gain_offset=number).gain_offset
+    assert (type(offset), offset) == (float, 0.25)
+    assert omninorm.DynamicTanh(8, alpha=number).alpha.item() == 0.25
+    for size in (numpy.int32(8), torch.tensor(8), numpy.array(8)):
+        assert type(omninorm.CRMSNorm(size).width) is int
+        assert omninorm.RMSNorm(size).normalized_shape == (8,)
+        assert omninorm.LayerNorm((2, size)).normalized_shape == (2, 8)
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_an_unknown_argument_is_refused_with_the_known_ones(norm_type) -> None:
+    with pytest.raises(ConfigError) as caught:
+        norm_type(8, devise="cpu")
+    assert norm_type.__name__ in caught.value.invariant
+    assert caught.value.received == "devise"
+    assert "did you mean 'device'" in caught.value.remedy
+
+
+@pytest.mark.parametrize("norm_type", [norm for norm in NORMS if norm is not omninorm.LayerNorm])
+def test_a_bias_where_there_is_none_is_refused(norm_type) -> None:
+    with pytest.raises(ConfigError) as caught:
+        norm_type(8, bias=True)
+    assert norm_type.__name__ in caught.value.invariant
+    assert caught.value.received == "bias=True"
+    assert "LayerNorm" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_signatures_contain_those_of_torch(ours, theirs) -> None:
+    parameters = inspect.signature(ours.__init__).parameters
+    assert [*inspect.signature(theirs.__init__).parameters] == [*parameters][: len(inspect.signature(theirs.__init__).parameters)]  # fmt: skip
+
+
+ONE_DIMENSION = (omninorm.CRMSNorm, omninorm.ScaleNorm)
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage:UserWarning")
+@pytest.mark.parametrize(
+    ("norm_type", "shape"),
+    [*((norm, (8,)) for norm in NORMS)] + [(norm, (2, 4)) for norm in NORMS if norm not in ONE_DIMENSION],
+)
+def test_jagged_nested_tensors_are_normalized_row_by_row(norm_type, shape: tuple[int, ...]) -> None:
+    norm = norm_type(shape if len(shape) > 1 else 8)
+    parts = [torch.randn(length, *shape) for length in (2, 3)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    y = norm(x)
+    assert (y + x).shape == x.shape
+    y.values().square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in norm.parameters()]
+    dense = torch.cat(parts).requires_grad_()
+    norm.zero_grad()
+    expected = norm(dense)
+    expected.square().sum().backward()
+    assert torch.equal(y.values(), expected)
+    assert torch.equal(x.grad.values(), dense.grad)
+    for ours, theirs in zip(gradients, norm.parameters(), strict=True):
+        assert torch.equal(ours, theirs.grad)

@@ -1,11 +1,14 @@
-"""Which parameters weight decay applies to, for every kind of norm."""
+"""Parameter groups: which parameters weight decay applies to."""
 
 from __future__ import annotations
 
+import numpy
 import pytest
+import torch
 import transformers as hf
 from torch import nn
 
+import omninorm
 from omninorm.config import NORMALIZATIONS, PLACEMENTS, NormConfig
 from omninorm.errors import ConfigError
 from omninorm.layers import LayerNorm, param_groups
@@ -24,27 +27,27 @@ def _thinker(**settings) -> Thinker:
 
 @pytest.mark.parametrize("kind", NORMALIZATIONS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_only_the_linear_layers_matrices_decay(kind, placement):
+def test_only_the_matrices_of_linear_layers_are_decayed(kind, placement):
     model = _thinker(norm=NormConfig(kind, placement), tied_head=False)
-    decayed, spared = param_groups(model, 0.1)
+    decayed, excluded = param_groups(model, 0.1)
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert len(linear) == 4 + 3 + 1
     assert _named(model, decayed) == linear
-    assert _named(model, decayed) | _named(model, spared) == {name for name, _ in model.named_parameters()}
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    assert "embedding.weight" in _named(model, spared)
+    assert _named(model, decayed) | _named(model, excluded) == {name for name, _ in model.named_parameters()}
+    assert (decayed["weight_decay"], excluded["weight_decay"]) == (0.1, 0.0)
+    assert "embedding.weight" in _named(model, excluded)
 
 
-def test_a_tied_head_is_an_embedding():
+def test_a_tied_head_is_excluded_as_an_embedding():
     model = _thinker(tied_head=True)
     assert "embedding.weight" in _named(model, param_groups(model, 0.1)[1])
 
 
 def test_the_module_type_decides_not_the_shape_or_the_name():
     model = nn.ModuleDict({"norm": nn.Linear(3, 4), "linear": nn.LayerNorm((3, 4)), "conv": nn.Conv1d(2, 2, 3)})
-    decayed, spared = param_groups(model, 0.1)
+    decayed, excluded = param_groups(model, 0.1)
     assert _named(model, decayed) == {"norm.weight", "conv.weight"}
-    assert _named(model, spared) == {"norm.bias", "linear.weight", "linear.bias", "conv.bias"}
+    assert _named(model, excluded) == {"norm.bias", "linear.weight", "linear.bias", "conv.bias"}
 
 
 def test_frozen_parameters_are_left_out():
@@ -55,7 +58,7 @@ def test_frozen_parameters_are_left_out():
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Qwen3", "Gemma2"])
-def test_norms_that_others_wrote_are_spared(name: str) -> None:
+def test_norms_of_transformers_are_excluded(name: str) -> None:
     """Lists of names miss GPT-2's ln_f and Qwen3's q_norm."""
     settings = {
         "vocab_size": 11,
@@ -65,12 +68,12 @@ def test_norms_that_others_wrote_are_spared(name: str) -> None:
         "intermediate_size": 8,
     }
     model = getattr(hf, f"{name}Model")(getattr(hf, f"{name}Config")(**settings))
-    decayed, spared = param_groups(model, 0.1)
+    decayed, excluded = param_groups(model, 0.1)
     norms = {
         id(p) for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters(recurse=False)
     }
     assert norms
-    assert norms <= {id(parameter) for parameter in spared["params"]}
+    assert norms <= {id(parameter) for parameter in excluded["params"]}
     assert all(parameter.ndim == 2 for parameter in decayed["params"])
 
 
@@ -80,12 +83,126 @@ def test_a_group_without_parameters_is_left_out():
 
 
 @pytest.mark.parametrize("decay", [-0.1, float("nan"), "0.1", None])
-def test_a_decay_that_is_none_is_refused(decay):
+def test_a_decay_that_is_not_a_number_of_at_least_0_is_refused(decay):
     with pytest.raises(ConfigError, match="weight_decay must be a finite number ≥ 0"):
         param_groups(nn.Linear(2, 2), decay)
 
 
-def test_what_a_gain_is_computed_from_is_spared_too():
+def test_the_parameters_of_a_parametrized_gain_are_excluded():
     norm = LayerNorm((2, 4))
     nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
     assert decayed_names(nn.Sequential(nn.Linear(8, 8), norm)) == {"0.weight"}
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TEXT = {**SIZES, "vocab_size": 11, "pad_token_id": 0}
+IMAGE = {**SIZES, "image_size": 8, "patch_size": 4}
+MAMBA = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "excluded"),
+    [
+        ("Cohere", {**TEXT, "use_qk_norm": True}, {"layers.0.self_attn.q_norm.weight", "layers.0.self_attn.k_norm.weight"}),
+        ("Cohere2", {**TEXT, "num_key_value_heads": 2}, {"layers.0.input_layernorm.weight"}),
+        ("Mamba", MAMBA, {"layers.0.mixer.A_log", "layers.0.mixer.D"}),
+        ("Mamba2", {**MAMBA, "num_heads": 4, "head_dim": 8, "n_groups": 1}, {"layers.0.mixer.A_log", "layers.0.mixer.D"}),
+        ("ViT", IMAGE, {"embeddings.cls_token", "embeddings.position_embeddings"}),
+        ("Dinov2", IMAGE, {"embeddings.cls_token", "embeddings.mask_token", "embeddings.position_embeddings"}),
+        ("Swin", {"embed_dim": 8, "depths": [1], "num_heads": [2], "image_size": 16, "patch_size": 4, "window_size": 2},
+         {"encoder.layers.0.blocks.0.attention.relative_position_bias.relative_position_bias_table"}),
+        ("Mixtral", {**TEXT, "num_key_value_heads": 2, "num_local_experts": 2}, {"embed_tokens.weight"}),
+    ],
+)  # fmt: skip
+def test_only_matrices_of_transformers_models_are_decayed(name: str, settings: dict, excluded: set[str]) -> None:
+    """Decayed are weights of linear layers, convolutions, routers and experts, and nothing else."""
+    model = getattr(hf, f"{name}Model")(getattr(hf, f"{name}Config")(**settings))
+    names = {name for name, _ in model.named_parameters()}
+    decayed = decayed_names(model)
+    assert excluded <= names - decayed
+    matrices = {
+        f"{prefix}.{own}"
+        for prefix, module in model.named_modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+        or type(module).__name__.endswith(("Experts", "Router"))
+        if parameter.ndim > 1
+    }
+    assert decayed == matrices
+
+
+class Tables(nn.Module):
+    """Parameters of no layer of torch.nn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in {
+            "pos_embed": (5, 8), "rel_pos_h": (5, 8), "positional_encoding": (5, 8), "register_tokens": (4, 8),
+            "query_embed": (4, 8), "relative_position_bias_table": (9, 2), "mask": (1, 1, 8), "A_log": (8, 4),
+            "weight": (1, 8), "projection": (8, 8), "experts": (2, 8, 8), "position": (3, 3), "composition": (3, 3),
+            "tokenizer_map": (3, 3),
+        }.items():  # fmt: skip
+            setattr(self, name, nn.Parameter(torch.randn(shape)))
+
+
+def test_tables_and_tokens_are_excluded_by_shape_or_name() -> None:
+    assert decayed_names(Tables()) == {"weight", "projection", "experts", "composition", "tokenizer_map"}
+
+
+class MyRMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 4))
+        self.bias = nn.Parameter(torch.ones(2, 4))
+
+
+class TokenEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 4))
+
+
+class NormalizedLinear(nn.Linear):
+    pass
+
+
+def test_class_names_decide_except_for_linear_layers() -> None:
+    model = nn.ModuleList([MyRMSNorm(), TokenEmbedding(), NormalizedLinear(2, 2), nn.Linear(4, 1)])
+    assert decayed_names(model) == {"2.weight", "3.weight"}
+
+
+def test_parameters_that_their_author_excluded_are_not_decayed() -> None:
+    class Timm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.other = nn.Linear(4, 4)
+            self.marked = nn.Linear(4, 4)
+            self.marked.weight._no_weight_decay = True
+
+        def no_weight_decay(self) -> set[str]:
+            return {"inner.weight", "unknown"}
+
+    assert decayed_names(nn.Sequential(Timm())) == {"0.other.weight"}
+
+
+@pytest.mark.parametrize("norm", [omninorm.RMSNorm(8, gain_offset=1.0), omninorm.LayerNorm(8), omninorm.ScaleNorm(8), omninorm.DynamicErf(8), MyRMSNorm()], ids=lambda norm: type(norm).__name__)  # fmt: skip
+def test_with_decay_norms_gains_are_decayed_but_nothing_else_of_a_norm(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), norm)
+    gain = "1.scale" if isinstance(norm, omninorm.ScaleNorm) else "1.weight"
+    assert decayed_names(model) == {"0.weight"}
+    assert decayed_names(model, decay_norms=True) == {"0.weight", gain}
+    decayed, excluded = param_groups(model, 0.1, decay_norms=True)
+    assert _named(model, decayed) == {"0.weight", gain}
+    assert _named(model, excluded) == {name for name, _ in model.named_parameters()} - {"0.weight", gain}
+
+
+def test_decay_norms_must_be_a_bool() -> None:
+    with pytest.raises(ConfigError, match="decay_norms must be True or False"):
+        param_groups(nn.Linear(2, 2), 0.1, decay_norms=0.1)  # type: ignore[arg-type]
+
+
+def test_the_decay_may_be_a_numpy_number() -> None:
+    (group,) = param_groups(nn.Linear(2, 2, bias=False), numpy.float32(0.25))
+    assert type(group["weight_decay"]) is float
+    assert group["weight_decay"] == 0.25

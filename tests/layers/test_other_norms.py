@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import oracle
+from helpers.norm_checks import on_threads
 from torch import Tensor, nn
 
 import omninorm
@@ -131,20 +132,34 @@ def test_every_kind_is_built_on_a_device(kind: str) -> None:
     assert "12" in repr(norm)
 
 
-def test_alpha_is_the_constructors() -> None:
+def test_alpha_starts_at_the_constructors_value() -> None:
     x = torch.randn(5, 4)
     torch.testing.assert_close(omninorm.DynamicTanh(4, alpha=0.9)(x), torch.tanh(0.9 * x))
     torch.testing.assert_close(omninorm.DynamicErf(4, alpha=0.9)(x), torch.erf(0.9 * x))
 
 
-def test_torchs_own_norms_count_as_norms() -> None:
+def test_norms_of_torch_are_norm_types() -> None:
     assert isinstance(nn.LayerNorm(2), NORM_TYPES)
     assert isinstance(nn.RMSNorm(2), NORM_TYPES)
 
 
-def test_the_builder_hands_on_gain_offset_and_cast() -> None:
+def test_build_norm_passes_gain_offset_and_cast() -> None:
     norm = build_norm(NormConfig(gain_offset=1.0, cast="llama", norm_eps=None), 4)
     assert isinstance(norm, omninorm.RMSNorm)
     assert (norm.gain_offset, norm.cast, norm.eps) == (1.0, "llama", None)
     with pytest.raises(ConfigError, match="integers ≥ 1"):
         build_norm(NormConfig(), 0)
+
+
+@pytest.mark.parametrize("norm_type", [omninorm.CRMSNorm, omninorm.ScaleNorm, omninorm.DynamicTanh, omninorm.DynamicErf])  # fmt: skip
+@pytest.mark.parametrize("shape", [(400, 500), (100_000, 2), (3, 20_000)], ids=str)
+def test_every_number_of_threads_gives_the_same_gradients(norm_type, shape: tuple[int, int]) -> None:
+    x, dy = torch.randn(shape), torch.randn(shape)
+
+    def run() -> list[torch.Tensor]:
+        norm = norm_type(shape[-1])
+        return list(torch.autograd.grad(norm(x), list(norm.parameters()), dy))
+
+    first, *others = on_threads(run, (1, 2, 3, 4, 2))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

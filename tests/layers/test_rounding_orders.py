@@ -29,7 +29,7 @@ def assert_like_the_peer(y: torch.Tensor, peer: torch.Tensor, exact: torch.Tenso
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("peer_class", [LlamaRMSNorm, Qwen3RMSNorm])
-def test_llamas_order(peer_class, dtype: torch.dtype) -> None:
+def test_llama_cast_equals_llama_and_qwen(peer_class, dtype: torch.dtype) -> None:
     peer = peer_class(768, eps=1e-5).to(dtype)
     peer.weight.data.copy_(torch.randn(768))
     norm = omninorm.RMSNorm(768, 1e-5, dtype=dtype, cast="llama")
@@ -40,7 +40,7 @@ def test_llamas_order(peer_class, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gemmas_order(dtype: torch.dtype) -> None:
+def test_gain_offset_equals_gemma(dtype: torch.dtype) -> None:
     peer = GemmaRMSNorm(768, eps=1e-6).to(dtype)
     peer.weight.data.copy_(torch.randn(768))
     norm = omninorm.RMSNorm(768, 1e-6, dtype=dtype, gain_offset=1.0)
@@ -51,7 +51,7 @@ def test_gemmas_order(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_torchs_order(dtype: torch.dtype) -> None:
+def test_the_default_cast_equals_torch(dtype: torch.dtype) -> None:
     peer = torch.nn.RMSNorm(768, 1e-5, dtype=dtype)
     peer.weight.data.copy_(torch.randn(768))
     norm = omninorm.RMSNorm(768, 1e-5, dtype=dtype)
@@ -61,7 +61,7 @@ def test_torchs_order(dtype: torch.dtype) -> None:
     assert_like_the_peer(norm(x), peer(x), exact)
 
 
-def test_the_orders_differ_where_they_should() -> None:
+def test_the_rounding_orders_differ_in_16_bits() -> None:
     """Otherwise the tests above could not tell them apart."""
     x, weight = torch.randn(50, 768).bfloat16(), torch.randn(768).bfloat16()
     llama = omninorm.functional.rms_norm(x, weight, cast="llama")
@@ -71,7 +71,7 @@ def test_the_orders_differ_where_they_should() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_module_hands_its_order_on(dtype: torch.dtype) -> None:
+def test_the_module_passes_cast_to_the_function(dtype: torch.dtype) -> None:
     """One ulp can't tell the orders apart; the share of equal values can: nearly all, or about two thirds."""
     peer = LlamaRMSNorm(768, eps=1e-5).to(dtype)
     peer.weight.data.copy_(torch.randn(768))

@@ -209,8 +209,8 @@ def test_a_sublayer_without_its_inner_norms_is_refused() -> None:
 
     plain, bend = nn.Linear(WIDTH, WIDTH), Bend()
     message = (
-        r"placement 'hybrid' with qk_norm=None needs the norms k, q, v inside attention, "
-        r"got a Linear without k, q, v. Build them in and name them in attention\.inner_norms"
+        r"'hybrid' with qk_norm=None needs the norms k, q, v inside attention, "
+        r"got a Linear without k, q, v\..* attribute inner_norms"
     )
     with pytest.raises(ConfigError, match=message):
         build(NormConfig(norm_placement="hybrid"), plain, plain)
@@ -225,7 +225,7 @@ def test_a_sublayer_without_its_inner_norms_is_refused() -> None:
     ("block", "blocks", "message"),
     [
         (0, 4, "block must be an integer ≥ 1, got 0"),
-        (5, 4, "blocks are counted from 1 to their number, got block 5 of 4"),
+        (5, 4, "block must be between 1 and the number of blocks, 4, got block 5"),
         (1, 0, "blocks must be an integer ≥ 1, got 0"),
         (1.0, 4, "block must be an integer ≥ 1, got 1.0"),
     ],
@@ -240,8 +240,8 @@ def test_an_unknown_role_is_refused() -> None:
         Position(1, 1, "mlp")
 
 
-def test_what_is_no_config_or_no_module_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a block's norms are described by a NormConfig, got 'pre'"):
+def test_a_config_or_a_sublayer_of_another_type_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must be a NormConfig, got 'pre'"):
         Block("pre", WIDTH, Bend(), Bend(), block=1, blocks=1)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"attention must be a torch\.nn\.Module, got a function"):
         Block(NormConfig(), WIDTH, lambda x: x, Bend(), block=1, blocks=1)  # type: ignore[arg-type]
@@ -269,8 +269,8 @@ def test_a_stream_that_does_not_come_from_enter_is_refused() -> None:
     x = torch.randn(2, 5, WIDTH)
     block = Block(NormConfig(norm_placement="residual"), WIDTH, nn.Identity(), nn.Identity(), block=1, blocks=1)
     with pytest.raises(
-        InputError, match=r"'residual' carries two streams, .* got a Tensor. Begin with omninorm\.placement\.enter"
+        InputError, match=r"'residual' must be a pair of tensors, got a Tensor\..*omninorm\.placement\.enter"
     ):
         block(x)
-    with pytest.raises(InputError, match="the stream must be a tensor, got a tuple"):
+    with pytest.raises(InputError, match="stream must be a tensor, got a tuple"):
         Block(NormConfig(), WIDTH, nn.Identity(), nn.Identity(), block=1, blocks=1)((x, x))

@@ -1,13 +1,13 @@
-"""The derivatives of omninorm's operators, and what they show to whoever watches a norm.
+"""The derivatives of omninorm's operators, as autograd functions, and their calls of probes.
 
-Backward keeps x and r = 1/√(mean square + ε), one number a row; LayerNorm keeps the mean too. The second derivative is
-the reference's, whose backward functions are made of differentiable operations.
+The functions save x and r = 1/√(mean square + ε), one number per row; LayerNorm also saves the mean. Second derivatives
+use the reference, whose backward functions consist of differentiable operations.
 
-A norm that has a `Probe` shows it the row statistics after its forward pass, and after its backward pass the block sums
-of the gain's gradient. The operator that hands these out shares all its arithmetic with the one that does not.
+If a `Probe` is set, it receives the row statistics after the forward pass, and the block sums of the gain's gradient
+after the backward pass. The operator that returns these block sums shares its kernels with the one that does not.
 
-The functions have no setup_context, which would cost more than the operator itself; under torch.func, which needs one,
-the reference computes.
+The functions have no setup_context, which would cost more than the operator itself. torch.func needs one, so the
+reference is used there.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class AddRMSNormFunction(Function):
         ctx.constants = eps, gain_offset, round_first
         ctx.probe = watcher
         ctx.set_materialize_grads(False)
-        if not any(ctx.needs_input_grad[:2]):  # only gains learn
+        if not any(ctx.needs_input_grad[:2]):  # only gains need gradients
             ctx.mark_non_differentiable(total)
         if watcher is not None:
             watcher.forward(total, scale, None, eps)
@@ -125,7 +125,7 @@ class AddLayerNormFunction(Function):
         ctx.eps = eps
         ctx.probe = watcher
         ctx.set_materialize_grads(False)
-        if not any(ctx.needs_input_grad[:2]):  # only gains learn
+        if not any(ctx.needs_input_grad[:2]):  # only gains need gradients
             ctx.mark_non_differentiable(total)
         if watcher is not None:
             watcher.forward(total, scale, mean, eps)
@@ -155,7 +155,7 @@ def rms_norm_backward(
     gains_wanted: bool,
     watcher: Probe | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx + dtotal and dγ; differentiable where a second derivative is wanted, which nobody watches."""
+    """Return dx + dtotal and dγ; with create_graph by the reference, which is differentiable and calls no probe."""
     if torch.is_grad_enabled():
         cast = "llama" if round_first else "fp32"
         dx, dweight = reference.rms_norm_backward(dy, x, weight, eps, gain_offset, cast)
@@ -182,7 +182,7 @@ def layer_norm_backward(
     gains_wanted: bool,
     watcher: Probe | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx + dtotal, dγ and dβ; differentiable where a second derivative is wanted, which nobody watches."""
+    """Return dx + dtotal, dγ and dβ; with create_graph by the reference, as in `rms_norm_backward`."""
     if torch.is_grad_enabled():
         dx, dweight, dbias = reference.layer_norm_backward(dy, x, weight, bias, eps)
         return dx if dtotal is None else dx + dtotal, dweight, dbias
@@ -202,21 +202,21 @@ def _show(watcher: Probe, dy: Tensor, dgain: Tensor | None, blocks: Tensor) -> N
     watcher.backward(dy, dgain, None if dgain is None else blocks, rows_per_block(rows, by_triton(dy)))
 
 
-# How the rows are divided, so that the bits of dγ depend on their number alone: by operators.cpp, and for Triton, which
-# needs many blocks to be busy with.
+# Rows are divided into blocks by their number alone, so that dγ has the same bits on any number of threads.
+# operators.cpp has the same constants; Triton gets smaller blocks, because a GPU needs many to be busy.
 BLOCK_ROWS, MOST_BLOCKS = 64, 256
 
-# Whether Triton's interpreter computes CPU tensors: see `gpu.emulated`.
+# Whether Triton's interpreter computes CPU tensors; see `gpu.emulated`.
 emulated = False
 
 
 def by_triton(x: Tensor) -> bool:
-    """Whether the operators that compute x are Triton's."""
+    """Whether Triton's operators compute x."""
     return x.is_cuda or emulated
 
 
 def rows_per_block(rows: int, triton: bool) -> int:
-    """Over how many rows at once dγ is summed; the last block may have fewer."""
+    """Return the number of rows in each block of dγ's sum; the last block may have fewer."""
     rows_each = -(-rows // MOST_BLOCKS)
     if triton:
         return max(1, min(BLOCK_ROWS, rows_each))

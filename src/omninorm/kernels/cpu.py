@@ -1,8 +1,8 @@
-"""The CPU back end: the library with the C++ operators of csrc/.
+"""The CPU back end: loads the library with the C++ operators of csrc/.
 
-It is one shared object beside this file, built on installation. Where it is missing, `unavailable()` says why
-and the reference computes in its place. Inside it, the arithmetic exists once per instruction set; the best that
-the processor has is used, or the one that the environment variable OMNINORM_CPU names.
+The library is one shared object next to this file, built at installation. If it is missing, `unavailable()` returns the
+reason and the reference is used instead. The library holds the kernels once per instruction set; the best one that the
+processor supports is used, or the one that the environment variable OMNINORM_CPU names.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ from omninorm.errors import ConfigError
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_cpu.so"
-# Written by the installation in place of the library: the reason, in one line.
+# Written by setup.py if it can't build the library: the reason, in one line.
 NOTE = FOLDER / "_cpu_missing.txt"
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and the reason."""
+    """Return the library, or None and the reason."""
     if not LIBRARY.exists():
-        return None, NOTE.read_text(encoding="utf-8").strip() if NOTE.exists() else "they have not been built"
+        return (
+            None,
+            NOTE.read_text(encoding="utf-8").strip()
+            if NOTE.exists()
+            else "The C++ operators have not been built. Install omninorm again with a C++ compiler at hand",
+        )
     try:
         torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
         return _declared(ctypes.CDLL(str(LIBRARY))), ""
     except OSError as error:
-        return None, f"the library does not load: {error}"
+        return None, f"The library with the C++ operators does not load: {error}"
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -44,12 +49,12 @@ _library, _reason = _load()
 
 
 def unavailable() -> str:
-    """Why the operators can't be used here; empty if they can."""
+    """Return why the operators can't be used on this machine; empty if they can."""
     return _reason
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that were built and that this processor has, best first."""
+    """Return the instruction sets that were built and that this processor supports, best first."""
     names: list[str] = []
     while _library is not None and (name := _library.omninorm_runnable_set(len(names))) is not None:
         names.append(name.decode())
@@ -57,20 +62,20 @@ def instruction_sets() -> list[str]:
 
 
 def instruction_set() -> str:
-    """The instruction set whose kernels run."""
+    """Return the instruction set whose kernels are in use."""
     name: bytes = b"" if _library is None else _library.omninorm_current_set()
     return name.decode()
 
 
 def use_instruction_set(name: str) -> None:
-    """Makes every later call run the kernels of this instruction set.
+    """Use the kernels of this instruction set in every later call.
 
     Raises:
-        ConfigError: it was not built, or the processor lacks it.
+        ConfigError: it was not built, or the processor does not support it.
     """
     if _library is None or not _library.omninorm_use_set(name.encode()):
         remedy = f"choose one of {', '.join(instruction_sets())}" if _library is not None else _reason
-        raise ConfigError("OMNINORM_CPU must name an instruction set that can run here", repr(name), remedy)
+        raise ConfigError("OMNINORM_CPU must name an instruction set of this processor", repr(name), remedy)
 
 
 if _library is not None and (_wish := os.environ.get("OMNINORM_CPU")):

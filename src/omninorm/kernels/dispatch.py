@@ -1,8 +1,8 @@
-"""Which back end computes a norm, and what can run here.
+"""Back-end selection.
 
-A back end is a module of this folder. `reference` computes everywhere; `cpu` computes plain CPU tensors, where its
-operators were built, and `gpu` those of a GPU, where Triton is. The choice is made here, so that callers never name a
-back end.
+A back end is a module of this folder: `reference` computes any tensor in plain PyTorch, `cpu` plain CPU tensors with
+C++ operators if they were built, and `gpu` tensors of a GPU with Triton if it is installed. The choice is made here, so
+that callers never have to name a back end.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from torch.compiler import is_compiling, is_exporting
 from omninorm.errors import ConfigError, InputError
 from omninorm.kernels import autograd, cpu, distributed, gpu, operators, reference
 
-# What the operators take as it is. Other subclasses of Tensor decide for themselves what PyTorch's functions do with
-# them, and the reference is made of those.
+# Classes that the operators accept. Other subclasses of Tensor may override PyTorch's functions, which the reference
+# consists of.
 PLAIN = (Tensor, torch.nn.Parameter)
-TRACED = (*PLAIN, FakeTensor)  # torch.export without Dynamo shows these
+TRACED = (*PLAIN, FakeTensor)  # torch.export passes fake tensors when it runs without Dynamo
 CPU_RUNS = not cpu.unavailable()
 
-# What `use_backend` demands, in all threads, and the last of it, or None for the best.
+# The back ends that open `use_backend` blocks request, in all threads, and the latest of them; None means the best.
 _demands: dict[object, str] = {}
 _forced: str | None = None
 _lock = threading.Lock()
 
 
 class Backend(NamedTuple):
-    """A way to compute the norms: its name, whether it runs here, and how, or why not."""
+    """A way to compute the norms: its name, whether it is available on this machine, and how or why not."""
 
     name: str
     available: bool
@@ -45,16 +45,19 @@ class Backend(NamedTuple):
 
 
 def backends() -> list[Backend]:
-    """What can compute the norms on this machine, best first, and why the rest cannot.
+    """Return all back ends, best first, with the reason if one is unavailable on this machine.
 
     Example:
         >>> [backend.name for backend in backends()]
         ['triton', 'cpu', 'reference']
     """
     sets = ", ".join(cpu.instruction_sets())
-    how = cpu.unavailable() or f"C++ for CPU tensors, using {cpu.instruction_set()} (this processor has {sets})"
+    how = (
+        cpu.unavailable()
+        or f"C++ for CPU tensors, with {cpu.instruction_set()} instructions (this processor supports {sets})"
+    )
     where, why_not = gpu.device(), gpu.unavailable()
-    gpu_how = why_not or (f"Triton, on {where}" if where else "no GPU that PyTorch can use")
+    gpu_how = why_not or (f"Triton, on {where}" if where else "PyTorch sees no GPU")
     return [
         Backend("triton", bool(where and not why_not), gpu_how),
         Backend("cpu", CPU_RUNS, how),
@@ -64,15 +67,15 @@ def backends() -> list[Backend]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside the block this back end computes RMSNorm and LayerNorm, in all threads; what it can't raises InputError.
+    """Compute RMSNorm and LayerNorm with this back end inside the block, in all threads.
 
-    Of blocks that are open at once the last one counts.
+    Tensors that the back end can't compute raise InputError. If several blocks are open, the one opened last counts.
 
     Args:
         name: "triton", "cpu" or "reference".
 
     Raises:
-        ConfigError: there is no such back end, or it can't run here.
+        ConfigError: there is no such back end, or it is unavailable on this machine.
 
     Example:
         >>> import omninorm
@@ -81,9 +84,11 @@ def use_backend(name: str) -> Iterator[None]:
     """
     known = {backend.name: backend for backend in backends()}
     if name not in known:
-        raise ConfigError("the back end must exist", repr(name), f"choose one of {', '.join(known)}")
+        raise ConfigError("The back end must be one of " + ", ".join(known), repr(name), "choose one of these")
     if not known[name].available:
-        raise ConfigError("the back end must be able to run here", f"{name!r}: {known[name].reason}", "choose another")
+        others = ", ".join(backend.name for backend in known.values() if backend.available)
+        invariant = f"The back end {name!r} is not available on this machine ({known[name].reason.rstrip('.')})"
+        raise ConfigError(invariant, "", f"choose one that is: {others}")
     block = object()
     _demand(block, name)
     try:
@@ -94,7 +99,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _demand(block: object, name: str | None) -> None:
-    """What a block demands, or None at its end: threads may leave theirs in another order than they entered them."""
+    """Set the back end that a block requests, or None at its end. Blocks of several threads may close in any order."""
     global _forced
     with _lock:
         if name is None:
@@ -105,9 +110,9 @@ def _demand(block: object, name: str | None) -> None:
 
 
 def is_plain_cpu(x: Any, gain: Any = None, bias: Any = None, eps: Any = None, gain_offset: Any = 0.0) -> bool:
-    """Whether the C++ operators take these as they are, and check what else must hold.
+    """Whether the C++ operators can take these arguments directly; they check shapes, dtypes and ranges themselves.
 
-    One long expression, since it stands before every norm: a call costs as much as normalizing a thousand numbers.
+    One long expression, because it runs before every norm: a function call costs as much as normalizing 1,000 numbers.
     """
     return (
         CPU_RUNS
@@ -119,18 +124,18 @@ def is_plain_cpu(x: Any, gain: Any = None, bias: Any = None, eps: Any = None, ga
         and gain_offset.__class__ is float
         and (_forced is None or _forced == "cpu")
         and not is_compiling()
-        # function transforms and forward-mode differentiation see through the reference only
+        # only the reference supports function transforms and forward-mode differentiation
         and not are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
 
 
 def has_operators(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether omninorm's operators compute norms of these: plain tensors of the CPU or a GPU, and what stands for them
-    in a trace.
+    """Whether omninorm's operators compute norms of these tensors: plain ones on the CPU or a GPU, and fake ones when
+    compiling.
 
     Raises:
-        InputError: they don't, and `use_backend` demands one of theirs.
+        InputError: they don't, and `use_backend` requests a back end with operators.
     """
     classes = TRACED if is_compiling() else PLAIN
     suits = (
@@ -145,27 +150,31 @@ def has_operators(x: Tensor, *others: Tensor | None) -> bool:
     if suits and (by_cpp or by_triton or emulated):
         return True
     if _forced in ("cpu", "triton"):
-        what = "plain CPU tensors" if _forced == "cpu" else "plain tensors of a GPU"
-        invariant = f"back end {_forced!r} computes {what}, outside of torch.func and forward-mode differentiation"
-        raise InputError(invariant, f"{type(x).__name__} on {x.device}", "leave the choice to omninorm")
+        what = "plain CPU tensors" if _forced == "cpu" else "plain tensors on a GPU"
+        invariant = f"Back end {_forced!r} only computes {what}, outside torch.func and forward-mode differentiation"
+        remedy = "call the norm outside use_backend, so that omninorm chooses a back end"
+        raise InputError(invariant, f"{type(x).__name__} on {x.device}", remedy)
     if _forced is None and not is_compiling():
         if device == "cpu" and not CPU_RUNS:
-            _warn("CPU", "its C++ operators", cpu.unavailable())
+            _warn("CPU", "omninorm's C++ operators", cpu.unavailable())
         if device == "cuda" and gpu.unavailable():
             _warn("GPU", "Triton", gpu.unavailable())
     return False
 
 
 def takes_the_formula() -> bool:
-    """Whether the formula's own operations carry the derivatives: tangents, and those of an exported program, in which
-    autograd's functions are not.
+    """Whether derivatives must come from the reference formula's operations: in forward-mode differentiation, and in
+    exported programs, which can't hold a torch.autograd.Function.
     """
     return forward_ad._current_level >= 0 or is_exporting()
 
 
 @cache
 def _warn(kind: str, what: str, why: str) -> None:
-    warnings.warn(f"norms of {kind} tensors are several times slower without {what}: {why}", stacklevel=2)
+    warnings.warn(
+        f"Norms of {kind} tensors are several times slower without {what}. {why[:1].upper()}{why[1:].rstrip('.')}.",
+        stacklevel=2,
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Norms of DTensors: what each process computes of them, and what they tell each other.
+"""Norms of DTensors: each process's share of the computation, and the communication between processes.
 
 - Rows that are sharded (batch, or sequence) or replicated are normalized where they are. A gain is the same everywhere,
   and its gradient the sum over the processes that have other rows: the placement says so, and DTensor adds it up.
@@ -29,7 +29,7 @@ def is_distributed(x: Tensor) -> bool:
 def rms_norm(
     x: Any, weight: Any, eps: float | None, gain_offset: float, cast: str, on_rows: Callable[..., Tensor]
 ) -> Any:
-    """As `reference.rms_norm_forward`; `on_rows` computes whole rows that are here."""
+    """Compute `reference.rms_norm_forward`; `on_rows` computes whole rows of this process."""
     parts = Parts(x, {"weight": weight})
     if parts.features is None:
         return parts.whole(on_rows(parts.x, *parts.gains, eps, gain_offset, cast))
@@ -39,7 +39,7 @@ def rms_norm(
 
 
 def layer_norm(x: Any, weight: Any, bias: Any, eps: float | None, on_rows: Callable[..., Tensor]) -> Any:
-    """As `reference.layer_norm_forward`."""
+    """Compute `reference.layer_norm_forward`."""
     parts = Parts(x, {"weight": weight, "bias": bias})
     if parts.features is None:
         return parts.whole(on_rows(parts.x, *parts.gains, eps))
@@ -73,11 +73,13 @@ class Parts:
         over = [dim for dim, each in enumerate(placements) if each.is_shard(x.ndim - 1) or each.is_shard(-1)]
         if len(over) > 1:
             remedy = "redistribute x over one dimension of the mesh"
-            raise InputError("features may be sharded over one mesh dimension", f"placements {placements}", remedy)
+            invariant = "Features may be sharded over one mesh dimension only"
+            raise InputError(invariant, f"placements {placements}", remedy)
         self.features = self._mesh.get_group(over[0]) if over else None
         if over and self.width % self._mesh.size(over[0]):
             received = f"{self.width} features over {self._mesh.size(over[0])} processes"
-            raise InputError("features must be sharded evenly", received, "choose a width that divides, or shard rows")
+            remedy = "choose a width that is a multiple of the processes, or shard rows"
+            raise InputError("Features must be sharded evenly", received, remedy)
         self.x = x.to_local()
         there = [Shard(0) if dim in over else Replicate() for dim in range(len(placements))]
         summed = [
@@ -86,7 +88,7 @@ class Parts:
         self.gains = [self._gain(name, gain, there, summed) for name, gain in gains.items()]
 
     def whole(self, y: Tensor) -> Any:
-        """The DTensor that y is this process's part of."""
+        """Return the DTensor of which y is this process's part."""
         from torch.distributed.tensor import DTensor
 
         like = self._like
@@ -98,14 +100,16 @@ class Parts:
             return None
         if not is_distributed(gain) or gain.device_mesh != self._mesh:
             what = "a DTensor on another mesh" if is_distributed(gain) else f"a {type(gain).__name__}"
-            remedy = "replicate it there: parallelize_module with SequenceParallel(), or distribute_tensor"
+            remedy = (
+                "replicate it on that mesh, with parallelize_module and SequenceParallel() or with distribute_tensor"
+            )
             raise InputError(f"{name} of a distributed x must be a DTensor on x's mesh", what, remedy)
         local: Tensor = gain.redistribute(placements=placements).to_local(grad_placements=of_gradient)
         return local
 
 
 class ShardedNormFunction(torch.autograd.Function):
-    """RMSNorm or LayerNorm of rows of which this process has some features; once differentiable."""
+    """RMSNorm or LayerNorm of rows whose features are sharded; differentiable once."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,9 @@
-"""The operators that a program of torch.export or torch.jit.trace calls, with derivatives that it can be trained by.
+"""The operators in programs of torch.export and torch.jit.trace: their derivatives, and their decompositions.
 
-They are those of `_forward` by a second name. PyTorch finds their derivatives by way of Python, which takes longer than
-a small norm, so eager mode has `autograd`'s functions instead; a program has operators alone.
+They compute the same as those called `_forward`. PyTorch calls derivatives that are registered for an operator through
+Python, which takes longer than a small norm, so eager mode uses `autograd`'s functions instead. An exported program can
+hold operators only. The decompositions are for exporters that have no translation of the operators, such as
+torch.onnx.export without `omninorm.onnx.translations()`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
 
+from omninorm.kernels import reference
 from omninorm.kernels.autograd import (
     AddLayerNormFunction,
     AddRMSNormFunction,
@@ -20,9 +25,10 @@ from omninorm.kernels.autograd import (
 
 
 def register() -> None:
-    """Gives the operators, which must be defined, the derivatives of `autograd`'s functions."""
-    for name, (function, save) in _DERIVATIVES.items():
+    """Register the derivatives and the decompositions of the operators, which must have been defined."""
+    for name, (function, save, decomposition) in _PROGRAM_OPERATORS.items():
         torch.library.register_autograd(f"omninorm::{name}", _backward(function), setup_context=save)
+        register_decomposition(getattr(torch.ops.omninorm, name).default)(decomposition)
 
 
 def _save_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -48,7 +54,7 @@ def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, .
 
 
 def _backward(function: Any) -> Callable[..., tuple[Any, ...]]:
-    """The function's derivative, without the statistics among the results and the watcher among the arguments."""
+    """Return the function's derivative, without gradients of the row statistics and without the probe argument."""
     results = 2 if function in (AddRMSNormFunction, AddLayerNormFunction) else 1
 
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
@@ -59,9 +65,49 @@ def _backward(function: Any) -> Callable[..., tuple[Any, ...]]:
     return backward
 
 
-_DERIVATIVES = {
-    "rms_norm_autograd": (RMSNormFunction, _save_rms_norm),
-    "add_rms_norm_autograd": (AddRMSNormFunction, _save_add_rms_norm),
-    "layer_norm_autograd": (LayerNormFunction, _save_layer_norm),
-    "add_layer_norm_autograd": (AddLayerNormFunction, _save_add_layer_norm),
+# Decompositions: the formulas in PyTorch's basic operations, without the rescaling of extreme rows in `reference`,
+# whose operations (frexp) ONNX lacks. -------------------------------------------------------------------------------
+
+
+def _decompose_rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, gain_offset: float = 0.0, round_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    wide = x.to(reference.compute_dtype(x.dtype))
+    power = wide.square().mean(-1, keepdim=True) + eps
+    scale = torch.rsqrt(power)
+    # onnxscript's optimizer turns products with a reciprocal root into RMSNormalization, but between casts it makes
+    # an invalid model of them (onnxscript 0.7.2); quotients it leaves alone.
+    normed = wide * scale if wide.dtype == x.dtype else wide / torch.sqrt(power)
+    if round_first:
+        normed = normed.to(x.dtype).to(wide.dtype)
+    y = normed * reference.gain(weight, gain_offset, wide.dtype)
+    return y.to(x.dtype), scale.flatten()
+
+
+def _decompose_add_rms_norm(x: Tensor, residual: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    total = x + residual
+    y, scale = _decompose_rms_norm(total, *arguments)
+    return y, total, scale
+
+
+def _decompose_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = x.to(reference.compute_dtype(x.dtype))
+    gain, shift = (None if each is None else each.to(wide.dtype) for each in (weight, bias))
+    y, mean, scale = torch.native_layer_norm(wide, [x.shape[-1]], gain, shift, eps)
+    return y.to(x.dtype), mean.flatten(), scale.flatten()
+
+
+def _decompose_add_layer_norm(x: Tensor, residual: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    total = x + residual
+    y, mean, scale = _decompose_layer_norm(total, *arguments)
+    return y, total, mean, scale
+
+
+_PROGRAM_OPERATORS: dict[str, tuple[Any, Any, Any]] = {
+    "rms_norm_autograd": (RMSNormFunction, _save_rms_norm, _decompose_rms_norm),
+    "add_rms_norm_autograd": (AddRMSNormFunction, _save_add_rms_norm, _decompose_add_rms_norm),
+    "layer_norm_autograd": (LayerNormFunction, _save_layer_norm, _decompose_layer_norm),
+    "add_layer_norm_autograd": (AddLayerNormFunction, _save_add_layer_norm, _decompose_add_layer_norm),
 }

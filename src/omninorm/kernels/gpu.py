@@ -1,7 +1,7 @@
 """The GPU back end: omninorm's operators for CUDA and ROCm, by the Triton kernels of `triton_norms`.
 
-Triton comes with PyTorch for GPUs and is imported when a norm first needs it. With TRITON_INTERPRET=1 in the
-environment its interpreter computes CPU tensors in `use_backend("triton")`: slowly, but by the same kernels.
+PyTorch builds for GPUs include Triton, which is imported when a norm first needs it. With TRITON_INTERPRET=1 in the
+environment, Triton's interpreter computes CPU tensors in `use_backend("triton")`: slowly, but with the same kernels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COLUMNS, BLOCKS = 128, 32
 
 @cache
 def unavailable() -> str:
-    """Why the kernels can't be used here, on a machine with a GPU; empty if they can."""
+    """Return why the kernels can't be used, assuming that the machine has a GPU; empty if they can."""
     for name in ("triton", "pytorch-triton-rocm", "triton-windows"):
         try:
             version = importlib.metadata.version(name)
@@ -41,13 +41,13 @@ def unavailable() -> str:
             continue
         found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
         if found < OLDEST_TRITON:
-            return f"Triton is {version}, and {'.'.join(map(str, OLDEST_TRITON))} is needed"
+            return f"Triton {version} is too old, version {'.'.join(map(str, OLDEST_TRITON))} or later is needed"
         return ""
     return "Triton is not installed"
 
 
 def device() -> str:
-    """What the kernels run on here, by name; empty if on nothing."""
+    """Return the name of the device that the kernels run on; empty if there is none."""
     if INTERPRETED:
         return "Triton's interpreter"
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -57,7 +57,7 @@ def device() -> str:
 
 
 class Tile(NamedTuple):
-    """How a kernel is launched: see `triton_norms`."""
+    """The launch parameters of a kernel; see `triton_norms`."""
 
     WHOLE: bool
     ROWS: int
@@ -74,7 +74,7 @@ _MOST_WARPS = most_warps("gfx" if torch.version.hip else "sm")
 
 
 def tile(width: int, dtype: torch.dtype, backward: bool, most_warps: int = _MOST_WARPS) -> Tile:
-    """The tile of rows of a width, by the width alone, so that sums have one order."""
+    """Return the tile for rows of a width; it depends on the width only, so that sums have one order."""
     scale = reference.compute_dtype(dtype).itemsize // 4
     whole = width <= (WIDEST_BACKWARD if backward else WIDEST) // scale**2
     block = max(16, 1 << (width - 1).bit_length()) if whole else STEP // scale
@@ -195,7 +195,7 @@ def _dense(gain: Tensor | None, x: Tensor) -> Tensor:
 def _settings(
     width: int, dtype: torch.dtype, eps: float, *, backward: bool, **options: Any
 ) -> tuple[Tile, dict[str, Any]]:
-    """How a kernel is launched; the same for all its calls in a model."""
+    """Return the launch options of a kernel; the same for all its calls in a model."""
     import triton.language as tl
 
     shape = tile(width, dtype, backward)
@@ -304,7 +304,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 def register(device: str) -> Any:
-    """Makes these the operators of a device; for as long as what is returned lives."""
+    """Register these as a device's operators, for the lifetime of the returned library."""
     library: Any = torch.library.Library("omninorm", "IMPL", device)  # type: ignore[no-untyped-call]
     for name, operator in OPERATORS.items():
         library.impl(name, operator, allow_override=True)
@@ -316,7 +316,7 @@ _registered = register("CUDA")
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Inside the block the interpreter computes CPU tensors, too."""
+    """Let Triton's interpreter compute CPU tensors inside the block."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)  # that one takes a place
         library = register("CPU")

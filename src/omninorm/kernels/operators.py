@@ -1,7 +1,7 @@
-"""omninorm's operators: what they are called, the norms by them, and their shapes and dtypes without values.
+"""omninorm's operators: their schemas, the functions that call them, and their meta kernels.
 
-`cpu` computes plain CPU tensors and `gpu` those of a GPU, under the same names; `autograd` and `exported` have their
-derivatives. The C++ library defines the names where it was built, this module where it was not.
+`cpu` implements them for plain CPU tensors and `gpu` for those of a GPU; `autograd` and `exported` hold their
+derivatives. The C++ library defines the schemas if it was built, otherwise this module does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _RMS = "Tensor? weight, float eps, float gain_offset=0.0, bool round_first=False
 _LAYER = "Tensor? weight, Tensor? bias, float eps"
 _RMS_BACKWARD = f"(Tensor dy, Tensor? dtotal, Tensor x, Tensor scale, {_RMS}, bool gains_wanted=True)"
 _LAYER_BACKWARD = f"(Tensor dy, Tensor? dtotal, Tensor x, Tensor mean, Tensor scale, {_LAYER}, bool gains_wanted=True)"
-# As in operators.cpp, which says what the names mean.
+# As in operators.cpp, where the names are explained.
 SCHEMAS = (
     f"rms_norm(Tensor x, {_RMS}) -> Tensor",
     f"rms_norm_forward(Tensor x, {_RMS}) -> (Tensor y, Tensor scale)",
@@ -56,25 +56,25 @@ if cpu.unavailable():
         _definitions.define(_schema)
 
 _operators: Any = torch.ops.omninorm
-# Looked up once: a norm of one row costs about as much as finding its operator.
+# Looked up once: normalizing one row costs about as much as the lookup.
 _rms_norm: Any = _operators.rms_norm.default._op
 _layer_norm: Any = _operators.layer_norm.default._op
 
-# What eps=None means: the machine epsilon of the compute dtype. Another dtype is refused with a KeyError.
+# eps=None means the machine epsilon of the compute dtype. Other dtypes raise KeyError.
 MACHINE_EPS = {
     dtype: torch.finfo(reference.compute_dtype(dtype)).eps
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
-# Llama's order rounds x̂ before the gain; any other name is refused with a KeyError.
+# Llama's order rounds x̂ before the gain. Other names raise KeyError.
 ROUND_FIRST = {"fp32": False, "llama": True}
 
 
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str, *, traced: bool = False
 ) -> Tensor:
-    """As `reference.rms_norm_forward`; the operator raises RuntimeError for what does not fit together.
+    """Compute `reference.rms_norm_forward`; the operator raises RuntimeError for mismatched arguments.
 
-    `traced` says that torch.compile or torch.export is looking, which must see the operator itself.
+    `traced` means that torch.compile or torch.export is tracing, which must see the operator itself.
     """
     if eps.__class__ is not float:
         eps = _eps(eps, x)
@@ -82,7 +82,7 @@ def rms_norm(
     y: Tensor
     if is_exporting() if traced else is_tracing():
         y = _operators.rms_norm_autograd.default(x, weight, eps, gain_offset, round_first)[0]
-    elif torch.is_grad_enabled() and (x.requires_grad or _learns(weight)):
+    elif torch.is_grad_enabled() and (x.requires_grad or _needs_grad(weight)):
         watcher = None if traced else probe.current
         y = RMSNormFunction.apply(x, weight, eps, gain_offset, round_first, watcher)  # type: ignore[no-untyped-call]
     elif traced:
@@ -97,13 +97,13 @@ def rms_norm(
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
 ) -> tuple[Tensor, Tensor]:
-    """The norm of x + residual, and x + residual."""
+    """Return the norm of x + residual, and x + residual."""
     residual = _other_than(residual, x)
     constants = eps if eps.__class__ is float else _eps(eps, x), gain_offset, ROUND_FIRST[cast]
     pair: tuple[Tensor, Tensor]
     if is_exporting() if is_compiling() else is_tracing():
         pair = _operators.add_rms_norm_autograd.default(x, residual, weight, *constants)[:2]
-    elif torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight)):
+    elif torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _needs_grad(weight)):
         pair = AddRMSNormFunction.apply(x, residual, weight, *constants, _watcher())  # type: ignore[no-untyped-call]
     else:
         pair = _operators.add_rms_norm.default(x, residual, weight, *constants)
@@ -113,13 +113,13 @@ def add_rms_norm(
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, *, traced: bool = False
 ) -> Tensor:
-    """As `reference.layer_norm_forward`."""
+    """Compute `reference.layer_norm_forward`."""
     bias = _other_than(bias, weight)
     eps = eps if eps.__class__ is float else _eps(eps, x)
     y: Tensor
     if is_exporting() if traced else is_tracing():
         y = _operators.layer_norm_autograd.default(x, weight, bias, eps)[0]
-    elif torch.is_grad_enabled() and (x.requires_grad or _learns(weight) or _learns(bias)):
+    elif torch.is_grad_enabled() and (x.requires_grad or _needs_grad(weight) or _needs_grad(bias)):
         watcher = None if traced else probe.current
         y = LayerNormFunction.apply(x, weight, bias, eps, watcher)  # type: ignore[no-untyped-call]
     elif traced:
@@ -132,13 +132,15 @@ def layer_norm(
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The norm of x + residual, and x + residual."""
+    """Return the norm of x + residual, and x + residual."""
     residual, bias = _other_than(residual, x), _other_than(bias, weight)
     eps = eps if eps.__class__ is float else _eps(eps, x)
     pair: tuple[Tensor, Tensor]
     if is_exporting() if is_compiling() else is_tracing():
         pair = _operators.add_layer_norm_autograd.default(x, residual, weight, bias, eps)[:2]
-    elif torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or _learns(weight) or _learns(bias)):
+    elif torch.is_grad_enabled() and (
+        x.requires_grad or residual.requires_grad or _needs_grad(weight) or _needs_grad(bias)
+    ):
         pair = AddLayerNormFunction.apply(x, residual, weight, bias, eps, _watcher())  # type: ignore[no-untyped-call]
     else:
         pair = _operators.add_layer_norm.default(x, residual, weight, bias, eps)
@@ -146,21 +148,21 @@ def add_layer_norm(
 
 
 def _other_than(tensor: _MaybeTensor, first: Tensor | None) -> _MaybeTensor:
-    """The tensor as an object of its own: Dynamo takes none twice."""
+    """Return a view if both are the same object, which Dynamo does not accept as two arguments."""
     return tensor if tensor is None or tensor is not first else tensor.view_as(tensor)
 
 
-def _learns(gain: Tensor | None) -> bool:
+def _needs_grad(gain: Tensor | None) -> bool:
     return gain is not None and gain.requires_grad
 
 
 def _watcher() -> probe.Probe | None:
-    """Who watches this norm. A trace must not ask, or every change would compile it again."""
+    """Return the current probe; None while compiling, because each change of the probe would recompile the graph."""
     return None if is_compiling() else probe.current
 
 
 def _eps(eps: float | None, x: Tensor) -> float:
-    """ε where it is no float: None, or an integer, which `functional` has checked."""
+    """Return ε as a float if it is None, or an integer that `functional` has checked."""
     return MACHINE_EPS[x.dtype] if eps is None else float(eps)
 
 
@@ -168,8 +170,8 @@ def _eps(eps: float | None, x: Tensor) -> float:
 
 
 def _like(x: Tensor) -> Tensor:
-    if not x.is_meta:  # a gain on the meta device brought us here
-        raise RuntimeError("omninorm: x and the gain must be on one device")
+    if not x.is_meta:  # the dispatcher chose this kernel because the gain is on the meta device
+        raise RuntimeError("omninorm: x and the gain must be on the same device")
     return x.new_empty(x.shape)
 
 
@@ -212,7 +214,7 @@ def _meta_layer_norm_backward(
 
 
 def _with_blocks(dx: Tensor, dweight: Tensor, *dbias: Tensor) -> tuple[Tensor, ...]:
-    """What the backward kernels return, and the blocks of dγ: none if it is not wanted."""
+    """Return the results of the backward kernels and the block sums of dγ: no blocks if dγ is not needed."""
     width = dx.shape[-1]
     rows = dx.numel() // width
     blocks = -(-rows // rows_per_block(rows, triton=False)) if dweight.shape[0] else 0

@@ -111,7 +111,7 @@ def standardize(x: Tensor, eps: float | None, *, centered: bool) -> tuple[Tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What statistics and products are computed in."""
+    """Return the dtype in which statistics and products are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -138,7 +138,7 @@ def difference_headroom(rows: Tensor) -> Tensor:
 
 
 def rounded_mean(rows: Tensor) -> Tensor:
-    """The mean of each row to within its last place, (rows, 1); exact for a constant row."""
+    """Return the mean of each row to within its last place, (rows, 1); exact for a constant row."""
     per_unit = reciprocal_unit(rows, 0.0)
     rows = rows * per_unit
     first = rows[:, :1]
@@ -155,12 +155,12 @@ def reciprocal_unit(rows: Tensor, eps: float) -> Tensor:
 
 
 def mean(rows: Tensor) -> Tensor:
-    """The mean of each row, (rows, 1)."""
+    """Return the mean of each row, (rows, 1)."""
     return ordered_sum(rows, 1) / rows.shape[1]
 
 
 def column_sum(rows: Tensor) -> Tensor:
-    """The sum over all rows, (d,): how a gain's gradient gathers."""
+    """Return the sum over all rows, (d,), as for a gain's gradient."""
     return ordered_sum(rows, 0).squeeze(0)
 
 
@@ -201,7 +201,7 @@ def round_before_gain(normed: Tensor, dtype: torch.dtype, cast: str) -> Tensor:
 
 @torch.library.custom_op("omninorm::rounded", mutates_args=())
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """To a narrower dtype and back, which the compiler would leave out if it saw it."""
+    """Cast to a narrower dtype and back; an operator, because the compiler would remove the casts."""
     return x.to(dtype).to(x.dtype)
 
 

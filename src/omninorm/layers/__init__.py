@@ -1,4 +1,4 @@
-"""The norms as modules: parameters and initial values only; the arithmetic is in `omninorm.functional`."""
+"""The norms as modules: parameters and initialization; the arithmetic is in `omninorm.functional`."""
 
 from omninorm.layers.build import NORM_TYPES, build_norm
 from omninorm.layers.groups import param_groups

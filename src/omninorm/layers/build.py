@@ -1,4 +1,4 @@
-"""From a NormConfig to a module."""
+"""Builds a norm module from a NormConfig."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build_norm(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """One norm of the configured kind over `width` features; the identity for "none".
+    """Return one norm of the configured kind over `width` features; the identity for "none".
 
     Raises:
         ConfigError: width below 1.

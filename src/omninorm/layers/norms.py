@@ -1,18 +1,21 @@
-"""RMSNorm and LayerNorm, drop-in for torch.nn's, and their relatives CRMSNorm and ScaleNorm."""
+"""RMSNorm and LayerNorm, drop-in replacements for torch.nn's, and the related CRMSNorm and ScaleNorm."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function
 
 from omninorm import functional
-from omninorm.config import CASTS, LARGEST, check_choice, check_count, check_number
+from omninorm.config import CASTS, LARGEST, check_choice, read_count, read_number
 from omninorm.errors import InputError
 from omninorm.kernels import reference
-from omninorm.layers.shape import flatten_features, flatten_gain, read_eps, read_shape
+from omninorm.layers.shape import explain_arguments, flatten_features, flatten_gain, read_eps, read_shape
+from omninorm.layers.tracing import Proxy, record_leaf, refuse_scripting
 
 
 class RMSNorm(nn.RMSNorm):
@@ -39,6 +42,7 @@ class RMSNorm(nn.RMSNorm):
         tensor([0.3651, 0.7303, 1.0954, 1.4606], grad_fn=<RMSNormFunctionBackward>)
     """
 
+    @explain_arguments
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -50,30 +54,33 @@ class RMSNorm(nn.RMSNorm):
         gain_offset: float = 0.0,
         cast: str = "fp32",
     ) -> None:
-        check_number("gain_offset", gain_offset, at_least=-LARGEST, at_most=LARGEST)
         check_choice("cast", cast, CASTS)
-        # Before the base class, whose constructor calls reset_parameters.
-        self.gain_offset = float(gain_offset)
+        # Set before the base class's constructor, which calls reset_parameters.
+        self.gain_offset = read_number("gain_offset", gain_offset, at_least=-LARGEST, at_most=LARGEST)
         self.cast = cast
         super().__init__(list(read_shape(normalized_shape)), read_eps(eps), elementwise_affine, device, dtype)
 
     def reset_parameters(self) -> None:
-        """Sets γ so that the norm multiplies by 1."""
+        """Set γ so that the norm multiplies by 1."""
         if self.elementwise_affine:
             nn.init.constant_(self.weight, 1.0 - self.gain_offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self._parameters.get("weight")
+        if x.__class__ is not Tensor and isinstance(x, Proxy) and (y := record_leaf(self, RMSNorm, x)) is not None:
+            return y
+        try:
+            weight = self._parameters["weight"]
+        except KeyError:  # parametrized
+            weight = None
         if weight is not None and len(self.normalized_shape) == 1:
             try:
                 return functional.rms_norm(x, weight, self.eps, gain_offset=self.gain_offset, cast=self.cast)
             except InputError:
-                flatten_features(x, self.normalized_shape)  # knows better what is wrong, if it is the shape
+                flatten_features(x, self.normalized_shape)  # has the clearer message where the shape is wrong
                 raise
-        rows = flatten_features(x, self.normalized_shape)
-        gain = flatten_gain(self.weight)
-        y = functional.rms_norm(rows, gain, self.eps, gain_offset=self.gain_offset, cast=self.cast)
-        return y if rows is x else y.reshape(x.shape)
+        return rms_norm_over(x, self.normalized_shape, self.weight, self.eps, self.gain_offset, self.cast)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def extra_repr(self) -> str:
         offset = f", gain_offset={self.gain_offset}" if self.gain_offset else ""
@@ -101,6 +108,7 @@ class LayerNorm(nn.LayerNorm):
     Source: Ba, Kiros and Hinton 2016, arXiv 1607.06450.
     """
 
+    @explain_arguments
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -114,16 +122,23 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(shape, read_eps(eps), elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if input.__class__ is not Tensor and isinstance(input, Proxy):
+            y = record_leaf(self, LayerNorm, input)
+            if y is not None:
+                return y
+        try:
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # parametrized
+            weight = bias = None
         if weight is not None and bias is not None and len(self.normalized_shape) == 1:
             try:
                 return functional.layer_norm(input, weight, bias, self.eps)
             except InputError:
-                flatten_features(input, self.normalized_shape)  # knows better what is wrong, if it is the shape
+                flatten_features(input, self.normalized_shape)  # has the clearer message where the shape is wrong
                 raise
-        rows = flatten_features(input, self.normalized_shape)
-        y = functional.layer_norm(rows, flatten_gain(self.weight), flatten_gain(self.bias), self.eps)
-        return y if rows is input else y.reshape(input.shape)
+        return layer_norm_over(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+    __prepare_scriptable__ = refuse_scripting
 
 
 class CRMSNorm(nn.Module):
@@ -143,6 +158,7 @@ class CRMSNorm(nn.Module):
     Source: Jiang, Gu, Zhu and Pan 2023, arXiv 2305.14858.
     """
 
+    @explain_arguments
     def __init__(
         self,
         width: int,
@@ -151,30 +167,21 @@ class CRMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("width", width)
-        self.width = width
+        self.width = read_count("width", width)
         self.eps = read_eps(eps)
         self.weight = nn.Parameter(torch.empty(self.width, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets γ to 1."""
+        """Set γ to 1."""
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        flatten_features(x, (self.width,))
-        functional.check_rows(x)
-        functional.check_gain("weight", self.weight, x)
-        rows = reference.as_rows(x).to(reference.compute_dtype(x.dtype))
-        eps = reference.resolve_eps(self.eps, rows.dtype)
-        # In units of the largest element times a power of two above d, no sum over the row can overflow.
-        per_unit = reference.reciprocal_unit(rows, eps) / 2 ** self.width.bit_length()
-        rows = rows * per_unit
-        dropped = reference.ordered_sum(rows, 1)
-        square = reference.ordered_sum(rows * rows, 1) + dropped * dropped
-        normed = rows * torch.rsqrt(square / (self.width + 1) + eps * per_unit * per_unit)
-        y: Tensor = normed * self.weight.to(rows.dtype)
-        return y.to(x.dtype).reshape(x.shape)
+        if isinstance(x, Proxy) and (y := record_leaf(self, CRMSNorm, x)) is not None:
+            return y
+        return crms_norm(x, self.weight, self.eps)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def extra_repr(self) -> str:
         return f"{self.width}, eps={self.eps}"
@@ -197,6 +204,7 @@ class ScaleNorm(nn.Module):
     Source: Nguyen and Salazar 2019, arXiv 1910.05895.
     """
 
+    @explain_arguments
     def __init__(
         self,
         width: int,
@@ -205,20 +213,83 @@ class ScaleNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("width", width)
-        self.width = width
+        self.width = read_count("width", width)
         self.eps = read_eps(eps)
         self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets g to √d, so that the norm is RMSNorm at first."""
+        """Set g to √d, so that the norm starts as RMSNorm."""
         nn.init.constant_(self.scale, math.sqrt(self.width))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = flatten_features(x, (self.width,))
-        gain = self.scale.to(torch.promote_types(self.scale.dtype, torch.float32)) / math.sqrt(self.width)
-        return functional.rms_norm(rows, gain.expand(self.width), self.eps)
+        if isinstance(x, Proxy) and (y := record_leaf(self, ScaleNorm, x)) is not None:
+            return y
+        return scale_norm(x, self.scale, self.width, self.eps)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def extra_repr(self) -> str:
         return f"{self.width}, eps={self.eps}"
+
+
+# torch.fx copies a forward's annotations into the code that it generates, where a string would be no type.
+for _norm in (RMSNorm, LayerNorm, CRMSNorm, ScaleNorm):
+    _norm.forward.__annotations__ = get_type_hints(_norm.forward)
+
+# The modules' arithmetic as functions, which torch.fx records as one node where a module can't be a leaf -------------
+
+
+def rms_norm_over(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
+) -> Tensor:
+    """Return `functional.rms_norm` of x over its trailing dimensions `shape`."""
+    if proxies := functional.overriding(x, weight):
+        arguments = x, shape, weight, eps, gain_offset, cast
+        return handle_torch_function(rms_norm_over, proxies, *arguments)
+    rows = flatten_features(x, shape)
+    y = functional.rms_norm(rows, flatten_gain(weight), eps, gain_offset=gain_offset, cast=cast)
+    return y if rows is x else y.reshape(x.shape)
+
+
+def layer_norm_over(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float | None
+) -> Tensor:
+    """Return `functional.layer_norm` of x over its trailing dimensions `shape`."""
+    if proxies := functional.overriding(x, weight, bias):
+        arguments = x, shape, weight, bias, eps
+        return handle_torch_function(layer_norm_over, proxies, *arguments)
+    rows = flatten_features(x, shape)
+    y = functional.layer_norm(rows, flatten_gain(weight), flatten_gain(bias), eps)
+    return y if rows is x else y.reshape(x.shape)
+
+
+def crms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    """Return x / √((Σx² + (Σx)²)/(d+1) + ε) · γ, as `CRMSNorm` computes it."""
+    if proxies := functional.overriding(x, weight):
+        return handle_torch_function(crms_norm, proxies, x, weight, eps)
+    width = weight.shape[0]
+    flatten_features(x, (width,))
+    if functional.is_jagged(x):
+        return functional.map_rows(lambda rows: crms_norm(rows, weight, eps), x)
+    functional.check_rows(x)
+    functional.check_gain("weight", weight, x)
+    rows = reference.as_rows(x).to(reference.compute_dtype(x.dtype))
+    eps = reference.resolve_eps(eps, rows.dtype)
+    # In units of the largest element times a power of two above d, no sum over the row can overflow.
+    per_unit = reference.reciprocal_unit(rows, eps) / 2 ** width.bit_length()
+    rows = rows * per_unit
+    dropped = reference.ordered_sum(rows, 1)
+    square = reference.ordered_sum(rows * rows, 1) + dropped * dropped
+    normed = rows * torch.rsqrt(square / (width + 1) + eps * per_unit * per_unit)
+    y: Tensor = normed * weight.to(rows.dtype)
+    return y.to(x.dtype).reshape(x.shape)
+
+
+def scale_norm(x: Tensor, scale: Tensor, width: int, eps: float | None) -> Tensor:
+    """Return RMSNorm of x with the gain g/√d for every feature, as `ScaleNorm` computes it."""
+    if proxies := functional.overriding(x, scale):
+        return handle_torch_function(scale_norm, proxies, x, scale, width, eps)
+    rows = flatten_features(x, (width,))
+    gain = scale.to(torch.promote_types(scale.dtype, torch.float32)) / math.sqrt(width)
+    return functional.rms_norm(rows, gain.expand(width), eps)

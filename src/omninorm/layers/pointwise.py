@@ -1,23 +1,27 @@
-"""Normalization without statistics: DynamicTanh and DynamicErf squash each element by itself."""
+"""DynamicTanh and DynamicErf: bounded functions of each element, without row statistics."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import final
+from typing import ClassVar, final, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function
 
-from omninorm.config import check_number
-from omninorm.functional import check_device, check_rows
+from omninorm.config import read_number
+from omninorm.functional import check_device, check_rows, is_jagged, map_rows, overriding
 from omninorm.kernels.reference import compute_dtype
-from omninorm.layers.shape import flatten_features, read_shape
+from omninorm.layers.shape import explain_arguments, flatten_features, read_shape
+from omninorm.layers.tracing import Proxy, record_leaf, refuse_scripting
 
 
-class Pointwise(nn.Module, ABC):
-    """y = γ · squash(α x) + β: what DynamicTanh and DynamicErf share."""
+class Pointwise(nn.Module):
+    """y = γ · f(α x) + β, the common base of DynamicTanh and DynamicErf."""
 
+    function: ClassVar[str]
+
+    @explain_arguments
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -26,35 +30,26 @@ class Pointwise(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_number("alpha", alpha, above=0.0)
+        self.first_alpha = read_number("alpha", alpha, above=0.0)
         self.normalized_shape = read_shape(normalized_shape)
-        self.first_alpha = alpha
         self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.weight = nn.Parameter(torch.empty(self.normalized_shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.normalized_shape, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets α to its first value, γ to 1 and β to 0."""
+        """Set α to its first value, γ to 1 and β to 0."""
         nn.init.constant_(self.alpha, self.first_alpha)
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def scaled(self, x: Tensor) -> Tensor:
-        """α x. α is expanded first, so that its gradient gathers by columns, in one order at any thread count."""
-        return self.alpha.to(x.dtype).expand(x.shape[-1]) * x
-
-    @abstractmethod
-    def squash(self, x: Tensor) -> Tensor:
-        """The bounded function of α x, elementwise."""
-
     def forward(self, x: Tensor) -> Tensor:
-        flatten_features(x, self.normalized_shape)
-        check_rows(x)
-        check_device("weight", self.weight, x)
-        wide = x.to(compute_dtype(x.dtype))
-        y = self.weight.to(wide.dtype) * self.squash(wide) + self.bias.to(wide.dtype)
-        return y.to(x.dtype)
+        if isinstance(x, Proxy) and (y := record_leaf(self, Pointwise, x)) is not None:
+            return y
+        shift = getattr(self, "shift", None)
+        return bounded(x, self.function, self.normalized_shape, self.alpha, shift, self.weight, self.bias)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}"
@@ -72,13 +67,12 @@ class DynamicTanh(Pointwise):
 
     Raises:
         ConfigError: on construction, for a size below 1 or an α out of range.
-        InputError: on a call, for an input that does not fit.
+        InputError: on a call, for an input of another shape, dtype or device.
 
     Source: Zhu, Chen, He, LeCun and Liu 2025, arXiv 2503.10622.
     """
 
-    def squash(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.scaled(x))
+    function = "tanh"
 
 
 @final
@@ -90,6 +84,9 @@ class DynamicErf(Pointwise):
     Source: Derf, "Stronger Normalization-Free Transformers", arXiv 2512.10938.
     """
 
+    function = "erf"
+
+    @explain_arguments
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -101,10 +98,42 @@ class DynamicErf(Pointwise):
         self.shift = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Sets α to its first value, γ to 1, β and s to 0."""
+        """Set α to its first value, γ to 1, β and s to 0."""
         super().reset_parameters()
         if hasattr(self, "shift"):
             nn.init.zeros_(self.shift)
 
-    def squash(self, x: Tensor) -> Tensor:
-        return torch.erf(self.scaled(x) + self.shift.to(x.dtype).expand(x.shape[-1]))
+
+Pointwise.forward.__annotations__ = get_type_hints(Pointwise.forward)  # see norms.py
+
+FUNCTIONS = {"tanh": torch.tanh, "erf": torch.erf}
+
+
+def bounded(
+    x: Tensor,
+    function: str,
+    shape: tuple[int, ...],
+    alpha: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """Return γ · f(α x + s) + β for x (..., *shape), with f one of `FUNCTIONS`.
+
+    α and s are expanded before they are used, so that their gradients are summed over columns, in the same order at
+    every number of threads.
+    """
+    if proxies := overriding(x, alpha, shift, weight, bias):
+        arguments = x, function, shape, alpha, shift, weight, bias
+        return handle_torch_function(bounded, proxies, *arguments)
+    flatten_features(x, shape)
+    if is_jagged(x):
+        return map_rows(lambda rows: bounded(rows, function, shape, alpha, shift, weight, bias), x)
+    check_rows(x)
+    check_device("weight", weight, x)
+    wide = x.to(compute_dtype(x.dtype))
+    inner = alpha.to(wide.dtype).expand(wide.shape[-1]) * wide
+    if shift is not None:
+        inner = inner + shift.to(wide.dtype).expand(wide.shape[-1])
+    y = weight.to(wide.dtype) * FUNCTIONS[function](inner) + bias.to(wide.dtype)
+    return y.to(x.dtype)

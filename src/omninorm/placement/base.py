@@ -1,4 +1,4 @@
-"""What every placement is: a rule that connects one sublayer to the residual stream."""
+"""The base class of placements: a rule that connects one sublayer to the residual stream."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from omninorm.config import NormConfig, check_choice, check_count
+from omninorm.config import NormConfig, check_choice, check_count, store_python_numbers
 from omninorm.errors import ConfigError, InputError
+from omninorm.layers.tracing import Proxy
 
 Sublayer = Callable[[Tensor], Tensor]
 
@@ -22,7 +23,7 @@ ROLES = ("attention", "feed_forward")
 
 @dataclass(frozen=True)
 class Position:
-    """Which sublayer of the model this is: block 1 … blocks, and its role in the block.
+    """A sublayer's position in the model: block 1 … blocks, and its role in the block.
 
     Raises:
         ConfigError: a block outside 1 … blocks, or an unknown role.
@@ -33,12 +34,13 @@ class Position:
     role: str
 
     def __post_init__(self) -> None:
+        store_python_numbers(self)
         check_count("blocks", self.blocks)
         check_count("block", self.block)
         check_choice("role", self.role, ROLES)
         if self.block > self.blocks:
-            received = f"block {self.block} of {self.blocks}"
-            raise ConfigError("blocks are counted from 1 to their number", received, "correct the block's number")
+            invariant = f"block must be between 1 and the number of blocks, {self.blocks}"
+            raise ConfigError(invariant, f"block {self.block}", "blocks are counted from 1; correct the block's number")
 
 
 class Placement(nn.Module, ABC):
@@ -51,7 +53,7 @@ class Placement(nn.Module, ABC):
 
     Class attributes:
         final_norm: whether a model of this placement ends with one more norm.
-        inner: norms that the placement wants inside the sublayers: "q", "k", "v" (per head, after the projection),
+        inner: norms that the placement requires inside the sublayers: "q", "k", "v" (per head, after the projection),
             "heads" (a gain per head on the attention's output), "hidden" (on the feed-forward's hidden features).
     """
 
@@ -63,25 +65,26 @@ class Placement(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Stream, F: Sublayer) -> Stream:
-        """The stream (..., width) after sublayer F."""
+        """Return the stream (..., width) after sublayer F."""
 
     def check_stream(self, stream: Stream) -> None:
-        """Raises InputError unless `stream` is what `enter` makes."""
-        if not isinstance(stream, Tensor):
-            raise InputError("the stream must be a tensor", f"a {type(stream).__name__}", "pass (..., width) features")
+        """Raise InputError unless `stream` has the form that `enter` returns."""
+        if not isinstance(stream, (Tensor, Proxy)):
+            remedy = "pass a tensor of shape (..., width)"
+            raise InputError("The residual stream must be a tensor", f"a {type(stream).__name__}", remedy)
 
     @staticmethod
     def enter(x: Tensor) -> Stream:
-        """The stream that the first block receives, from the embeddings x (..., width)."""
+        """Return the stream for the first block, from the embeddings x (..., width)."""
         return x
 
     @staticmethod
     def leave(stream: Stream, norm: nn.Module) -> Tensor:
-        """What the model's head receives, (..., width), from the last block's stream and the final norm."""
+        """Return the input of the model's head, (..., width), from the last block's stream and the final norm."""
         y: Tensor = norm(stream)
         return y
 
     @staticmethod
     def init_gain(blocks: int, role: str) -> float:
-        """Factor on a projection's initial weights; role is "q", "k", "v", "out" or "feed_forward"."""
+        """Return the factor on a projection's initial weights; role is "q", "k", "v", "out" or "feed_forward"."""
         return 1.0

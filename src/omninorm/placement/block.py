@@ -1,4 +1,4 @@
-"""From a config to a model's parts: the block, the stream's beginning and end, and what else a placement asks for."""
+"""The parts of a model, built from a config: block, final norm, and what else a placement prescribes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from omninorm.config import NormConfig, check_choice, check_count
+from omninorm.config import NormConfig, check_choice, read_count
 from omninorm.errors import ConfigError, InputError
 from omninorm.layers import build_norm
+from omninorm.layers.tracing import Proxy
 from omninorm.placement.base import Placement, Position, Stream
 from omninorm.placement.normed import DeepNorm, HybridNorm, Keel, MixNorm, PostNorm, ResiDual
 from omninorm.placement.plain import LayerNormScaling, NoNorm, NormFormer, PreNorm, Reordered, Sandwich
@@ -28,7 +29,7 @@ PLACEMENT_TYPES: dict[str, type[Placement]] = {
     "normformer": NormFormer,
 }
 
-# Which sublayer realizes which inner norm.
+# The inner norms that each sublayer has to implement.
 ATTENTION_NORMS = frozenset({"q", "k", "v", "heads"})
 FEED_FORWARD_NORMS = frozenset({"hidden"})
 PROJECTIONS = ("q", "k", "v", "out", "feed_forward")
@@ -37,24 +38,24 @@ PROJECTIONS = ("q", "k", "v", "out", "feed_forward")
 class Block(nn.Module):
     """One transformer block: a placement around attention, then around a feed-forward.
 
-    Any two modules from (..., width) to (..., width) will do: causal or bidirectional attention, convolution,
-    a mixture of experts. Extra arguments of a call go to the first one.
+    The sublayers can be any two modules from (..., width) to (..., width): causal or bidirectional attention, a
+    convolution, a mixture of experts. Extra arguments of a call are passed to the first one.
 
-    Where the placement wants norms inside the sublayers (`inner_norms(config)`), a sublayer says which of them
-    it realizes in an attribute `inner_norms`, a set of their names; without it the block refuses to be built.
+    If the placement requires norms inside the sublayers (`inner_norms(config)`), a sublayer must name those that it
+    implements in an attribute `inner_norms`, a set of names; otherwise the constructor raises ConfigError.
 
     Args:
         config: kind and placement of the norms.
         width: features of the residual stream, ≥ 1.
         attention, feed_forward: the sublayers.
-        block, blocks: the block's number, from 1, and how many there are; deep placements depend on them.
+        block, blocks: the block's number, from 1, and the number of blocks; deep placements depend on them.
 
     Shape: stream → stream. A stream is a tensor (..., width), from `enter`; `FinalNorm` ends it.
 
     Raises:
-        ConfigError: on construction, for a block's number out of range, or a sublayer that is no module or lacks an
+        ConfigError: on construction, if the block's number is out of range, or a sublayer is not a module or lacks an
             inner norm.
-        InputError: on a call, for a stream that does not come from `enter`, or a sublayer that changes the shape.
+        InputError: on a call, if the stream does not come from `enter`, or a sublayer changes the shape.
 
     Example:
         >>> import torch
@@ -82,7 +83,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         check_config(config)
-        check_count("width", width)
+        width = read_count("width", width)
         check_sublayer(config, "attention", attention, ATTENTION_NORMS)
         check_sublayer(config, "feed_forward", feed_forward, FEED_FORWARD_NORMS)
         place = PLACEMENT_TYPES[config.norm_placement]
@@ -98,7 +99,7 @@ class Block(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The norm after the last block, where the placement has one: last stream → (..., width) for the head."""
+    """The norm after the last block, if the placement has one: last stream → (..., width) for the head."""
 
     def __init__(self, config: NormConfig, width: int) -> None:
         super().__init__()
@@ -110,12 +111,12 @@ class FinalNorm(nn.Module):
 
 
 def enter(config: NormConfig, x: Tensor) -> Stream:
-    """The stream that the first block receives, from the embeddings x (..., width)."""
+    """Return the stream for the first block, from the embeddings x (..., width)."""
     return PLACEMENT_TYPES[config.norm_placement].enter(x)
 
 
 def inner_norms(config: NormConfig) -> frozenset[str]:
-    """The norms that stand inside the sublayers: the placement's own, with qk_norm's wish applied.
+    """Return the names of the norms inside the sublayers: the placement's own, adjusted by qk_norm.
 
     Names: "q", "k", "v" (per head, on the projection), "heads" (a gain per head on the attention's output),
     "hidden" (on the feed-forward's hidden features).
@@ -129,7 +130,7 @@ def inner_norms(config: NormConfig) -> frozenset[str]:
 
 
 def init_gain(config: NormConfig, blocks: int, role: str) -> float:
-    """The placement's factor on a projection's initial weights in a model of `blocks` blocks.
+    """Return the placement's factor on a projection's initial weights in a model of `blocks` blocks.
 
     Args:
         role: "q", "k", "v", "out" (attention's) or "feed_forward" (each matrix of it).
@@ -138,33 +139,37 @@ def init_gain(config: NormConfig, blocks: int, role: str) -> float:
         ConfigError: an unknown role.
     """
     check_choice("role", role, PROJECTIONS)
-    check_count("blocks", blocks)
+    blocks = read_count("blocks", blocks)
     return PLACEMENT_TYPES[config.norm_placement].init_gain(blocks, role)
 
 
 def check_config(config: object) -> None:
-    """Raises ConfigError unless `config` is a NormConfig."""
+    """Raise ConfigError unless `config` is a NormConfig."""
     if not isinstance(config, NormConfig):
         remedy = 'pass e.g. NormConfig(norm_placement="pre") or NormConfig.from_dict({…})'
-        raise ConfigError("a block's norms are described by a NormConfig", repr(config), remedy)
+        raise ConfigError("A block's config must be a NormConfig", f"{config!r:.60}", remedy)
 
 
 def check_sublayer(config: NormConfig, name: str, sublayer: nn.Module, realizable: frozenset[str]) -> None:
-    """Raises ConfigError unless `sublayer` is a module that has the inner norms that fall to it."""
+    """Raise ConfigError unless `sublayer` is a module that has the required inner norms among `realizable`."""
     if not isinstance(sublayer, nn.Module):
         received = f"a {type(sublayer).__name__}"
-        raise ConfigError(f"{name} must be a torch.nn.Module", received, "wrap it in one, so that its weights train")
+        remedy = "wrap it in a module, so that its parameters are registered"
+        raise ConfigError(f"{name} must be a torch.nn.Module", received, remedy)
     wanted = inner_norms(config) & realizable
     missing = wanted - frozenset(getattr(sublayer, "inner_norms", frozenset()))
     if missing:
-        what = f"placement {config.norm_placement!r} with qk_norm={config.qk_norm}"
+        what = f"Placement {config.norm_placement!r} with qk_norm={config.qk_norm}"
         invariant = f"{what} needs the norms {', '.join(sorted(wanted))} inside {name}"
-        remedy = f"build them in and name them in {name}.inner_norms"
-        raise ConfigError(invariant, f"a {type(sublayer).__name__} without {', '.join(sorted(missing))}", remedy)
+        received = f"a {type(sublayer).__name__} without {', '.join(sorted(missing))}"
+        remedy = f"add them to {name} and list their names in its attribute inner_norms"
+        raise ConfigError(invariant, received, remedy)
 
 
 def same_shape(name: str, x: Tensor, branch: Tensor) -> Tensor:
-    """The sublayer's output; raises InputError where adding it to the stream would broadcast or fail."""
+    """Return the sublayer's output; raise InputError if adding it to the stream would broadcast or fail."""
+    if isinstance(branch, Proxy):
+        return branch
     if not isinstance(branch, Tensor) or branch.shape != x.shape:
         received = f"shape {tuple(branch.shape)}" if isinstance(branch, Tensor) else f"a {type(branch).__name__}"
         remedy = "wrap the sublayer so that it returns just that tensor"

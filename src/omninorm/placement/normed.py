@@ -62,7 +62,7 @@ class MixNorm(Placement):
 
     def __init__(self, config: NormConfig, width: int, position: Position) -> None:
         super().__init__(config, width, position)
-        # A hair more, because 0.29 · 100 is 28.999… in floating point.
+        # The small term is there because 0.29 · 100 is 28.999… in floating point.
         is_post = position.block <= math.floor(config.mix_fraction * position.blocks + 1e-9)
         self.rule = PostNorm(config, width, position) if is_post else PreNorm(config, width, position)
 
@@ -100,10 +100,10 @@ class ResiDual(Placement):
         return self.norm(normed + branch), total + branch
 
     def check_stream(self, stream: tuple[Tensor, Tensor]) -> None:
-        """Raises InputError unless `stream` is a pair of tensors."""
+        """Raise InputError unless `stream` is a pair of tensors."""
         if not isinstance(stream, tuple) or len(stream) != 2:
-            remedy = "begin with omninorm.placement.enter(config, x) and end with FinalNorm(config, width)"
-            invariant = "placement 'residual' carries two streams, a pair of tensors"
+            remedy = "call omninorm.placement.enter(config, x) before the first block, and FinalNorm after the last"
+            invariant = "The stream of placement 'residual' must be a pair of tensors"
             raise InputError(invariant, f"a {type(stream).__name__}", remedy)
 
     @staticmethod

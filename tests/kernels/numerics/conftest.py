@@ -1,8 +1,8 @@
-"""Every test of this folder holds for the reference and for the operators on each instruction set of this machine; with
-TRITON_INTERPRET=1 in the environment, for the Triton kernels by their interpreter instead (`make test-triton`).
+"""Runs every test of this folder with the reference and with the operators of each instruction set of this machine.
 
-Where a test's input is not for the operators (a function transform, a subclass), the choice of the back end falls on
-the reference once more, so nothing is forced on it here. That plain tensors reach the operators is in tests/backends.
+With TRITON_INTERPRET=1 in the environment, the tests run with the Triton kernels in Triton's interpreter instead
+(`make test-triton`). For inputs that the operators do not take (a function transform, a subclass), the reference is
+chosen as usual. tests/kernels/test_dispatch.py shows that plain tensors reach the operators.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ HERE = ["triton"] if gpu.INTERPRETED else ["reference", *(OPERATORS + name for n
 
 @pytest.fixture(autouse=True, params=HERE)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of what computes the norms during the test."""
+    """The name of the implementation that computes the norms during the test."""
     if not request.param.startswith(OPERATORS):
         with dispatch.use_backend(request.param):
             yield request.param

@@ -1,5 +1,8 @@
-"""The 16-bit dtypes in and out of the kernels, to the bit. PyTorch's own addition is the measure: the add variants
-return x + residual, which passes through reading, widening, adding, rounding and writing."""
+"""Reading and writing of 16-bit dtypes, to the bit.
+
+PyTorch's own addition is the standard: the add variants return x + residual, which the kernels read, widen, add, round
+and write.
+"""
 
 import itertools
 
@@ -15,7 +18,7 @@ ADD_NORMS = [functional.add_rms_norm, functional.add_layer_norm]
 
 
 def bits(x: Tensor) -> Tensor:
-    """Of each element, with all NaN alike."""
+    """The bits of each element, the same for all NaN."""
     return torch.where(x.isnan(), torch.full_like(x, float("nan")), x).view(torch.int16)
 
 

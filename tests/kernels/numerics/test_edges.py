@@ -1,4 +1,4 @@
-"""Where normalization code has gone wrong elsewhere: one test for each row of the numerics contract's table."""
+"""Known failure modes of normalization code: one test for each row of the table in docs/numerics.md."""
 
 import pytest
 import torch
@@ -47,11 +47,14 @@ def test_large_outlier_at_any_place(where: int) -> None:
     )
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 7, 127, 768])
 @pytest.mark.parametrize("value", [0.1, -3.7, 1e-30, 1e4, 6e4, 1e20, 3e38])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_constant_row_gives_exactly_the_bias(dtype: torch.dtype, value: float, width: int) -> None:
-    value = min(value, torch.finfo(dtype).max)
+def test_a_constant_row_gives_exactly_the_bias(dtype: torch.dtype, value: float) -> None:
+    for width in (1, 2, 3, 7, 127, 768):
+        check_constant_row(dtype, min(value, torch.finfo(dtype).max), width)
+
+
+def check_constant_row(dtype: torch.dtype, value: float, width: int) -> None:
     x = torch.full((2, width), value, dtype=dtype, requires_grad=True)
     weight, bias = torch.randn(width, dtype=dtype), torch.randn(width, dtype=dtype)
     y = functional.layer_norm(x, weight, bias)
@@ -96,18 +99,18 @@ def test_differences_that_overflow() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bad", [INF, -INF, NAN])
-@pytest.mark.parametrize("place", [0, 3, 6])
-def test_non_finite_values_as_in_float64_and_other_rows_untouched(dtype: torch.dtype, bad: float, place: int) -> None:
+def test_non_finite_values_as_in_float64_and_other_rows_untouched(dtype: torch.dtype, bad: float) -> None:
     clean = torch.randn(3, 7).to(dtype)
-    x = clean.clone()
-    x[1, place] = bad
-    for norm, exact_norm in [
-        (functional.rms_norm, lambda x: oracle.rms_norm(x, None, 1e-6)),
-        (functional.layer_norm, lambda x: oracle.layer_norm(x, None, None, 1e-6)),
-    ]:
-        y = norm(x)
-        assert_same_values(y[1], exact_norm(x.double())[1])
-        assert torch.equal(y[[0, 2]], norm(clean)[[0, 2]])
+    for place in (0, 3, 6):
+        x = clean.clone()
+        x[1, place] = bad
+        for norm, exact_norm in [
+            (functional.rms_norm, lambda x: oracle.rms_norm(x, None, 1e-6)),
+            (functional.layer_norm, lambda x: oracle.layer_norm(x, None, None, 1e-6)),
+        ]:
+            y = norm(x)
+            assert_same_values(y[1], exact_norm(x.double())[1])
+            assert torch.equal(y[[0, 2]], norm(clean)[[0, 2]])
 
 
 def test_infinities_of_both_signs_and_a_constant_infinite_row() -> None:
@@ -160,25 +163,19 @@ def test_an_empty_batch_has_zero_gain_gradients(shape: tuple[int, ...]) -> None:
     assert torch.equal(bias.grad, torch.zeros_like(bias))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_of_262144_features(dtype: torch.dtype) -> None:
-    x = (torch.randn(2, 262_144) + 2.0).to(dtype)
-    oracle.assert_forward(functional.rms_norm(x), oracle.rms_norm(x.double(), None, 1e-6))
-    oracle.assert_forward(functional.layer_norm(x), oracle.layer_norm(x.double(), None, None, 1e-6))
-
-
-def test_a_bfloat16_gain_gradient_over_a_million_rows() -> None:
+@pytest.mark.parametrize("rows", MANY_ROWS)
+def test_a_bfloat16_gain_gradient_over_many_rows(rows: int) -> None:
     """Accumulated in bfloat16 the sum would stop at 256."""
-    rows = MANY_ROWS
     x = torch.ones(rows, 2, dtype=torch.bfloat16)
     weight = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
     functional.rms_norm(x, weight, eps=0.0).backward(torch.ones_like(x))
     assert weight.grad.tolist() == [rows, rows]
 
 
+@pytest.mark.parametrize("rows", MANY_ROWS)
 @pytest.mark.parametrize("width", [4, 7, 8])
-def test_gain_gradients_over_a_million_bfloat16_rows(width: int) -> None:
-    x, dy = torch.randn(MANY_ROWS, width).bfloat16(), torch.randn(MANY_ROWS, width).bfloat16()
+def test_gain_gradients_over_many_bfloat16_rows(width: int, rows: int) -> None:
+    x, dy = torch.randn(rows, width).bfloat16(), torch.randn(rows, width).bfloat16()
     weight, bias = torch.randn(width, requires_grad=True), torch.randn(width, requires_grad=True)
     exact, along, eps = x.double(), dy.double(), oracle.rounded_eps(1e-6, x.dtype)
     none = torch.zeros_like(along)
@@ -203,7 +200,7 @@ def test_a_gain_near_zero_still_has_the_right_gradient() -> None:
     assert x.grad.isfinite().all()
 
 
-def test_gradients_are_not_summed_into_the_callers() -> None:
+def test_the_callers_gradient_is_not_changed() -> None:
     x = torch.randn(3, 6, requires_grad=True)
     dy = torch.randn(3, 6)
     before = dy.clone()

@@ -1,5 +1,7 @@
-"""Rows that can't be computed the ordinary way, among rows that can: the reference is the measure where float64 has no
-opinion on which NaN comes first, and the neighbours must not notice."""
+"""Extreme and non-finite rows, which take a slow path, among ordinary rows, which must keep their bits.
+
+Where float64 does not determine which NaN comes first, the reference is the standard.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -20,7 +22,7 @@ WIDTH = 37
 
 
 def row_of(kind: str, dtype: torch.dtype) -> Tensor:
-    """A row whose r is beyond what the kernels compute in a few steps, or is none."""
+    """A row whose r the kernels can't compute on their fast path, or that has none."""
     numbers = torch.finfo(dtype)
     row = torch.randn(WIDTH, dtype=torch.float64).clamp(-3, 3)
     rows = {
@@ -51,10 +53,10 @@ def gradients(norm: Callable[..., Tensor], x: Tensor, weight: Tensor, dy: Tensor
 def test_the_other_rows_of_its_group_keep_their_bits(
     kind: str, norm: Callable[..., Tensor], dtype: torch.dtype
 ) -> None:
-    """At every place in two groups of four and one row more. ε is so small that tiny rows are extraordinary too."""
+    """At several places of two groups of four rows and one more row. With this small ε, tiny rows take the slow path too."""
     clean, dy, weight = torch.randn(9, WIDTH).to(dtype), torch.randn(9, WIDTH).to(dtype), torch.randn(WIDTH)
     y, dx, _ = gradients(norm, clean, weight, dy, 1e-40)
-    for place in range(9):
+    for place in (0, 2, 3, 4, 8):
         x = clean.clone()
         x[place] = row_of(kind, dtype)
         y_beside, dx_beside, _ = gradients(norm, x, weight, dy, 1e-40)
@@ -66,7 +68,7 @@ def test_the_other_rows_of_its_group_keep_their_bits(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", ["huge", "one huge element", "zero", "tiny"])
-def test_the_gain_gradient_counts_it(kind: str, norm: Callable[..., Tensor], dtype: torch.dtype) -> None:
+def test_extreme_rows_count_in_the_gain_gradient(kind: str, norm: Callable[..., Tensor], dtype: torch.dtype) -> None:
     """ε = 1e-12, with which zero rows have a finite gradient in every dtype."""
     eps = oracle.rounded_eps(1e-12, dtype)
     for place in (0, 2, 3, 4, 8):
@@ -92,7 +94,7 @@ def normalized(norm: Callable[..., Tensor], x: Tensor, eps: float) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
-def test_nan_and_infinity_come_out_where_the_references_do(norm: Callable[..., Tensor], dtype: torch.dtype) -> None:
+def test_nan_and_infinity_appear_where_the_reference_has_them(norm: Callable[..., Tensor], dtype: torch.dtype) -> None:
     """In y, dx and the gain's gradient, for bad numbers in x, in dy and in the gain.
 
     An infinite dy or gain gives dx infinite terms, and which of them meet as ∞ − ∞ depends on the order of the
@@ -117,7 +119,7 @@ def test_nan_and_infinity_come_out_where_the_references_do(norm: Callable[..., T
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("add_norm", "norm"), list(zip(ADD_NORMS, NORMS, strict=True)))
-def test_add_variants_are_the_two_steps_for_such_rows_too(add_norm, norm, dtype: torch.dtype) -> None:
+def test_add_variants_are_the_two_steps_for_extreme_rows(add_norm, norm, dtype: torch.dtype) -> None:
     residual = torch.zeros(9, WIDTH, dtype=dtype)
     x, along, weight = torch.randn(9, WIDTH).to(dtype), torch.randn(2, 9, WIDTH).to(dtype), torch.randn(WIDTH)
     for row, kind in enumerate(KINDS):
