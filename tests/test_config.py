@@ -52,7 +52,7 @@ BAD = {
     "eps beyond every float": ({"norm_eps": 10**400}, "norm_eps", "1000000000"),
     "eps a string": ({"norm_eps": "1e-6"}, "norm_eps", "'1e-6'"),
     "eps a bool": ({"norm_eps": True}, "norm_eps", "True"),
-    "eps a NumPy bool": ({"norm_eps": numpy.bool_(True)}, "norm_eps", "np.True_"),
+    "eps a NumPy bool": ({"norm_eps": numpy.bool_(True)}, "norm_eps", "True"),
     "eps a NumPy NaN": ({"norm_eps": numpy.float32("nan")}, "norm_eps", "nan"),
     "eps a vector": ({"norm_eps": numpy.ones(2)}, "norm_eps", "array([1., 1.])"),
     "eps a vector of one": ({"norm_eps": torch.ones(1)}, "norm_eps", "tensor([1.])"),

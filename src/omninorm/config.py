@@ -212,7 +212,7 @@ def python_number(value: Any) -> Any:
         number = value.item()
     except RuntimeError:  # tensors without values, on the meta device
         return value
-    if type(number) in (int, float):
+    if type(number) in (int, float, bool):
         return number
     # NumPy's long double stays one when it is unpacked.
     is_real = type(number).__name__ == "longdouble"

@@ -121,7 +121,7 @@ def test_from_dict_refuses_unknown_keys(values, message):
     assert message in str(caught.value)
 
 
-def test_numpy_scalars_and_scalar_tensors_become_plain_numbers():
+def test_numpy_scalars_and_scalar_tensors_become_python_numbers():
     given = {
         "d_model": np.int64(32),
         "n_layers": torch.tensor(2),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from omninorm.config import check_choice, check_count, check_keys, check_number
+from omninorm.config import check_choice, check_count, check_keys, check_number, store_python_numbers
 from omninorm.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +42,7 @@ class BenchConfig:
     patience: float = 150.0
 
     def __post_init__(self) -> None:
+        store_python_numbers(self)
         for name in ("rows", "widths", "dtypes", "threads"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from omninorm.config import NormConfig, check_choice, check_count, check_keys
+from omninorm.config import NormConfig, check_choice, check_keys, read_count, store_python_numbers
 from omninorm.errors import ConfigError, DataError, OmninormError, RunError
 from omninorm.experiments.checkpoint import check_packages, check_sizes, list_checkpoints, load_checkpoint
 from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
@@ -34,7 +34,6 @@ from omninorm.experiments.tokenizer import TOKENIZER_FILE, TOKENIZERS, Tokenizer
 from omninorm.experiments.train import train
 from omninorm.record import RECORD_FILE, final_status
 from omninorm.thinker import Thinker, ThinkerConfig
-from omninorm.thinker.config import use_plain_numbers
 
 _SECTIONS = ("model", "train", "tokenizer", "data", "versions")
 _MOST_SKIPPED = 20  # entries in config.json
@@ -62,7 +61,7 @@ class Plan:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        use_plain_numbers(self)
+        store_python_numbers(self)
         check_choice("tokenizer", self.tokenizer, TOKENIZERS)
         if self.model.max_seq_len != self.train.seq_len:
             received = f"{self.model.max_seq_len} and {self.train.seq_len}"
@@ -237,7 +236,7 @@ def open_run(
 
 def _extended(plan: Plan, steps: int, path: Path) -> Plan:
     """Return the plan with more steps. The warm-up is kept: its default depends on the number of steps."""
-    check_count("steps", steps)
+    steps = read_count("steps", steps)
     if steps < plan.train.steps:
         invariant = f"A run can be extended but not shortened: the run in {path} has {plan.train.steps} steps"
         raise ConfigError(invariant, f"steps={steps}", "give a larger number, or start a new run")

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from omninorm.config import check_choice, check_count, check_keys, check_number
+from omninorm.config import check_choice, check_count, check_keys, check_number, store_python_numbers
 from omninorm.errors import ConfigError
-from omninorm.thinker.config import use_plain_numbers
 
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
@@ -70,7 +69,7 @@ class TrainConfig:
     watch_every: int | None = 10
 
     def __post_init__(self) -> None:
-        use_plain_numbers(self)
+        store_python_numbers(self)
         for name in ("steps", "batch_size", "seq_len", "grad_accumulation", "eval_every"):
             check_count(name, getattr(self, name))
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from omninorm.config import NormConfig, check_choice, check_count, check_keys, check_number
+from omninorm.config import NormConfig, check_choice, check_count, check_keys, check_number, store_python_numbers
 from omninorm.errors import ConfigError
 
 FEED_FORWARDS = ("swiglu", "gelu")
@@ -63,7 +63,7 @@ class ThinkerConfig:
     scaled_init: bool = False
 
     def __post_init__(self) -> None:
-        use_plain_numbers(self)
+        store_python_numbers(self)
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len"):
             check_count(name, getattr(self, name))
         for name in ("n_kv_heads", "d_ff", "head_dim"):
@@ -137,19 +137,3 @@ class ThinkerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return every setting by name, `norm` as `NormConfig.to_dict` writes it. The result is JSON-serializable."""
         return {**asdict(self), "norm": self.norm.to_dict()}
-
-
-def use_plain_numbers(config: object) -> None:
-    """Replace NumPy scalars and tensors of no dimensions among a frozen dataclass's values by Python's numbers.
-
-    So they pass the checks and can be written as JSON.
-    """
-    for name, value in vars(config).items():
-        object.__setattr__(config, name, plain_number(value))
-
-
-def plain_number(value: Any) -> Any:
-    """Return a NumPy scalar or a tensor of no dimensions as Python's number; anything else as it is."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(plain_number, value))
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from omninorm.config import python_number
 from omninorm.errors import InputError
 from omninorm.thinker.cache import KVCache
-from omninorm.thinker.config import plain_number
 from omninorm.thinker.sampling import Sampling, is_integer, sample
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def stream(
     """
     sampling = Sampling(temperature, top_k, top_p)
     rows = _check_prompts(prompts, model.config.vocab_size, model.config.max_seq_len)
-    max_new_tokens, seed = plain_number(max_new_tokens), plain_number(seed)
+    max_new_tokens, seed = python_number(max_new_tokens), python_number(seed)
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise InputError("max_new_tokens must be an integer ≥ 1", repr(max_new_tokens), "use at least 1")
     if not isinstance(stop_tokens, Collection):

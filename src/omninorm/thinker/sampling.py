@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from omninorm.config import store_python_numbers
 from omninorm.errors import InputError
-from omninorm.thinker.config import use_plain_numbers
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        use_plain_numbers(self)
+        store_python_numbers(self)
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             remedy = "use 0 for the most probable token, 1 for the model's own distribution"
             raise InputError("temperature must be a finite number ≥ 0", repr(self.temperature), remedy)

@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from omninorm.config import check_count
+from omninorm.config import read_count
 from omninorm.errors import ConfigError, RunError
 from omninorm.record import Record
 from omninorm.watch.alarm import Alarm
@@ -66,8 +66,7 @@ class Watch:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError("model must be a torch.nn.Module", type(model).__name__, "pass the model that is trained")
-        check_count("every", every)
-        check_count("step", step, at_least=0)
+        every, step = read_count("every", every), read_count("step", step, at_least=0)
         check_places(folder, scaler, sinks)
         self._model, self._compiled = unwrap(model), is_compiled(model)
         self._optimizers = read_optimizers(optimizer)

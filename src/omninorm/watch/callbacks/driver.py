@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from omninorm.config import check_count
+from omninorm.config import read_count
 from omninorm.errors import OmninormError
 from omninorm.record.jsonl import REPORT_FILE
 from omninorm.report import write_report
@@ -74,7 +74,7 @@ class Driver:
         report: bool = True,
     ) -> None:
         super().__init__()
-        check_count("every", every)
+        every = read_count("every", every)
         self._every, self._given_folder, self._sinks, self._rules = every, folder, sinks, rules
         self._with_report = report
         self.watch: Watch | None = None
