@@ -35,8 +35,7 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
 
 def gain_offset(config: Mapping[str, Any], name: str, has_bias: bool) -> float:
     """What is added to a stored gain: 1 in a Gemma's RMSNorms, else 0."""
-    kinds = {part.get("model_type") for part in _parts(config)}
-    shifted = any(kind in _OFFSET for kind in kinds if isinstance(kind, str))
+    shifted = any(part.get("model_type") in _OFFSET for part in _parts(config))
     return 1.0 if shifted and not has_bias and not any(word in name for word in _PLAIN) else 0.0
 
 
