@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def _read_part(path: Path) -> tuple[list[GGUFTensor], Header]:
         raise RunError(f"{path} is not a complete GGUF file: {error}", "", "download it again") from error
 
 
-def _describe(path: Path, entry: TensorEntry, content: Any, order: str) -> GGUFTensor:
+def _describe(path: Path, entry: TensorEntry, content: Any, order: Literal["<", ">"]) -> GGUFTensor:
     import gguf
     import numpy as np
 

@@ -12,7 +12,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -39,7 +39,7 @@ class Header:
 
     settings: Mapping[str, Any]
     tensors: Sequence[TensorEntry]
-    order: str
+    order: Literal["<", ">"]
 
 
 def read_header(content: Any) -> Header:
@@ -83,7 +83,7 @@ def _alignment(settings: Mapping[str, Any]) -> int:
 class _Reader:
     """Values one after the other; ValueError where the file ends too early."""
 
-    def __init__(self, content: Any, at: int, order: str = "<") -> None:
+    def __init__(self, content: Any, at: int, order: Literal["<", ">"] = "<") -> None:
         self.content, self.at, self.order = content, at, order
 
     def number(self, code: str) -> Any:

@@ -1,7 +1,7 @@
 """Surgery on a checkpoint: read a Hugging Face folder, write an equivalent one with its verification in surgery.json.
 
 Neither the model nor the checkpoint is ever in memory as a whole (see streamed.py). The new folder has the old one's
-files, tensors and class. So nothing is folded into a bias that the class does not have, and centred LayerNorms stay
+files, tensors and class. So nothing is folded into a bias that the class does not have, and centered LayerNorms stay
 LayerNorms.
 """
 
@@ -264,7 +264,7 @@ def _values(opened: StreamedModel) -> tuple[dict[str, Value], dict[str, str]]:
         if stored is None:
             continue
         streamed = isinstance(module, StreamedMap) and own == "weight"
-        kind = (module.centred, module.factor) if streamed else ()
+        kind = (module.centered, module.factor) if streamed else ()
         if stored in owners and (not streamed or _alike(kind, made[stored])):
             continue
         under = stored

@@ -42,7 +42,7 @@ class StreamedMap(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     factor: Tensor | None = None
-    centred: bool = False
+    centered: bool = False
 
     def __init__(
         self, checkpoint: Checkpoint, name: str, transposed: bool, bias: Tensor | None, row_scale: float | None
@@ -63,11 +63,11 @@ class StreamedMap(nn.Module):
     @property
     def changed(self) -> bool:
         """Whether the matrix is to be changed."""
-        return self.factor is not None or self.centred
+        return self.factor is not None or self.centered
 
     def scale(self, factor: Tensor | None, shift: Tensor | None, done: Surgery) -> None:
         """Set W ← W·diag(factor), b ← b + W·shift."""
-        assert not self.centred, "folded before it is centred"
+        assert not self.centered, "folded before it is centered"
         if shift is not None and bool(shift.any()):
             assert self.bias is not None, "a checkpoint's class has no place for a new bias"
             done.keep(self.bias)
@@ -79,18 +79,18 @@ class StreamedMap(nn.Module):
 
     def center(self, done: Surgery) -> None:
         """Subtract the mean over the outputs from W and b."""
-        if not self.centred:
-            done.later(lambda: setattr(self, "centred", False))
-            self.centred = True
+        if not self.centered:
+            done.later(lambda: setattr(self, "centered", False))
+            self.centered = True
         if self.bias is not None:
             done.keep(self.bias)
             self.bias.sub_(self.bias.mean())
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the changed matrix, some stored rows at a time."""
-        means = self._means() if self.centred and not self.transposed else None
+        means = self._means() if self.centered and not self.transposed else None
         for part, chunk in self._scaled():
-            if self.centred:
+            if self.centered:
                 chunk -= chunk.mean(1, keepdim=True) if means is None else means
             yield part, chunk
 
@@ -98,7 +98,7 @@ class StreamedMap(nn.Module):
         if self.row_scale is not None:
             table = self.checkpoint.tensor(self.name)
             found = table[x].double()
-            if self.centred:
+            if self.centered:
                 found -= found.mean(-1, keepdim=True)
             return found * self.row_scale
         y = self._times(x.reshape(-1, x.shape[-1]).double())
