@@ -15,7 +15,7 @@ from helpers.mutations import bounded, cases, mutated_bytes, mutated_json, refus
 from helpers.surgery_models import draw_vectors
 from safetensors.torch import load_file, save_file
 
-from omninorm.errors import ConfigError, OmninormError, RunError
+from omninorm.errors import OmninormError, RunError
 from omninorm.surgery.convert import convert, undo
 
 
@@ -257,14 +257,3 @@ def test_folder_with_an_adapter_alone_is_explained(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(RunError, match="adapter"):
         folded(tmp_path)
-
-
-def test_tied_weights_of_different_dtypes_are_refused(source: Path, tmp_path: Path) -> None:
-    folder = copy(source, tmp_path / "in")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].double()
-    save_file(weights, folder / "model.safetensors")
-    with pytest.raises((RunError, ConfigError), match=r"lm_head\.weight"):
-        folded(folder)

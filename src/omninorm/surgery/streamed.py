@@ -229,14 +229,10 @@ def _names(model: Any, checkpoint: Checkpoint, planned: bool = False) -> dict[st
             )
             raise ConfigError(problem, "", "dequantize the model first")
         other = first.get(id(tensors[name]), stored)
-        if other != stored and not planned and not _equal(checkpoint.tensor(other), checkpoint.tensor(stored)):
+        if other != stored and not planned and not torch.equal(checkpoint.tensor(other), checkpoint.tensor(stored)):
             problem = f"config.json ties {other:.80} to {stored:.80}, but the tensors differ"
             raise RunError(problem, "", "set tie_word_embeddings to false in config.json")
     return found
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _situation(checkpoint: Checkpoint, wrong: list[str]) -> str:
