@@ -1,4 +1,4 @@
-"""Norms compared in a model of your own: a small recurrent language model, with RMSNorm and with LayerNorm.
+"""Compare norms in your own model: a small recurrent language model with RMSNorm and with LayerNorm.
 
 python examples/compare_your_model.py [FOLDER]        # needs pip install "omninorm[compare]"
 """
@@ -43,7 +43,7 @@ class Layer(nn.Module):
 
 
 def build(norm: NormConfig, depth: int, vocab_size: int) -> nn.Module:
-    """What --model names: tokens (batch, sequence) to logits."""
+    """The factory that "model" names; the model maps tokens (batch, sequence) to logits."""
     layers = [Layer(norm) for _ in range(depth)]
     return nn.Sequential(
         nn.Embedding(vocab_size, WIDTH), *layers, build_norm(norm, WIDTH), nn.Linear(WIDTH, vocab_size)

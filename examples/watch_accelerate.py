@@ -1,4 +1,4 @@
-"""Watching a loop with Accelerate, gradients accumulated over two batches.
+"""Monitor a loop with Accelerate that accumulates gradients over two batches.
 
 python examples/watch_accelerate.py [FOLDER]        # needs pip install "omninorm[train]" accelerate
 """
@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-                w.step(loss)  # once a batch; a step ends where the optimizer's does
+                w.step(loss)  # once per batch; a step ends with the optimizer's step
 
     steps = w.history.steps
     print(f"batches: {len(loader)}, steps watched: {len(steps)}, loss {steps[0].loss:.2f} → {steps[-1].loss:.2f}")

@@ -1,4 +1,4 @@
-"""Watching Lightning's Trainer.
+"""Monitor Lightning's Trainer.
 
 python examples/watch_lightning.py [FOLDER]        # needs pip install "omninorm[train]" pytorch-lightning
 """

@@ -1,4 +1,4 @@
-"""Watching a plain PyTorch loop: the three lines marked with "watch".
+"""Monitor a plain PyTorch loop: the three lines marked with "watch".
 
 python examples/watch_loop.py [FOLDER]        # needs pip install "omninorm[train]" for its text
 """
@@ -18,7 +18,7 @@ BATCH, LENGTH, WIDTH, STEPS = 8, 64, 64, 100
 
 
 class Model(nn.Module):
-    """A transformer that predicts the next byte; any torch.nn.Module will do."""
+    """A transformer that predicts the next byte; any torch.nn.Module works."""
 
     def __init__(self) -> None:
         super().__init__()

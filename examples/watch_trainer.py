@@ -1,4 +1,4 @@
-"""Watching the Trainer of transformers: a small Llama learns the King James Bible, byte by byte.
+"""Monitor the Trainer of transformers: a small Llama learns the King James Bible, byte by byte.
 
 python examples/watch_trainer.py [FOLDER]        # needs pip install "omninorm[train]" "transformers[torch]"
 """
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
     )  # fmt: skip
     callback = WatchCallback(every=10)
     trainer = Trainer(model, arguments, train_dataset=Bytes(load_corpus().train), callbacks=[callback])
-    with callback:  # an exception that ends the training closes the record, too
+    with callback:  # also closes the record after an exception
         trainer.train()
 
     history = callback.watch.history

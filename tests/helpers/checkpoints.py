@@ -12,7 +12,7 @@ BLOCKS, WIDTH, HIDDEN, TOKENS = 4, 64, 96, 50
 
 
 def llama_tensors() -> dict[str, Tensor]:
-    """Healthy: what a fault is injected into."""
+    """Healthy weights, into which tests inject faults."""
     tensors = {
         "model.embed_tokens.weight": torch.randn(TOKENS, WIDTH) * 0.02,
         "model.norm.weight": torch.ones(WIDTH),

@@ -1,4 +1,4 @@
-"""Models with random weights, and gains and biases that are no ones and zeros."""
+"""Small models with random weights, gains and biases."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def inputs(name: str) -> list[Any]:
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """A model whose vectors are drawn, gains around 1."""
+    """A model with random gains around 1 and biases around 0; always the same for the same seed."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -89,7 +89,7 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Mo
 
 
 def draw_vectors(model: nn.Module, seed: int = 0) -> None:
-    """Gains around 1, biases around 0."""
+    """Draw gains around 1 and biases around 0."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for kind, parameter in module._parameters.items():

@@ -1,4 +1,4 @@
-"""Every kind of checkpoint that can be named, and one clear error for each that can't be read."""
+"""inspect_checkpoint opens every kind of checkpoint, and raises one clear error for each that cannot be read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from omninorm.inspection import inspect_checkpoint
 BAD = "model.layers.2.mlp.up_proj.weight"
 
 
-def sick_tensors():
+def faulty_tensors():
     tensors = llama_tensors()
     tensors[BAD][3, 5] = torch.nan
     return tensors
@@ -31,7 +31,7 @@ def failing(path):
 
 def shards(folder):
     """Two shards and their index."""
-    tensors, names = sick_tensors(), {}
+    tensors, names = faulty_tensors(), {}
     for number, half in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: tensors[name] for name in half}, folder / file)
@@ -70,11 +70,11 @@ def gguf_tensors():
     return tensors
 
 
-def test_a_file_with_any_name(tmp_path):
-    assert failing(save(sick_tensors(), tmp_path / "weights")) == [BAD]
+def test_file_of_any_name_is_read(tmp_path):
+    assert failing(save(faulty_tensors(), tmp_path / "weights")) == [BAD]
 
 
-def test_shards_by_folder_and_by_index(tmp_path):
+def test_shards_are_read_by_folder_by_index_and_without_an_index(tmp_path):
     names = shards(tmp_path)
     assert failing(tmp_path) == failing(tmp_path / "model.safetensors.index.json") == [BAD]
     assert len(inspect_checkpoint(tmp_path).tensors) == len(names)
@@ -82,7 +82,7 @@ def test_shards_by_folder_and_by_index(tmp_path):
     assert failing(tmp_path) == [BAD]
 
 
-def test_shards_of_transformers(tmp_path):
+def test_shards_saved_by_transformers_are_read(tmp_path):
     model = transformers_model("Qwen3")
     with torch.no_grad():
         model.model.layers[2].self_attn.o_proj.weight *= 100
@@ -93,10 +93,10 @@ def test_shards_of_transformers(tmp_path):
     assert inspect_checkpoint(tmp_path).eps == model.config.rms_norm_eps
 
 
-def test_a_run_gives_its_newest_checkpoint(tmp_path):
+def test_run_folder_gives_its_newest_checkpoint(tmp_path):
     config = {"format": 1, "model": {"n_layers": 4, "norm": {"norm_eps": 1e-6}}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for step, tensors in ((9, llama_tensors()), (10, sick_tensors())):
+    for step, tensors in ((9, llama_tensors()), (10, faulty_tensors())):
         folder = tmp_path / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True)
         save(tensors, folder / "model.safetensors")
@@ -106,7 +106,7 @@ def test_a_run_gives_its_newest_checkpoint(tmp_path):
     assert inspect_checkpoint(tmp_path / "checkpoints" / "step-9").eps == 1e-6
 
 
-def test_gguf_whole_and_quantized(tmp_path):
+def test_quantized_gguf_is_measured_like_its_source(tmp_path):
     tensors = gguf_tensors()
     tensors["blk.2.attn_output.weight"] *= 100
     quantized = [name for name in tensors if "attn_output" in name]
@@ -122,13 +122,13 @@ def test_gguf_whole_and_quantized(tmp_path):
     assert inspect_checkpoint(tmp_path).verdict == result.verdict
 
 
-def test_a_gguf_model_with_a_nan(tmp_path):
+def test_nan_in_a_gguf_file_is_found(tmp_path):
     tensors = gguf_tensors()
     tensors["blk.0.ffn_up.weight"][1, 2] = torch.nan
     assert failing(write_gguf(tmp_path / "model.gguf", tensors)) == ["blk.0.ffn_up.weight"]
 
 
-def test_types_that_are_counted_and_not_measured(tmp_path):
+def test_types_without_float_values_are_counted_but_not_measured(tmp_path):
     tensors = {
         **llama_tensors(),
         "counts": torch.arange(6),
@@ -161,123 +161,121 @@ def refused(path, *parts, error=RunError):
         assert part in str(caught.value)
 
 
-def test_nothing_there(tmp_path):
-    refused(tmp_path / "none", "no such file or folder")
+def test_missing_empty_and_foreign_paths_are_refused(tmp_path):
+    refused(tmp_path / "none", "No such file or folder: ", str(tmp_path / "none"))
     refused(tmp_path, "an empty folder")
     (tmp_path / "README.md").write_text("hello")
     refused(tmp_path, "only README.md")
-    refused(os.devnull, "one that is neither")
+    refused(os.devnull, os.devnull, "neither")
 
 
 @pytest.mark.parametrize("cut", [0, 3, 8, 100, 5000, -1])
-def test_a_cut_off_file(tmp_path, cut):
+def test_truncated_safetensors_file_is_refused(tmp_path, cut):
     path = save(llama_tensors(), tmp_path / "model.safetensors")
     path.write_bytes(path.read_bytes()[:cut])
-    refused(tmp_path, "must be a whole safetensors file", str(path))
+    refused(tmp_path, "safetensors", str(path))
 
 
-def test_a_file_without_tensors(tmp_path):
+def test_file_without_tensors_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
-    refused(tmp_path, "without a single tensor")
+    refused(tmp_path, str(tmp_path), "single tensor")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "renamed"])
-def test_pickles_are_refused_unread(tmp_path, name):
+def test_pickle_is_refused_without_unpickling(tmp_path, name):
     class Trap:
         def __reduce__(self):
             return exec, ("raise SystemExit('unpickled')",)
 
     torch.save({"trap": Trap()}, tmp_path / name)
-    refused(tmp_path / name, "never unpickled", "safetensors.torch.save_file")
+    refused(tmp_path / name, str(tmp_path / name), "pickle", "safetensors.torch.save_file")
     if name != "renamed":
-        refused(tmp_path, "never unpickled", name)
+        refused(tmp_path, "pickle", name)
 
 
-def test_a_shard_is_missing(tmp_path):
+def test_missing_shard_is_named(tmp_path):
     shards(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    refused(tmp_path, "no model-00002-of-00002.safetensors")
+    refused(tmp_path, "model-00002-of-00002.safetensors")
     os.mkfifo(tmp_path / "model-00002-of-00002.safetensors")  # which would block whoever opens it
-    refused(tmp_path, "no model-00002-of-00002.safetensors")
+    refused(tmp_path, "model-00002-of-00002.safetensors")
 
 
-def test_a_shard_is_missing_and_the_index_too(tmp_path):
+def test_missing_shard_without_an_index_is_named(tmp_path):
     for number in (1, 3):
         save_file({f"part{number}": torch.randn(4, 4)}, tmp_path / f"model-{number:05d}-of-00003.safetensors")
-    refused(tmp_path, "no model-00002-of-00003.safetensors")
+    refused(tmp_path, "model-00002-of-00003.safetensors")
 
 
-def test_a_shard_lacks_a_tensor(tmp_path):
+def test_tensor_missing_from_its_shard_is_named(tmp_path):
     write_index(tmp_path, {**shards(tmp_path), "lost.weight": "model-00001-of-00002.safetensors"})
-    refused(tmp_path, "'lost.weight' first")
+    refused(tmp_path, "'lost.weight'", "index.json")
 
 
-def test_an_unlisted_tensor_is_told(tmp_path):
+def test_tensor_missing_from_the_index_is_a_finding(tmp_path):
     names = shards(tmp_path)
     del names["model.norm.weight"]
     write_index(tmp_path, names)
-    assert (
-        "model.norm.weight first"
-        in next(e for e in inspect_checkpoint(tmp_path).findings if e.rule == "files").evidence
-    )
+    (finding,) = [each for each in inspect_checkpoint(tmp_path).findings if each.rule == "files"]
+    assert "1 of the tensors in its files: model.norm.weight" in finding.evidence
 
 
 @pytest.mark.parametrize(
     "name", ["../outside.safetensors", "/etc/passwd", "..", ".", "", "a/b.safetensors", "a\0b", 7, None, ["x"]]
 )
-def test_an_index_must_not_lead_elsewhere(tmp_path, name):
+def test_index_that_names_files_elsewhere_is_refused(tmp_path, name):
     save(llama_tensors(), tmp_path / "outside.safetensors")
     folder = tmp_path / "model"
     folder.mkdir()
     write_index(folder, {"model.norm.weight": name})
-    refused(folder, "files beside it")
+    refused(folder, "weight_map", repr(name)[:5])
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": []}', '{"weight_map": {}}', "\xff", "[" * 100_000])
-def test_a_damaged_index(tmp_path, text):
+def test_damaged_index_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
-    refused(tmp_path, "model.safetensors.index.json must")
+    refused(tmp_path, "model.safetensors.index.json")
 
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"rms_norm_eps": "x", "model": 3, "text_config": [], "num_hidden_layers": null}']
 )
-def test_a_damaged_config_does_not_hinder(tmp_path, text):
+def test_damaged_config_is_only_a_finding(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    result = inspect_checkpoint(save(sick_tensors(), tmp_path / "model.safetensors"))
+    result = inspect_checkpoint(save(faulty_tensors(), tmp_path / "model.safetensors"))
     assert [each.tensor for each in result.findings if each.severity == "fail"] == [BAD]
     assert ["files"] * (len(text) < 5) == [each.rule for each in result.findings if each.rule == "files"]
 
 
-def test_a_tensor_in_two_files(tmp_path):
+def test_tensor_in_two_files_is_refused(tmp_path):
     for name in ("a", "b"):
         save_file({"same": torch.randn(4, 4)}, tmp_path / f"{name}.safetensors")
-    refused(tmp_path, "'same' in a.safetensors and in b.safetensors")
+    refused(tmp_path, "'same'", "a.safetensors", "b.safetensors")
 
 
 @pytest.mark.parametrize("cut", [2, 10, 24, 60, 150, 400, -64])
-def test_a_damaged_gguf_file(tmp_path, cut):
+def test_truncated_gguf_file_is_refused(tmp_path, cut):
     path = write_gguf(tmp_path / "model.gguf", gguf_tensors())
     path.write_bytes(path.read_bytes()[:cut])
-    refused(path, "must be a whole GGUF file")
+    refused(path, "GGUF", str(path))
 
 
-def test_several_gguf_models_in_a_folder(tmp_path):
+def test_folder_with_several_gguf_models_is_refused(tmp_path):
     for name in ("a", "b"):
         write_gguf(tmp_path / f"{name}.gguf", {"x": torch.ones(4, 32)})
-    refused(tmp_path, "must hold one model", "name one of them")
+    refused(tmp_path, "2 (a.gguf, b.gguf)")
 
 
-def test_a_split_gguf_model(tmp_path):
+def test_split_gguf_model_is_read_and_a_missing_part_named(tmp_path):
     for number in (1, 2):
         write_gguf(tmp_path / f"m-{number:05d}-of-00002.gguf", {f"blk.{number - 1}.x.weight": torch.randn(4, 32)})
     assert len(inspect_checkpoint(tmp_path).tensors) == 2
     (tmp_path / "m-00002-of-00002.gguf").unlink()
-    refused(tmp_path, "no m-00002-of-00002.gguf")
+    refused(tmp_path, "m-00002-of-00002.gguf")
 
 
 @pytest.mark.parametrize(("package", "file"), [("gguf", "model.gguf"), ("safetensors", "model.safetensors")])
-def test_a_package_is_missing(tmp_path, monkeypatch, package, file):
+def test_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, package, file):
     write_gguf(tmp_path / "model.gguf", gguf_tensors())
     save(llama_tensors(), tmp_path / "model.safetensors")
     monkeypatch.setitem(sys.modules, package, None)

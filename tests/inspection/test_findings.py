@@ -1,4 +1,4 @@
-"""Each fault, injected into healthy random weights, is found: the rule, the severity and the tensor."""
+"""Each injected fault is found in otherwise healthy weights: the rule, the severity and the tensor."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def set_to(index, value):
 
 
 FAULTS = {
-    "NaN": (UP, set_to((3, 5), float("nan")), "fail", "non-finite", "1 NaN and 0 infinite of 6144 values, the first is nan at [3, 5]"),
+    "NaN": (UP, set_to((3, 5), float("nan")), "fail", "non-finite", "1 NaN and 0 infinite of 6144 values; the first is nan at [3, 5]"),
     "infinity": (EMBEDDING, set_to((49, 63), -float("inf")), "fail", "non-finite", "the first is -inf at [49, 63]"),
     "NaN in a gain": (NORM, set_to(8, float("nan")), "fail", "non-finite", "[8]"),
     "all NaN": (DOWN, lambda w: w * float("nan"), "fail", "non-finite", "6144 NaN"),
     "final gain at 0": (FINAL, torch.zeros_like, "fail", "silent-norm", "all 64 gains"),
     "embedding of zeros": (EMBEDDING, torch.zeros_like, "fail", "zero-tensor", "all 3200 values are 0"),
     "frozen gain at 0": (NORM, torch.zeros_like, "warn", "silent-norm", "all 64 gains"),
-    "silent gains": (NORM, set_to(slice(10, 13), 1e-5), "warn", "silent-gains", "channel 10 first"),
+    "silent gains": (NORM, set_to(slice(10, 13), 1e-5), "warn", "silent-gains", "channel 10"),
     "gain drift": (NORM, set_to(11, -20.0), "warn", "gain-drift", "max |γ| = 20 at channel 11 is 20 × the median 1"),
     "dead rows": (UP, set_to(slice(4, 6), 0.0), "warn", "dead-rows", "2 of 96 rows (4, 5)"),
     "nearly dead column": (UP, set_to((slice(None), 13), 1e-7), "warn", "dead-columns", "1 of 64 columns (13)"),
@@ -49,7 +49,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found(tmp_path, fault):
+def test_injected_fault_is_found_with_its_rule_severity_and_tensor(tmp_path, fault):
     name, change, severity, rule, evidence = FAULTS[fault]
     tensors = llama_tensors()
     tensors[name] = change(tensors[name]).contiguous()
@@ -64,11 +64,11 @@ def test_a_fault_is_found(tmp_path, fault):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_healthy_weights_raise_nothing(tmp_path, dtype):
+def test_healthy_weights_have_no_findings(tmp_path, dtype):
     tensors = {name: tensor.to(dtype) for name, tensor in llama_tensors().items()}
     result = inspect_checkpoint(save(tensors, tmp_path / "model.safetensors"))
     assert result.findings == []
-    assert result.verdict.startswith("Healthy: nothing wrong in 35 tensors with")
+    assert result.verdict.startswith("Healthy: no problems in 35 tensors with")
     assert [block.block for block in result.blocks] == list(range(BLOCKS))
 
 
@@ -83,7 +83,7 @@ def test_random_transformers_models_are_healthy(tmp_path, family):
     assert result.totals()["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_gemmas_gains_are_read_as_one_plus(tmp_path):
+def test_stored_gemma_gains_are_read_as_one_plus(tmp_path):
     model = transformers_model("Gemma")
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight.fill_(-1.0)
@@ -92,22 +92,10 @@ def test_gemmas_gains_are_read_as_one_plus(tmp_path):
     assert found == [("silent-norm", "model.layers.1.input_layernorm.weight")]
     (tmp_path / "config.json").unlink()
     blind = next(each for each in inspect_checkpoint(tmp_path).findings if each.rule == "silent-norm")
-    assert "put config.json beside it" in blind.remedy
+    assert "config.json" in blind.remedy
 
 
-def test_a_norm_of_zeros_puts_out_nothing(tmp_path):
-    (finding,) = [
-        each
-        for each in inspect_checkpoint(
-            save(llama_tensors() | {FINAL: torch.zeros(WIDTH)}, tmp_path / "a.safetensors")
-        ).findings
-        if each.rule == "silent-norm"
-    ]
-    assert finding.remedy.startswith("this norm puts out nothing")
-    assert "cut off" in finding.remedy
-
-
-def test_findings_of_one_role_become_one_with_the_worst_first(tmp_path):
+def test_findings_of_one_role_are_merged_worst_first(tmp_path):
     tensors = llama_tensors()
     for block, gain in ((0, 15.0), (3, 40.0), (1, 30.0)):
         tensors[f"model.layers.{block}.input_layernorm.weight"][2] = gain
@@ -123,11 +111,11 @@ def test_failures_come_first(tmp_path):
     tensors[EMBEDDING][0] = 0.0
     result = inspect_checkpoint(save(tensors, tmp_path / "a.safetensors"))
     assert [each.severity for each in result.findings] == ["fail", "warn", "note"]
-    assert result.verdict.startswith("2 findings (1 failing) in 35 tensors")
+    assert result.verdict.startswith("2 findings (1 failure) in 35 tensors")
     assert result.verdict.endswith("non-finite, gain-drift, 1 note.")
 
 
-def test_ties_and_copies(tmp_path):
+def test_tied_and_duplicate_matrices_are_found(tmp_path):
     tensors = llama_tensors()
     tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
     tensors[OUT] = tensors["model.layers.1.self_attn.o_proj.weight"].clone()
@@ -138,30 +126,30 @@ def test_ties_and_copies(tmp_path):
     assert found["tied"].severity == "note"
 
 
-def test_the_config_is_held_against_the_weights(tmp_path):
+def test_config_that_contradicts_the_weights_is_found(tmp_path):
     config = {"model_type": "llama", "rms_norm_eps": 0.1, "tie_word_embeddings": True, "num_hidden_layers": 6}
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = inspect_checkpoint(save(llama_tensors(), tmp_path / "model.safetensors"))
     found = {each.rule: each.evidence for each in result.findings}
     assert set(found) == {"norm-eps", "eps-share", "untied-head", "missing-blocks"}
-    assert found["norm-eps"] == "the norms' ε is 0.1"
-    assert found["missing-blocks"] == "model.layers has 4 of 6 blocks; 4, 5 missing"
+    assert "0.1" in found["norm-eps"]
+    assert found["missing-blocks"] == "model.layers has 4 of 6 blocks; missing: 4, 5"
     assert "is 100%" in found["eps-share"]
 
 
-def test_a_lost_block_is_named(tmp_path):
+def test_missing_block_is_named(tmp_path):
     tensors = {name: tensor for name, tensor in llama_tensors().items() if ".layers.1." not in name}
     (finding,) = inspect_checkpoint(save(tensors, tmp_path / "a.safetensors")).findings
     assert (finding.rule, finding.layer) == ("missing-blocks", "model.layers")
-    assert "3 of 4 blocks; 1 missing" in finding.evidence
+    assert "3 of 4 blocks; missing: 1" in finding.evidence
 
 
-def test_a_mask_may_hold_minus_infinity(tmp_path):
+def test_minus_infinity_in_a_mask_is_no_finding(tmp_path):
     tensors = {**llama_tensors(), "model.causal_mask": torch.full((8, 8), -torch.inf).triu(1)}
     assert inspect_checkpoint(save(tensors, tmp_path / "a.safetensors")).findings == []
 
 
-def test_widths_of_the_hidden_layer_are_rows_of_up_and_columns_of_down(tmp_path):
+def test_rows_are_outputs_and_columns_are_inputs(tmp_path):
     result = inspect_checkpoint(save(llama_tensors(), tmp_path / "a.safetensors"))
     found = {each.name: each for each in result.tensors}
     assert (found[UP].rows.count, found[UP].columns.count) == (HIDDEN, WIDTH)

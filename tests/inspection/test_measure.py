@@ -1,4 +1,4 @@
-"""The numbers, against what plain torch says of the whole tensor in float64."""
+"""Measured statistics match plain torch on the whole tensor in float64."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_statistics_do_not_depend_on_the_chunks(tmp_path, monkeypatch, chunk, sh
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e-12, 1e12, 1e30, 1e150])
-def test_sizes_that_squares_cannot_hold_in_float32(tmp_path, scale):
+def test_values_whose_squares_overflow_float32_are_measured(tmp_path, scale):
     weight = torch.randn(20, 30, dtype=torch.float64)
     if 1e-38 < scale < 1e38:
         weight = weight.float()
@@ -64,13 +64,13 @@ def test_the_first_bad_value_is_found_in_a_later_chunk(tmp_path, monkeypatch):
     assert got.rms == 1.0
 
 
-def test_what_fp16_would_lose(tmp_path):
+def test_fractions_lost_in_fp16(tmp_path):
     got = only(tmp_path, torch.tensor([[1.0, 2.0**-14, 2.0**-15, 2.0**-24, 2.0**-25, 0.0]]))
     assert (got.fp16_subnormal, got.fp16_lost, got.zeros) == (3 / 5, 1 / 5, 1)
     assert torch.tensor(2.0**-25).half() == 0 < torch.tensor(2.0**-24).half()
 
 
-def test_gains(tmp_path):
+def test_statistics_of_gains(tmp_path):
     gain = torch.ones(9)
     gain[2], gain[5] = -4.0, 1e-4
     gains = only(tmp_path, gain, "norm.weight").gains
@@ -86,7 +86,7 @@ def test_a_convolution_has_a_row_for_each_output(tmp_path):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_change_nothing(tmp_path, threads):
+def test_results_do_not_depend_on_the_number_of_threads(tmp_path, threads):
     save_file({f"layers.{block}.w": torch.randn(30, 40) for block in range(9)}, tmp_path / "model.safetensors")
     before, alone = torch.get_num_threads(), inspect_checkpoint(tmp_path).to_record()
     torch.set_num_threads(threads)
@@ -98,7 +98,7 @@ def test_threads_change_nothing(tmp_path, threads):
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (4, 64, 32), (5000,), (16, 8, 3, 3)])
-def test_chunks_are_small_and_hold_everything(tmp_path, monkeypatch, shape):
+def test_chunks_are_small_and_complete(tmp_path, monkeypatch, shape):
     monkeypatch.setattr(tensors, "CHUNK", 512)
     weight = torch.randn(shape)
     save_file({"weight": weight}, tmp_path / "a.safetensors")

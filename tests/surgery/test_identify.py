@@ -1,4 +1,4 @@
-"""identify: known norms by what they do, near-norms by what they do not, and every norm class of transformers."""
+"""identify recognizes norms by their outputs, refuses near-norms, and covers the norm classes of transformers."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def centred(x: Tensor) -> Tensor:
         (Own(lambda x, w, b: centred(x) / (power(centred(x)) + 1e-5).sqrt() * w + b, bias=True), Identity("layernorm", D, 1e-5, "weight", 0.0, "bias", None)),
     ],
 )  # fmt: skip
-def test_norms_are_known_by_what_they_do(module: nn.Module, expected: Identity) -> None:
+def test_norm_is_identified_by_its_outputs(module: nn.Module, expected: Identity) -> None:
     found = identify(module)
     assert isinstance(found, Identity), found
-    if expected.cast is None:  # computed in bfloat16 throughout: no order of ours
+    if expected.cast is None:  # computed in bfloat16 throughout, an order that omninorm does not have
         assert found.cast is None
     assert found == expected
 
@@ -79,31 +79,31 @@ NEAR = {
     "saturation": (Own(lambda x, w, b: torch.tanh(x) * w), "neither RMSNorm nor LayerNorm"),
     "exponential gain": (Own(lambda x, w, b: x * (power(x) + 1e-6).rsqrt() * w.exp()), "its gain is neither"),
     "bias without centring": (Own(lambda x, w, b: x * (power(x) + 1e-6).rsqrt() * w + b, bias=True), "a bias but does not subtract"),
-    "a scaled bias": (Own(lambda x, w, b: centred(x) / (power(centred(x)) + 1e-5).sqrt() * w + 2 * b, bias=True), "its bias is no parameter"),
-    "absolute value": (Own(lambda x, w, b: (x / power(x).sqrt() * w).abs()), "is not the opposite"),
-    "noise": (Own(lambda x, w, b: x / power(x).sqrt() * w + torch.randn_like(x)), "two answers"),
+    "a scaled bias": (Own(lambda x, w, b: centred(x) / (power(centred(x)) + 1e-5).sqrt() * w + 2 * b, bias=True), "its bias is not a parameter"),
+    "absolute value": (Own(lambda x, w, b: (x / power(x).sqrt() * w).abs()), "not −f(x)"),
+    "noise": (Own(lambda x, w, b: x / power(x).sqrt() * w + torch.randn_like(x)), "different outputs"),
     "another shape": (Own(lambda x, w, b: (x / power(x).sqrt() * w)[..., :4]), "it maps"),
     "a tuple": (Own(lambda x, w, b: (x, x)), "returns a tuple"),
-    "an error": (Own(lambda x, w, b: x @ x), "can't be called"),
+    "an error": (Own(lambda x, w, b: x @ x), "cannot be called"),
     "not a number": (Own(lambda x, w, b: x * float("nan")), "not finite"),
-    "one gain": (omninorm.ScaleNorm(D), "no vectors of one size"),
+    "one gain": (omninorm.ScaleNorm(D), "not vectors of one size"),
     "a coordinate less": (omninorm.CRMSNorm(D), "neither RMSNorm nor LayerNorm"),
-    "a matrix": (nn.Linear(D, D), "no vectors of one size"),
-    "parts": (nn.Sequential(nn.LayerNorm(D)), "made of other modules"),
+    "a matrix": (nn.Linear(D, D), "not vectors of one size"),
+    "parts": (nn.Sequential(nn.LayerNorm(D)), "contains other modules"),
     "meta": (nn.LayerNorm(D, device="meta"), "no values"),
-    "batches": (nn.BatchNorm1d(D), "can't be called"),
+    "batches": (nn.BatchNorm1d(D), "cannot be called"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NEAR)
-def test_near_norms_are_refused_with_the_reason(name: str) -> None:
+def test_near_norm_is_refused_with_the_reason(name: str) -> None:
     module, why = NEAR[name]
     found = identify(module)
     assert isinstance(found, Refusal), found
     assert why in found.reason
 
 
-def test_the_module_is_left_alone() -> None:
+def test_identified_module_is_not_called_or_changed() -> None:
     calls = []
     norm = nn.LayerNorm(D)
     norm.register_forward_hook(lambda *args: calls.append(args))
@@ -114,9 +114,9 @@ def test_the_module_is_left_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
 
 
-def test_every_norm_of_transformers() -> None:
-    """Built with a width alone: what is identified computes in float64 what omninorm's formula says, of 60 architectures and
-    more."""
+@pytest.mark.slow
+def test_norm_classes_of_transformers_are_identified_correctly() -> None:
+    """Every class that can be built from a width alone; identified ones match omninorm's formula in float64."""
     import transformers.models
 
     architectures, identified = set(), 0

@@ -1,9 +1,12 @@
-"""swap_norms: the same parameters, keys and hooks, outputs as near to float64's as the stock norms', and a way back."""
+"""swap_norms keeps parameters, keys and hooks, is as accurate as the stock norms, and can be undone."""
 
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +15,12 @@ from helpers import surgery_models as subjects
 from torch import nn
 
 import omninorm
-from omninorm.surgery import swap_norms, swapped, verify
+from omninorm.errors import InputError
+from omninorm.surgery import center, fold_gains, identify, swap_norms, swapped, verify
 
 
 @pytest.mark.parametrize("name", subjects.MODELS)
-def test_every_norm_is_swapped_and_nothing_else_changes(name: str) -> None:
+def test_every_norm_is_swapped_without_other_changes(name: str) -> None:
     model = subjects.build(name, torch.float32)
     before = copy.deepcopy(model)
     keys = {key: value.data_ptr() for key, value in model.state_dict().items()}
@@ -33,12 +37,12 @@ def test_every_norm_is_swapped_and_nothing_else_changes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_in_bfloat16_every_norm_is_within_a_unit_and_logits_are_no_farther_from_the_truth(name: str) -> None:
+def test_bfloat16_outputs_are_within_one_unit_and_logits_as_accurate_as_stock(name: str) -> None:
     check_in_bfloat16(subjects.build(name, torch.bfloat16), batches=6)
 
 
 @pytest.mark.slow
-def test_the_same_of_real_weights(smollm2: Path) -> None:
+def test_real_weights_in_bfloat16_are_as_accurate_as_with_stock_norms(smollm2: Path) -> None:
     stock = hf.AutoModelForCausalLM.from_pretrained(
         str(smollm2.parent),
         gguf_file=smollm2.name,
@@ -49,7 +53,7 @@ def test_the_same_of_real_weights(smollm2: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_of_qwen3_at_its_real_width() -> None:
+def test_qwen3_at_its_real_width_is_as_accurate_as_with_stock_norms() -> None:
     config = hf.Qwen3Config(
         hidden_size=1024, head_dim=128, num_attention_heads=16, num_key_value_heads=8, intermediate_size=3072,
         num_hidden_layers=6, vocab_size=4096,
@@ -91,7 +95,7 @@ def _batches(count: int, vocabulary: int) -> list[torch.Tensor]:
     return [torch.randint(0, vocabulary, (4, 24), generator=generator) for _ in range(count)]
 
 
-def test_gains_train_on_in_the_optimizer_that_has_them() -> None:
+def test_optimizer_keeps_training_swapped_gains() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     report = swap_norms(model)
@@ -104,7 +108,7 @@ def test_gains_train_on_in_the_optimizer_that_has_them() -> None:
     assert torch.equal(model[1].weight, moved)
 
 
-def test_hooks_ties_and_shared_modules_stay() -> None:
+def test_hooks_ties_and_shared_modules_are_kept() -> None:
     norm = nn.LayerNorm(8)
     other = nn.LayerNorm(8)
     other.weight = norm.weight
@@ -121,7 +125,7 @@ def test_hooks_ties_and_shared_modules_stay() -> None:
     assert seen == [omninorm.LayerNorm]
 
 
-def test_the_context_puts_them_back_even_after_an_error() -> None:
+def test_swapped_restores_norms_after_an_error() -> None:
     model = nn.Sequential(nn.LayerNorm(8))
     seen = []
 
@@ -152,12 +156,12 @@ class RMSNormWithScale(nn.Module):
     ("module", "why"),
     [
         (RMSNormWithScale(), "its parameters are named 'scale'"),
-        (nn.BatchNorm1d(8), "can't be called"),
-        (nn.GroupNorm(2, 8), "can't be called"),
-        (nn.LayerNorm((2, 4)), "no vectors of one size"),
+        (nn.BatchNorm1d(8), "cannot be called"),
+        (nn.GroupNorm(2, 8), "cannot be called"),
+        (nn.LayerNorm((2, 4)), "not vectors of one size"),
     ],
 )
-def test_what_is_not_swapped_is_told(module: nn.Module, why: str) -> None:
+def test_unsupported_norm_is_refused_with_a_reason(module: nn.Module, why: str) -> None:
     model = nn.Sequential(module, nn.Linear(8, 8))
     report = swap_norms(model)
     assert report.changed == {}
@@ -165,7 +169,7 @@ def test_what_is_not_swapped_is_told(module: nn.Module, why: str) -> None:
     assert model[0] is module
 
 
-def test_orders_of_rounding_that_omninorm_lacks_are_refused_in_bfloat16_only() -> None:
+def test_unsupported_order_of_rounding_is_refused_in_bfloat16_only() -> None:
     class BF16Norm(nn.Module):
         """All in the input's dtype."""
 
@@ -180,7 +184,7 @@ def test_orders_of_rounding_that_omninorm_lacks_are_refused_in_bfloat16_only() -
     assert set(swap_norms(nn.Sequential(BF16Norm())).changed) == {"0"}
 
 
-def test_a_forward_of_the_instance_s_own_is_refused() -> None:
+def test_forward_replaced_on_the_instance_is_refused() -> None:
     """accelerate's hooks replace it, and it is bound to the module that would go."""
     model = nn.Sequential(nn.LayerNorm(8))
     own = model[0].forward
@@ -188,3 +192,38 @@ def test_a_forward_of_the_instance_s_own_is_refused() -> None:
     report = swap_norms(model)
     assert "forward was replaced" in report.refused["0"]
     assert not report.changed
+
+
+@pytest.mark.parametrize(
+    "function", [swap_norms, fold_gains, center, identify, lambda model: verify(nn.Linear(2, 2), model)]
+)
+@pytest.mark.parametrize(("model", "kind"), [([1], "a list"), (None, "a NoneType"), (nn.Linear, "a type")])
+def test_what_is_not_a_module_is_refused(function: Callable[[Any], object], model: object, kind: str) -> None:
+    with pytest.raises(InputError) as error:
+        function(model)
+    assert error.value.received == kind
+
+
+def test_report_prints_a_summary_and_a_table_on_request() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model[1].weight.data.uniform_(0.5, 2)
+    report = swap_norms(model)
+    assert str(report) == "1 norm swapped, 1 refused"
+    assert repr(report) == "<SwapReport: 1 norm swapped, 1 refused>"
+    changed, refused = report.table().splitlines()
+    assert changed.split()[:2] == ["changed", "1"]
+    assert report.changed["1"] in changed
+    assert refused.split()[:2] == ["refused", "3"]
+    assert report.refused["3"] in refused
+    assert str(swap_norms(nn.Sequential())) == "0 norms swapped, 0 refused"
+
+
+def test_reports_of_fold_and_center_count_what_was_changed() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    model[1].weight.data.uniform_(0.5, 2)
+    folded, centered = fold_gains(copy.deepcopy(model)), center(model)
+    difference = r"maximum relative difference \d(e-\d+|e\+00) in float64"
+    assert re.fullmatch(rf"1 norm folded, {difference}, 0 refused", str(folded))
+    assert folded.table() == "changed  1  into 2"
+    assert re.fullmatch(rf"1 norm centered, 1 weight centered, {difference}, 0 refused", str(centered))
+    assert [line.split()[1] for line in centered.table().splitlines()] == list(centered.changed)

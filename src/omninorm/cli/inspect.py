@@ -1,4 +1,4 @@
-"""`omninorm inspect`: a checkpoint's static health."""
+"""`omninorm inspect`: static checks of a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ _PROGRESS_FROM = 1 << 28  # bytes: less is done in a few seconds
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(help="A .safetensors or .gguf file, a folder with weights, or a run's.", show_default=False),
+        typer.Argument(
+            help="A .safetensors or .gguf file, a folder with weights, or a run folder.", show_default=False
+        ),
     ],
-    top: Annotated[int, typer.Option(min=0, help="Findings to show at most.")] = 10,
-    norms: Annotated[bool, typer.Option("--norms", help="A table of every norm's gains, too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with everything measured.")] = False,
+    top: Annotated[int, typer.Option(min=0, help="Maximum number of findings to show.")] = 10,
+    norms: Annotated[bool, typer.Option("--norms", help="Also show a table of every norm's gains.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all measurements.")] = False,
 ) -> None:
-    """Show the static health of a checkpoint: non-finite values, gains, dead and massive weights, odd blocks.
+    """Check a checkpoint's weights: non-finite values, gains, dead and massive weights, unusual blocks.
 
     Exits with 1 if a finding is a failure.
     """
@@ -51,7 +53,7 @@ def inspect(
 
 @contextlib.contextmanager
 def _progress(screen: Console) -> Iterator[Report | None]:
-    """On a terminal, a bar that goes away when it is done; it goes to stderr, so that `--json > file` shows it too."""
+    """Show a transient progress bar on a terminal; on stderr, so that `--json > file` shows it as well."""
     errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
     if not (errors.is_terminal and screen.is_terminal):
         yield None
@@ -74,7 +76,7 @@ def _show(screen: Console, result: Inspection, top: int, norms: bool) -> None:
         _show_finding(screen, finding)
     count = len(result.findings)
     if count > top:
-        screen.print(f"\n… and {count - top} more: --top {count} shows them, --json tells all that was measured")
+        screen.print(f"\n… and {count - top} more: pass --top {count} to show them, or --json for all measurements")
     for stack, blocks in groupby(result.blocks, key=lambda block: block.stack):
         screen.print()
         screen.print(_block_table(stack, list(blocks)))
@@ -87,7 +89,7 @@ def _show(screen: Console, result: Inspection, top: int, norms: bool) -> None:
 
 def _show_finding(screen: Console, finding: Finding) -> None:
     where = finding.tensor or finding.layer
-    others = f" and {len(finding.others)} more of this role" if finding.others else ""
+    others = f" and {len(finding.others)} more of the same role" if finding.others else ""
     screen.print()
     screen.print(f"{finding.severity.upper()}  {finding.rule}", style=_STYLES[finding.severity], end="")
     screen.print(f"  {_line(where)}{others}" if where else "")
@@ -128,8 +130,8 @@ def _table(title: str, titles: tuple[str, ...]) -> Table:
 def _totals(result: Inspection) -> str:
     totals = result.totals()
     dtypes = ", ".join(f"{name} {count}" for name, count in totals["dtypes"].items())
-    skipped = f"; {totals['not_measured']} of types that are not measured" if totals["not_measured"] else ""
-    eps = f"; norms' ε {totals['norm_eps']:g}" if totals["norm_eps"] is not None else ""
+    skipped = f"; {totals['not_measured']} of other types, not measured" if totals["not_measured"] else ""
+    eps = f"; norm ε {totals['norm_eps']:g}" if totals["norm_eps"] is not None else ""
     return (
         f"{totals['tensors']} tensors, {totals['norms']} norms, {totals['parameters']:,} parameters,"
         f" {totals['bytes'] / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""Static health of a checkpoint: what its weights alone say, read tensor by tensor, nothing unpickled."""
+"""Static checks of a checkpoint: its weights are read tensor by tensor, and nothing is unpickled."""
 
 from omninorm.inspection.findings import Finding
 from omninorm.inspection.inspect import Inspection, inspect_checkpoint

@@ -1,4 +1,4 @@
-"""The depth profile: one line per block, and what each role's median over the blocks is."""
+"""The depth profile: statistics per block, and matrices of the same role across blocks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from omninorm.inspection.measure import TensorStats
 
 @dataclass
 class BlockStats:
-    """One block. RMS values are of all the weights of that kind in it; None where it has none.
+    """Statistics of one block. RMS values are over all weights of a kind; None if the block has none.
 
-    attention_out and feed_forward_out are the matrices that write to the residual stream, gain_* are over the
-    block's norms: the median norm's median |γ| and the largest |γ|.
+    attention_out and feed_forward_out are the writers to the residual stream; gain_median is the median over the
+    block's norms of their median |γ|, gain_max the largest |γ|.
     """
 
     stack: str
@@ -36,7 +36,7 @@ class BlockStats:
 
 
 def block_profile(tensors: Iterable[TensorStats]) -> list[BlockStats]:
-    """Every block, stack by stack."""
+    """Return the statistics of every block, stack by stack."""
     members: dict[tuple[str, int], list[TensorStats]] = defaultdict(list)
     for tensor in tensors:
         if tensor.place.stack is not None and tensor.place.block is not None:
@@ -47,7 +47,7 @@ def block_profile(tensors: Iterable[TensorStats]) -> list[BlockStats]:
 
 
 def same_role(tensors: Iterable[TensorStats]) -> list[list[TensorStats]]:
-    """The matrices of one role and shape, for every role that at least three blocks have."""
+    """Group matrices by role and shape, for roles that occur in at least three blocks."""
     roles: dict[tuple[str, tuple[int, ...]], list[TensorStats]] = defaultdict(list)
     for tensor in tensors:
         if tensor.place.kind == "matrix" and tensor.place.block is not None and tensor.is_matrix:
@@ -73,6 +73,6 @@ def _block(stack: str, block: int, tensors: list[TensorStats]) -> BlockStats:
 
 
 def _rms(tensors: list[TensorStats]) -> float | None:
-    """√mean(w²) over the weights of all of them. hypot, unlike a sum of squares, can't overflow."""
+    """Return √mean(w²) over all their weights. Unlike a sum of squares, hypot cannot overflow."""
     count = sum(each.numel for each in tensors)
     return math.hypot(*(each.rms * math.sqrt(each.numel / count) for each in tensors)) if count else None

@@ -1,4 +1,4 @@
-"""Rows and columns of a matrix: which are dead, and which outweigh the rest."""
+"""Rows and columns of a matrix: dead ones and outliers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 DEAD = 1e-3
-"""A channel of less than this share of the whole matrix's RMS is dead."""
+"""A channel whose RMS is less than this fraction of the matrix's RMS is dead."""
 _NAMED = 8
 
 
 @dataclass
 class Channels:
-    """Of the rows, or of the columns. RMS is a channel's √mean(w²), median that of all channels.
+    """Statistics of a matrix's rows, or of its columns, by their RMS √mean(w²).
 
-    dead counts those below DEAD × the matrix's RMS, dead_first names the first of them; ratio is the largest RMS /
-    median at channel `largest`; None where the median is 0.
+    dead counts channels below DEAD × the matrix's RMS, and dead_first lists the first of them; median is the median
+    RMS; ratio is the largest RMS / median, at channel `largest`, or None if the median is 0.
     """
 
     count: int
@@ -30,19 +30,19 @@ class Channels:
 
 
 class ChannelSums:
-    """Sums of squares by row and by column, as the rows go by; float64, since there may be millions of rows."""
+    """Running sums of squares by row and by column, in float64 because there may be millions of rows."""
 
     def __init__(self, columns: int) -> None:
         self._rows: list[Tensor] = []
         self._columns = torch.zeros(columns, dtype=torch.float64)
 
     def add(self, rows: Tensor, columns: Tensor) -> None:
-        """Sums of squares of the next rows, [rows], and of them by column, [columns]."""
+        """Add the next rows: their sums of squares by row, [rows], and by column, [columns]."""
         self._rows.append(rows.double())
         self._columns += columns
 
     def finish(self) -> tuple[Channels, Channels]:
-        """(rows, columns)."""
+        """Return the statistics of (rows, columns)."""
         rows = torch.cat(self._rows)
         whole = math.sqrt(float(rows.sum()) / (len(rows) * len(self._columns)))
         return (

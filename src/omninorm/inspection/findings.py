@@ -1,4 +1,4 @@
-"""Finding: what a rule says about a checkpoint; and how many of one kind become one."""
+"""Findings of rules about a checkpoint, and their grouping."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 SEVERITIES = ("fail", "warn", "note")
-"""fail: the model cannot compute sensibly; warn: look at it; note: worth knowing, nothing is wrong."""
+"""fail: the model cannot produce sensible outputs; warn: probably a problem; note: no problem, but worth knowing."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule found something in the weights.
+    """A problem or fact that a rule found in the weights.
 
     Args:
         severity: one of SEVERITIES.
         rule: the rule's name, such as "gain-drift".
-        tensor: the tensor it is about, the worst if there are several; None where it is the whole checkpoint.
-        layer: the block that the tensor lies in, such as "model.layers.7"; None outside of blocks.
-        evidence: what was measured, with numbers, in a sentence.
-        remedy: what to do, in a sentence.
-        magnitude: how bad it is, in the rule's own unit; larger is worse.
-        role: findings of one rule and one role are told together.
+        tensor: the affected tensor, the worst of several; None for the whole checkpoint.
+        layer: the block of the tensor, such as "model.layers.7"; None outside of blocks.
+        evidence: a sentence with the measured numbers.
+        remedy: a sentence that says what to do.
+        magnitude: severity in the rule's own unit; larger is worse.
+        role: findings of the same rule and role are reported as one.
         others: the other tensors of the same rule and role, worst first.
     """
 
@@ -37,14 +37,14 @@ class Finding:
     others: tuple[str, ...] = ()
 
     def to_record(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return plain JSON values."""
         record = asdict(self)
         del record["role"]
         return {**record, "others": list(self.others)}
 
 
 def grouped(findings: Iterable[Finding]) -> list[Finding]:
-    """One finding per rule, severity and role, with the worst tensor's evidence; the most severe first."""
+    """Merge findings of the same rule, severity and role; the worst tensor's evidence is kept. Most severe first."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in sorted(findings, key=_rank):
         groups.setdefault((finding.severity, finding.rule, finding.role), []).append(finding)

@@ -11,9 +11,10 @@ SILENT = 1e-3
 
 @dataclass
 class Gains:
-    """Of one norm: |γ|'s smallest, median and largest value, and their places.
+    """Statistics of one norm's gains: the smallest, median and largest |γ|.
 
-    ratio is max |γ| / median |γ|, None where the median is 0; silent the share of |γ| < SILENT; negative that of γ < 0.
+    ratio is max |γ| / median |γ|, or None if the median is 0; silent is the fraction with |γ| < SILENT, negative the
+    fraction with γ < 0.
     """
 
     count: int
@@ -28,7 +29,7 @@ class Gains:
 
 
 def measure_gains(gain: Tensor) -> Gains:
-    """Of γ, [d], with what the file leaves out (Gemma's 1 +) added."""
+    """Measure γ, [d], after adding what the file leaves out (Gemma's 1 +)."""
     size = gain.abs()
     median, at = float(size.median()), int(size.argmax())
     silent = size < SILENT

@@ -1,4 +1,4 @@
-"""GGUF files, llama.cpp's format: quantized tensors are dequantized a few rows at a time."""
+"""GGUF files, llama.cpp's format. Quantized tensors are dequantized a few rows at a time."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from omninorm.errors import MissingExtraError, RunError
+from omninorm.inspection.gguf_header import MAGIC, Header, TensorEntry, bytes_of, read_header
 from omninorm.inspection.tensors import CHUNK, StoredTensor
 
-MAGIC = b"GGUF"
+__all__ = ["MAGIC", "GGUFTensor", "read_gguf"]
+
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
-# Under names of transformers' config.json, so that one reader serves both; {} is the architecture.
+# Settings under their names in transformers' config.json, so that one reader serves both; the name of the architecture
+# comes first.
 _SETTINGS = {
-    "rms_norm_eps": "{}.attention.layer_norm_rms_epsilon",
-    "layer_norm_eps": "{}.attention.layer_norm_epsilon",
-    "num_hidden_layers": "{}.block_count",
-    "hidden_size": "{}.embedding_length",
+    "rms_norm_eps": ".attention.layer_norm_rms_epsilon",
+    "layer_norm_eps": ".attention.layer_norm_epsilon",
+    "num_hidden_layers": ".block_count",
+    "hidden_size": ".embedding_length",
 }
+
+
+# numpy's types of tensors that are not quantized.
+_PLAIN = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1"}
 
 
 @dataclass(frozen=True)
 class GGUFTensor(StoredTensor):
-    """In a GGUF file; `data` is the mapped file, [rows, bytes of a row] where it is quantized."""
+    """A tensor of a GGUF file; `data` is the mapped file, [rows, bytes of a row] where it is quantized."""
 
     data: Any = field(repr=False, compare=False)
     quantization: Any = field(repr=False, compare=False)
@@ -48,14 +55,15 @@ class GGUFTensor(StoredTensor):
         import gguf
         import numpy as np
 
-        values = rows if self.dtype == "F64" else gguf.dequantize(np.ascontiguousarray(rows), self.quantization)
+        with np.errstate(all="ignore"):  # a scale may be NaN or infinite, which a rule reports
+            values = rows if self.dtype == "F64" else gguf.dequantize(np.ascontiguousarray(rows), self.quantization)
         # A copy: torch must not be given the read-only mapping of the file.
         return torch.from_numpy(np.array(values)).reshape(len(rows), -1)
 
 
 @functools.cache
 def _dequantizes(quantization: Any) -> bool:
-    """Whether the installed gguf reads this type as floating-point numbers; tried on one block of zero bytes."""
+    """Return whether the installed gguf package can decode this type, by decoding one block of zeros."""
     import gguf
     import numpy as np
 
@@ -69,23 +77,25 @@ def _dequantizes(quantization: Any) -> bool:
 
 
 def read_gguf(path: Path) -> tuple[list[StoredTensor], dict[str, Any]]:
-    """The tensors of a GGUF file, or of the set of files it is split into, and its settings; no values are read.
+    """Return the tensors of a GGUF file, or of the set of files it is split into, and its settings.
+
+    Only headers are read.
 
     Raises:
         RunError: a file is missing or damaged.
         MissingExtraError: the package gguf is not installed.
     """
     try:
-        from gguf import GGUFReader
+        import gguf  # noqa: F401
     except ModuleNotFoundError as error:
-        remedy = "install it by `pip install 'omninorm[interop]'`"
-        raise MissingExtraError("reading GGUF needs the package gguf", "an environment without it", remedy) from error
+        remedy = 'install it with pip install "omninorm[interop]"'
+        raise MissingExtraError("Reading GGUF needs the package gguf", "", remedy) from error
     tensors: list[StoredTensor] = []
     settings: dict[str, Any] = {}
     for part in _parts(path):
-        reader = _open(part, GGUFReader)
-        tensors += [_describe(part, each) for each in reader.tensors]
-        settings = settings or _settings(reader)
+        found, here = _read_part(part)
+        tensors += found
+        settings = settings or _settings(here)
     return tensors, settings
 
 
@@ -97,39 +107,34 @@ def _parts(path: Path) -> list[Path]:
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         remedy = "download the missing parts into the same folder"
-        raise RunError(f"{path.name} is one of {len(parts)} parts, all needed", f"no {missing[0]}", remedy)
+        raise RunError(f"{path.name} is one of {len(parts)} parts, and {missing[0]} is missing", "", remedy)
     return parts
 
 
-def _open(path: Path, reader: Any) -> Any:
+def _read_part(path: Path) -> tuple[list[GGUFTensor], Header]:
+    import numpy as np
+
     try:
-        if path.stat().st_size < 24:  # magic, version and two counts
-            raise ValueError("fewer bytes than its header has")
-        return reader(path)
-    # What gguf raises for a damaged file is whatever its parsing stumbles over.
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        OSError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        received = f"{type(error).__name__}: {error}"
-        raise RunError(f"{path} must be a whole GGUF file", received[:200], "download it again") from error
+        content = np.memmap(path, mode="r")
+        header = read_header(content)
+        return [_describe(path, entry, content, header.order) for entry in header.tensors], header
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is not a complete GGUF file: {error}", "", "download it again") from error
 
 
-def _describe(path: Path, tensor: Any) -> GGUFTensor:
-    # GGUF counts axes from the innermost one.
-    shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
-    kind = tensor.tensor_type
-    return GGUFTensor(str(tensor.name), shape, kind.name, int(tensor.n_bytes), path, tensor.data, kind)
+def _describe(path: Path, entry: TensorEntry, content: Any, order: Literal["<", ">"]) -> GGUFTensor:
+    import gguf
+    import numpy as np
+
+    kind = gguf.GGMLQuantizationType(entry.kind)
+    nbytes, rows = bytes_of(entry, *gguf.GGML_QUANT_SIZES[kind], len(content))
+    data = content[entry.start : entry.start + nbytes]
+    if kind.name in _PLAIN:
+        data, rows = data.view(np.dtype(_PLAIN[kind.name]).newbyteorder(order)), entry.shape
+    return GGUFTensor(entry.name, entry.shape, kind.name, nbytes, path, data.reshape(rows), kind)
 
 
-def _settings(reader: Any) -> dict[str, Any]:
-    fields = reader.fields
-    name = fields["general.architecture"].contents() if "general.architecture" in fields else ""
-    keys = {ours: theirs.format(name) for ours, theirs in _SETTINGS.items()}
-    return {"model_type": name, **{ours: fields[key].contents() for ours, key in keys.items() if key in fields}}
+def _settings(header: Header) -> dict[str, Any]:
+    name = header.settings.get("general.architecture", "")
+    keys = {ours: f"{name:.80}{theirs}" for ours, theirs in _SETTINGS.items()} if isinstance(name, str) else {}
+    return {"model_type": name} | {ours: header.settings[key] for ours, key in keys.items() if key in header.settings}

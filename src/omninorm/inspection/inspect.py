@@ -1,4 +1,4 @@
-"""inspect_checkpoint: read, measure, judge."""
+"""Read a checkpoint, measure every tensor and run the rules."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from omninorm.inspection.tensors import Checkpoint, StoredTensor
 _MOST_WORKERS = 8  # each holds some 60 MiB
 
 Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all, and the name of the tensor that comes next."""
+"""Called with the bytes done, the total bytes, and the name of the next tensor."""
 
 
 @dataclass
 class Inspection:
-    """What was found in one checkpoint.
+    """The result of inspecting one checkpoint.
 
     Args:
         path: what was inspected.
         format: "safetensors" or "gguf".
         findings: the most severe first.
-        tensors: what was measured of each, in the model's order.
+        tensors: measurements of each tensor, in the model's order.
         blocks: the depth profile.
-        eps: of the model's norms; None if no settings told it.
+        eps: ε of the model's norms; None if the settings do not contain it.
     """
 
     path: Path
@@ -50,26 +50,26 @@ class Inspection:
 
     @property
     def failed(self) -> bool:
-        """Whether a finding says that the model cannot compute sensibly."""
+        """Whether a finding is a failure: the model cannot produce sensible outputs."""
         return any(finding.severity == "fail" for finding in self.findings)
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """One sentence that summarizes the findings."""
         rules = Counter(finding.rule for finding in self.findings if finding.severity != "note")
         totals = self.totals()
         size = f"{totals['tensors']} tensors with {totals['parameters']:,} parameters"
         notes = sum(finding.severity == "note" for finding in self.findings)
-        told = f", {notes} {_plural('note', notes)}" if notes else ""
+        also = f", {notes} {_plural('note', notes)}" if notes else ""
         if not rules:
-            return f"Healthy: nothing wrong in {size}{told}."
+            return f"Healthy: no problems in {size}{also}."
         count, fails = rules.total(), sum(finding.severity == "fail" for finding in self.findings)
-        failing = f" ({fails} failing)" if fails else ""
+        failing = f" ({fails} {_plural('failure', fails)})" if fails else ""
         kinds = ", ".join(rule if times == 1 else f"{times} × {rule}" for rule, times in rules.items())
-        return f"{count} {_plural('finding', count)}{failing} in {size}: {kinds}{told}."
+        return f"{count} {_plural('finding', count)}{failing} in {size}: {kinds}{also}."
 
     def totals(self) -> dict[str, Any]:
-        """Counts of tensors, norms' gains, parameters and bytes, and of tensors by dtype.
+        """Return counts of tensors, gains of norms, parameters and bytes, and of tensors by dtype.
 
         parameters are floating-point values outside of buffers; not_measured counts tensors of other types.
         """
@@ -85,7 +85,7 @@ class Inspection:
         }
 
     def to_record(self) -> dict[str, Any]:
-        """Everything as JSON values; numbers that are not finite become "nan", "inf" and "-inf"."""
+        """Return everything as JSON values; non-finite numbers become "nan", "inf" and "-inf"."""
         record = {
             "path": str(self.path),
             "format": self.format,
@@ -101,22 +101,22 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path, progress: Progress | None = None) -> Inspection:
-    """Measures every tensor of a checkpoint, a few rows at a time, and judges them.
+    """Measure every tensor of a checkpoint, a few rows at a time, and report what is wrong.
 
-    As many tensors are read at once as torch has threads.
+    Tensors are read in parallel, one per torch thread.
 
     Args:
         path: a .safetensors or .gguf file, an index of shards, a folder with weights, or a run's folder.
         progress: called before each tensor and at the end.
 
     Raises:
-        RunError: nothing to inspect there, a pickle, or damaged files.
+        RunError: there is nothing to inspect, a pickle, or damaged files.
         MissingExtraError: the package that reads the format is not installed.
     """
     checkpoint = open_checkpoint(path)
     stats = _measure_all(checkpoint, progress or (lambda done, total, name: None))
     pairs = _twins(stats, {each.name: each for each in checkpoint.tensors})
-    remedy = "check that the files belong together"
+    remedy = "check that the files belong to the same model"
     findings = [Finding("warn", "files", None, None, text, remedy) for text in checkpoint.notices]
     for each in stats:
         findings += [*tensor_findings(each), *channel_findings(each)]
@@ -146,8 +146,10 @@ def _measure_all(checkpoint: Checkpoint, progress: Progress) -> list[TensorStats
 
 @contextlib.contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch has, a tensor each. Torch's own would wait for each other after every small operation,
-    which on a busy machine took seven times as long as one thread alone.
+    """Create as many threads as torch has, one tensor each.
+
+    Torch's own threads would synchronize after every small operation, which on a busy machine took seven times as long
+    as a single thread.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -164,11 +166,11 @@ def _owner(name: str) -> str:
 
 
 def _twins(stats: Sequence[TensorStats], stored: Mapping[str, StoredTensor]) -> list[tuple[TensorStats, TensorStats]]:
-    """Matrices that hold the same values: candidates by what was measured of them, then compared value by value."""
+    """Return pairs of matrices with the same values: candidates have equal statistics and are compared by value."""
     seen: dict[tuple[object, ...], TensorStats] = {}
     pairs = []
     for each in stats:
-        if not each.is_matrix or each.max_abs == 0.0 or each.kurtosis == 1.0:  # one value everywhere: an initialization
+        if not each.is_matrix or each.max_abs == 0.0 or each.kurtosis == 1.0:  # a constant matrix is an initialization
             continue
         key = (each.shape, each.dtype, each.rms, each.max_abs, each.argmax, each.total, each.kurtosis)
         first = seen.setdefault(key, each)

@@ -1,8 +1,9 @@
-"""From a path to a checkpoint: a file, a Hugging Face folder, a run's folder, GGUF. Pickles are refused."""
+"""Open a checkpoint by its path: a file, a Hugging Face folder, a run's folder, GGUF. Pickles are refused."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,11 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_MAGIC = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", re.DOTALL)
 _AGAIN = "download it again"
+_LARGEST_JSON = 2**26  # bytes; the index of a model with 10⁵ tensors has 10 MB
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`; only headers are read.
+    """Open the checkpoint at `path`; only headers are read.
 
     Args:
         path: a .safetensors or .gguf file, an index of shards, a folder with weights, a run of `omninorm train`
@@ -32,16 +34,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         MissingExtraError: the package that reads the format is not installed.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, these return False for a loop of links or an overlong name
         checkpoint = _folder(path)
-    elif path.is_file():
+    elif os.path.isfile(path):
         checkpoint = _file(path)
     else:
-        received = "one that is neither" if path.exists() else "no such file or folder"
+        problem = (
+            f"{path} is neither a file nor a folder" if os.path.lexists(path) else f"No such file or folder: {path}"
+        )
         remedy = "pass a .safetensors or .gguf file, a folder with weights, or a run's folder"
-        raise RunError(f"{path} must be a file or a folder", received, remedy)
+        raise RunError(problem, "", remedy)
     if not checkpoint.tensors:
-        raise RunError(f"{path} must hold weights", "a checkpoint without a single tensor", "save it again")
+        raise RunError(f"{path} does not hold a single tensor", "", "save the checkpoint again")
     checkpoint.path = path
     return checkpoint
 
@@ -64,25 +68,25 @@ def _folder(path: Path) -> Checkpoint:
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         raise _pickle(path / pickles[0])
-    received = "an empty folder" if not names else f"only {', '.join(names[:3])}" + (" …" if len(names) > 3 else "")
-    raise RunError(f"{path} must hold weights as .safetensors or .gguf", received, "pass the folder they lie in")
+    found = f"only {', '.join(names[:3])}" + (" …" if len(names) > 3 else "") if names else "an empty folder"
+    raise RunError(f"{path} must hold weights as .safetensors or .gguf", found, "pass the folder that holds them")
 
 
 def _newest(run: Path) -> Path:
-    """The newest checkpoint of a run of `omninorm train`."""
+    """Return the newest checkpoint of a run of `omninorm train`."""
     names = [each.name.removeprefix("step-") for each in (run / "checkpoints").glob("step-*") if each.is_dir()]
     steps = [int(name) for name in names if name.isdecimal()]
     if not steps:
-        raise RunError(f"{run} must have a checkpoint", "a run without one", "train it for longer, or resume it")
+        raise RunError(f"The run {run} has no checkpoint yet", "", "resume it, or train it for longer")
     return run / "checkpoints" / f"step-{max(steps)}"
 
 
 def _only(path: Path, names: list[str]) -> str:
-    """The one model among GGUF files; the first part of one that is split."""
+    """Return the only model among GGUF files, or the first part of one that is split."""
     models = {re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", name): name for name in reversed(names)}
     if len(models) > 1:
-        remedy = "name one of them"
-        raise RunError(f"{path} must hold one model", f"{len(models)}: {', '.join(sorted(models)[:3])}", remedy)
+        received = f"{len(models)} ({', '.join(sorted(models)[:3])}{' …' if len(models) > 3 else ''})"
+        raise RunError(f"{path} must hold one GGUF model", received, "pass one of the files instead")
     return next(iter(models.values()))
 
 
@@ -99,8 +103,8 @@ def _file(path: Path) -> Checkpoint:
 
 
 def _pickle(path: Path) -> RunError:
-    remedy = "convert it where you trust it: load it there and save it by safetensors.torch.save_file"
-    return RunError("a checkpoint is never unpickled, since that could run any code", str(path), remedy)
+    problem = f"{path} is a pickle, and inspecting never unpickles, because that can run arbitrary code"
+    return RunError(problem, "", "if you trust the file, load it and save it with safetensors.torch.save_file")
 
 
 def _gguf(path: Path) -> Checkpoint:
@@ -112,23 +116,24 @@ def _indexed(index: Path) -> Checkpoint:
     weight_map = _read_json(index).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, Mapping) else []
     if not files or not all(isinstance(name, str) and _is_plain(name) for name in files):
-        invariant = f"{index} must have a weight_map from tensors to files beside it"
-        raise RunError(invariant, repr(weight_map)[:120], _AGAIN)
+        invariant = f"The weight_map of {index} must map tensors to files in the same folder"
+        raise RunError(invariant, f"{weight_map!r:.120}", _AGAIN)
     checkpoint = _safetensors(index.parent, sorted(set(files)))
     found = {tensor.name: tensor.file.name for tensor in checkpoint.tensors}
     assert isinstance(weight_map, Mapping)
     lost = [name for name, file in weight_map.items() if found.get(name) != file]
     if lost:
-        received = f"{len(lost)} that are not, {lost[0]!r} first"
-        raise RunError(f"every tensor that {index.name} names must be in its file", received, _AGAIN)
+        named = "1 tensor" if len(lost) == 1 else f"{len(lost)} tensors"
+        raise RunError(f"{index} lists {named} that its file does not hold, such as {lost[0]!r:.80}", "", _AGAIN)
     extra = [name for name in found if name not in weight_map]
     if extra:
-        checkpoint.notices.append(f"{len(extra)} tensors are in the files but not in {index.name}, {extra[0]} first")
+        few = ", ".join(f"{name:.80}" for name in extra[:3]) + (" …" if len(extra) > 3 else "")
+        checkpoint.notices.append(f"{index.name} does not list {len(extra)} of the tensors in its files: {few}")
     return checkpoint
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name is that of a file in the same folder; an index must not lead anywhere else."""
+    """Return whether this names a file in the same folder; an index must not lead anywhere else."""
     return Path(name).name == name and name not in ("", ".", "..") and "\0" not in name and "\\" not in name
 
 
@@ -137,9 +142,9 @@ def _safetensors(folder: Path, names: list[str]) -> Checkpoint:
     for name in _with_siblings(folder, names):
         for tensor in read_safetensors(folder / name):
             if tensor.name in tensors:
-                received = f"{tensor.name!r} in {tensors[tensor.name].file.name} and in {name}"
-                remedy = "name one of the files, or move what does not belong there"
-                raise RunError(f"the files in {folder} must hold one model", received, remedy)
+                both = f"{tensors[tensor.name].file.name} and {name}"
+                remedy = "pass one of the files, or move the one that does not belong there"
+                raise RunError(f"The tensor {tensor.name!r:.80} appears in both {both} in {folder}", "", remedy)
             tensors[tensor.name] = tensor
     config, notices = _config(folder)
     ordered: list[StoredTensor] = sorted(tensors.values(), key=lambda tensor: _natural(tensor.name))
@@ -147,22 +152,22 @@ def _safetensors(folder: Path, names: list[str]) -> Checkpoint:
 
 
 def _with_siblings(folder: Path, names: list[str]) -> list[str]:
-    """`names`, after a check that each is there, and that no shard is missing where an index does not tell."""
+    """Return `names` after checking that each file exists, and that the numbers of shards have no gap."""
     needed = set(names)
     if len(names) > 1:
         for found in filter(None, map(_SHARD.fullmatch, names)):
             count = min(int(found[3]), 10_000)
             needed |= {f"{found[1]}-{number:05d}-of-{found[3]}.safetensors" for number in range(1, count + 1)}
-    missing = sorted(name for name in needed if not (folder / name).is_file())
+    missing = sorted(name for name in needed if not os.path.isfile(folder / name))
     if missing:
-        received = f"no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        raise RunError(f"{folder} must hold every shard of its weights", received, "download what is missing")
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise RunError(f"{folder} lacks the weights {missing[0]:.80}{more}", "", "download what is missing")
     return sorted(needed)
 
 
 def _config(folder: Path) -> tuple[Mapping[str, Any], list[str]]:
-    """config.json beside the weights, or of the run whose checkpoint they are; a damaged one is only a notice."""
-    owner = folder.resolve().parent
+    """Read config.json next to the weights or of their run; a damaged one becomes a notice, not an error."""
+    owner = Path(os.path.realpath(folder)).parent
     places = [folder, *([owner.parent] if owner.name == "checkpoints" else [])]
     path = next((place / _CONFIG for place in places if (place / _CONFIG).is_file()), None)
     if path is None:
@@ -170,20 +175,22 @@ def _config(folder: Path) -> tuple[Mapping[str, Any], list[str]]:
     try:
         return _read_json(path), []
     except RunError as error:
-        return {}, [f"{_CONFIG} was left out: {error.received}"]
+        return {}, [f"{_CONFIG} could not be read and was ignored ({error.received})"]
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise RunError(f"{path} must be JSON of at most 64 MB", f"{path.stat().st_size} bytes", _AGAIN)
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} must be JSON", str(error), _AGAIN) from error
+        raise RunError(f"{path} must be JSON", f"{error!s:.200}", _AGAIN) from error
     if not isinstance(values, Mapping):
-        raise RunError(f"{path} must be a JSON object", type(values).__name__, _AGAIN)
+        raise RunError(f"{path} must be a JSON object", f"a {type(values).__name__}", _AGAIN)
     return values
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layers.10 after layers.9."""
+    """Sort key that puts layers.10 after layers.9."""
     pieces = re.split(r"(\d+)", name)
     return [(int(piece[:18]) if piece.isdecimal() and piece.isascii() else -1, piece) for piece in pieces]

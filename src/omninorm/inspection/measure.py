@@ -1,4 +1,4 @@
-"""What is measured of one tensor, in one pass over its values, a few rows at a time."""
+"""Statistics of one tensor, from one pass over its values, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omninorm.record.tensors import FLOATS
 
 FP16_MAX, FP16_NORMAL = 65504.0, 2.0**-14
 FP16_ZERO = 2.0**-25
-"""At most this becomes 0 in fp16: half of its smallest subnormal, 6e-8."""
+"""Values up to this become 0 in fp16; it is half of the smallest subnormal, 6e-8."""
 _MATRICES = ("matrix", "embedding", "head")
 # Squares and fourth powers of values outside of this range would overflow or vanish in float32.
 _SAFE = (1e-6, 1e6)
@@ -26,11 +26,11 @@ _SAFE = (1e-6, 1e6)
 
 @dataclass
 class TensorStats:
-    """Of one tensor. Moments and channels leave out values that are not finite.
+    """Statistics of one tensor. Moments and channels exclude non-finite values.
 
     max_abs is max |w|, at index argmax; rms is √mean(w²); kurtosis is mean(w⁴)/mean(w²)², 3 for a normal
-    distribution. fp16_subnormal and fp16_lost are the shares of the non-zero values below 2⁻¹⁴ and at most 2⁻²⁵;
-    None where the file already holds 16 bits or fewer with fp16's range. int8_error and int4_error are the RMS of
+    distribution. fp16_subnormal and fp16_lost are the fractions of the non-zero values below 2⁻¹⁴ and at most 2⁻²⁵;
+    None if the file's type already has fp16's range. int8_error and int4_error are the RMS of
     the rounding error, relative to rms, of absmax quantization per row and per 32 values of a row.
     """
 
@@ -61,7 +61,7 @@ class TensorStats:
     int4_error: float | None = None
 
     def to_record(self) -> dict[str, Any]:
-        """As plain values; non-finite numbers are still in it."""
+        """Return plain values, which may include non-finite numbers."""
         record = asdict(self)
         place = record.pop("place")
         del record["total"]
@@ -73,12 +73,12 @@ class TensorStats:
 
 
 def measure(tensor: StoredTensor, place: Place, gain_offset: float) -> TensorStats:
-    """Reads the tensor once and measures it.
+    """Read the tensor once and measure it.
 
     Args:
         tensor: in its file.
-        place: where it belongs.
-        gain_offset: 1 where the file holds γ − 1, as Gemma's do.
+        place: its place in the model.
+        gain_offset: 1 if the file stores γ − 1, as Gemma's do.
 
     Raises:
         RunError: the file is damaged.
@@ -100,7 +100,7 @@ def measure(tensor: StoredTensor, place: Place, gain_offset: float) -> TensorSta
 
 
 class _Pass:
-    """The sums of one tensor, as its chunks go by."""
+    """Running sums over the chunks of one tensor."""
 
     def __init__(self, tensor: StoredTensor, stats: TensorStats, quantize: bool) -> None:
         self._stats = stats
@@ -113,7 +113,7 @@ class _Pass:
         self._squares = 0.0
 
     def add(self, chunk: Tensor) -> Tensor:
-        """Measures one chunk, [rows, columns]; returns it with 0 for what is not finite."""
+        """Measure one chunk, [rows, columns]; return it with non-finite values replaced by 0."""
         size = chunk.abs()
         row_max = size.amax(1)
         if not bool(torch.isfinite(row_max).all()):
@@ -139,7 +139,7 @@ class _Pass:
         return chunk
 
     def finish(self, wide: bool) -> None:
-        """Turns sums into statistics; `wide`: the file's type holds what fp16 cannot."""
+        """Turn sums into statistics; `wide`: the file's type can hold values that fp16 cannot."""
         stats, count = self._stats, self._stats.numel - self._stats.nan - self._stats.inf
         mean_square = self._squares / count if count else math.nan
         stats.rms = math.sqrt(mean_square) if count else math.nan
@@ -180,7 +180,7 @@ class _Pass:
             self._lost += int(torch.count_nonzero(size <= FP16_ZERO)) - zeros
 
     def _index(self, offset: int) -> tuple[int, ...]:
-        """Index in the tensor's own shape of the element at `offset` in this chunk."""
+        """Return the index in the tensor of the element at `offset` in this chunk."""
         flat = self._seen + offset
         index = []
         for size in reversed(self._shape):

@@ -1,4 +1,4 @@
-"""What a tensor's name and shape tell: the block it lies in, its role there, and whether it is a norm's gain."""
+"""A tensor's block, role and kind, derived from its name and shape."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 # model.layers.7.…, transformer.h.7.…, blocks.7.…, blk.7.…, encoder.layer.7.…, layers_7.…
 _BLOCK = re.compile(r"^((?:.*?\.)?(?:layers?|h|blocks?|blk|resblocks))[._](\d+)(?=\.|$)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<=[._])\d+(?=\.|$)")
-# CLIP really has a "pre_layrnorm".
+# "pre_layrnorm" is a typo in CLIP's parameter names.
 _NORM = re.compile(r"norm|layrnorm|(^|[._])ln([._\d]|$)", re.IGNORECASE)
 _NOT_NORM = re.compile(r"(^|\.)(alpha|shift|running_mean|running_var|num_batches_tracked)$")
 _BIAS = re.compile(r"(^|[._])(bias|beta|b)$", re.IGNORECASE)
 _BUFFER = re.compile(
     r"inv_freq|rope_freqs|position_ids|masked_bias|(^|[._])mask|running_(mean|var)|num_batches_tracked|attn\.bias$"
 )
-# A state-space model's decay starts at the same numbers in every block; its columns are no channels.
+# A state-space model's decay has the same initialization in every block, and its columns are not channels.
 _TABLE = re.compile(r"(^|\.)A_log$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|head|output|score|classifier)\.weight$")
 _EMBEDDING = re.compile(r"embed|embd|(^|\.)(wte|wpe|shared)\.")
@@ -31,7 +31,7 @@ _FEED_FORWARD_OUT = re.compile(
 
 
 class Place(NamedTuple):
-    """Where a tensor belongs.
+    """A tensor's place in the model.
 
     kind: "gain", "norm bias", "embedding", "head", "matrix", "vector" (biases and tables) or "buffer".
     role: the name with every index replaced by "*": the same for the same part of each block.
@@ -51,7 +51,7 @@ class Place(NamedTuple):
 
 
 def place(name: str, shape: Sequence[int]) -> Place:
-    """The place of the tensor of this name and shape.
+    """Return the place of the tensor of this name and shape.
 
     >>> place("model.layers.7.self_attn.o_proj.weight", (64, 64))[1:]
     ('model.layers.*.self_attn.o_proj.weight', 'model.layers', 7, 'attention')
@@ -59,7 +59,7 @@ def place(name: str, shape: Sequence[int]) -> Place:
     'gain'
     """
     found = _BLOCK.match(name)
-    # A checkpoint may hold any name; one with an absurd number is no block.
+    # A checkpoint may contain any name; a number of six digits is not a block.
     block = int(found[2]) if found and len(found[2]) < 6 else None
     stack = found[1] if found and block is not None else None
     kind = _kind(name, shape, block is not None)
@@ -67,7 +67,7 @@ def place(name: str, shape: Sequence[int]) -> Place:
 
 
 def is_norm_part(name: str) -> bool:
-    """Whether the name is a norm's."""
+    """Return whether the name belongs to a norm."""
     return _NORM.search(name) is not None and _NOT_NORM.search(name) is None
 
 

@@ -1,4 +1,4 @@
-"""What the inspection takes from config.json: transformers' keys, a run's own, or GGUF's under the same names."""
+"""Settings from config.json: transformers' keys, those of omninorm's runs, or GGUF's under the same names."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ _OFFSET = (
     "gemma", "gemma2", "gemma2_text", "gemma3", "gemma3_text", "paligemma", "recurrent_gemma", "t5gemma", "t5gemma2",
     "vaultgemma", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
 )  # fmt: skip
-# Norms in those models that have a plain gain.
+# Norms in those models whose gain has no offset.
 _PLAIN = ("vision", "linear_attn", "visual")
 
 
 def norm_eps(config: Mapping[str, Any]) -> float | None:
-    """ε of the model's norms, or None if it is not told."""
+    """Return ε of the model's norms, or None if the settings do not contain it."""
     return next((value for key in _EPS if (value := _number(config, key)) is not None), None)
 
 
 def count_of_blocks(config: Mapping[str, Any]) -> int | None:
-    """How many blocks there should be, or None if it is not told."""
+    """Return the number of blocks, or None if the settings do not contain it."""
     found = next((value for key in _BLOCKS if (value := _number(config, key)) is not None), None)
     return None if found is None or not math.isfinite(found) else int(found)
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether the head is the embedding, as config.json says."""
+    """Return whether config.json ties the head to the embedding."""
     return config.get("tie_word_embeddings") is True
 
 
 def gain_offset(config: Mapping[str, Any], name: str, has_bias: bool) -> float:
-    """What is added to a stored gain: 1 in a Gemma's RMSNorms, else 0."""
-    kinds = {part.get("model_type") for part in _parts(config)}
-    shifted = any(kind in _OFFSET for kind in kinds if isinstance(kind, str))
+    """Return what is added to a stored gain: 1 for Gemma's RMSNorms, else 0."""
+    shifted = any(part.get("model_type") in _OFFSET for part in _parts(config))
     return 1.0 if shifted and not has_bias and not any(word in name for word in _PLAIN) else 0.0
 
 
@@ -49,7 +48,7 @@ def _number(config: Mapping[str, Any], key: str) -> float | None:
 
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The settings and those nested in them: a run's model and its norms, a multimodal model's text part."""
+    """Return the settings and nested ones: a run's model and its norms, a multimodal model's text part."""
     nested = [config, config.get("text_config"), config.get("model")]
     model = config.get("model")
     nested.append(model.get("norm") if isinstance(model, Mapping) else None)

@@ -1,4 +1,4 @@
-"""A tensor in a file: what the header says of it, and its values, a few rows at a time."""
+"""Tensors in files: name, shape and dtype from the header, values a few rows at a time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omninorm.errors import RunError
 from omninorm.record.tensors import FLOATS, bits, open_safetensors
 
 CHUNK = 1 << 20
-"""Elements that are read at once: 4 MiB in float32, which stays in a core's caches for the passes over it."""
+"""Elements read at once: 4 MiB in float32, which stay in a core's caches during the passes over them."""
 # A convolution's kernel is at most this wide; the last axis of stacked experts is wider.
 _WIDEST_KERNEL = 16
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
@@ -45,7 +46,7 @@ class StoredTensor(ABC):
 
     @property
     def columns(self) -> int:
-        """Width of the matrix that the tensor is seen as: [out, in], [out, in·kernel], [experts·rows, in]."""
+        """Width of the tensor as a matrix: [out, in], [out, in·kernel] or [experts·rows, in]."""
         if len(self.shape) < 2:
             return self.numel
         kernel = len(self.shape) > 2 and self.shape[-1] <= _WIDEST_KERNEL
@@ -54,11 +55,11 @@ class StoredTensor(ABC):
     @property
     @abstractmethod
     def measurable(self) -> bool:
-        """Whether its values are weights that can be read: floating-point, or quantized in a known way."""
+        """Whether its values can be read as weights: floating-point, or quantized in a known way."""
 
     @abstractmethod
     def chunks(self) -> Iterator[Tensor]:
-        """Its values in order, [rows, columns] at a time; a vector comes as pieces of one row.
+        """Yield its values in order, [rows, columns] at a time; a vector comes as pieces of one row.
 
         Raises:
             RunError: the file is damaged.
@@ -67,14 +68,14 @@ class StoredTensor(ABC):
 
 @dataclass(frozen=True)
 class SafetensorsTensor(StoredTensor):
-    """In a safetensors file. The file is opened anew for each tensor, so that none stays mapped."""
+    """In a safetensors file, which is opened again for each tensor so that none stays mapped."""
 
     @property
     def measurable(self) -> bool:
         return self.dtype in FLOATS or self.dtype in _FLOAT8
 
     def chunks(self) -> Iterator[Tensor]:
-        with open_safetensors(self.file) as file:
+        with _open(self.file) as file:
             if not self.shape:
                 yield file.get_tensor(self.name).reshape(1, 1)
                 return
@@ -85,14 +86,23 @@ class SafetensorsTensor(StoredTensor):
 
 
 def read_safetensors(path: Path) -> list[SafetensorsTensor]:
-    """The tensors of one file, in the order of their names; nothing but the header is read.
+    """Return the tensors of one file, in the order of their names; only the header is read.
 
     Raises:
         RunError: the file is missing, cut off or damaged.
         MissingExtraError: safetensors is not installed.
     """
-    with open_safetensors(path) as file:
+    with _open(path) as file:
         return [_describe(path, name, file.get_slice(name)) for name in sorted(file.keys())]
+
+
+def _open(path: Path) -> Any:
+    """Open the file for `with`; its error quotes a damaged header, which may be long."""
+    try:
+        return open_safetensors(path)
+    except RunError as error:
+        problem = f"{path} is not a complete safetensors file: {error.received!s:.200}"
+        raise RunError(problem, "", "download it again, or save it again") from error
 
 
 def _describe(path: Path, name: str, part: Any) -> SafetensorsTensor:
@@ -122,7 +132,7 @@ class Checkpoint:
         format: "safetensors" or "gguf".
         tensors: in the order of their names' blocks.
         config: the model's settings beside the weights, or {}.
-        notices: what is odd about the files, told as findings.
+        notices: oddities of the files, reported as findings.
     """
 
     path: Path
@@ -133,5 +143,5 @@ class Checkpoint:
 
 
 def as_float(chunk: Tensor) -> Tensor:
-    """float64 stays, everything else becomes float32, which holds its values exactly."""
+    """Return float64 as it is and everything else as float32, which holds its values exactly."""
     return chunk if chunk.dtype == torch.float64 else chunk.to(torch.float32)

@@ -1,4 +1,4 @@
-"""Surgery on models: what a norm is, found by measurement; norms replaced, folded and centred, with proof and undo."""
+"""Surgery on models: identify norms by probing, then replace, fold or center them, with verification and undo."""
 
 from omninorm.surgery.center import center
 from omninorm.surgery.fold import fold_gains

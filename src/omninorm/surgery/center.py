@@ -1,11 +1,11 @@
-"""LayerNorm → RMSNorm, exactly: the mean is taken out of everything that writes to the residual stream.
+"""Converts LayerNorm to RMSNorm exactly, by removing the mean from everything that writes to the residual stream.
 
-If every summand of the stream has mean zero, so has the stream, and LayerNorm of it is RMSNorm of it. A matrix that
-writes W x + b to the stream is centred by subtracting the mean over its outputs from W and from b, an embedding by
-subtracting each row's mean (Jiang et al. 2023, arXiv 2305.14858).
+If every summand of the stream has mean zero, so has the stream, and LayerNorm of it equals RMSNorm of it. A linear
+layer that writes W x + b to the stream is centered by subtracting the mean over its outputs from W and from b, an
+embedding by subtracting each row's mean (Jiang et al. 2023, arXiv 2305.14858).
 
-Which matrices write to the stream is not looked up but measured: one writes only to it exactly if centring it changes
-no output, since every reader of the stream is a LayerNorm that subtracts the mean anyway.
+Writers to the residual stream are identified by probing: a weight writes only to the stream exactly if centering it
+changes no output, because every LayerNorm that consumes the stream subtracts the mean anyway.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from omninorm.surgery.settle import Probed, settle
 from omninorm.surgery.streamed import StreamedMap
 from omninorm.surgery.verify import EXACT
 
-# mean² over mean square at a norm's input: rounding leaves about 1e-30 of it.
+# Largest mean² over mean square of a norm's input that counts as centered; rounding leaves about 1e-30.
 _NO_MEAN = 1e-20
 
 
 def center(
     model: nn.Module, inputs: Sequence[Any] | None = None, *, new_biases: bool = True, replace: bool = True
 ) -> Surgery:
-    """Turns the LayerNorms of a pre-norm model into RMSNorms, in place, with the same outputs.
+    """Convert the LayerNorms of a pre-norm model to RMSNorms, in place, with the same outputs.
 
-    First β is folded into the linear maps behind each LayerNorm (see `fold_gains`), since RMSNorm has none; then what
-    writes to the stream is centred; then each LayerNorm whose inputs have no mean any more becomes an RMSNorm with its
-    own ε. A LayerNorm whose bias can't be folded, or whose input keeps a mean (behind a post-norm's bias, for
-    instance), stays one and is refused with the reason; the outputs are the same either way.
+    First β is folded into the linear layers after each LayerNorm (see `fold_gains`), since RMSNorm has none. Then the
+    writers to the residual stream are centered. Then each LayerNorm whose input has mean zero becomes an RMSNorm with
+    the same ε. A LayerNorm whose bias cannot be folded, or whose input keeps a mean (after a post-norm's bias, for
+    instance), is kept and refused with the reason; the outputs are the same either way.
 
     Args:
-        model, inputs, new_biases: as `fold_gains` has them.
-        replace: False keeps the LayerNorms, which then compute what RMSNorms would: for classes that have them.
+        model, inputs, new_biases: as in `fold_gains`.
+        replace: False keeps the LayerNorms, which then compute the same as RMSNorms, for classes that have them.
 
     Returns, raises: as `fold_gains`.
     """
-    done = Surgery()
+    done = Surgery(operation="centered")
     before = probe(model, inputs)
     with undone_by_errors(done):
         untie_head(model, done)
@@ -57,7 +57,7 @@ def center(
 
 
 def center_all(before: Probed, model: nn.Module | None, done: Surgery, new_biases: bool, replace: bool) -> None:
-    """Centres a model in float64, and the one that it stands for, if any."""
+    """Center a float64 copy, and the original model, if any."""
     made = before.model
     norms = {name: module for name, module in made.named_modules() if isinstance(module, LayerNorm)}
     if not norms:
@@ -71,7 +71,7 @@ def center_all(before: Probed, model: nn.Module | None, done: Surgery, new_biase
         if name in done.refused:
             continue
         if shares[name] > _NO_MEAN:
-            done.refused[name] = f"its input keeps a mean, up to {shares[name]:.1e} of its mean square"
+            done.refused[name] = f"its input keeps a mean (mean² is up to {shares[name]:.1e} of its mean square)"
             continue
         identity = identify(norms[name])
         _replace(made, name, identity, replaced)
@@ -95,27 +95,27 @@ def _fold_biases(
     plans: dict[str, list[str]],
     done: Surgery,
 ) -> None:
-    """Gains go along: a gain that stays would do no harm, but a head must be untied for either."""
+    """Fold biases, and gains with them: either needs an untied head, so gains cost nothing more."""
     for name, module in norms.items():
         if module.bias is None or not bool(module.bias.detach().any()):
             done.refused.pop(name, None)
             plans.pop(name, None)
         elif name not in plans:
-            done.refused[name] = f"its bias can't be folded: {done.refused.get(name, 'nothing reads it')}"
+            done.refused[name] = f"its bias cannot be folded: {done.refused.get(name, 'nothing consumes its output')}"
 
     accepted, rejected = settle_folds(before, {name: plans[name] for name in norms if name in plans})
     for name in rejected:
-        done.refused[name] = "its bias can't be folded: something that is no linear map reads it, too"
+        done.refused[name] = "its bias cannot be folded: something besides linear layers consumes its output"
     for name in accepted:
         if model is not None:
             fold(model, name, plans[name], done, before.model)
 
 
 def _center_writers(before: Probed, model: nn.Module | None, widths: set[int], done: Surgery) -> None:
-    """Takes the mean out of everything from which it can be taken with the same outputs.
+    """Center every weight that can be centered with the same outputs.
 
-    What stands in the same place of every block is tried together. Where that fails, so does each of them, or only some
-    do: three are tried alone before all are.
+    Weights in the same place of every block are tried together. If that fails, three of them are tried alone; all are
+    tried only if one of these succeeds.
     """
     made = before.model
     candidates = {
@@ -136,11 +136,11 @@ def _center_writers(before: Probed, model: nn.Module | None, widths: set[int], d
             if model is not None:
                 _center(model, model.get_submodule(name), parameters, done)
             what = ", ".join(f"{name}.{own}".lstrip(".") for own, _ in parameters)
-            done.changed[name or what] = f"the mean taken out of {what}"
+            done.changed[name or what] = f"mean removed from {what}"
 
 
 def _by_place(names: Iterable[str]) -> list[list[str]]:
-    """Groups names that differ in numbers only."""
+    """Group names that differ in numbers only."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
@@ -148,7 +148,7 @@ def _by_place(names: Iterable[str]) -> list[list[str]]:
 
 
 def _settle_place(group: Sequence[str], attempt: Callable[[Sequence[str], Surgery], float]) -> Sequence[str]:
-    """Those that were accepted: all; or else none, where the first, the middle and the last are rejected alone, too."""
+    """Return the accepted ones: all, or none if the first, the middle and the last also fail alone, or a search's."""
     trial = Surgery()
     if attempt(group, trial) <= EXACT:
         return group
@@ -163,10 +163,10 @@ def _settle_place(group: Sequence[str], attempt: Callable[[Sequence[str], Surger
 
 
 def _candidates(module: nn.Module, widths: set[int]) -> Iterator[list[tuple[str, int]]]:
-    """What may write to the stream: a module's parameters that go together, each with the dimension of its outputs.
+    """Yield parameters that may write to the stream and are centered together, each with its output dimension.
 
-    Of a linear map its outputs, of an embedding its rows, of a convolution its channels, of loose parameters such as a
-    class token or positions the last dimension.
+    That is a linear layer's outputs, an embedding's rows, a convolution's channels, and the last dimension of loose
+    parameters such as a class token or position table.
     """
     found = read_linear(module)
     weight = module._parameters.get("weight")
@@ -189,7 +189,7 @@ def _candidates(module: nn.Module, widths: set[int]) -> Iterator[list[tuple[str,
 
 
 def _center(model: nn.Module, module: nn.Module, parameters: Sequence[tuple[str, int]], done: Surgery) -> None:
-    """Subtracts the mean over the outputs, in float64."""
+    """Subtract the mean over the outputs, in float64."""
     if isinstance(module, StreamedMap):
         module.center(done)
         return
@@ -204,7 +204,7 @@ def _center(model: nn.Module, module: nn.Module, parameters: Sequence[tuple[str,
 
 
 def _untie_readers(model: nn.Module, embedding: nn.Module, done: Surgery) -> None:
-    """A head that shares the embedding's weight must keep it as it was."""
+    """Untie modules that share the embedding's weight, such as the head: their weight must not change."""
     weight = embedding._parameters["weight"]
     for module in model.modules():
         if module is not embedding and module._parameters.get("weight") is weight:
@@ -212,7 +212,7 @@ def _untie_readers(model: nn.Module, embedding: nn.Module, done: Surgery) -> Non
 
 
 def _replace(model: nn.Module, name: str, found: object, done: Surgery) -> None:
-    """Puts an RMSNorm with the same gain in the place of a LayerNorm that was found to be this."""
+    """Replace a LayerNorm by an RMSNorm with the same gain and ε."""
     parent, _, child = name.rpartition(".")
     before = model.get_submodule(name)
     assert isinstance(found, Identity)

@@ -1,8 +1,9 @@
-"""A Hugging Face folder, read tensor by tensor: never more of it in memory than what is used."""
+"""Weights of a Hugging Face folder, read tensor by tensor: only what is used is in memory."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -17,8 +18,10 @@ CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.j
 _PICKLED_INDEX, _PICKLED_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 
-_PIECE = 2**20  # numbers
-_OPEN_FOR = 2**23  # numbers that are read of an open file
+_ADAPTER = "adapter_config.json"
+_LARGEST_JSON = 2**26  # bytes
+_PIECE = 2**20  # elements
+_OPEN_FOR = 2**23  # elements that are read before a file is reopened
 
 
 class Checkpoint:
@@ -45,29 +48,29 @@ class Checkpoint:
             self.files[name] = file.entries()
             for tensor in self.files[name]:
                 if tensor in self._file_of:
-                    both = f"{tensor} in {self._file_of[tensor]} and {name}"
-                    raise RunError("a tensor must stand once", both, "remove one")
+                    both = f"{self._file_of[tensor]} and {name}"
+                    raise RunError(f"The tensor {tensor:.80} appears in both {both}", "", "remove one of them")
                 self._file_of[tensor] = name
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
     def names(self) -> list[str]:
-        """All tensors, in the order of the files."""
+        """Return the names of all tensors, in the order of the files."""
         return list(self._file_of)
 
     def stored(self, name: str) -> Stored:
-        """Dtype and shape."""
+        """Return a tensor's dtype and shape."""
         return self.files[self._file_of[name]][name]
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the file, whose pages are let go with it."""
+        """Return a view of the file, whose pages are released with it."""
         return self._sources[self._file_of[name]].tensor(name)
 
     def rows(self, name: str, numbers: int) -> Iterator[tuple[slice, Tensor]]:
-        """A tensor some rows at a time, at most so many numbers or else one row; a vector is a column of them.
+        """Yield a tensor some rows at a time: at most `numbers` elements, or one row; a vector counts as a column.
 
-        Its file is opened anew now and then: what has been read stays in memory for as long as it is open.
+        The file is reopened now and then, because what has been read stays in memory for as long as it is open.
         """
         shape = self.stored(name).shape
         step = max(1, numbers // max(1, prod(shape[1:])))
@@ -79,7 +82,7 @@ class Checkpoint:
             yield part, stored[part]
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """All of a tensor, some megabytes at a time."""
+        """Yield all of a tensor, some megabytes at a time."""
         if not self.stored(name).shape:
             yield self.tensor(name).reshape(1)
             return
@@ -88,59 +91,92 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
+    """Read an object from a JSON file.
 
     Raises:
         RunError: it holds something else.
     """
+    again = "download it again"
     try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise RunError(f"{path} must be JSON of at most 64 MB", f"{path.stat().st_size} bytes", again)
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} must be JSON", str(error), "download it again") from error
+        raise RunError(f"{path} must be JSON", f"{error!s:.200}", again) from error
     if not isinstance(found, dict):
-        raise RunError(f"{path} must be a JSON object", type(found).__name__, "download it again")
+        raise RunError(f"{path} must be a JSON object", f"a {type(found).__name__}", again)
     return found
 
 
 def others(folder: Path) -> list[Path]:
-    """Tokenizers and the like: files that are neither weights nor their index."""
+    """Return the files that are neither weights nor their index, such as a tokenizer's."""
     weights = (".safetensors", *PICKLED)
     files = (path for path in sorted(folder.iterdir()) if path.is_file())
     return [path for path in files if path.suffix not in weights and not path.name.endswith(".index.json")]
 
 
 def _check_folder(folder: Path) -> None:
-    if not (folder / CONFIG_FILE).is_file():
-        raise RunError("a model's folder must hold config.json", str(folder), "name a Hugging Face folder")
-    inside = folder.resolve()
-    for path in folder.rglob("*"):
-        if not path.resolve().is_relative_to(inside):
-            raise RunError("a model's files must lie in its folder", f"the link {path}", "copy the file")
+    if not os.path.isdir(folder):
+        raise RunError(f"No such folder: {folder}", "", "check the path")
+    if not os.path.isfile(folder / CONFIG_FILE):
+        if os.path.isfile(folder / _ADAPTER):
+            problem = f"{folder} holds only an adapter, not the model that it belongs to"
+            raise RunError(problem, "", "merge it into the model first, with merge_and_unload() of PEFT")
+        raise RunError(f"{folder} does not hold config.json", "", "pass the folder of a Hugging Face model")
+    inside = os.path.realpath(folder)
+    for link in _links(folder):
+        if not os.path.exists(link):
+            raise RunError(f"The link {link} leads nowhere", "", "download the file that it should lead to")
+        if os.path.commonpath((inside, os.path.realpath(link))) != inside:
+            remedy = "replace the link by a copy of the file"
+            raise RunError(f"The link {link} leads out of the model's folder", "", remedy)
+
+
+def _links(folder: Path) -> Iterator[str]:
+    """Yield the symbolic links in a folder and its subfolders, however deep."""
+    folders = [str(folder)]
+    try:
+        while folders:
+            with os.scandir(folders.pop()) as entries:
+                found = list(entries)
+            for entry in found:
+                if entry.is_symlink():
+                    yield entry.path
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be read ({error.strerror})", "", "check its permissions and subfolders"
+        ) from error
 
 
 def _weights(folder: Path) -> tuple[dict[str, Any] | None, dict[str, WeightFile]]:
-    """The index, where there is one, and the files, by their names as safetensors."""
+    """Return the index, where there is one, and the files by their names as safetensors."""
     for kind, single, index in (
         (SafetensorsFile, SINGLE_FILE, INDEX_FILE),
         (PickledFile, _PICKLED_SINGLE, _PICKLED_INDEX),
     ):
         if (folder / index).is_file():
             found = read_json(folder / index)
-            return found, {_as_safetensors(name): kind(folder / name) for name in _shards(folder, found)}
+            return found, {_as_safetensors(name): kind(folder / name) for name in _shards(folder, found, index)}
         if (folder / single).is_file():
             return None, {SINGLE_FILE: kind(folder / single)}
     pickled = next((path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED), None)
-    received = f"only {pickled}, which is pickled" if pickled else f"none in {folder}"
-    raise RunError("weights must be safetensors", received, "save the model as safetensors first")
+    received = f"only the pickled file {pickled:.80}" if pickled else "neither of them"
+    remedy = "save the model as safetensors first"
+    raise RunError(f"{folder} must hold {SINGLE_FILE} or {INDEX_FILE}", received, remedy)
 
 
-def _shards(folder: Path, index: dict[str, Any]) -> list[str]:
+def _shards(folder: Path, index: dict[str, Any], name_of_index: str) -> list[str]:
     weights = index.get("weight_map")
-    names = sorted({str(name) for name in weights.values()}) if isinstance(weights, dict) else []
+    if not isinstance(weights, dict) or not weights:
+        problem = f"The weight_map of {folder / name_of_index} must map tensors to files"
+        raise RunError(problem, f"{weights!r:.80}", "download it again")
+    names = sorted({str(name) for name in weights.values()})
     there = {path.name for path in folder.iterdir() if path.is_file()}
-    for name in names or ["none"]:
+    for name in names:
         if name not in there:
-            raise RunError("every shard must lie in the folder", f"no {name[:200]!r}", "download it again")
+            raise RunError(f"{folder} lacks the weights {name!r:.80}, which its index names", "", "download them again")
     return names
 
 
@@ -151,16 +187,21 @@ def _as_safetensors(name: str) -> str:
 
 
 def check_plain(config: dict[str, Any]) -> str:
-    """The class that config.json names, of a model without code of its own and not quantized.
+    """Return the class that config.json names, of a model that is not quantized and has no code of its own.
 
     Raises:
         ConfigError: it is another kind of model.
     """
     names = config.get("architectures")
-    name = str(names[0]) if isinstance(names, list) and names else "none"
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    if not name:
+        problem = "architectures in config.json must name one of transformers' model classes"
+        raise ConfigError(problem, f"{names!r:.80}", 'add it, such as ["LlamaForCausalLM"]')
     if config.get("auto_map"):
-        remedy = "use a model that transformers itself has; code that comes with a model is not run"
-        raise ConfigError("config.json must name one of transformers' classes", f"{name}, with code of its own", remedy)
+        problem = f"config.json names {name:.80}, with code that comes with the model, which convert does not run"
+        raise ConfigError(problem, "", "use a model that transformers itself has")
     if config.get("quantization_config"):
-        raise ConfigError("weights must be floating-point", "quantized ones", "dequantize the model first")
+        raise ConfigError(
+            "The weights are quantized, as quantization_config in config.json says", "", "dequantize the model first"
+        )
     return name

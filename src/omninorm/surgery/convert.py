@@ -1,8 +1,8 @@
-"""Surgery on a checkpoint: a Hugging Face folder in, another one out, with the plan and the proof in surgery.json.
+"""Surgery on a checkpoint: read a Hugging Face folder, write an equivalent one with its verification in surgery.json.
 
 Neither the model nor the checkpoint is ever in memory as a whole (see streamed.py). The new folder has the old one's
-files, tensors and class; therefore nothing is folded into a bias that the class does not have, and centred LayerNorms
-stay LayerNorms.
+files, tensors and class. So nothing is folded into a bias that the class does not have, and centered LayerNorms stay
+LayerNorms.
 """
 
 from __future__ import annotations
@@ -38,24 +38,26 @@ from omninorm.surgery.swap import swap_norms
 from omninorm.surgery.weight_files import DTYPES, SafetensorsFile, Stored
 from omninorm.surgery.writer import Writer, pieces, size
 
+# Probes of image models.
+_LARGEST_IMAGE, _MOST_CHANNELS = 2048, 64
+
 OPERATIONS = ("swap", "fold", "center")
 PROOF_FILE, DELTA_FILE = "surgery.json", "surgery_delta.safetensors"
 FORMAT = 2
 
 Tell = Callable[[str, float], None]
-"""Is told what is being done, and the share of it that is done."""
+"""Called with the name of the current step and the fraction of it that is done."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done, or would be.
+    """The result of a conversion, or of a dry run.
 
     Args:
         operation: "swap", "fold" or "center".
         changed, refused: as in the report of the operation.
-        error: the largest difference of the outputs in float64, over the largest.
-        rounded: the same with the weights as they were written, each that changed rounded once; None where nothing was
-            written.
+        error: the largest difference of the outputs in float64, relative to the largest output.
+        rounded: the same with the weights as written, rounded to the checkpoint's dtypes; None if nothing was written.
     """
 
     operation: str
@@ -68,61 +70,66 @@ class Conversion:
 def convert(
     source: Path, target: Path | None, operation: str, *, keep_delta: bool = True, tell: Tell = lambda what, share: None
 ) -> Conversion:
-    """Folds the gains of a checkpoint's norms, or centres it, and writes another one.
+    """Fold the gains of a checkpoint's norms, or center it, and write the result as a new checkpoint.
 
-    Needs memory for twice the largest tensor, and some 400 MB for torch and transformers themselves.
+    Needs memory for twice the largest tensor, and about 400 MB for torch and transformers themselves.
 
     Args:
         source: a folder with config.json and safetensors; it is only read.
-        target: a folder that does not exist; None writes nothing.
-        operation: "fold", "center", or "swap", which changes no weight: the copy's surgery.json says which norms
-            omninorm's can replace, and how far that moves the outputs.
-        keep_delta: keep the weights that were changed beside the new ones, so that `undo` can restore them.
-        tell: is told of progress.
+        target: a folder that does not exist yet; None writes nothing.
+        operation: "fold", "center", or "swap", which changes no weight: the copy's surgery.json lists the norms that
+            omninorm can replace, and how far that moves the outputs.
+        keep_delta: save the original values of changed weights next to the new ones, so that `undo` can restore them.
+        tell: called with the progress.
 
     Raises:
-        RunError: the source is no such folder, or damaged; the target exists or can't be written; or there is nothing
-            that can be done, or it could not be proved.
-        ConfigError: a model of another class than transformers', quantized, or with code of its own.
+        RunError: the source is not such a folder, or damaged; the target exists or cannot be written; nothing can be
+            converted; or the result could not be verified.
+        ConfigError: a model of another class than transformers', quantized, with code of its own, or with sizes that
+            do not fit its weights.
         MissingExtraError: transformers or safetensors is not installed.
     """
     if operation not in OPERATIONS:
-        raise ConfigError(f"an operation is one of {', '.join(OPERATIONS)}", repr(operation), "choose one")
+        raise ConfigError(
+            f"operation must be one of {', '.join(OPERATIONS)}", f"{operation!r:.80}", "choose one of them"
+        )
     _check_target(target)
     checkpoint = Checkpoint(source)
-    tell("proving in float64", 0.0)
+    tell("verifying in float64", 0.0)
     opened = open_model(checkpoint, None if operation == "swap" else torch.float64)
     probes = _probes(opened)
     report, error, before = _operate(opened, operation, probes)
     if not report.changed:
-        why = next(iter(report.refused.items()), ("the model", "it has no such norms"))
-        raise RunError(f"there must be something to {operation}", f"{why[0]}: {why[1]}", "see docs/surgery.md")
-    _check_proved(error)
+        name, why = next(iter(report.refused.items()), (type(opened.model).__name__, f"it has no norms to {operation}"))
+        problem = f"Nothing to {operation} in {source}: {name:.80}: {why}"
+        raise RunError(problem, "", "docs/surgery.md lists the models that can be converted")
+    _check_finite(error)
     done = Conversion(operation, report.changed, report.refused, error, None)
     if target is None:
         return done
     with _new_folder(target) as folder:
         written = _write(opened, folder, keep_delta, tell)
-        tell("proving what was written", 1.0)
+        tell("verifying the written weights", 1.0)
         del opened
         before.forget_model()
         again = open_model(Checkpoint(folder)).model
         if operation != "swap":
             swap_norms(again)
         rounded = before.distance_to(Probed(again, probes))
-        _check_proved(rounded)
+        _check_finite(rounded)
         done = replace(done, rounded=rounded)
         proof = {"format": FORMAT, **asdict(done), **written, "config": checkpoint.config}
-        write_file(folder / PROOF_FILE, (json.dumps(proof, indent=1, allow_nan=False) + "\n").encode())
+        # A config may hold Infinity, as Mamba-2's time_step_limit does.
+        write_file(folder / PROOF_FILE, (json.dumps(proof, indent=1) + "\n").encode())
     return done
 
 
 def undo(source: Path, target: Path, tell: Tell = lambda what, share: None) -> None:
-    """Restores what `convert` changed, bit for bit, from the weights that it kept.
+    """Restore what `convert` changed, bit for bit, from the original values that it saved.
 
     Raises:
-        RunError: the folder was not converted, its weights were not kept or have changed, or the target can't be
-            written.
+        RunError: the folder was not converted, the original values were not saved, weights have changed since, or the
+            target cannot be written.
     """
     _check_target(target)
     checkpoint, proof = Checkpoint(source), _read_proof(source)
@@ -146,25 +153,28 @@ def undo(source: Path, target: Path, tell: Tell = lambda what, share: None) -> N
             hashes |= out.hashes
         if hashes != before:
             wrong = next(iter(sorted(set(hashes.items()) ^ set(before.items()))))[0]
-            raise RunError("undone weights must be those before", f"others in {wrong}: it was changed", "restore it")
+            problem = f"Cannot undo: {wrong:.80} in {source} was changed after the conversion"
+            raise RunError(problem, "", "restore the converted folder, or convert the original again")
         _write_index(checkpoint, files, folder)
         write_file(folder / CONFIG_FILE, (json.dumps(proof["config"], indent=2) + "\n").encode())
         _copy_others(source, folder, without=(PROOF_FILE,))
 
 
-# Proving -----------------------------------------------------------------------------------------------------------
+# Verifying ---------------------------------------------------------------------------------------------------------
 
 
 def _operate(opened: StreamedModel, operation: str, probes: list[Any]) -> tuple[Report, float, Probed]:
-    """The operation's report, how far the outputs moved, and what they were."""
+    """Run the operation; return its report, how far the outputs moved, and the outputs before it."""
     model = opened.model
     if operation == "swap":
-        report: Report = (swap := swap_norms(model))  # in the checkpoint's dtypes, whose rounding counts
+        report: Report = (swap := swap_norms(model))  # in the checkpoint's dtypes, whose order of rounding matters
         swap.undo()
         opened.model = model = open_model(opened.checkpoint).model
         before = Probed(model, probes)
         for name in set(swap_norms(model).changed) - set(report.changed):
-            report.refused.setdefault(name, "in the checkpoint's dtype it rounds in an order of its own")
+            report.refused.setdefault(
+                name, "in the checkpoint's dtype it rounds in an order that omninorm does not have"
+            )
         return report, before.distance(), before
     swap_norms(model)
     before, done = Probed(model, probes), Surgery()
@@ -180,26 +190,35 @@ def _probes(opened: StreamedModel) -> list[Any]:
     name, config = getattr(model, "main_input_name", "input_ids"), model.config
     generator = torch.Generator().manual_seed(0)
     if name == "input_ids" and not getattr(config, "is_encoder_decoder", False):
-        return [torch.randint(0, config.get_text_config().vocab_size, (2, 8), generator=generator)]
+        return [torch.randint(0, _count(config.get_text_config(), "vocab_size"), (2, 8), generator=generator)]
     if name == "pixel_values":
-        shape = (2, config.num_channels, config.image_size, config.image_size)
+        side = _count(config, "image_size", _LARGEST_IMAGE)
+        shape = (2, _count(config, "num_channels", _MOST_CHANNELS), side, side)
         return [{"pixel_values": torch.randn(shape, generator=generator, dtype=torch.float64)}]
-    remedy = "load it, and call omninorm.surgery with inputs=[…]"
-    raise ConfigError("the model must take tokens or images alone", f"{type(model).__name__} takes {name}", remedy)
+    problem = f"{type(model).__name__} takes {name!s:.80}, and convert supports models of tokens or images alone"
+    raise ConfigError(problem, "", "load the model, and call omninorm.surgery on it with inputs=[…]")
 
 
-def _check_proved(distance: float) -> None:
-    """Raises RunError for outputs that came out infinitely far apart."""
+def _count(config: Any, name: str, most: int = 2**31) -> int:
+    """Return a size from config.json that the inputs have."""
+    value = getattr(config, name, None)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ConfigError(f"{name} in config.json must be an integer from 1 to {most}", f"{value!r:.80}", "correct it")
+    return value
+
+
+def _check_finite(distance: float) -> None:
+    """Raise RunError for outputs that came out infinitely far apart."""
     if not math.isfinite(distance):
-        remedy = "weights too large for their dtype do that: convert a copy in a wider one"
-        raise RunError("the outputs must be numbers before and after", "NaN or infinity", remedy)
+        problem = "The converted model's outputs contain NaN or infinity, so the conversion could not be verified"
+        raise RunError(problem, "", "if its weights are too large for their dtype, convert a copy in a wider one")
 
 
 # Writing -----------------------------------------------------------------------------------------------------------
 
 
 def _write(opened: StreamedModel, folder: Path, keep_delta: bool, tell: Tell) -> dict[str, Any]:
-    """The new weights, index, config and other files; returns what surgery.json says of them."""
+    """Write the new weights, index, config and other files; return their entries of surgery.json."""
     checkpoint = opened.checkpoint
     values, added = _values(opened)
     changed = {name: checkpoint.stored(name) for name in checkpoint.names() if name in values}
@@ -235,8 +254,7 @@ Value = Callable[[Stored], Iterator[Tensor]]
 
 
 def _values(opened: StreamedModel) -> tuple[dict[str, Value], dict[str, str]]:
-    """Of every tensor in the file that changes its pieces, and of those that were tied and are no more the name of the
-    parameter: their name in the file → the parameter."""
+    """Return the new values of each tensor that changes, and the names of those that are no longer tied."""
     values: dict[str, Value] = {}
     owners: dict[str, str] = {}
     added: dict[str, str] = {}
@@ -246,7 +264,7 @@ def _values(opened: StreamedModel) -> tuple[dict[str, Value], dict[str, str]]:
         if stored is None:
             continue
         streamed = isinstance(module, StreamedMap) and own == "weight"
-        kind = (module.centred, module.factor) if streamed else ()
+        kind = (module.centered, module.factor) if streamed else ()
         if stored in owners and (not streamed or _alike(kind, made[stored])):
             continue
         under = stored
@@ -262,7 +280,7 @@ def _values(opened: StreamedModel) -> tuple[dict[str, Value], dict[str, str]]:
 
 
 def _parameters(model: Any) -> Iterator[tuple[str, Any, str, Tensor]]:
-    """(name, module, name in the module, parameter), a module's first place first."""
+    """Yield (name, module, name in the module, parameter); shared modules appear once per place."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for own, parameter in module._parameters.items():
             if parameter is not None:
@@ -270,7 +288,7 @@ def _parameters(model: Any) -> Iterator[tuple[str, Any, str, Tensor]]:
 
 
 def _alike(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether two modules do the same to the matrix that they share."""
+    """Return whether two modules change the matrix that they share in the same way."""
     if a[0] != b[0] or (a[1] is None) != (b[1] is None):
         return False
     return a[1] is None or torch.equal(a[1], b[1])
@@ -287,7 +305,7 @@ def _rounded(parameter: Tensor) -> Value:
 def _with_progress(
     files: Mapping[str, Mapping[str, Stored]], what: str, tell: Tell
 ) -> Iterator[tuple[str, Mapping[str, Stored], Callable[[str], None]]]:
-    """The files, each with a function that is told the names of tensors that are done."""
+    """Yield the files, each with a function to call with the name of every tensor that is done."""
     total, done = sum(size(stored) for entries in files.values() for stored in entries.values()), 0
 
     for file, entries in files.items():
@@ -301,7 +319,7 @@ def _with_progress(
 
 
 def _write_index(checkpoint: Checkpoint, files: Mapping[str, Mapping[str, Stored]], folder: Path) -> None:
-    """Which file a tensor is in, where the source has an index."""
+    """Write the index of tensors to files, if the source has one."""
     if checkpoint.index is None:
         return
     index = dict(checkpoint.index)
@@ -313,7 +331,7 @@ def _write_index(checkpoint: Checkpoint, files: Mapping[str, Mapping[str, Stored
 
 
 def _write_config(checkpoint: Checkpoint, folder: Path, untied: bool) -> None:
-    """As it was, but for what says that the head is the embedding."""
+    """Copy config.json; a head that is no longer tied to the embedding clears tie_word_embeddings."""
     config = checkpoint.config | ({"tie_word_embeddings": False} if untied else {})
     if config == checkpoint.config:
         shutil.copyfile(checkpoint.folder / CONFIG_FILE, folder / CONFIG_FILE)
@@ -329,7 +347,7 @@ def _copy_others(source: Path, folder: Path, without: tuple[str, ...] = ()) -> N
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder under a temporary name, which gets its own when all is written, and else is removed."""
+    """Create a folder under a temporary name; rename it when all is written, remove it after an error."""
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -344,44 +362,48 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 def _check_target(target: Path | None) -> None:
-    """Raises RunError for a folder that exists."""
-    if target is not None and (target.exists() or target.is_symlink()):
-        raise RunError("the new folder must not exist", str(target), "choose another name")
+    """Raise RunError for a folder that exists."""
+    if target is not None and os.path.lexists(target):
+        raise RunError(f"The new folder {target} already exists", "", "choose another name, or remove it")
 
 
 def _check_space(folder: Path, more: int, files: Mapping[str, Mapping[str, Stored]]) -> None:
     needed = more + sum(size(stored) for entries in files.values() for stored in entries.values())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        received = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB to write"
-        raise RunError("the disk must have space for the new weights", received, "free some, or leave out the delta")
+        problem = f"The new weights need {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free"
+        raise RunError(problem, "", "free some space, or pass --no-delta")
 
 
 # Undoing -----------------------------------------------------------------------------------------------------------
 
 
 def _read_proof(folder: Path) -> dict[str, Any]:
-    if not (folder / PROOF_FILE).is_file():
-        raise RunError(f"a converted folder has {PROOF_FILE}", f"none in {folder}", "name one that omninorm wrote")
-    proof = read_json(folder / PROOF_FILE)
+    path = folder / PROOF_FILE
+    if not path.is_file():
+        problem = f"{folder} does not hold {PROOF_FILE}, so it was not written by omninorm convert"
+        raise RunError(problem, "", "pass a folder that it wrote")
+    proof = read_json(path)
     wanted = {"config": dict, "added": list, "changed_tensors": list, "before_sha256": dict}
     whole = all(isinstance(proof.get(name), kind) for name, kind in wanted.items())
     if whole:
         hashes = proof["before_sha256"].values()
         whole = all(isinstance(each, str) for each in (*proof["added"], *proof["changed_tensors"], *hashes))
     if proof.get("format") != FORMAT or not whole:
-        raise RunError(f"{PROOF_FILE} must be whole", str(folder / PROOF_FILE), "name a folder that omninorm wrote")
+        problem = f"{path} is damaged, or of another version of omninorm"
+        raise RunError(problem, "", "restore it, or convert the original again")
     return proof
 
 
 def _read_delta(folder: Path, names: set[str]) -> dict[str, Stored]:
-    """The kept tensors."""
+    """Return the saved original tensors."""
     if not names:
         return {}
     path = folder / DELTA_FILE
+    remedy = "restore it, or go back to the original"
     if not path.is_file():
-        raise RunError("an undo needs the weights that were changed", f"no {path.name} in {folder}", "convert it again")
+        raise RunError(f"Cannot undo: {path}, the original values of changed weights, is missing", "", remedy)
     found = SafetensorsFile(path).entries()
     if missing := sorted(names - set(found)):
-        raise RunError("an undo needs the weights that were changed", f"no {missing[0]} in {path}", "convert it again")
+        raise RunError(f"Cannot undo: {path} does not hold {missing[0]:.80}", "", remedy)
     return {name: found[name] for name in names}

@@ -1,4 +1,4 @@
-"""Who reads a norm: the linear maps whose input is the very memory that the norm wrote, seen in a run."""
+"""Finds the linear layers that consume a norm's output, by running the model and comparing storage."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from omninorm.surgery.verify import outputs
 
 @dataclass
 class Reading:
-    """readers: norm's name → names of the linear maps that read it. mean_share: norm's name → the largest share of the
-    mean in what it was given: mean² over mean square, by row."""
+    """The consumers and inputs of norms.
+
+    Args:
+        readers: norm's name → names of the linear layers that consume its output.
+        mean_share: norm's name → the largest mean² over mean square of its input's rows.
+    """
 
     readers: dict[str, list[str]] = field(default_factory=dict)
     mean_share: dict[str, float] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, norms: Sequence[str], maps: Mapping[str, nn.Module], probes: Sequence[Any]) -> Reading:
-    """Runs the model and looks at what its norms get and who reads them. Who reads two norms is listed for both."""
+    """Run the model and record each norm's consumers; a layer that consumes two norms is listed for both."""
     found = Reading({name: [] for name in norms}, dict.fromkeys(norms, 0.0))
-    written: list[tuple[str, Tensor]] = []  # kept, so that no memory is used twice
+    written: list[tuple[str, Tensor]] = []  # kept alive, so that no storage is reused
 
     def wrote(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -55,7 +59,7 @@ def trace(model: nn.Module, norms: Sequence[str], maps: Mapping[str, nn.Module],
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether a is b, or rows of it."""
+    """Return whether a is b, or rows of it, in the same storage."""
     width = b.shape[-1]
     rows = a.shape[-1] == width and a.stride(-1) == 1 and (a.storage_offset() - b.storage_offset()) % width == 0
     return rows and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Gains and biases of norms moved into the linear maps that read them."""
+"""Folds gains and biases of norms into the linear layers that consume their outputs."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from omninorm.surgery.verify import read_probes, shadow
 
 
 def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None, *, new_biases: bool = True) -> Surgery:
-    """Moves γ and β of every norm into the linear maps behind it, in place.
+    """Fold γ and β of every norm into the linear layers that consume its output, in place.
 
         W·(γ·x̂ + β) + b = (W·diag γ)·x̂ + (b + W·β)
 
-    Afterwards γ is 1 (0 where the norm adds one to it) and β is 0. The products are taken in float64 and rounded to the
-    weights' dtype once. Who reads a norm is seen in a run; that nobody else does is proved: the outputs of a copy in
-    float64 must stay the same, norm by norm, or the norm is refused. A head that is tied to the embedding gets a weight
-    of its own first.
+    Afterwards γ is 1 (0 if the norm adds one to it) and β is 0. The products are computed in float64 and rounded to the
+    weights' dtype once. Consumers are found by running a copy of the model; a norm is refused unless the outputs of the
+    copy in float64 stay the same, which shows that nothing else consumes it. A head that is tied to the embedding is
+    untied first.
 
     Args:
         model: any model whose norms `identify` knows.
         inputs: probes as in `verify`; None means random tokens.
-        new_biases: whether a matrix without a bias may get one for a β. A checkpoint's class has no place for it: False
-            refuses such norms.
+        new_biases: whether a linear layer without a bias may get one for β. False refuses such norms, for checkpoints
+            whose class has no place for it.
 
     Returns:
-        A report: `changed` (name → readers), `refused` (name → why not), `error`, `undo()`.
+        A report: `changed` (name → consumers), `refused` (name → reason), `error`, `table()`, `undo()`.
 
     Raises:
-        InputError: weights without values or quantized, or inputs that do not fit.
+        InputError: weights that are quantized or have no values, or inputs that the model does not take.
     """
     done = Surgery()
     before = probe(model, inputs)
@@ -51,7 +51,7 @@ def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None, *, new_bia
 
 
 def probe(model: nn.Module, inputs: Sequence[Any] | None) -> Probed:
-    """A copy in float64, with a head of its own, and what it returns for the inputs."""
+    """Return a copy in float64 with an untied head, and its outputs for the inputs."""
     made = shadow(model)
     untie_head(made, Surgery())
     return Probed(made, read_probes(made, inputs))
@@ -59,7 +59,7 @@ def probe(model: nn.Module, inputs: Sequence[Any] | None) -> Probed:
 
 @contextmanager
 def undone_by_errors(done: Surgery) -> Iterator[None]:
-    """An error inside leaves the model as it was."""
+    """Undo the operation after an error in the `with` block."""
     try:
         yield
     except BaseException:
@@ -68,11 +68,13 @@ def undone_by_errors(done: Surgery) -> Iterator[None]:
 
 
 def fold_all(before: Probed, model: nn.Module | None, done: Surgery, new_biases: bool) -> None:
-    """Folds what can be folded in a model in float64, and in the one that it stands for, if any."""
+    """Fold what can be folded in a float64 copy, and in the original model, if any."""
     plans = plan_folds(before, done.refused, new_biases)
     accepted, rejected = settle_folds(before, plans)
     for name, error in rejected.items():
-        done.refused[name] = f"the outputs would change by {error:.1e}: something else reads it, too"
+        done.refused[name] = (
+            f"something besides linear layers consumes its output (the outputs would change by {error:.1e})"
+        )
     for name, error in accepted.items():
         if model is not None:
             fold(model, name, plans[name], done, before.model)
@@ -83,7 +85,7 @@ def fold_all(before: Probed, model: nn.Module | None, done: Surgery, new_biases:
 
 
 def settle_folds(before: Probed, plans: Mapping[str, Sequence[str]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Folds those of the norms that leave the outputs as they are; see `settle`."""
+    """Fold those of the norms that preserve the outputs; see `settle`."""
 
     def attempt(names: Sequence[str], trial: Surgery) -> float:
         for name in names:
@@ -94,7 +96,7 @@ def settle_folds(before: Probed, plans: Mapping[str, Sequence[str]]) -> tuple[di
 
 
 def plan_folds(before: Probed, refused: dict[str, str], new_biases: bool) -> dict[str, list[str]]:
-    """The readers of every norm that has something to fold and is read by linear maps alone, as far as can be seen."""
+    """Return the consumers of every norm that has something to fold and, in this run, only linear consumers."""
     model = before.model
     norms = {
         name: identity for name, module in model.named_modules() if isinstance(identity := _identity(module), Identity)
@@ -108,15 +110,15 @@ def plan_folds(before: Probed, refused: dict[str, str], new_biases: bool) -> dic
         if identity.gain is None and identity.bias is None:
             continue
         if not readers:
-            refused[name] = "no linear map reads it directly"
+            refused[name] = "no linear layer consumes its output directly"
         elif any(counted.count(reader) > 1 for reader in readers):
-            refused[name] = "a linear map behind it reads another norm, too"
+            refused[name] = "a linear layer that consumes its output also consumes another norm's"
         elif (
             not new_biases
             and _has_bias(model, name, identity)
             and not all(_takes_bias(model, each) for each in readers)
         ):
-            refused[name] = "a linear map behind it has no bias that could take its bias up"
+            refused[name] = "a linear layer that consumes its output has no bias to fold its bias into"
         else:
             plans[name] = readers
     return plans
@@ -131,8 +133,11 @@ def _takes_bias(model: nn.Module, name: str) -> bool:
 
 
 def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery, measured: nn.Module) -> None:
-    """Moves one norm's gain and bias into its readers. What they are is measured on the model's shadow, which may be
-    the model: the user's own modules are not called, wherever they lie and whatever hangs on them."""
+    """Fold one norm's gain and bias into its consumers.
+
+    They are identified on `measured`, the copy in float64 (or the model itself): the user's own modules are never
+    called, as they may have hooks or lie on another device.
+    """
     norm = model.get_submodule(name)
     identity = identify(measured.get_submodule(name))
     assert isinstance(identity, Identity)
@@ -166,7 +171,7 @@ def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery, mea
 
 
 def untie(model: nn.Module, module: nn.Module, done: Surgery) -> None:
-    """Gives a module whose weight stands elsewhere, too, a weight of its own."""
+    """Give a module that shares its weight with another one a copy of it."""
     weight = module._parameters["weight"]
     assert weight is not None
     holders = [
@@ -185,14 +190,13 @@ def untie(model: nn.Module, module: nn.Module, done: Surgery) -> None:
 
 
 def untie_head(model: nn.Module, done: Surgery) -> None:
-    """Asks a model whose head is the embedding itself, no module, for a head of its own: `model.untie_head()`, which
-    returns how to undo it."""
+    """Call `model.untie_head()` of a model that uses its embedding as its head; it returns how to undo that."""
     if callable(ask := getattr(model, "untie_head", None)):
         done.later(ask())
 
 
 def _scale(found: LinearMap, factor: Tensor | None, shift: Tensor | None, done: Surgery) -> None:
-    """W ← W·diag(factor), b ← b + W·shift, computed in float64."""
+    """Set W ← W·diag(factor), b ← b + W·shift, computed in float64."""
     weight, bias = found.weight, found.bias
     matrix = weight.detach().double().cpu()
     matrix = matrix.T if found.transposed else matrix  # (outputs, inputs)
@@ -212,7 +216,7 @@ def _scale(found: LinearMap, factor: Tensor | None, shift: Tensor | None, done: 
 
 
 def _identity(module: nn.Module) -> object:
-    """A norm's identity, of those that `shadow` has made omninorm's; the others were refused there."""
+    """Return the identity of a norm of omninorm's; `shadow` has replaced all others that are supported."""
     from omninorm.layers import LayerNorm, RMSNorm
 
     return identify(module) if isinstance(module, (LayerNorm, RMSNorm)) else None

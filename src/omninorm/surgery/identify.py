@@ -1,6 +1,6 @@
-"""What a module computes, found by measurement: no class is trusted by its name.
+"""Identifies norms by probing; class names do not matter.
 
-A copy of the module, with parameters drawn at random, is fed probes in float64:
+A copy of the module, with random parameters, is called with probes in float64:
 
     odd               f(x) + f(−x) = 2β, the same for all rows
     rows              a row's output does not depend on other rows
@@ -11,7 +11,7 @@ A copy of the module, with parameters drawn at random, is fed probes in float64:
     ε                 from rows whose mean square is near it: r = 1/√(mean square + ε), and not 1/(rms + ε)
     rounding          in bfloat16, bit for bit: where the product with γ is rounded
 
-What answers otherwise is refused, with the first answer that differs as the reason.
+A module that differs is refused; the first property that it lacks is the reason.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.nn.parameter import is_lazy
 
 from omninorm import functional
 from omninorm.config import CASTS
+from omninorm.surgery.report import check_model
 
 _ROWS = (3, 5)
 _FREE_WIDTH = 64  # of a norm without parameters
@@ -44,11 +45,11 @@ class Identity:
         kind: "rmsnorm" or "layernorm".
         width: its features; None for a norm that takes any.
         eps: ε, added to the mean square or the variance; None for the machine epsilon of the compute dtype.
-        gain: the name of the parameter that holds γ, None without one.
-        gain_offset: what is added to that parameter: 0, or 1 in Gemma's form.
-        bias: the name of the parameter that holds β, None without one.
-        cast: "fp32" or "llama", as in NormConfig, where a bfloat16 copy computes bit for bit (but for one place in a
-            hundred, one unit in the last place off) what omninorm's norm does; None where it rounds in another way.
+        gain: the name of the parameter that holds γ, or None.
+        gain_offset: added to that parameter to get γ: 0, or 1 in Gemma's form.
+        bias: the name of the parameter that holds β, or None.
+        cast: "fp32" or "llama", as in NormConfig, if a bfloat16 copy agrees bit for bit with omninorm's norm (except
+            for at most one element in a hundred, off by one unit in the last place); None if it rounds differently.
     """
 
     kind: str
@@ -62,7 +63,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a module is not a norm that can be replaced."""
+    """The reason why a module is not a norm that can be replaced."""
 
     reason: str
 
@@ -72,17 +73,21 @@ class _RefusedError(Exception):
 
 
 def identify(module: nn.Module) -> Identity | Refusal:
-    """Finds out what a module computes; the module itself is left alone.
+    """Identify a norm by probing a copy of it; the module itself is not called.
 
     Returns:
-        An `Identity` for RMSNorm and LayerNorm over the last dimension, whoever wrote them; else a `Refusal`.
+        An `Identity` for RMSNorm and LayerNorm over the last dimension, of any class; otherwise a `Refusal`.
+
+    Raises:
+        InputError: it is not a module.
 
     Example:
         >>> identify(nn.LayerNorm(8, eps=1e-5))
         Identity(kind='layernorm', width=8, eps=1e-05, gain='weight', gain_offset=0.0, bias='bias', cast='fp32')
         >>> identify(nn.Linear(8, 8))
-        Refusal(reason='it has parameters that are no vectors of one size')
+        Refusal(reason='its parameters are not vectors of one size')
     """
+    check_model(module)
     try:
         return _Probe(module).identity()
     except _RefusedError as refused:
@@ -90,14 +95,14 @@ def identify(module: nn.Module) -> Identity | Refusal:
 
 
 class _Probe:
-    """A copy of a module that can be fed and changed."""
+    """A copy of a module that can be called and changed."""
 
     def __init__(self, module: nn.Module) -> None:
         self.width = _width(module)
         try:
             self.module = copy.deepcopy(module).eval()
         except Exception as error:  # a module may hold anything
-            raise _RefusedError(f"it can't be copied ({type(error).__name__})") from error
+            raise _RefusedError(f"it cannot be copied ({type(error).__name__})") from error
         _forget_hooks(self.module)
         self.module.to(device="cpu", dtype=torch.float64)
         self.generator = torch.Generator().manual_seed(0)
@@ -110,14 +115,14 @@ class _Probe:
         large = x * 2**15
         self._check_rows(large)
         bias = self._bias(large)
-        centred = self._close(self.run(large), self.run(large + 2**17))
-        gain = self._gain(large, bias, centred)
+        centered = self._close(self.run(large), self.run(large + 2**17))
+        gain = self._gain(large, bias, centered)
         gain_name, offset = self._name_of_gain(gain)
         bias_name = self._name_of_bias(bias)
-        if not centred and bias_name is not None:
+        if not centered and bias_name is not None:
             raise _RefusedError("it has a bias but does not subtract the mean")
-        eps = self._eps(x, gain, bias, centred)
-        kind = "layernorm" if centred else "rmsnorm"
+        eps = self._eps(x, gain, bias, centered)
+        kind = "layernorm" if centered else "rmsnorm"
         found = Identity(kind, self.width, eps, gain_name, offset, bias_name, None)
         return Identity(**{**vars(found), "cast": self._cast(found)})
 
@@ -127,40 +132,43 @@ class _Probe:
             with torch.no_grad():
                 y = self.module(x.clone())
         except Exception as error:  # whatever its forward needs
-            said = " ".join(str(error).split())[:120]
-            asked = f"it can't be called with a tensor alone, {tuple(x.shape)} to be normalized over the last dimension"
-            raise _RefusedError(f"{asked} ({type(error).__name__}: {said})") from error
+            said = f"{type(error).__name__}: {' '.join(str(error).split()):.120}"
+            raise _RefusedError(
+                f"it cannot be called with a single tensor of shape {tuple(x.shape)} ({said})"
+            ) from error
         if not isinstance(y, Tensor):
-            raise _RefusedError(f"it returns a {type(y).__name__}, no tensor")
+            raise _RefusedError(f"it returns a {type(y).__name__}, not a tensor")
         if y.shape != x.shape or not y.is_floating_point():
-            raise _RefusedError(f"it maps {tuple(x.shape)} to {tuple(y.shape)} of {y.dtype}")
+            raise _RefusedError(f"it maps the shape {tuple(x.shape)} to {tuple(y.shape)} of {y.dtype}")
         return y.double()
 
-    # The probes, in the order of the head ------------------------------------------------------------------------
+    # The probes, in the order of the module docstring ------------------------------------------------------------
 
     def _check_rows(self, x: Tensor) -> None:
         y = self.run(x)
         if not y.isfinite().all():
             raise _RefusedError("its outputs are not finite")
         if not torch.equal(y, self.run(x)):
-            raise _RefusedError("it gives two answers to one input")
+            raise _RefusedError("it returns different outputs for the same input")
         other = x.clone()
         other[0] = x[0].flip(0) * 3
         if not self._close(self.run(other)[1:], y[1:]):
-            raise _RefusedError("a row's output depends on other rows: it does not normalize the last dimension alone")
+            raise _RefusedError(
+                "a row's output depends on other rows, so it does not normalize the last dimension alone"
+            )
         if not self._close(self.run(x * 2**10), y):
-            raise _RefusedError("its output grows with its input: it does not normalize")
+            raise _RefusedError("its output grows with its input, so it does not normalize")
 
     def _bias(self, x: Tensor) -> Tensor:
-        """β, from the even part."""
+        """Return β, from the even part."""
         even = (self.run(x) + self.run(-x)) / 2
         if not self._close(even, even[:1, :1].expand_as(even), like=self.run(x)):
-            raise _RefusedError("its output for −x is not the opposite of that for x, plus one bias")
+            raise _RefusedError("f(−x) is not −f(x) plus a constant bias")
         return even.flatten(0, -2).mean(0)
 
-    def _gain(self, x: Tensor, bias: Tensor, centred: bool) -> Tensor:
-        """γ, the same for all rows."""
-        normed, odd = _normalize(x, centred), self.run(x) - bias
+    def _gain(self, x: Tensor, bias: Tensor, centered: bool) -> Tensor:
+        """Return γ, the same for all rows."""
+        normed, odd = _normalize(x, centered), self.run(x) - bias
         gain = (odd * normed).flatten(0, -2).sum(0) / normed.square().flatten(0, -2).sum(0)
         if not self._close(gain * normed, odd):
             raise _RefusedError("it is neither RMSNorm nor LayerNorm over the last dimension, times a gain")
@@ -181,12 +189,12 @@ class _Probe:
                 return name
         if float(bias.abs().max()) <= _CLOSE:
             return None
-        raise _RefusedError("its bias is no parameter")
+        raise _RefusedError("its bias is not a parameter")
 
-    def _eps(self, x: Tensor, gain: Tensor, bias: Tensor, centred: bool) -> float | None:
-        """ε, where it is of the size of a row's mean square; checked by the law at four sizes."""
+    def _eps(self, x: Tensor, gain: Tensor, bias: Tensor, centered: bool) -> float | None:
+        """Return ε, measured at rows whose mean square is near it and checked at four sizes."""
         row = x.flatten(0, -2)[:1]
-        row = row - row.mean() if centred else row
+        row = row - row.mean() if centered else row
         row = row / row.square().mean().sqrt()
         measured: list[tuple[float, float]] = []  # (mean square, 1/r²)
         for power in _LOG2_SCALES:
@@ -200,27 +208,27 @@ class _Probe:
             return 0.0
         found = sorted(eps for _, eps in near)[len(near) // 2]
         if any(abs(m + found - whole) > 1e-3 * whole for m, whole in measured if m > 1e-3 * found):
-            raise _RefusedError("its ε is not added to the mean square, under the root")
+            raise _RefusedError("its ε is not added to the mean square under the root")
         return self._exact_eps(found)
 
     def _exact_eps(self, found: float) -> float | None:
-        """The number that was meant: an attribute of the module, the machine epsilon, or one of few digits."""
+        """Return the exact value: an attribute of the module, the machine epsilon, or a number of three digits."""
         known = [value for value in vars(self.module).values() if isinstance(value, float)]
         if abs(found - torch.finfo(torch.float64).eps) < _EPS_CLOSE * found and found not in known:
             return None
         for value in [*known, float(f"{found:.2e}")]:
             if abs(value - found) <= _EPS_CLOSE * found:
                 return value
-        raise _RefusedError(f"its ε, about {found:.6g}, can't be told exactly")
+        raise _RefusedError(f"its ε, about {found:.6g}, cannot be determined exactly")
 
     def _cast(self, found: Identity) -> str | None:
-        """Which of omninorm's orders of rounding a bfloat16 copy follows."""
+        """Return the order of rounding that a bfloat16 copy follows, or None."""
         module = copy.deepcopy(self.module).to(torch.bfloat16)
         x = torch.randn(64, self.width or _FREE_WIDTH, generator=self.generator).bfloat16() * 3
         with torch.no_grad():
             try:
                 y = module(x)
-            except Exception:  # a module that knows no bfloat16
+            except Exception:  # a module without support for bfloat16
                 return None
         if y.dtype != torch.bfloat16:
             return None
@@ -235,7 +243,7 @@ class _Probe:
 
 
 def apply(found: Identity, module: nn.Module, x: Tensor, cast: str) -> Tensor:
-    """What omninorm's norm makes of x with the module's parameters."""
+    """Return omninorm's norm of x with the module's parameters."""
     gain = None if found.gain is None else module.get_parameter(found.gain)
     if found.kind == "rmsnorm":
         return functional.rms_norm(x, gain, found.eps, gain_offset=found.gain_offset, cast=cast)
@@ -246,43 +254,43 @@ def apply(found: Identity, module: nn.Module, x: Tensor, cast: str) -> Tensor:
 
 
 def _width(module: nn.Module) -> int | None:
-    """The features of a module whose parameters are vectors of one size; None without parameters."""
+    """Return the size of a module's parameter vectors; None without parameters."""
     if any(True for _ in module.children()):
-        raise _RefusedError("it is made of other modules")
+        raise _RefusedError("it contains other modules")
     parameters = list(module.parameters())
     for parameter in parameters:
         if is_lazy(parameter) or parameter.is_meta:
             raise _RefusedError("its parameters have no values yet")
         if not parameter.is_floating_point():
-            raise _RefusedError(f"its parameters are {parameter.dtype}: it is quantized")
+            raise _RefusedError(f"its parameters are {parameter.dtype}, so it is quantized")
     sizes = {tuple(parameter.shape) for parameter in parameters}
     if not sizes:
         shape = getattr(module, "normalized_shape", None)
         return int(shape[0]) if isinstance(shape, tuple) and len(shape) == 1 else None
     if len(sizes) > 1 or len(next(iter(sizes))) != 1 or next(iter(sizes))[0] < 2:
-        raise _RefusedError("it has parameters that are no vectors of one size")
+        raise _RefusedError("its parameters are not vectors of one size")
     return int(next(iter(sizes))[0])
 
 
-def _normalize(x: Tensor, centred: bool) -> Tensor:
-    """x̂ in float64, without ε."""
-    if centred:
+def _normalize(x: Tensor, centered: bool) -> Tensor:
+    """Return x̂ in float64, without ε."""
+    if centered:
         x = x - x.mean(-1, keepdim=True)
     return x / x.square().mean(-1, keepdim=True).sqrt()
 
 
 def _almost_equal(a: Tensor, b: Tensor) -> bool:
-    """bfloat16 numbers that are equal, but for one in a hundred: another order of rounding changes a quarter of them.
+    """Return whether bfloat16 values are equal except for one in a hundred.
 
-    Off by two units, too: where statistics that differ in their last bit round x̂ the other way, its product with the
-    gain may move by two.
+    Another order of rounding changes a quarter of them. Two units in the last place are allowed: statistics that differ
+    in their last bit may round x̂ the other way, which moves its product with the gain by up to two.
     """
     steps = (_ordered(a) - _ordered(b)).abs()
     return int(steps.max()) <= 2 and float((steps > 0).float().mean()) <= 0.01
 
 
 def _ordered(values: Tensor) -> Tensor:
-    """Integers in the order of the numbers, neighbours one apart."""
+    """Map bfloat16 values to integers in the same order, neighbours one apart."""
     bits = values.view(torch.int16).int()
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
@@ -293,7 +301,7 @@ def _forget_hooks(module: nn.Module) -> None:
 
 
 def _hooks(module: nn.Module) -> Iterator[dict[int, object]]:
-    """The dictionaries of a module's hooks."""
+    """Yield the dictionaries of a module's hooks."""
     for name, value in vars(module).items():
         if name.endswith("hooks") and isinstance(value, dict):
             yield value

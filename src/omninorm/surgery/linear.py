@@ -1,4 +1,4 @@
-"""Linear maps and embeddings as matrices, whichever way they store them; found by measurement, as norms are."""
+"""Identifies linear layers and embeddings, and the orientation of their weights, by probing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _CLOSE = 0.05
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A module y = W x + b, or an embedding, whose rows are what it writes.
+    """A module y = W x + b, or an embedding, which writes rows of its weight.
 
     Args:
         module: with the parameters `weight` and perhaps `bias`.
         inputs, outputs: features; an embedding's inputs are None.
-        transposed: whether the weight is stored as (inputs, outputs), as embeddings and GPT-2's Conv1D do.
+        transposed: whether the weight is stored as (inputs, outputs), as embeddings and GPT-2's Conv1D are.
     """
 
     module: nn.Module
@@ -38,7 +38,7 @@ class LinearMap:
 
 
 def read_linear(module: nn.Module) -> LinearMap | None:
-    """The map that a module computes, None where it is no plain linear map or embedding."""
+    """Return the linear map that a module computes, or None if it is not a plain linear layer or embedding."""
     if isinstance(streamed := getattr(module, "map", None), LinearMap):
         return streamed
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
@@ -46,7 +46,7 @@ def read_linear(module: nn.Module) -> LinearMap | None:
     if weight is None or weight.ndim != 2 or not named <= {"weight", "bias"} or any(True for _ in module.children()):
         return None
     if isinstance(module, nn.Embedding):
-        # A padding token's row is written to the stream like any other: only gradients know of it.
+        # padding_idx only affects gradients: a padding token's row is written like any other.
         return LinearMap(module, None, weight.shape[1], True) if module.max_norm is None else None
     for transposed in (False, True):
         inputs, outputs = weight.shape if transposed else weight.shape[::-1]
@@ -58,7 +58,7 @@ def read_linear(module: nn.Module) -> LinearMap | None:
         try:
             with torch.no_grad():
                 y = module(x)
-        except Exception:  # the other orientation, or no linear map
+        except Exception:  # the other orientation, or not linear
             continue
         if isinstance(y, Tensor) and y.shape == expected.shape and _close(y, expected):
             return LinearMap(module, inputs, outputs, transposed)

@@ -1,4 +1,4 @@
-"""What an operation did, and the way back."""
+"""Reports of operations: what was changed and refused, and how to undo it."""
 
 from __future__ import annotations
 
@@ -13,33 +13,67 @@ from torch import Tensor, nn
 from omninorm.errors import InputError
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
-    """changed: name → what was done; refused: name → why not."""
+    """The result of an operation. `print(report)` gives one line, `print(report.table())` every name.
+
+    Args:
+        changed: name → what was done.
+        refused: name → why not.
+    """
 
     changed: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
+    def counts(self) -> list[str]:
+        """Return what was changed, counted, for the one-line summary."""
+        raise NotImplementedError
 
-@dataclass
+    def table(self) -> str:
+        """Return a line for each name, with what was done or why not."""
+        rows = [("changed", *each) for each in self.changed.items()]
+        rows += [("refused", *each) for each in self.refused.items()]
+        width = max((len(name) for _, name, _ in rows), default=0)
+        return "\n".join(f"{kind}  {name:{width}}  {what}" for kind, name, what in rows)
+
+    def __str__(self) -> str:
+        return ", ".join((*self.counts(), f"{len(self.refused)} refused"))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self}>"
+
+
+@dataclass(repr=False)
 class Surgery(Report):
-    """As `Report`, of an operation that changes weights; `undo` restores them bit for bit.
+    """The result of an operation that changes weights; `undo` restores them bit for bit.
 
-    error: the largest difference of float64 outputs before and after, over the largest output; see `verify`.
+    Args:
+        error: the largest difference of float64 outputs before and after, relative to the largest output; see `verify`.
+        operation: "folded" or "centered".
     """
 
     error: float = 0.0
+    operation: str = "folded"
     _steps: list[Callable[[], None]] = field(default_factory=list, repr=False)
     _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _places: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict, repr=False)
     _relied: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
     _intact: list[Callable[[], bool]] = field(default_factory=list, repr=False)
 
+    def counts(self) -> list[str]:
+        norms = [
+            name for name, what in self.changed.items() if self.operation == "folded" or what.startswith("LayerNorm")
+        ]
+        counted = [numbered(len(norms), "norm", self.operation)]
+        if weights := len(self.changed) - len(norms):
+            counted.append(numbered(weights, "weight", "centered"))
+        return [*counted, f"maximum relative difference {self.error:.0e} in float64"] if self.changed else counted
+
     def undo(self) -> None:
-        """Restores every weight, and every module that was replaced.
+        """Restore every weight, and every module that was replaced.
 
         Raises:
-            InputError: something has changed them since, a later operation or training; nothing is restored then.
+            InputError: a later operation or training has changed them since; then nothing is restored.
         """
         check_intact(self._intact)
         self._intact.clear()
@@ -50,7 +84,7 @@ class Surgery(Report):
             self._steps.pop()()
 
     def finish(self) -> None:
-        """Remembers what the operation leaves, so that `undo` can tell whether something has changed it since."""
+        """Record the final state, so that `undo` can detect later changes."""
         for tensor in self._kept.values():
             self._intact.append(partial(_has_values, tensor, fingerprint(tensor)))
         for (name, own), model in self._relied.items():
@@ -60,11 +94,11 @@ class Surgery(Report):
             self._intact.append(partial(_stands, place, name, place[name]))
 
     def later(self, step: Callable[[], None]) -> None:
-        """Has a step taken by `undo`, before those that were given earlier."""
+        """Add a step for `undo`; later steps run first."""
         self._steps.append(step)
 
     def keep(self, parameter: Tensor) -> None:
-        """Remembers a parameter's values before they are changed."""
+        """Save a parameter's values before they are changed."""
         before = parameter.detach().clone()
         self._kept[id(parameter)] = parameter
 
@@ -74,17 +108,17 @@ class Surgery(Report):
         self._steps.append(restore)
 
     def set_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        """Puts another parameter in the place of a module's."""
+        """Replace a module's parameter."""
         self._put(module._parameters, name, parameter)
         if parameter is not None:
             self._kept[id(parameter)] = parameter
 
     def set_module(self, parent: nn.Module, name: str, module: nn.Module) -> None:
-        """Puts another module in a place."""
+        """Replace a submodule."""
         self._put(parent._modules, name, module)
 
     def rely_on(self, model: nn.Module, name: str, own: str) -> None:
-        """Says that `undo` needs the module of this name to have the parameter that the operation leaves it."""
+        """Require for `undo` that the module of this name still has the same parameter."""
         self._relied[name, own] = model
 
     def _put(self, place: dict[str, Any], name: str, value: object) -> None:
@@ -110,21 +144,31 @@ def _stands(place: dict[str, Any], name: str, left: object) -> bool:
 
 
 def check_intact(intact: Sequence[Callable[[], bool]]) -> None:
-    """Raises InputError unless all that an operation has left is as it was left."""
+    """Raise InputError if a tensor or module has changed since the operation."""
     changed = sum(not is_intact() for is_intact in intact)
     if changed:
-        received = f"{changed} of {len(intact)} weights or modules have changed"
-        remedy = "undo later operations first; what was trained since has no way back but a checkpoint"
-        raise InputError("an operation is undone while what it left is unchanged", received, remedy)
+        problem = f"Cannot undo: {changed} of {len(intact)} tensors or modules changed after this operation"
+        raise InputError(problem, "", "undo later operations first; to revert training, load a checkpoint")
+
+
+def check_model(model: object) -> None:
+    """Raise InputError for what is not a module."""
+    if not isinstance(model, nn.Module):
+        raise InputError("model must be a torch.nn.Module", f"a {type(model).__name__}", "pass the model itself")
+
+
+def numbered(count: int, noun: str, done: str) -> str:
+    """Return a counted participle, such as "1 norm swapped" or "9 norms swapped"."""
+    return f"{count} {noun}{'' if count == 1 else 's'} {done}"
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(tensor: Tensor) -> tuple[object, ...]:
-    """Numbers that trained or changed values would hardly have: of the bits, as integers.
+    """Return checksums of the tensor's bits, which training would change.
 
-    Sums over rows and columns, weighted by their positions, modulo 2⁶⁴.
+    They are sums over rows and columns, weighted by their positions, modulo 2⁶⁴.
     """
     if tensor.numel() == 0:
         return tensor.dtype, tuple(tensor.shape)

@@ -1,4 +1,4 @@
-"""Which of many changes leave a model's outputs as they are: tried all at once, and only where that fails in parts."""
+"""Bisects a set of edits to find those that preserve a model's outputs."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from omninorm.surgery.verify import EXACT, distance, outputs
 
 
 class Probed:
-    """What a model returned for some probes; `distance` says how far it has come from that.
+    """A model's outputs for some probes, and the current deviation from them.
 
     Raises:
-        InputError: it can't be called with them, or returns NaN.
+        InputError: the model cannot be called with the probes, or returns NaN.
     """
 
     def __init__(self, model: nn.Module, probes: Sequence[Any]) -> None:
         self.model, self.probes = model, probes
         self.before = [outputs(model, probe) for probe in probes]
         if any(bool(output.isnan().any()) for output in self.before):
-            remedy = "look for them with `omninorm inspect`, and restore an earlier checkpoint"
-            raise InputError("a model's outputs must be numbers to be compared", "NaN among them", remedy)
+            remedy = "find the faulty weights with `omninorm inspect`, and restore an earlier checkpoint"
+            raise InputError("The model's outputs contain NaN, so they cannot be compared", "", remedy)
 
     def forget_model(self) -> None:
-        """Keeps the outputs alone."""
+        """Release the model and keep its outputs."""
         del self.model
 
     def distance(self) -> float:
-        """The largest difference of the outputs now, over the largest output."""
+        """Return the largest difference of the outputs now, relative to the largest output."""
         return max(distance(a, outputs(self.model, probe)) for a, probe in zip(self.before, self.probes, strict=True))
 
     def distance_to(self, other: Probed) -> float:
-        """The same, to what another model returned for the same probes."""
+        """Return the same for another model's outputs for the same probes."""
         return max(distance(a, b) for a, b in zip(self.before, other.before, strict=True))
 
 
 def settle(
     items: Sequence[str], attempt: Callable[[Sequence[str], Surgery], float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Applies those of the changes that leave the outputs as they are.
+    """Apply those of the edits that preserve the outputs: all at once, and halves of them where that fails.
 
     Args:
-        items: names of the changes.
-        attempt: applies some of them, with what is needed to undo it, and returns how far the outputs have come.
+        items: names of the edits.
+        attempt: applies some of them, recording how to undo them, and returns the deviation of the outputs.
 
     Returns:
-        (accepted, rejected): name → difference of the outputs.
+        (accepted, rejected): name → deviation of the outputs.
     """
     if not items:
         return {}, {}

@@ -1,8 +1,8 @@
-"""A model whose matrices stay in their file: it runs in float64 in the memory of its largest layer's activations.
+"""A model whose matrices stay in their files, so that it runs in float64 with the memory of its largest activations.
 
-Linear maps and embeddings are replaced by `StreamedMap`, which reads its matrix a few rows at a time, each time it is
-called. What else has parameters is loaded in float64. Changes to a streamed matrix are kept as what is to be done to
-its rows, so the model that was proved and the file that is written come from the same arithmetic.
+Linear layers and embeddings are replaced by `StreamedMap`, which reads its matrix a few rows at a time, each time it is
+called. Other parameters are loaded in float64. A change to a streamed matrix is stored as an operation on its rows, so
+the model that is verified and the file that is written come from the same arithmetic.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from omninorm.errors import ConfigError, MissingExtraError, RunError
+from omninorm.errors import ConfigError, RunError
 from omninorm.record.tensors import FLOATS
-from omninorm.surgery.checkpoint import Checkpoint, check_plain
+from omninorm.surgery.build import build
+from omninorm.surgery.checkpoint import Checkpoint
 from omninorm.surgery.linear import LinearMap, read_linear
 from omninorm.surgery.report import Surgery
 
-# Numbers of a matrix in float64 at a time: 2 MiB, about a core's second-level cache.
+# Elements of a matrix in float64 at a time: 2 MiB, about a core's second-level cache.
 _CHUNK = 2**18
-# Of parameters that are no matrices: 64 MiB in float64.
+# Elements of a parameter that is loaded as a whole: 64 MiB in float64.
 _LARGEST_LOADED = 2**23
+_IN_MEMORY = "load the model, and use the functions of omninorm.surgery on it"
 
 
 class StreamedMap(nn.Module):
@@ -35,13 +36,13 @@ class StreamedMap(nn.Module):
         checkpoint, name: where W is.
         transposed: whether W is stored as (inputs, outputs); an embedding's rows are.
         bias: b, in memory.
-        row_scale: of an embedding, what its rows are multiplied by; None for a linear map.
+        row_scale: an embedding's factor for its rows; None for a linear layer.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     factor: Tensor | None = None
-    centred: bool = False
+    centered: bool = False
 
     def __init__(
         self, checkpoint: Checkpoint, name: str, transposed: bool, bias: Tensor | None, row_scale: float | None
@@ -49,24 +50,24 @@ class StreamedMap(nn.Module):
         super().__init__()
         self.checkpoint, self.name, self.transposed, self.row_scale = checkpoint, name, transposed, row_scale
         shape = checkpoint.stored(name).shape
-        # Without memory of its own: models ask for shape, dtype and device.
+        # Expanded from one element, so it takes no memory: models only use its shape, dtype and device.
         self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64).expand(shape), requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @property
     def map(self) -> LinearMap:
-        """Its features, as `read_linear` tells them."""
+        """Its features, as `read_linear` returns them."""
         inputs, outputs = self.weight.shape if self.transposed else self.weight.shape[::-1]
         return LinearMap(self, inputs if self.row_scale is None else None, outputs, self.transposed)
 
     @property
     def changed(self) -> bool:
-        """Whether anything is to be done to the matrix."""
-        return self.factor is not None or self.centred
+        """Whether the matrix is to be changed."""
+        return self.factor is not None or self.centered
 
     def scale(self, factor: Tensor | None, shift: Tensor | None, done: Surgery) -> None:
-        """W ← W·diag(factor), b ← b + W·shift."""
-        assert not self.centred, "folded before it is centred"
+        """Set W ← W·diag(factor), b ← b + W·shift."""
+        assert not self.centered, "folded before it is centered"
         if shift is not None and bool(shift.any()):
             assert self.bias is not None, "a checkpoint's class has no place for a new bias"
             done.keep(self.bias)
@@ -77,19 +78,19 @@ class StreamedMap(nn.Module):
             self.factor = factor if before is None else before * factor
 
     def center(self, done: Surgery) -> None:
-        """Takes the mean over the outputs out of W and b."""
-        if not self.centred:
-            done.later(lambda: setattr(self, "centred", False))
-            self.centred = True
+        """Subtract the mean over the outputs from W and b."""
+        if not self.centered:
+            done.later(lambda: setattr(self, "centered", False))
+            self.centered = True
         if self.bias is not None:
             done.keep(self.bias)
             self.bias.sub_(self.bias.mean())
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
-        """The matrix as it is to be, some stored rows at a time."""
-        means = self._means() if self.centred and not self.transposed else None
+        """Yield the changed matrix, some stored rows at a time."""
+        means = self._means() if self.centered and not self.transposed else None
         for part, chunk in self._scaled():
-            if self.centred:
+            if self.centered:
                 chunk -= chunk.mean(1, keepdim=True) if means is None else means
             yield part, chunk
 
@@ -97,7 +98,7 @@ class StreamedMap(nn.Module):
         if self.row_scale is not None:
             table = self.checkpoint.tensor(self.name)
             found = table[x].double()
-            if self.centred:
+            if self.centered:
                 found -= found.mean(-1, keepdim=True)
             return found * self.row_scale
         y = self._times(x.reshape(-1, x.shape[-1]).double())
@@ -114,7 +115,7 @@ class StreamedMap(nn.Module):
         return y
 
     def _scaled(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each chunk in the memory of the one before."""
+        """Yield scaled rows; each chunk reuses the memory of the one before."""
         place = torch.empty(max(_CHUNK, self.weight.shape[1]), dtype=torch.float64)
         for part, stored in self.checkpoint.rows(self.name, _CHUNK):
             chunk = place[: stored.numel()].view(stored.shape).copy_(stored)
@@ -123,7 +124,7 @@ class StreamedMap(nn.Module):
             yield part, chunk
 
     def _means(self) -> Tensor:
-        """Over the outputs, which are the rows."""
+        """Return the mean over the outputs, which are the rows."""
         return sum((chunk.sum(0) for _, chunk in self._scaled()), torch.zeros(())) / len(self.weight)
 
 
@@ -142,14 +143,14 @@ class StreamedModel:
     stored: dict[str, str]
 
     def written_under(self, name: str) -> str:
-        """What a parameter that was tied, and is no more, is called in the file: as its neighbours are."""
+        """Return the name in the file for a parameter that is no longer tied, in the style of the others there."""
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         stripped = any(key.startswith(prefix) and own == key[len(prefix) :] for key, own in self.stored.items())
         return name.removeprefix(prefix) if stripped else name
 
 
 def open_model(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float64) -> StreamedModel:
-    """Builds transformers' class over a checkpoint.
+    """Build transformers' class over a checkpoint.
 
     Args:
         checkpoint: its folder.
@@ -157,11 +158,12 @@ def open_model(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float64
 
     Raises:
         ConfigError: a model of another class than transformers', quantized, with code of its own, or with a large
-            parameter that is neither a linear map's nor an embedding's.
-        RunError: the weights are not those of the class.
+            parameter that is neither a linear layer's nor an embedding's.
+        RunError: the weights do not fit the class.
         MissingExtraError: transformers is not installed.
     """
-    opened = StreamedModel(_build(checkpoint), checkpoint, {})
+    model = build(checkpoint, lambda planned: _names(planned, checkpoint, planned=True))
+    opened = StreamedModel(model, checkpoint, {})
     opened.stored = _names(opened.model, checkpoint)
     known: dict[Any, LinearMap | None] = {}
     replaced: dict[int, nn.Module] = {}
@@ -179,41 +181,14 @@ def open_model(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float64
 # Parts -----------------------------------------------------------------------------------------------------------
 
 
-class _OnMeta(TorchFunctionMode):
-    """What a class allocates before it fills it gets no memory; what it computes, such as frequencies, does."""
+def _names(model: Any, checkpoint: Checkpoint, planned: bool = False) -> dict[str, str]:
+    """Map every parameter and buffer to its tensor in the files, which may lack the base model's prefix or add it.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def _build(checkpoint: Checkpoint) -> nn.Module:
-    try:
-        import transformers
-    except ImportError as error:
-        remedy = 'install it with pip install "omninorm[interop]"'
-        raise MissingExtraError("converting needs transformers", "an installation without it", remedy) from error
-    name = check_plain(checkpoint.config)
-    found: Any = getattr(transformers, name, None)
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-        remedy = "use a model that transformers itself has; code that comes with a model is not run"
-        raise ConfigError("config.json must name one of transformers' classes", repr(name), remedy)
-    try:
-        kind: Any = found.config_class
-        config = kind.from_pretrained(checkpoint.folder, local_files_only=True)
-        with _OnMeta():
-            model: Any = found(config)
-        model.tie_weights()
-    except Exception as error:  # whatever transformers makes of a damaged folder
-        said = " ".join(str(error).split())[:300]
-        raise RunError(f"{checkpoint.folder} must be a whole model", said, "download it again") from error
-    return model.eval()  # type: ignore[no-any-return]
-
-
-def _names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Every parameter's and buffer's name in the file, which may leave the base model's prefix out or have it more."""
+    Args:
+        model: of the class that config.json names.
+        checkpoint: the files.
+        planned: the model is on the meta device, so a buffer without a tensor may still be one that the class fills.
+    """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     persistent = model.state_dict(keep_vars=True)
     tensors |= {name: value for name, value in persistent.items() if name not in tensors}
@@ -229,7 +204,7 @@ def _names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     for name, tensor in tensors.items():
         if name not in found and id(tensor) in first:
             found[name] = first[id(tensor)]
-        elif name not in found and (tensor.is_meta or isinstance(tensor, nn.Parameter)):
+        elif name not in found and ((tensor.is_meta and not planned) or isinstance(tensor, nn.Parameter)):
             missing.append(name)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     unexpected = [
@@ -244,20 +219,36 @@ def _names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     ]
     for kind, wrong in (("missing", missing), ("unexpected", unexpected), ("mismatched", shapes)):
         if wrong:
-            what = f"{kind} keys: {', '.join(wrong[:3])}"
-            raise RunError("the weights must be those of config.json's class", what, "check that both belong together")
+            few = ", ".join(f"{name:.80}" for name in wrong[:3]) + (f" and {len(wrong) - 3} more" if wrong[3:] else "")
+            problem = f"The weights do not fit config.json's class {type(model).__name__}: {kind} keys: {few}"
+            raise RunError(problem, "", _situation(checkpoint, wrong))
     for name, stored in found.items():
         if isinstance(tensors[name], nn.Parameter) and checkpoint.stored(stored).dtype not in FLOATS:
-            received = f"{stored}, which is {checkpoint.stored(stored).dtype}"
-            raise ConfigError("weights must be floating-point", received, "dequantize the model first")
+            problem = (
+                f"The weights {stored:.80} have the dtype {checkpoint.stored(stored).dtype}, not a floating-point one"
+            )
+            raise ConfigError(problem, "", "dequantize the model first")
         other = first.get(id(tensors[name]), stored)
-        if other != stored and not torch.equal(checkpoint.tensor(other), checkpoint.tensor(stored)):
-            raise RunError("tied weights must be equal", f"{other} and {stored}, which differ", "untie the config")
+        if other != stored and not planned and not torch.equal(checkpoint.tensor(other), checkpoint.tensor(stored)):
+            problem = f"config.json ties {other:.80} to {stored:.80}, but the tensors differ"
+            raise RunError(problem, "", "set tie_word_embeddings to false in config.json")
     return found
 
 
+def _situation(checkpoint: Checkpoint, wrong: list[str]) -> str:
+    """The remedy, for the reasons that names tell."""
+    names = checkpoint.names()
+    if any(name.startswith("_orig_mod.") for name in names):
+        return (
+            "the model was saved while compiled: remove the prefix _orig_mod. from its names, or save model._orig_mod"
+        )
+    if any(".lora_" in name for name in names):
+        return "these are an adapter's weights: merge them into the model first, with merge_and_unload() of PEFT"
+    return "check that config.json and the weights belong to the same model"
+
+
 def _renamed(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Names in the file → what this version of transformers calls them."""
+    """Map names in the file to the names in this version of transformers."""
     names = sorted(checkpoint.names())
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -266,33 +257,35 @@ def _renamed(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
         return {name: name for name in names}
     try:
         steps = get_model_conversion_mapping(model)
-    except TypeError as error:
-        received = repr(getattr(model.config, "model_type", None))
-        raise RunError("config.json must name a type of model", received, "download it again") from error
+    except (KeyError, TypeError) as error:
+        received = f"{getattr(model.config, 'model_type', None)!r:.80}"
+        raise RunError(
+            "model_type in config.json must be one of transformers'", received, "download it again"
+        ) from error
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     found = {}
     for name in names:
         found[name], converted = rename_source_key(name, renamings, converters)
         if converted is not None:
-            remedy = "load it, and use omninorm.surgery in memory"
-            raise ConfigError("a file must hold the tensors of the class", f"{name}, a part of {found[name]}", remedy)
+            problem = f"transformers merges the tensor {name:.80} into {found[name]:.80} while loading"
+            raise ConfigError(f"{problem}, which convert does not support", "", _IN_MEMORY)
     return found
 
 
 def _matrix(module: nn.Module) -> bool:
-    """Whether it may be a linear map or an embedding."""
+    """Return whether it may be a linear layer or an embedding."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim == 2 and not any(True for _ in module.children())
 
 
 def _streamed(module: nn.Module, name: str, opened: StreamedModel, known: dict[Any, LinearMap | None]) -> nn.Module:
-    """The module over its file, or itself where it computes something else than its matrix."""
+    """Return a `StreamedMap` for the module, or the module itself if it computes more than its matrix does."""
     weight = opened.checkpoint.tensor(opened.stored[f"{name}.weight"])
     bias = None
     if module._parameters.get("bias") is not None:
         bias = opened.checkpoint.tensor(opened.stored[f"{name}.bias"])
-    # A class with the same settings computes the same with other weights.
+    # Modules of the same class and settings are probed once.
     key = (type(module), tuple(weight.shape), weight.dtype, bias is None, repr(module))
     before = dict(module._parameters)
     module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
@@ -313,11 +306,11 @@ def _streamed(module: nn.Module, name: str, opened: StreamedModel, known: dict[A
 
 
 def _row_scale(module: Any, table: Tensor) -> float | None:
-    """c, where an embedding returns c times the rows that it is asked for: √width in Gemma. None where it does not."""
+    """Return an embedding's factor for its rows, such as Gemma's √width; None if it computes something else."""
     rows = torch.arange(min(4, len(table)))
     expected = table[rows].double()
     module._parameters["weight"] = nn.Parameter(expected, requires_grad=False)
-    padding, module.padding_idx = getattr(module, "padding_idx", None), None  # it may be none of these rows
+    padding, module.padding_idx = getattr(module, "padding_idx", None), None  # it may lie beyond these few rows
     try:
         found = module(rows[None])[0].double()
     except Exception:  # positions with an offset, for instance
@@ -331,7 +324,7 @@ def _row_scale(module: Any, table: Tensor) -> float | None:
 
 
 def _load_rest(opened: StreamedModel, dtype: torch.dtype | None) -> None:
-    """Parameters and buffers that are not streamed."""
+    """Load the parameters and buffers that are not streamed."""
     for prefix, module in opened.model.named_modules():
         if isinstance(module, StreamedMap):
             continue
@@ -346,11 +339,14 @@ def _loaded(name: str, value: Tensor, opened: StreamedModel, dtype: torch.dtype 
     stored = opened.stored.get(name)
     if stored is None:
         if value.is_meta:
-            raise ConfigError("every buffer must have values", f"{name}, which the class fills later", "load it whole")
+            raise ConfigError(
+                f"The buffer {name:.80} has no values, neither in the files nor by its class", "", _IN_MEMORY
+            )
         return value.to(dtype) if value.is_floating_point() and dtype else value
     if value.numel() > _LARGEST_LOADED:
-        remedy = "load it, and use omninorm.surgery in memory"
-        raise ConfigError("large weights must be linear maps' or embeddings'", f"{stored} of {value.shape}", remedy)
+        shape = tuple(value.shape)
+        problem = f"{stored:.80} of shape {shape} is too large to load, and neither a linear layer nor an embedding"
+        raise ConfigError(problem, "", _IN_MEMORY)
     found = opened.checkpoint.tensor(stored)
     found = found.to(dtype if found.is_floating_point() and dtype else found.dtype, copy=True)
     return nn.Parameter(found, requires_grad=False) if isinstance(value, nn.Parameter) else found

@@ -1,4 +1,4 @@
-"""Norms replaced by omninorm's, in place, with the same parameters, and a way back."""
+"""Replaces norms by omninorm's, in place and with the same parameters; can be undone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from omninorm.layers import LayerNorm, RMSNorm
 from omninorm.surgery.identify import Identity, Refusal, identify
-from omninorm.surgery.report import Report, check_intact
+from omninorm.surgery.report import Report, check_intact, check_model, numbered
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _OURS = (RMSNorm, LayerNorm)
@@ -19,7 +19,7 @@ _OURS = (RMSNorm, LayerNorm)
 
 @dataclass
 class _Place:
-    """Where a module is registered, what it was, and what it is now."""
+    """A place where a module is registered, with the module before and after."""
 
     parent: nn.Module
     child: str
@@ -30,17 +30,20 @@ class _Place:
         return self.parent._modules.get(self.child) is self.after
 
 
-@dataclass
+@dataclass(repr=False)
 class SwapReport(Report):
-    """What `swap_norms` did. `undo` puts the modules back; what was trained meanwhile stays: parameters are shared."""
+    """The result of `swap_norms`. `undo` restores the modules; parameters are shared, so training is kept."""
 
     _places: list[_Place] = field(default_factory=list, repr=False)
 
+    def counts(self) -> list[str]:
+        return [numbered(len(self.changed), "norm", "swapped")]
+
     def undo(self) -> None:
-        """Puts every module back.
+        """Put the original modules back.
 
         Raises:
-            InputError: a later operation has replaced some of them; nothing is put back then.
+            InputError: a later operation has replaced some of them; then nothing is restored.
         """
         check_intact([place.is_intact for place in self._places])
         for place in self._places:
@@ -49,20 +52,24 @@ class SwapReport(Report):
 
 
 def swap_norms(model: nn.Module) -> SwapReport:
-    """Replaces every norm that turns out to be RMSNorm or LayerNorm by omninorm's, in place.
+    """Replace every module that computes RMSNorm or LayerNorm by omninorm's, in place.
 
-    Parameters stay the same objects, so ties, optimizers and state dicts are as before; hooks move along. A norm is
-    replaced only where omninorm's computes what it does: same gain, bias and ε and, where its parameters have 16 bits,
+    Parameters stay the same objects, so ties, optimizers and state dicts are unaffected; hooks are kept. A norm is
+    replaced only if omninorm's computes the same: with the same gain, bias and ε and, if its parameters have 16 bits,
     the same order of rounding.
 
     Returns:
-        A report: `changed` (name → what it is now), `refused` (name → why not), `undo()`.
+        A report: `changed` (name → new module), `refused` (name → reason), `table()`, `undo()`.
+
+    Raises:
+        InputError: it is not a module.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
         >>> swap_norms(model).changed
         {'1': 'LayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True)'}
     """
+    check_model(model)
     report = SwapReport()
     known: dict[int, nn.Module | str] = {}
     for name, parent, child, module in list(_registered(model)):
@@ -82,35 +89,37 @@ def swap_norms(model: nn.Module) -> SwapReport:
 
 @contextmanager
 def swapped(model: nn.Module) -> Iterator[SwapReport]:
-    """`swap_norms` for the time that the context is entered."""
+    """Apply `swap_norms` inside a `with` block."""
     report = swap_norms(model)
     try:
         yield report
     finally:
-        report._places = [place for place in report._places if place.is_intact()]  # others were replaced meanwhile
+        report._places = [
+            place for place in report._places if place.is_intact()
+        ]  # modules replaced inside the block are left alone
         report.undo()
 
 
 def looks_like_a_norm(module: nn.Module) -> bool:
-    """Whether a reader would expect to hear of it: only reports depend on this."""
+    """Return whether a report should mention the module if it is not replaced; nothing else depends on its name."""
     return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
 
 
 def build(found: Identity, module: nn.Module) -> nn.Module | str:
-    """omninorm's norm with the module's parameters, or why there is none."""
+    """Return omninorm's norm with the module's parameters, or the reason why there is none."""
     gain = None if found.gain is None else module.get_parameter(found.gain)
     if found.width is None:
-        return "it has no parameters, so its width is not known"
+        return "it has no parameters, so its width is unknown"
     if found.gain not in (None, "weight") or found.bias not in (None, "bias"):
-        return f"its parameters are named {found.gain!r} and {found.bias!r}: a state dict would no longer fit"
+        return f"its parameters are named {found.gain!r} and {found.bias!r}: the state dict would change"
     if found.cast is None and gain is not None and gain.dtype in _LOW_PRECISION:
-        return f"in {gain.dtype} it rounds in an order that omninorm's norm does not have"
+        return f"in {gain.dtype} it rounds in an order that omninorm does not have"
     with torch.device("meta"):  # the parameters come from the module
         if found.kind == "rmsnorm":
             cast = found.cast or "fp32"
             new: nn.Module = RMSNorm(found.width, found.eps, gain is not None, gain_offset=found.gain_offset, cast=cast)
         elif found.gain_offset:
-            return "its gain is one plus a parameter, which omninorm's LayerNorm does not have"
+            return "its gain is one plus a parameter, which omninorm's LayerNorm does not support"
         else:
             new = LayerNorm(found.width, found.eps, gain is not None, found.bias is not None)
     for name in ("weight", "bias"):
@@ -121,7 +130,7 @@ def build(found: Identity, module: nn.Module) -> nn.Module | str:
 
 def _replacement(module: nn.Module) -> nn.Module | str:
     if "forward" in vars(module):
-        return "its forward was replaced on the instance, as accelerate's hooks do: remove them first"
+        return "its forward was replaced on the instance, for example by accelerate's hooks; remove them first"
     found = identify(module)
     if isinstance(found, Refusal):
         return found.reason
@@ -129,14 +138,14 @@ def _replacement(module: nn.Module) -> nn.Module | str:
     if isinstance(new, str):
         return new
     for name, value in vars(module).items():
-        # Hooks move along; so does what others may read, such as variance_epsilon.
+        # Keep hooks, and attributes that other code may read, such as variance_epsilon.
         if name.endswith("hooks") or name not in vars(new):
             new.__dict__[name] = value
     return new.train(module.training)
 
 
 def _registered(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """(name, parent, name in the parent, module) of every place, also of modules that stand in several."""
+    """Yield (name, parent, name in the parent, module) for every place; a shared module appears once per place."""
     for name, parent in model.named_modules():
         for child, module in parent._modules.items():
             if module is not None:

@@ -1,4 +1,4 @@
-"""Proof that two models compute the same: their outputs in float64 on probe inputs."""
+"""Compares two models by their outputs in float64 on probe inputs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.errors import InputError
+from omninorm.surgery.report import check_model
 from omninorm.surgery.swap import swap_norms
 
-# Float64 has a step of 2e-16; a model of a hundred layers stays far below this.
+# Rounding in float64 is 2e-16; a model of a hundred layers stays far below this limit.
 EXACT = 1e-10
 _TOKENS = (2, 16)
 
@@ -25,8 +26,8 @@ class Verification:
 
     Args:
         largest: the largest absolute difference of their outputs.
-        relative: over the largest output.
-        blocks: the same, relative, behind every block that both have, by name.
+        relative: `largest` divided by the largest output.
+        blocks: the relative difference after every block that both have, by name.
         exact: whether `relative` is at most `limit`.
         limit: see `EXACT`.
     """
@@ -41,17 +42,17 @@ class Verification:
 def verify(
     before: nn.Module, after: nn.Module, inputs: Sequence[Any] | None = None, limit: float = EXACT
 ) -> Verification:
-    """Compares two models in float64; both are left alone.
+    """Compare two models in float64; neither is changed.
 
     Args:
-        before, after: the models. Copies in float64 are compared, with omninorm's norms where they are known, since
-            others round to float32 inside.
+        before, after: the models. Their copies in float64 are compared, with omninorm's norms in place of others that
+            would round to float32 inside.
         inputs: probes, each a tensor or a dictionary of keyword arguments; None means random tokens.
         limit: the largest relative difference that counts as equal.
 
     Raises:
-        InputError: no inputs, or none for a model without an embedding, a model that can't be called with them, or two
-            models with outputs of different shapes.
+        InputError: no inputs, or none for a model without an embedding; a model that cannot be called with them; or
+            two models with outputs of different shapes.
     """
     with torch.no_grad():
         one, other = shadow(before), shadow(after)
@@ -64,7 +65,7 @@ def verify(
         if ours.shape != theirs.shape:
             received = f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
             raise InputError(
-                "models that are compared must return one shape", received, "compare a model with its copy"
+                "Both models must return outputs of the same shape", received, "compare a model with its own copy"
             )
         largest = max(largest, _gap(ours, theirs))
         size = max(size, _size(ours))
@@ -77,23 +78,27 @@ def verify(
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """A copy in float64 on the CPU, with omninorm's norms where they are known.
+    """Return a copy in float64 on the CPU, with omninorm's norms in place of those that it can replace.
 
     Raises:
         InputError: the weights have no values, or are quantized.
     """
+    check_model(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point():
-            what = "has no values" if parameter.is_meta else f"is {parameter.dtype}"
-            remedy = "load the weights, or dequantize them, first"
-            raise InputError("surgery needs floating-point weights", f"{name!r}, which {what}", remedy)
+        if parameter.is_meta:
+            raise InputError(
+                f"The parameter {name!r} has no values (it is on the meta device)", "", "load the weights first"
+            )
+        if not parameter.is_floating_point():
+            remedy = "dequantize the model first"
+            raise InputError(f"The parameter {name!r} must be floating-point for surgery", str(parameter.dtype), remedy)
     made = copy.deepcopy(model).eval().to("cpu", torch.float64)
     swap_norms(made)
     return made
 
 
 def probe_inputs(model: nn.Module, seed: int = 0) -> list[Tensor]:
-    """Random tokens for the model's first embedding.
+    """Return random tokens for the model's first embedding.
 
     Raises:
         InputError: it has none.
@@ -101,13 +106,13 @@ def probe_inputs(model: nn.Module, seed: int = 0) -> list[Tensor]:
     table = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
     if table is None:
         remedy = "pass inputs=[…], tensors or dictionaries of keyword arguments"
-        raise InputError("a model without an embedding needs inputs", "none", remedy)
+        raise InputError(f"{type(model).__name__} has no embedding, so its inputs cannot be drawn", "", remedy)
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, table.num_embeddings, _TOKENS, generator=generator)]
 
 
 def read_probes(model: nn.Module, inputs: Sequence[Any] | None) -> list[Any]:
-    """The inputs in float64, or random tokens.
+    """Return the inputs in float64, or random tokens.
 
     Raises:
         InputError: there are none, or one is neither a tensor nor a dictionary.
@@ -117,61 +122,61 @@ def read_probes(model: nn.Module, inputs: Sequence[Any] | None) -> list[Any]:
     remedy = "pass a list of tensors, or of dictionaries of keyword arguments"
     if isinstance(inputs, (Tensor, Mapping)) or not len(inputs):
         received = "an empty list" if isinstance(inputs, Sequence) else f"a {type(inputs).__name__}"
-        raise InputError("inputs must be a list with at least one of them", received, remedy)
+        raise InputError("inputs must be a list with at least one input", received, remedy)
     for probe in inputs:
         if not isinstance(probe, (Tensor, Mapping)):
-            raise InputError("each of inputs must be a tensor or a dictionary", type(probe).__name__, remedy)
+            raise InputError("Each of inputs must be a tensor or a dictionary", f"a {type(probe).__name__}", remedy)
     return [in_double(probe) for probe in inputs]
 
 
 def in_double(probe: Any) -> Any:
-    """Floating-point probes as the shadow's weights are."""
+    """Convert floating-point inputs to float64, like the weights of the copy."""
     if isinstance(probe, Tensor):
         return probe.double() if probe.is_floating_point() else probe
     return {name: in_double(value) if isinstance(value, Tensor) else value for name, value in probe.items()}
 
 
 def outputs(model: nn.Module, probe: Any) -> Tensor:
-    """The model's logits, or its last hidden state.
+    """Return the model's logits, or its last hidden state.
 
     Raises:
-        InputError: it can't be called with the probe, or returns no tensor.
+        InputError: it cannot be called with the probe, or returns no tensor.
     """
-    remedy = "pass inputs that it takes: tensors, or dictionaries of keyword arguments"
+    remedy = "pass inputs=[…] that it takes: tensors, or dictionaries of keyword arguments"
     try:
         with torch.no_grad():
             found = model(**probe) if isinstance(probe, Mapping) else model(probe)
     except Exception as error:  # whatever the model needs
-        said = " ".join(str(error).split())[:200]
-        raise InputError("the model must take the inputs", f"{type(error).__name__}: {said}", remedy) from error
+        said = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise InputError(f"{type(model).__name__} failed on the inputs in float64 ({said})", "", remedy) from error
     for name in ("logits", "last_hidden_state"):
         found = getattr(found, name, found)
     if isinstance(found, (tuple, list)) and found:
         found = found[0]
     if not isinstance(found, Tensor) or not found.numel():
         received = "an empty tensor" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        raise InputError("the model must return a tensor, or logits", received, remedy)
+        raise InputError(f"{type(model).__name__} must return a tensor, or logits", received, remedy)
     return found.double()
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference over the largest value; infinite where one of them is NaN."""
+    """Return the largest difference relative to the largest value; infinite if either holds NaN."""
     size, gap = _size(a), _gap(a, b)
     return gap / size if size else gap
 
 
 def _size(a: Tensor) -> float:
-    """The largest of the finite values."""
+    """Return the largest of the finite values."""
     return float(a.abs().nan_to_num(0.0, 0.0).max()) if a.numel() else 0.0
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """The largest difference: none between equal infinities, an infinite one to or from NaN, even of two."""
+    """Return the largest difference: 0 between equal infinities, infinite to or from NaN, even between two."""
     return float((a - b).abs().masked_fill(a == b, 0.0).nan_to_num(math.inf, math.inf).max()) if a.numel() else 0.0
 
 
 def _run(model: nn.Module, probe: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Outputs, and what every member of a stack of modules returns."""
+    """Return the outputs, and the output of every member of each ModuleList."""
     seen: dict[str, Tensor] = {}
 
     def look(name: str) -> Any:

@@ -1,10 +1,10 @@
-"""Files of weights, read tensor by tensor: safetensors, and those of torch.save that hold nothing but tensors."""
+"""Weight files read tensor by tensor: safetensors, and files of torch.save that hold nothing but tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from omninorm.errors import RunError
 from omninorm.record.tensors import open_safetensors
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# What safetensors calls the dtypes.
+# Dtypes by their names in safetensors.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -30,7 +30,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file says of a tensor: its dtype in safetensors' words, and its shape."""
+    """A tensor's dtype, by its name in safetensors, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -40,37 +40,36 @@ class WeightFile(Protocol):
     """Tensors of a file, by name."""
 
     def entries(self) -> dict[str, Stored]:
-        """In the order of the file.
+        """Return the tensors in the order of the file.
 
         Raises:
             RunError: the file is damaged.
         """
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the file."""
+        """Return a view of the file."""
 
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A safetensors file, whose pages are let go with the tensors that view them."""
+    """A safetensors file, whose pages are released with the tensors that view them."""
 
     path: Path
 
     def entries(self) -> dict[str, Stored]:
-        with open_safetensors(self.path) as file:
+        with _open(self.path) as file:
             parts = {name: file.get_slice(name) for name in file.offset_keys()}
             return {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
 
     def tensor(self, name: str) -> Tensor:
-        with open_safetensors(self.path) as file:
+        with _open(self.path) as file:
             found: Tensor = file.get_tensor(name)
         return found
 
 
 @dataclass(frozen=True)
 class PickledFile:
-    """A file of torch.save. Its pickle is read by torch's restricted unpickler, which builds tensors and containers of
-    them and calls nothing else; whatever it refuses is refused."""
+    """A file of torch.save, read by torch's restricted unpickler (weights_only), which runs no code."""
 
     path: Path
 
@@ -81,17 +80,17 @@ class PickledFile:
         return self._load()[name].contiguous()
 
     def _load(self) -> dict[str, Tensor]:
-        """Anew each time, since what is loaded would keep the pages of the whole file."""
+        """Load it again each time, because a loaded tensor keeps the pages of the whole file in memory."""
         try:
             found = self._unpickle()
         except Exception as error:  # a pickle of something else, or a damaged one
-            said = " ".join(str(error).split())[:160]
-            raise RunError(_ONLY_TENSORS, f"{self.path.name}: {said}", _AS_SAFETENSORS) from error
+            said = f"{' '.join(str(error).split()):.160}"
+            raise RunError(f"{self.path} {_ONLY_TENSORS} ({said})", "", _AS_SAFETENSORS) from error
         if not isinstance(found, dict):
-            raise RunError(_ONLY_TENSORS, f"{self.path.name}, a {type(found).__name__}", _AS_SAFETENSORS)
+            raise RunError(f"{self.path} {_ONLY_TENSORS}", f"a {type(found).__name__}", _AS_SAFETENSORS)
         for name, value in found.items():
             if not isinstance(name, str) or not isinstance(value, Tensor) or not _plain(value):
-                raise RunError(_ONLY_TENSORS, f"{self.path.name} with {name!r}", _AS_SAFETENSORS)
+                raise RunError(f"{self.path} {_ONLY_TENSORS}", f"{name!r:.80} in it", _AS_SAFETENSORS)
         return {name: value.detach() for name, value in found.items()}
 
     def _unpickle(self) -> object:
@@ -102,9 +101,21 @@ class PickledFile:
 
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ONLY_TENSORS = "a pickled file must hold tensors by name and nothing else"
+_ONLY_TENSORS = "must hold tensors by name and nothing else"
 _AS_SAFETENSORS = "save the model as safetensors first"
 
 
 def _plain(value: Tensor) -> bool:
-    return value.layout is torch.strided and value.device.type == "cpu" and value.dtype in _NAMES
+    """Return whether a tensor is dense, on the CPU, and no view that claims more elements than it stores."""
+    if value.layout is not torch.strided or value.device.type != "cpu" or value.dtype not in _NAMES:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def _open(path: Path) -> Any:
+    """Open the file for `with`; its error quotes a damaged header, which may be long."""
+    try:
+        return open_safetensors(path)
+    except RunError as error:
+        problem = f"{path} is not a complete safetensors file: {error.received!s:.200}"
+        raise RunError(problem, "", "download it again, or save it again") from error

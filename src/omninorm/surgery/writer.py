@@ -1,4 +1,4 @@
-"""Safetensors written and hashed piece by piece: the library's own writer takes whole files in memory."""
+"""Writes and hashes safetensors piece by piece; the library's own writer needs the whole file in memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from omninorm.record.tensors import bits
 from omninorm.surgery.weight_files import Stored
 
 _PIECE = 2**22
-_AHEAD = 4  # steps that wait, two a piece
+_AHEAD = 4  # queued steps, two for each piece
 
 
 def size(stored: Stored) -> int:
-    """Bytes."""
+    """Return the bytes that a tensor takes."""
     return prod(stored.shape) * bits(stored.dtype) // 8
 
 
@@ -31,8 +31,8 @@ class Writer:
     """A safetensors file that grows tensor by tensor, written by one thread and hashed by another.
 
     Args:
-        path: the file, which must not exist; None only hashes.
-        entries: its tensors, in the order in which they will come.
+        path: the file, which must not exist yet; None only computes hashes.
+        entries: its tensors, in the order in which they will be added.
     """
 
     def __init__(self, path: Path | None, entries: Mapping[str, Stored]) -> None:
@@ -44,7 +44,7 @@ class Writer:
         self._later(self._writing, self._write, _header(entries))
 
     def add(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """Adds the next tensor, its elements in pieces that are not changed any more.
+        """Add the next tensor; its pieces must not be changed afterwards.
 
         Raises:
             OSError: an earlier piece could not be written.
@@ -87,19 +87,19 @@ class Writer:
 
 
 def pieces(value: Tensor) -> Iterator[Tensor]:
-    """A tensor's elements, a few megabytes at a time."""
+    """Yield a tensor's elements, a few megabytes at a time."""
     flat = value.contiguous().view(-1)
     step = max(1, _PIECE // value.element_size())
     yield from (flat[start : start + step] for start in range(0, len(flat), step))
 
 
 def as_bytes(value: Tensor) -> memoryview:
-    """A contiguous tensor's memory."""
+    """Return a contiguous tensor's memory."""
     return value.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(entries: Mapping[str, Stored]) -> bytes:
-    """The format: the length of a JSON object in eight bytes, little-endian; the object; the tensors."""
+    """Return the header: the length of a JSON object in eight little-endian bytes, and the object."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, stored in entries.items():

@@ -1,4 +1,4 @@
-"""What is wrong with the measured weights: rules about one tensor, about channels, and about the whole model."""
+"""Rules for single tensors, for channels, and for the whole model."""
 
 from omninorm.inspection.rules.channels import channel_findings
 from omninorm.inspection.rules.model import model_findings

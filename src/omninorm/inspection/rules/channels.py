@@ -1,4 +1,4 @@
-"""Rules about a matrix's rows and columns: dead ones, and ones that outweigh the rest."""
+"""Rules for a matrix's rows and columns: dead ones and outliers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ OUTLIER = 10.0
 
 
 def channel_findings(tensor: TensorStats) -> Iterator[Finding]:
-    """Everything to say about the channels of one matrix; nothing if it is all zero, which is another rule's."""
+    """Yield findings about the channels of one matrix, unless it is all zero, which is another rule's finding."""
     if not tensor.is_matrix or tensor.rms == 0.0 or tensor.rows is None or tensor.columns is None:
         return
     for axis, channels in (("row", tensor.rows), ("column", tensor.columns)):
         tokens = axis == "row" and tensor.place.kind in ("embedding", "head")
         if channels.dead:
             yield _untrained(tensor, channels) if tokens else _dead(tensor, axis, channels)
-        # Tokens may be as rare as they like; a channel that outweighs the rest is one for all tokens.
+        # Rows of embeddings and heads belong to single tokens, whose sizes may differ; channels belong to all tokens.
         if not tokens and channels.ratio is not None and channels.ratio > OUTLIER:
             yield _outlier(tensor, axis, channels, channels.ratio)
 
@@ -29,24 +29,23 @@ def channel_findings(tensor: TensorStats) -> Iterator[Finding]:
 def _dead(tensor: TensorStats, axis: str, channels: Channels) -> Finding:
     evidence = (
         f"{channels.dead} of {channels.count} {axis}s ({_some(channels)}) are dead:"
-        f" below {DEAD:g} × the matrix's RMS {tensor.rms:.3g}"
+        f" their RMS is below {DEAD:g} × the matrix's RMS of {tensor.rms:.3g}"
     )
-    remedy = "nothing passes there: prune them, or look for a slice that was never filled"
+    remedy = "these channels carry no signal: prune them, or look for a slice that was never filled"
     return about(tensor, "warn", f"dead-{axis}s", evidence, remedy, channels.dead / channels.count)
 
 
 def _untrained(tensor: TensorStats, channels: Channels) -> Finding:
-    evidence = (
-        f"{channels.dead} of {channels.count} rows ({_some(channels)}) are zero: tokens or positions never trained"
-    )
-    remedy = "usual for padding; no text should contain them"
+    which = f"{channels.dead} of {channels.count} rows ({_some(channels)})"
+    evidence = f"{which} are zero: these tokens or positions were never trained"
+    remedy = "normal for padding; inputs should not contain them"
     return about(tensor, "note", "untrained-rows", evidence, remedy, channels.dead / channels.count)
 
 
 def _outlier(tensor: TensorStats, axis: str, channels: Channels, ratio: float) -> Finding:
     evidence = (
-        f"{axis} {channels.largest} has {ratio:.3g} × the RMS of the median {axis}, {channels.median:.3g}"
-        f" (outlier above {OUTLIER:g})"
+        f"{axis} {channels.largest} has {ratio:.3g} × the median {axis}'s RMS of {channels.median:.3g}"
+        f" (threshold {OUTLIER:g})"
     )
     remedy = "quantize with a scale per channel along this axis, or keep the channel in 16 bits"
     return about(tensor, "warn", f"outlier-{axis}", evidence, remedy, ratio)

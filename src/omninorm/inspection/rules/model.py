@@ -1,4 +1,4 @@
-"""Rules about the whole model: blocks that differ from their siblings, tensors that are zero, twice, or missing."""
+"""Rules for the whole model: unusual blocks, and zero, duplicate or missing tensors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ EPS_SHARE = 0.2
 def model_findings(
     tensors: Sequence[TensorStats], config: Mapping[str, Any], pairs: Sequence[tuple[TensorStats, TensorStats]]
 ) -> Iterator[Finding]:
-    """Everything to say about the tensors together.
+    """Yield findings about the tensors together.
 
     Args:
         tensors: all of them.
         config: the model's settings, or {}.
-        pairs: matrices that hold the same values.
+        pairs: matrices with the same values.
     """
     yield from _depth(tensors)
     yield from _zero(tensors)
@@ -46,10 +46,10 @@ def _depth(tensors: Sequence[TensorStats]) -> Iterator[Finding]:
                 continue
             factor = each.rms / median
             evidence = (
-                f"RMS {each.rms:.3g} is {factor:.3g} × {median:.3g}, the median of the same matrix in {len(group)}"
-                f" blocks (deviates above {DEPTH:g} or below {1 / DEPTH:g})"
+                f"its RMS of {each.rms:.3g} is {factor:.3g} × the median {median:.3g} of the same matrix in"
+                f" {len(group)} blocks (thresholds {1 / DEPTH:g} and {DEPTH:g})"
             )
-            remedy = "look whether this block was scaled, merged or initialized in another way than its siblings"
+            remedy = "check whether this block was scaled, merged or initialized differently from the others"
             yield about(each, "warn", "depth-outlier", evidence, remedy, max(factor, 1 / factor))
 
 
@@ -68,25 +68,27 @@ def _zero(tensors: Sequence[TensorStats]) -> Iterator[Finding]:
 def _zero_finding(tensor: TensorStats, alive: int, siblings: int) -> Finding:
     if tensor.place.kind in ("embedding", "head") and "pos" not in tensor.name and "type" not in tensor.name:
         remedy = (
-            "all tokens look alike to this model: the weights were not saved or not loaded; take another checkpoint"
+            "all tokens look the same to this model: the weights were not saved or not loaded; use another checkpoint"
         )
         return about(tensor, "fail", "zero-tensor", f"all {tensor.numel} values are 0", remedy, tensor.numel)
     if alive:
         evidence = f"all {tensor.numel} values are 0, while {alive} of {siblings} tensors of this role are not"
-        remedy = "this branch does nothing: check that the block was trained and saved, or remove it"
+        remedy = "this branch has no effect: check that the block was trained and saved, or remove it"
         return about(tensor, "warn", "zero-tensor", evidence, remedy, tensor.numel)
     evidence = f"all {tensor.numel} values are 0, as in every tensor of this role"
-    return about(tensor, "note", "zero-tensor", evidence, "usual where it starts at zero and was never trained")
+    return about(
+        tensor, "note", "zero-tensor", evidence, "normal for weights that are initialized to zero and not trained yet"
+    )
 
 
 def _twins(pairs: Sequence[tuple[TensorStats, TensorStats]]) -> Iterator[Finding]:
     for first, second in pairs:
-        evidence = f"holds the same {first.numel} values as {first.name}"
+        evidence = f"it has the same {first.numel} values as {first.name}"
         if first.place.kind in ("embedding", "head") and second.place.kind in ("embedding", "head"):
-            remedy = f"tied: one of them would do, {second.nbytes} bytes less"
+            remedy = f"they are tied: storing only one of them saves {second.nbytes} bytes"
             yield about(second, "note", "tied", evidence, remedy, second.nbytes)
         else:
-            remedy = "two layers that are copies learn nothing apart: check how the file was put together"
+            remedy = "duplicate layers: check how the checkpoint was assembled"
             yield about(second, "warn", "duplicate", evidence, remedy, second.nbytes)
 
 
@@ -96,8 +98,8 @@ def _untied(
     heads = [each for each in tensors if each.place.kind == "head" and each.name.endswith("lm_head.weight")]
     if not heads or not ties_embeddings(config) or any(heads[0] in pair for pair in pairs):
         return
-    remedy = "set tie_word_embeddings to false if the head is meant to be its own, else it is ignored on loading"
-    yield about(heads[0], "warn", "untied-head", "differs from the embedding, which config.json ties it to", remedy)
+    remedy = "set tie_word_embeddings to false to use this head; otherwise it is ignored on loading"
+    yield about(heads[0], "warn", "untied-head", "it differs from the embedding, to which config.json ties it", remedy)
 
 
 def _missing_blocks(tensors: Sequence[TensorStats], config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -105,14 +107,14 @@ def _missing_blocks(tensors: Sequence[TensorStats], config: Mapping[str, Any]) -
     for each in tensors:
         if each.place.stack is not None and each.place.block is not None:
             stacks.setdefault(each.place.stack, set()).add(each.place.block)
-    told = count_of_blocks(config) if len(stacks) == 1 else None
+    expected = count_of_blocks(config) if len(stacks) == 1 else None
     for stack, blocks in stacks.items():
-        count = max(max(blocks) + 1, told or 0)
+        count = max(max(blocks) + 1, expected or 0)
         missing = [block for block in range(min(count, 100_000)) if block not in blocks]
         if missing:
             some = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
-            evidence = f"{stack} has {len(blocks)} of {count} blocks; {some} missing"
-            remedy = "a part of the model is not in the file: find the rest, or correct config.json"
+            evidence = f"{stack} has {len(blocks)} of {count} blocks; missing: {some}"
+            remedy = "part of the model is missing: find the other files, or correct config.json"
             yield Finding("warn", "missing-blocks", None, stack, evidence, remedy, len(missing), role=stack)
 
 
@@ -121,15 +123,15 @@ def _eps(tensors: Sequence[TensorStats], config: Mapping[str, Any]) -> Iterator[
     if eps is None:
         return
     if not 0 <= eps < LARGE_EPS:
-        remedy = "usual are 1e-12 to 1e-5: check config.json"
-        yield Finding("warn", "norm-eps", None, None, f"the norms' ε is {eps:g}", remedy, eps)
+        remedy = "common values are 1e-12 to 1e-5: check config.json"
+        yield Finding("warn", "norm-eps", None, None, f"ε of the norms is {eps:g}", remedy, eps)
     for each in tensors:
         if each.place.kind != "embedding" or each.rows is None or "pos" in each.name or "type" in each.name:
             continue
         square = each.rows.median**2
         if square > 0 and eps > 0 and (share := eps / (eps + square)) > EPS_SHARE:
             evidence = (
-                f"the median token's RMS is {each.rows.median:.2g}, so that the norms' ε = {eps:g} is {share:.0%}"
-                " of what the first norm divides by"
+                f"the median token's RMS is {each.rows.median:.2g}, so ε = {eps:g} is {share:.0%} of the first norm's"
+                " denominator (mean square + ε)"
             )
-            yield about(each, "warn", "eps-share", evidence, "lower ε, or scale the embedding up", share)
+            yield about(each, "warn", "eps-share", evidence, "reduce ε, or scale up the embedding", share)
