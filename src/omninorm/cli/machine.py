@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from omninorm.bench.config import all_threads
+from omninorm.experiments.memory import memory_bytes
 from omninorm.experiments.provenance import OPTIONAL, version_of, versions
 from omninorm.kernels import cpu
 from omninorm.kernels.dispatch import backends
@@ -29,7 +30,7 @@ _NVIDIA, _AMD = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu")
 def inspect_machine() -> dict[str, Any]:
     """Return everything that doctor shows, as plain JSON values."""
     installed = versions()
-    gpu = inspect_gpu()
+    gpu, memory = inspect_gpu(), memory_bytes()
     return {
         "versions": installed,
         "machine": {
@@ -39,7 +40,7 @@ def inspect_machine() -> dict[str, Any]:
             "operators": None if cpu.unavailable() else cpu.instruction_set(),
             "cores": all_threads(),
             "threads": torch.get_num_threads(),
-            "memory_gib": _memory_gib(),
+            "memory_gib": None if memory is None else round(memory / 2**30, 1),
             "cuda": torch.cuda.is_available(),
             "compiler": _compiler(),
         },
@@ -147,10 +148,3 @@ def _compiler() -> str | None:
             printed = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace").stdout
             return next(iter(printed.splitlines()), shlex.join(command))
     return None
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):
-        return None
