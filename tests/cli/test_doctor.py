@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,9 @@ from omninorm.cli import machine
 from omninorm.experiments import provenance
 from omninorm.kernels import cpu
 from omninorm.kernels.dispatch import backends
+
+# The extras that add to what users can do.
+USERS = ("train", "demo", "compare", "interop", "onnx", "ray")
 
 
 class Gpu:
@@ -146,3 +150,16 @@ def test_operators_that_were_not_built_are_missing(
     assert facts["machine"]["operators"] is None
     assert "--force-reinstall" in missing(facts)["C++ operators"]
     assert ("install a C++ compiler" in missing(facts)["C++ operators"]) == (compiler is None)
+
+
+def test_the_optional_packages_are_those_of_the_extras() -> None:
+    """onnxruntime is only a peer of the benchmark."""
+    tomllib = pytest.importorskip("tomllib")
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    extras = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    needed = [
+        re.split(r"[<>=\[; ]", each)[0] for extra in USERS for each in extras[extra] if "python_version" not in each
+    ]
+    listed = {name.lower() for name in provenance.OPTIONAL}
+    assert {name.lower() for name in needed} - {"omninorm"} == listed
+    assert {extra for _, extra in provenance.OPTIONAL.values()} == set(USERS)
