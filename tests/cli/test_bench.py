@@ -54,7 +54,7 @@ def test_it_measures_prints_and_writes_results(command, tmp_path, monkeypatch) -
 
 def test_json_is_the_only_output_and_no_file_is_written(command, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("omninorm.cli.bench.measure_all", lambda config, progress: {"measurements": [{"width": 8}]})
+    monkeypatch.setattr("omninorm.bench.measure_all", lambda config, progress: {"measurements": [{"width": 8}]})
     code, out, _ = command("bench", *TINY, "--json")
     assert code == 0
     assert [each["width"] for each in json.loads(out)["measurements"]] == [8]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from omninorm.cli import doctor
+from omninorm.cli import machine
 from omninorm.experiments import provenance
 from omninorm.kernels import cpu
 from omninorm.kernels.dispatch import backends
+
+# The extras that add to what users can do.
+USERS = ("train", "demo", "compare", "interop", "onnx", "ray")
 
 
 class Gpu:
@@ -41,7 +45,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     version = tmp_path / "version"
     version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Fri Jan 10 2025\nGCC version: 12\n")
-    monkeypatch.setattr(doctor, "_NVIDIA", version)
+    monkeypatch.setattr(machine, "_NVIDIA", version)
 
 
 @pytest.fixture
@@ -51,18 +55,18 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "_NVIDIA", tmp_path / "none")
-    monkeypatch.setattr(doctor, "_AMD", tmp_path / "none")
+    monkeypatch.setattr(machine, "_NVIDIA", tmp_path / "none")
+    monkeypatch.setattr(machine, "_AMD", tmp_path / "none")
 
 
 @pytest.fixture
 def all_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every optional package and a compiler are installed."""
     monkeypatch.setattr(
-        doctor, "versions", lambda: {"torch": torch.__version__, **dict.fromkeys(provenance.OPTIONAL, "1")}
+        machine, "versions", lambda: {"torch": torch.__version__, **dict.fromkeys(provenance.OPTIONAL, "1")}
     )
-    monkeypatch.setattr(doctor, "version_of", lambda name: "3.5.0")
-    monkeypatch.setattr(doctor, "_compiler", lambda: "g++ 12")
+    monkeypatch.setattr(machine, "version_of", lambda name: "3.5.0")
+    monkeypatch.setattr(machine, "_compiler", lambda: "g++ 12")
     monkeypatch.setattr(cpu, "unavailable", lambda: "")
 
 
@@ -117,20 +121,20 @@ def test_a_gpu_that_a_cpu_build_of_pytorch_can_not_use_is_missing_pytorch(
     all_packages, no_gpu, driver, monkeypatch
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    facts = doctor.inspect_machine()
+    facts = machine.inspect_machine()
     assert "download.pytorch.org/whl/cu" in missing(facts)["PyTorch for GPUs"]
 
 
 def test_a_driver_that_is_too_old_is_named(all_packages, no_gpu, driver, monkeypatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    facts = doctor.inspect_machine()
+    facts = machine.inspect_machine()
     assert "570.86.15" in missing(facts)["a driver for CUDA 12.8"]
 
 
 def test_triton_and_nccl_are_missing_on_a_machine_with_gpus(all_packages, gpus, driver, monkeypatch) -> None:
-    monkeypatch.setattr(doctor, "version_of", lambda name: None if "triton" in name else "1")
+    monkeypatch.setattr(machine, "version_of", lambda name: None if "triton" in name else "1")
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    assert missing(doctor.inspect_machine()) == {
+    assert missing(machine.inspect_machine()) == {
         "triton": 'pip install "triton>=3.3"',
         "NCCL": "install a build of PyTorch with NCCL",
     }
@@ -141,8 +145,21 @@ def test_operators_that_were_not_built_are_missing(
     all_packages, no_gpu, no_driver, monkeypatch, compiler: str | None
 ) -> None:
     monkeypatch.setattr(cpu, "unavailable", lambda: "no compiler")
-    monkeypatch.setattr(doctor, "_compiler", lambda: compiler)
-    facts = doctor.inspect_machine()
+    monkeypatch.setattr(machine, "_compiler", lambda: compiler)
+    facts = machine.inspect_machine()
     assert facts["machine"]["operators"] is None
     assert "--force-reinstall" in missing(facts)["C++ operators"]
     assert ("install a C++ compiler" in missing(facts)["C++ operators"]) == (compiler is None)
+
+
+def test_the_optional_packages_are_those_of_the_extras() -> None:
+    """onnxruntime is only a peer of the benchmark."""
+    tomllib = pytest.importorskip("tomllib")
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    extras = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    needed = [
+        re.split(r"[<>=\[; ]", each)[0] for extra in USERS for each in extras[extra] if "python_version" not in each
+    ]
+    listed = {name.lower() for name in provenance.OPTIONAL}
+    assert {name.lower() for name in needed} - {"omninorm"} == listed
+    assert {extra for _, extra in provenance.OPTIONAL.values()} == set(USERS)

@@ -83,6 +83,15 @@ def test_the_choices_and_defaults_of_train_are_those_of_the_library():
     assert (train.SCHEDULES, train.PRECISIONS) == (settings.SCHEDULES, settings.PRECISIONS)
 
 
+def test_the_defaults_of_demo_and_bench_are_those_of_the_library():
+    from omninorm.bench import BenchConfig
+    from omninorm.cli import bench, demo
+    from omninorm.experiments.demo import VARIANTS
+
+    assert BenchConfig().patience == bench.PATIENCE
+    assert len(VARIANTS) == demo.VARIANTS
+
+
 LIGHT = """
 import sys
 sys.argv = ["omninorm"]  # as if the console script had been started
@@ -99,8 +108,8 @@ assert omninorm.NormConfig().normalization == "rmsnorm"
 assert "torch" not in sys.modules
 """
 COMMANDS = [
-    ["--version"], ["--help"], [], ["nonsense"], ["--nonsense"], ["train", "--help"], ["train", "--nonsense"],
-    ["train", "--steps", "many"], ["generate", "--help"], ["generate"], ["report", "--help"],
+    ["--version"], ["--help"], [], ["nonsense"], ["--nonsense"], ["train", "--nonsense"], ["train", "--steps", "many"],
+    ["generate"], ["inspect"], ["convert", "folder", "--fold", "--undo"], *([name, "--help"] for name in COMMAND_NAMES),
 ]  # fmt: skip
 
 
@@ -199,7 +208,7 @@ def test_a_module_that_cannot_be_imported_is_named(command, monkeypatch, module)
     def fail() -> None:
         raise ModuleNotFoundError(f"No module named '{module}'", name=module)
 
-    monkeypatch.setattr("omninorm.cli.doctor.inspect_machine", fail)
+    monkeypatch.setattr("omninorm.cli.machine.inspect_machine", fail)
     if module.startswith("omninorm"):  # omninorm's own mistake
         with pytest.raises(ModuleNotFoundError):
             main(["doctor"])
@@ -214,7 +223,7 @@ def test_an_unexpected_error_is_one_line_with_its_own_exit_code(command, monkeyp
     def fail() -> None:
         raise LookupError("nobody\nexpected\x1b[31m this")
 
-    monkeypatch.setattr("omninorm.cli.doctor.inspect_machine", fail)
+    monkeypatch.setattr("omninorm.cli.machine.inspect_machine", fail)
     code, _, err = command("doctor")
     assert code == 70
     assert err.startswith("omninorm: Unexpected error: LookupError: nobody␊expected␛[31m this. ")

@@ -35,6 +35,13 @@ def finished(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def unstarted(finished):
+    """A run without checkpoints, whose sizes nothing in its folder contradicts."""
+    shutil.copytree(finished, finished.with_name("unstarted"), ignore=shutil.ignore_patterns("step-*"))
+    return finished.with_name("unstarted")
+
+
 def _open(path):
     is_finished(path)
     read_plan(path)
@@ -56,20 +63,41 @@ def test_a_damaged_config_is_read_or_refused(finished):
     assert read < cases(60)
 
 
-@pytest.mark.parametrize("key", ["d_model", "n_layers", "n_heads", "d_ff", "vocab_size", "max_seq_len", "head_dim"])
+KEYS = ["d_model", "n_layers", "n_heads", "d_ff", "vocab_size", "max_seq_len", "head_dim"]
+
+
+def _resized(config, key, size):
+    """Return config.json with another size of the model."""
+    train = {"seq_len": size} if key == "max_seq_len" else {}
+    return json.dumps({**config, "model": {**config["model"], key: size}, "train": {**config["train"], **train}})
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_a_size_that_the_checkpoint_does_not_have_is_refused(finished, key):
     path = finished / "config.json"
     good = path.read_bytes()
     config = json.loads(good)
     for size in (0, 3, 10**5, 2**31, 2**63, 10**18, 10**23, -1, 1e18, "8", [8]):
-        train = {"seq_len": size} if key == "max_seq_len" else {}
-        changed = {"model": {**config["model"], key: size}, "train": {**config["train"], **train}}
-        path.write_text(json.dumps({**config, **changed}))
+        path.write_text(_resized(config, key, size))
         with bounded(0):
             # The weights do not depend on the longest context.
             possible = key == "max_seq_len" and type(size) is int and size > 0
             assert refuses_or_reads(load_run, finished) == possible
     path.write_bytes(good)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_size_that_is_too_large_to_build_is_refused(unstarted, key):
+    path = unstarted / "config.json"
+    good = path.read_bytes()
+    read = []
+    for size in (0, 3, 10**5, 2**31, 2**63, 10**18, 10**23):
+        path.write_text(_resized(json.loads(good), key, size))
+        with bounded(0):
+            read += [size] if refuses_or_reads(lambda: open_run(unstarted).folder.close()) else []
+    path.write_bytes(good)
+    possible = {"n_layers": [3], "d_ff": [3, 10**5], "head_dim": [10**5], "max_seq_len": [3]}
+    assert read == possible.get(key, [])
 
 
 def test_a_damaged_checkpoint_is_read_or_refused(finished, tmp_path):

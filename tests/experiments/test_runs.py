@@ -170,6 +170,20 @@ def test_a_model_that_does_not_fit_in_memory_is_refused(d_model):
         build_model(replace(SHAPE, d_model=d_model, n_heads=d_model // 2, vocab_size=2), 0)
 
 
+def test_a_model_is_refused_by_its_size_before_it_is_built(monkeypatch):
+    """Linux grants memory that it does not have, and kills the process when it is used."""
+    monkeypatch.setattr("omninorm.experiments.runs.Thinker", None)
+    for size in (10_001, 10**23):
+        with pytest.raises(ConfigError, match="n_layers must be at most 10,000") as caught:
+            build_model(replace(SHAPE, n_layers=size), 0)
+        assert caught.value.received == str(size)
+    monkeypatch.setattr("omninorm.experiments.memory.memory_bytes", lambda: 10**9)
+    with pytest.raises(ConfigError, match="must fit in memory") as caught:
+        build_model(replace(SHAPE, d_model=8192, n_heads=1, n_layers=1), 0)
+    assert "d_model=8192" in caught.value.received
+    assert "n_layers=1," in caught.value.received
+
+
 def test_skipped_files_are_recorded_in_few_lines(plan, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,19 @@ def test_huge_numbers_in_a_gguf_header_are_read_or_refused_at_once(tmp_path: Pat
         path.write_bytes(good[:place] + number.to_bytes(8, "little") + good[place + 8 :])
         with bounded(len(good)):
             refuses_or_reads(inspected, path)
+
+
+@pytest.mark.parametrize("count", [10**7, 2**60])
+@pytest.mark.parametrize("kind", [8, 9], ids=["strings", "arrays"])
+def test_huge_array_is_refused_although_the_file_is_long_enough(tmp_path: Path, kind: int, count: int) -> None:
+    """The file goes on with zeros, which can be read as empty strings and arrays."""
+    head = struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"a", 9, kind, count)
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(head)
+    with path.open("r+b") as file:
+        file.truncate(2**30)  # sparse: takes no space
+    with bounded(2**30), pytest.raises(OmninormError, match=f"{count} items"):
+        inspect_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", [value for value in HOSTILE if isinstance(value, str)])

@@ -34,6 +34,23 @@ def test_a_damaged_file_is_read_or_refused(folder, name):
     assert read < cases(60)
 
 
+def test_a_damaged_header_of_the_weights_is_read_or_refused(folder):
+    path = folder / "model-1.safetensors"
+    good = path.read_bytes()
+    size = int.from_bytes(good[:8], "little")
+    header, weights = json.loads(good[8 : 8 + size]), good[8 + size :]
+    read = 0
+    try:
+        for case in range(cases(100)):
+            damaged = mutated_json(header, case)
+            path.write_bytes(len(damaged).to_bytes(8, "little") + damaged + weights)
+            with bounded(len(damaged) + len(weights)):
+                read += refuses_or_reads(Thinker.from_pretrained, folder)
+    finally:
+        path.write_bytes(good)
+    assert read < cases(100)
+
+
 @pytest.mark.parametrize("key", [key for key, value in CONFIG.items() if type(value) is int])
 def test_a_size_that_the_weights_do_not_have_is_refused(folder, key):
     path = folder / "config.json"

@@ -5,21 +5,19 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from omninorm.bench import BenchConfig, measure_all
-from omninorm.bench.config import all_threads
-from omninorm.bench.figure import load_matplotlib
-from omninorm.bench.files import to_json, write
 from omninorm.cli.console import console
 from omninorm.cli.counting import Counting
-from omninorm.cli.doctor import inspect_machine
 from omninorm.errors import ConfigError
-from omninorm.experiments.run_folder import fresh_folder
 
+if TYPE_CHECKING:
+    from omninorm.bench import BenchConfig
+
+PATIENCE = 150.0  # BenchConfig's, repeated here because importing it would import torch; a test compares it
 _QUICK: dict[str, Any] = {"rows": (512,), "dtypes": ("fp32", "bf16"), "threads": (1,), "seconds": 0.3}
 
 
@@ -41,7 +39,7 @@ def bench(
     seconds: Annotated[float | None, typer.Option(help="Time budget per case, in seconds.", show_default="0.7")] = None,
     patience: Annotated[
         float, typer.Option(help="Time limit for a whole model, in seconds; slower models are skipped.")
-    ] = BenchConfig.patience,
+    ] = PATIENCE,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Measure torch.compile.")] = None,
     models: Annotated[bool | None, typer.Option("--models/--no-models", help="Measure whole models.")] = None,
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the figure bench.png.")] = True,
@@ -57,6 +55,12 @@ def bench(
     Takes about eight minutes on two cores, or one minute with --quick. GPUs are not measured. Missed targets are
     printed and do not change the exit code.
     """
+    from omninorm.bench import measure_all  # here, like the next, because they import torch
+    from omninorm.bench.figure import load_matplotlib
+    from omninorm.bench.files import to_json, write
+    from omninorm.cli.machine import inspect_machine
+    from omninorm.experiments.run_folder import fresh_folder
+
     config = _config(quick, rows, widths, dtypes, threads, seconds, patience, compile, models)
     folder = out if out is not None or as_json else fresh_folder("bench")
     plot = plot and folder is not None
@@ -88,6 +92,8 @@ def _config(
     models: bool | None,
 ) -> BenchConfig:
     """Return the defaults, or those of --quick, overridden by the given options."""
+    from omninorm.bench import BenchConfig
+
     given: dict[str, Any] = {
         "rows": _numbers("rows", rows),
         "widths": _numbers("widths", widths),
@@ -119,6 +125,8 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
 
 def _threads(text: str | None) -> tuple[int, ...] | None:
     """Replace "all" by the number of cores; repeated numbers are merged."""
+    from omninorm.bench.config import all_threads
+
     parts = _parts(text)
     if parts is None:
         return None

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from omninorm.bench.config import all_threads
 from omninorm.cli.console import console
 from omninorm.config import check_choice, check_count, check_number
 
@@ -61,6 +60,7 @@ def compare(
     Ctrl-C stops the comparison; --resume continues it and does not repeat finished runs. Failed runs are retried once
     and reported.
     """
+    from omninorm.bench.config import all_threads  # here, like the next, because it imports torch
     from omninorm.cli import comparing  # needs packages that the other commands do not
 
     count = all_threads() if workers is None else workers

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,8 +15,9 @@ from omninorm.cli.console import console
 from omninorm.cli.counting import Counting
 from omninorm.cli.harmless import harmless
 from omninorm.errors import ConfigError
-from omninorm.surgery.convert import DELTA_FILE, PROOF_FILE, Conversion, Tell, undo
-from omninorm.surgery.convert import convert as operate
+
+if TYPE_CHECKING:
+    from omninorm.surgery.convert import Conversion, Tell
 
 _HEADINGS = {"swap": "Replaceable norms:", "fold": "Folded:", "center": "Centered:"}
 
@@ -72,14 +73,18 @@ def convert(
 
 def _do(source: Path, target: Path | None, what: str, keep_delta: bool, tell: Tell) -> Conversion | None:
     """Convert or undo; return the conversion, or None for an undo."""
+    from omninorm.surgery import convert as library  # here, because it imports torch
+
     if what != "undo":
-        return operate(source, target, what, keep_delta=keep_delta, tell=tell)
+        return library.convert(source, target, what, keep_delta=keep_delta, tell=tell)
     assert target is not None
-    undo(source, target, tell)
+    library.undo(source, target, tell)
     return None
 
 
 def _print(screen: Console, done: Conversion, target: Path | None, keep_delta: bool) -> None:
+    from omninorm.surgery.convert import DELTA_FILE, PROOF_FILE
+
     for title, found in ((_HEADINGS[done.operation], done.changed), ("Left unchanged:", done.refused)):
         if found:
             screen.print(title)

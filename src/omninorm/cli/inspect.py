@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,9 +16,11 @@ from rich.table import Table
 
 from omninorm.cli.console import console
 from omninorm.cli.harmless import harmless
-from omninorm.inspection import Finding, Inspection, inspect_checkpoint
-from omninorm.inspection.blocks import BlockStats
-from omninorm.inspection.inspect import Progress as Report
+
+if TYPE_CHECKING:
+    from omninorm.inspection import Finding, Inspection
+    from omninorm.inspection.blocks import BlockStats
+    from omninorm.inspection.inspect import Progress as Report
 
 FAILED = 1
 _STYLES = {"fail": "bold red", "warn": "yellow", "note": "cyan"}
@@ -40,6 +42,8 @@ def inspect(
 
     Exits with 1 if a finding is a failure.
     """
+    from omninorm.inspection import inspect_checkpoint  # here, because it imports torch
+
     screen = console()
     with _progress(screen) as report:
         result = inspect_checkpoint(path, report)

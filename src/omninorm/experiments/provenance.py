@@ -18,6 +18,11 @@ OPTIONAL = {
     "matplotlib": ("the demo's plots", "demo"),
     "gguf": ("inspecting GGUF", "interop"),
     "transformers": ("comparing with other implementations", "interop"),
+    "pydantic": ("comparisons", "compare"),
+    "PyYAML": ("comparisons", "compare"),
+    "scipy": ("comparisons", "compare"),
+    "onnxscript": ("exporting to ONNX", "onnx"),
+    "ray": ("comparisons on a cluster", "ray"),
 }
 
 

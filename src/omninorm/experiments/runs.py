@@ -19,6 +19,7 @@ from omninorm.experiments.checkpoint import check_packages, check_sizes, list_ch
 from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
 from omninorm.experiments.events import Callback, TrainResult
 from omninorm.experiments.interrupt import Interrupt
+from omninorm.experiments.memory import check_model, does_not_fit
 from omninorm.experiments.processes import Processes
 from omninorm.experiments.provenance import git_commit, versions
 from omninorm.experiments.run_folder import (
@@ -121,8 +122,8 @@ class Run:
         """Train to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`."""
         received = f"batch_size={self.plan.train.batch_size}, seq_len={self.plan.train.seq_len}"
         remedy = "use a smaller batch_size and a larger grad_accumulation, in another folder"
-        memory = _fitting("A training step must fit in memory", received, remedy)
-        with memory, Interrupt(patient=self.processes.count > 1) as interrupt:
+        too_large = ConfigError("A training step must fit in memory", received, remedy)
+        with _fitting(too_large), Interrupt(patient=self.processes.count > 1) as interrupt:
             return train(
                 self.model,
                 self.data,
@@ -153,6 +154,7 @@ def create_run(plan: Plan, path: Path | None = None, command: Sequence[str] = ()
         MissingExtraError: a package that this or the checkpoints need is not installed.
     """
     check_packages()
+    check_model(plan.model)
     corpus = load_corpus(plan.text, plan.held_out)
     tokenizer = build_tokenizer(plan.tokenizer, plan.vocab_size, corpus.train)
     plan = replace(
@@ -199,7 +201,7 @@ def open_run(
         command: how the run was extended, for config.json.
 
     Raises:
-        ConfigError: `steps` is below the run's own.
+        ConfigError: `steps` is below the run's own, or the model is too large for this machine.
         RunError: no run, a damaged one, one that another process is writing, one that diverged, or the text is not
             the one that the run was started with.
         DataError: the text is no longer there, or no text any more.
@@ -211,6 +213,11 @@ def open_run(
     if final_status(path / RECORD_FILE) == "diverged":
         remedy = "start a new run with a smaller learning rate, gradient clipping, or another norm or placement"
         raise RunError(f"The run in {path} has diverged and can't be resumed", "", remedy)
+    try:
+        check_model(plan.model)
+    except ConfigError as error:
+        remedy = "restore the file, or use a machine with more memory"
+        raise ConfigError(f"{path / CONFIG_FILE}: {error.invariant}", error.received, remedy) from error
     corpus = _load_again(plan, text)
     if corpus.sha256 != config["data"].get("sha256"):
         invariant = f"{corpus.source} is not the text that the run in {path} was started with"
@@ -330,17 +337,17 @@ def build_model(config: ThinkerConfig, seed: int) -> Thinker:
     """Return a Thinker whose initial weights depend only on the seed. Torch's global generator stays seeded.
 
     Raises:
-        ConfigError: the model does not fit in memory.
+        ConfigError: the model does not fit in memory, or has too many blocks.
     """
+    check_model(config)
     torch.manual_seed(seed)
-    received = f"d_model={config.d_model}, n_layers={config.n_layers}, vocab_size={config.vocab_size}"
-    with _fitting("The model must fit in memory", received, "choose a smaller model"):
+    with _fitting(does_not_fit(config)):
         return Thinker(config)
 
 
 @contextmanager
-def _fitting(invariant: str, received: str, remedy: str) -> Iterator[None]:
-    """Turn a failed allocation into a ConfigError."""
+def _fitting(otherwise: ConfigError) -> Iterator[None]:
+    """Raise `otherwise` in place of a failed allocation."""
     try:
         yield
     except OmninormError:
@@ -349,7 +356,7 @@ def _fitting(invariant: str, received: str, remedy: str) -> Iterator[None]:
         # On a CPU torch raises a plain RuntimeError, and other types for sizes beyond 64 bits.
         if not isinstance(error, (MemoryError, OverflowError)) and not re.search(_NO_MEMORY, str(error), re.IGNORECASE):
             raise
-        raise ConfigError(invariant, received, remedy) from error
+        raise otherwise from error
 
 
 def _describe(plan: Plan, corpus: Corpus, files: Mapping[str, bytes], command: Sequence[str]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
 _MOST_AXES, _DEEPEST_ARRAY = 8, 4
+# In all arrays of strings or arrays. A vocabulary has a few hundred thousand tokens and twice as many merges.
+_MOST_ITEMS = 2**21
 # Struct's code of each scalar type, by its number in the file.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
@@ -85,6 +87,7 @@ class _Reader:
 
     def __init__(self, content: Any, at: int, order: Literal["<", ">"] = "<") -> None:
         self.content, self.at, self.order = content, at, order
+        self.items = 0  # of arrays that were skipped item by item
 
     def number(self, code: str) -> Any:
         size = struct.calcsize(f"{self.order}{code}")
@@ -119,7 +122,11 @@ class _Reader:
         kind, count = self.number("I"), self.number("Q")
         if kind in _SCALARS:
             self._skip(count * struct.calcsize(f"{self.order}{_SCALARS[kind]}"))
-        elif kind == _STRING:
+            return
+        self.items += count
+        if self.items > _MOST_ITEMS:
+            raise ValueError(f"its arrays claim {self.items} items, and at most {_MOST_ITEMS} are supported")
+        if kind == _STRING:
             for _ in range(count):
                 self._skip(self.number("Q"))
         elif kind == _ARRAY and depth < _DEEPEST_ARRAY:

@@ -26,7 +26,8 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         remedy = "download or save it again"
-        raise RunError(f"{path} must be a whole safetensors file", str(error), remedy) from error
+        reason = f"{' '.join(str(error).split()):.200}"  # it quotes the header, which may be long and have any content
+        raise RunError(f"{path} must be a whole safetensors file", reason, remedy) from error
 
 
 def bits(dtype: str) -> int:

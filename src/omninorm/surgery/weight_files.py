@@ -113,9 +113,9 @@ def _plain(value: Tensor) -> bool:
 
 
 def _open(path: Path) -> Any:
-    """Open the file for `with`; its error quotes a damaged header, which may be long."""
+    """Open the file for `with`."""
     try:
         return open_safetensors(path)
     except RunError as error:
-        problem = f"{path} is not a complete safetensors file: {error.received!s:.200}"
+        problem = f"{path} is not a complete safetensors file: {error.received}"
         raise RunError(problem, "", "download it again, or save it again") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from math import prod
 from pathlib import Path
 
 from omninorm.errors import RunError
@@ -13,9 +14,23 @@ _REMEDY = "check that the settings belong to the weights and that every file is 
 
 def matrix_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every matrix of a Thinker, by name. They do not depend on the norm and its placement."""
+    block, shapes = _block_shapes(config), _outer_shapes(config)
+    for number in range(config.n_layers):
+        shapes |= {f"blocks.{number}.{name}.weight": shape for name, shape in block.items()}
+    return shapes
+
+
+def count_weights(config: ThinkerConfig) -> int:
+    """Return the number of elements in all matrices of a Thinker, which takes no time for any number of layers."""
+    block = sum(map(prod, _block_shapes(config).values()))
+    return config.n_layers * block + sum(map(prod, _outer_shapes(config).values()))
+
+
+def _block_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a block's matrices."""
     width, hidden = config.d_model, config.hidden_width
     queries, keys = config.n_heads * config.head_width, config.kv_heads * config.head_width
-    block = {
+    block: dict[str, tuple[int, ...]] = {
         "attention.q": (queries, width),
         "attention.k": (keys, width),
         "attention.v": (keys, width),
@@ -25,12 +40,13 @@ def matrix_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.feed_forward == "swiglu":
         block["feed_forward.gate"] = (hidden, width)
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, width)}
-    for number in range(config.n_layers):
-        shapes |= {f"blocks.{number}.{name}.weight": shape for name, shape in block.items()}
-    if not config.tied_head:
-        shapes["head.weight"] = (config.vocab_size, width)
-    return shapes
+    return block
+
+
+def _outer_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the matrices that are in no block."""
+    names = ("embedding",) if config.tied_head else ("embedding", "head")
+    return {f"{name}.weight": (config.vocab_size, config.d_model) for name in names}
 
 
 def parameter_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +28,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from omninorm.config import NORMALIZATIONS, PLACEMENTS, NormConfig, closest
 from omninorm.errors import ConfigError
 from omninorm.experiments.compare.cells import Cell
+from omninorm.experiments.memory import MOST_BLOCKS, memory_bytes
 from omninorm.thinker import ThinkerConfig
+from omninorm.thinker.sizes import count_weights
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,7 +38,6 @@ else:
     import tomli as tomllib
 
 _MOST_CELLS = 10_000
-_MOST_BLOCKS = 10_000
 _MOST_VALUES = 1000  # in one list of a plan
 # A plan has a few hundred bytes. PyYAML reads only some 30 kB per second, so YAML has a lower limit.
 _LARGEST_FILE, _LARGEST_YAML = 2**20, 2**15
@@ -48,7 +48,7 @@ _LONGEST_TEXT, _LONGEST_LIST = 200, 20  # of a setting
 _LARGEST_INTEGER = 2**63
 
 
-Depth = Annotated[int, Field(ge=1, le=_MOST_BLOCKS)]
+Depth = Annotated[int, Field(ge=1, le=MOST_BLOCKS)]
 
 
 class _Strict(BaseModel):
@@ -310,22 +310,14 @@ def check_memory(cell: Cell) -> None:
     tokens = plan.train.batch_size * plan.train.seq_len
     model = plan.model
     # Lower bounds: weights, gradients and two moments; one activation per block and the logits.
-    parameters = model.d_model * (cell.depth * (4 * model.d_model + 2 * (model.d_ff or 0)) + model.vocab_size)
-    weights = 0 if cell.model is not None else 16 * parameters
+    weights = 0 if cell.model is not None else 16 * count_weights(model)
     activations = 4 * tokens * (model.vocab_size + (0 if cell.model is not None else cell.depth * model.d_model))
-    needed, available = weights + activations, _memory()
+    needed, available = weights + activations, memory_bytes()
     if available is not None and needed > available:
         what = f"batch_size {_shown(plan.train.batch_size)}, seq_len {_shown(plan.train.seq_len)}, {cell.depth} blocks"
         received = f"{what} (at least {needed / 2**30:,.0f} GiB)" if needed < 2**100 else what
         invariant = f"A run must fit into this machine's memory of {available / 2**30:,.0f} GiB"
         raise ConfigError(invariant, received, "choose a smaller model or fewer tokens per step")
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def _check_plain(value: object, depth: int = 0) -> None:
