@@ -52,7 +52,7 @@ def _filled(page: Path, name: str, table: Iterator[str]) -> str:
 
 def _demo() -> Iterator[str]:
     results = json.loads((DOCS / "demo.json").read_text(encoding="utf-8"))
-    yield "| model | bits per byte (lower is better) | largest gradient norm | verdict |\n|---|---|---|---|"
+    yield "| model | held-out bits per byte | largest gradient norm | verdict |\n|---|---|---|---|"
     for run in results["runs"]:
         bits = "–" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.3f}"
         gradient = "not finite" if run["largest_grad_norm"] is None else f"{run['largest_grad_norm']:.3g}"
