@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import omninorm
 from omninorm import backends, functional, use_backend
 from omninorm.errors import InputError
 
@@ -307,3 +308,33 @@ def test_jagged_tensors_with_heads_or_gaps_keep_their_rows() -> None:
     gaps = torch.nested.narrow(torch.stack([ROWS, RESIDUAL]).repeat(1, 2, 1), 1, starts, lengths, layout=torch.jagged)
     for ours, rows in zip(functional.layer_norm(gaps).unbind(), gaps.unbind(), strict=True):
         assert torch.equal(ours, functional.layer_norm(rows))
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage:UserWarning")
+@pytest.mark.parametrize("norm", [omninorm.RMSNorm(6), omninorm.LayerNorm(6)], ids=lambda norm: type(norm).__name__)
+def test_jagged_results_can_be_added_to_their_input_and_keep_its_lengths(norm: torch.nn.Module) -> None:
+    starts, lengths = torch.tensor([0, 1]), torch.tensor([2, 3])
+    dense = torch.randn(2, 5, 6, generator=GENERATOR).requires_grad_()
+    gaps = torch.nested.narrow(dense, 1, starts, lengths, layout=torch.jagged)
+    y = norm(gaps)
+    total = y + gaps
+    assert total.shape == y.shape == gaps.shape
+    assert torch.equal(y.lengths(), lengths)
+    assert (y._maybe_min_seqlen, y._maybe_max_seqlen) == (2, 3)
+    expected = norm(dense) + dense
+    rows = [expected[0, :2], expected[1, 1:4]]
+    for ours, theirs in zip(total.unbind(), rows, strict=True):
+        assert torch.equal(ours, theirs)
+    (found,) = torch.autograd.grad(torch.cat(total.unbind()).square().sum(), dense)
+    (wanted,) = torch.autograd.grad(torch.cat(rows).square().sum(), dense)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage:UserWarning")
+def test_jagged_results_keep_only_what_is_cached() -> None:
+    x = jagged(2, 4, needs_grad=False)
+    offsets_only = torch.nested.nested_tensor_from_jagged(x.values(), x.offsets())
+    y = functional.rms_norm(offsets_only)
+    assert (y._maybe_min_seqlen, y._maybe_max_seqlen, y.lengths()) == (None, None, None)
+    y = functional.rms_norm(torch.nested.nested_tensor_from_jagged(x.values(), x.offsets(), min_seqlen=2, max_seqlen=4))
+    assert (y._maybe_min_seqlen, y._maybe_max_seqlen) == (2, 4)
