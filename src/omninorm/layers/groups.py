@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -121,16 +121,16 @@ def _is_parametrization(module: nn.Module) -> bool:
 def _excluded_by_author(module: nn.Module) -> Iterator[nn.Parameter]:
     yield from (parameter for _, parameter in _own(module) if getattr(parameter, "_no_weight_decay", False))
     named = getattr(module, "no_weight_decay", None)
-    if _takes_no_arguments(named):
+    if callable(named) and _takes_no_arguments(named):
         parameters = dict(module.named_parameters())
         names = named()
         if isinstance(names, (set, frozenset, list, tuple, dict)):
             yield from (parameters[name] for name in names if name in parameters)
 
 
-def _takes_no_arguments(method: object) -> bool:
+def _takes_no_arguments(method: Callable[..., object]) -> bool:
     """Whether `method` can be called without arguments, as timm's convention wants it."""
-    if not callable(method) or isinstance(method, (nn.Module, type)):
+    if isinstance(method, (nn.Module, type)):
         return False
     try:
         inspect.signature(method).bind()
