@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -54,6 +55,11 @@ BAD = {
     "eps a bool": ({"norm_eps": True}, "norm_eps", "True"),
     "eps a NumPy bool": ({"norm_eps": numpy.bool_(True)}, "norm_eps", "True"),
     "eps a NumPy NaN": ({"norm_eps": numpy.float32("nan")}, "norm_eps", "nan"),
+    "eps a duration": ({"norm_eps": numpy.timedelta64(0)}, "norm_eps", "np.timedelta64(0)"),
+    "eps a date": ({"norm_eps": numpy.datetime64(5, "ns")}, "norm_eps", "np.datetime64("),
+    "eps a NumPy complex number": ({"norm_eps": numpy.complex64(1)}, "norm_eps", "np.complex64(1"),
+    "eps an object": ({"norm_eps": numpy.array(0.5, dtype=object)}, "norm_eps", "array(0.5, dtype=object)"),
+    "eps a NumPy string": ({"norm_eps": numpy.str_("1e-6")}, "norm_eps", "'1e-6'"),
     "eps a vector": ({"norm_eps": numpy.ones(2)}, "norm_eps", "array([1., 1.])"),
     "eps a vector of one": ({"norm_eps": torch.ones(1)}, "norm_eps", "tensor([1.])"),
     "eps with a gradient": ({"norm_eps": torch.tensor(1.0, requires_grad=True)}, "norm_eps", "tensor(1., requires_grad"),
@@ -146,3 +152,19 @@ def test_a_dataclass_gets_python_numbers_in_its_tuples_too() -> None:
 
     made = Settings((numpy.float32(0.5), torch.tensor(0.25)), numpy.int64(7))  # type: ignore[arg-type]
     assert json.dumps(dataclasses.asdict(made)) == '{"betas": [0.5, 0.25], "steps": 7, "name": "x"}'
+
+    class Betas(NamedTuple):
+        first: float
+        second: float
+
+    made = Settings(Betas(numpy.float32(0.5), 0.25), 7, numpy.str_("y"))
+    assert (type(made.betas), type(made.name)) == (tuple, str)
+    assert made == Settings((0.5, 0.25), 7, "y")
+    listed = Settings([numpy.float32(0.5)], 7)  # type: ignore[arg-type]
+    assert json.dumps(listed.betas) == "[0.5]"
+
+
+def test_numpy_strings_are_stored_as_python_strings() -> None:
+    config = NormConfig(numpy.str_("layernorm"), numpy.str_("post"))
+    assert (type(config.normalization), type(config.norm_placement)) == (str, str)
+    assert config == NormConfig("layernorm", "post")

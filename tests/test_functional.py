@@ -3,13 +3,15 @@
 import contextlib
 import inspect
 import math
+import re
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+import omninorm
 from omninorm import backends, functional, use_backend
 from omninorm.errors import InputError
 
@@ -54,6 +56,13 @@ def test_z_score_along_any_dimension() -> None:
 
 X = torch.ones(2, 4)
 NESTED = torch.nested.nested_tensor([X[0], X[0, :2]], layout=torch.jagged)
+
+
+def strided() -> Tensor:
+    """A nested tensor in the strided layout, which warns when it is made."""
+    return torch.nested.nested_tensor([X, X])
+
+
 # Call, the argument that the error must name, and what was received.
 BAD_CALLS = {
     "a list": (lambda: functional.rms_norm([1.0, 2.0]), "x", "list"),
@@ -84,7 +93,7 @@ BAD_CALLS = {
     "a residual of another shape": (lambda: functional.add_rms_norm(X, X[0]), "residual", "float32[2, 4] on cpu and float32[4] on cpu"),
     "a residual of another dtype": (lambda: functional.add_layer_norm(X, X.double()), "residual", "float32[2, 4] on cpu and float64[2, 4] on cpu"),
     "jagged features": (lambda: functional.rms_norm(NESTED), "A nested tensor", "shape torch.Size([2, j"),
-    "a strided nested tensor": (lambda: functional.rms_norm(torch.nested.nested_tensor([X, X])), "x", "a strided nested tensor"),
+    "a strided nested tensor": (lambda: functional.rms_norm(strided()), "x", "a strided nested tensor"),
     "layer_norm's gain": (lambda: functional.layer_norm(X, torch.ones(3)), "weight", "(3,) for x of shape (2, 4)"),
     "an offset beyond float32": (lambda: functional.rms_norm(X, gain_offset=-1e300), "gain_offset", "-1e+300"),
     "a sum with a list": (lambda: functional.add_rms_norm([1.0], X), "x", "list"),
@@ -97,6 +106,16 @@ BAD_CALLS = {
     "add_layer_norm's eps": (lambda: functional.add_layer_norm(X, X, eps=-1.0), "eps", "-1.0"),
     "z_score of a list": (lambda: functional.z_score([1.0]), "x", "list"),
     "no such dimension": (lambda: functional.z_score(X, 2), "dim", "dim=2 for shape (2, 4)"),
+    "a negative dimension beyond the first": (lambda: functional.z_score(X, -3), "dim", "dim=-3 for shape (2, 4)"),
+    "a dimension that is a bool": (lambda: functional.z_score(X, True), "dim", "dim=True for shape (2, 4)"),
+    "z_score of integers": (lambda: functional.z_score(X.int()), "x", "torch.int32"),
+    "z_score of a jagged tensor": (lambda: functional.z_score(NESTED), "x", ""),
+    "a sum of jagged and dense": (lambda: functional.add_rms_norm(NESTED, X), "residual", "float32[2, j"),
+    "a sum of strided nested tensors": (lambda: functional.add_layer_norm(strided(), strided()), "x", "a strided nested tensor"),
+    "a strided nested residual": (lambda: functional.add_rms_norm(X, strided()), "residual", "a strided nested tensor"),
+    "add_rms_norm's cast": (lambda: functional.add_rms_norm(X, X, cast="gemma"), "cast", "'gemma'"),
+    "a string": (lambda: functional.rms_norm("text"), "x", "str 'text'"),
+    "a bias on another device": (lambda: functional.layer_norm(X, None, torch.ones(4, device="meta")), "bias", "meta and cpu"),
     "a scalar's dimension": (lambda: functional.z_score(X[0, 0], 0), "dim", "dim=0 for shape ()"),
 }  # fmt: skip
 
@@ -111,31 +130,46 @@ def test_bad_arguments_are_refused_by_name_with_the_value(name: str, backend: st
     words = caught.value.invariant.replace(",", "").split()
     assert argument in caught.value.invariant if " " in argument else argument in words
     assert str(caught.value.received).startswith(received)
+    assert bool(caught.value.received) == bool(received)
+    assert re.match(r"[A-Z]?[a-z_]*\b", caught.value.invariant)[0] in {"A", argument, "x"}
+    assert re.match(r"[a-z0-9]", caught.value.remedy)
     assert "\n" not in str(caught.value)
 
 
+# A part of the rule that was broken, and of the remedy.
 REMEDIES = {
-    "a list": "torch.as_tensor",
-    "integers": "x.float()",
-    "sparse": "x.to_dense()",
-    "a scalar": "last dimension",
-    "a gain of another width": "pass a weight with one value per feature",
-    "a gain on another device": "weight.to(x.device)",
-    "an offset that is NaN": "0.0, or 1.0",
-    "an unknown cast": "choose one",
-    "a residual of another shape": "convert one",
-    "a strided nested tensor": "layout=torch.jagged",
-    "no such dimension": "from -2 to 1",
-    "negative eps": "1e-6",
+    "a list": ("torch.Tensor", "torch.as_tensor"),
+    "integers": ("float16, bfloat16, float32 or float64", "x.float()"),
+    "an integer bias": ("float16, bfloat16, float32 or float64", "bias.float()"),
+    "sparse": ("dense", "x.to_dense()"),
+    "a scalar": ("last dimension of width ≥ 1", "features in its last dimension"),
+    "width 0": ("last dimension of width ≥ 1", "features in its last dimension"),
+    "a gain of another width": ("shape (4,)", "pass a weight with one value per feature"),
+    "a bias of another width": ("shape (4,)", "pass a bias with one value per feature"),
+    "a gain on another device": ("same device", "weight.to(x.device)"),
+    "a bias on another device": ("same device", "bias.to(x.device)"),
+    "an offset that is NaN": ("finite number", "0.0, or 1.0 for Gemma's"),
+    "an unknown cast": ("fp32, llama", "choose one"),
+    "a residual of another shape": ("same shape, dtype and device", "convert one"),
+    "a sum of jagged and dense": ("same shape, dtype and device", "convert one"),
+    "jagged features": ("same number of features", "transpose"),
+    "a strided nested tensor": ("dense or a jagged", "layout=torch.jagged"),
+    "a strided nested residual": ("dense or a jagged", "layout=torch.jagged"),
+    "z_score of a jagged tensor": ("nested tensor", "to_padded_tensor"),
+    "no such dimension": ("dimension of x", "an integer from -2 to 1"),
+    "a scalar's dimension": ("dimension of x", "tensor of features"),
+    "negative eps": ("finite number ≥ 0, or None", "1e-6"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*prototype stage:UserWarning")
 @pytest.mark.parametrize("name", REMEDIES)
-def test_an_error_suggests_a_remedy(name: str) -> None:
+def test_an_error_states_the_rule_and_suggests_a_remedy(name: str) -> None:
+    invariant, remedy = REMEDIES[name]
     with pytest.raises(InputError) as caught:
         BAD_CALLS[name][0]()
-    assert REMEDIES[name] in caught.value.remedy
+    assert invariant in caught.value.invariant
+    assert remedy in caught.value.remedy
 
 
 def test_a_whole_error_reads_as_sentences() -> None:
@@ -307,3 +341,100 @@ def test_jagged_tensors_with_heads_or_gaps_keep_their_rows() -> None:
     gaps = torch.nested.narrow(torch.stack([ROWS, RESIDUAL]).repeat(1, 2, 1), 1, starts, lengths, layout=torch.jagged)
     for ours, rows in zip(functional.layer_norm(gaps).unbind(), gaps.unbind(), strict=True):
         assert torch.equal(ours, functional.layer_norm(rows))
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage:UserWarning")
+@pytest.mark.parametrize("norm", [omninorm.RMSNorm(6), omninorm.LayerNorm(6)], ids=lambda norm: type(norm).__name__)
+def test_jagged_results_can_be_added_to_their_input_and_keep_its_lengths(norm: torch.nn.Module) -> None:
+    starts, lengths = torch.tensor([0, 1]), torch.tensor([2, 3])
+    dense = torch.randn(2, 5, 6, generator=GENERATOR).requires_grad_()
+    gaps = torch.nested.narrow(dense, 1, starts, lengths, layout=torch.jagged)
+    y = norm(gaps)
+    total = y + gaps
+    assert total.shape == y.shape == gaps.shape
+    assert torch.equal(y.lengths(), lengths)
+    assert (y._maybe_min_seqlen, y._maybe_max_seqlen) == (2, 3)
+    expected = norm(dense) + dense
+    rows = [expected[0, :2], expected[1, 1:4]]
+    for ours, theirs in zip(total.unbind(), rows, strict=True):
+        assert torch.equal(ours, theirs)
+    (found,) = torch.autograd.grad(torch.cat(total.unbind()).square().sum(), dense)
+    (wanted,) = torch.autograd.grad(torch.cat(rows).square().sum(), dense)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage:UserWarning")
+def test_jagged_results_keep_only_what_is_cached() -> None:
+    x = jagged(2, 4, needs_grad=False)
+    offsets_only = torch.nested.nested_tensor_from_jagged(x.values(), x.offsets())
+    y = functional.rms_norm(offsets_only)
+    assert (y._maybe_min_seqlen, y._maybe_max_seqlen, y.lengths()) == (None, None, None)
+    y = functional.rms_norm(torch.nested.nested_tensor_from_jagged(x.values(), x.offsets(), min_seqlen=2, max_seqlen=4))
+    assert (y._maybe_min_seqlen, y._maybe_max_seqlen) == (2, 4)
+
+
+# Symbolic tracing and jagged tensors, with every constant other than its default ---------------------------------------
+
+HALF_ROWS, HALF_RESIDUAL = (torch.randn(16, 6, generator=GENERATOR).bfloat16() for _ in range(2))
+HALF_GAIN, HALF_BIAS = (torch.randn(6, generator=GENERATOR).bfloat16() for _ in range(2))
+# The function, its tensors, its other positional arguments, and its keyword arguments.
+SETTINGS: dict[str, tuple[list[Tensor], tuple[Any, ...], dict[str, Any]]] = {
+    "rms_norm": ([HALF_ROWS, HALF_GAIN], (0.3,), {"gain_offset": 0.7, "cast": "llama"}),
+    "layer_norm": ([HALF_ROWS, HALF_GAIN, HALF_BIAS], (0.3,), {}),
+    "add_rms_norm": ([HALF_ROWS, HALF_RESIDUAL, HALF_GAIN], (0.3,), {"gain_offset": 0.7, "cast": "llama"}),
+    "add_layer_norm": ([HALF_ROWS, HALF_RESIDUAL, HALF_GAIN, HALF_BIAS], (0.3,), {}),
+    "z_score": ([HALF_ROWS], (0,), {}),
+}
+TENSORS = [(name, position) for name, (tensors, _, _) in SETTINGS.items() for position in range(len(tensors))]
+
+
+def as_pair(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def without_each_argument(name: str) -> list[tuple[Tensor, ...]]:
+    """The results of a function where one of its optional arguments has its default."""
+    function = getattr(functional, name)
+    tensors, others, options = SETTINGS[name]
+    named = dict(zip(list(inspect.signature(function).parameters), (*tensors, *others), strict=False)) | options
+    optional = [each for each in named if each not in ("x", "residual")]
+    return [as_pair(function(**{key: value for key, value in named.items() if key != each})) for each in optional]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_settings_for_tracing_and_jagged_tensors_all_matter(name: str) -> None:
+    tensors, others, options = SETTINGS[name]
+    y = as_pair(getattr(functional, name)(*tensors, *others, **options))[0]
+    assert not any(torch.equal(y, changed[0]) for changed in without_each_argument(name))
+
+
+@pytest.mark.parametrize(("name", "position"), TENSORS)
+def test_a_function_of_any_proxy_is_traced_as_one_node_with_all_arguments(name: str, position: int) -> None:
+    function = getattr(functional, name)
+    tensors, others, options = SETTINGS[name]
+
+    def call(replaced: Any) -> Any:
+        given = [replaced if index == position else tensor for index, tensor in enumerate(tensors)]
+        return function(*given, *others, **options)
+
+    traced = fx.symbolic_trace(call)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [function]
+    for value in (tensors[position], tensors[position] * 3):
+        for ours, expected in zip(as_pair(traced(value)), as_pair(call(value)), strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage:UserWarning")
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "z_score"])
+def test_jagged_tensors_with_all_settings_give_the_rows_of_dense_ones(name: str) -> None:
+    function = getattr(functional, name)
+    tensors, others, options = SETTINGS[name]
+    offsets = torch.tensor([0, 5, 6, 16])
+    nested = [
+        torch.nested.nested_tensor_from_jagged(tensor, offsets) if tensor.ndim == 2 else tensor for tensor in tensors
+    ]
+    found = as_pair(function(*nested, *others, **options))
+    expected = as_pair(function(*tensors, *others, **options))
+    for ours, rows in zip(found, expected, strict=True):
+        assert torch.equal(ours.values(), rows)
+        assert torch.equal(ours.offsets(), offsets)

@@ -29,6 +29,8 @@ CASTS = ("fp32", "llama")
 # What float32, in which constants are used, can hold.
 LARGEST = 3.4e38
 
+# NumPy's codes for booleans, signed and unsigned integers, floats, and strings.
+_NUMPY_KINDS = "biufU"
 _ALWAYS_WRITTEN = ("normalization", "norm_placement", "norm_eps")
 
 
@@ -194,10 +196,11 @@ def read_count(name: str, value: object, *, at_least: int = 1) -> int:
 
 
 def python_number(value: Any) -> Any:
-    """Return a NumPy scalar, 0-d array or 0-d tensor as a Python number, and everything else as it is.
+    """Return a NumPy scalar, 0-d array or 0-d tensor as a Python number or string, and everything else as it is.
 
-    Tensors that require a gradient stay as they are, since a constant would silently leave the graph.
-    NumPy is never imported: its scalars are recognized by their attributes.
+    Tensors that require a gradient stay as they are, since a constant would silently leave the graph. So do NumPy's
+    dates, durations, complex numbers, bytes and objects. NumPy is never imported: its scalars are recognized by their
+    attributes. Reading a 0-d tensor on a GPU waits for the GPU: pass Python numbers in code that runs at every step.
 
     Example:
         >>> import torch
@@ -208,11 +211,13 @@ def python_number(value: Any) -> Any:
         return value
     if getattr(value, "ndim", None) != 0 or not hasattr(value, "item") or getattr(value, "requires_grad", False):
         return value
+    if getattr(getattr(value, "dtype", None), "kind", "f") not in _NUMPY_KINDS:
+        return value
     try:
         number = value.item()
     except RuntimeError:  # tensors without values, on the meta device
         return value
-    if type(number) in (int, float, bool):
+    if type(number) in (int, float, bool, str):
         return number
     # NumPy's long double stays one when it is unpacked.
     is_real = type(number).__name__ == "longdouble"
@@ -222,12 +227,16 @@ def python_number(value: Any) -> Any:
 def store_python_numbers(settings: Any) -> None:
     """Replace the NumPy scalars and 0-d tensors among a dataclass's fields with Python numbers, in place.
 
-    For `__post_init__`, before the checks; frozen dataclasses are changed too, and tuples and lists element by element.
+    For `__post_init__`, before the checks; frozen dataclasses are changed too, and tuples and lists element by element
+    (a named tuple becomes a tuple). NumPy strings become Python strings.
     """
     for field in fields(settings):
         value = getattr(settings, field.name)
-        if isinstance(value, (tuple, list)):
-            number: Any = type(value)(map(python_number, value))
+        number: Any
+        if isinstance(value, tuple):
+            number = tuple(map(python_number, value))
+        elif isinstance(value, list):
+            number = list(map(python_number, value))
         else:
             number = python_number(value)
         if number is not value:

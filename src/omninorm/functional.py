@@ -1,8 +1,9 @@
 """The norms as functions. Arguments are checked here; `kernels.dispatch` chooses the back end.
 
-All of them normalize over the last dimension, for float16, bfloat16, float32 and float64 input of any strides, and for
-jagged nested tensors. Statistics and products are computed in float32 (float64 for float64 input) and rounded once, at
-the end. On the proxies of torch.fx each function is recorded as one node, like those of torch.nn.functional.
+All of them normalize over the last dimension (`z_score`: over any), for float16, bfloat16, float32 and float64 input of
+any strides. All but `z_score` also take jagged nested tensors. Statistics and products are computed in float32 (float64
+for float64 input) and rounded once, at the end. On the proxies of torch.fx each function is recorded as one node, like
+those of torch.nn.functional.
 """
 
 from __future__ import annotations
@@ -163,10 +164,10 @@ def z_score(x: Tensor, dim: int = -1) -> Tensor:
     This is LayerNorm without gain, bias and ε. Constant values have a standard deviation of 0, so their z is NaN.
 
     Args:
-        x: any shape of at least one dimension, floating point.
+        x: any shape of at least one dimension, floating point, dense.
 
     Raises:
-        InputError: as `rms_norm`, or x has no such dimension.
+        InputError: as `rms_norm`, or x is a nested tensor, or has no such dimension.
 
     Example:
         >>> z_score(torch.tensor([10.0, 20.0, 30.0, 40.0]))
@@ -209,9 +210,14 @@ def map_rows(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if ragged == x.ndim - 1:
         remedy = "transpose it, so that features of one width come last"
         raise InputError("A nested tensor must have the same number of features everywhere", f"shape {x.shape}", remedy)
-    x = x if x.lengths() is None else x.contiguous()  # type: ignore[attr-defined]
-    y = norm(x.values())
-    return torch.nested.nested_tensor_from_jagged(y, x.offsets(), jagged_dim=ragged)  # type: ignore[attr-defined]
+    return torch.nested.nested_tensor_from_jagged(
+        norm(x.values()),  # with the rows between the sequences, if it has gaps
+        x.offsets(),  # type: ignore[attr-defined]
+        x.lengths(),  # type: ignore[attr-defined]
+        jagged_dim=ragged,
+        min_seqlen=x._maybe_min_seqlen,  # type: ignore[attr-defined]
+        max_seqlen=x._maybe_max_seqlen,  # type: ignore[attr-defined]
+    )
 
 
 # Checks. The C++ operators check too, in a fraction of the time that a small norm takes; these functions then put into

@@ -206,3 +206,80 @@ def test_the_decay_may_be_a_numpy_number() -> None:
     (group,) = param_groups(nn.Linear(2, 2, bias=False), numpy.float32(0.25))
     assert type(group["weight_decay"]) is float
     assert group["weight_decay"] == 0.25
+
+
+def loose(name: str, **shapes: tuple[int, ...]) -> nn.Module:
+    """A module whose class has this name, with parameters of its own."""
+    made: nn.Module = type(name, (nn.Module,), {})()
+    for parameter, shape in shapes.items():
+        setattr(made, parameter, nn.Parameter(torch.ones(shape)))
+    return made
+
+
+# A module, the parameters that are decayed, and those that `decay_norms` adds.
+NAMED_CLASSES: list[tuple[nn.Module, set[str], set[str]]] = [
+    (loose("LayerNormLinear", layer_norm_weight=(8,), weight=(16, 8), bias=(16,)), {"weight"}, {"layer_norm_weight"}),
+    (loose("LayerNormMLP", fc1_weight=(16, 8), fc2_weight=(8, 16), layer_norm_bias=(8,)), {"fc1_weight", "fc2_weight"}, set()),
+    (loose("WeightNormLinear", weight=(8, 8), gain=(8,)), {"weight"}, set()),
+    (loose("WeightNorm", weight=(8, 8)), {"weight"}, set()),
+    (loose("BatchNormConv", kernel=(8, 8, 3)), {"kernel"}, set()),
+    (loose("AdaptiveLayerNorm", weight=(8,), proj=(16, 8)), {"proj"}, {"weight"}),
+    (loose("CohereLayerNorm", weight=(2, 4)), set(), {"weight"}),
+    (loose("LayerNorm2d", weight=(1, 8, 1, 1), bias=(1, 8, 1, 1)), set(), {"weight"}),
+    (loose("MambaRMSNormGated", weight=(8,)), set(), {"weight"}),
+    (loose("BertEmbeddings", proj=(8, 8), position_embeddings=(5, 8), weight=(9, 8)), {"proj"}, set()),
+    (loose("PatchEmbedding", weight=(8, 8), cls_token=(1, 1, 8)), {"weight"}, set()),
+    (loose("TokenEmbed", W_E=(9, 8)), set(), set()),
+    (loose("EmbeddingMixer", weight=(8, 8)), {"weight"}, set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "decayed", "gains"), NAMED_CLASSES, ids=lambda case: type(case).__name__)
+def test_a_class_name_excludes_no_matrix_of_a_linear_map(module: nn.Module, decayed: set, gains: set) -> None:
+    assert decayed_names(module) == decayed
+    assert decayed_names(module, decay_norms=True) == decayed | gains
+
+
+def test_a_projection_that_a_norm_owns_is_decayed() -> None:
+    layer = nn.LayerNorm((2, 4))
+    layer.proj = nn.Parameter(torch.ones(8, 4))
+    assert decayed_names(layer) == {"proj"}
+    assert decayed_names(layer, decay_norms=True) == {"proj", "weight"}
+
+
+def test_a_first_dimension_of_1_excludes_no_matrix() -> None:
+    matrices = {
+        "gate_up_proj": (1, 8, 16), "down_proj": (1, 16, 8), "w1": (1, 8, 16), "w": (1, 8, 8), "expert_up": (1, 8, 16),
+        "lora_A": (1, 64), "router": (1, 8), "fc1": (1, 8, 8), "in_proj_weight": (1, 8, 8), "pos_proj": (8, 8),
+        "token_projection": (8, 8), "query_proj": (1, 8),
+    }  # fmt: skip
+    shared = {
+        "mask": (1, 8),
+        "cls": (1, 8),
+        "latents": (1, 4, 8),
+        "probe": (1, 1, 8),
+        "sep_token": (1, 8),
+        "bias_k": (1, 1, 8),
+    }
+    assert decayed_names(loose("Anything", **matrices, **shared)) == set(matrices)
+
+
+def test_a_method_no_weight_decay_with_arguments_is_not_called() -> None:
+    class Required(nn.Linear):
+        def no_weight_decay(self, names: list[str]) -> list[str]:
+            raise AssertionError(names)
+
+    class Optional(nn.Linear):
+        def no_weight_decay(self, prefix: str = "") -> list[str]:
+            return [f"{prefix}weight"]
+
+    child = nn.Linear(2, 2)
+    child.no_weight_decay = nn.Linear(2, 2)
+    model = nn.ModuleList([Required(2, 2), Optional(2, 2), child])
+    assert decayed_names(model) == {"0.weight", "2.weight", "2.no_weight_decay.weight"}
+
+
+def test_a_gain_that_its_author_excluded_is_not_decayed_with_decay_norms() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4))
+    model[0].weight._no_weight_decay = True
+    assert decayed_names(model, decay_norms=True) == {"1.weight"}

@@ -140,6 +140,26 @@ def test_hooks_take_effect_once() -> None:
     assert torch.equal(fx.symbolic_trace(model)(x), model(x))
 
 
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+@pytest.mark.parametrize("name", NORMS)
+def test_global_hooks_take_effect_once(name: str, register: str) -> None:
+    model, x = Model(norm(name)), torch.randn(3, 2, 8)
+
+    def double(module: nn.Module, inputs: tuple[Tensor, ...], *output: Tensor) -> Tensor | None:
+        if module is not model.norm:
+            return None
+        return 2.0 * (output or inputs)[0]
+
+    hook = getattr(nn.modules.module, register)(double)
+    try:
+        traced, expected = fx.symbolic_trace(model), model(x)
+        assert torch.equal(traced(x), expected)
+        assert not torch.equal(model.last(model.norm.forward(model.first(x))), expected)
+    finally:
+        hook.remove()
+    assert torch.equal(traced(x), expected)
+
+
 @pytest.mark.parametrize("placement", [name for name, kind in PLACEMENT_TYPES.items() if not kind.inner])
 def test_blocks_are_traced_through_to_their_norms(placement: str) -> None:
     config = omninorm.NormConfig(norm_placement=placement)

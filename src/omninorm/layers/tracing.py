@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 from torch.fx import Proxy, Tracer
 
@@ -22,10 +23,11 @@ def record_leaf(norm: nn.Module, owner: type[nn.Module], x: Proxy) -> Any:
 
     Returns:
         The node's proxy. None if the node would not compute the same, so that the norm's formula must be recorded
-        instead: the norm is the model that is traced, a subclass adds something to its forward, or it has hooks, which
-        are traced already.
+        instead: the norm is the model that is traced, a subclass adds something to its forward, or it has forward
+        hooks, its own or global ones, which are traced already.
     """
     tracer = x.tracer
+    every = torch.nn.modules.module
     if (
         not isinstance(tracer, Tracer)
         or norm is tracer.root
@@ -33,6 +35,8 @@ def record_leaf(norm: nn.Module, owner: type[nn.Module], x: Proxy) -> Any:
         or "forward" in vars(norm)
         or norm._forward_hooks
         or norm._forward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
     ):
         return None
     return tracer.create_proxy("call_module", tracer.path_of_module(norm), (x,), {})
