@@ -234,7 +234,7 @@ class _Log:
 
     def evaluated(self, step: int) -> bool:
         """Return whether a step has been evaluated. A run that was shortened may end at one that was not."""
-        return step in self._evals
+        return self.processes.from_first(lambda: step in self._evals)
 
     def checkpoint(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
         if self._run is not None:
