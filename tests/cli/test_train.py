@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.cli import SENTENCE, SMALL, call, tree
 
-from omninorm.experiments import list_checkpoints, read_plan, read_record
+from omninorm.experiments import list_checkpoints, open_run, read_plan, read_record
 
 
 def test_a_run_prints_its_result_and_the_next_command(command, small, tmp_path):
@@ -151,7 +151,7 @@ def test_steps_extend_a_run(command, request, state):
     ("options", "flag", "theirs", "given"),
     [
         (["--lr", "0.5"], "--lr", "0.003", "--lr 0.5"),
-        (["--steps", "3"], "--steps", "4 steps", "--steps 3"),
+        (["--steps", "1"], "steps", " steps", "steps=1"),
         (["--steps", "9", "--lr", "0.5"], "--lr", "0.003", "--lr 0.5"),
         (["--norm", "layernorm"], "--norm", "rmsnorm", "--norm layernorm"),
         (["--seq-len", "8"], "--seq-len", "16", "--seq-len 8"),
@@ -199,6 +199,34 @@ def test_options_equal_to_the_settings_of_the_run_are_accepted(command, unfinish
     assert (code, err) == (0, "")
     assert "step 4/4" in out
     assert [e["step"] for e in read_record(unfinished / "record.jsonl") if e["kind"] == "step"] == [1, 2, 3, 4]
+
+
+def test_the_requested_vocabulary_is_accepted_although_the_text_gave_fewer_tokens(command, trained, tmp_path):
+    options = [*trained[1], "--tokenizer", "bpe", "--seq-len", "8"]
+    for number, requested in enumerate(([], ["--vocab-size", "5000"])):
+        run = tmp_path / str(number)
+        assert command("train", *options, *requested, "--out", run).code == 0
+        assert 257 < read_plan(run).model.vocab_size < 1024
+        resumed = command("train", "--resume", run, *options, *(requested or ["--vocab-size", "1024"]))
+        assert (resumed.code, resumed.err) == (0, "")
+    assert command("train", "--resume", run, "--vocab-size", "4999").code == 2
+
+
+def test_the_text_of_a_finished_run_is_checked(command, finished, tmp_path):
+    (tmp_path / "other.txt").write_text(SENTENCE * 39, encoding="utf-8")
+    for text in ("nowhere.txt", "other.txt"):
+        code, out, err = command("train", "--resume", finished, "--text", tmp_path / text)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert str(tmp_path / text) in err
+
+
+def test_an_extension_is_undone_with_the_earlier_steps(command, finished):
+    with open_run(finished, steps=9):
+        pass  # as if it had been killed before its first step
+    code, out, err = command("train", "--resume", finished, "--steps", 4)
+    assert (code, err) == (0, "")
+    assert "shortened from 9 to 4 steps, all of which are done" in out
+    assert command("train", "--resume", finished, "--steps", 10**20).code == 2
 
 
 def test_a_moved_text_is_accepted_and_a_changed_one_is_refused(command, unfinished, tmp_path):

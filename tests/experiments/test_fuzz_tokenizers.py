@@ -43,7 +43,7 @@ def test_a_damaged_tokenizer_file_is_read_or_refused(tmp_path, kind):
         path.write_bytes(damaged)
         with bounded(len(damaged)):
             read += refuses_or_reads(use, argument)
-    assert read < cases(150)
+    assert 0 < read < cases(150)
 
 
 def test_damaged_metadata_of_a_tokenizer_is_read_or_refused():
@@ -64,4 +64,4 @@ def test_damaged_metadata_of_a_tokenizer_is_read_or_refused():
         if isinstance(damaged, dict):
             with bounded(0):
                 read += refuses_or_reads(lambda values: _use(GgufTokenizer(values)), damaged)
-    assert read < cases(200)
+    assert 0 < read < cases(200)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from helpers.tiny_files import hugging_face, tokenizer_json
+from helpers.tiny_files import gguf_file, hugging_face, tokenizer_json
 
 from omninorm.errors import ConfigError, RunError
 from omninorm.experiments.corpus import load_corpus
@@ -60,6 +60,7 @@ def test_a_tokenizer_from_metadata() -> None:
     assert tokenizer.decode([3, 0, 4]) == b"ab<|end|> "
     assert tokenizer.byte_lengths().tolist() == [7, 1, 1, 2, 1]
     assert tokenizer.end == 0
+    assert (tokenizer.end_tokens, tokenizer.special_tokens) == ({0}, {0})
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,7 @@ def test_a_tokenizer_from_metadata() -> None:
         ({"tokenizer.ggml.pre": "qwen2"}, ConfigError),
         ({"tokenizer.ggml.tokens": None}, RunError),
         ({"tokenizer.ggml.merges": ["x y"]}, RunError),
+        ({"tokenizer.ggml.eos_token_id": "0"}, RunError),
         ({"tokenizer.ggml.tokens": ["<|end|>", "a", "b", "ab", "\x00"]}, RunError),
     ],
 )
@@ -129,3 +131,57 @@ def test_a_folder_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
     assert (model.config.n_layers, model.training, tokenizer.vocab_size) == (2, False, 5)
     assert is_pretrained(tmp_path)
     assert not is_pretrained(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, {}, set()),
+        (None, {"eos_token_id": 2}, {2}),
+        ({"eos_token_id": [1, 3]}, {"eos_token_id": 2}, {1, 3}),
+        ({"eos_token_id": None}, {"eos_token_id": 2}, {2}),
+        ({}, {"eos_token_id": None}, set()),
+    ],
+)
+def test_end_tokens_come_from_the_generation_config_or_else_from_the_config(
+    tmp_path: Path, generation: dict[str, object] | None, config: dict[str, object], expected: set[int]
+) -> None:
+    hugging_face(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = FolderTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.end_tokens == expected
+    assert tokenizer.special_tokens == {0}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "2"}', '{"eos_token_id": [true]}'])
+def test_a_damaged_generation_config_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    hugging_face(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(RunError, match=r"generation_config\.json"):
+        load_folder(tmp_path)
+
+
+def test_text_ends_at_an_end_token_and_special_tokens_are_left_out(tmp_path: Path) -> None:
+    hugging_face(tmp_path)
+    model, tokenizer = load_folder(tmp_path)
+    prompt = tokenizer.encode(b"ab").tolist()
+    tokens = model.generate([prompt], 60, seed=1)[0]
+    end = tokens[20]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, -1, 10**6]}))
+    tokenizer = load_folder(tmp_path)[1]
+    before = tokens[: tokens.index(end)]
+    text = "".join(stream_text(model, tokenizer, "ab", 60, seed=1))
+    assert text.encode() == tokenizer.decode([token for token in before if token != 0])
+    whole = "".join(stream_text(model, tokenizer, "ab", 60, seed=1, stop_tokens=()))
+    assert 0 in tokens
+    assert whole.encode() == tokenizer.decode([token for token in tokens if token != 0])
+
+
+def test_text_of_a_gguf_model_ends_at_its_end_token(tmp_path: Path) -> None:
+    model, tokenizer = load_gguf(gguf_file(tmp_path / "m.gguf"))
+    tokens = model.generate([tokenizer.encode(b"ab").tolist()], 60, seed=1)[0]
+    text = "".join(stream_text(model, tokenizer, "ab", 60, seed=1))
+    assert 0 < tokens.index(0) < 59
+    assert text.encode() == tokenizer.decode(tokens[: tokens.index(0)])

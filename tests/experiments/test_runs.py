@@ -269,12 +269,51 @@ def test_the_config_of_an_extended_run_keeps_its_history(finished):
     assert not list(path.glob(".tmp-*"))
 
 
-def test_a_run_cannot_be_shortened(finished):
+def test_a_run_is_not_shortened_below_its_newest_checkpoint_or_its_warmup(finished, plan, tmp_path):
     path, _ = finished
-    before = (path / "config.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"6 steps, got steps=5"):
-        open_run(path, steps=5)
-    assert (path / "config.json").read_bytes() == before
+    warm = _interrupted(plan.change(warmup_steps=4), tmp_path / "warm")  # after step 2 of 6
+    for folder, steps, least in ((path, 5, 6), (warm, 1, 2), (warm, 3, 4)):
+        before = (folder / "config.json").read_bytes()
+        with pytest.raises(ConfigError) as error:
+            open_run(folder, steps=steps)
+        assert str(folder) in error.value.invariant
+        assert f"{least} steps" in error.value.invariant
+        assert error.value.received == f"steps={steps}"
+        assert (folder / "config.json").read_bytes() == before
+    with open_run(path):
+        pass  # the folder was released
+
+
+def test_an_extension_is_undone_before_a_step_is_trained(finished):
+    path, losses = finished
+    before = _result(path)
+    with open_run(path, steps=10**12):
+        pass  # as if it had been killed before its first step
+    with pytest.raises(ConfigError, match="10¹² steps, got steps=99999999999999999999"):
+        open_run(path, steps=99999999999999999999)
+    with open_run(path, steps=6) as run:
+        assert "from 1000000000000 to 6 steps" in run.notices[-1]
+        result = run.train()
+    assert (result.status, result.losses) == ("finished", losses)
+    assert is_finished(path)
+    assert _result(path) == before
+
+
+def test_a_run_that_is_shortened_to_its_newest_checkpoint_is_evaluated_there(plan, tmp_path):
+    path = _interrupted(plan.change(eval_every=4, warmup_steps=1), tmp_path / "run")
+    with open_run(path, steps=2) as run:
+        result = run.train()
+    assert [event.step for event in result.eval_events] == [0, 2]
+    assert is_finished(path)
+
+
+def test_a_run_that_diverged_before_its_first_checkpoint_has_no_model(plan, tmp_path):
+    with create_run(plan, tmp_path / "run") as run:
+        run.folder.record.append({"kind": "diverged", "step": 1})
+    with pytest.raises(RunError) as error:
+        load_run(tmp_path / "run")
+    assert "diverged" in error.value.invariant
+    assert "learning rate" in error.value.remedy
 
 
 def test_a_config_that_cannot_be_rewritten_is_unchanged_and_the_run_is_released(finished, monkeypatch):

@@ -15,6 +15,8 @@ BAD = [
     ("steps", -1),
     ("steps", 1.5),
     ("steps", True),
+    ("steps", 10**12 + 1),
+    ("steps", 10**20),
     ("batch_size", 0),
     ("seq_len", 0),
     ("grad_accumulation", 0),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -60,6 +62,35 @@ def test_opening_a_record_removes_an_abandoned_page_but_not_one_being_written(tm
         assert page.exists()
     Record(tmp_path / "record.jsonl").close()
     assert sorted(path.name for path in tmp_path.iterdir()) == [foreign.name, "record.jsonl"]
+
+
+def test_package_is_imported_and_writes_without_locks_where_there_is_no_fcntl(tmp_path: Path) -> None:
+    """As on Windows, in a process of its own."""
+    (tmp_path / ".tmp-report.html").write_bytes(b"half")
+    program = """
+import sys
+from pathlib import Path
+sys.modules["fcntl"] = None
+import omninorm, omninorm.watch, omninorm.report
+from omninorm.record import Record, files
+folder = Path(sys.argv[1])
+Record(folder / "record.jsonl").close()
+assert (folder / ".tmp-report.html").exists()
+files.write_file(folder / "report.html", b"page")
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    assert (tmp_path / "report.html").read_bytes() == b"page"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["record.jsonl", "report.html"]
+
+
+def test_symbolic_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
+    victim, page = tmp_path / "victim", tmp_path / "report.html"
+    victim.write_bytes(b"untouched")
+    page.write_bytes(b"old")
+    (tmp_path / ".tmp-report.html").symlink_to(victim)
+    with pytest.raises(RunError), writing(page):
+        write_file(page, b"new")
+    assert (victim.read_bytes(), page.read_bytes()) == (b"untouched", b"old")
 
 
 def test_holder_of_the_lock_removes_all_temporaries(tmp_path: Path) -> None:

@@ -50,30 +50,35 @@ def read_page(folder: Path) -> str:
 
 
 def test_damaged_records_are_read_or_refused(events: list[dict[str, Any]], tmp_path: Path) -> None:
-    path, pages = tmp_path / "record.jsonl", 0
+    path, pages, histories, frames = tmp_path / "record.jsonl", 0, 0, 0
     for case in range(cases(30)):
         path.write_bytes(damaged_record(events, case))
         with bounded(path.stat().st_size):
-            for reader in (read_history, read_record, final_status):
+            histories += refuses_or_reads(read_history, path)
+            for reader in (read_record, final_status):
                 refuses_or_reads(reader, path)
             pages += refuses_or_reads(read_page, tmp_path)
             if case % 4 == 0:
-                refuses_or_reads(read_frames, tmp_path)
+                frames += refuses_or_reads(read_frames, tmp_path)
             Record(path).close()
     assert pages >= 0.9 * cases(30), "nearly all damage is skipped line by line"
+    assert 0 < histories < cases(30)
+    assert frames > 0
 
 
 def test_damaged_records_of_other_ranks_and_configs_are_read_or_refused(
     events: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     synthetic.run(tmp_path, blocks=2, samples=2, every=2)
+    pages = 0
     for case in range(cases(10)):
         (tmp_path / "record-rank1.jsonl").write_bytes(damaged_record(events, case))
         (tmp_path / "config.json").write_bytes(
             mutated_json({"format": 1, "started": "2026", "train": {"lr": 0.1}}, case)
         )
         with bounded((tmp_path / "record-rank1.jsonl").stat().st_size):
-            refuses_or_reads(read_page, tmp_path)
+            pages += refuses_or_reads(read_page, tmp_path)
+    assert pages > 0
 
 
 def lists_of_one(step: int) -> dict[str, Any]:

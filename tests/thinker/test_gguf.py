@@ -120,9 +120,9 @@ def test_quantized_weights_are_within_their_rounding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "said"),
     [
-        ({"leave_out": ["blk.1.ffn_up.weight"]}, RunError, "none named blk.1.ffn_up.weight"),
+        ({"leave_out": ["blk.1.ffn_up.weight"]}, RunError, "its model: blk.1.ffn_up.weight"),
         ({"leave_out": ["token_embd.weight"]}, RunError, "no token_embd.weight"),
-        ({"add": {"blk.0.attn_q.bias": np.zeros(32, np.float32)}}, RunError, "also blk.0.attn_q.bias"),
+        ({"add": {"blk.0.attn_q.bias": np.zeros(32, np.float32)}}, RunError, "its model: blk.0.attn_q.bias"),
         ({"add": {"rope_freqs.weight": np.ones(4, np.float32)}}, ConfigError, "Scaled RoPE"),
         ({"add": {"output_norm.weight": np.ones(31, np.float32)}}, RunError, "shape (32,)"),
         ({"keys": {"llama.rope.scaling.type": "yarn"}}, ConfigError, "Scaled RoPE"),

@@ -202,7 +202,7 @@ def train(
 def _open_for_all(processes: Processes, context: typer.Context, given: dict[str, Any]) -> Run | None:
     """Open the run, and send its folder to the other processes; return None where it is finished."""
     from omninorm.experiments.run_folder import is_finished
-    from omninorm.experiments.runs import Plan, read_plan
+    from omninorm.experiments.runs import Plan, load_text, read_plan
 
     resume = context.params["resume"]
     opened: list[Run] = []
@@ -211,7 +211,9 @@ def _open_for_all(processes: Processes, context: typer.Context, given: dict[str,
         plan = Plan() if resume is None else read_plan(resume)
         if resume is not None:
             _check_same(context, plan, given)
-            if is_finished(resume) and given.get("steps", 0) <= plan.train.steps:
+            if is_finished(resume) and given.get("steps", plan.train.steps) == plan.train.steps:
+                if (text := context.params["text"]) is not None:
+                    load_text(resume, text)  # only checks it, since nothing is left to train
                 return None
         processes.check_batch(given.get("batch_size", plan.train.batch_size))  # before there is a folder
         opened.append(_open(context, given))
@@ -268,13 +270,17 @@ def _open(context: typer.Context, given: dict[str, Any]) -> Run:
 
 
 def _check_same(context: typer.Context, plan: Plan, given: Mapping[str, Any]) -> None:
-    """Raise ConfigError if an option differs from the setting of the run that is resumed; --steps may be larger."""
+    """Raise ConfigError if an option differs from the setting of the run that is resumed. `open_run` checks --steps."""
     from omninorm.experiments.run_folder import read_config
+    from omninorm.experiments.tokenizer import DEFAULT_VOCABULARY
 
     resume, out, threads = (context.params[name] for name in ("resume", "out", "threads"))
     theirs = plan.settings()
+    # A short text may give fewer BPE tokens than were requested.
+    requested = DEFAULT_VOCABULARY if plan.vocab_size is None and plan.tokenizer == "bpe" else plan.vocab_size
     for name, value in given.items():
-        if value != theirs[name] and not (name == "steps" and value > theirs["steps"]):
+        accepted = name == "steps" or (name == "vocab_size" and value == requested)
+        if value != theirs[name] and not accepted:
             _refuse(context, name, theirs[name], value)
     recorded = read_config(resume).get("threads")
     if threads is not None and threads != recorded:
@@ -284,11 +290,6 @@ def _check_same(context: typer.Context, plan: Plan, given: Mapping[str, Any]) ->
 
 
 def _refuse(context: typer.Context, name: str, theirs: object, given: object) -> NoReturn:
-    if name == "steps":
-        invariant = (
-            f"--steps can extend a run but not shorten it: the run in {context.params['resume']} has {theirs} steps"
-        )
-        raise ConfigError(invariant, f"--steps {given}", "give a larger number, or leave --steps out")
     if given is None:
         flag, shown = {"grad_clip": "--no-grad-clip", "watch_every": "--no-watch"}[name], ""
     else:

@@ -18,6 +18,7 @@ from omninorm.thinker import Thinker, gguf, pretrained
 # How text is split before it is tokenized, by llama.cpp's names: whether every digit is a piece of its own.
 _SINGLE_DIGITS = {"gpt-2": False, "default": False, "smollm": True}
 _CONTROL = 3  # the type of control tokens such as <|endoftext|> in GGUF
+_GENERATION_FILE = "generation_config.json"
 _SPACE = "▁"  # SentencePiece's character for a space
 _REMEDY = "download it again, or use another file"
 
@@ -26,6 +27,8 @@ class _Pieces:
     """A tokenizer whose tokens each stand for fixed bytes, so that decoding can stop anywhere."""
 
     vocab_size: int
+    end_tokens: frozenset[int] = frozenset()  # each ends a text
+    special_tokens: frozenset[int] = frozenset()  # not part of a text
     _pieces: list[bytes]
 
     def decode(self, tokens: Iterable[int]) -> bytes:
@@ -69,7 +72,10 @@ class GgufTokenizer(_Pieces):
         self._tokenizer = _build(words, merges, sorted(self._special), _SINGLE_DIGITS[cut])
         self._pieces = [self._bytes_of(word) for word in words]
         self.vocab_size = len(words)
-        self.end: int | None = settings.get("tokenizer.ggml.eos_token_id")
+        key = "tokenizer.ggml.eos_token_id"
+        self.end: int | None = settings.get(key)
+        self.end_tokens = _token_set(key, self.end)
+        self.special_tokens = frozenset(index for index, word in enumerate(words) if word in self._special)
 
     def encode(self, text: bytes) -> Tensor:
         """Return the tokens, int32, without any special ones added."""
@@ -83,6 +89,8 @@ class GgufTokenizer(_Pieces):
 
 class FolderTokenizer(_Pieces):
     """The tokenizer of a Hugging Face folder, in its tokenizer.json.
+
+    The end-of-text tokens come from generation_config.json next to it, or else from config.json.
 
     Args:
         path: the file.
@@ -120,6 +128,8 @@ class FolderTokenizer(_Pieces):
         if self.vocab_size > 2 * len(vocabulary) + 1024:
             received = f"token {self.vocab_size - 1} among {len(vocabulary)} tokens"
             raise RunError(f"The tokens in {path} must be numbered without large gaps", received, _REMEDY)
+        self.special_tokens = frozenset(index for index, token in added.items() if token.special)
+        self.end_tokens = _read_end_tokens(path.parent)
         self._pieces = [b""] * self.vocab_size
         for word, index in vocabulary.items():
             self._pieces[index] = _text_bytes(word) if index in added else convert(word)
@@ -171,6 +181,33 @@ def _build(words: list[str], merges: list[str], special: list[str], single_digit
     tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([*digits, *cuts])
     tokenizer.add_special_tokens(special)
     return tokenizer
+
+
+def _read_end_tokens(folder: Path) -> frozenset[int]:
+    """Return the end-of-text tokens of a Hugging Face folder; none if neither of its files names one."""
+    for name in (_GENERATION_FILE, CONFIG_FILE):
+        path = folder / name
+        try:
+            values = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RunError(f"{path} must be a readable JSON file", f"{reason!s:.200}", _REMEDY) from error
+        if not isinstance(values, Mapping):
+            raise RunError(f"{path} must be a JSON object", type(values).__name__, _REMEDY)
+        if values.get("eos_token_id") is not None:
+            return _token_set(f"eos_token_id in {path}", values["eos_token_id"])
+    return frozenset()
+
+
+def _token_set(name: str, value: object) -> frozenset[int]:
+    """Return the tokens in a file's setting, which is a number, a list of numbers, or None."""
+    tokens = value if isinstance(value, list) else [] if value is None else [value]
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise RunError(f"{name} must be a token or a list of tokens", f"{value!r:.80}", _REMEDY)
+    return frozenset(tokens)
 
 
 def _decoders(decoder: Any) -> set[str]:

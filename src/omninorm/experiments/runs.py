@@ -38,6 +38,7 @@ from omninorm.thinker import Thinker, ThinkerConfig
 
 _SECTIONS = ("model", "train", "tokenizer", "data", "versions")
 _MOST_SKIPPED = 20  # entries in config.json
+_AFTER_DIVERGENCE = "start a new run with a smaller learning rate, gradient clipping, or another norm or placement"
 _NO_MEMORY = "allocate|overflow|out of memory"
 
 
@@ -189,19 +190,20 @@ def open_run(
 ) -> Run:
     """Open a run to continue it from its newest checkpoint, with its own settings.
 
-    A larger number of steps extends the run, finished or not. From the resumed step on, the learning rate follows the
-    schedule for the new number of steps; the warm-up stays as it was. config.json is rewritten and keeps the earlier
-    number under "extended".
+    A larger number of steps extends the run, finished or not; a smaller one shortens it, but not below the newest
+    checkpoint. From the resumed step on, the learning rate follows the schedule for the new number of steps; the
+    warm-up stays as it was. config.json is rewritten and keeps the earlier number under "extended".
 
     Args:
         path: the run's folder.
         text: where the text is now, if it has moved.
         processes: those that train together, of which the first has opened the run already; None means this one alone.
         steps: the new number of optimizer steps; None keeps the run's.
-        command: how the run was extended, for config.json.
+        command: how the run was extended or shortened, for config.json.
 
     Raises:
-        ConfigError: `steps` is below the run's own, or the model is too large for this machine.
+        ConfigError: `steps` is below the newest checkpoint or the warm-up, or above 10¹², or the model is too large for
+            this machine.
         RunError: no run, a damaged one, one that another process is writing, one that diverged, or the text is not
             the one that the run was started with.
         DataError: the text is no longer there, or no text any more.
@@ -211,17 +213,13 @@ def open_run(
     config = read_config(path)
     plan = read_plan(path)
     if final_status(path / RECORD_FILE) == "diverged":
-        remedy = "start a new run with a smaller learning rate, gradient clipping, or another norm or placement"
-        raise RunError(f"The run in {path} has diverged and can't be resumed", "", remedy)
+        raise RunError(f"The run in {path} has diverged and can't be resumed", "", _AFTER_DIVERGENCE)
     try:
         check_model(plan.model)
     except ConfigError as error:
         remedy = "restore the file, or use a machine with more memory"
         raise ConfigError(f"{path / CONFIG_FILE}: {error.invariant}", error.received, remedy) from error
-    corpus = _load_again(plan, text)
-    if corpus.sha256 != config["data"].get("sha256"):
-        invariant = f"{corpus.source} is not the text that the run in {path} was started with"
-        raise RunError(invariant, "", "restore the text, or start a new run")
+    corpus = load_text(path, text)
     tokenizer = _load_tokenizer(path, plan, config)
     data = tokenize(corpus, tokenizer, plan.train.seq_len, plan.train.eval_bytes)
     steps_saved = list_checkpoints(path / CHECKPOINTS)
@@ -229,26 +227,31 @@ def open_run(
         check_sizes(path / CHECKPOINTS, steps_saved[-1], plan.model)
     model = build_model(plan.model, plan.train.seed)
     processes = processes or Processes()
-    extended = plan if steps is None else _extended(plan, steps, path)
     folder = RunFolder(path) if processes.first else RunFolder.follow(path, processes.rank)
     notices = _changes(config)
-    if extended != plan:
-        try:
+    try:
+        extended = plan if steps is None else _extended(plan, steps, path, folder.newest() or 0)
+        if extended != plan:
             notices += (_extend(folder, config, plan, extended, command),)
-        except BaseException:
-            folder.close()
-            raise
+    except BaseException:
+        folder.close()
+        raise
     return Run(extended, folder, corpus, tokenizer, data, model, notices, processes)
 
 
-def _extended(plan: Plan, steps: int, path: Path) -> Plan:
-    """Return the plan with more steps. The warm-up is kept: its default depends on the number of steps."""
+def _extended(plan: Plan, steps: int, path: Path, done: int) -> Plan:
+    """Return the plan with another number of steps. The warm-up is kept: its default depends on that number."""
     steps = read_count("steps", steps)
-    if steps < plan.train.steps:
-        invariant = f"A run can be extended but not shortened: the run in {path} has {plan.train.steps} steps"
-        raise ConfigError(invariant, f"steps={steps}", "give a larger number, or start a new run")
     if steps == plan.train.steps:
         return plan
+    if steps < done:
+        invariant = f"A run cannot end before its newest checkpoint, and the run in {path} has done {done} steps"
+        raise ConfigError(invariant, f"steps={steps}", f"give at least {done}, or start a new run")
+    if steps < plan.train.warmup:
+        invariant = (
+            f"A run cannot end before its warm-up, and that of the run in {path} takes {plan.train.warmup} steps"
+        )
+        raise ConfigError(invariant, f"steps={steps}", f"give at least {plan.train.warmup}, or start a new run")
     return replace(plan, train=replace(plan.train, steps=steps, warmup_steps=plan.train.warmup))
 
 
@@ -259,9 +262,26 @@ def _extend(folder: RunFolder, config: Mapping[str, Any], plan: Plan, extended: 
     entry = {"from": before, "to": after, "at_step": done, "command": list(command), "time": _now()}
     extensions = [*(earlier if isinstance(earlier, list) else []), entry]
     folder.rewrite_config({**config, "train": extended.train.to_dict(), "extended": extensions})
+    notice = f"{'extended' if after > before else 'shortened'} from {before} to {after} steps"
+    if done == after:
+        return f"{notice}, all of which are done"
     schedule = plan.train.schedule
     change = "stays constant" if schedule == "constant" else f"follows the {schedule} schedule for {after} steps"
-    return f"extended from {before} to {after} steps: from step {done + 1} on, the learning rate {change}"
+    return f"{notice}: from step {done + 1} on, the learning rate {change}"
+
+
+def load_text(path: Path, text: str | None = None) -> Corpus:
+    """Return the text of the run in a folder, from its own place or from `text`.
+
+    Raises:
+        DataError: the text cannot be read.
+        RunError: it is not the text that the run was started with.
+    """
+    corpus = _load_again(read_plan(path), text)
+    if corpus.sha256 != read_config(path)["data"].get("sha256"):
+        invariant = f"{corpus.source} is not the text that the run in {path} was started with"
+        raise RunError(invariant, "", "restore the text, or start a new run")
+    return corpus
 
 
 def _load_again(plan: Plan, text: str | None) -> Corpus:
@@ -321,6 +341,9 @@ def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, i
     check_packages()
     plan = read_plan(path)
     steps = list_checkpoints(path / CHECKPOINTS)
+    if not steps and final_status(path / RECORD_FILE) == "diverged":
+        invariant = f"The run in {path} diverged before its first checkpoint, so it has no model"
+        raise RunError(invariant, "", _AFTER_DIVERGENCE)
     if not steps:
         raise RunError(f"The run in {path} has no checkpoint yet", "", "resume its training")
     if step is not None and step not in steps:

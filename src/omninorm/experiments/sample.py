@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from omninorm.errors import InputError
 from omninorm.experiments.settings import check_seed
@@ -22,11 +22,14 @@ def stream_text(
     top_p: float | None = None,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    stop_tokens: Collection[int] | None = None,
 ) -> Iterator[str]:
     """Continue a prompt; yield new text, without the prompt, as soon as it is final.
 
     Bytes are decoded as UTF-8 across tokens; invalid bytes become U+FFFD. A prompt longer than the model's context is
-    cut to its last tokens. The text ends before the first of `stop`, which is not yielded.
+    cut to its last tokens. The text ends before the first of `stop` or `stop_tokens`, which is not yielded. If
+    `stop_tokens` is None, these are the end-of-text tokens of a pretrained model's tokenizer; the tokenizers that
+    omninorm trains have none. Special tokens are left out of the text.
 
     Raises:
         InputError: an empty prompt or stop text, or a sampling setting out of range (at the call, not later).
@@ -39,8 +42,15 @@ def stream_text(
     if not all(stop):
         raise InputError("A stop text must have at least one character", "''", "leave it out")
     tokens = tokenizer.encode(prompt.encode("utf-8", errors="replace")).tolist()[-model.config.max_seq_len :]
-    steps = model.stream([tokens], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    pieces = (tokenizer.decode([token for token in step if token is not None]) for step in steps)
+    if stop_tokens is None:  # a file may name tokens that its model does not have, such as -1 for none
+        ends: Collection[int] = getattr(tokenizer, "end_tokens", ())
+        stop_tokens = [token for token in ends if 0 <= token < model.config.vocab_size]
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    steps = model.stream([tokens], max_new_tokens, stop_tokens=stop_tokens, **sampling)  # type: ignore[arg-type]
+    hidden = {*stop_tokens, *getattr(tokenizer, "special_tokens", ())}
+    pieces = (
+        tokenizer.decode([token for token in step if token is not None and token not in hidden]) for step in steps
+    )
     return _decode(_until(pieces, [text.encode() for text in stop]))
 
 

@@ -14,6 +14,7 @@ SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
 # The range of float32, the dtype of the weights: beyond it a number becomes 0 or infinite.
 _SMALLEST, _LARGEST = 1e-38, 3e38
+_MOST_STEPS = 10**12
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class TrainConfig:
     """How a model is trained. The defaults suit a small byte-level model on two CPU cores.
 
     Args:
-        steps: optimizer steps, ≥ 1.
+        steps: optimizer steps, from 1 to 10¹².
         batch_size: sequences per micro-batch; a step has batch_size · grad_accumulation of them.
         seq_len: tokens per sequence.
         lr: the peak learning rate, reached at the end of the warm-up, in [1e-38, 3e38].
@@ -72,6 +73,8 @@ class TrainConfig:
         store_python_numbers(self)
         for name in ("steps", "batch_size", "seq_len", "grad_accumulation", "eval_every"):
             check_count(name, getattr(self, name))
+        if self.steps > _MOST_STEPS:
+            raise ConfigError("A run can have at most 10¹² steps", f"steps={self.steps!r:.40}", "use fewer steps")
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
             check_count(name, getattr(self, name))
         if self.watch_every is not None:

@@ -17,6 +17,7 @@ from omninorm.errors import ConfigError, DataError, MissingExtraError, OmninormE
 TOKENIZERS = ("byte", "bpe")
 TOKENIZER_FILE = "tokenizer.json"
 _REMEDY = "restore the file from the original run, or train again"
+DEFAULT_VOCABULARY = 1024
 _LARGEST_VOCABULARY = 1 << 20
 _PIECE = 1 << 20  # characters per call of the BPE encoder, which keeps its offset tables small
 
@@ -136,7 +137,7 @@ def build_tokenizer(name: str, vocab_size: int | None, train_text: bytes) -> Tok
     """
     check_choice("tokenizer", name, TOKENIZERS)
     if name == "bpe":
-        return BpeTokenizer.train(train_text, 1024 if vocab_size is None else vocab_size)
+        return BpeTokenizer.train(train_text, DEFAULT_VOCABULARY if vocab_size is None else vocab_size)
     if vocab_size not in (None, 256):
         remedy = "use tokenizer 'bpe', or leave vocab_size out"
         raise ConfigError("The byte tokenizer has 256 tokens", f"vocab_size={vocab_size}", remedy)

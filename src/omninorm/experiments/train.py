@@ -78,6 +78,8 @@ def train(
     model.train()
     if done == 0 and not log.evaluate(0, model, data, config):
         return log.stop(StopEvent(0, "diverged"))
+    if done == config.steps and not log.evaluated(done) and not log.evaluate(done, model, data, config):
+        return log.stop(StopEvent(done, "diverged"))
     with log.watching(wrapped, optimizer, done, config):
         end = _steps(model, wrapped, optimizer, data, config, done, log, stopped_by)
     return log.stop(end)
@@ -229,6 +231,10 @@ class _Log:
         )
         self.emit(EvalEvent(step, bits, time.perf_counter() - started))
         return math.isfinite(bits)
+
+    def evaluated(self, step: int) -> bool:
+        """Return whether a step has been evaluated. A run that was shortened may end at one that was not."""
+        return self.processes.from_first(lambda: step in self._evals)
 
     def checkpoint(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
         if self._run is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,8 +11,15 @@ from pathlib import Path
 
 from omninorm.errors import RunError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no fcntl; files are written without locks there.
+    fcntl = None  # type: ignore[assignment]
+
 TEMPORARY = ".tmp-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# The temporary names are predictable, so somebody else may have put a symbolic link there.
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 
 @contextlib.contextmanager
@@ -37,7 +43,8 @@ def write_file(path: Path, content: bytes) -> None:
     overwritten. A pipe or a character device, such as /dev/null, is written to directly: a rename would replace it.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; then neither name is left behind.
+        OSError: the disk is full, the folder cannot be written, or the temporary name is a symbolic link. The old
+            file is unchanged.
     """
     if path.exists() and (path.is_fifo() or path.is_char_device()):
         path.write_bytes(content)
@@ -59,10 +66,11 @@ def write_file(path: Path, content: bytes) -> None:
 def _claimed(path: Path) -> Iterator[int]:
     """Open a temporary file, or create it, and lock it, so that no other process writes or removes it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINKS, 0o666)
         try:
-            with contextlib.suppress(OSError):  # some file systems have no locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # some file systems have no locks
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
             # Whoever held the lock has renamed or removed the file by now.
             if _is_open(path, descriptor):
                 yield descriptor
@@ -125,12 +133,17 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def remove_abandoned_files(folder: Path, names: str = "*") -> None:
-    """Delete the temporary files for these names that no process is writing; a kill may have left them."""
+    """Delete the temporary files for these names that no process is writing; a kill may have left them.
+
+    Without locks, as on Windows, a file may be in use and is kept.
+    """
+    if fcntl is None:
+        return
     for path in folder.glob(f"{TEMPORARY}{names}"):
         with contextlib.suppress(OSError):
             if path.is_symlink() or not path.is_file():
                 continue
-            descriptor = os.open(path, os.O_RDWR)
+            descriptor = os.open(path, os.O_RDWR | _NO_LINKS)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()

@@ -19,7 +19,7 @@ from omninorm.config import NormConfig, is_finite
 from omninorm.errors import ConfigError, MissingExtraError, RunError
 from omninorm.thinker.config import ThinkerConfig
 from omninorm.thinker.model import Thinker
-from omninorm.thinker.sizes import check_sizes, count_layers
+from omninorm.thinker.sizes import check_sizes, count_layers, in_terms_of
 
 ARCHITECTURES = ("llama", "qwen3")
 _REORDERED = ("llama",)
@@ -49,6 +49,13 @@ _KEYS = {
     "feed_forward_length": "d_ff",
 }
 _EPS = "attention.layer_norm_rms_epsilon"
+_KEY_OF = {
+    **{ours: theirs for theirs, ours in _KEYS.items()},
+    "n_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rope_theta": "rope.freq_base",
+    "norm_eps": _EPS,
+}
 # Tensors with RoPE's frequencies where these do not follow from rope.freq_base alone.
 _SCALED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _REMEDY = "check that the file is whole and holds a language model"
@@ -213,7 +220,7 @@ def _config(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, Any])
             norm=NormConfig(norm_eps=float(f"{eps:.6g}"), cast="llama", qk_norm=family == "qwen3"),
         )
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error.invariant}", f"{error.received!s:.200}", error.remedy) from error
+        raise in_terms_of(_KEY_OF, path, error) from error
     if rotated not in (None, config.head_width):
         received = f"rope.dimension_count {rotated!r:.40} with heads of width {config.head_width}"
         raise ConfigError(

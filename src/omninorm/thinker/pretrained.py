@@ -16,11 +16,11 @@ from omninorm.errors import ConfigError, InputError, RunError
 from omninorm.record.tensors import FLOATS, open_safetensors
 from omninorm.thinker.config import ThinkerConfig
 from omninorm.thinker.model import Thinker
-from omninorm.thinker.sizes import check_sizes, count_layers
+from omninorm.thinker.sizes import check_sizes, count_layers, in_terms_of
 
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HEAD = "lm_head.weight"
+_HEAD, _PREFIX = "lm_head.weight", "model."
 # Old checkpoints also hold RoPE's frequencies, which follow from the config.
 _DERIVED = "rotary_emb.inv_freq"
 _NAMES = (
@@ -46,6 +46,12 @@ _REQUIRED = {
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
     "max_position_embeddings": "max_seq_len",
+}
+_KEY_OF = {
+    **{ours: theirs for theirs, ours in _REQUIRED.items()},
+    "n_kv_heads": "num_key_value_heads",
+    "tied_head": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
 }
 # Settings that Thinker does not support: the key, the values that disable it, and a description.
 _FOREIGN: tuple[tuple[str, tuple[object, ...], str], ...] = (
@@ -81,7 +87,9 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Thinker:
     files = _locate(folder)
     shapes = {name: stored.shape for name, stored in files.items()}
     ignored = [name for name in files if name.endswith(_DERIVED) or (config.tied_head and name == _HEAD)]
-    names = check_sizes(folder, config, shapes, _foreign_name, count_layers(files, "model.layers."), ignored)
+    _check_prefix(folder, files)
+    layers = count_layers(files, _PREFIX + "layers.")
+    names = check_sizes(folder, config, shapes, _foreign_name, layers, ignored, source="config.json")
     _check_types(files, names.values())
     with torch.device("meta"):
         model = Thinker(config)
@@ -126,7 +134,7 @@ def read_config(folder: str | Path) -> ThinkerConfig:
             norm=NormConfig(norm_eps=values.get("rms_norm_eps", 1e-6), cast="llama", qk_norm=family == "qwen3"),
         )
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error.invariant}", f"{error.received!s:.200}", error.remedy) from error
+        raise in_terms_of(_KEY_OF, path, error) from error
 
 
 def _family(values: Mapping[str, Any]) -> str:
@@ -226,6 +234,15 @@ def _foreign_name(name: str) -> str:
         if name.startswith(ours) or ours.startswith("."):
             name = name.replace(ours, theirs, 1)
     return name
+
+
+def _check_prefix(folder: Path, names: Mapping[str, _Stored]) -> None:
+    """Raise RunError if the tensors are named as in a base model, which was saved without its language-model head."""
+    bare = _foreign_name("embedding.weight").removeprefix(_PREFIX)
+    if bare in names and _PREFIX + bare not in names:
+        invariant = f"The tensors in {folder} must have the prefix {_PREFIX!r} of a causal language model"
+        remedy = "save the whole model with AutoModelForCausalLM, or rename the tensors"
+        raise RunError(invariant, f"{bare} without it", remedy)
 
 
 def _check_types(files: Mapping[str, _Stored], names: Iterable[str]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
 
-from omninorm.errors import RunError
+from omninorm.errors import ConfigError, RunError
 from omninorm.thinker.config import ThinkerConfig
 
 _REMEDY = "check that the settings belong to the weights and that every file is whole"
@@ -68,6 +69,7 @@ def check_sizes(
     rename: Callable[[str], str],
     layers: int,
     ignored: Collection[str] = (),
+    source: str = "the metadata",
 ) -> dict[str, str]:
     """Return the names in the file by Thinker's names.
 
@@ -78,24 +80,39 @@ def check_sizes(
         rename: returns the file's name of a parameter.
         layers: how many layers the names of the tensors have.
         ignored: tensors that may be there although the model has no such parameter.
+        source: where the config comes from, for messages.
 
     Raises:
-        RunError: a tensor is missing, unexpected or of another shape, or there are fewer layers.
+        RunError: a tensor is missing, unexpected or of another shape, or the number of layers is another one.
     """
-    if config.n_layers > layers:  # first, because the shapes of a huge number of layers would fill the memory
-        invariant = f"{path} must hold every tensor of its model: its settings say {config.n_layers} layers"
-        raise RunError(invariant, f"weights of {layers}", _REMEDY)
+    if config.n_layers != layers:  # first, because the shapes of a huge number of layers would fill the memory
+        said = f"{config.n_layers} layer{'' if config.n_layers == 1 else 's'}"
+        raise RunError(f"In {path}, {source} says {said}, but the weights have {layers}", "", _REMEDY)
     shapes = parameter_shapes(config)
     names = {ours: rename(ours) for ours in shapes}
     if missing := sorted(set(names.values()) - found.keys()):
-        raise RunError(f"{path} must hold every tensor of its model", f"none named {_some(missing)}", _REMEDY)
+        raise RunError(f"{path} lacks tensors of its model: {_some(missing)}", "", _REMEDY)
     if extra := sorted(found.keys() - set(names.values()) - set(ignored)):
-        raise RunError(f"{path} must hold only the tensors of its model", f"also {_some(extra)}", _REMEDY)
+        raise RunError(f"{path} has tensors that do not belong to its model: {_some(extra)}", "", _REMEDY)
     for ours, shape in shapes.items():
         if found[names[ours]] != shape:
             invariant = f"{names[ours]} in {path} must have the shape {shape}"
             raise RunError(invariant, f"the shape {found[names[ours]]}", _REMEDY)
     return names
+
+
+def in_terms_of(keys: Mapping[str, str], path: Path, error: ConfigError) -> ConfigError:
+    """Return an error about a config that was read from a file, with the file's keys.
+
+    Args:
+        keys: the file's keys by the names of ThinkerConfig and NormConfig.
+        path: the file.
+        error: the error that the config raised.
+    """
+    pattern = re.compile(rf"\b({'|'.join(keys)})\b")
+    parts = (error.invariant, f"{error.received!s:.200}", error.remedy)
+    invariant, received, remedy = (pattern.sub(lambda found: keys[found[0]], part) for part in parts)
+    return ConfigError(f"{path}: {invariant}", received, remedy)
 
 
 def count_layers(names: Collection[str], prefix: str) -> int:
