@@ -168,12 +168,17 @@ def test_a_damaged_run_is_reported_set_aside_and_repeated(
     shutil.copytree(finished.folder, folder)
     cell = min((folder / "cells").iterdir())
     cell.write_text(cell.read_text().replace('"score": ', '"score": "high", "was": '))
+    intact = max((folder / "cells").iterdir())
+    failed = folder / "failed" / intact.name
+    failed.write_text("{")
     code, out, err = command("compare", "--resume", folder)
     assert (code, err) == (0, "")
     assert f"{cell} is damaged (outcome.score: " in out.replace("\n", "")
     assert "The file will be set aside and the run repeated." in out
     assert "1 run, about " in out
-    assert (folder / "damaged" / f"cells-{cell.name}").exists()
+    assert f"{failed} is damaged (" in out.replace("\n", "")
+    assert "The file will be set aside." in out, "the outcome is intact"
+    assert {file.name for file in (folder / "damaged").iterdir()} == {f"cells-{cell.name}", f"failed-{intact.name}"}
     assert (folder / "results.json").read_bytes() == (finished.folder / "results.json").read_bytes()
 
 

@@ -51,10 +51,12 @@ class Job:
         cells = self.plan.cells()
         tables.introduce(screen, self.plan, len(cells))
         done = set() if self.is_new else self.store.done()
-        damaged = {} if self.is_new else self.store.damaged(cells.values())
-        for fault in damaged.values():
-            screen.print(f"{harmless(fault, one_line=True)}. The file will be set aside and the run repeated.")
-        todo = longest_first(cell for name, cell in cells.items() if name not in done or name in damaged)
+        damaged = [] if self.is_new else self.store.damaged(cells.values())
+        done -= {each.cell for each in damaged if each.costs_run}
+        for each in damaged:
+            repeated = "" if each.cell in done else " and the run repeated"
+            screen.print(f"{harmless(each.fault, one_line=True)}. The file will be set aside{repeated}.")
+        todo = longest_first(cell for name, cell in cells.items() if name not in done)
         screen.print(self._workload(todo, workers, time_limit))
         return todo
 
@@ -80,7 +82,7 @@ class Job:
         screen.print(f"Output folder: {self.store.path}\n")
         with locked(self.store.path), Interrupt() as interrupt, Counting(screen) as progress:
             self.store.clean()
-            self.store.set_aside(todo)
+            self.store.set_aside(self.plan.cells().values())
 
             def look(running: dict[str, float], done: int, failed: int) -> bool:
                 progress(_status(running, failed), done + failed, len(todo))
