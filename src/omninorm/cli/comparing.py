@@ -23,6 +23,7 @@ from omninorm.experiments.compare.apart import probe_in_subprocess
 from omninorm.experiments.compare.engine import Engine, Runner
 from omninorm.experiments.compare.estimate import estimate_seconds, longest_first
 from omninorm.experiments.compare.factory import check_factory_name
+from omninorm.experiments.compare.plan import check_memory, fits_memory
 from omninorm.experiments.compare.protocols.common import check_text
 from omninorm.experiments.compare.results import collect, collect_timings, write
 from omninorm.experiments.compare.store import Store, to_json
@@ -42,11 +43,11 @@ class Job:
     corpus: Corpus
     is_new: bool
 
-    def introduce(self, screen: Console, workers: int, time_limit: float) -> list[Cell]:
+    def introduce(self, screen: Console, engine: str, workers: int, time_limit: float) -> list[Cell]:
         """Print the plan and the estimated duration; return the runs that are still to do.
 
         Raises:
-            ConfigError: the model's factory ignores its arguments.
+            ConfigError: the model's factory ignores its arguments, or a run to do on this machine is too large for it.
         """
         cells = self.plan.cells()
         tables.introduce(screen, self.plan, len(cells))
@@ -57,6 +58,9 @@ class Job:
             repeated = "" if each.cell in done else " and the run repeated"
             screen.print(f"{harmless(each.fault, one_line=True)}. The file will be set aside{repeated}.")
         todo = longest_first(cell for name, cell in cells.items() if name not in done)
+        if engine == "local":
+            for cell in todo:
+                check_memory(cell)
         screen.print(self._workload(todo, workers, time_limit))
         return todo
 
@@ -65,7 +69,12 @@ class Job:
         model = self.plan.model
         if not todo:
             return "All runs are done."
-        seconds = probe_in_subprocess(model, todo, workers, time_limit) if model else estimate_seconds(todo, workers)
+        if not all(map(fits_memory, todo)):  # nothing can be timed here, but Ray's machines may be larger
+            seconds = None
+        elif model:
+            seconds = probe_in_subprocess(model, todo, workers, time_limit)
+        else:
+            seconds = estimate_seconds(todo, workers)
         runs, crew = plural(len(todo), "run"), plural(workers, "worker")
         if seconds is None:
             return f"{runs}, {crew}; duration unknown."
