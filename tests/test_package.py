@@ -13,6 +13,7 @@ SOURCE = Path(omninorm.__file__).parent
 # DESIGN: each part may import those before it.
 ORDER = [
     "errors",
+    "memory",
     "record",
     "timing",
     "config",

@@ -157,6 +157,34 @@ def test_report_writes_the_same_page_and_cards(command, finished: Finished) -> N
     assert page.read_bytes() == whole
 
 
+def test_a_finished_comparison_of_a_larger_machine_is_concluded(
+    command, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("omninorm.experiments.compare.plan.memory_limit", lambda: 1000)
+    shutil.copytree(finished.folder, tmp_path / "c")
+    (tmp_path / "c" / "results.json").unlink()
+    code, out, err = command("compare", "--resume", tmp_path / "c")
+    assert (code, err) == (0, "")
+    assert "All runs are done." in out
+    assert (tmp_path / "c" / "results.json").exists()
+    next((tmp_path / "c" / "cells").iterdir()).unlink()
+    code, _, err = command("compare", "--resume", tmp_path / "c")
+    assert code != 0
+    assert "seq_len 16" in err
+
+
+def test_runs_for_ray_need_not_fit_this_machine(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omninorm.experiments.compare.plan.memory_limit", lambda: 1000)
+    monkeypatch.setattr(comparing, "estimate_seconds", None)  # would build a model that does not fit
+    plan, text = write_plan(tmp_path)
+    code, out, err = command("compare", plan, "--text", text, "--engine", "ray", "--dry-run")
+    assert (code, err) == (0, "")
+    assert "duration unknown" in out
+    code, _, err = command("compare", plan, "--text", text, "--dry-run")
+    assert code != 0
+    assert "GiB" in err
+
+
 def test_a_damaged_run_is_reported_set_aside_and_repeated(
     command, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,12 +196,17 @@ def test_a_damaged_run_is_reported_set_aside_and_repeated(
     shutil.copytree(finished.folder, folder)
     cell = min((folder / "cells").iterdir())
     cell.write_text(cell.read_text().replace('"score": ', '"score": "high", "was": '))
+    intact = max((folder / "cells").iterdir())
+    failed = folder / "failed" / intact.name
+    failed.write_text("{")
     code, out, err = command("compare", "--resume", folder)
     assert (code, err) == (0, "")
     assert f"{cell} is damaged (outcome.score: " in out.replace("\n", "")
     assert "The file will be set aside and the run repeated." in out
     assert "1 run, about " in out
-    assert (folder / "damaged" / f"cells-{cell.name}").exists()
+    assert f"{failed} is damaged (" in out.replace("\n", "")
+    assert "The file will be set aside." in out, "the outcome is intact"
+    assert {file.name for file in (folder / "damaged").iterdir()} == {f"cells-{cell.name}", f"failed-{intact.name}"}
     assert (folder / "results.json").read_bytes() == (finished.folder / "results.json").read_bytes()
 
 

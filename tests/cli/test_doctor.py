@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,23 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     version = tmp_path / "version"
     version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Fri Jan 10 2025\nGCC version: 12\n")
     monkeypatch.setattr(machine, "_NVIDIA", version)
+
+
+@pytest.fixture
+def visible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str | None, list[str]], None]:
+    """Sets CUDA_VISIBLE_DEVICES and the files in /dev."""
+
+    def choose(hidden: str | None, devices: list[str]) -> None:
+        for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
+        if hidden is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        (tmp_path / "dev").mkdir()
+        for name in devices:
+            (tmp_path / "dev" / name).touch()
+        monkeypatch.setattr(machine, "_DEVICES", tmp_path / "dev")
+
+    return choose
 
 
 @pytest.fixture
@@ -125,10 +143,33 @@ def test_a_gpu_that_a_cpu_build_of_pytorch_can_not_use_is_missing_pytorch(
     assert "download.pytorch.org/whl/cu" in missing(facts)["PyTorch for GPUs"]
 
 
-def test_a_driver_that_is_too_old_is_named(all_packages, no_gpu, driver, monkeypatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
+@pytest.mark.parametrize("hidden", [None, ""])
+def test_a_driver_that_is_too_old_is_named(all_packages, no_gpu, driver, visible, hidden, monkeypatch) -> None:
+    visible(hidden, ["nvidia0"])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     facts = machine.inspect_machine()
-    assert "570.86.15" in missing(facts)["a driver for CUDA 12.8"]
+    assert "update the driver" in missing(facts)["a driver for CUDA 13.0"]
+    assert "570.86.15" in missing(facts)["a driver for CUDA 13.0"]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "devices", "words"),
+    [
+        ("", ["nvidia0"], ["CUDA_VISIBLE_DEVICES=)", "unset CUDA_VISIBLE_DEVICES"]),
+        ("7", ["nvidia0"], ["CUDA_VISIBLE_DEVICES=7", "unset CUDA_VISIBLE_DEVICES"]),
+        (None, ["nvidiactl"], ["CUDA_VISIBLE_DEVICES is not set", "/dev/nvidia", "container"]),
+        (None, ["nvidiactl", "nvidia0"], ["CUDA_VISIBLE_DEVICES is not set", "nvidia-smi", "update the driver", "570"]),
+    ],
+)
+def test_a_hidden_gpu_is_not_blamed_on_a_driver_that_is_new_enough(
+    all_packages, no_gpu, driver, visible, monkeypatch, hidden: str | None, devices: list[str], words: list[str]
+) -> None:
+    visible(hidden, devices)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    (remedy,) = missing(machine.inspect_machine()).values()
+    assert "no GPU is visible to this process" in remedy
+    assert [word for word in words if word not in remedy] == []
+    assert ("update the driver" in remedy) == ("update the driver" in words)
 
 
 def test_triton_and_nccl_are_missing_on_a_machine_with_gpus(all_packages, gpus, driver, monkeypatch) -> None:

@@ -177,7 +177,7 @@ def test_a_model_is_refused_by_its_size_before_it_is_built(monkeypatch):
         with pytest.raises(ConfigError, match="n_layers must be at most 10,000") as caught:
             build_model(replace(SHAPE, n_layers=size), 0)
         assert caught.value.received == str(size)
-    monkeypatch.setattr("omninorm.experiments.memory.memory_bytes", lambda: 10**9)
+    monkeypatch.setattr("omninorm.experiments.memory.memory_limit", lambda: 10**9)
     with pytest.raises(ConfigError, match="must fit in memory") as caught:
         build_model(replace(SHAPE, d_model=8192, n_heads=1, n_layers=1), 0)
     assert "d_model=8192" in caught.value.received

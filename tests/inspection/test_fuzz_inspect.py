@@ -44,10 +44,12 @@ def write_shards(folder: Path) -> dict[str, Any]:
 
 def test_damaged_config_files_are_read_or_refused(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
+    read = 0
     for case in range(cases(80)):
         (tmp_path / "config.json").write_bytes(mutated_json(CONFIG, case))
         with bounded((tmp_path / "config.json").stat().st_size):
-            refuses_or_reads(inspected, tmp_path)
+            read += refuses_or_reads(inspected, tmp_path)
+    assert read > cases(80) / 2, "the weights can be inspected without a config"
 
 
 def test_damaged_indices_are_read_or_refused(tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_damaged_indices_are_read_or_refused(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors.index.json").write_bytes(mutated_json(index, case))
         with bounded((tmp_path / "model.safetensors.index.json").stat().st_size):
             refused += not refuses_or_reads(inspected, tmp_path)
-    assert refused > 10
+    assert 10 < refused < cases(80)
 
 
 def test_damaged_safetensors_files_are_read_or_refused(tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def test_damaged_safetensors_files_are_read_or_refused(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(damaged)
         with bounded(len(damaged)):
             refused += not refuses_or_reads(inspected, tmp_path)
-    assert refused > 10
+    assert 10 < refused < cases(80)
 
 
 def gguf_bytes(folder: Path) -> bytes:
@@ -99,20 +101,21 @@ def test_damaged_gguf_files_are_read_or_refused(tmp_path: Path) -> None:
         path.write_bytes(mutated_bytes(good, case))
         with bounded(len(good)):
             refused += not refuses_or_reads(inspected, path)
-    assert refused > 30
+    assert 30 < refused < cases(150)
 
 
 def test_huge_numbers_in_a_gguf_header_are_read_or_refused_at_once(tmp_path: Path) -> None:
     """At any place: counts of tensors and settings, lengths of names and arrays, sizes and offsets."""
     good = gguf_bytes(tmp_path)
     path = tmp_path / "damaged.gguf"
-    end = good.index(b"blk.0.attn_norm") + 60
+    end, read = good.index(b"blk.0.attn_norm") + 60, 0
     for case in range(cases(150)):
         chance = random.Random(case)
         place, number = chance.randrange(8, end), chance.choice((0, 2**31, 2**63, 2**64 - 1))
         path.write_bytes(good[:place] + number.to_bytes(8, "little") + good[place + 8 :])
         with bounded(len(good)):
-            refuses_or_reads(inspected, path)
+            read += refuses_or_reads(inspected, path)
+    assert 0 < read < cases(150)
 
 
 @pytest.mark.parametrize("count", [10**7, 2**60])

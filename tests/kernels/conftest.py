@@ -1,4 +1,4 @@
-"""The operators themselves, the choice between back ends, and what surrounds both. The arithmetic is in tests/kernels."""
+"""The operators themselves, the choice between back ends, and what surrounds both. The arithmetic is in numerics/."""
 
 from collections.abc import Iterator
 

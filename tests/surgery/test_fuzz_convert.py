@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -15,7 +17,8 @@ from helpers.mutations import bounded, cases, mutated_bytes, mutated_json, refus
 from helpers.surgery_models import draw_vectors
 from safetensors.torch import load_file, save_file
 
-from omninorm.errors import OmninormError, RunError
+from omninorm.errors import ConfigError, OmninormError, RunError
+from omninorm.surgery.build import _check_counts, _check_planned
 from omninorm.surgery.convert import convert, undo
 
 
@@ -86,7 +89,7 @@ def fuzz(read: Any, folder: Path, name: str, count: int, mutate: Any) -> int:
 def test_damaged_config_files_are_read_or_refused(source: Path, tmp_path: Path) -> None:
     folder, good = copy(source, tmp_path / "in"), json.loads((source / "config.json").read_text())
     count = cases(20)
-    assert fuzz(folded, folder, "config.json", count, lambda case: mutated_json(good, case)) > count / 5
+    assert count / 5 < fuzz(folded, folder, "config.json", count, lambda case: mutated_json(good, case)) < count
 
 
 def test_damaged_weights_are_read_or_refused(source: Path, tmp_path: Path) -> None:
@@ -101,7 +104,7 @@ def test_damaged_weights_are_read_or_refused(source: Path, tmp_path: Path) -> No
         return len(text).to_bytes(8, "little") + text + good[8 + size :]
 
     count = cases(20)
-    assert fuzz(folded, folder, "model.safetensors", count, mutate) > count / 5
+    assert count / 5 < fuzz(folded, folder, "model.safetensors", count, mutate) < count
 
 
 def test_damaged_indices_are_read_or_refused(source: Path, tmp_path: Path) -> None:
@@ -112,7 +115,7 @@ def test_damaged_indices_are_read_or_refused(source: Path, tmp_path: Path) -> No
     }
     count = cases(20)
     name = "model.safetensors.index.json"
-    assert fuzz(folded, folder, name, count, lambda case: mutated_json(index, case)) > count / 10
+    assert count / 10 < fuzz(folded, folder, name, count, lambda case: mutated_json(index, case)) < count
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -122,18 +125,19 @@ def test_damaged_pickles_are_read_or_refused(source: Path, tmp_path: Path, zippe
     torch.save(load_file(folder / "model.safetensors"), folder / name, _use_new_zipfile_serialization=zipped)
     (folder / "model.safetensors").unlink()
     good, count = (folder / name).read_bytes(), cases(20)
-    assert fuzz(folded, folder, name, count, lambda case: mutated_bytes(good, case)) > count / 5
+    assert count / 5 < fuzz(folded, folder, name, count, lambda case: mutated_bytes(good, case)) < count
 
 
 def test_damaged_proofs_are_read_or_refused(converted: Path, tmp_path: Path) -> None:
     folder, good = copy(converted, tmp_path / "out"), json.loads((converted / "surgery.json").read_text())
     count = cases(40)
-    assert fuzz(undone, folder, "surgery.json", count, lambda case: mutated_json(good, case)) > count / 10
+    assert count / 10 < fuzz(undone, folder, "surgery.json", count, lambda case: mutated_json(good, case)) < count
 
 
 def test_damaged_saved_weights_are_refused(converted: Path, tmp_path: Path) -> None:
     """But for damage to the file's order or padding, an undo that succeeds restores the hashes from before."""
     folder, good = copy(converted, tmp_path / "out"), (converted / "surgery_delta.safetensors").read_bytes()
+    assert refuses_or_reads(undone, folder), "the intact file"
     count = cases(40)
     assert fuzz(undone, folder, "surgery_delta.safetensors", count, lambda case: mutated_bytes(good, case)) > count / 2
 
@@ -163,6 +167,61 @@ def test_sizes_and_types_that_do_not_fit_the_weights_are_refused_before_allocati
         folded(folder)
     assert named in str(error.value)
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [("num_hidden_layers", 2097153, "2097153"), ("num_labels", 10**23, "1" + "0" * 23), ("depths", [1, 2**30], "1073741824"),
+     ("n_head", 10**400, "401 digits"), ("num_experts", 1e300, "1e+300"), ("n_routed_experts", 2**21, "2097152")],
+)  # fmt: skip
+def test_count_that_no_model_has_is_refused_with_its_exact_value(
+    source: Path, tmp_path: Path, name: str, value: object, shown: str
+) -> None:
+    folder = copy(source, tmp_path / "in")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(ConfigError) as error:
+        folded(folder)
+    assert name in error.value.invariant
+    assert shown in str(error.value.received)
+    assert error.value.remedy == "check this setting"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["attn_block_size", "lm_head_flops", "block_size", "label_smoothing_steps", "num_gpu_blocks", "head_start_tokens",
+     "layer_hash", "group_size", "max_depth", "experts_trained_tokens", "level_of_noise"],
+)  # fmt: skip
+def test_large_numbers_that_count_nothing_are_no_fault(name: str) -> None:
+    _check_counts({name: 2**31, "nested": [{name: 10**18}]}, "")
+
+
+def test_large_unknown_settings_do_not_keep_a_model_from_being_folded(source: Path, tmp_path: Path) -> None:
+    folder = copy(source, tmp_path / "in")
+    config = json.loads((folder / "config.json").read_text()) | {"attn_block_size": 2097152, "lm_head_flops": 10**9}
+    (folder / "config.json").write_text(json.dumps(config))
+    folded(folder)
+
+
+@pytest.mark.parametrize(("memory", "refused"), [(2**20, True), (2**40, False), (None, True)])
+def test_tables_may_take_a_quarter_of_the_memory_and_a_gigabyte_on_any_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int | None, refused: bool
+) -> None:
+    """GPT-Neo has a causal mask per layer, of a byte per pair of positions."""
+    config = hf.GPTNeoConfig(
+        vocab_size=11, hidden_size=8, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=16384, architectures=["GPTNeoForCausalLM"],
+    )  # fmt: skip
+    monkeypatch.setattr("omninorm.surgery.build.memory_limit", lambda: memory)
+    with torch.device("meta"):
+        planned = hf.GPTNeoForCausalLM(config)
+    tables = sum(each.numel() * each.element_size() for each in planned.buffers())
+    assert 2**29 <= tables < 2**30, "of which the limit was 2**28"
+    checkpoint = SimpleNamespace(names=lambda: list(planned.state_dict()), files={})
+    _check_planned(hf.GPTNeoForCausalLM, config, checkpoint, lambda _: None)
+    config.max_position_embeddings = 32768
+    with pytest.raises(ConfigError, match=r"2\.15 GB") if refused else nullcontext():
+        _check_planned(hf.GPTNeoForCausalLM, config, checkpoint, lambda _: None)
 
 
 def test_large_context_of_a_model_without_position_tables_is_no_fault(source: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def compare(
     else:
         others = {"PLAN": plan, "--preset": preset, "--text": text, "--model": model, "--out": out}
         job = comparing.resume_job(resume, others)
-    todo = job.introduce(screen, count, time_limit)
+    todo = job.introduce(screen, engine, count, time_limit)
     if not dry_run:
         job.run(screen, todo, engine, count, time_limit)
         job.conclude(screen, as_json)

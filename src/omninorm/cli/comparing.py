@@ -23,6 +23,7 @@ from omninorm.experiments.compare.apart import probe_in_subprocess
 from omninorm.experiments.compare.engine import Engine, Runner
 from omninorm.experiments.compare.estimate import estimate_seconds, longest_first
 from omninorm.experiments.compare.factory import check_factory_name
+from omninorm.experiments.compare.plan import check_memory, fits_memory
 from omninorm.experiments.compare.protocols.common import check_text
 from omninorm.experiments.compare.results import collect, collect_timings, write
 from omninorm.experiments.compare.store import Store, to_json
@@ -42,19 +43,24 @@ class Job:
     corpus: Corpus
     is_new: bool
 
-    def introduce(self, screen: Console, workers: int, time_limit: float) -> list[Cell]:
+    def introduce(self, screen: Console, engine: str, workers: int, time_limit: float) -> list[Cell]:
         """Print the plan and the estimated duration; return the runs that are still to do.
 
         Raises:
-            ConfigError: the model's factory ignores its arguments.
+            ConfigError: the model's factory ignores its arguments, or a run to do on this machine is too large for it.
         """
         cells = self.plan.cells()
         tables.introduce(screen, self.plan, len(cells))
         done = set() if self.is_new else self.store.done()
-        damaged = {} if self.is_new else self.store.damaged(cells.values())
-        for fault in damaged.values():
-            screen.print(f"{harmless(fault, one_line=True)}. The file will be set aside and the run repeated.")
-        todo = longest_first(cell for name, cell in cells.items() if name not in done or name in damaged)
+        damaged = [] if self.is_new else self.store.damaged(cells.values())
+        done -= {each.cell for each in damaged if each.costs_run}
+        for each in damaged:
+            repeated = "" if each.cell in done else " and the run repeated"
+            screen.print(f"{harmless(each.fault, one_line=True)}. The file will be set aside{repeated}.")
+        todo = longest_first(cell for name, cell in cells.items() if name not in done)
+        if engine == "local":
+            for cell in todo:
+                check_memory(cell)
         screen.print(self._workload(todo, workers, time_limit))
         return todo
 
@@ -63,7 +69,12 @@ class Job:
         model = self.plan.model
         if not todo:
             return "All runs are done."
-        seconds = probe_in_subprocess(model, todo, workers, time_limit) if model else estimate_seconds(todo, workers)
+        if not all(map(fits_memory, todo)):  # nothing can be timed here, but Ray's machines may be larger
+            seconds = None
+        elif model:
+            seconds = probe_in_subprocess(model, todo, workers, time_limit)
+        else:
+            seconds = estimate_seconds(todo, workers)
         runs, crew = plural(len(todo), "run"), plural(workers, "worker")
         if seconds is None:
             return f"{runs}, {crew}; duration unknown."
@@ -80,7 +91,7 @@ class Job:
         screen.print(f"Output folder: {self.store.path}\n")
         with locked(self.store.path), Interrupt() as interrupt, Counting(screen) as progress:
             self.store.clean()
-            self.store.set_aside(todo)
+            self.store.set_aside(self.plan.cells().values())
 
             def look(running: dict[str, float], done: int, failed: int) -> bool:
                 progress(_status(running, failed), done + failed, len(todo))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,15 +15,21 @@ from typing import Any
 import torch
 
 from omninorm.bench.config import all_threads
-from omninorm.experiments.memory import memory_bytes
 from omninorm.experiments.provenance import OPTIONAL, version_of, versions
 from omninorm.kernels import cpu
 from omninorm.kernels.dispatch import backends
+from omninorm.memory import memory_bytes
 
 _TRITON = ("triton", "pytorch-triton-rocm", "triton-windows")
 _CUDA_WHEELS = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
 _ROCM_WHEELS = "pip install torch --index-url https://download.pytorch.org/whl/rocm6.4"
 _REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir . (in omninorm's source folder)"
+# The first NVIDIA driver of each major version of CUDA: any of them runs all of its minor versions. From the table
+# "CUDA Toolkit and Minimum Required Driver Version for CUDA Minor Version Compatibility" of CUDA's release notes.
+_FIRST_DRIVERS = {11: 450, 12: 525, 13: 580}
+# Their variables that hide GPUs; ROCm reads CUDA's as well.
+_HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_DEVICES = Path("/dev")
 # Present if the kernel has loaded the vendor's driver.
 _NVIDIA, _AMD = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu")
 
@@ -127,8 +134,32 @@ def _missing(installed: dict[str, str | None], gpu: dict[str, Any]) -> Iterator[
         remedy = _CUDA_WHEELS if gpu["driver"].startswith("NVIDIA") else _ROCM_WHEELS
         yield {"package": "PyTorch for GPUs", "purpose": f"the GPU (driver {gpu['driver']})", "remedy": remedy}
     elif gpu["runtime"] is not None and gpu["driver"] is not None:
-        remedy = f"update the driver, or install a PyTorch that supports driver {gpu['driver']}"
-        yield {"package": f"a driver for {gpu['runtime']}", "purpose": "the GPU", "remedy": remedy}
+        yield _unused_gpu(gpu["runtime"], gpu["driver"])
+
+
+def _unused_gpu(runtime: str, driver: str) -> dict[str, str]:
+    """Return why PyTorch sees no GPU although a driver is loaded, and what to do."""
+    update = f"update the driver, or install a PyTorch that supports driver {driver}"
+    if _is_too_old(driver, runtime):
+        return {"package": f"a driver for {runtime}", "purpose": "the GPU", "remedy": update}
+    hidden = [f"{name}={os.environ[name]}" for name in _HIDING if name in os.environ]
+    devices = "nvidia[0-9]*" if driver.startswith("NVIDIA") else "kfd"
+    here = any(_DEVICES.glob(devices))
+    state = ", ".join(hidden) or "CUDA_VISIBLE_DEVICES is not set"
+    fact = f"no GPU is visible to this process ({state}{'' if here else f'; there is no /dev/{devices}'})"
+    if hidden:
+        remedy = f"{fact}: unset {' and '.join(each.split('=')[0] for each in hidden)}, or name a GPU of this machine"
+    elif not here:
+        remedy = f"{fact}: give the container or job access to the GPU, such as docker run --gpus all"
+    else:
+        remedy = f"{fact}: check the GPU with {'nvidia-smi' if 'nvidia' in devices else 'rocminfo'}, or {update}"
+    return {"package": "a visible GPU", "purpose": "training on the GPU", "remedy": remedy}
+
+
+def _is_too_old(driver: str, runtime: str) -> bool:
+    """Return whether an NVIDIA driver is certainly too old for a version of CUDA."""
+    version, cuda = re.match(r"NVIDIA (\d+)\.", driver), re.match(r"CUDA (\d+)\.", runtime)
+    return version is not None and cuda is not None and int(version[1]) < _FIRST_DRIVERS.get(int(cuda[1]), 0)
 
 
 def _cpu_name() -> str:

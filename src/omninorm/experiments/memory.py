@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from omninorm.errors import ConfigError
+from omninorm.memory import memory_limit
 from omninorm.thinker import ThinkerConfig
 from omninorm.thinker.sizes import count_weights
 
@@ -13,16 +12,8 @@ MOST_BLOCKS = 10_000
 _FLOAT32 = 4
 
 
-def memory_bytes() -> int | None:
-    """Return the size of this machine's memory, None where the system does not report it."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
 def check_model(config: ThinkerConfig) -> None:
-    """Refuse a model with too many blocks, or whose weights are larger than this machine's memory.
+    """Refuse a model with too many blocks, or whose weights are larger than the memory that this process may use.
 
     Raises:
         ConfigError: it is too large.
@@ -30,7 +21,7 @@ def check_model(config: ThinkerConfig) -> None:
     if config.n_layers > MOST_BLOCKS:
         received = f"{config.n_layers!s:.40}"
         raise ConfigError(f"n_layers must be at most {MOST_BLOCKS:,}", received, "choose fewer blocks")
-    available = memory_bytes()
+    available = memory_limit()
     if available is not None and _FLOAT32 * count_weights(config) > available:
         raise does_not_fit(config)
 

@@ -22,15 +22,23 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from omninorm.errors import ConfigError, MissingExtraError, OmninormError, RunError
+from omninorm.memory import memory_limit
 from omninorm.surgery.checkpoint import Checkpoint, check_plain
 from omninorm.surgery.writer import size
 
-# Counts for which transformers' configurations make lists, before any module could be refused.
-_COUNTS = re.compile(r"layer|depth|block|label|stage|expert|head|group|level|codebook", re.IGNORECASE)
-_MOST_COUNTED = 2**20
+# Counts for which transformers' configurations make lists, before any module could be refused. Only whole names: other
+# settings, such as attn_block_size, may be as large as they like.
+_COUNTS = re.compile(
+    r"((num|n)_(\w+_)?)?(layers?|heads?|experts|labels|classes|stages|groups?|levels|codebooks|depths?|queries|quantizers)"
+    r"|(num|n)_experts_per_tok|(stage_)?(num|n)_((encoder|decoder|attention|res|resnet|upscale|dense)_)?blocks"
+    r"|(encoder|decoder|text|vision|audio|speech|cross)_(num_)?((hidden|attention|cross_attention)_)?(layers|heads|depths?)"
+    r"|(first_k_dense_replace|attention_types|stage_repeats|layer_repeats|block_repeats)",
+    re.IGNORECASE,
+)
+_MOST_COUNTED, _LONGEST_NUMBER = 2**20, 60
 # For each tensor of the files, and as many again for small models.
 _PARAMETERS, _MODULES, _SPARE = 4, 40, 1000
-_BUFFERS = 2**28  # bytes, besides those of the files
+_BUFFERS = 2**30  # bytes, besides those of the files; on larger machines a quarter of the memory
 
 Check = Callable[[nn.Module], object]
 
@@ -90,9 +98,11 @@ def _check_counts(value: Any, name: str) -> None:
     elif isinstance(value, list):
         for inner in value:
             _check_counts(inner, name)
-    elif isinstance(value, (int, float)) and value > _MOST_COUNTED and _COUNTS.search(name):
-        problem = f"{name:.80} in config.json must be a number that the weights can fill"
-        raise ConfigError(problem, f"{value:.3g}" if value < 1e300 else "more than 1e300", "download the file again")
+    elif isinstance(value, (int, float)) and value > _MOST_COUNTED and _COUNTS.fullmatch(name):
+        problem = f"{name:.80} in config.json must be at most {_MOST_COUNTED:,}"
+        digits = str(value)
+        shown = digits if len(digits) <= _LONGEST_NUMBER else f"a number of {len(digits)} digits"
+        raise ConfigError(problem, shown, "check this setting")
 
 
 def _check_planned(found: Any, config: Any, checkpoint: Checkpoint, check: Check) -> None:
@@ -108,8 +118,11 @@ def _check_planned(found: Any, config: Any, checkpoint: Checkpoint, check: Check
     check(planned)
     stored = sum(size(each) for entries in checkpoint.files.values() for each in entries.values())
     needed = sum(each.numel() * each.element_size() for each in planned.buffers())
-    if needed > _BUFFERS + stored:
-        problem = f"config.json asks for tables of {needed / 1e9:.3g} GB, for weights of {stored / 1e9:.3g} GB"
+    limit = max(_BUFFERS, (memory_limit() or 0) // 4) + stored
+    if needed > limit:
+        problem = (
+            f"config.json asks for tables of {needed / 1e9:.3g} GB, but at most {limit / 1e9:.3g} GB are allowed here"
+        )
         raise ConfigError(problem, "", "check its sizes, such as max_position_embeddings")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,7 @@ def outcome_of(cell: Cell) -> Mapping[str, Any]:
 def test_intact_files_give_results(comparison: tuple[Store, ComparePlan], corpus: Corpus) -> None:
     """Otherwise the fuzzing below would only damage files that are refused anyway."""
     store, plan = comparison
-    assert store.damaged(plan.cells().values()) == {}
+    assert store.damaged(plan.cells().values()) == []
     assert len(collect(plan, store, corpus)["studies"]) == 7
     assert [card["id"] for card in collect_timings(plan, store)["claims"]] == ["C2"]
 
@@ -94,17 +96,18 @@ def test_damaged_runs_are_named_or_harmless(comparison: tuple[Store, ComparePlan
         try:
             path.write_bytes(mutated_json(json.loads(good), case))
             with bounded(path.stat().st_size):
-                fault = store.damaged([cell]).get(cell.id)
-                if fault is None:
+                faults = store.damaged([cell])
+                if not faults:
                     results_are_json(lambda: collect(plan, store, corpus))
                     results_are_json(lambda: collect_timings(plan, store))
                 else:
                     refused += 1
-                    assert str(path) in fault
-                    assert len(fault) < 600
+                    assert [each.path for each in faults] == [path]
+                    assert str(path) in faults[0].fault
+                    assert len(faults[0].fault) < 600
         finally:
             path.write_bytes(good)
-    assert refused > cases(48) / 4
+    assert cases(48) / 4 < refused < cases(48)
 
 
 def results_are_json(read: Callable[[], dict[str, Any]]) -> None:
@@ -123,7 +126,7 @@ def results_are_json(read: Callable[[], dict[str, Any]]) -> None:
         ("failed", '{"why": 3}'),
     ],
 )
-def test_a_damaged_file_is_named_and_set_aside(tmp_path: Path, kind: str, content: str) -> None:
+def test_a_damaged_file_is_named_and_set_aside_alone(tmp_path: Path, kind: str, content: str) -> None:
     plan = parse_plan({"studies": [{"name": "a", "protocol": "train", "depth": [1], "seeds": 2}]}, "here")
     store = Store.create(tmp_path / "run", plan)
     damaged, intact = plan.cells().values()
@@ -131,14 +134,17 @@ def test_a_damaged_file_is_named_and_set_aside(tmp_path: Path, kind: str, conten
         store.save(cell, Measurement(outcome_of(cell), CLOCK))
     path = store.path / kind / f"{damaged.id}.json"
     path.write_text(content)
-    assert list(store.damaged([damaged, intact])) == [damaged.id]
+    (found,) = store.damaged([damaged, intact])
+    assert (found.cell, found.path, found.costs_run) == (damaged.id, path, kind != "failed")
     with pytest.raises(RunError, match="is damaged") as caught:
         {"cells": store.outcome, "clock": store.clock, "failed": lambda _: store.failures()}[kind](damaged)
     assert str(path) in caught.value.invariant
     assert "--resume" in caught.value.remedy
     store.set_aside([damaged, intact])
-    assert store.done() == {intact.id}
+    assert store.damaged([damaged, intact]) == []
+    assert store.done() == ({intact.id} if kind == "cells" else {damaged.id, intact.id})
     assert store.failures() == {}
+    assert [file.name for file in (store.path / "damaged").iterdir()] == [f"{kind}-{damaged.id}.json"]
     assert (store.path / "damaged" / f"{kind}-{damaged.id}.json").read_text() == content
 
 
@@ -175,3 +181,68 @@ def test_the_outcome_of_another_run_is_refused(tmp_path: Path) -> None:
     (store.path / "cells" / f"{one.id}.json").rename(store.path / "cells" / f"{other.id}.json")
     with pytest.raises(OmninormError, match="another run"):
         store.outcome(other)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("kind", ["cells", "clock", "failed"])
+def test_a_file_that_can_not_be_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, number: int
+) -> None:
+    """Otherwise a full table of open files would move every result away."""
+    store, cell = one_run(tmp_path)
+    path = store.path / kind / f"{cell.id}.json"
+    read = Path.read_bytes
+
+    def fails(file: Path) -> bytes:
+        if file == path:
+            raise OSError(number, os.strerror(number), str(file))
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    for use in (store.damaged, store.set_aside):
+        with pytest.raises(RunError) as caught:
+            use([cell])
+        assert str(path) in caught.value.invariant
+        assert os.strerror(number) in caught.value.invariant
+    assert not (store.path / "damaged").exists()
+    assert store.done() == {cell.id}
+
+
+def test_a_folder_that_can_not_be_listed_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise every run would be repeated."""
+    store, _ = one_run(tmp_path)
+
+    def fails(*_: object) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", fails)
+    for use in (store.done, store.failures):
+        with pytest.raises(RunError, match="Permission denied"):
+            use()
+
+
+@pytest.mark.parametrize("place", ["cell", "norm"])
+@pytest.mark.parametrize("version", ["older", "newer"])
+def test_runs_of_versions_with_more_or_fewer_settings_are_read(tmp_path: Path, place: str, version: str) -> None:
+    store, cell = one_run(tmp_path)
+    path = store.path / "cells" / f"{cell.id}.json"
+    content = json.loads(path.read_text())
+    values = content["cell"] if place == "cell" else content["cell"]["norm"]
+    if version == "newer":
+        values["fancy"] = 3
+    else:
+        del values["model" if place == "cell" else next(iter(values))]
+    path.write_text(json.dumps(content))
+    assert store.damaged([cell]) == []
+    values |= {"seed": 99} if place == "cell" else {"norm_placement": "post"}
+    path.write_text(json.dumps(content))
+    assert [each.path for each in store.damaged([cell])] == [path]
+
+
+def one_run(folder: Path) -> tuple[Store, Cell]:
+    """A comparison with one run, which is done."""
+    plan = parse_plan({"studies": [{"name": "a", "protocol": "train", "depth": [1], "seeds": 1}]}, "here")
+    store = Store.create(folder / "run", plan)
+    (cell,) = plan.cells().values()
+    store.save(cell, Measurement(outcome_of(cell), CLOCK))
+    return store, cell

@@ -11,6 +11,8 @@ from helpers.mutations import bounded
 
 from omninorm.errors import ConfigError
 from omninorm.experiments.compare import PRESETS, Cell, parse_plan, preset, read_plan
+from omninorm.experiments.compare.factory import build_cell
+from omninorm.experiments.compare.plan import check_memory, fits_memory
 
 YAML = """
 title: norms
@@ -126,9 +128,24 @@ def test_settings_are_checked_before_anything_runs(settings: dict[str, object], 
     [{"batch_size": 10**12}, {"d_model": 10**7, "n_heads": 1}, {"d_ff": 10**13}, {"seq_len": 10**12, "batch_size": 1}],
 )
 def test_a_run_larger_than_the_memory_is_refused(settings: dict[str, int]) -> None:
+    cell = next(iter(parse_plan(study(settings=settings), "here").cells().values()))
     with bounded(0), pytest.raises(ConfigError, match="GiB") as caught:
-        parse_plan(study(settings=settings), "here").cells()
+        check_memory(cell)
     assert "seq_len" in caught.value.received
+    assert not fits_memory(cell)
+
+
+def test_a_run_that_fits_a_container_exactly_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 bytes per weight; 4 bytes per token for each logit and for each block's activations."""
+    settings = {"d_model": 16, "n_heads": 2, "batch_size": 3, "seq_len": 5}
+    cell = next(iter(parse_plan(study(settings=settings, depth=[2]), "here").cells().values()))
+    weights = sum(each.numel() for each in build_cell(cell).parameters() if each.ndim == 2)
+    needed = 16 * weights + 4 * 15 * (256 + 2 * 16)
+    monkeypatch.setattr("omninorm.experiments.compare.plan.memory_limit", lambda: needed)
+    check_memory(cell)
+    monkeypatch.setattr("omninorm.experiments.compare.plan.memory_limit", lambda: needed - 1)
+    with pytest.raises(ConfigError, match="2 blocks"):
+        check_memory(cell)
 
 
 @pytest.mark.parametrize(

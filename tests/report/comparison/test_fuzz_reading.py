@@ -62,7 +62,7 @@ def test_what_is_read_can_be_rendered(tmp_path: Path) -> None:
         full = {**FULL, "studies": [FULL["studies"][case % 3]]}
         with bounded(damaged(tmp_path, case, full, {**TIMINGS, "claims": []})):
             shown += refuses_or_reads(show, tmp_path)
-    assert shown
+    assert 0 < shown < min(cases(20), 300)
 
 
 def test_a_file_nested_too_deeply_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from helpers.histories import BLOCKS, Signals, facts, first, give_samples, give_
 from omninorm.watch import Alarm, History, NonFinite, NormFacts, Step
 from omninorm.watch.judge import Judge
 from omninorm.watch.rules.branch_silent import BranchSilent
+from omninorm.watch.rules.dead_units import DeadUnits
 from omninorm.watch.rules.depth_growth import DepthGrowth
 from omninorm.watch.rules.gain_drift import GainDrift
 from omninorm.watch.rules.layer_jump import LayerJump
@@ -18,6 +19,15 @@ from omninorm.watch.rules.no_norm import NoNorm
 from omninorm.watch.rules.post_norm_depth import PostNormDepth
 
 pytestmark = pytest.mark.usefixtures("words")
+
+# Dead units -----------------------------------------------------------------------------------------------------------
+
+
+def test_dead_units_do_not_presume_an_activation() -> None:
+    """Other activations can be 0 as well, so the remedy for a ReLU is a condition."""
+    (alarm,) = give_samples(DeadUnits(), [{"dead_units": layers(0.0, 0.5)}] * 5)[-1]
+    assert "if the activation is a relu" in alarm.remedy.lower()
+
 
 # Jumps ----------------------------------------------------------------------------------------------------------------
 

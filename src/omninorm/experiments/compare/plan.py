@@ -28,7 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from omninorm.config import NORMALIZATIONS, PLACEMENTS, NormConfig, closest
 from omninorm.errors import ConfigError
 from omninorm.experiments.compare.cells import Cell
-from omninorm.experiments.memory import MOST_BLOCKS, memory_bytes
+from omninorm.experiments.memory import MOST_BLOCKS
+from omninorm.memory import memory_limit
 from omninorm.thinker import ThinkerConfig
 from omninorm.thinker.sizes import count_weights
 
@@ -193,7 +194,7 @@ class ComparePlan(_Strict):
         """Return every run by its id; a run that two studies share is included once.
 
         Raises:
-            ConfigError: a setting is unknown or out of range, the grid is too large, or a run would not fit in memory.
+            ConfigError: a setting is unknown or out of range, or the grid is too large.
         """
         runs = sum(study.count() for study in self.studies)
         if runs > _MOST_CELLS:
@@ -203,7 +204,7 @@ class ComparePlan(_Strict):
         for study in self.studies:
             for variant, seed in itertools.product(study.variants(), range(study.seeds)):
                 cell = study.cell(variant, seed, self.text, self.model)
-                check_memory(cell)
+                _ = cell.plan  # checks the settings
                 found[cell.id] = cell
         return found
 
@@ -300,24 +301,34 @@ def _expanded(node: yaml.Node, sizes: dict[int, int]) -> int:
     return sizes[id(node)]
 
 
+def fits_memory(cell: Cell) -> bool:
+    """Return False for a run that certainly needs more memory than this process may use."""
+    available = memory_limit()
+    return available is None or _needed_bytes(cell) <= available
+
+
 def check_memory(cell: Cell) -> None:
-    """Refuse a run that certainly needs more memory than this machine has.
+    """Refuse a run that certainly needs more memory than this process may use.
 
     Raises:
-        ConfigError: it needs too much, or a setting is unknown or out of range.
+        ConfigError: it needs too much.
     """
-    plan = cell.plan
-    tokens = plan.train.batch_size * plan.train.seq_len
-    model = plan.model
-    # Lower bounds: weights, gradients and two moments; one activation per block and the logits.
-    weights = 0 if cell.model is not None else 16 * count_weights(model)
-    activations = 4 * tokens * (model.vocab_size + (0 if cell.model is not None else cell.depth * model.d_model))
-    needed, available = weights + activations, memory_bytes()
-    if available is not None and needed > available:
+    available = memory_limit()
+    if available is not None and not fits_memory(cell):
+        plan, needed = cell.plan, _needed_bytes(cell)
         what = f"batch_size {_shown(plan.train.batch_size)}, seq_len {_shown(plan.train.seq_len)}, {cell.depth} blocks"
         received = f"{what} (at least {needed / 2**30:,.0f} GiB)" if needed < 2**100 else what
-        invariant = f"A run must fit into this machine's memory of {available / 2**30:,.0f} GiB"
+        invariant = f"A run must fit into the available memory of {available / 2**30:.3g} GiB"
         raise ConfigError(invariant, received, "choose a smaller model or fewer tokens per step")
+
+
+def _needed_bytes(cell: Cell) -> int:
+    """Return a lower bound: weights, gradients and two moments; one activation per block and the logits."""
+    plan = cell.plan
+    tokens = plan.train.batch_size * plan.train.seq_len
+    if cell.model is not None:
+        return 4 * tokens * plan.model.vocab_size
+    return 16 * count_weights(plan.model) + 4 * tokens * (plan.model.vocab_size + cell.depth * plan.model.d_model)
 
 
 def _check_plain(value: object, depth: int = 0) -> None:

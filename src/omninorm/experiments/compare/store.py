@@ -4,7 +4,7 @@ plan.json           the plan
 cells/ID.json       a cell and its outcome, the same in every repetition on the same machine
 clock/ID.json       the cell's values that depend on the clock
 failed/ID.json      the reason why a cell has no outcome; the cell is run again when the comparison is resumed
-damaged/            files that could not be read; their cells are run again when the comparison is resumed
+damaged/            damaged files; a cell whose outcome or clock was damaged is run again when the comparison is resumed
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omninorm.errors import ConfigError, RunError
 from omninorm.experiments.compare.cells import Cell, Measurement
@@ -23,6 +23,29 @@ from omninorm.record.files import remove_temporaries, write_file, writing
 
 PLAN_FILE = "plan.json"
 _CELLS, _CLOCK, _FAILED, _DAMAGED = "cells", "clock", "failed", "damaged"
+
+
+class Damage(NamedTuple):
+    """A damaged file of a cell.
+
+    Args:
+        cell: the cell's id.
+        path: the file.
+        fault: a sentence without its full stop, which names the file and what is wrong with it.
+    """
+
+    cell: str
+    path: Path
+    fault: str
+
+    @property
+    def costs_run(self) -> bool:
+        """Whether the cell has to be run again; the reason of an earlier failure is no loss."""
+        return self.path.parent.name != _FAILED
+
+
+class _DamagedError(RunError):
+    """The content of a file is wrong, other than a file that can't be read."""
 
 
 class Store:
@@ -70,31 +93,34 @@ class Store:
                 remove_temporaries(folder)
 
     def done(self) -> set[str]:
-        """Return the ids of the cells that have an outcome."""
-        return {path.stem for path in (self.path / _CELLS).glob("*.json")}
+        """Return the ids of the cells that have an outcome.
 
-    def damaged(self, cells: Iterable[Cell]) -> dict[str, str]:
-        """Return what is wrong with the damaged files of these cells, by id."""
-        faults: dict[str, str] = {}
+        Raises:
+            RunError: the folder can't be read.
+        """
+        return set(self._names(_CELLS))
+
+    def damaged(self, cells: Iterable[Cell]) -> list[Damage]:
+        """Return the damaged files of these cells.
+
+        Raises:
+            RunError: a file can't be read, which says nothing about its content.
+        """
+        found: list[Damage] = []
         for cell in cells:
-            try:
-                if self.outcome(cell) is not None:
-                    self.clock(cell)
-                if (self.path / _FAILED / f"{cell.id}.json").exists():
-                    self._failure(cell.id)
-            except RunError as error:
-                faults[cell.id] = error.invariant
-        return faults
+            for folder, read in ((_CELLS, self.outcome), (_CLOCK, self.clock), (_FAILED, self._failure_of)):
+                try:
+                    read(cell)
+                except _DamagedError as error:
+                    found.append(Damage(cell.id, self._path(folder, cell.id), error.invariant))
+        return found
 
     def set_aside(self, cells: Iterable[Cell]) -> None:
-        """Move the files of damaged cells to the folder `damaged`. Only the holder of the lock may call this."""
-        for name in self.damaged(cells):
+        """Move the damaged files of these cells to the folder `damaged`. Only the holder of the lock may call this."""
+        for each in self.damaged(cells):
             with writing(self.path):
                 (self.path / _DAMAGED).mkdir(exist_ok=True)
-                for folder in (_CELLS, _CLOCK, _FAILED):
-                    path = self.path / folder / f"{name}.json"
-                    if path.exists():
-                        os.replace(path, self.path / _DAMAGED / f"{folder}-{name}.json")
+                os.replace(each.path, self.path / _DAMAGED / f"{each.path.parent.name}-{each.path.name}")
 
     def save(self, cell: Cell, measured: Measurement) -> None:
         """Write a cell's outcome."""
@@ -114,13 +140,13 @@ class Store:
         """Return a cell's outcome, None if it has none.
 
         Raises:
-            RunError: the file is damaged.
+            RunError: the file is damaged, or can't be read.
         """
-        path = self.path / _CELLS / f"{cell.id}.json"
-        if not path.exists():
-            return None
+        path = self._path(_CELLS, cell.id)
         content = self._read(path)
-        if content.get("cell") != json.loads(to_json(cell.to_dict())):
+        if content is None:
+            return None
+        if not _same(content.get("cell"), json.loads(to_json(cell.to_dict()))):
             raise self._damage(path, "cell: the settings of another run")
         outcome: Mapping[str, Any] = content.get("outcome", {})
         fault = outcome_fault(cell, outcome)
@@ -132,10 +158,10 @@ class Store:
         """Return a cell's values that depend on the clock.
 
         Raises:
-            RunError: the file is damaged.
+            RunError: the file is damaged, or can't be read.
         """
-        path = self.path / _CLOCK / f"{cell.id}.json"
-        clock: Mapping[str, Any] = self._read(path) if path.exists() else {}
+        path = self._path(_CLOCK, cell.id)
+        clock: Mapping[str, Any] = self._read(path) or {}
         fault = clock_fault(clock)
         if fault is not None:
             raise self._damage(path, fault)
@@ -145,29 +171,74 @@ class Store:
         """Return the reasons why cells have no outcome, by id.
 
         Raises:
-            RunError: a file is damaged.
+            RunError: a file is damaged, or can't be read.
         """
-        return {path.stem: self._failure(path.stem) for path in sorted((self.path / _FAILED).glob("*.json"))}
+        reasons = ((name, self._failure(name)) for name in self._names(_FAILED))
+        return {name: why for name, why in reasons if why is not None}
 
-    def _failure(self, name: str) -> str:
-        path = self.path / _FAILED / f"{name}.json"
-        why = self._read(path).get("why")
+    def _failure_of(self, cell: Cell) -> str | None:
+        return self._failure(cell.id)
+
+    def _failure(self, name: str) -> str | None:
+        path = self._path(_FAILED, name)
+        content = self._read(path)
+        if content is None:
+            return None
+        why = content.get("why")
         if not isinstance(why, str):
             raise self._damage(path, "why: not a text")
         return why
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _path(self, folder: str, name: str) -> Path:
+        return self.path / folder / f"{name}.json"
+
+    def _names(self, folder: str) -> list[str]:
+        """Return the names of a folder's JSON files; Path.glob would hide that a folder can't be read."""
         try:
-            content = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
+            return sorted(name.removesuffix(".json") for name in os.listdir(self.path / folder) if _is_json(name))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _unreadable(self.path / folder, error) from error
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """Return the JSON object in a file, None if there is no such file."""
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise self._damage(path, " ".join(str(error).split())[:200]) from error
         if not isinstance(content, dict):
             raise self._damage(path, "not a JSON object")
         return content
 
     def _damage(self, path: Path, fault: str) -> RunError:
-        remedy = f"run omninorm compare --resume {self.path}: it sets the file aside and repeats the run"
-        return RunError(f"{path} is damaged ({fault})", "", remedy)
+        remedy = f"run omninorm compare --resume {self.path}: it sets the file aside and repeats the run if necessary"
+        return _DamagedError(f"{path} is damaged ({fault})", "", remedy)
+
+
+def _is_json(name: str) -> bool:
+    return name.endswith(".json") and not name.startswith(".")
+
+
+def _unreadable(path: Path, error: OSError) -> RunError:
+    remedy = "check the permissions, the disk and the limit of open files, and repeat the command"
+    return RunError(f"Cannot read {path}: {error.strerror or error}", "", remedy)
+
+
+def _same(stored: object, own: Mapping[str, Any]) -> bool:
+    """Return whether a stored cell is this one by the keys that both have: other versions may know more or fewer."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("norm"), dict):
+        return False
+    norm, own_norm = stored["norm"], own["norm"]
+    return all(norm[key] == own_norm[key] for key in norm.keys() & own_norm.keys()) and all(
+        stored[key] == own[key] for key in stored.keys() & own.keys() - {"norm"}
+    )
 
 
 def _plan_as_json(plan: ComparePlan) -> bytes:
