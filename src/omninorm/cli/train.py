@@ -117,7 +117,7 @@ def train(
     ] = None,
     steps: Annotated[
         int | None,
-        _train("steps", "--steps", "Number of optimizer steps. With --resume, a larger number extends the run."),
+        _train("steps", "--steps", "Number of optimizer steps. With --resume, another number extends or shortens the run."),
     ] = None,
     batch_size: Annotated[int | None, _train("batch_size", "--batch-size", "Sequences per micro-batch.")] = None,
     seq_len: Annotated[int | None, _train("seq_len", "--seq-len", "Tokens per sequence.")] = None,
@@ -168,7 +168,7 @@ def train(
 
     --resume continues a run with its own settings. With a larger --steps it extends the run, finished or not: from
     the resumed step on, the learning rate follows the schedule for the new number of steps; the warm-up stays as it
-    was.
+    was. A smaller number shortens the run, but not below its newest checkpoint.
 
     Under torchrun, --parallel ddp replicates the model in every process, and fsdp shards it. A run can be resumed with
     any number of processes and either way of sharing.
