@@ -117,7 +117,9 @@ def train(
     ] = None,
     steps: Annotated[
         int | None,
-        _train("steps", "--steps", "Number of optimizer steps. With --resume, another number extends or shortens the run."),
+        _train(
+            "steps", "--steps", "Number of optimizer steps; with --resume, another number extends or shortens the run."
+        ),
     ] = None,
     batch_size: Annotated[int | None, _train("batch_size", "--batch-size", "Sequences per micro-batch.")] = None,
     seq_len: Annotated[int | None, _train("seq_len", "--seq-len", "Tokens per sequence.")] = None,
