@@ -27,7 +27,9 @@ def convert(
     target: Annotated[
         Path | None, typer.Argument(help="The new folder; not needed with --dry-run.", show_default=False)
     ] = None,
-    swap: Annotated[bool, typer.Option("--swap", help="Copy it and list the norms that omninorm can replace.")] = False,
+    swap: Annotated[
+        bool, typer.Option("--swap", help="Copy it unchanged and list the norms that omninorm can replace.")
+    ] = False,
     fold: Annotated[
         bool, typer.Option("--fold", help="Fold γ and β into the linear layers that read the norms' outputs.")
     ] = False,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omninorm.errors import RunError
 from omninorm.record.tensors import FLOATS, bits, open_safetensors
 
 CHUNK = 1 << 20
@@ -75,7 +74,7 @@ class SafetensorsTensor(StoredTensor):
         return self.dtype in FLOATS or self.dtype in _FLOAT8
 
     def chunks(self) -> Iterator[Tensor]:
-        with _open(self.file) as file:
+        with open_safetensors(self.file) as file:
             if not self.shape:
                 yield file.get_tensor(self.name).reshape(1, 1)
                 return
@@ -92,17 +91,8 @@ def read_safetensors(path: Path) -> list[SafetensorsTensor]:
         RunError: the file is missing, cut off or damaged.
         MissingExtraError: safetensors is not installed.
     """
-    with _open(path) as file:
+    with open_safetensors(path) as file:
         return [_describe(path, name, file.get_slice(name)) for name in sorted(file.keys())]
-
-
-def _open(path: Path) -> Any:
-    """Open the file for `with`."""
-    try:
-        return open_safetensors(path)
-    except RunError as error:
-        problem = f"{path} is not a complete safetensors file: {error.received}"
-        raise RunError(problem, "", "download it again, or save it again") from error
 
 
 def _describe(path: Path, name: str, part: Any) -> SafetensorsTensor:

@@ -20,14 +20,14 @@ def open_safetensors(path: Path) -> Any:
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
-        remedy = 'Install it with pip install "omninorm[interop]"'
+        remedy = 'install it with pip install "omninorm[interop]"'
         raise MissingExtraError("Reading weights needs the package safetensors", "", remedy) from error
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        remedy = "download or save it again"
         reason = f"{' '.join(str(error).split()):.200}"  # it quotes the header, which may be long and have any content
-        raise RunError(f"{path} must be a whole safetensors file", reason, remedy) from error
+        problem = f"{path} is not a complete safetensors file: {reason}"
+        raise RunError(problem, "", "download it again, or save it again") from error
 
 
 def bits(dtype: str) -> int:

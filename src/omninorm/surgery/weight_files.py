@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,12 +57,12 @@ class SafetensorsFile:
     path: Path
 
     def entries(self) -> dict[str, Stored]:
-        with _open(self.path) as file:
+        with open_safetensors(self.path) as file:
             parts = {name: file.get_slice(name) for name in file.offset_keys()}
             return {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
 
     def tensor(self, name: str) -> Tensor:
-        with _open(self.path) as file:
+        with open_safetensors(self.path) as file:
             found: Tensor = file.get_tensor(name)
         return found
 
@@ -110,12 +110,3 @@ def _plain(value: Tensor) -> bool:
     if value.layout is not torch.strided or value.device.type != "cpu" or value.dtype not in _NAMES:
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-
-
-def _open(path: Path) -> Any:
-    """Open the file for `with`."""
-    try:
-        return open_safetensors(path)
-    except RunError as error:
-        problem = f"{path} is not a complete safetensors file: {error.received}"
-        raise RunError(problem, "", "download it again, or save it again") from error
