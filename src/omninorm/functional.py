@@ -183,7 +183,7 @@ def z_score(x: Tensor, dim: int = -1) -> Tensor:
     return layer_norm(x.movedim(dim, -1), eps=0.0).movedim(-1, dim)
 
 
-# What stands for tensors -----------------------------------------------------------------------------------------
+# Proxies and jagged tensors --------------------------------------------------------------------------------------
 
 
 def overriding(*arguments: object) -> list[Any]:
@@ -196,7 +196,7 @@ def overriding(*arguments: object) -> list[Any]:
 
 
 def is_jagged(x: object) -> bool:
-    """Whether `x` is a nested tensor in the jagged layout."""
+    """Return whether `x` is a nested tensor in the jagged layout."""
     return isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged
 
 
