@@ -15,8 +15,8 @@ FUZZ = $(wildcard tests/*/test_fuzz_*.py tests/*/*/test_fuzz_*.py)
 # The tests most likely to catch a mistake, fast enough to wait for.
 QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tests/layers tests/kernels/numerics/test_edges.py \
     tests/placement/test_rules.py tests/placement/test_refusals.py tests/thinker/test_model.py tests/record \
-    tests/watch/rules/test_each_rule.py tests/watch/rules/test_evidence.py tests/watch/rules/test_layer_rules.py tests/watch/rules/test_loss_rules.py tests/watch/rules/test_optimizer_rules.py \
-    tests/watch/rules/test_numbers.py tests/watch/test_judge.py tests/report/test_reading.py tests/inspection tests/integration/docs/test_pages.py
+    tests/monitor/rules/test_each_rule.py tests/monitor/rules/test_evidence.py tests/monitor/rules/test_layer_rules.py tests/monitor/rules/test_loss_rules.py tests/monitor/rules/test_optimizer_rules.py \
+    tests/monitor/rules/test_numbers.py tests/monitor/test_alarms.py tests/report/test_reading.py tests/inspection tests/integration/docs/test_pages.py
 
 .PHONY: help demo bench test test-slow test-exhaustive test-all test-triton test-distributed docs links figures lint types dead tidy sanitize quick check
 .PHONY: coverage mutants dist wheel-test sbom format clean
@@ -63,7 +63,7 @@ test-all: test test-slow test-exhaustive test-triton docs
 
 test-distributed: .venv/dev .venv/cpu
 	$(PYTEST) tests/integration/test_sharding.py tests/integration/test_distributed_training.py \
-	    tests/integration/test_distributed_checkpoints.py tests/watch/test_distributed.py tests/cli/test_torchrun.py
+	    tests/integration/test_distributed_checkpoints.py tests/monitor/test_distributed.py tests/cli/test_torchrun.py
 
 # The Triton kernels without a GPU: in Triton's interpreter, and compiled ahead of time.
 test-triton: .venv/dev .venv/cpu

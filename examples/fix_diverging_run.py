@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import omninorm
 from omninorm.experiments.corpus import load_corpus
-from omninorm.watch import Watch
+from omninorm.monitor import Watch
 
 BATCH, LENGTH, STEPS = 8, 32, 60
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from omninorm import Thinker, ThinkerConfig
 from omninorm.experiments.corpus import load_corpus
-from omninorm.watch.callbacks.accelerate import watch
+from omninorm.monitor.callbacks.accelerate import watch
 
 LENGTH, PIECES = 64, 960
 

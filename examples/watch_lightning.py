@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from omninorm import Thinker, ThinkerConfig
 from omninorm.experiments.corpus import load_corpus
-from omninorm.watch.callbacks.lightning import WatchCallback
+from omninorm.monitor.callbacks.lightning import WatchCallback
 
 LENGTH, PIECES = 64, 480
 

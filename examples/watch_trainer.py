@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from omninorm.experiments.corpus import load_corpus
-from omninorm.watch.callbacks.transformers import WatchCallback
+from omninorm.monitor.callbacks.transformers import WatchCallback
 
 LENGTH = 64
 

@@ -30,7 +30,7 @@ ORDER = [
 CORE = ORDER[: ORDER.index("placement")]
 ASIDE = {
     "report": ["errors", "record"],
-    "watch": [*CORE, "report"],
+    "monitor": [*CORE, "report"],
     "surgery": CORE,
     "inspection": ["errors", "record"],
     "onnx": ["errors", "kernels"],

@@ -8,10 +8,7 @@ from typing import Any as _Any
 
 from omninorm.config import NormConfig
 from omninorm.errors import OmninormError
-
-# The package omninorm.watch has the name of this function. It is imported here, before anything else can import the
-# package, because Python binds a package to its name in the parent when it is first imported.
-from omninorm.watch import watch
+from omninorm.monitor import watch
 
 if _TYPE_CHECKING:
     from omninorm import functional

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from omninorm import NormConfig, Thinker, ThinkerConfig
 from omninorm.experiments.corpus import load_corpus, windows
-from omninorm.watch import Alarm, History, watch
-from omninorm.watch.rules import Rule
+from omninorm.monitor import Alarm, History, watch
+from omninorm.monitor.rules import Rule
 
 BATCH, SEQ = 8, 32
 EVERY = 5

@@ -7,8 +7,8 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 
-from omninorm.watch import Alarm, Facts, History, NormFacts, Sample, Step
-from omninorm.watch.rules import Rule
+from omninorm.monitor import Alarm, Facts, History, NormFacts, Sample, Step
+from omninorm.monitor.rules import Rule
 
 BLOCKS = 4
 Signals = dict[str, Sequence[float | None]]

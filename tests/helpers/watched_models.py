@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omninorm.watch import Watch, watch
+from omninorm.monitor import Watch, watch
 
 VOCAB, WIDTH, HEADS = 23, 16, 4
 

@@ -71,7 +71,7 @@ def test_package_is_imported_and_writes_without_locks_where_there_is_no_fcntl(tm
 import sys
 from pathlib import Path
 sys.modules["fcntl"] = None
-import omninorm, omninorm.watch, omninorm.report
+import omninorm, omninorm.monitor, omninorm.report
 from omninorm.record import Record, files
 folder = Path(sys.argv[1])
 Record(folder / "record.jsonl").close()

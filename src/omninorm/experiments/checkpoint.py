@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from omninorm.errors import MissingExtraError, RunError
 from omninorm.experiments.processes import Processes
 from omninorm.experiments.sharding import copy_whole, describe_parts, load_parts, save_parts
+from omninorm.monitor.tensors import whole
 from omninorm.record.files import (
     TEMPORARY,
     remove_folder,
@@ -39,7 +40,6 @@ from omninorm.record.files import (
 )
 from omninorm.thinker.config import ThinkerConfig
 from omninorm.thinker.sizes import count_layers, matrix_shapes
-from omninorm.watch.tensors import whole
 
 FORMAT, SHARDED_FORMAT = 1, 2
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"

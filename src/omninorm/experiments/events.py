@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omninorm.watch import Alarm
+from omninorm.monitor import Alarm
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from omninorm.config import check_choice
 from omninorm.errors import ConfigError, OmninormError, RunError
 from omninorm.experiments.sharding import shard
-from omninorm.watch.tensors import reshard
+from omninorm.monitor.tensors import reshard
 
 PARALLEL = ("ddp", "fsdp")
 _Value = TypeVar("_Value")

@@ -12,9 +12,9 @@ from typing import Any
 
 from omninorm.errors import RunError
 from omninorm.experiments.checkpoint import is_whole, list_checkpoints, load_checkpoint, save_checkpoint
+from omninorm.monitor.writer import record_name
 from omninorm.record import RECORD_FILE, Record, final_status
 from omninorm.record.files import TEMPORARY, remove_temporaries, write_file, writing
-from omninorm.watch.output import record_name
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"

@@ -30,9 +30,9 @@ from omninorm.experiments.optim import build_optimizer
 from omninorm.experiments.processes import Processes
 from omninorm.experiments.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from omninorm.experiments.settings import TrainConfig, learning_rate
+from omninorm.monitor import Watch, watch
+from omninorm.monitor.tensors import here, whole
 from omninorm.record import RECORD_FILE, read_record
-from omninorm.watch import Watch, watch
-from omninorm.watch.tensors import here, whole
 
 
 def train(

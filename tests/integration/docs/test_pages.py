@@ -209,7 +209,7 @@ def test_every_public_package_has_a_page() -> None:
         "omninorm.inspection.rules",
         "omninorm.record",
         "omninorm.report.comparison",
-        "omninorm.watch.callbacks",
+        "omninorm.monitor.callbacks",
     }
     assert public - internal <= set(DOCUMENTED), public - internal - set(DOCUMENTED)
 

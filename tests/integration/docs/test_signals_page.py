@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from omninorm.monitor import default_rules
 from omninorm.record.signals import SIGNALS
-from omninorm.watch import default_rules
 
 DOCS = Path(__file__).parents[3] / "docs"
 PAGE = (DOCS / "signals.md").read_text(encoding="utf-8")

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from omninorm.monitor import default_rules
 from omninorm.record.signals import SIGNALS
-from omninorm.watch import default_rules
 
 PAGE = (Path(__file__).parents[3] / "docs" / "watching.md").read_text(encoding="utf-8")
 

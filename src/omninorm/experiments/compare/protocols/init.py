@@ -13,7 +13,7 @@ from omninorm.experiments.compare.cells import Cell, Measurement
 from omninorm.experiments.compare.factory import build_cell
 from omninorm.experiments.compare.protocols.common import plain, tokens_of
 from omninorm.experiments.corpus import Corpus, windows
-from omninorm.watch.structure import find_blocks
+from omninorm.monitor.model_map.structure import find_blocks
 
 
 def measure(cell: Cell, corpus: Corpus) -> Measurement:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from omninorm import functional
-from omninorm.watch.norms import find_gain
+from omninorm.monitor.model_map.norms import find_gain
 
 
 def measure_undo(model: nn.Module, tokens: Tensor) -> dict[str, float] | None:

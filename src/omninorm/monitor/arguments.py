@@ -1,0 +1,80 @@
+"""Checks and conversions of the arguments of `watch` and `Watch.step`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+
+from omninorm.errors import ConfigError, InputError
+from omninorm.monitor.alarm import Alarm
+from omninorm.record import Record
+
+
+def read_optimizers(
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
+) -> tuple[torch.optim.Optimizer, ...]:
+    """Return the optimizers as a tuple."""
+    if optimizer is None:
+        return ()
+    found = tuple(optimizer) if isinstance(optimizer, Iterable) else (optimizer,)
+    for item in found:
+        if not isinstance(item, torch.optim.Optimizer):
+            remedy = "pass a torch.optim.Optimizer, a list of them, or None"
+            raise ConfigError("optimizer must be one or several torch.optim.Optimizer", type(item).__name__, remedy)
+    return found
+
+
+def check_places(folder: object, scaler: object, sinks: Sequence[object]) -> None:
+    """Raise ConfigError unless the folder, the scaler and the sinks have supported types."""
+    if not isinstance(folder, (str, os.PathLike, Record, type(None))):
+        raise ConfigError("folder must be a path or None", repr(folder), 'for example, pass "runs/mine"')
+    if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
+        raise ConfigError("scaler must be a torch.amp.GradScaler or None", repr(scaler), "pass the scaler of the loop")
+    for sink in sinks if isinstance(sinks, Iterable) and not isinstance(sinks, str) else [sinks]:
+        if not all(callable(getattr(sink, name, None)) for name in ("log", "alarm", "close")):
+            remedy = "for example, pass [TensorBoard(folder)] from omninorm.monitor.sinks"
+            raise ConfigError("Every sink must have the methods log, alarm and close", repr(sink), remedy)
+
+
+def uncovered(
+    named: Sequence[tuple[str, nn.Parameter]], optimizers: Sequence[torch.optim.Optimizer], step: int
+) -> list[Alarm]:
+    """Return a warning about trainable parameters that are in no optimizer, if optimizers were given."""
+    held = {
+        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    }
+    missing = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in held]
+    if not optimizers or not missing:
+        return []
+    found = f"{len(missing)} of {len(named)} parameters are trainable but in no optimizer, the first is {missing[0]}"
+    if len(missing) == len(named):
+        found = "no optimizer holds any parameter of this model"
+    evidence = f"Weights without an optimizer: {found}."
+    remedy = "Pass every optimizer to watch and add these parameters to one of them, or freeze them."
+    source = "every trainable parameter needs an optimizer"
+    return [Alarm(step, "warn", "optimizer-coverage", missing[0], evidence, remedy, source)]
+
+
+def read_loss(loss: Tensor | float | None) -> Tensor | None:
+    """Return the loss as a tensor.
+
+    Raises:
+        InputError: the loss is neither a real tensor nor a number.
+    """
+    if loss is None:
+        return None
+    if isinstance(loss, Tensor) and loss.numel() > 0 and not loss.is_complex():
+        return loss.detach()
+    if isinstance(loss, Real) and not isinstance(loss, bool):  # also NumPy scalars
+        return torch.tensor(float(loss))
+    received = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise InputError("The loss must be a real tensor, a number or None", received, "pass the loss of the step")
+
+
+def printable(text: str) -> str:
+    """Escape control characters: names of modules may contain anything."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

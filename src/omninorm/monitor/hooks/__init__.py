@@ -1,0 +1,1 @@
+"""Connect the probes to a model: hooks in eager mode, operators in compiled graphs, intercepted attention."""

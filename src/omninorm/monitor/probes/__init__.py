@@ -1,0 +1,1 @@
+"""Measure one thing each, on the device: blocks, norms, attention, gradients, optimizers, weights."""

@@ -1,0 +1,108 @@
+"""Attention logits and entropy, from the calls that `listening` intercepts: one example and some queries per call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omninorm.monitor.stats_buffer import StatsBuffer
+
+MOST_QUERIES = 32
+# Additive masks hide a key with −∞ or a large negative number.
+HIDDEN_BELOW = -1e4
+# A value that stands for the default scale, 1/√d.
+UNKNOWN = -1.0
+
+
+class AttentionProbe:
+    """The attention of one block."""
+
+    def __init__(self, buffer: StatsBuffer, index: int) -> None:
+        self.buffer, self.index = buffer, index
+
+    def see(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
+        """Measure q (batch, heads, queries, d) and k (batch, kv_heads, keys, d); the mask is PyTorch's."""
+        if q.ndim != 4 or k.ndim != 4 or q.is_nested or q.numel() == 0 or k.numel() == 0:
+            return
+        queries, keys = q.shape[-2], k.shape[-2]
+        chosen = slice(queries - 1, None, None) if queries == 1 else slice(0, queries, max(1, queries // MOST_QUERIES))
+        few, all_keys = q.detach()[0, :, chosen].float(), k.detach()[0].float()
+        if few.shape[0] != all_keys.shape[0]:
+            all_keys = all_keys.repeat_interleave(few.shape[0] // all_keys.shape[0], dim=0)
+        with torch.autocast(q.device.type, enabled=False):  # autocast would round the products to 16 bits
+            logits = few @ all_keys.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        hidden = torch.zeros((), dtype=torch.bool, device=q.device)
+        if causal:
+            positions = torch.arange(queries, device=q.device)[chosen]
+            hidden = positions.unsqueeze(-1) < torch.arange(keys, device=q.device)
+        if mask is not None:
+            part = mask.detach().expand(*q.shape[:2], queries, keys)[0, :, chosen]
+            hidden = hidden | (~part if part.dtype == torch.bool else part < HIDDEN_BELOW)
+            logits = logits if part.dtype == torch.bool else logits + part.float()
+        self._add(logits, hidden.expand_as(logits))
+
+    def see_some(self, q: Tensor, k: Tensor, constants: Tensor, mask: Tensor | None = None) -> None:
+        """Call `see` from a graph in sampled steps. `constants` holds the scale, twice if attention is causal."""
+        if self.buffer.sampling:
+            scale = float(constants[0])
+            self.see(q, k, mask, len(constants) == 2, None if scale == UNKNOWN else scale)
+
+    def see_logits(self, logits: Tensor) -> None:
+        """Measure logits (batch, heads, queries, keys) before the softmax, including masked ones."""
+        if logits.ndim != 4 or logits.numel() == 0:
+            return
+        queries = logits.shape[-2]
+        few = logits.detach()[0, :, :: max(1, queries // MOST_QUERIES)].float()
+        self._add(few, few < HIDDEN_BELOW)
+
+    def _add(self, logits: Tensor, hidden: Tensor) -> None:
+        """Add the logits and which of them are hidden, both (heads, queries, keys)."""
+        in_sight = (~hidden).sum(dim=-1)
+        self.buffer.peak("attention_logit", self.index, logits.masked_fill(hidden, 0).abs().amax())
+        log_p = logits.masked_fill(hidden, -math.inf).log_softmax(dim=-1)
+        entropy = -(log_p.exp() * log_p.masked_fill(hidden, 0)).sum(dim=-1)
+        choice = in_sight >= 2  # with a single visible key the entropy is always 0
+        share = torch.where(choice, entropy / in_sight.clamp_min(2).log(), 0)
+        # Without such queries the mean would be 0/0. That is attention over one key, not collapsed attention.
+        mean = torch.where(choice.any(), share.sum() / choice.sum().clamp_min(1), 1.0)
+        self.buffer.add("attention_entropy", self.index, mean)
+
+
+def see_multihead(
+    site: AttentionProbe, module: nn.MultiheadAttention, args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    """Recompute the first example's logits of torch.nn.MultiheadAttention, which computes them in several ways."""
+    given = dict(zip(("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask"), args, strict=False))
+    given |= kwargs
+    query, key = given["query"], given["key"]
+    if query.ndim != 3 or module.in_proj_weight is None:
+        return
+    width, heads = module.embed_dim, module.num_heads
+
+    def projected(x: Tensor, at: int) -> Tensor:
+        """Return the first example's queries or keys: (1, heads, length, d)."""
+        example = x.detach()[0] if module.batch_first else x.detach()[:, 0]
+        weight, all_biases = module.in_proj_weight[at : at + width], module.in_proj_bias
+        bias = None if all_biases is None else all_biases[at : at + width].to(x.dtype)
+        y = F.linear(example, weight.to(x.dtype), bias)
+        return y.reshape(y.shape[0], heads, -1).transpose(0, 1).unsqueeze(0)
+
+    mask, padding = given.get("attn_mask"), given.get("key_padding_mask")
+    if mask is not None and mask.ndim == 3:
+        mask = mask[:heads]
+    masks = [mask, None if padding is None else padding[0]]
+    additive = [_additive(mask) for mask in masks if mask is not None]
+    total = additive[0] + additive[1] if len(additive) == 2 else next(iter(additive), None)
+    site.see(projected(query, 0), projected(key, width), total, False, None)
+
+
+def _additive(mask: Tensor) -> Tensor:
+    """Convert a mask of torch.nn.MultiheadAttention, where True hides a key, to one that is added to the logits."""
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -math.inf)

@@ -1,0 +1,146 @@
+"""Norms of all parameters' gradients, measured at the end of a backward pass: complete and not yet clipped."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils.hooks import RemovableHandle
+
+from omninorm.kernels.distributed import is_distributed
+from omninorm.monitor.hooks.training_pass import safely
+from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer
+from omninorm.monitor.tensors import here, norms_of_whole
+
+MOST_HOOKS = 8
+
+
+class Pending:
+    """Marks a queued measurement. Its lifetime is that of the backward pass, whether it succeeds or fails."""
+
+
+class Gradients:
+    """Measures the gradients of `parameters` in every step.
+
+    They are divided by the scale of a GradScaler. Scaled gradients that are not finite are ignored while the scale is
+    above 1, because the scaler skips that step and reduces the scale.
+
+    With gradient accumulation each backward pass overwrites the previous result, so the last, complete sum remains.
+
+    Args:
+        failed: called with a monitoring error, which must not reach the training.
+    """
+
+    def __init__(
+        self,
+        buffer: StatsBuffer,
+        parameters: Sequence[nn.Parameter],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._buffer, self._parameters, self._failed = buffer, parameters, failed
+        self._pending: weakref.ref[Pending] | None = None
+        self.measured = False
+        self._places: tuple[list[int], Tensor] | None = None
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks that detect a backward pass."""
+        learning = [parameter for parameter in self._parameters if parameter.requires_grad]
+        if not learning:
+            return []
+        # A hook on every parameter would cost more than the norms. If a backward pass reaches none of these, or they
+        # have been frozen since, `before_step` measures instead.
+        few = learning[:: -(-len(learning) // MOST_HOOKS)] + learning[-1:]
+        if any(map(is_distributed, few)):
+            # FSDP2 differentiates other tensors instead, and calls these hooks when the gradients are ready.
+            return [p.register_post_accumulate_grad_hook(self._on_first) for p in few]  # type: ignore[no-untyped-call]
+        return [register_multi_grad_hook(few, self._on_first, mode="any")]
+
+    def _on_first(self, gradient: Tensor) -> None:
+        if self._pending is None or self._pending() is None:
+            pending = Pending()
+            self._pending = weakref.ref(pending)
+            # Queued twice, because DistributedDataParallel writes the averaged gradients in a callback as well.
+            _at_the_end(lambda: _at_the_end(lambda: self._measure(pending)))
+
+    def _measure(self, pending: Pending | None = None) -> None:
+        def work() -> None:
+            self._buffer.set_gradients(self.norms())
+            self.measured = True
+
+        safely(work, self._failed)
+
+    def norms(self) -> Tensor:
+        """Return ‖gradient‖ of every parameter, UNSEEN where there is none: (parameters,), float32."""
+        device = self._buffer.device
+        gradients = [_values(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+        if gradients:
+            found = norms_of_whole(stack(norms_of([here(gradient) for gradient in gradients]), device), gradients)
+            scale = self._buffer.scale
+            if scale is not None:
+                scale = scale.to(device)
+                found = torch.where(found.isfinite() | (scale <= 1), found / scale, UNSEEN)
+            if len(gradients) == len(self._parameters):
+                return found
+            places = [at for at, parameter in enumerate(self._parameters) if parameter.grad is not None]
+            return spread(found, self._index(places), len(self._parameters))
+        return torch.full((len(self._parameters),), UNSEEN, device=device)
+
+    def _index(self, places: list[int]) -> Tensor:
+        """Return the indices on the device. They are cached, because each copy would synchronize."""
+        if self._places is None or self._places[0] != places:
+            self._places = places, torch.tensor(places, device=self._buffer.device)
+        return self._places[1]
+
+    def forget(self) -> None:
+        """Reset for a new step."""
+        self._pending = None
+        self.measured = False
+
+    def before_step(self) -> None:
+        """Measure before an optimizer step if no hook has fired; the gradients may be clipped already."""
+        if not self.measured:
+            self._measure()
+
+
+def _at_the_end(function: Any) -> None:
+    Variable._execution_engine.queue_callback(function)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def norms_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return ‖·‖₂ of each tensor, in float32 or wider, so that 16-bit tensors do not overflow.
+
+    On a CPU, where checking costs no synchronization, norms that overflow float32 (from 1e19 on) are computed in
+    float64. On other devices such a tensor counts as infinite.
+    """
+    tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    norms: list[Tensor] = list(torch._foreach_norm(tensors, 2, dtype=wide))
+    if wide == torch.float32 and all(tensor.is_cpu for tensor in tensors) and not torch.stack(norms).sum().isfinite():
+        for at, norm in enumerate(norms):
+            if not norm.isfinite():
+                norms[at] = torch.linalg.vector_norm(tensors[at], dtype=torch.float64)
+    return norms
+
+
+def stack(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Stack scalars of any device and precision into one tensor, in float64 where the device supports it."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if len({(scalar.device, scalar.dtype) for scalar in scalars}) > 1:
+        scalars = [scalar.to(device, dtype, non_blocking=True) for scalar in scalars]
+    return torch.stack(list(scalars)).to(device, dtype, non_blocking=True)
+
+
+def spread(values: Tensor, places: Tensor, count: int) -> Tensor:
+    """Scatter the values to their places among `count`, with UNSEEN at the others."""
+    found = torch.full((count,), UNSEEN, device=values.device, dtype=values.dtype)
+    found[places] = values
+    return found

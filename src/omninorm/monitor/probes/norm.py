@@ -1,0 +1,202 @@
+"""Statistics of norms. What omninorm norms compute anyway is passed on, so it needs no second pass over the data.
+
+omninorm operators provide r = 1/√(mean(x²) + ε) of every row (with the variance, and the mean, for LayerNorm) as they
+run, and in backward the sums of the gain's gradient over blocks of rows, from which each example's gradient follows.
+For other norms, and for the reference implementation, the same is computed from the input and the output's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from omninorm.kernels.autograd import by_triton, rows_per_block
+from omninorm.layers.pointwise import Pointwise
+from omninorm.monitor.hooks.training_pass import in_backward
+from omninorm.monitor.model_map.norms import Norm
+from omninorm.monitor.probes.block import some_rows
+from omninorm.monitor.stats_buffer import StatsBuffer
+from omninorm.monitor.tensors import whole
+
+SATURATED = 2.0  # for larger |αx|, tanh is above 0.96 and its slope below 0.07
+
+
+class NormProbe:
+    """One norm: `see` takes its input, `see_scale` the operators' statistics, `see_examples` γ's gradients."""
+
+    def __init__(self, buffer: StatsBuffer, norm: Norm, index: int) -> None:
+        self.buffer, self.norm, self.index = buffer, norm, index
+        self.eps = norm.facts.eps or 0.0
+        self.width = 0 if norm.gain is None else norm.gain.numel()
+        self.trainable = norm.gain is not None and norm.gain.requires_grad and norm.gain.ndim == 1 and self.width > 1
+        self._waiting: WeakSet[Kept] = WeakSet()
+
+    def keep(self, *tensors: Tensor | None) -> Kept:
+        """Keep tensors for the backward pass, for as long as autograd does."""
+        kept = Kept(tensors)
+        if in_backward():
+            # Activation checkpointing repeats a forward pass; these tensors may be for the first one's backward pass.
+            if len(self._waiting) == 1:
+                self._waiting.pop().tensors = tensors
+        elif packs_what_is_saved():
+            kept.tensors = None
+            self._waiting.add(kept)
+        return kept
+
+    def see(self, x: Tensor) -> None:
+        """Measure some rows of x (…, d), the norm's input."""
+        if x.numel() == 0:
+            return
+        rows = some_rows(x.flatten(-self.norm.dims) if self.norm.dims > 1 else x)
+        # In float32 the squares of an exploding stream overflow, and a small variance is lost next to a large mean.
+        rows = rows if rows.device.type == "mps" else rows.double()
+        module = self.norm.module
+        if isinstance(module, Pointwise):
+            saturated = (rows * module.alpha.detach().to(rows.dtype)).abs() > SATURATED
+            self.buffer.add("saturation", self.index, saturated.to(torch.float32).mean())
+        square = rows.square().mean(dim=-1)
+        mean = rows.mean(dim=-1) if self.norm.centred else None
+        self._add(square, mean)
+
+    def see_if_sampled(self, x: Tensor) -> None:
+        if self.buffer.sampling:
+            self.see(x)
+
+    def see_scale(self, scale: Tensor, mean: Tensor | None) -> None:
+        """Measure scale (rows,), r of every row, and for a LayerNorm mean (rows,)."""
+        spread = scale.double().pow(-2) - self.eps
+        spread = spread.clamp_min(0)
+        self._add(spread if mean is None else spread + mean.double().square(), mean)
+
+    def _add(self, square: Tensor, mean: Tensor | None) -> None:
+        self.buffer.add("norm_ms", self.index, square.mean())
+        spread = square
+        if mean is not None:
+            of_mean = mean.to(square.dtype).square()
+            spread = (square - of_mean).clamp_min(0)
+            self.buffer.add("mean_share", self.index, (of_mean / square.clamp_min(1e-30)).mean())
+        if self.eps:
+            self.buffer.add("eps_share", self.index, (self.eps / (spread + self.eps)).mean())
+
+    def see_examples(self, gradients: Tensor) -> None:
+        """Measure gradients (examples, d), each example's part of dγ. Their sum is the batch's gradient."""
+        count = gradients.shape[0]
+        if count < 2:
+            return
+        gradients = gradients.float() if gradients.device.type == "mps" else gradients.double()
+        small = gradients.square().sum(dim=-1).mean() * count * count
+        big = gradients.sum(dim=0).square().sum()
+        self.buffer.add_gradient("noise_small", self.index, small)
+        self.buffer.add_gradient("noise_big", self.index, big)
+        self.buffer.add("examples", self.index, torch.tensor(float(count)))
+
+    def see_output(self, dy: Tensor, y: Tensor) -> None:
+        """Measure the output's gradient dy and the output y, both (examples, …, d). x̂ is (y − β)/γ where γ is not 0."""
+        gain = self.norm.gain
+        assert gain is not None
+        effective = (whole(gain.detach()) + self.norm.offset).float()
+        bias = getattr(self.norm.module, "bias", None)
+        scaled = y if bias is None else y - bias.detach()
+        sums = self.per_example(dy * scaled.to(dy.dtype))
+        self.see_examples(torch.where(effective == 0, 0, sums / effective))
+
+    def see_output_if_sampled(self, dy: Tensor, y: Tensor) -> None:
+        if self.buffer.sampling and self.has_examples(y.shape):
+            self.see_output(dy, y)
+
+    def has_examples(self, shape: torch.Size) -> bool:
+        """Return whether an input of this shape holds several examples and the gain is trainable."""
+        return self.trainable and len(shape) >= 3 and shape[-1] == self.width and shape[self.norm.batch_dim] > 1
+
+    def per_example(self, products: Tensor) -> Tensor:
+        """Sum (…, d) over all but the examples and the features: (examples, d), in float32 or wider."""
+        by_example = products.movedim(self.norm.batch_dim, 0).flatten(1, -2)
+        wide = torch.promote_types(products.dtype, torch.float32)
+        return by_example.sum(dim=1, dtype=wide)
+
+
+class Kept:
+    """Tensors for a backward pass; `tensors` is None until a repeated forward pass provides them."""
+
+    def __init__(self, tensors: tuple[Tensor | None, ...]) -> None:
+        self.tensors: tuple[Tensor | None, ...] | None = tensors
+
+
+def packs_what_is_saved() -> bool:
+    """Return whether hooks, such as those of activation checkpointing, pack the tensors that autograd saves."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+Safely = Callable[[Callable[[], None]], None]
+
+
+class NormCall:
+    """One call of an omninorm norm: receives the statistics of its operators (a `kernels.probe.Probe`).
+
+    Args:
+        shape: the shape of the input, (examples, …, d).
+        counts: whether the forward pass counts; False if activation checkpointing repeats it.
+        safely: calls a function in no_grad and suppresses its errors.
+    """
+
+    def __init__(self, site: NormProbe, shape: torch.Size, counts: bool, safely: Safely) -> None:
+        self.site, self.shape, self.counts, self._safely = site, shape, counts, safely
+        self.reached = False
+        self._kept: Kept | None = None
+
+    def forward(self, x: Tensor, scale: Tensor, mean: Tensor | None, eps: float) -> None:
+        self.reached = True
+        self.site.eps = eps
+        self._safely(lambda: self._see(x.detach(), scale.detach(), None if mean is None else mean.detach()))
+
+    def _see(self, x: Tensor, scale: Tensor, mean: Tensor | None) -> None:
+        if self.counts:
+            self.site.see_scale(scale, mean)
+        each = rows_per_block(scale.numel(), by_triton(x))
+        if self.site.has_examples(self.shape) and not self._ends_blocks(each):
+            self._kept = self.site.keep(x, scale, mean)
+
+    def backward(self, dy: Tensor, dgain: Tensor | None, blocks: Tensor | None, rows_per_block: int) -> None:
+        self._safely(lambda: self._see_gradient(dy, blocks, rows_per_block))
+
+    def _see_gradient(self, dy: Tensor, blocks: Tensor | None, rows_per_block: int) -> None:
+        kept, self._kept = self._kept, None
+        if not self.site.has_examples(self.shape):
+            return
+        examples, width = self.shape[0], self.shape[-1]
+        if blocks is not None and self._ends_blocks(rows_per_block):
+            self.site.see_examples(blocks.reshape(examples, -1, width).sum(dim=1))
+        elif kept is not None and kept.tensors is not None:
+            x, scale, mean = kept.tensors
+            assert x is not None
+            assert scale is not None
+            one_each = (*self.shape[:-1], 1)
+            deviation = x if mean is None else x - mean.view(one_each)
+            self.site.see_examples(self.site.per_example(dy * (deviation * scale.view(one_each))))
+
+    def _ends_blocks(self, rows_per_block: int) -> bool:
+        """Return whether every example ends at the end of a block of rows."""
+        return self.site.norm.batch_dim == 0 and self.shape[1:-1].numel() % rows_per_block == 0
+
+
+def hook_examples(site: NormProbe, y: Tensor, safely: Safely) -> None:
+    """Measure each example's dγ of a norm that is not from omninorm, from the gradient of its output y.
+
+    Args:
+        safely: calls a function in no_grad and suppresses its errors.
+    """
+    if not y.requires_grad or not site.has_examples(y.shape):
+        return
+    # A detached alias: otherwise the hook and the tensor would keep each other alive. The next layer keeps it anyway.
+    kept = site.keep(y.detach())
+
+    def see(dy: Tensor) -> None:
+        values = None if kept.tensors is None else kept.tensors[0]
+        if values is not None and values._version == version:  # otherwise it was overwritten in place
+            site.see_output(dy, values)
+
+    version = y._version
+    y.register_hook(lambda dy: safely(lambda: see(dy)))  # type: ignore[no-untyped-call]

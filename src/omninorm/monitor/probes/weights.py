@@ -1,0 +1,57 @@
+"""Statistics of the parameters in a sampled step: the norms' gains and the size of the matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from omninorm.monitor.model_map.norms import Norm
+from omninorm.monitor.probes.gradients import norms_of, spread, stack
+from omninorm.monitor.probes.optimizer import some
+from omninorm.monitor.stats_buffer import UNSEEN
+from omninorm.monitor.tensors import whole
+
+SILENT_GAIN = 1e-3
+GAIN_SIGNALS = ("gain_max", "gain_ratio", "gain_small")
+
+
+@torch.no_grad()
+def measure_gains(norms: Sequence[Norm], device: torch.device) -> list[Tensor]:
+    """Return max |γ|, max |γ|/median |γ| and the share of |γ| < 1e-3: three tensors (norms,), UNSEEN without a gain.
+
+    Gains of the same width are measured together.
+    """
+    found = [torch.full((len(norms),), UNSEEN, device=device) for _ in GAIN_SIGNALS]
+    by_width: dict[int, list[int]] = {}
+    for place, norm in enumerate(norms):
+        if norm.gain is not None and norm.gain.numel() > 0 and not norm.gain.is_meta:
+            by_width.setdefault(norm.gain.numel(), []).append(place)
+    for places in by_width.values():
+        gains = [
+            whole(norms[at].gain).detach().reshape(-1).to(device, torch.float32) + norms[at].offset for at in places
+        ]
+        sizes = torch.stack(gains).abs()
+        most = sizes.amax(dim=1)
+        index = torch.tensor(places, device=device)
+        found[0][index] = most
+        found[1][index] = most / sizes.sort(dim=1).values[:, (sizes.shape[1] - 1) // 2].clamp_min(1e-30)
+        found[2][index] = (sizes < SILENT_GAIN).float().mean(dim=1)
+    return found
+
+
+@torch.no_grad()
+def measure_matrices(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """Return the RMS of about a thousand elements of every matrix: (parameters,), UNSEEN for vectors."""
+    places = [
+        at
+        for at, parameter in enumerate(parameters)
+        if parameter.ndim >= 2 and parameter.numel() > 0 and parameter.is_floating_point()
+    ]
+    if places:
+        few = [some(parameters[at]) for at in places]
+        counts = torch.tensor([float(max(part.numel(), 1)) for part in few], device=device)
+        sizes = stack(norms_of(few), device) / counts.sqrt()
+        return spread(sizes, torch.tensor(places, device=device), len(parameters))
+    return torch.full((len(parameters),), UNSEEN, device=device)

@@ -1,0 +1,57 @@
+"""Alarm rules: one file per rule, with its thresholds, the reasons for them, and their sources."""
+
+from omninorm.monitor.rules.adam_eps import AdamEps
+from omninorm.monitor.rules.adam_underestimation import AdamUnderestimation
+from omninorm.monitor.rules.attention_entropy import AttentionEntropy
+from omninorm.monitor.rules.attention_logits import AttentionLogits
+from omninorm.monitor.rules.base import Rule, Threshold
+from omninorm.monitor.rules.branch_silent import BranchSilent
+from omninorm.monitor.rules.dead_units import DeadUnits
+from omninorm.monitor.rules.depth_growth import DepthGrowth
+from omninorm.monitor.rules.eps_share import EpsShare
+from omninorm.monitor.rules.gain_drift import GainDrift
+from omninorm.monitor.rules.gradient_spike import GradientSpike
+from omninorm.monitor.rules.headroom import Headroom
+from omninorm.monitor.rules.layer_jump import LayerJump
+from omninorm.monitor.rules.learning_rate import LearningRate
+from omninorm.monitor.rules.logz import LogZ
+from omninorm.monitor.rules.loss_spike import LossSpike
+from omninorm.monitor.rules.massive_activation import MassiveActivation
+from omninorm.monitor.rules.no_norm import NoNorm
+from omninorm.monitor.rules.no_progress import NoProgress
+from omninorm.monitor.rules.nonfinite import NonFiniteRule
+from omninorm.monitor.rules.post_norm_depth import PostNormDepth
+from omninorm.monitor.rules.saturation import Saturation
+from omninorm.monitor.rules.unrecovered_spike import UnrecoveredSpike
+from omninorm.monitor.rules.weights_vanish import WeightsVanish
+
+__all__ = ["Rule", "Threshold", "default_rules"]
+
+
+def default_rules() -> list[Rule]:
+    """Return new instances of all rules, causes before consequences."""
+    return [
+        NoNorm(),
+        NonFiniteRule(),
+        LayerJump(),
+        WeightsVanish(),
+        GainDrift(),
+        BranchSilent(),
+        EpsShare(),
+        PostNormDepth(),
+        LearningRate(),
+        AdamEps(),
+        DepthGrowth(),
+        AttentionLogits(),
+        AttentionEntropy(),
+        Headroom(),
+        UnrecoveredSpike(),
+        NoProgress(),
+        LossSpike(),
+        GradientSpike(),
+        AdamUnderestimation(),
+        MassiveActivation(),
+        LogZ(),
+        DeadUnits(),
+        Saturation(),
+    ]

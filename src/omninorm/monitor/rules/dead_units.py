@@ -1,0 +1,28 @@
+"""dead-units: hidden units of a feed-forward are 0 for every token, so they get no gradient.
+
+Signal: their share. Threshold: above 10 % [ours]. Persistence: 3 samples over 20 steps. It is a warning.
+"""
+
+from __future__ import annotations
+
+from omninorm.monitor.history import History, Sample
+from omninorm.monitor.rules.base import Threshold
+
+
+class DeadUnits(Threshold):
+    """Reports the block of the feed-forward."""
+
+    name = "dead-units"
+    source = "the threshold of 10 % is omninorm's own; see docs/watching.md"
+    signal = "dead_units"
+    warn = 0.1
+    persistence = 3
+    span = 20
+
+    def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
+        block = history.facts.blocks[index]
+        evidence = f"{100 * value:.0f} % of the hidden units in the feed-forward of {block} are 0 for every token."
+        return (
+            evidence,
+            "Lower the learning rate or lengthen the warm-up. If the activation is a ReLU, try a smooth one.",
+        )

@@ -1,0 +1,349 @@
+"""Watch: the context manager around a training loop, which coordinates hooks, buffers, rules and records."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from omninorm.config import read_count
+from omninorm.errors import ConfigError, RunError
+from omninorm.monitor.alarm import Alarm
+from omninorm.monitor.alarms import Judge
+from omninorm.monitor.arguments import check_places, printable, read_loss, read_optimizers, uncovered
+from omninorm.monitor.history import Facts, History, Sample, Step
+from omninorm.monitor.hooks.attach import Hooks, cell_sizes, sentinel_names
+from omninorm.monitor.hooks.compiled import is_compiled
+from omninorm.monitor.hooks.training_pass import safely
+from omninorm.monitor.model_map.structure import Structure, find_structure, unwrap
+from omninorm.monitor.probes.gradients import Gradients
+from omninorm.monitor.probes.optimizer import OptimizerWatch, adam_eps
+from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_gains, measure_matrices
+from omninorm.monitor.reasons import not_seen
+from omninorm.monitor.rules import Rule
+from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, has_gradients, step_of
+from omninorm.monitor.sinks import Sink, flatten
+from omninorm.monitor.stats_buffer import UNSEEN, Row, StatsBuffer
+from omninorm.monitor.tensors import reshard
+from omninorm.monitor.writer import Output, rank, short, world_size
+from omninorm.record import Record
+
+FORMAT = 1
+# Largest ring buffer; with more steps between samples it is emptied earlier.
+MOST_ROWS = 256
+LOG = logging.getLogger("omninorm.watch")
+_watched: WeakSet[nn.Module] = WeakSet()
+
+
+class Watch:
+    """The object that `watch` returns. Open it with `with` or `open`, and end it with `close`.
+
+    Attributes:
+        alarms: the alarms so far, oldest first.
+        history: the steps and samples that rules read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
+        every: int,
+        folder: str | Path | Record | None,
+        *,
+        step: int,
+        scaler: Any,
+        sinks: Sequence[Sink],
+        rules: Sequence[Rule] | None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError("model must be a torch.nn.Module", type(model).__name__, "pass the model that is trained")
+        every, step = read_count("every", every), read_count("step", step, at_least=0)
+        check_places(folder, scaler, sinks)
+        self._model, self._compiled = unwrap(model), is_compiled(model)
+        self._optimizers = read_optimizers(optimizer)
+        self._every, self._folder, self._scaler, self._sinks = every, folder, scaler, tuple(sinks)
+        self._done = step
+        self._judge = Judge(rules)
+        self.alarms: list[Alarm] = []
+        self.history = History()
+        self._output: Output | None = None
+        self._hooks: Hooks | None = None
+        self._reported_seen = self._failed_once = False
+
+    # Beginning and end ------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Watch:
+        return self.open()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close("done" if error is None else f"{type(error).__name__}: {error}")
+
+    def open(self) -> Watch:
+        """Register the hooks and start the record."""
+        if self._output is not None and self._hooks is None:
+            remedy = "create a new one with omninorm.watch(…)"
+            raise RunError("This Watch has already been closed", "", remedy)
+        if self._model in _watched:
+            remedy = "close the other Watch first, or use it"
+            raise ConfigError(f"This {type(self._model).__name__} is already being watched", "", remedy)
+        reshard(self._model)
+        structure = find_structure(self._model)
+        named = list(self._model.named_parameters())
+        if not named:
+            remedy = "pass the model that is trained"
+            raise ConfigError(f"This {type(self._model).__name__} has no parameters to watch", "", remedy)
+        self._structure, self._names = structure, [name for name, _ in named]
+        self._parameters = [parameter for _, parameter in named]
+        self._sentinels = sentinel_names(structure)
+        places = {name: at for at, name in enumerate(self._names)}
+        groups = {group: [places[name] for name, _ in members] for group, members in structure.groups.items()}
+        self._builder = SampleBuilder(structure, groups, self._names)
+        device = self._parameters[0].device
+        self._buffer = StatsBuffer(
+            device, cell_sizes(structure), len(self._sentinels), len(named), min(self._every, MOST_ROWS), self._scaler
+        )
+        self._rates: list[float | None] = []
+        self._first = self._done + 1
+        self.history.facts = self._facts(structure)
+        if rank() > 0:
+            self._sinks = ()  # only the first process writes to sinks
+        self._output = Output(self._folder)
+        # The owner of a Record that was passed in records its own resumes.
+        if self._output.continues or (self._done and not isinstance(self._folder, Record)):
+            LOG.info("Continuing the record in %s; entries after step %d are discarded.", self._folder, self._done)
+            self._output.append({"kind": "resume", "step": self._done})
+        self._output.append(self._header())
+        self._attach()
+        _watched.add(self._model)
+        self._report_alarms(uncovered(named, self._optimizers, self._done))
+        self._begin_step()
+        return self
+
+    def _attach(self) -> None:
+        self._hooks = Hooks(self._structure, self._buffer, self._failed, self._compiled)
+        self._gradients = Gradients(self._buffer, self._parameters, self._failed)
+        self._optimizer_watch = OptimizerWatch(
+            self._buffer, self._parameters, self._optimizers, self._failed, self._gradients.before_step
+        )
+        self._hooks.attach()
+        self._handles = [*self._gradients.attach(), *self._optimizer_watch.attach()]
+
+    def close(self, reason: str = "done") -> None:
+        """Judge the remaining steps, remove every hook and close the record. A second call does nothing."""
+        if self._output is None or self._hooks is None:
+            return
+        with ExitStack() as last:  # in reverse order; each is called even if an earlier one raises
+            last.callback(self._to_sinks, lambda sink: sink.close())
+            last.callback(self._output.close)
+            last.callback(self._output.append, {"kind": "end", "step": self._done, "reason": reason})
+            last.callback(self._release)
+            last.callback(self._hooks.detach)
+            self.flush()
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._hooks = None
+        _watched.discard(self._model)
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def step(self, loss: Tensor | float | None = None) -> None:
+        """End a training step. A loss on the device is copied to the host at the next sample.
+
+        Args:
+            loss: the loss of this step: a tensor (its mean is used), a number, or None.
+
+        Raises:
+            InputError: the loss is neither a real tensor nor a number.
+            RunError: the watch is not open.
+        """
+        hooks = self._hooks
+        if hooks is None:
+            raise RunError("This Watch is not open", "", "call step inside `with omninorm.watch(…) as w:`")
+        value = read_loss(loss)
+        hooks.rest()
+        self._done += 1
+        self._rates.append(self._optimizer_watch.rate())
+        safely(self._optimizer_watch.see_weights, self._failed)
+        safely(lambda: self._buffer.end_row(value), self._failed)
+        if self._buffer.sampling or self._buffer.full:
+            self._flush(self._buffer.sampling)
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        coming = self._done + 1
+        self._buffer.sampling = coming % self._every == 0 or coming == 1
+        self._gradients.forget()
+
+    def flush(self) -> None:
+        """Copy the statistics since the last sample to the host, record and judge them. Call it between steps."""
+        self._flush(sampled=False)
+
+    def _flush(self, sampled: bool) -> None:
+        safely(lambda: self._move(sampled), self._failed)
+
+    def _move(self, sampled: bool) -> None:
+        if self._hooks is None or self._buffer.row == 0:
+            return
+        buffer = self._buffer
+        extra, names = self._measure() if sampled else ([], [])
+        cells, rows, numbers = buffer.take(extra, sampled)
+        steps = [step_of(row, self._first + at, self._rates[at]) for at, row in enumerate(rows)]
+        self.history.steps.extend(steps)
+        for at, row in enumerate(rows):
+            if self.history.nonfinite is None:
+                self._look_for_nonfinite(row, self._first + at)
+        self._write_steps(steps, rows)
+        if sampled:
+            self.history.placement = self._hooks.placements.verdict(len(self._structure.blocks))
+            self.history.dtype = None if self._hooks.dtype is None else str(self._hooks.dtype).removeprefix("torch.")
+        alarms = list(self._judge.judge_steps(self.history, steps))
+        if sampled:
+            values = dict(zip(names, numbers, strict=True))
+            sample = self._builder.build(self._done, cells, rows[-1], self._gains(values), values)
+            self._write_sample(sample, steps[-1])
+            alarms += self._judge.judge_sample(self.history)
+        self._report_alarms(alarms)
+        self._first, self._rates = self._done + 1, []
+
+    def _measure(self) -> tuple[list[Tensor], list[str]]:
+        """Return a sample's statistics of parameters and optimizers: tensors, and their names."""
+        found = dict(zip(GAIN_SIGNALS, measure_gains(self._structure.norms, self._buffer.device), strict=True))
+        found["weight_rms"] = measure_matrices(self._parameters, self._buffer.device)
+        found |= self._optimizer_watch.take()
+        return list(found.values()), list(found)
+
+    def _gains(self, values: dict[str, list[float]]) -> dict[str, list[float | None]]:
+        return {name: [None if v == UNSEEN else v for v in values.pop(name)] for name in GAIN_SIGNALS}
+
+    def _look_for_nonfinite(self, row: Row, step: int) -> None:
+        found = first_nonfinite(row, step, self._sentinels, self._names, self._buffer.order)
+        if found is not None:
+            self.history.nonfinite = found
+            self._append({"kind": "nonfinite", **asdict(found)})
+
+    # Output ----------------------------------------------------------------------------------------------------------
+
+    def _append(self, event: dict[str, Any]) -> None:
+        assert self._output is not None
+        self._output.append(event)
+
+    def _write_steps(self, steps: Sequence[Step], rows: Sequence[Row]) -> None:
+        """Record the steps, with None for unknown values to distinguish them from NaN."""
+        series = {
+            "loss": [row.loss for row in rows],
+            "grad_norm": [
+                step.grad_norm if has_gradients(row) else None for step, row in zip(steps, rows, strict=True)
+            ],
+            "lr": self._rates,
+        }
+        self._append({"kind": "steps", "step": steps[-1].step, "first": steps[0].step, **series})
+
+    def _write_sample(self, sample: Sample, step: Step) -> None:
+        self.history.samples.append(sample)
+        if not self._reported_seen:
+            self._reported_seen = True
+            reasons = not_seen(sample, self.history.facts, bool(self._optimizers))
+            self._append(
+                {"kind": "seen", "step": sample.step, "placement": self.history.placement, "dtype": self.history.dtype}
+                | {"not_seen": reasons}
+            )
+        signals = {name: short(values) for name, values in sample.signals.items()}
+        self._append({"kind": "sample", "step": sample.step, "signals": signals, "worst": sample.worst})
+        if self._sinks:
+            numbers = flatten(sample, self.history.facts)
+            numbers |= {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
+            known = {name: value for name, value in numbers.items() if value == value}
+            self._to_sinks(lambda sink: sink.log(sample.step, known))
+
+    def _report_alarms(self, alarms: Sequence[Alarm]) -> None:
+        if not alarms:
+            return
+        self.alarms += alarms
+        self._append({"kind": "alarms", "step": self._done, "alarms": [alarm.to_record() for alarm in alarms]})
+        for alarm in alarms:
+            level = logging.ERROR if alarm.severity == "fail" else logging.WARNING
+            where = f" {alarm.layer}:" if alarm.layer and alarm.layer not in alarm.evidence else ""
+            text = f"step {alarm.step}, {alarm.rule}:{where} {alarm.evidence} {alarm.remedy}"
+            LOG.log(level, "%s", printable(text))
+            self._to_sinks(lambda sink, alarm=alarm: sink.alarm(alarm))  # type: ignore[misc]
+
+    def _to_sinks(self, call: Callable[[Sink], None]) -> None:
+        """Call every sink. One that raises, for example because its service is down, is disabled with a warning."""
+        for sink in self._sinks:
+            try:
+                call(sink)
+            except Exception as error:
+                self._sinks = tuple(other for other in self._sinks if other is not sink)
+                kind = type(sink).__name__
+                text = f"The sink {kind} failed and has been disabled: {type(error).__name__}: {error}"
+                warnings.warn(text, stacklevel=3)
+
+    @property
+    def record(self) -> list[dict[str, Any]]:
+        """The events so far, as in record.jsonl."""
+        return [] if self._output is None else self._output.events
+
+    def report(self, path: str | Path) -> Path:
+        """Write the report page: one self-contained HTML file.
+
+        Raises:
+            RunError: nothing has been recorded yet, or the file cannot be written.
+        """
+        from omninorm.report import write_report
+
+        if self._hooks is not None:
+            self.flush()
+        if self._output is None:
+            raise RunError("This Watch has not been opened", "", "use `with omninorm.watch(…) as w:` first")
+        with self._output.file() as record:
+            return write_report(record, path)
+
+    def _header(self) -> dict[str, Any]:
+        from omninorm import __version__
+
+        facts = asdict(self.history.facts)
+        facts.pop("every")
+        return {
+            "kind": "watch",
+            "step": self._done,
+            "format": FORMAT,
+            "every": self._every,
+            "rank": rank(),
+            "world_size": world_size(),
+            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "versions": {"omninorm": __version__, "torch": torch.__version__},
+            **facts,
+        }
+
+    def _facts(self, structure: Structure) -> Facts:
+        return Facts(
+            model=type(structure.model).__name__,
+            parameters=sum(parameter.numel() for parameter in self._parameters),
+            blocks=tuple(block.name for block in structure.blocks),
+            norms=tuple(norm.facts for norm in structure.norms),
+            groups=tuple(structure.groups),
+            attentions=tuple(block.attention for block in structure.blocks),
+            feed_forwards=tuple(block.feed_forward for block in structure.blocks),
+            optimizer=type(self._optimizers[0]).__name__ if self._optimizers else None,
+            adam_eps=adam_eps(self._optimizers),
+            every=self._every,
+        )
+
+    def _failed(self, error: Exception) -> None:
+        """Warn once about a monitoring error; the affected statistic is missing."""
+        if not self._failed_once:
+            self._failed_once = True
+            warnings.warn(
+                f"omninorm.watch could not measure a statistic: {type(error).__name__}: {error}", stacklevel=3
+            )

@@ -1,0 +1,183 @@
+"""Preallocated device buffers that accumulate a step's statistics and are copied to the host in one transfer.
+
+There are two kinds. *Cells* hold the statistics of a sampled step: sums, whose terms the host counts, or peaks. The
+*ring buffer* has a row for each step since the last sample: the peak |x| of each sentinel (a module whose output is
+checked in every step), the loss, and for each parameter the norms of its gradient and of some of its weights. A NaN or
+an infinity in a row shows the step and the place where it appeared, without synchronizing in every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNSEEN = -1.0  # in the ring buffer: measured values are ≥ 0 or not finite
+
+
+class StatsBuffer:
+    """Cells by signal and index, and the ring buffer.
+
+    Args:
+        device: the device of the model.
+        cells: the number of cells of each raw signal.
+        sentinels: the number of modules that are checked in every step.
+        parameters: the number of parameters.
+        rows: steps between samples.
+        scaler: a torch.amp.GradScaler, if one scales the loss.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        cells: dict[str, int],
+        sentinels: int,
+        parameters: int,
+        rows: int,
+        scaler: Any = None,
+    ) -> None:
+        self._scaler = scaler
+        self.device = device
+        self.sizes = cells
+        starts, total = {}, 0
+        for key, count in cells.items():
+            starts[key] = total
+            total += count
+        self._starts = starts
+        # Squares of exploding activations need the range of float64, which some devices do not have.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._values = torch.zeros(total, device=device, dtype=dtype)
+        self._cells = list(self._values.unbind())
+        self._counts = [0] * total
+        self._sentinels, self._parameters = sentinels, parameters
+        self.rows = rows
+        self._ring = torch.full((rows, sentinels + 1 + 2 * parameters), UNSEEN, device=device, dtype=dtype)
+        self._losses: list[bool] = []
+        self.sampling = False
+        self.order: dict[int, int] = {}  # sentinels, numbered in the order in which they first ran
+        self.row = 0
+        self._begin_row()
+
+    def _begin_row(self) -> None:
+        row = self._ring[self.row]
+        sentinels, loss, rest = torch.split(row, [self._sentinels, 1, 2 * self._parameters])
+        self._row_sentinels = list(sentinels.unbind())
+        self._row_loss = loss
+        self._row_gradients, self._row_weights = torch.split(rest, [self._parameters, self._parameters])
+
+    # Writing, on the device -----------------------------------------------------------------------------------------
+
+    def add(self, key: str, index: int, value: Tensor) -> None:
+        """Add a term of a mean."""
+        place = self._starts[key] + index
+        self._cells[place].add_(value)
+        self._counts[place] += 1
+
+    def peak(self, key: str, index: int, value: Tensor) -> None:
+        """Update a maximum of values ≥ 0."""
+        place = self._starts[key] + index
+        cell = self._cells[place]
+        torch.maximum(cell, value.to(cell.dtype), out=cell)
+        self._counts[place] = 1
+
+    def add_gradient(self, key: str, index: int, square: Tensor) -> None:
+        """Add a term of a mean of squared gradients, after removing the factor of a GradScaler."""
+        scale = self.scale
+        self.add(key, index, square if scale is None else square / scale.to(square).square())
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The factor of the GradScaler, if there is one."""
+        scale = getattr(self._scaler, "_scale", None)
+        return scale if isinstance(scale, Tensor) else None
+
+    def sentinel(self, index: int, largest: Tensor) -> None:
+        """Record the largest |x| of a module's output in this step."""
+        self.order.setdefault(index, len(self.order))
+        cell = self._row_sentinels[index]
+        torch.maximum(cell, largest.to(cell.dtype), out=cell)
+
+    def set_gradients(self, norms: Tensor) -> None:
+        """Record ‖gradient‖ of every parameter; UNSEEN where there is none."""
+        self._row_gradients.copy_(norms, non_blocking=True)
+
+    def set_weights(self, norms: Tensor) -> None:
+        """Record the norm of some weights of every parameter, after the step."""
+        self._row_weights.copy_(norms, non_blocking=True)
+
+    def end_row(self, loss: Tensor | None) -> None:
+        """End the row of this step."""
+        if loss is not None:
+            self._row_loss.copy_(loss.detach().to(self._row_loss.dtype).mean().reshape(1), non_blocking=True)
+        self._losses.append(loss is not None)
+        self.row += 1
+        if self.row < self.rows:
+            self._begin_row()
+
+    @property
+    def full(self) -> bool:
+        return self.row >= self.rows
+
+    # Reading, on the host -------------------------------------------------------------------------------------------
+
+    def take(
+        self, extra: Sequence[Tensor] = (), sampled: bool = True
+    ) -> tuple[dict[str, list[float | None]], list[Row], list[list[float]]]:
+        """Copy everything to the host in one transfer and clear the buffers. A row that has not ended is kept.
+
+        Args:
+            extra: further 1-D tensors to copy in the same transfer.
+            sampled: whether a sampled step has ended; otherwise the cells are kept as well.
+
+        Returns:
+            The cells' means and peaks by signal (None where nothing was measured), the rows, and `extra` as lists.
+        """
+        parts = [self._values, self._ring[: self.row].flatten(), *(part.to(self._values) for part in extra)]
+        numbers = iter_split(torch.cat(parts).tolist(), [part.numel() for part in parts])
+        values, ring, *rest = numbers
+        cells: dict[str, list[float | None]] = {}
+        for key, start in self._starts.items():
+            places = range(start, start + self.sizes[key])
+            cells[key] = [values[at] / self._counts[at] if self._counts[at] else None for at in places]
+        if self._scaler is not None:  # scaled gradients may overflow although the gradients are finite
+            found = cells.get("stream_grad_ms", [])
+            cells["stream_grad_ms"] = [None if v is None or not math.isfinite(v) else v for v in found]
+        width = self._ring.shape[1]
+        rows = [
+            Row(ring[at * width : (at + 1) * width], self._sentinels, self._parameters, given)
+            for at, given in enumerate(self._losses)
+        ]
+        self._clear(sampled)
+        return cells, rows, rest
+
+    def _clear(self, sampled: bool) -> None:
+        current = None if self.full else self._ring[self.row].clone()
+        self._ring.fill_(UNSEEN)
+        if current is not None:
+            self._ring[0] = current
+        if sampled:
+            self._values.zero_()
+            self._counts = [0] * len(self._counts)
+        self._losses = []
+        self.row = 0
+        self._begin_row()
+
+
+class Row:
+    """The row of one step in the ring buffer, on the host."""
+
+    def __init__(self, numbers: list[float], sentinels: int, parameters: int, loss_given: bool) -> None:
+        self.sentinels, loss, self.gradients, self.weights = iter_split(numbers, [sentinels, 1, parameters, parameters])
+        self.loss = loss[0] if loss_given else None
+
+
+def iter_split(numbers: list[float], sizes: Sequence[int]) -> list[list[float]]:
+    """Split a list into pieces of these sizes."""
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(numbers[start : start + size])
+        start += size
+    return pieces

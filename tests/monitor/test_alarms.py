@@ -1,0 +1,161 @@
+"""The judge: alarms are raised once, about the worst layer, causes before consequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from omninorm.errors import ConfigError
+from omninorm.monitor import Alarm, Facts, History, Sample, Step
+from omninorm.monitor.alarms import CLEAR_STEPS, Judge
+from omninorm.monitor.rules import Rule
+
+
+class Says(Rule):
+    """Reports the given (severity, layer) pairs at each step."""
+
+    name = "says"
+    source = "a test"
+
+    def __init__(
+        self, plan: dict[int, list[tuple[str, str | None]]], name: str = "says", explains: tuple[str, ...] = ()
+    ):
+        self.plan, self.name, self.explains = plan, name, explains  # type: ignore[misc]
+
+    def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
+        for severity, layer in self.plan.get(step.step, []):
+            yield self.alarm(step.step, severity, layer, f"{self.name} at {layer}.", "Try this.")
+
+
+def judge(*rules: Rule, steps: int = 400, every: int = 1) -> list[Alarm]:
+    history, judge = History(facts=Facts(every=every)), Judge(rules)
+    alarms = []
+    for number in range(1, steps + 1):
+        history.steps.append(Step(number, 3.0, 1.0, 1e-3))
+        alarms += judge.judge_steps(history, [history.steps[-1]])
+    return alarms
+
+
+def short(alarms: list[Alarm]) -> list[tuple[int, str, str, str | None]]:
+    return [(alarm.step, alarm.severity, alarm.rule, alarm.layer) for alarm in alarms]
+
+
+def test_lasting_alarm_is_raised_once() -> None:
+    plan = {step: [("warn", "a"), ("warn", "b")] for step in range(5, 300)}
+    assert short(judge(Says(plan))) == [(5, "warn", "says", "a"), (5, "warn", "says", "b")]
+
+
+def test_alarm_is_raised_again_if_it_gets_worse() -> None:
+    plan = {1: [("warn", "a")], 2: [("fail", "a")], 3: [("warn", "a")], 4: [("fail", "a")]}
+    assert short(judge(Says(plan))) == [(1, "warn", "says", "a"), (2, "fail", "says", "a")]
+
+
+@pytest.mark.parametrize(
+    ("pause", "every", "times"), [(CLEAR_STEPS, 1, 1), (CLEAR_STEPS + 1, 1, 2), (CLEAR_STEPS + 1, 20, 1)]
+)
+def test_alarm_is_raised_again_after_a_clear_period(pause: int, every: int, times: int) -> None:
+    plan = {1: [("warn", "a")], 1 + pause: [("warn", "a")]}
+    assert len(judge(Says(plan), every=every)) == times
+
+
+def test_alarms_about_many_layers_are_merged_into_one_about_the_worst() -> None:
+    three: list[tuple[str, str | None]] = [("warn", name) for name in "cab"]
+    assert [alarm.layer for alarm in judge(Says({1: three}))] == ["c", "a", "b"]
+    (alarm,) = judge(Says({1: [*three, ("warn", "d"), ("warn", "e")], 2: [("warn", "f"), ("warn", "a")]}))
+    assert alarm.layer == "c"
+    assert alarm.evidence == "says at c. Also affects 4 other layers: a, b, d, …"
+
+
+def test_layers_that_join_one_by_one_raise_at_most_four_alarms() -> None:
+    plan = {step: [("warn", f"layer {count}") for count in range(step)] for step in range(1, 30)}
+    assert [alarm.step for alarm in judge(Says(plan))] == [1, 2, 3, 4]
+
+
+def test_merged_alarm_is_raised_again_if_it_gets_worse() -> None:
+    plan = {1: [("warn", name) for name in "abcdef"], 9: [("fail", name) for name in "bacdef"]}
+    assert short(judge(Says(plan))) == [(1, "warn", "says", "a"), (9, "fail", "says", "b")]
+
+
+def test_causes_come_first_and_consequences_are_warnings() -> None:
+    cause = Says({5: [("fail", "a")]}, "cause", ("effect",))
+    effect = Says({5: [("fail", "b")], 9: [("fail", "c")]}, "effect")
+    other = Says({5: [("fail", None)]}, "other")
+    alarms = judge(cause, effect, other)
+    assert short(alarms) == [
+        (5, "fail", "cause", "a"), (5, "fail", "other", None), (5, "warn", "effect", "b"), (9, "warn", "effect", "c"),
+    ]  # fmt: skip
+    assert alarms[2].evidence == "effect at b. Probably a consequence of cause in a at step 5."
+
+
+def test_later_alarm_does_not_explain_an_earlier_one() -> None:
+    cause = Says({9: [("fail", "a")]}, "cause", ("effect",))
+    effect = Says({5: [("fail", "b")]}, "effect", ("cause",))
+    assert short(judge(cause, effect)) == [(5, "fail", "effect", "b"), (9, "warn", "cause", "a")]
+
+
+def test_rule_does_not_explain_itself() -> None:
+    alarms = judge(Says({1: [("fail", "a")], 2: [("fail", "b")]}, "says", ("says",)))
+    assert short(alarms) == [(1, "fail", "says", "a"), (2, "fail", "says", "b")]
+
+
+def test_warning_explains_nothing_and_a_cause_expires() -> None:
+    cause = Says({1: [("warn", "a")], 10: [("fail", "a")]}, "cause", ("effect",))
+    effect = Says({5: [("fail", "b")], 12: [("fail", "c")], 300: [("fail", "d")]}, "effect")
+    assert [(alarm.layer, alarm.severity) for alarm in judge(cause, effect) if alarm.rule == "effect"] == [
+        ("b", "fail"), ("c", "warn"), ("d", "fail"),
+    ]  # fmt: skip
+
+
+def test_final_rule_suppresses_other_alarms_while_it_reports() -> None:
+    last = Says({5: [("fail", "a"), ("fail", "b")], 6: [("fail", "a")], 7: [("fail", "a")]}, "last")
+    last.final = True  # type: ignore[misc]
+    other = Says({5: [("fail", "x")], 7: [("fail", "y")], 8: [("fail", "z")]}, "other")
+    assert short(judge(last, other)) == [(5, "fail", "last", "a"), (8, "fail", "other", "z")]
+
+
+def test_merged_alarm_counts_only_new_layers() -> None:
+    two: list[tuple[str, str | None]] = [("warn", "a"), ("warn", "b")]
+    alarms = judge(Says({1: two, 2: [("warn", name) for name in "abcde"]}))
+    assert short(alarms[2:]) == [(2, "warn", "says", "c")]
+    assert alarms[2].evidence == "says at c. Also affects 2 other layers: d, e."
+    mixed = judge(Says({1: [("warn", "a")], 2: [("warn", "a"), ("warn", "b"), ("warn", "a"), ("warn", "c")]}))
+    assert mixed[1].evidence == "says at b. Also affects 1 other layer: c."
+
+
+def test_rule_that_raises_is_disabled_with_a_warning() -> None:
+    class Broken(Rule):
+        name = "broken"
+
+        def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
+            return [self.alarm(sample.step, "warn", None, str(1 / 0), "")]
+
+    history = History()
+    judge = Judge([Broken(), Says({})])
+    history.samples.append(Sample(1, {}))
+    with pytest.warns(RuntimeWarning, match="'broken' failed.*disabled: ZeroDivisionError"):
+        assert judge.judge_sample(history) == []
+    assert judge.judge_sample(history) == []
+    assert [rule.name for rule in judge.rules] == ["says"]
+
+
+def test_history_without_samples_raises_no_alarm() -> None:
+    assert Judge().judge_sample(History()) == []
+
+
+def test_items_that_are_no_rules_and_duplicate_names_are_refused() -> None:
+    with pytest.raises(ConfigError) as no_rule:
+        Judge([Says])  # type: ignore[list-item]
+    assert "Says" in no_rule.value.received
+    with pytest.raises(ConfigError) as duplicate:
+        Judge([Says({}), Says({})])
+    assert duplicate.value.received == "says more than once"
+    with pytest.raises(ConfigError) as no_list:
+        Judge(7)  # type: ignore[arg-type]
+    assert no_list.value.received == "int"
+    assert Judge([]).judge_sample(History()) == []
+
+
+def test_unknown_severity_disables_the_rule() -> None:
+    with pytest.warns(RuntimeWarning, match="'warn' or 'fail'"):
+        assert judge(Says({1: [("panic", None)]})) == []
