@@ -68,12 +68,25 @@ class Sample:
 
     A signal of axis "run" is a list of one number; the others have one number per block, norm or group of the Facts, in
     that order, or None. A signal that was not measured is not in the dictionary.
-    `worst` names each group's worst tensor for "adam_ratio" and "adam_eps_ratio".
+    `worst` names each group's worst tensor for "adam_ratio" and "adam_eps_ratio". `decay` is learning rate × weight
+    decay of the optimizer, the share that decoupled weight decay removes per step: the largest of each group's
+    matrices. `gain_decay` is the same for the gain of each norm. Both are empty if no optimizer is known.
     """
 
     step: int
     signals: dict[str, Sequence[float | None]]
     worst: dict[str, Sequence[str | None]] = field(default_factory=dict)
+    decay: Sequence[float | None] = ()
+    gain_decay: Sequence[float | None] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A held-out loss that was passed to `Watch.log_eval`, after `step` steps."""
+
+    step: int
+    name: str
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -107,3 +120,6 @@ class History:
     dtype: str | None = None
     """The dtype of the residual stream, such as "float16", measured at the first sample."""
     nonfinite: NonFinite | None = None
+    evaluations: deque[Evaluation] = field(default_factory=lambda: deque(maxlen=SAMPLES_KEPT))
+    passes: int = 1
+    """The largest number of backward passes in one step: more than 1 with gradient accumulation."""

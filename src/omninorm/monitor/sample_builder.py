@@ -150,6 +150,13 @@ class SampleBuilder:
         seen = {name: values for name, values in signals.items() if any(value is not None for value in values)}
         return Sample(step, seen, worst)
 
+    def decay(self, shares: Mapping[int, float]) -> list[float | None]:
+        """Return the largest learning rate × weight decay of each group's matrices, given those of the parameters."""
+        matrices = {at: share for at, share in shares.items() if at in self._matrices}
+        return [
+            max((matrices[at] for at in places if at in matrices), default=None) for places in self._places.values()
+        ]
+
     def _decisive(self, name: str, values: Sequence[float]) -> Sequence[float]:
         """Return the values to choose the worst from. For Adam's ε only the matrices of a group count, if it has any:
         the gradient of a key's bias, for example, is 0 up to rounding."""

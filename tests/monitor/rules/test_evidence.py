@@ -16,7 +16,6 @@ from omninorm.monitor.rules.attention_logits import AttentionLogits
 from omninorm.monitor.rules.branch_silent import BranchSilent
 from omninorm.monitor.rules.dead_units import DeadUnits
 from omninorm.monitor.rules.depth_growth import DepthGrowth
-from omninorm.monitor.rules.eps_share import EpsShare
 from omninorm.monitor.rules.gain_drift import GainDrift
 from omninorm.monitor.rules.headroom import Headroom
 from omninorm.monitor.rules.layer_jump import LayerJump
@@ -69,12 +68,6 @@ CASES: dict[str, tuple[type[Rule], list[Signals], dict[str, Any], list[float], l
     ),
     "depth-growth, gradient": (
         DepthGrowth, [{"stream_grad": powers(200.0, 24)}] * 5, {"facts": facts(24)}, [200, 24, 0.22], [],
-    ),
-    # mean(x²) = 1e-6 · (1/0.6 − 1) = 6.7e-7, and a thousandth of that.
-    "eps-share": (EpsShare, [{"eps_share": layers(1e-4, 0.6)}] * 4, {}, [1e-6, 60], [7e-10, 6.7e-7]),
-    "eps-share, large input": (
-        EpsShare, [{"eps_share": [0.075]}] * 4,
-        {"facts": facts(norms=(NormFacts("first", "RMSNorm", 0.5, 0),))}, [0.5, 7.5], [1e-6, 6.2],
     ),
     "gain-drift, ratio": (
         GainDrift, [{"gain_ratio": layers(1.0, ratio)} for ratio in (2.0, *[11.0] * 4)], {}, [2, 11], [],

@@ -45,6 +45,7 @@ class Gradients:
         self._buffer, self._parameters, self._failed = buffer, parameters, failed
         self._pending: weakref.ref[Pending] | None = None
         self.measured = False
+        self.passes = 0  # backward passes in this step
         self._places: tuple[list[int], Tensor] | None = None
 
     def attach(self) -> list[RemovableHandle]:
@@ -64,6 +65,7 @@ class Gradients:
         if self._pending is None or self._pending() is None:
             pending = Pending()
             self._pending = weakref.ref(pending)
+            self.passes += 1
             # Queued twice, because DistributedDataParallel writes the averaged gradients in a callback as well.
             _at_the_end(lambda: _at_the_end(lambda: self._measure(pending)))
 
@@ -100,6 +102,7 @@ class Gradients:
         """Reset for a new step."""
         self._pending = None
         self.measured = False
+        self.passes = 0
 
     def before_step(self) -> None:
         """Measure before an optimizer step if no hook has fired; the gradients may be clipped already."""
