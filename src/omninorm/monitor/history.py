@@ -38,6 +38,7 @@ class Facts:
         optimizer: class of the (first) optimizer, or None.
         adam_eps: its ε, if it is a variant of Adam.
         every: steps between samples.
+        width: the width of the blocks: the median of the smaller sides of their matrices, or None.
     """
 
     model: str = ""
@@ -50,6 +51,7 @@ class Facts:
     optimizer: str | None = None
     adam_eps: float | None = None
     every: int = 1
+    width: float | None = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from omninorm.monitor.probes.optimizer import OptimizerWatch, adam_eps, decays
 from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_gains, measure_matrices
 from omninorm.monitor.reasons import not_seen
 from omninorm.monitor.rules import Rule
-from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, has_gradients, step_of
+from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, has_gradients, step_of, typical_width
 from omninorm.monitor.sinks import Sink, flatten
 from omninorm.monitor.stats_buffer import UNSEEN, Row, StatsBuffer
 from omninorm.monitor.tensors import reshard
@@ -371,6 +371,7 @@ class Watch:
             optimizer=type(self._optimizers[0]).__name__ if self._optimizers else None,
             adam_eps=adam_eps(self._optimizers),
             every=self._every,
+            width=typical_width(structure),
         )
 
     def _failed(self, error: Exception) -> None:

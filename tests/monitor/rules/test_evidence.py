@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from helpers.histories import Signals, facts, give_samples, give_steps, layers, numbers_in, rates
+from helpers.histories import Signals, facts, give_samples, give_steps, layers, numbers_in
 
 from omninorm.monitor import Alarm, History, NormFacts, Step
 from omninorm.monitor.rules import Rule
@@ -19,7 +19,6 @@ from omninorm.monitor.rules.depth_growth import DepthGrowth
 from omninorm.monitor.rules.gain_drift import GainDrift
 from omninorm.monitor.rules.headroom import Headroom
 from omninorm.monitor.rules.layer_jump import LayerJump
-from omninorm.monitor.rules.learning_rate import LearningRate
 from omninorm.monitor.rules.logz import LogZ
 from omninorm.monitor.rules.loss_spike import LossSpike
 from omninorm.monitor.rules.massive_activation import MassiveActivation
@@ -83,11 +82,6 @@ CASES: dict[str, tuple[type[Rule], list[Signals], dict[str, Any], list[float], l
         {}, [20, 40, 1, 20, 5.1], [],
     ),
     "layer-jump": (LayerJump, [{"branch_ratio": layers(1.0)}] * 4 + [JUMPED] * 2, {}, [20, 40, 1, 20], [40]),
-    # Updates of 6 % at step 30 are 6 times 1 %.
-    "learning-rate": (
-        LearningRate, [rates(0.055, 0.1), rates(0.051, 0.1), rates(0.052, 0.1), rates(0.06, 0.1)],
-        {}, [6, 30, 6, 1], [6],
-    ),
     "logz": (LogZ, [{"logz_mean": [10.5 + 3.0 * count]} for count in range(20)], {}, [10.5, 67.5], [1e-4]),
     "massive-activation": (
         MassiveActivation, [{"stream_max": layers(1.0, 2510.0), "stream_median": layers(0.5, 0.5)}] * 4,
@@ -117,14 +111,6 @@ def test_jump_with_a_rising_loss_reports_both_means() -> None:
     history.steps.extend(Step(step, loss, 1.0, 1e-3) for step, loss in enumerate(losses, start=1))
     (alarm,) = give_samples(LayerJump(), [{"branch_ratio": layers(1.0)}] * 4 + [JUMPED] * 2, history)[-1]
     assert numbers_in(alarm.evidence) == [20, 40, 1, 20, 20, 21.5]
-
-
-def test_stalled_loss_is_reported_with_its_newest_mean() -> None:
-    history, rule = History(facts=facts()), LearningRate()
-    give_steps(rule, [*[5.0] * 4, *[3.0] * 21, *[3.25] * 15], history=history)
-    (alarm,) = give_samples(rule, [rates(0.6, 0.1), rates(0.12, 0.25)], history)[-1]
-    # The largest update, 12 % at step 10; weights 2.5-fold since step 1; the mean of the last 15 losses.
-    assert numbers_in(alarm.evidence) == [12, 10, 12, 1, 2.5, 1, 3.25]
 
 
 def test_loss_spike_reports_its_height_in_sigma() -> None:

@@ -211,7 +211,7 @@ def decays(parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             rate, decay = group.get("lr"), group.get("weight_decay", 0.0)
-            if not all(isinstance(value, (int, float)) or _is_on_host(value) for value in (rate, decay)):
+            if rate is None or not all(isinstance(x, (int, float)) or _is_on_host(x) for x in (rate, decay)):
                 continue
             share = float(rate) * float(decay)
             found |= {places[id(p)]: share for p in group["params"] if id(p) in places}

@@ -7,8 +7,9 @@ Threshold: above 50 % is suspicious, above 90 % severe. [ours] Both depend on wh
   50 steps, without the input having doubled meanwhile, is a warning.
 - Anything else, such as the output of a branch: it starts near 0 by design and grows. Healthy OLMo-2 (widths 64 and
   256) and Qwen3-Next begin with shares of 92 to 100 % there, and some stay above 70 % for 150 steps while the loss
-  falls. There is no alarm unless ε itself is unusual: above 1e-3, or 100 times the median ε of the model's norms. Then
-  the limits are those of the stream, and 2 severe samples over 4 steps are enough.
+  falls. There is no alarm.
+- Any norm whose ε itself is unusual: above 1e-3, or 100 times the median ε of the model's norms. Severe for 2 samples
+  over 4 steps, or suspicious for 3 samples over 20 steps without the input having doubled, is a "fail".
 Persistence: as given above.
 If the structure of the model is unknown, the alarm is never more than a warning, and needs an unusual ε.
 Ordinary initializations are far below 50 %: embeddings of std 0.02 with ε = 1e-5 begin at 2.4 %.
@@ -49,18 +50,27 @@ class EpsShare(Rule):
         for index, share in enumerate(values_of(sample, "eps_share")):
             if share is None or index >= len(history.facts.norms):
                 continue
-            enough = (FEW_SAMPLES, FEW_STEPS) if _is_unusual(history.facts, index) else (SAMPLES, STEPS)
-            severe = self._streaks.lasts((index, "severe"), share > SEVERE, sample.step, *enough)
-            lasting = self._streaks.lasts(index, share > HALF, sample.step, LONG_SAMPLES, LONG_STEPS)
-            if share <= HALF:
-                self._first.pop(index, None)
-                continue
-            size = 1.0 / share - 1.0
-            stays = size < GROWN * self._first.setdefault(index, size) or size == 0.0
-            if (severe or (lasting and stays)) and _matters(history.facts, sample, index):
-                found.append((severe and bool(history.facts.blocks), share, index))
+            unusual = _is_unusual(history.facts, index)
+            severe, suspicious = self._lasting(index, share, sample.step, unusual)
+            if unusual and (severe or suspicious):
+                found.append((bool(history.facts.blocks), share, index))
+            elif (severe or suspicious) and _reads_stream(history.facts, sample, index):
+                found.append((severe, share, index))
         for failed, share, index in sorted(found, key=lambda item: item[:2], reverse=True):
             yield self._explain(history.facts, sample, index, share, failed)
+
+    def _lasting(self, index: int, share: float, step: int, unusual: bool) -> tuple[bool, bool]:
+        """Return whether the share has been above 90 % for long enough, and above 50 % without falling."""
+        few, many = ((FEW_SAMPLES, FEW_STEPS), (SAMPLES, STEPS)), ((SAMPLES, STEPS), (LONG_SAMPLES, LONG_STEPS))
+        for_severe, for_suspicious = few if unusual else many
+        severe = self._streaks.lasts((index, "severe"), share > SEVERE, step, *for_severe)
+        lasting = self._streaks.lasts(index, share > HALF, step, *for_suspicious)
+        if share <= HALF:
+            self._first.pop(index, None)
+            return severe, False
+        size = 1.0 / share - 1.0
+        first = self._first.setdefault(index, size)
+        return severe, lasting and (size < GROWN * first or size == 0.0)
 
     def _explain(self, facts: Facts, sample: Sample, index: int, share: float, failed: bool) -> Alarm:
         norm = facts.norms[index]
@@ -77,11 +87,6 @@ class EpsShare(Rule):
         elif size > 0.0:
             remedy = f"Use a smaller ε, such as {min(1e-6, 1e-3 * size):.0e}: mean(x²) of its input is {size:.2g}."
         return self.alarm(sample.step, "fail" if failed else "warn", norm.name, evidence, remedy)
-
-
-def _matters(facts: Facts, sample: Sample, index: int) -> bool:
-    """Return whether a large share is a problem: the norm is on the residual stream, or its ε is unusual."""
-    return _is_unusual(facts, index) or _reads_stream(facts, sample, index)
 
 
 def _is_unusual(facts: Facts, index: int) -> bool:
