@@ -142,7 +142,11 @@ class RunStory:
     @property
     def last_step(self) -> int:
         """The last step for which anything was recorded; 0 if nothing was."""
-        known = [series.steps[-1] for series in (*self.series.values(), self.evals, *self.evaluations.values()) if series.steps]
+        known = [
+            series.steps[-1]
+            for series in (*self.series.values(), self.evals, *self.evaluations.values())
+            if series.steps
+        ]
         known += [self.ending.step or 0, self.columns[-1].step if self.columns else 0]
         return max([*known, *(alarm.step for alarm in self.alarms), *(bad.step for bad in self.bad)])
 

@@ -68,7 +68,9 @@ class AttentionLogits(Rule):
         evidence = f"Attention logits too large: the largest in {block} is {value:.3g}"
         growth = self._growth(history, index, value)
         if growth > GROWTH:
-            evidence += f", {factor(growth)} times its lowest value in the last {SAMPLES} samples and still rising"
+            evidence += (
+                f", at least {factor(growth)} times its lowest value in the last {SAMPLES} samples and still rising"
+            )
         evidence += ". The softmax saturates on single tokens and its gradient vanishes."
         remedy = "Use qk-norm, or weight decay and a lower learning rate for the query and key projections."
         return self.alarm(sample.step, "fail" if failed else "warn", block, evidence, remedy)

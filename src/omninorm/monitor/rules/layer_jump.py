@@ -123,7 +123,9 @@ class LayerJump(Rule):
             update = _own_update(history, step, signal, index)
             if update * history.facts.every >= OWN:
                 evidence += f" The optimizer's own updates changed its matrices by up to {100 * update:.2g} % per step."
-                remedy = "Lower the learning rate, or raise Adam's β₂ if it is below 0.9. Otherwise, look for code that "
+                remedy = (
+                    "Lower the learning rate, or raise Adam's β₂ if it is below 0.9. Otherwise, look for code that "
+                )
                 remedy += "writes to these weights."
             return self.alarm(sample.step, "fail", layer, evidence, remedy)
         remedy = f"Compare the weights and inputs of {layer} with a checkpoint from before step {step}, "

@@ -83,7 +83,9 @@ class LossRising(Rule):
 
     def _explain(self, best: _Mean, mean: _Mean, peak: _Mean, recovered: bool) -> Alarm:
         if recovered:
-            evidence = f"Loss rose and recovered: between steps {best.step} and {mean.step} its mean over {NEWEST} steps "
+            evidence = (
+                f"Loss rose and recovered: between steps {best.step} and {mean.step} its mean over {NEWEST} steps "
+            )
             evidence += f"rose from {best.value:.4g} to {peak.value:.4g} and fell to {mean.value:.4g}."
             remedy = f"Look at the data of steps {best.step} to {mean.step}: labels, order, and preprocessing."
         else:

@@ -87,7 +87,9 @@ class LossSpike(Rule):
         recent = self._unusual is not None and step - self._unusual <= 4
         if at_once and not recent:
             detail = f"It rose from {self._before:.4g} within one step, and the gradients before it were ordinary."
-            remedy = f"Check the batch of step {step}. If an earlier checkpoint has an ordinary loss on it, the data is not "
+            remedy = (
+                f"Check the batch of step {step}. If an earlier checkpoint has an ordinary loss on it, the data is not "
+            )
             remedy += "the cause: lower the learning rate."
             return "Unusual batch or update", detail, remedy
         cause = (

@@ -54,9 +54,13 @@ class NoProgress(Rule):
             half = FEWEST // 2
             before, now = sum(list(self._since)[:half]) / half, sum(list(self._since)[half:]) / half
             if before - now < LEARNED * abs(before):
-                evidence = f"Updates have shrunk {fold(change[0] / change[1])}: from {change[0]:.1g} to {change[1]:.1g} of "
+                evidence = (
+                    f"Updates have shrunk {fold(change[0] / change[1])}: from {change[0]:.1g} to {change[1]:.1g} of "
+                )
                 evidence += f"the weights per step, at an unchanged learning rate; the loss has stayed at {now:.4g}."
-                remedy = "Check what has changed since: gradient clipping, frozen parameters, or a part of the model that "
+                remedy = (
+                    "Check what has changed since: gradient clipping, frozen parameters, or a part of the model that "
+                )
                 remedy += "saturates and passes no gradient."
                 yield self.alarm(sample.step, "warn", None, evidence, remedy)
 

@@ -85,7 +85,9 @@ class OddBlock(Rule):
         ratio = math.exp(found.distance)
         way = "times" if found.value > found.typical else "times smaller than"
         comparison = f"{factor(ratio)} {way} that of the median block ({found.typical:.3g})"
-        evidence = f"Block unlike the others: the {_TITLES[found.signal]} of {block} is {found.value:.3g}, {comparison}."
+        evidence = (
+            f"Block unlike the others: the {_TITLES[found.signal]} of {block} is {found.value:.3g}, {comparison}."
+        )
         remedy = f"Compare the initialization and the optimizer settings of {block} with those of the other blocks."
         if found.signal in ATTENTION:
             remedy += " If only its attention differs, check its query and key weights, and consider qk-norm."

@@ -44,7 +44,9 @@ class SuspiciousLoss(Rule):
             return
         if self._was_untrained(history):
             evidence = f"Suspiciously good: the loss fell from {self._first:.4g} to {mean:.2g} in {step.step} steps."
-            remedy = "Unless you overfit a few batches on purpose, check that the labels are shifted by one token, that the "
+            remedy = (
+                "Unless you overfit a few batches on purpose, check that the labels are shifted by one token, that the "
+            )
             remedy += "attention is causal, and that the batches differ."
             yield self.alarm(step.step, "warn", None, evidence, remedy)
 
