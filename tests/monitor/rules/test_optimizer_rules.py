@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.histories import Signals, facts, first, give_samples, last, layers, numbers_in, rates
+from helpers.histories import Signals, facts, first, give_samples, last, layers
 
 from omninorm.monitor import History, Sample
 from omninorm.monitor.rules.adam_eps import AdamEps

@@ -2,8 +2,8 @@
 
 Signal: the largest logit, max |q·k|/√d_head. Threshold: 1e3 is a warning, 1e4 a "fail": every run of Wortsman et al.
 that passed 1e4 diverged. A softmax is one-hot long before that, so growth counts as well [ours]: above 100, a 3-fold
-increase over 3 or more consecutive rises, counted from 20 on, is a warning; growth that would reach 1e4 within as many further samples is a
-"fail". Persistence: 2 samples.
+increase over 3 or more consecutive rises, counted from 20 on, is a warning; growth that would reach 1e4 within as many
+further samples is a "fail". Persistence: 2 samples.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class BranchSilent(Rule):
                 evidence = f"{what} {layer} changes the residual stream by only {value:.2g} of its RMS."
                 remedy = "It contributes almost nothing. Scale the norms by 1/√depth (lns), or use fewer blocks."
                 if signal in PARTS:
-                    remedy = f"The same part of the other blocks contributes more. Compare the initialization and the "
+                    remedy = "The same part of the other blocks contributes more. Compare the initialization and the "
                     remedy += f"input norm of {layer} with theirs."
                 yield self.alarm(sample.step, "warn", layer, evidence, remedy)
 

@@ -4,12 +4,11 @@ Signals: the loss; the learning rate and RMS(Δw)/RMS(w), where they are known. 
 losses is not below that of the first 5 by 1 % and by 3 standard errors, and never was, and one of these holds: the
 newest 20 learning rates are all 0; the median update of the two newest samples is below 1e-6; or the two means differ
 by less than 3 standard errors, which is noise; updates below 2e-4 are then named as the cause (healthy runs: 1e-3 to
-3e-2). After the loss has fallen, a plateau is normal. Then the alarm needs an exact reason: the median update of the two
-newest samples is less than a tenth of its earlier median although the learning rate is at least half of its earlier
-median, and the loss has not fallen by 1 % in 60 steps. [ours] Persistence: 60 steps.
-The loss of a pretrained model in fine-tuning may be just as flat, so the alarm asks whether this is intended and is
-never more than a warning. It is not raised while the learning rate rises (a warm-up), and in a resumed run not for
-noise.
+3e-2). After the loss has fallen, a plateau is normal. Then the alarm needs an exact reason: the median update of the
+two newest samples is less than a tenth of its earlier median although the learning rate is at least half of its earlier
+median, and the loss has not fallen by 1 % in 60 steps. [ours] Persistence: 60 steps. The loss of a pretrained model in
+fine-tuning may be just as flat, so the alarm asks whether this is intended and is never more than a warning. It is not
+raised while the learning rate rises (a warm-up), and in a resumed run not for noise.
 """
 
 from __future__ import annotations
