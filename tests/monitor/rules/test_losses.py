@@ -295,3 +295,22 @@ def test_backward_passes_per_step_are_counted() -> None:
     assert watched.history.passes == 3
     watched, _ = train_tiny(TinyGPT(width=16, blocks=1), steps=3, rules=[])
     assert watched.history.passes == 1
+
+
+def test_tiny_sgd_updates_are_named_although_the_loss_falls_a_little() -> None:
+    torch.manual_seed(0)
+    model = TinyGPT()
+    watched, losses = train_tiny(model, torch.optim.SGD(model.parameters(), 1e-4), steps=65, clip=None)
+    assert 0.95 * losses[0] < losses[-1] < 0.995 * losses[0]
+    (alarm,) = of_rule(watched, "no-progress")
+    assert alarm.evidence.startswith("Updates are small")
+
+
+def test_long_warm_up_raises_no_alarm_about_small_updates() -> None:
+    torch.manual_seed(0)
+
+    def warm_up(model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+        optimizers[0].param_groups[0]["lr"] = 2e-6 * step
+
+    watched, _ = train_tiny(TinyGPT(), steps=70, before=warm_up)
+    assert named(watched.alarms) == []

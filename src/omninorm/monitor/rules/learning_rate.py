@@ -68,6 +68,7 @@ class LearningRate(Rule):
         "branch-silent",
         "eps-share",
         "odd-block",
+        "weights-vanish",
     )
 
     def __init__(self) -> None:

@@ -90,6 +90,14 @@ class OddBlock(Rule):
             f"Block unlike the others: the {_TITLES[found.signal]} of {block} is {found.value:.3g}, {comparison}."
         )
         remedy = f"Compare the initialization and the optimizer settings of {block} with those of the other blocks."
+        if all(
+            odd.block != found.block
+            for odd in _odd_ones(_by_block(history, history.samples[0], found.signal), found.signal)
+        ):
+            evidence += f" It was like the others at step {history.samples[0].step}."
+            remedy = (
+                f"Look at what changes {block}: a higher learning rate, a small β₂ of Adam, or code that writes to it."
+            )
         if found.signal in ATTENTION:
             remedy += " If only its attention differs, check its query and key weights, and consider qk-norm."
         return self.alarm(sample.step, "warn", block, evidence, remedy)
