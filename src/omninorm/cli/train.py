@@ -294,18 +294,21 @@ def _check_same(context: typer.Context, plan: Plan, given: Mapping[str, Any]) ->
 
 
 def _refuse(context: typer.Context, name: str, theirs: object, given: object) -> NoReturn:
-    if given is None:
-        flag, shown = {"grad_clip": "--no-grad-clip", "watch_every": "--no-watch"}[name], ""
-    else:
-        option = next(each for each in context.command.params if each.name == name)
-        flag = (option.secondary_opts if given is False else option.opts)[0]
-        shown = "" if isinstance(given, bool) else f"{flag} {_plain(given)}"
-    invariant = f"{flag} conflicts with the run in {context.params['resume']}, whose {name} is {_plain(theirs)}"
-    raise ConfigError(invariant, shown, f"leave {flag} out, or start a new run without --resume")
+    option = next(each for each in context.command.params if each.name == name)
+    typed, recorded = _typed(option, given), _typed(option, theirs)
+    flag = typed.split()[0]
+    invariant = f"{typed} conflicts with the run in {context.params['resume']}, which has {recorded}"
+    raise ConfigError(invariant, "", f"leave {flag} out, or start a new run without --resume")
 
 
-def _plain(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _typed(option: Any, value: object) -> str:
+    """Return a setting as it is typed on the command line."""
+    flag = str((option.secondary_opts if value is False else option.opts)[0])
+    if value is None:
+        return {"grad_clip": "--no-grad-clip", "watch_every": "--no-watch"}.get(option.name, f"no {flag}")
+    if isinstance(value, bool):
+        return flag
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def _use_threads(threads: int | None) -> None:

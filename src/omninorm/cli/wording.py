@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,7 @@ def use_flags(error: OmninormError, context: typer.Context) -> None:
 
 def _replace(text: str, known: Sequence[Any], given: Sequence[Any], *, at_start: bool) -> str:
     for option in known:
-        for found in re.finditer(rf"(?<![\w./-]){option.name}=([^\s,;()]+)", text):
-            text = text.replace(found[0], _assigned(option, found[1]))
+        text = re.sub(rf"(?<![\w./-]){option.name}=([^\s,;()]+)", partial(_assigned, option), text)
     for option in (each for each in known if "_" in each.name):
         text = re.sub(rf"(?<![\w./-]){option.name}(?![\w/=-]|\.\w)", _flag(option), text)
     if at_start:
@@ -75,7 +75,8 @@ def _replace(text: str, known: Sequence[Any], given: Sequence[Any], *, at_start:
     return text
 
 
-def _assigned(option: Any, value: str) -> str:
+def _assigned(option: Any, found: re.Match[str]) -> str:
+    value = found[1]
     if value in ("True", "False") and option.secondary_opts:
         return str((option.opts if value == "True" else option.secondary_opts)[0])
     return f"{_flag(option)} {value.strip(chr(39))}"

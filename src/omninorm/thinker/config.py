@@ -92,8 +92,8 @@ class ThinkerConfig:
             received = f"n_heads={self.n_heads} with n_kv_heads={self.n_kv_heads}"
             raise ConfigError("n_heads must be a multiple of n_kv_heads", received, "choose another n_kv_heads")
         if self.head_width % 2:
-            given = f"d_model={self.d_model}, n_heads={self.n_heads}" if self.head_dim is None else "head_dim"
-            received = f"{self.head_width} ({given})"
+            given = f", head_dim={self.head_dim}" if self.head_dim is not None else ""
+            received = f"{self.head_width} (d_model={self.d_model}, n_heads={self.n_heads}{given})"
             remedy = "choose another n_heads, or set head_dim to an even number"
             raise ConfigError("The width of a head must be even, because RoPE rotates pairs", received, remedy)
 
