@@ -116,8 +116,19 @@ def test_an_unwritable_folder_is_refused(command, small):
 @pytest.mark.parametrize("arguments", [["train", "--resume"], ["generate"]])
 def test_a_folder_that_is_not_a_run_is_refused(command, tmp_path, arguments):
     _refused(command(*arguments, tmp_path), "config.json", str(tmp_path))
-    _refused(command(*arguments, tmp_path / "absent"), "config.json", str(tmp_path / "absent"))
+    _refused(command(*arguments, tmp_path / "absent"), f"No such file or folder: {tmp_path / 'absent'}")
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("arguments", [["demo", "--resume"], ["compare", "--resume"], ["inspect"], ["report"]])
+def test_a_folder_that_does_not_exist_is_refused(command, tmp_path, arguments):
+    _refused(command(*arguments, tmp_path / "absent"), "No such file or folder", str(tmp_path / "absent"))
+    assert tree(tmp_path) == {}
+
+
+def test_a_file_of_another_kind_is_refused_with_what_can_be_read(command, text_file):
+    _refused(command("inspect", text_file), f"{text_file} is neither", ".safetensors or .gguf file", "run's folder")
+    _refused(command("generate", text_file), f"{text_file} is a file", "folder of a run", ".gguf file")
 
 
 def test_a_hugging_face_folder_cannot_be_resumed(command, tmp_path):
@@ -187,7 +198,7 @@ def test_a_damaged_config_is_refused(command, interrupted):
         (["--seed", str(2**80)], "--seed must"),
         (["--prompt", ""], "prompt"),
         (["--stop", ""], "stop text"),
-        (["--step", "3"], "one of 2, 4"),
+        (["--step", "3"], "Available: 2, 4"),
     ],
 )
 def test_a_bad_option_of_generate_is_refused(command, interrupted, options, part):
