@@ -227,6 +227,14 @@ def test_a_module_that_cannot_be_imported_is_named(command, monkeypatch, module)
     assert err.count("\n") == 1
 
 
+def test_an_interrupt_outside_of_training_is_one_line(command, monkeypatch):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("omninorm.cli.machine.inspect_machine", interrupt)
+    assert command("doctor") == (130, "", "omninorm: Interrupted.\n")
+
+
 def test_an_unexpected_error_is_one_line_with_its_own_exit_code(command, monkeypatch):
     def fail() -> None:
         raise LookupError("nobody\nexpected\x1b[31m this")
