@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import register_multi_grad_hook
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from omninorm.kernels.distributed import is_distributed
@@ -61,6 +62,8 @@ class Gradients:
         return [register_multi_grad_hook(few, self._on_first, mode="any")]
 
     def _on_first(self, gradient: Tensor) -> None:
+        if is_compiling():  # compiled autograd traces this hook and cannot queue a callback; `before_step` measures
+            return
         if self._pending is None or self._pending() is None:
             pending = Pending()
             self._pending = weakref.ref(pending)
@@ -88,7 +91,7 @@ class Gradients:
                 return found
             places = [at for at, parameter in enumerate(self._parameters) if parameter.grad is not None]
             return spread(found, self._index(places), len(self._parameters))
-        return torch.full((len(self._parameters),), UNSEEN, device=device)
+        return torch.full((len(self._parameters),), UNSEEN, device=device, dtype=torch.float32)
 
     def _index(self, places: list[int]) -> Tensor:
         """Return the indices on the device. They are cached, because each copy would synchronize."""
