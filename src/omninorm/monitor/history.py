@@ -57,13 +57,13 @@ class Facts:
 @dataclass(frozen=True)
 class Step:
     """A step, counted from 1. Unknown values are NaN, such as the loss if none was passed. `checks` holds what is known
-    about it exactly."""
+    exactly about it."""
 
     step: int
     loss: float
     grad_norm: float
     lr: float
-    checks: StepChecks = field(default_factory=StepChecks)
+    checks: StepChecks | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from omninorm.monitor.stats_buffer import UNSEEN, Row
 Numbers = Sequence[float | None]
 
 
-def step_of(row: Row, step: int, rate: float | None, checks: StepChecks) -> Step:
+def step_of(row: Row, step: int, rate: float | None, checks: StepChecks | None = None) -> Step:
     """Return the step's loss, total gradient norm and learning rate, NaN where unknown, and its checks."""
     seen = [norm for norm in row.gradients if norm != UNSEEN]
     total = math.hypot(*seen) if seen else math.nan

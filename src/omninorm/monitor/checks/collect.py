@@ -169,11 +169,15 @@ class Checks:
         self._versions = versions
         self._after_sample = self._buffer.sampling
 
-    def of_steps(self, rows: Sequence[Row]) -> list[StepChecks]:
-        """Return the facts of the steps since the last call, whose rows are given."""
+    def of_steps(self, rows: Sequence[Row]) -> list[StepChecks | None]:
+        """Return the facts of the steps since the last call, whose rows are given; None if an error lost some."""
         steps, self._steps = self._steps, []
-        steps += [_Raw()] * (len(rows) - len(steps))  # if an error kept a step from being noted
-        return [self._of_step(raw, row) for raw, row in zip(steps, rows, strict=False)]
+        if len(steps) != len(rows):
+            return [None] * len(rows)
+        gone = self._identity.gone() if any(raw.absent for raw in steps) else frozenset[int]()
+        for raw in steps:
+            raw.expected -= gone
+        return [self._of_step(raw, row) for raw, row in zip(steps, rows, strict=True)]
 
     def _of_step(self, raw: _Raw, row: Row) -> StepChecks:
         kept = row.facts["kept"]

@@ -67,7 +67,7 @@ class Stale:
         replaced: the name now belongs to another tensor.
         added: the name is new.
         removed: the name is gone.
-        unheld: trainable ones among the replaced and added that none of the optimizers holds.
+        unheld: trainable ones among the replaced and added, or all if `foreign`, that none of the optimizers holds.
         foreign: the number of tensors that an optimizer holds although they are no parameters of the model, if the
             model's own tensors of the same shapes are in no optimizer.
     """

@@ -34,9 +34,18 @@ class Identity:
         if not (replaced or added or removed or foreign):
             return None
         held = self.held()
-        changed = [name for name in (*replaced, *added) if now[name].requires_grad and id(now[name]) not in held]
-        unheld = tuple(changed) if self._optimizers else ()
-        return Stale(tuple(replaced), tuple(added), tuple(removed), unheld, foreign)
+        candidates = now if foreign else [*replaced, *added]
+        unheld = [name for name in candidates if now[name].requires_grad and id(now[name]) not in held]
+        if not self._optimizers:
+            unheld = []
+        return Stale(tuple(replaced), tuple(added), tuple(removed), tuple(unheld), foreign)
+
+    def gone(self) -> frozenset[int]:
+        """Return the indices of the parameters at the beginning that are no longer in the model."""
+        if not self._known:
+            return frozenset()
+        now = {id(parameter) for parameter in self._model.parameters()}
+        return frozenset(at for at, parameter in enumerate(self._before.values()) if id(parameter) not in now)
 
     def held(self) -> set[int]:
         """Return the ids of all tensors in the optimizers."""

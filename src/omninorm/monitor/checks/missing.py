@@ -129,14 +129,23 @@ class Missing:
         for block, cover in covers.items():
             of_block = next(each for each in self._structure.blocks if each.name == block)
             big = [part for part in (of_block.attention, of_block.feed_forward) if part and self._in(part, cover)]
-            # The same part may be unused in every block, and experts that no token chose have numbers.
-            single = len(self._blocks) >= 3 and len(covers) == 1 and not any(_numbered(block, part) for part in cover)
-            if (big and all(ran.has(part) for part in big)) or single:
-                layer = max(cover, key=lambda part: len(absent.intersection(self._inside(part))))
-                layer = max(big, key=lambda part: len(self._inside(part))) if big else layer
-                count = sum(len(absent.intersection(self._inside(part))) for part in cover)
-                found.append(NoGradient(layer, "part" if big else "leaf", tuple(cover), count))
+            if big and all(ran.has(part) for part in big):
+                layer, kind = max(big, key=lambda part: len(self._inside(part))), "part"
+            elif not big and len(covers) == 1 and all(self._has_siblings(block, part, expected) for part in cover):
+                layer, kind = max(cover, key=lambda part: len(self._inside(part))), "leaf"
+            else:
+                continue
+            count = sum(len(absent.intersection(self._inside(part))) for part in cover)
+            found.append(NoGradient(layer, kind, tuple(cover), count))
         return found
+
+    def _has_siblings(self, block: str, part: str, expected: frozenset[int]) -> bool:
+        """Return whether two other blocks have the same part. Experts, which have numbers, do not count."""
+        relative = part[len(block) + 1 :]
+        if any(name.isdigit() for name in relative.split(".")):
+            return False
+        others = [name for name in self._blocks if expected & self._inside(f"{name}.{relative}")]
+        return len(others) >= 3
 
     def _in(self, part: str, cover: Sequence[str]) -> bool:
         return any(part == name or part.startswith(f"{name}.") for name in cover)
@@ -190,8 +199,3 @@ class Missing:
     def _direct(self, module: str) -> frozenset[int]:
         parent = "" if module == "the model" else module
         return frozenset(at for at, name in enumerate(self._names) if name.rpartition(".")[0] == parent)
-
-
-def _numbered(block: str, part: str) -> bool:
-    """Return whether a part of a block is one of several, such as an expert."""
-    return any(name.isdigit() for name in part[len(block) + 1 :].split("."))
