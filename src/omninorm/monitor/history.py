@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from omninorm.monitor.checks.facts import SampleChecks, StepChecks
+
 STEPS_KEPT = 4096
 SAMPLES_KEPT = 512
 
@@ -54,12 +56,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Step:
-    """A step, counted from 1. Unknown values are NaN, such as the loss if none was passed."""
+    """A step, counted from 1. Unknown values are NaN, such as the loss if none was passed. `checks` holds what is known
+    exactly about it."""
 
     step: int
     loss: float
     grad_norm: float
     lr: float
+    checks: StepChecks | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Sample:
     step: int
     signals: dict[str, Sequence[float | None]]
     worst: dict[str, Sequence[str | None]] = field(default_factory=dict)
+    checks: SampleChecks = field(default_factory=SampleChecks)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -20,8 +20,9 @@ from omninorm.errors import ConfigError, RunError
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.alarms import Judge
 from omninorm.monitor.arguments import check_places, printable, read_loss, read_optimizers, uncovered
+from omninorm.monitor.checks.collect import Checks
 from omninorm.monitor.history import Facts, History, Sample, Step
-from omninorm.monitor.hooks.attach import Hooks, cell_sizes, sentinel_names
+from omninorm.monitor.hooks.attach import Hooks, cell_sizes, leaves, sentinel_names
 from omninorm.monitor.hooks.compiled import is_compiled
 from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.model_map.structure import Structure, find_structure, unwrap
@@ -63,6 +64,7 @@ class Watch:
         scaler: Any,
         sinks: Sequence[Sink],
         rules: Sequence[Rule] | None,
+        replicas: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError("model must be a torch.nn.Module", type(model).__name__, "pass the model that is trained")
@@ -71,7 +73,7 @@ class Watch:
         self._model, self._compiled = unwrap(model), is_compiled(model)
         self._optimizers = read_optimizers(optimizer)
         self._every, self._folder, self._scaler, self._sinks = every, folder, scaler, tuple(sinks)
-        self._done = step
+        self._done, self._replicas = step, replicas
         self._judge = Judge(rules)
         self.alarms: list[Alarm] = []
         self.history = History()
@@ -106,7 +108,7 @@ class Watch:
         self._sentinels = sentinel_names(structure)
         places = {name: at for at, name in enumerate(self._names)}
         groups = {group: [places[name] for name, _ in members] for group, members in structure.groups.items()}
-        self._builder = SampleBuilder(structure, groups, self._names)
+        self._groups, self._builder = groups, SampleBuilder(structure, groups, self._names)
         device = self._parameters[0].device
         self._buffer = StatsBuffer(
             device, cell_sizes(structure), len(self._sentinels), len(named), min(self._every, MOST_ROWS), self._scaler
@@ -134,8 +136,22 @@ class Watch:
         self._optimizer_watch = OptimizerWatch(
             self._buffer, self._parameters, self._optimizers, self._failed, self._gradients.before_step
         )
+        self._checks = Checks(
+            self._structure,
+            list(zip(self._names, self._parameters, strict=True)),
+            self._groups,
+            (self._sentinels, len(leaves(self._structure))),
+            self._buffer,
+            self._optimizers,
+            self._gradients,
+            self._failed,
+            done=self._done,
+            scaler=self._scaler,
+            replicas=self._replicas,
+        )
         self._hooks.attach()
         self._handles = [*self._gradients.attach(), *self._optimizer_watch.attach()]
+        self._handles += self._checks.attach(self._compiled)
 
     def close(self, reason: str = "done") -> None:
         """Judge the remaining steps, remove every hook and close the record. A second call does nothing."""
@@ -175,6 +191,7 @@ class Watch:
         self._done += 1
         self._rates.append(self._optimizer_watch.rate())
         safely(self._optimizer_watch.see_weights, self._failed)
+        safely(self._checks.end_step, self._failed)
         safely(lambda: self._buffer.end_row(value), self._failed)
         if self._buffer.sampling or self._buffer.full:
             self._flush(self._buffer.sampling)
@@ -198,7 +215,8 @@ class Watch:
         buffer = self._buffer
         extra, names = self._measure() if sampled else ([], [])
         cells, rows, numbers = buffer.take(extra, sampled)
-        steps = [step_of(row, self._first + at, self._rates[at]) for at, row in enumerate(rows)]
+        checks = self._checks.of_steps(rows)
+        steps = [step_of(row, self._first + at, self._rates[at], checks[at]) for at, row in enumerate(rows)]
         self.history.steps.extend(steps)
         for at, row in enumerate(rows):
             if self.history.nonfinite is None:
@@ -210,7 +228,9 @@ class Watch:
         alarms = list(self._judge.judge_steps(self.history, steps))
         if sampled:
             values = dict(zip(names, numbers, strict=True))
+            checked = self._checks.of_sample(self._done, rows[-1], values)
             sample = self._builder.build(self._done, cells, rows[-1], self._gains(values), values)
+            sample = replace(sample, checks=checked)
             self._write_sample(sample, steps[-1])
             alarms += self._judge.judge_sample(self.history)
         self._report_alarms(alarms)
@@ -220,7 +240,7 @@ class Watch:
         """Return a sample's statistics of parameters and optimizers: tensors, and their names."""
         found = dict(zip(GAIN_SIGNALS, measure_gains(self._structure.norms, self._buffer.device), strict=True))
         found["weight_rms"] = measure_matrices(self._parameters, self._buffer.device)
-        found |= self._optimizer_watch.take()
+        found |= self._optimizer_watch.take() | self._checks.measure()
         return list(found.values()), list(found)
 
     def _gains(self, values: dict[str, list[float]]) -> dict[str, list[float | None]]:

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from omninorm.kernels import probe
 from omninorm.monitor.hooks.compiled import CompiledProbe
+from omninorm.monitor.hooks.hook import Hook, QuietHook
 from omninorm.monitor.hooks.intercept_attention import Listener, listening
 from omninorm.monitor.hooks.training_pass import Gate, in_backward, safely
 from omninorm.monitor.model_map.norms import Norm
@@ -73,31 +74,6 @@ def leaves(structure: Structure) -> list[tuple[str, nn.Module]]:
         if id(module) not in inside and any(True for _ in module.parameters(recurse=False))
     ]
     return found[:MOST_LEAVES]
-
-
-class Hook:
-    """A monitoring hook. In a copied or pickled model it does nothing, because that model is not monitored."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Hook, (do_nothing,)
-
-
-class QuietHook(Hook):
-    """A hook that torch.compile leaves out of its graphs."""
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
-def do_nothing(*args: Any) -> None:
-    """Do nothing; unpickled hooks call this."""
 
 
 class Hooks:
@@ -187,7 +163,7 @@ class Hooks:
     ) -> None:
         # The operator takes only tensors: the scale is a tensor on the host, and its length encodes causality.
         with torch.no_grad():
-            constants = torch.full((2 if causal else 1,), UNKNOWN if scale is None else scale)
+            constants = torch.full((2 if causal else 1,), UNKNOWN if scale is None else scale, dtype=torch.float64)
         site.put([q, k, constants, *([] if mask is None else [mask])])
 
     def _running_attention(self) -> AttentionProbe | None:
@@ -202,8 +178,8 @@ class Hooks:
         self, module: nn.Module, before: Callable[..., Any] | None, after: Callable[..., Any], with_kwargs: bool = False
     ) -> None:
         if before is not None:
-            self._handles.append(module.register_forward_pre_hook(Hook(before), with_kwargs=with_kwargs))
-        self._handles.append(module.register_forward_hook(Hook(after), with_kwargs=with_kwargs))
+            self._handles.append(module.register_forward_pre_hook(Hook(before, module), with_kwargs=with_kwargs))
+        self._handles.append(module.register_forward_hook(Hook(after, module), with_kwargs=with_kwargs))
 
     # The hooks --------------------------------------------------------------------------------------------------------
 
@@ -233,8 +209,8 @@ class Hooks:
         root = self._structure.model
         if self._compiled:
             # A compiled model calls its own hooks outside its graph, and each would become a separate graph.
-            self._handles.append(root.register_forward_pre_hook(QuietHook(before)))
-            self._handles.append(root.register_forward_hook(QuietHook(after)))
+            self._handles.append(root.register_forward_pre_hook(QuietHook(before, root)))
+            self._handles.append(root.register_forward_hook(QuietHook(after, root)))
             return
         self._register(root, before, after)
 
@@ -380,5 +356,7 @@ class Hooks:
 
     def _safely(self, measure: Callable[[], None]) -> None:
         """Measure without a graph. A monitoring error is reported once and does not reach the training."""
+        if is_compiling():  # compiled autograd traces the gradients' hooks
+            return
         with torch._C.DisableTorchFunction():
             safely(measure, self._failed)
