@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from omninorm.kernels import probe
 from omninorm.monitor.hooks.compiled import CompiledProbe
-from omninorm.monitor.hooks.intercept_attention import Listener, listening
+from omninorm.monitor.hooks.intercept import Listener, listening
 from omninorm.monitor.hooks.training_pass import Gate, in_backward, safely
 from omninorm.monitor.model_map.norms import Norm
 from omninorm.monitor.model_map.placement import Placements
