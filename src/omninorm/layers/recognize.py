@@ -288,6 +288,11 @@ def gate_of(module: nn.Module) -> str | None:
     return next((each.name for each in _arguments(module)[1:] if each.name in GATES), None)
 
 
+def place_of(module: nn.Module, name: str) -> int:
+    """Return the position of an argument of a module's forward."""
+    return [each.name for each in _arguments(module)].index(name)
+
+
 def _is_required(module: nn.Module, name: str) -> bool:
     return any(each.name == name and each.default is each.empty for each in _arguments(module))
 

@@ -45,8 +45,20 @@ class _Wrapped(NamedTuple):
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _SOFTMAX = (torch, F, Tensor)
 # Functions that normalize rows, and those from which norms are written: 1/√(mean(x²) + ε) has one element for each row.
-_NORMS = ((F, "rms_norm"), (F, "layer_norm"), (F, "normalize"), (torch, "rms_norm"), (torch, "layer_norm"))
-_ROOTS = ((torch, "rsqrt"), (Tensor, "rsqrt"), (torch, "sqrt"), (Tensor, "sqrt"), (Tensor, "norm"))
+_NORMS: tuple[tuple[Any, str], ...] = (
+    (F, "rms_norm"),
+    (F, "layer_norm"),
+    (F, "normalize"),
+    (torch, "rms_norm"),
+    (torch, "layer_norm"),
+)
+_ROOTS: tuple[tuple[Any, str], ...] = (
+    (torch, "rsqrt"),
+    (Tensor, "rsqrt"),
+    (torch, "sqrt"),
+    (Tensor, "sqrt"),
+    (Tensor, "norm"),
+)
 _listeners: list[Listener] = []
 _wrapped: list[_Wrapped] = []
 _period = 0  # wrappers from an earlier period, which other wrappers may still call, do nothing

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Node = Any  # torch.autograd.graph.Node, or None for a tensor without gradients
@@ -36,7 +37,7 @@ class NormUse:
 
 def node_of(x: Tensor) -> Node:
     """Return the autograd node of a tensor; for a leaf that requires gradients, the one that accumulates them."""
-    if x.grad_fn is not None or not x.requires_grad:
+    if x.grad_fn is not None or not x.requires_grad or not torch.is_grad_enabled():
         return x.grad_fn
     return x.view_as(x).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 

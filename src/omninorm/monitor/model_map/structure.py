@@ -51,7 +51,8 @@ def find_structure(model: nn.Module) -> Structure:
     check_values(model)
     known = Recognizer().find(model)
     stacks = Stacks({id(module) for module, _, _ in known.values()}).find(model)
-    chains, blocks = [], []
+    chains: list[list[int]] = []
+    blocks: list[Block] = []
     for stack in stacks:
         chains.append(list(range(len(blocks), len(blocks) + len(stack))))
         blocks += [_read_block(name, module, known) for name, module in stack]
