@@ -28,6 +28,7 @@ from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.model_map.structure import Structure, find_structure, unwrap
 from omninorm.monitor.probes.gradients import Gradients
 from omninorm.monitor.probes.optimizer import OptimizerWatch, adam_eps
+from omninorm.monitor.probes.padding import MASK, ZERO_ROWS
 from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_gains, measure_matrices
 from omninorm.monitor.reasons import not_seen
 from omninorm.monitor.rules import Rule
@@ -223,7 +224,10 @@ class Watch:
                 self._look_for_nonfinite(row, self._first + at)
         self._write_steps(steps, rows)
         if sampled:
-            self.history.placement = self._hooks.placements.verdict(len(self._structure.blocks))
+            blocks = len(self._structure.blocks)
+            self.history.placement, self.history.placement_reason = self._hooks.placements.verdict(blocks)
+            if self._hooks.padding.used or any(cells["zero_rows"]):
+                self.history.padding = MASK if self._hooks.padding.used else ZERO_ROWS
             self.history.dtype = None if self._hooks.dtype is None else str(self._hooks.dtype).removeprefix("torch.")
         alarms = list(self._judge.judge_steps(self.history, steps))
         if sampled:
@@ -276,6 +280,7 @@ class Watch:
             reasons = not_seen(sample, self.history.facts, bool(self._optimizers))
             self._append(
                 {"kind": "seen", "step": sample.step, "placement": self.history.placement, "dtype": self.history.dtype}
+                | {"placement_reason": self.history.placement_reason, "padding": self.history.padding}
                 | {"not_seen": reasons}
             )
         signals = {name: short(values) for name, values in sample.signals.items()}
@@ -355,6 +360,8 @@ class Watch:
             groups=tuple(structure.groups),
             attentions=tuple(block.attention for block in structure.blocks),
             feed_forwards=tuple(block.feed_forward for block in structure.blocks),
+            routers=tuple(block.router[0] if block.router else None for block in structure.blocks),
+            chains=tuple(tuple(chain) for chain in structure.chains),
             optimizer=type(self._optimizers[0]).__name__ if self._optimizers else None,
             adam_eps=adam_eps(self._optimizers),
             every=self._every,
