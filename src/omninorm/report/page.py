@@ -101,7 +101,7 @@ def _data(story: RunStory, verdict: Verdict, figures: Sequence[panels.Panel]) ->
     alarms = tables.shown_alarms(story)
     return {
         # An evaluation may come before the first step.
-        "first": min([story.first_step, *story.evals.steps[:1]]),
+        "first": min([story.first_step, *(s.steps[0] for s in (story.evals, *story.evaluations.values()) if s.steps)]),
         "last": story.last_step,
         "steps": [column.step for column in story.columns],
         "axes": {axis: [plain(name, 120) for name in names] for axis, names in axes.items()},
