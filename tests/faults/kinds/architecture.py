@@ -121,7 +121,18 @@ def no_norm(training: Training) -> None:
 def _remove_norms(module: nn.Module) -> None:
     for name, _ in norms_of(module):
         path, _, last = name.rpartition(".")
-        setattr(module.get_submodule(path), last, nn.Identity())
+        setattr(module.get_submodule(path), last, Skipped(module.get_submodule(name)))
+
+
+class Skipped(nn.Module):
+    """Returns its input. It keeps a weight, because some models read the norm's dtype from it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones_like(norm.weight))  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        return x
 
 
 @fault("ε of the norms 1", FAMILY, {"eps-share"}, layered=True, needs=("norm",))
