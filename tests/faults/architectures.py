@@ -171,7 +171,10 @@ def pretrained(name: str, head: str, width: int) -> nn.Module:
 
 def lora(width: int) -> nn.Module:
     """Return a pretrained Llama with LoRA on all linear layers of its blocks."""
-    return add_lora(pretrained("Llama", "ForCausalLM", width), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    return add_lora(
+        pretrained("Llama", "ForCausalLM", width),
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    )
 
 
 def linear_probe(width: int) -> nn.Module:
@@ -180,9 +183,7 @@ def linear_probe(width: int) -> nn.Module:
 
 
 _GPT = Layout("blocks", "attn", "mlp", "ln_1", "attn.c_attn", "wte", "lm_head", "mlp.c_fc")
-_THINKER = Layout(
-    "blocks", "attention", "feed_forward", "around_attention.norm", "attention.q", "embedding", None
-)
+_THINKER = Layout("blocks", "attention", "feed_forward", "around_attention.norm", "attention.q", "embedding", None)
 _TORCH = Layout("encoder.layers", "self_attn", None, "norm1", None, "embedding", "head", "linear1")
 _LLAMA = Layout(
     "model.layers", "self_attn", "mlp", "input_layernorm", "self_attn.q_proj", "model.embed_tokens", "lm_head"
@@ -194,9 +195,7 @@ _MOE = Layout(
 _OLMO = Layout(
     "model.layers", "self_attn", "mlp", "post_attention_layernorm", "self_attn.q_proj", "model.embed_tokens", "lm_head"
 )
-_GPT2 = Layout(
-    "transformer.h", "attn", "mlp", "ln_1", "attn.c_attn", "transformer.wte", "lm_head", "mlp.c_fc"
-)
+_GPT2 = Layout("transformer.h", "attn", "mlp", "ln_1", "attn.c_attn", "transformer.wte", "lm_head", "mlp.c_fc")
 _BERT = Layout(
     "bert.encoder.layer", "attention.self", None, "attention.output.LayerNorm", "attention.self.query",
     "bert.embeddings.word_embeddings", "cls.predictions.decoder", "intermediate.dense", residual=False,

@@ -79,7 +79,10 @@ def run_all(cases: list[Case], path: Path, workers: int) -> None:
             file.flush()
             count += len(lines)
             minutes = (time.monotonic() - start) / 60
-            print(f"{count}/{len(left)} runs, {minutes:.1f} of about {minutes * len(left) / count:.0f} minutes", flush=True)
+            print(
+                f"{count}/{len(left)} runs, {minutes:.1f} of about {minutes * len(left) / count:.0f} minutes",
+                flush=True,
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,7 +19,9 @@ def build(name: str, width: int, head: str = "ForCausalLM", **options: Any) -> n
 
     if options.pop("scaled", False):
         options["initializer_range"] = SPREAD / math.sqrt(width)
-    config = getattr(transformers, f"{_CONFIGS.get(name, name)}Config")(**{**_SPECIAL, **_sizes(name, width), **options})
+    config = getattr(transformers, f"{_CONFIGS.get(name, name)}Config")(
+        **{**_SPECIAL, **_sizes(name, width), **options}
+    )
     config.use_cache = False
     model: nn.Module = getattr(transformers, f"{_MODELS.get(name, name)}{head}")(config)
     return model.train()
@@ -70,7 +72,9 @@ def deepseek_v3(width: int) -> nn.Module:
 def modern_bert(width: int) -> nn.Module:
     """Return a ModernBERT with a local window in every second block."""
     special = {"cls_token_id": 1, "sep_token_id": 2}
-    return build("ModernBert", width, "ForMaskedLM", scaled=True, global_attn_every_n_layers=2, local_attention=16, **special)
+    return build(
+        "ModernBert", width, "ForMaskedLM", scaled=True, global_attn_every_n_layers=2, local_attention=16, **special
+    )
 
 
 def t5(width: int) -> nn.Module:

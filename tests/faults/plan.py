@@ -62,5 +62,3 @@ def grouped(cases: list[Case]) -> list[list[Case]]:
 
 def _architectures(split: str | None) -> list[Architecture]:
     return [a for a in ARCHITECTURES.values() if split in (None, a.split)]
-
-

@@ -197,5 +197,3 @@ def _distances(faulty: dict[str, Tensor], twin: dict[str, Tensor], initial: dict
             if travelled > 1e-4 * float(expected.norm()):
                 worst = max(worst, distance / travelled)
     return math.sqrt(apart / moved) if moved else 0.0, worst
-
-

@@ -57,7 +57,15 @@ def block_skipped(training: Training) -> None:
     change_branch(block, lambda x, y: x + 0.0 * (y - x))
 
 
-@fault("attention silent later", FAMILY, {"branch-silent", "odd-block"}, early=False, at_once=True, layered=True, needs=("attention",))
+@fault(
+    "attention silent later",
+    FAMILY,
+    {"branch-silent", "odd-block"},
+    early=False,
+    at_once=True,
+    layered=True,
+    needs=("attention",),
+)
 def attention_silent(training: Training) -> None:
     """In the middle of the run the output of one block's attention becomes 0."""
     attention, name = part_of(training, "attention")
@@ -65,7 +73,15 @@ def attention_silent(training: Training) -> None:
     change_output(attention, lambda y: y * 0.0 if training.faulty else y)
 
 
-@fault("feed-forward silent later", FAMILY, {"branch-silent", "odd-block"}, early=False, at_once=True, layered=True, needs=("feed_forward",))
+@fault(
+    "feed-forward silent later",
+    FAMILY,
+    {"branch-silent", "odd-block"},
+    early=False,
+    at_once=True,
+    layered=True,
+    needs=("feed_forward",),
+)
 def feed_forward_silent(training: Training) -> None:
     """In the middle of the run the output of one block's feed-forward becomes 0."""
     feed_forward, name = part_of(training, "feed_forward")
@@ -73,7 +89,15 @@ def feed_forward_silent(training: Training) -> None:
     change_output(feed_forward, lambda y: y * 0.0 if training.faulty else y)
 
 
-@fault("norm's gain 0 later", FAMILY, {"gain-drift", "branch-silent", "odd-block"}, early=False, at_once=True, layered=True, needs=("norm",))
+@fault(
+    "norm's gain 0 later",
+    FAMILY,
+    {"gain-drift", "branch-silent", "odd-block"},
+    early=False,
+    at_once=True,
+    layered=True,
+    needs=("norm",),
+)
 def gain_zero(training: Training) -> None:
     """In the middle of the run the gains of one norm become 0 and stay there."""
     norm, name = part_of(training, "norm")
@@ -89,7 +113,13 @@ def gain_zero(training: Training) -> None:
     training.before.append(reset)
 
 
-@fault("norm's output × 30", FAMILY, {*ODD, "attention-logits", "attention-entropy", "massive-activation"}, layered=True, needs=("norm",))
+@fault(
+    "norm's output × 30",
+    FAMILY,
+    {*ODD, "attention-logits", "attention-entropy", "massive-activation"},
+    layered=True,
+    needs=("norm",),
+)
 def norm_too_large(training: Training) -> None:
     """The output of one norm is 30 times too large."""
     norm, name = part_of(training, "norm")
@@ -158,7 +188,11 @@ def weights_jump(training: Training) -> None:
     once(training, lambda: multiply(block, 100.0))
 
 
-@fault("initialization × 10", FAMILY, {"initialization", "attention-logits", "attention-entropy", "logz", "massive-activation"})
+@fault(
+    "initialization × 10",
+    FAMILY,
+    {"initialization", "attention-logits", "attention-entropy", "logz", "massive-activation"},
+)
 def initialization(training: Training) -> None:
     """All matrices start 10 times too large."""
     multiply(training.model, 10.0)
@@ -188,7 +222,13 @@ def dead_units(training: Training) -> None:
     nn.init.constant_(hidden.bias, -50.0)  # type: ignore[arg-type]
 
 
-@fault("embeddings × 1,000 later", FAMILY, {"layer-jump", "massive-activation", "branch-silent", "embedding-scale"}, early=False, at_once=True)
+@fault(
+    "embeddings × 1,000 later",
+    FAMILY,
+    {"layer-jump", "massive-activation", "branch-silent", "embedding-scale"},
+    early=False,
+    at_once=True,
+)
 def embeddings_jump(training: Training) -> None:
     """In the middle of the run the output of the embedding becomes 1,000 times larger."""
     embedding = training.model.get_submodule(training.architecture.layout.embedding)
@@ -200,7 +240,9 @@ def embeddings_jump(training: Training) -> None:
 COLLAPSE = {"router-collapse", "dead-experts", "expert-load", "odd-block"}
 
 
-@fault("router collapses", "mixture of experts", {*COLLAPSE, "no-gradient"}, early=False, layered=True, needs=("router",))
+@fault(
+    "router collapses", "mixture of experts", {*COLLAPSE, "no-gradient"}, early=False, layered=True, needs=("router",)
+)
 def router_collapse(training: Training) -> None:
     """From some step on one block's router sends every token to the same two of four experts."""
     _redirect(training, {2: 0, 3: 1}, later=True)

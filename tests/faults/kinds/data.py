@@ -87,7 +87,9 @@ def inputs_corrupted(training: Training) -> None:
         if not training.faulty:
             return batch
         inputs = torch.randint(256, batch.inputs.shape)
-        return dataclasses.replace(batch, inputs=inputs, images=None if batch.images is None else torch.randn_like(batch.images))
+        return dataclasses.replace(
+            batch, inputs=inputs, images=None if batch.images is None else torch.randn_like(batch.images)
+        )
 
     training.data = corrupted
 
@@ -117,7 +119,14 @@ def no_labels(training: Training) -> None:
     training.data = empty
 
 
-@fault("images not scaled", FAMILY, {"layer-jump", "massive-activation", "loss-spike", "input-scale"}, early=False, at_once=True, only=lambda a: a.on_images)
+@fault(
+    "images not scaled",
+    FAMILY,
+    {"layer-jump", "massive-activation", "loss-spike", "input-scale"},
+    early=False,
+    at_once=True,
+    only=lambda a: a.on_images,
+)
 def images_not_scaled(training: Training) -> None:
     """From some step on the images are in 0 to 255 instead of unit scale."""
     data = training.data

@@ -67,7 +67,9 @@ def log_of_zero(training: Training) -> None:
     training.criterion = logarithm
 
 
-@fault("fully masked attention row", FAMILY, {"nonfinite"}, early=False, at_once=True, layered=True, needs=("attention",))
+@fault(
+    "fully masked attention row", FAMILY, {"nonfinite"}, early=False, at_once=True, layered=True, needs=("attention",)
+)
 def masked_row(training: Training) -> None:
     """A row of one block's attention is masked completely, so its softmax is 0/0."""
     attention, name = part_of(training, "attention")

@@ -24,7 +24,14 @@ def zero_grad_before_step(training: Training) -> None:
     training.after_backward.append(lambda: training._clear())
 
 
-@fault("step missing", FAMILY, {"steps-skipped", "stale-parameters", "updates-lost"}, early=False, at_once=True, frozen=True)
+@fault(
+    "step missing",
+    FAMILY,
+    {"steps-skipped", "stale-parameters", "updates-lost"},
+    early=False,
+    at_once=True,
+    frozen=True,
+)
 def step_missing(training: Training) -> None:
     """From some step on, the optimizer does not step, like a compiled step that skips it (a case of TrainCheck)."""
     update = training.update
@@ -166,7 +173,9 @@ def clipped_to_nothing(training: Training) -> None:
     training.set(clip=1e-12)
 
 
-@fault("micro-batches summed", FAMILY, {"learning-rate", "gradient-clipped", "accumulation"}, frozen=True, variant="SGD")
+@fault(
+    "micro-batches summed", FAMILY, {"learning-rate", "gradient-clipped", "accumulation"}, frozen=True, variant="SGD"
+)
 def accumulation_not_divided(training: Training) -> None:
     """The gradients of eight micro-batches are summed instead of averaged, and not clipped."""
     training.set(micro_batches=8, clip=float("inf"))

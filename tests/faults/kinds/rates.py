@@ -21,13 +21,24 @@ def rate_zero(training: Training) -> None:
     training.rate = lambda step: 0.0
 
 
-@fault("learning rate 1,000 times too low", FAMILY, {"no-progress", "updates-lost", "learning-rate", "learning-rate-low"}, frozen=True)
+@fault(
+    "learning rate 1,000 times too low",
+    FAMILY,
+    {"no-progress", "updates-lost", "learning-rate", "learning-rate-low"},
+    frozen=True,
+)
 def rate_low(training: Training) -> None:
     """The learning rate is 1,000 times lower than a good one."""
     training.set(factor=1e-3)
 
 
-@fault("updates of SGD too small", FAMILY, {"no-progress", "updates-lost", "learning-rate", "learning-rate-low"}, frozen=True, variant="SGD")
+@fault(
+    "updates of SGD too small",
+    FAMILY,
+    {"no-progress", "updates-lost", "learning-rate", "learning-rate-low"},
+    frozen=True,
+    variant="SGD",
+)
 def rate_low_sgd(training: Training) -> None:
     """SGD gets a learning rate that is meant for Adam."""
     training.set(factor=0.01)
