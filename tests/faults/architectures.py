@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from faults import hugging_face, tasks
 from faults.plain_models import GPT, Encoder, Probe, add_lora
 from faults.tasks import IGNORED, Batch, Task
+from torch import Tensor, nn
+
 from omninorm import NormConfig, Thinker, ThinkerConfig
 
 CALIBRATION, HELD_OUT = "calibration", "held-out"

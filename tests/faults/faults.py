@@ -38,7 +38,7 @@ class Fault:
         name: a short name.
         family: one of FAMILIES.
         inject: the function that changes a Training.
-        causes: the rules that name the cause rightly.
+        causes: the rules that name the cause rightly; "rule:words" if only evidence that begins with these words does.
         early: whether it acts from the first step, otherwise from the middle of the run.
         at_once: whether it is visible in the first step in which it acts.
         layered: whether it has a layer.

@@ -151,7 +151,7 @@ def _misses(found: Sequence[Verdict]) -> Iterator[str]:
 def _without_effect(found: Sequence[Verdict]) -> Iterator[str]:
     groups = Counter(v.fault.name for v in found if not v.effect)
     yield "These runs differ from their healthy twins by less than 1 % of the loss and 10 % of the way that the weights have"
-    yield "moved (30 % for every tensor), and are not counted above.\n"
+    yield "moved (50 % for every tensor), and are not counted above.\n"
     yield "| fault | runs |\n|---|---|"
     for name, count in groups.most_common():
         yield f"| {name} | {count} |"

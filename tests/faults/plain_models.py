@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 SPREAD = 0.64
 """The initial std of weights times √width: 0.02 at width 1,024, where it is customary, and 0.08 at width 64."""
 

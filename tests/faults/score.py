@@ -17,7 +17,7 @@ from faults.faults import Fault, load_faults
 Line = dict[str, Any]
 SOON = 20
 """Faults that are visible at once should be detected within this many steps."""
-STEP, SEVERITY, RULE, LAYER = range(4)
+STEP, SEVERITY, RULE, LAYER, EVIDENCE = range(5)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def judge(line: Line, twin: Line | None) -> Verdict:
     fault = load_faults()[line["fault"]]
     alarms = new_alarms(line, twin)
     leading = next((a for a in alarms if a[SEVERITY] == "fail"), alarms[0] if alarms else None)
-    naming = [alarm for alarm in alarms if alarm[RULE] in fault.causes]
+    naming = [alarm for alarm in alarms if names_cause(alarm, fault)]
     layer = None
     if naming and fault.layered and line["layers"]:
         layer = any(is_layer(alarm[LAYER], line["layers"]) for alarm in naming)
@@ -64,11 +64,20 @@ def judge(line: Line, twin: Line | None) -> Verdict:
         fault,
         bool(line["has_effect"]),
         alarms[0][STEP] - line["begins"] if alarms else None,
-        leading is not None and leading[RULE] in fault.causes,
+        leading is not None and names_cause(leading, fault),
         bool(naming),
         layer,
         None if leading is None else leading[RULE],
     )
+
+
+def names_cause(alarm: Sequence[Any], fault: Fault) -> bool:
+    """Return whether an alarm names the fault's cause: by its rule, or by its rule and the first words of its evidence."""
+    for cause in fault.causes:
+        rule, _, words = cause.partition(":")
+        if alarm[RULE] == rule and alarm[EVIDENCE].startswith(words):
+            return True
+    return False
 
 
 def new_alarms(line: Line, twin: Line | None) -> list[list[Any]]:

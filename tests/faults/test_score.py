@@ -75,6 +75,15 @@ def test_generic_alarm_detects_but_does_not_name_the_cause() -> None:
     assert not verdict.named
 
 
+def test_rule_of_several_causes_must_begin_with_the_right_words() -> None:
+    def cause_of(evidence: str) -> bool:
+        found = [*alarm(70, "no-progress", severity="warn")[:4], evidence]
+        return judge(line(found, fault="learning rate 0 from the start", begins=1), None).cause
+
+    assert cause_of("Learning rate 0, no weight changes: over 60 steps")
+    assert not cause_of("The loss has not fallen: over 60 steps")
+
+
 @pytest.mark.parametrize(
     ("named", "right"),
     [
@@ -141,6 +150,12 @@ def test_tensor_that_did_not_move_is_a_whole_part() -> None:
     total, part = runs._distances({"a": torch.zeros(4), "b": torch.ones(400)}, twin, initial)
     assert part == pytest.approx(1.0)
     assert total == pytest.approx(math.sqrt(4 / 404))
+
+
+def test_other_direction_of_the_same_length_is_no_difference_of_a_part() -> None:
+    initial, twin = {"a": torch.zeros(4)}, {"a": torch.ones(4)}
+    total, part = runs._distances({"a": -torch.ones(4)}, twin, initial)
+    assert (total, part) == (2.0, 0.0)
 
 
 def test_outlier_is_six_standard_deviations_above_the_past() -> None:

@@ -48,6 +48,7 @@ VARIANTS: dict[str, Options] = {
     "padding": Options(padding=True),
     "two micro-batches": Options(micro_batches=2),
     "SGD": Options(kind="sgd"),
+    "SGD, four micro-batches": Options(kind="sgd", micro_batches=4, clip=math.inf),
     "Muon": Options(kind="muon"),
     "width 128": Options(width=128),
     "constant learning rate, no clipping": Options(warmup=1, decayed=False, clip=math.inf, factor=0.5),
@@ -103,7 +104,7 @@ class Training:
     @property
     def lr(self) -> float:
         """The largest learning rate of the run."""
-        kinds = {"sgd": 50.0, "muon": 1.0, "adamw": 1.0}
+        kinds = {"sgd": 25.0, "muon": 1.0, "adamw": 1.0}
         return self.architecture.lr * self.options.factor * kinds[self.options.kind]
 
     def set(self, **options: Any) -> None:
@@ -156,6 +157,8 @@ class Training:
         if self.options.kind == "muon":
             self.optimizers = self._muon(groups)
         elif self.options.kind == "sgd":
+            # SGD's decay is multiplied by its much higher learning rate, so it has to be smaller.
+            groups = [{**group, "weight_decay": 1e-3 * group["weight_decay"]} for group in groups]
             self.optimizers = [torch.optim.SGD(groups, lr=self.lr, momentum=0.9)]
         else:
             self.optimizers = [torch.optim.AdamW(groups, lr=self.lr, betas=self.options.betas, eps=self.options.eps)]

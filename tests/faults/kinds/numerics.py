@@ -150,7 +150,7 @@ def gradients_flushed(training: Training) -> None:
     training.after_backward.append(flush)
 
 
-@fault("scaler skips every step", "precision", {"steps-skipped"}, early=False)
+@fault("scaler skips every step", "precision", {"steps-skipped", "nonfinite"}, early=False)
 def scaler_skips(training: Training) -> None:
     """The GradScaler finds an infinite gradient in every step and skips it."""
     training.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)

@@ -174,9 +174,12 @@ def clipped_to_nothing(training: Training) -> None:
 
 
 @fault(
-    "micro-batches summed", FAMILY, {"learning-rate", "gradient-clipped", "accumulation"}, frozen=True, variant="SGD"
+    "micro-batches summed",
+    FAMILY,
+    {"learning-rate", "gradient-clipped", "accumulation"},
+    frozen=True,
+    variant="SGD, four micro-batches",
 )
 def accumulation_not_divided(training: Training) -> None:
-    """The gradients of eight micro-batches are summed instead of averaged, and not clipped."""
-    training.set(micro_batches=8, clip=float("inf"))
+    """The gradients of four micro-batches are summed instead of averaged, and not clipped."""
     training.divided = lambda loss: loss  # type: ignore[method-assign]

@@ -8,14 +8,27 @@ from faults.training import Training
 FAMILY = "learning rate"
 
 
-@fault("learning rate 0 later", FAMILY, {"learning-rate-zero"}, early=False, at_once=True, frozen=True)
+@fault(
+    "learning rate 0 later",
+    FAMILY,
+    {"learning-rate-zero", "no-progress:Learning rate 0"},
+    early=False,
+    at_once=True,
+    frozen=True,
+)
 def rate_zero_later(training: Training) -> None:
     """From some step on the schedule returns 0."""
     rate = training.rate
     training.rate = lambda step: 0.0 if training.faulty else rate(step)
 
 
-@fault("learning rate 0 from the start", FAMILY, {"learning-rate-zero"}, at_once=True, frozen=True)
+@fault(
+    "learning rate 0 from the start",
+    FAMILY,
+    {"learning-rate-zero", "no-progress:Learning rate 0"},
+    at_once=True,
+    frozen=True,
+)
 def rate_zero(training: Training) -> None:
     """The warm-up never begins: the learning rate is 0 in every step."""
     training.rate = lambda step: 0.0
@@ -24,7 +37,7 @@ def rate_zero(training: Training) -> None:
 @fault(
     "learning rate 1,000 times too low",
     FAMILY,
-    {"no-progress", "updates-lost", "learning-rate", "learning-rate-low"},
+    {"no-progress:Updates are only", "updates-lost", "learning-rate", "learning-rate-low"},
     frozen=True,
 )
 def rate_low(training: Training) -> None:
@@ -35,7 +48,7 @@ def rate_low(training: Training) -> None:
 @fault(
     "updates of SGD too small",
     FAMILY,
-    {"no-progress", "updates-lost", "learning-rate", "learning-rate-low"},
+    {"no-progress:Updates are only", "updates-lost", "learning-rate", "learning-rate-low"},
     frozen=True,
     variant="SGD",
 )
