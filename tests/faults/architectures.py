@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,6 @@ class Architecture:
         forward: the function that returns its logits.
         width, length, batch: its sizes.
         masks: whether it takes an attention mask, so that batches can be padded.
-        mixture: whether it has experts.
     """
 
     name: str
@@ -112,21 +112,21 @@ class Architecture:
     width: int = 64
     length: int = 32
     batch: int = 4
-    masks: bool = field(default=False)
+    masks: bool = False
 
     @property
     def mixture(self) -> bool:
-        """Whether blocks have a router."""
+        """Return whether blocks have a router."""
         return self.layout.router is not None
 
     @property
     def next_token(self) -> bool:
-        """Whether the labels are the inputs, shifted by one position."""
+        """Return whether the labels are the inputs, shifted by one position."""
         return self.task in (tasks.causal, tasks.shifted_alphabet)
 
     @property
     def on_images(self) -> bool:
-        """Whether the inputs are images, or captions that are drawn anew in every step."""
+        """Return whether the model takes images."""
         return self.task in (tasks.images, tasks.pairs)
 
 
@@ -144,6 +144,17 @@ def thinker(placement: str) -> Callable[[int], nn.Module]:
     """Return the builder of a Thinker of one placement."""
     norm = NormConfig(norm_placement=placement)
     return lambda width: Thinker(ThinkerConfig(d_model=width, n_layers=4, n_heads=4, max_seq_len=64, norm=norm))
+
+
+def gpt2(width: int) -> nn.Module:
+    """Return GPT-2 without dropout."""
+    return hugging_face.build("GPT2", width, "Model", scaled=True, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+def bert(width: int) -> nn.Module:
+    """Return BERT without dropout."""
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return hugging_face.build("Bert", width, "ForMaskedLM", scaled=True, **dropout)
 
 
 @functools.lru_cache(maxsize=4)
@@ -184,7 +195,10 @@ def linear_probe(width: int) -> nn.Module:
 
 _GPT = Layout("blocks", "attn", "mlp", "ln_1", "attn.c_attn", "wte", "lm_head", "mlp.c_fc")
 _THINKER = Layout("blocks", "attention", "feed_forward", "around_attention.norm", "attention.q", "embedding", None)
+_WEIGHTLESS = Layout("blocks", "attn", "mlp", None, "attn.c_attn", "wte", "lm_head")
+_SANDWICH = Layout("blocks", "attention", "feed_forward", None, "attention.q", "embedding", None)
 _TORCH = Layout("encoder.layers", "self_attn", None, "norm1", None, "embedding", "head", "linear1")
+_TORCH_POST = Layout("encoder.layers", "self_attn", None, "norm1", None, "embedding", "head", "linear1", residual=False)
 _LLAMA = Layout(
     "model.layers", "self_attn", "mlp", "input_layernorm", "self_attn.q_proj", "model.embed_tokens", "lm_head"
 )
@@ -235,22 +249,23 @@ _PROBE = Layout(
 )  # fmt: skip
 
 
-def _language(name: str, split: str, build: Callable[[int], nn.Module], layout: Layout, **sizes: float) -> Architecture:
-    return Architecture(name, split, build, layout, forward=with_mask, masks=True, **sizes)  # type: ignore[arg-type]
+def _language(name: str, split: str, build: Callable[[int], nn.Module], layout: Layout, **sizes: Any) -> Architecture:
+    return Architecture(name, split, build, layout, forward=with_mask, masks=True, **sizes)
 
 
+_MASKED: dict[str, Any] = {"task": tasks.masked, "forward": with_mask, "batch": 8, "masks": True}
 ARCHITECTURES: dict[str, Architecture] = {
     each.name: each
     for each in (
         Architecture("nanogpt", CALIBRATION, GPT, _GPT),
-        Architecture("weightless-gpt", HELD_OUT, functools.partial(GPT, weightless=True), Layout("blocks", "attn", "mlp", None, "attn.c_attn", "wte", "lm_head")),
+        Architecture("weightless-gpt", HELD_OUT, functools.partial(GPT, weightless=True), _WEIGHTLESS),
         Architecture("thinker", CALIBRATION, thinker("pre"), _THINKER),
-        Architecture("thinker-sandwich", HELD_OUT, thinker("sandwich"), Layout("blocks", "attention", "feed_forward", None, "attention.q", "embedding", None)),
-        Architecture("encoder-post", CALIBRATION, functools.partial(Encoder, pre=False), Layout("encoder.layers", "self_attn", None, "norm1", None, "embedding", "head", "linear1", residual=False), lr=2e-3),
+        Architecture("thinker-sandwich", HELD_OUT, thinker("sandwich"), _SANDWICH),
+        Architecture("encoder-post", CALIBRATION, functools.partial(Encoder, pre=False), _TORCH_POST, lr=2e-3),
         Architecture("encoder-pre", HELD_OUT, functools.partial(Encoder, pre=True), _TORCH),
         _language("llama", CALIBRATION, hugging("Llama"), _LLAMA),
         _language("qwen3", HELD_OUT, hugging("Qwen3"), _LLAMA),
-        _language("gpt2", CALIBRATION, hugging("GPT2", "Model", scaled=True, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), _GPT2),
+        _language("gpt2", CALIBRATION, gpt2, _GPT2),
         _language("gpt-neox", HELD_OUT, hugging("GPTNeoX"), _NEOX),
         _language("gemma2", CALIBRATION, hugging("Gemma2", scaled=True), _LLAMA),
         _language("gemma3", HELD_OUT, hugging("Gemma3", scaled=True), _LLAMA),
@@ -261,8 +276,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         _language("deepseek-v3", CALIBRATION, hugging_face.deepseek_v3, _DEEPSEEK),
         _language("qwen3-next", HELD_OUT, hugging_face.qwen3_next, _QWEN_NEXT, length=16),
         _language("mamba", CALIBRATION, hugging_face.mamba, _MAMBA, length=16),
-        Architecture("bert", CALIBRATION, hugging("Bert", "ForMaskedLM", scaled=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), _BERT, 2e-3, tasks.masked, with_mask, batch=8, masks=True),
-        Architecture("modernbert", HELD_OUT, hugging_face.modern_bert, _MODERN_BERT, 3e-3, tasks.masked, with_mask, batch=8, masks=True),
+        Architecture("bert", CALIBRATION, bert, _BERT, 2e-3, **_MASKED),
+        Architecture("modernbert", HELD_OUT, hugging_face.modern_bert, _MODERN_BERT, **_MASKED),
         Architecture("vit", CALIBRATION, hugging_face.vit, _VIT, 1e-3, tasks.images, from_images, batch=16),
         Architecture("convnext", HELD_OUT, hugging_face.conv_next, _CONVNEXT, 3e-3, tasks.images, from_images, batch=8),
         Architecture("clip", HELD_OUT, hugging_face.clip, _CLIP, 1e-3, tasks.pairs, from_pairs, length=8, batch=8),
@@ -270,6 +285,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("lora", CALIBRATION, lora, _LLAMA, 1e-2, tasks.shifted_alphabet, with_mask),
         Architecture("linear-probe", HELD_OUT, linear_probe, _PROBE, 3e-3, tasks.next_kind),
         _language("llama-256", CALIBRATION, hugging("Llama"), _LLAMA, width=256, lr=1e-3),
-        _language("gpt2-256", HELD_OUT, hugging("GPT2", "Model", scaled=True, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), _GPT2, width=256, lr=1e-3),
+        _language("gpt2-256", HELD_OUT, gpt2, _GPT2, width=256, lr=1e-3),
     )
 }  # fmt: skip

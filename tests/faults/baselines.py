@@ -1,4 +1,4 @@
-"""Detectors to compare with: the loss alone, torch.autograd.detect_anomaly, and transformers' DebugUnderflowOverflow."""
+"""Detectors to compare with: the loss alone, detect_anomaly, and transformers' DebugUnderflowOverflow."""
 
 from __future__ import annotations
 

@@ -30,6 +30,13 @@ FROZEN = ("lora", "linear-probe")
 """Architectures in which most weights are frozen on purpose."""
 
 
+LAST_LAYERS = (
+    *("out", "o", "o_proj", "out_proj", "c_proj", "dense", "Wo"),
+    *("down", "down_proj", "dense_4h_to_h", "wo", "fc2"),
+)
+"""Names of the layer that writes a sublayer's output."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """A kind of fault.
@@ -116,7 +123,7 @@ def block_of(training: Training, index: int | None = None) -> tuple[nn.Module, s
 
 
 def part_of(training: Training, part: str, index: int | None = None) -> tuple[nn.Module, str]:
-    """Return a part of a block, such as "attention", and its name. If only some blocks have it, take the last of them."""
+    """Return a part of a block, such as "attention", and its name. If this block lacks it, take the last block."""
     path = getattr(training.architecture.layout, part)
     block, name = block_of(training, index)
     try:
@@ -124,6 +131,13 @@ def part_of(training: Training, part: str, index: int | None = None) -> tuple[nn
     except AttributeError:
         block, name = block_of(training, -1)
         return block.get_submodule(path), f"{name}.{path}"
+
+
+def last_linear(module: nn.Module) -> nn.Module:
+    """Return the linear layer that writes a sublayer's output; the sublayer itself if none is called, as for experts."""
+    if isinstance(module, nn.MultiheadAttention):  # it reads the weight of its last layer without calling it
+        return module
+    return next((child for name, child in module.named_children() if name in LAST_LAYERS), module)
 
 
 def norms_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

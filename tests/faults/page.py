@@ -62,6 +62,16 @@ def share(count: tuple[int, int]) -> str:
     return f"{count[0]}/{count[1]} ({100 * count[0] / count[1]:.0f} %)" if count[1] else "–"
 
 
+def row(*cells: object) -> str:
+    """Return a row of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def number(value: float | None) -> str:
+    """Format a number, or a dash if there is none."""
+    return "–" if value is None else f"{value:g}"
+
+
 def _halves(lines: Sequence[Any], split_of: Callable[[Any], str]) -> list[tuple[str, list[Any]]]:
     return [(split, [line for line in lines if split_of(line) == split]) for split in (CALIBRATION, HELD_OUT)]
 
@@ -71,8 +81,8 @@ def _scores(found: Sequence[Verdict], lines: Sequence[Line]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for split, part in _halves(found, lambda v: v.line["split"]):
         s = score(part)
-        median = "–" if s.median is None else f"{s.median:g}"
-        yield f"| {split} | {s.recall[1]} | {share(s.recall)} | {share(s.cause)} | {share(s.named)} | {share(s.layer)} | {share(s.soon)} | {median} |"
+        shares = [share(count) for count in (s.recall, s.cause, s.named, s.layer, s.soon)]
+        yield row(split, s.recall[1], *shares, number(s.median))
     yield "\n| | healthy runs | with a fail | with a warning only |\n|---|---|---|---|"
     for split, part in _halves(lines, lambda line: line["split"]):
         h = health(part)
@@ -85,8 +95,10 @@ def _baselines(found: Sequence[Verdict], lines: Sequence[Line]) -> Iterator[str]
     finite = [v for v in found if "anomaly" in v.line]
     ours = score(finite).recall
     yield "| detector | faulty runs detected | healthy runs with an alarm |\n|---|---|---|"
-    yield f"| omninorm | {share(score(found).recall)} | {share((health(lines).fails + health(lines).warnings, len(healthy)))} |"
-    yield f"| the loss is NaN or 6 standard deviations above its last 128 steps | {share(outlier_recall(found))} | {share((outliers, len(healthy)))} |"
+    alarmed = health(lines).fails + health(lines).warnings
+    yield row("omninorm", share(score(found).recall), share((alarmed, len(healthy))))
+    simple = "the loss is NaN or 6 standard deviations above its last 128 steps"
+    yield row(simple, share(outlier_recall(found)), share((outliers, len(healthy))))
     yield "\nOnly the faults that produce NaNs or infinities:\n"
     yield "| detector | faulty runs detected |\n|---|---|"
     yield f"| omninorm | {share(ours)} |"
@@ -117,22 +129,25 @@ def _by_fault(found: Sequence[Verdict]) -> Iterator[str]:
     groups: dict[str, list[Verdict]] = defaultdict(list)
     for verdict in found:
         groups[verdict.fault.name].append(verdict)
-    yield "| family | fault | detected | cause | layer | median steps | rules that name the cause |\n|---|---|---|---|---|---|---|"
+    yield "| family | fault | detected | cause | layer | median steps | rules that name the cause |"
+    yield "|---|---|---|---|---|---|---|"
     for name, fault in load_faults().items():
         if name in groups:
             s = score(groups[name])
-            median = "–" if s.median is None else f"{s.median:g}"
             causes = ", ".join(f"`{rule}`" for rule in sorted(fault.causes))
-            yield f"| {fault.family} | {name}: {fault.description} | {share(s.recall)} | {share(s.cause)} | {share(s.layer)} | {median} | {causes} |"
+            shares = [share(count) for count in (s.recall, s.cause, s.layer)]
+            yield row(fault.family, f"{name}: {fault.description}", *shares, number(s.median), causes)
 
 
 def _by_architecture(found: Sequence[Verdict], lines: Sequence[Line]) -> Iterator[str]:
-    yield "| half | architecture | detected | cause | layer | healthy runs | with a fail | with a warning only |\n|---|---|---|---|---|---|---|---|"
+    yield "| half | architecture | detected | cause | layer | healthy runs | with a fail | with a warning only |"
+    yield "|---|---|---|---|---|---|---|---|"
     for split in (CALIBRATION, HELD_OUT):
         for name in (a.name for a in ARCHITECTURES.values() if a.split == split):
             s = score([v for v in found if v.line["architecture"] == name])
             h = health([line for line in lines if line["architecture"] == name])
-            yield f"| {split} | {name} | {share(s.recall)} | {share(s.cause)} | {share(s.layer)} | {h.runs} | {h.fails} | {h.warnings} |"
+            shares = [share(count) for count in (s.recall, s.cause, s.layer)]
+            yield row(split, name, *shares, h.runs, h.fails, h.warnings)
 
 
 def _misses(found: Sequence[Verdict]) -> Iterator[str]:
@@ -150,8 +165,8 @@ def _misses(found: Sequence[Verdict]) -> Iterator[str]:
 
 def _without_effect(found: Sequence[Verdict]) -> Iterator[str]:
     groups = Counter(v.fault.name for v in found if not v.effect)
-    yield "These runs differ from their healthy twins by less than 1 % of the loss and 10 % of the way that the weights have"
-    yield "moved (50 % for every tensor), and are not counted above.\n"
+    yield "These runs differ from their healthy twins by less than 1 % of the loss and 10 % of the way that the"
+    yield "weights have moved (50 % for every tensor), and are not counted above.\n"
     yield "| fault | runs |\n|---|---|"
     for name, count in groups.most_common():
         yield f"| {name} | {count} |"

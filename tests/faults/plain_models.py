@@ -1,4 +1,4 @@
-"""Models in plain PyTorch: nanoGPT, a GPT with weightless norms, a torch.nn.TransformerEncoder, LoRA and a linear probe."""
+"""Models in plain PyTorch: nanoGPT, a GPT with weightless norms, torch.nn's encoder, LoRA and a linear probe."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
         self.embedding, self.position = nn.Embedding(256, width), nn.Parameter(0.02 * torch.randn(length, width))
         self.encoder = nn.TransformerEncoder(layer, depth, norm=norm, enable_nested_tensor=False)
         for parameter in self.encoder.parameters():
-            if parameter.ndim > 1:  # the layers are copies, so each needs weights of its own
+            if parameter.ndim > 1:  # the layers are copies, so each needs other weights
                 nn.init.xavier_uniform_(parameter)
         self.head = nn.Linear(width, 256)
 

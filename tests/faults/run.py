@@ -24,8 +24,8 @@ from omninorm import watch
 TAIL = 20
 """The number of last steps whose mean loss is compared."""
 LOSS_EFFECT, WEIGHTS_EFFECT, PART_EFFECT = 0.01, 0.1, 0.5
-"""Differences from the healthy twin that count as an effect: see `effect_of`. They are larger than those between healthy runs
-whose initial weights differ by 1e-6, in eight architectures: at most 0.0003, 0.03 and 0.29."""
+"""Differences from the healthy twin that count as an effect: see `effect_of`. They are larger than the differences
+between healthy runs whose initial weights differ by 1e-6, which were at most 0.0003, 0.03 and 0.29 in 8 architectures."""
 WINDOW = 10
 EVIDENCE = 80
 Line = dict[str, Any]
@@ -110,11 +110,19 @@ def train(case: Case) -> Outcome:
         try:
             with watched:
                 training.run(watched)
-        except Exception as raised:  # an error that ends the training: a finding of its own
+        except Exception as raised:  # an error that ends the training is a result, too
             error = f"{type(raised).__name__}: {raised}"[:200]
         alarms = [[a.step, a.severity, a.rule, a.layer, a.evidence[:EVIDENCE]] for a in watched.alarms]
+    line = {**describe(case, training), "alarms": alarms, "seconds": round(time.process_time() - start, 2)}
+    if error:
+        line["error"] = error
+    return Outcome(line, training, snapshot(training.model))
+
+
+def describe(case: Case, training: Training) -> Line:
+    """Return the case, its fault's place, and its losses."""
     losses = training.losses
-    line: Line = {
+    return {
         "key": case.key,
         "architecture": case.architecture,
         "split": ARCHITECTURES[case.architecture].split,
@@ -123,16 +131,11 @@ def train(case: Case) -> Outcome:
         "fault": case.fault,
         "begins": training.begins,
         "layers": list(training.layers),
-        "alarms": alarms,
         "first": rounded(losses[0]) if losses else None,
         "last": rounded(tail(losses)) if losses else None,
         "nan": first_nan(losses),
         "outlier": first_outlier(losses),
-        "seconds": round(time.process_time() - start, 2),
     }
-    if error:
-        line["error"] = error
-    return Outcome(line, training, snapshot(training.model))
 
 
 def tail(losses: list[float]) -> float:
@@ -155,8 +158,8 @@ def effect_of(faulty: Outcome, twin: Outcome) -> dict[str, float | None]:
         loss: the largest difference of the mean loss over ten steps, relative to the twin's; None if it is not finite.
         evaluation: the same for the losses on other text.
         weights: the distance of the final weights, relative to the distance that the twin's have moved.
-        part: the largest relative difference between the distances that a tensor has moved in both runs; 1 if it did not
-            move although the twin's did. Only lengths are compared, because a tensor whose gradient is nothing but
+        part: the largest relative difference between the distances that a tensor has moved in both runs; 1 if it
+            did not move although the twin's did. Only lengths are compared, because a tensor whose gradient is nothing but
             rounding errors, such as a key's bias, moves in another direction whenever anything changes.
     """
     steps = len(twin.training.losses)
@@ -174,7 +177,7 @@ def effect_of(faulty: Outcome, twin: Outcome) -> dict[str, float | None]:
 
 
 def has_effect(effect: dict[str, float | None]) -> bool:
-    """Return whether a run differs measurably from its twin; None stands for a value that is not finite."""
+    """Return whether a run differs measurably from its twin; None means a value that is not finite."""
     limits = {"loss": LOSS_EFFECT, "evaluation": LOSS_EFFECT, "weights": WEIGHTS_EFFECT, "part": PART_EFFECT}
     return any(value is None or value > limits[name] for name, value in effect.items())
 

@@ -22,7 +22,7 @@ STEP, SEVERITY, RULE, LAYER, EVIDENCE = range(5)
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a faulty run was judged.
+    """The judgement of a faulty run.
 
     Args:
         line: the run.
@@ -46,7 +46,7 @@ class Verdict:
 
     @property
     def detected(self) -> bool:
-        """Whether any alarm was raised because of the fault."""
+        """Return whether any alarm was raised because of the fault."""
         return self.steps is not None
 
 
@@ -72,7 +72,7 @@ def judge(line: Line, twin: Line | None) -> Verdict:
 
 
 def names_cause(alarm: Sequence[Any], fault: Fault) -> bool:
-    """Return whether an alarm names the fault's cause: by its rule, or by its rule and the first words of its evidence."""
+    """Return whether an alarm names the fault's cause, by its rule or by its rule and the first words of its evidence."""
     for cause in fault.causes:
         rule, _, words = cause.partition(":")
         if alarm[RULE] == rule and alarm[EVIDENCE].startswith(words):
@@ -83,7 +83,7 @@ def names_cause(alarm: Sequence[Any], fault: Fault) -> bool:
 def new_alarms(line: Line, twin: Line | None) -> list[list[Any]]:
     """Return a run's alarms after the fault has begun, without those that its healthy twin has raised by then.
 
-    A warning about parameters without an optimizer is raised before the first step, so the step before counts as well.
+    Parameters without an optimizer are reported before the first step, so alarms of the step before count as well.
     """
     seen = [] if twin is None else [(a[RULE], a[LAYER], a[STEP]) for a in twin["alarms"]]
     return [
@@ -175,7 +175,7 @@ def health(lines: Iterable[Line]) -> Health:
 
 
 def outlier_recall(found: Sequence[Verdict]) -> tuple[int, int]:
-    """Return how many runs with an effect the loss alone gives away: not finite, or an outlier of 6 σ after the fault."""
+    """Return how many runs with an effect have a loss that is not finite, or an outlier of 6 σ, after the fault."""
     real = [v for v in found if v.effect]
     hits = [v for v in real if v.line["outlier"] is not None and v.line["outlier"] >= v.line["begins"]]
     return len(hits), len(real)

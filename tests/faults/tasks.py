@@ -1,7 +1,7 @@
 """Tasks: the batch of each step, as a pure function of the seed and the step.
 
-Every task is a classification: the model returns logits (..., classes), the batch has a label for each position, and -100
-marks a position without one. A fault can therefore change inputs, labels or logits of any task in the same way.
+Every task is a classification: the model returns logits (..., classes), the batch has a label for each position, and
+-100 marks a position without one. A fault can therefore change inputs, labels or logits of any task in the same way.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def causal(seed: int, step: int, size: int, length: int) -> Batch:
 
 
 def shifted_alphabet(seed: int, step: int, size: int, length: int) -> Batch:
-    """Predict the next byte of a text whose letters are replaced by the next ones, as new data for a pretrained model."""
+    """Predict the next byte of a text whose letters are replaced by the next ones: new data for a pretrained model."""
     table = torch.arange(256)
     table[97:122] += 1
     table[122] = 97
@@ -74,7 +74,7 @@ def masked(seed: int, step: int, size: int, length: int) -> Batch:
 
 
 def continued(seed: int, step: int, size: int, length: int) -> Batch:
-    """Predict the second half of a window from its first half: the inputs of encoder and decoder, one after the other."""
+    """Predict the second half of a window from its first half. The inputs are those of encoder and decoder, joined."""
     found = _windows(seed, step, size, length)
     return Batch(found[:, :-1], found[:, length // 2 + 1 :])
 

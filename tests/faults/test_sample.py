@@ -1,4 +1,4 @@
-"""A fixed sample of the board: faults that must be found, with their cause and layer, and healthy runs without a fail."""
+"""A fixed sample of the board: faults found with their cause and layer, and healthy runs without a fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scoring of the board: what counts as detected, as the right cause and as the right layer, and the plan of runs."""
+"""Scoring of the board: detection, cause and layer of faulty runs, false alarms of healthy ones, and the plan."""
 
 from __future__ import annotations
 

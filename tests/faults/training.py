@@ -25,7 +25,7 @@ MIDDLE, SPREAD = 31, 3
 class Options:
     """Settings of a run: those of the optimizer, and of the loop around it."""
 
-    factor: float = 1.0  # of the architecture's learning rate
+    factor: float = 1.0  # multiplies the architecture's learning rate
     kind: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -98,7 +98,7 @@ class Training:
 
     @property
     def faulty(self) -> bool:
-        """Whether the fault acts in this step."""
+        """Return whether the fault acts in this step."""
         return self.step >= self.begins
 
     @property

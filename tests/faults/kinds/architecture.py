@@ -10,6 +10,7 @@ from faults.faults import (
     change_branch,
     change_output,
     fault,
+    last_linear,
     multiply,
     norms_of,
     once,
@@ -70,7 +71,7 @@ def attention_silent(training: Training) -> None:
     """In the middle of the run the output of one block's attention becomes 0."""
     attention, name = part_of(training, "attention")
     training.layers = (name,)
-    change_output(attention, lambda y: y * 0.0 if training.faulty else y)
+    change_output(last_linear(attention), lambda y: y * 0.0 if training.faulty else y)
 
 
 @fault(
@@ -86,7 +87,7 @@ def feed_forward_silent(training: Training) -> None:
     """In the middle of the run the output of one block's feed-forward becomes 0."""
     feed_forward, name = part_of(training, "feed_forward")
     training.layers = (name,)
-    change_output(feed_forward, lambda y: y * 0.0 if training.faulty else y)
+    change_output(last_linear(feed_forward), lambda y: y * 0.0 if training.faulty else y)
 
 
 @fault(

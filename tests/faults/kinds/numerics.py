@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 import torch
-from faults.faults import block_of, change_output, fault, multiply, once, part_of
+from faults.faults import block_of, change_input, change_output, fault, last_linear, multiply, once, part_of
 from faults.tasks import Batch
 from faults.training import Training
 from torch import Tensor
@@ -75,12 +75,12 @@ def masked_row(training: Training) -> None:
     attention, name = part_of(training, "attention")
     training.layers = (name,)
 
-    def spoil(y: Tensor) -> Tensor:
-        rows = torch.zeros(y.shape[0], *[1] * (y.ndim - 1))
+    def spoil(x: Tensor) -> Tensor:
+        rows = torch.zeros(x.shape[0], *[1] * (x.ndim - 1))
         rows[0] = math.nan
-        return y + rows if training.faulty else y
+        return x + rows if training.faulty else x
 
-    change_output(attention, spoil)
+    change_input(last_linear(attention), spoil)
 
 
 @fault("queries × 30 in one block", FAMILY, LOGITS, layered=True, needs=("query",))

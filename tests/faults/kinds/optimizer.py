@@ -151,7 +151,7 @@ def short_memory(training: Training) -> None:
 
 @fault("Adam's state lost", FAMILY, {"adam-underestimation", "adam-state"}, early=False, frozen=True)
 def state_lost(training: Training) -> None:
-    """From some step on, the optimizer is built anew before each step, so it has no memory."""
+    """From some step on, the optimizer is built again before each step, so it has no memory."""
 
     def forget() -> None:
         for optimizer in training.optimizers:
