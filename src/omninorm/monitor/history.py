@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from omninorm.monitor.checks.facts import SampleChecks, StepChecks
+
 STEPS_KEPT = 4096
 SAMPLES_KEPT = 512
 
@@ -35,6 +37,8 @@ class Facts:
         groups: names of the parameter groups: the blocks, then the parts outside them.
         attentions: for each block the name of its attention; None if none was found.
         feed_forwards: for each block the name of the last module of its feed-forward.
+        routers: for each block the name of the layer that assigns tokens to experts; None without experts.
+        chains: the indices of blocks that follow each other, for each tower, stage, encoder or decoder.
         optimizer: class of the (first) optimizer, or None.
         adam_eps: its ε, if it is a variant of Adam.
         every: steps between samples.
@@ -48,6 +52,8 @@ class Facts:
     groups: tuple[str, ...] = ()
     attentions: tuple[str | None, ...] = ()
     feed_forwards: tuple[str | None, ...] = ()
+    routers: tuple[str | None, ...] = ()
+    chains: tuple[tuple[int, ...], ...] = ()
     optimizer: str | None = None
     adam_eps: float | None = None
     every: int = 1
@@ -56,12 +62,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Step:
-    """A step, counted from 1. Unknown values are NaN, such as the loss if none was passed."""
+    """A step, counted from 1. Unknown values are NaN, such as the loss if none was passed. `checks` holds what is known
+    exactly about it."""
 
     step: int
     loss: float
     grad_norm: float
     lr: float
+    checks: StepChecks | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,7 @@ class Sample:
     step: int
     signals: dict[str, Sequence[float | None]]
     worst: dict[str, Sequence[str | None]] = field(default_factory=dict)
+    checks: SampleChecks = field(default_factory=SampleChecks)
     decay: Sequence[float | None] = ()
     gain_decay: Sequence[float | None] = ()
 
@@ -117,8 +126,13 @@ class History:
     steps: deque[Step] = field(default_factory=lambda: deque(maxlen=STEPS_KEPT))
     samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=SAMPLES_KEPT))
     placement: str | None = None
-    """Measured at the first sample: "post" if a block's output is a norm's output, "pre" if a norm reads the block's
-    input, "both", "none" if the blocks have no norm, None if unknown."""
+    """Measured at the first sample, from most blocks: "pre" if norms read the stream before each branch, "reordered" if
+    they normalize what is added to it, "sandwich" for both, "post" if they normalize the sum, "both" for pre and post,
+    "none" if the blocks have no norm, None if unknown."""
+    placement_reason: str = ""
+    """The reason why the placement is unknown."""
+    padding: str | None = None
+    """How padding was recognized, so that it does not count: "attention mask", "zero rows", or None without any."""
     dtype: str | None = None
     """The dtype of the residual stream, such as "float16", measured at the first sample."""
     nonfinite: NonFinite | None = None

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from omninorm.monitor.checks.facts import StepChecks
 from omninorm.monitor.history import NonFinite, Sample, Step
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.stats_buffer import UNSEEN, Row
@@ -14,11 +15,11 @@ from omninorm.monitor.stats_buffer import UNSEEN, Row
 Numbers = Sequence[float | None]
 
 
-def step_of(row: Row, step: int, rate: float | None) -> Step:
-    """Return the step's loss, total gradient norm and learning rate; NaN where unknown."""
+def step_of(row: Row, step: int, rate: float | None, checks: StepChecks | None = None) -> Step:
+    """Return the step's loss, total gradient norm and learning rate, NaN where unknown, and its checks."""
     seen = [norm for norm in row.gradients if norm != UNSEEN]
     total = math.hypot(*seen) if seen else math.nan
-    return Step(step, math.nan if row.loss is None else row.loss, total, math.nan if rate is None else rate)
+    return Step(step, math.nan if row.loss is None else row.loss, total, math.nan if rate is None else rate, checks)
 
 
 def typical_width(structure: Structure) -> float | None:

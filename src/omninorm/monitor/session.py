@@ -20,13 +20,15 @@ from omninorm.errors import ConfigError, InputError, RunError
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.alarms import Judge
 from omninorm.monitor.arguments import check_places, printable, read_loss, read_optimizers, uncovered
+from omninorm.monitor.checks.collect import Checks
 from omninorm.monitor.history import Evaluation, Facts, History, Sample, Step
-from omninorm.monitor.hooks.attach import Hooks, cell_sizes, sentinel_names
+from omninorm.monitor.hooks.attach import Hooks, cell_sizes, leaves, sentinel_names
 from omninorm.monitor.hooks.compiled import is_compiled
 from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.model_map.structure import Structure, find_structure, unwrap
 from omninorm.monitor.probes.gradients import Gradients
 from omninorm.monitor.probes.optimizer import OptimizerWatch, adam_eps, decays
+from omninorm.monitor.probes.padding import MASK, ZERO_ROWS
 from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_gains, measure_matrices
 from omninorm.monitor.reasons import not_seen
 from omninorm.monitor.rules import Rule
@@ -63,6 +65,7 @@ class Watch:
         scaler: Any,
         sinks: Sequence[Sink],
         rules: Sequence[Rule] | None,
+        replicas: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError("model must be a torch.nn.Module", type(model).__name__, "pass the model that is trained")
@@ -71,7 +74,7 @@ class Watch:
         self._model, self._compiled = unwrap(model), is_compiled(model)
         self._optimizers = read_optimizers(optimizer)
         self._every, self._folder, self._scaler, self._sinks = every, folder, scaler, tuple(sinks)
-        self._done = step
+        self._done, self._replicas = step, replicas
         self._judge = Judge(rules)
         self.alarms: list[Alarm] = []
         self.history = History()
@@ -106,7 +109,7 @@ class Watch:
         self._sentinels = sentinel_names(structure)
         places = {name: at for at, name in enumerate(self._names)}
         groups = {group: [places[name] for name, _ in members] for group, members in structure.groups.items()}
-        self._builder = SampleBuilder(structure, groups, self._names)
+        self._groups, self._builder = groups, SampleBuilder(structure, groups, self._names)
         device = self._parameters[0].device
         self._buffer = StatsBuffer(
             device, cell_sizes(structure), len(self._sentinels), len(named), min(self._every, MOST_ROWS), self._scaler
@@ -134,8 +137,22 @@ class Watch:
         self._optimizer_watch = OptimizerWatch(
             self._buffer, self._parameters, self._optimizers, self._failed, self._gradients.before_step
         )
+        self._checks = Checks(
+            self._structure,
+            list(zip(self._names, self._parameters, strict=True)),
+            self._groups,
+            (self._sentinels, len(leaves(self._structure))),
+            self._buffer,
+            self._optimizers,
+            self._gradients,
+            self._failed,
+            done=self._done,
+            scaler=self._scaler,
+            replicas=self._replicas,
+        )
         self._hooks.attach()
         self._handles = [*self._gradients.attach(), *self._optimizer_watch.attach()]
+        self._handles += self._checks.attach(self._compiled)
 
     def close(self, reason: str = "done") -> None:
         """Judge the remaining steps, remove every hook and close the record. A second call does nothing."""
@@ -176,6 +193,7 @@ class Watch:
         self.history.passes = max(self.history.passes, self._gradients.passes)
         self._rates.append(self._optimizer_watch.rate())
         safely(self._optimizer_watch.see_weights, self._failed)
+        safely(self._checks.end_step, self._failed)
         safely(lambda: self._buffer.end_row(value), self._failed)
         if self._buffer.sampling or self._buffer.full:
             self._flush(self._buffer.sampling)
@@ -199,19 +217,25 @@ class Watch:
         buffer = self._buffer
         extra, names = self._measure() if sampled else ([], [])
         cells, rows, numbers = buffer.take(extra, sampled)
-        steps = [step_of(row, self._first + at, self._rates[at]) for at, row in enumerate(rows)]
+        checks = self._checks.of_steps(rows)
+        steps = [step_of(row, self._first + at, self._rates[at], checks[at]) for at, row in enumerate(rows)]
         self.history.steps.extend(steps)
         for at, row in enumerate(rows):
             if self.history.nonfinite is None:
                 self._look_for_nonfinite(row, self._first + at)
         self._write_steps(steps, rows)
         if sampled:
-            self.history.placement = self._hooks.placements.verdict(len(self._structure.blocks))
+            blocks = len(self._structure.blocks)
+            self.history.placement, self.history.placement_reason = self._hooks.placements.verdict(blocks)
+            if self._hooks.padding.used or any(cells["zero_rows"]):
+                self.history.padding = MASK if self._hooks.padding.used else ZERO_ROWS
             self.history.dtype = None if self._hooks.dtype is None else str(self._hooks.dtype).removeprefix("torch.")
         alarms = list(self._judge.judge_steps(self.history, steps))
         if sampled:
             values = dict(zip(names, numbers, strict=True))
-            sample = self._with_decay(self._builder.build(self._done, cells, rows[-1], self._gains(values), values))
+            checked = self._checks.of_sample(self._done, rows[-1], values)
+            sample = self._builder.build(self._done, cells, rows[-1], self._gains(values), values)
+            sample = replace(self._with_decay(sample), checks=checked)
             self._write_sample(sample, steps[-1])
             alarms += self._judge.judge_sample(self.history)
         self._report_alarms(alarms)
@@ -221,7 +245,7 @@ class Watch:
         """Return a sample's statistics of parameters and optimizers: tensors, and their names."""
         found = dict(zip(GAIN_SIGNALS, measure_gains(self._structure.norms, self._buffer.device), strict=True))
         found["weight_rms"] = measure_matrices(self._parameters, self._buffer.device)
-        found |= self._optimizer_watch.take()
+        found |= self._optimizer_watch.take() | self._checks.measure()
         return list(found.values()), list(found)
 
     def _gains(self, values: dict[str, list[float]]) -> dict[str, list[float | None]]:
@@ -289,6 +313,7 @@ class Watch:
             reasons = not_seen(sample, self.history.facts, bool(self._optimizers))
             self._append(
                 {"kind": "seen", "step": sample.step, "placement": self.history.placement, "dtype": self.history.dtype}
+                | {"placement_reason": self.history.placement_reason, "padding": self.history.padding}
                 | {"not_seen": reasons}
             )
         signals = {name: short(values) for name, values in sample.signals.items()}
@@ -368,6 +393,8 @@ class Watch:
             groups=tuple(structure.groups),
             attentions=tuple(block.attention for block in structure.blocks),
             feed_forwards=tuple(block.feed_forward for block in structure.blocks),
+            routers=tuple(block.router[0] if block.router else None for block in structure.blocks),
+            chains=tuple(tuple(chain) for chain in structure.chains),
             optimizer=type(self._optimizers[0]).__name__ if self._optimizers else None,
             adam_eps=adam_eps(self._optimizers),
             every=self._every,

@@ -181,7 +181,7 @@ class OptimizerWatch:
         self, places: Sequence[int], gradients: list[Tensor], moments: Sequence[Tensor], eps: float
     ) -> None:
         device = self._buffer.device
-        roots = torch.tensor([g.numel() ** 0.5 for g in gradients]).to(device)
+        roots = torch.tensor([g.numel() ** 0.5 for g in gradients], dtype=torch.float32).to(device)
         # √v̂ is clamped to ε instead of v̂ to ε², because ε² may underflow.
         floors = list(torch._foreach_sqrt(list(moments)))
         torch._foreach_clamp_min_(floors, eps)
