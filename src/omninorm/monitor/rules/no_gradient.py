@@ -1,7 +1,7 @@
 """no-gradient: modules that run get no gradient, or none arrives at all.
 
 Signals: after each backward pass, the trainable parameters of the optimizer whose `grad` is None, as modules: see
-`omninorm.monitor.checks.missing`. There is no threshold, only a persistence [ours]:
+`omninorm.monitor.checks.missing`. There is no threshold. Persistence [ours]:
 - no parameter has a gradient in 3 steps: a "fail", or a warning if no optimizer is known;
 - blocks, the attention or feed-forward of a block, or half of a model without blocks: 2 steps, a "fail";
 - the last blocks of a stack, one of several stacks, or a module before the blocks: 5 steps, a warning, because their
