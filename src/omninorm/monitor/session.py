@@ -145,6 +145,7 @@ class Watch:
             self._optimizers,
             self._gradients,
             self._failed,
+            every=self._every,
             done=self._done,
             scaler=self._scaler,
             replicas=self._replicas,

@@ -207,11 +207,21 @@ def batches(*values: float | None) -> list[str]:
     return severities(IdenticalBatches, [replace(GOOD, batch=value) for value in values])
 
 
-def test_equal_batches_count_if_some_are_consecutive() -> None:
-    assert batches(7, 7, 7, 7, 7, 8) == [*"----", "w", "-"]
-    assert set(batches(*[7, None] * 9)) == {"-"}
-    assert set(batches(*[7, 7, 7, 7, 8] * 3)) == {"-"}
-    assert batches(7, None, 7, 7, None, None, 7, None, 7) == [*"--------", "w"]
+def test_batches_that_are_equal_or_repeated_are_reported() -> None:
+    assert batches(7, None, 7, None, None, 7, None, 7, None, 7) == [*"---------", "w"]
+    assert batches(7, None, 7, None, 7, None, 7, None, 8, None, 7) == ["-"] * 11
+    assert batches(*[7, 8] * 5, 9) == [*"---------", "w", "-"]
+    assert batches(*[7, 8, 9] * 6) == ["-"] * 18
+    repeated = [7, 7, None, 8, 9, None, 1, 1, None, 2, 3, None, 4, 4]
+    assert batches(*repeated) == ["-"] * 13 + ["w"]  # 3 of 5 pairs
+    assert batches(*repeated[:-1], 5) == ["-"] * 14
+
+
+def test_gradients_that_the_optimizer_does_not_see_are_reported() -> None:
+    emptied = replace(GOOD, emptied=True)
+    assert severities(NoGradientRule, [emptied, GOOD, emptied, emptied]) == [*"---", "f"]
+    assert severities(NoGradientRule, [GOOD] * 2, SampleChecks(norms=(3.0, 0.0))) == ["-", "f"]
+    assert severities(NoGradientRule, [GOOD] * 2, SampleChecks(norms=(3.0, 1e-9))) == ["-", "-"]
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
@@ -256,7 +266,15 @@ CASES: dict[str, tuple[Rule, list[StepChecks], SampleChecks | None, list[float],
     "gradient-clipped": (
         GradientClipped(), [GOOD] * 40, SampleChecks(norms=(5.0, 0.01)), [0.2, 5, 0.01], [5, 1e-8],
     ),
+    "no-gradient, cleared": (NoGradientRule(), [replace(GOOD, emptied=True)] * 4, None, [4], []),
+    "no-gradient, set to 0": (NoGradientRule(), [GOOD] * 20, SampleChecks(norms=(1.0, 0.0)), [0], []),
     "identical-batches": (IdenticalBatches(), [GOOD, *[replace(GOOD, batch=3.0)] * 5], None, [5, 2, 6], []),
+    "identical-batches, two": (
+        IdenticalBatches(), [replace(GOOD, batch=float(at % 2)) for at in range(10)], None, [10, 1, 10], [],
+    ),
+    "identical-batches, repeated": (
+        IdenticalBatches(), [replace(GOOD, batch=float(at // 4)) for at in range(8)], None, [6, 7, 8], [],
+    ),
 }  # fmt: skip
 
 
