@@ -2,10 +2,10 @@
 
 Signal: a checksum of the model's input tensors in each sampled step, in the step after it, and in a third one whose
 distance changes with every sample, so that a data set which repeats after as many batches as there are steps between
-samples is not mistaken for one batch. Checksums are compared exactly. Persistence [ours]: 5 in a row are equal; 10 in a row
-are those of two batches; or in 3 of 4 to 8 pairs of consecutive steps, and in half of these pairs or more, both steps
-had the same batch. It is a warning: training on one or two batches is a common test of a training
-loop, and some methods use every batch several times.
+samples is not mistaken for one batch. Checksums are compared exactly. Persistence [ours]: 5 in a row are equal; 10 in a
+row are those of two batches; or in 3 of 4 to 8 pairs of consecutive steps, and in half of these pairs or more, both
+steps had the same batch. It is a warning: training on one or two batches is a common test of a training loop, and some
+methods use every batch several times.
 """
 
 from __future__ import annotations
