@@ -22,6 +22,15 @@ def step_of(row: Row, step: int, rate: float | None, checks: StepChecks | None =
     return Step(step, math.nan if row.loss is None else row.loss, total, math.nan if rate is None else rate, checks)
 
 
+def typical_width(structure: Structure) -> float | None:
+    """Return the median of the smaller sides of the matrices in the blocks, or of all matrices without blocks."""
+    blocks = {block.name for block in structure.blocks}
+    groups = [tensors for name, tensors in structure.groups.items() if name in blocks or not blocks]
+    matrices = [tensor for tensors in groups for _, tensor in tensors if tensor.ndim >= 2 and tensor.numel() > 0]
+    sides = [min(tensor.shape[0], tensor.numel() // tensor.shape[0]) for tensor in matrices]
+    return float(statistics.median_low(sides)) if sides else None
+
+
 def has_gradients(row: Row) -> bool:
     """Return whether a backward pass reached a parameter in this step."""
     return any(norm != UNSEEN for norm in row.gradients)
@@ -150,6 +159,13 @@ class SampleBuilder:
                 worst[name] = [self._worst(places, decisive, choice) for places in self._places.values()]
         seen = {name: values for name, values in signals.items() if any(value is not None for value in values)}
         return Sample(step, seen, worst)
+
+    def decay(self, shares: Mapping[int, float]) -> list[float | None]:
+        """Return the largest learning rate × weight decay of each group's matrices, given those of the parameters."""
+        matrices = {at: share for at, share in shares.items() if at in self._matrices}
+        return [
+            max((matrices[at] for at in places if at in matrices), default=None) for places in self._places.values()
+        ]
 
     def _decisive(self, name: str, values: Sequence[float]) -> Sequence[float]:
         """Return the values to choose the worst from. For Adam's ε only the matrices of a group count, if it has any:

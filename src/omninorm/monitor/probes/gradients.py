@@ -46,6 +46,7 @@ class Gradients:
         self._buffer, self._parameters, self._failed = buffer, parameters, failed
         self._pending: weakref.ref[Pending] | None = None
         self.measured = False
+        self.passes = 0  # backward passes in this step
         self._places: tuple[list[int], Tensor] | None = None
         self.first: list[nn.Parameter] = []  # those whose hooks detect a backward pass
         self.without: frozenset[int] = frozenset()  # parameters without a gradient at the last measurement
@@ -73,6 +74,7 @@ class Gradients:
             pending = Pending()
             self._pending = weakref.ref(pending)
             safely(self.on_begin, self._failed)
+            self.passes += 1
             # Queued twice, because DistributedDataParallel writes the averaged gradients in a callback as well.
             _at_the_end(lambda: _at_the_end(lambda: self._measure(pending)))
 
@@ -113,6 +115,7 @@ class Gradients:
         """Reset for a new step."""
         self._pending = None
         self.measured = False
+        self.passes = 0
 
     def before_step(self) -> None:
         """Measure before an optimizer step if no hook has fired; the gradients may be clipped already."""

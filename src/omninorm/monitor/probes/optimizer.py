@@ -204,6 +204,20 @@ def rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return [float(rate) for rate in found if rate is not None and (isinstance(rate, (int, float)) or _is_on_host(rate))]
 
 
+def decays(parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, float]:
+    """Return learning rate × weight decay of the parameters, by place, where it can be read without synchronizing."""
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    found: dict[int, float] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate, decay = group.get("lr"), group.get("weight_decay", 0.0)
+            if rate is None or not all(isinstance(x, (int, float)) or _is_on_host(x) for x in (rate, decay)):
+                continue
+            share = float(rate) * float(decay)
+            found |= {places[id(p)]: share for p in group["params"] if id(p) in places}
+    return found
+
+
 def _is_on_host(rate: object) -> bool:
     return isinstance(rate, Tensor) and rate.device.type == "cpu" and rate.numel() == 1
 
