@@ -22,6 +22,7 @@ from omninorm.monitor.rules.numbers import Streaks, values_of
 SIGNAL = "adam_eps_ratio"
 WARN, FAIL = 10.0, 1.0
 FAIL_SHARE = 0.5
+CLIPPED = 1e-3  # gradients this far below ε suggest another cause as well
 SAMPLES, STEPS = 3, 10
 WARN_SAMPLES, WARN_STEPS = 5, 100
 
@@ -71,5 +72,7 @@ class AdamEps(Rule):
         )
         target = "1e-15" if eps is None else f"{max(eps * value / 100, 1e-15):.0e}"
         remedy = f"Set ε to {target} or less. At present ε, not the learning rate, determines the size of the updates."
+        if value < CLIPPED:
+            remedy += " Check first that gradients are not clipped or scaled to almost nothing."
         layer = self._named.setdefault(failed, tensor)  # which tensor is the worst changes from sample to sample
         return self.alarm(sample.step, "fail" if failed else "warn", layer, evidence, remedy)

@@ -2,8 +2,8 @@
 
 Signal: the largest logit, max |q·k|/√d_head. Threshold: 1e3 is a warning, 1e4 a "fail": every run of Wortsman et al.
 that passed 1e4 diverged. A softmax is one-hot long before that, so growth counts as well [ours]: above 100, a 3-fold
-increase over 3 or more consecutive rises, counted from 20 on, is a warning; growth that would reach 1e4 within as many further samples is a
-"fail". Persistence: 2 samples.
+increase over 3 or more consecutive rises, counted from 20 on, is a warning; growth that would reach 1e4 within as many
+further samples is a "fail". Persistence: 2 samples.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class AttentionLogits(Rule):
         evidence = f"Attention logits too large: the largest in {block} is {value:.3g}"
         growth = self._growth(history, index, value)
         if growth > GROWTH:
-            evidence += f", {factor(growth)} times its lowest value in the last {SAMPLES} samples and still rising"
+            evidence += (
+                f", at least {factor(growth)} times its lowest value in the last {SAMPLES} samples and still rising"
+            )
         evidence += ". The softmax saturates on single tokens and its gradient vanishes."
         remedy = "Use qk-norm, or weight decay and a lower learning rate for the query and key projections."
         return self.alarm(sample.step, "fail" if failed else "warn", block, evidence, remedy)

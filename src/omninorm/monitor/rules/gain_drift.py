@@ -46,7 +46,8 @@ class GainDrift(Rule):
             grown = ratio is not None and first is not None and ratio > max(RATIO, DRIFT * first)
             if self._lasts(("ratio", index), grown, sample.step) and ratio and first:
                 drifted.append((ratio, self._explain_ratio(norm.name, ratio, first, sample.step)))
-            silenced = silent is not None and silent > SILENT >= self._first_silent.setdefault(index, silent)
+            at_first = None if silent is None else self._first_silent.setdefault(index, silent)
+            silenced = silent is not None and at_first is not None and silent > SILENT >= at_first
             if self._lasts(("silent", index), silenced, sample.step) and silent:
                 decay = _at(list(sample.gain_decay), index)
                 drifted.append((silent, self._explain_silent(norm.name, silent, decay, sample.step)))

@@ -1,10 +1,10 @@
 """loss-spike: one step's loss is far above those of up to 128 steps before it.
 
-Signal: the loss. Threshold: more than 6σ and more than 20 % above the mean. Persistence: none; it is a warning.
-Source: 6σ over 128 steps is OLMo-core's limit. Alone it fires 15 times in the 19,560 steps of a healthy GPT-2 124M, on
-single batches with harder text, at most 10 % above the mean loss. With the 20 % [ours] it never fires there. The batch
-(or a single update) is reported as the cause only if no other cause is known: not if the learning rate rose 2-fold within 6 steps, if the
-newest sample's updates were above 5 % of the weights, or if an earlier gradient norm was unusual.
+Signal: the loss. Threshold: more than 6σ and more than 20 % above the mean. Persistence: none; it is a warning. Source:
+6σ over 128 steps is OLMo-core's limit. Alone it fires 15 times in the 19,560 steps of a healthy GPT-2 124M, on single
+batches with harder text, at most 10 % above the mean loss. With the 20 % [ours] it never fires there. The batch (or a
+single update) is reported as the cause only if no other cause is known: not if the learning rate rose 2-fold within 6
+steps, if the newest sample's updates were above 5 % of the weights, or if an earlier gradient norm was unusual.
 """
 
 from __future__ import annotations
