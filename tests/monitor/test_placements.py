@@ -230,6 +230,8 @@ def test_functions_are_restored() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["pre", "sandwich", "reordered", "F.rms_norm"])
 def test_compiled_model_has_the_same_placement(name: str) -> None:
     torch.compiler.reset()
