@@ -61,6 +61,7 @@ def watch(
     scaler: Any = None,
     sinks: Sequence[Sink] = (),
     rules: Sequence[Rule] | None = None,
+    replicas: bool = True,
 ) -> Watch:
     """Monitor a training run and report which layer goes wrong, why, and what to try.
 
@@ -78,6 +79,8 @@ def watch(
         scaler: the torch.amp.GradScaler, if one scales the loss.
         sinks: further loggers, such as `TensorBoard(writer)`; see `omninorm.monitor.sinks`.
         rules: the alarm rules; None means `default_rules()`.
+        replicas: whether the processes of a distributed run should hold equal weights, except for sharded parameters.
+            False if they differ on purpose, as between the averages of local SGD or in independent runs.
 
     Raises:
         ConfigError: an argument has the wrong type, or the model is already being watched.
@@ -99,4 +102,4 @@ def watch(
     """
     from omninorm.monitor.session import Watch
 
-    return Watch(model, optimizer, every, folder, step=step, scaler=scaler, sinks=sinks, rules=rules)
+    return Watch(model, optimizer, every, folder, step=step, scaler=scaler, sinks=sinks, rules=rules, replicas=replicas)

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from omninorm.monitor.checks.facts import SampleChecks, StepChecks
+
 STEPS_KEPT = 4096
 SAMPLES_KEPT = 512
 
@@ -40,6 +42,7 @@ class Facts:
         optimizer: class of the (first) optimizer, or None.
         adam_eps: its ε, if it is a variant of Adam.
         every: steps between samples.
+        width: the width of the blocks: the median of the smaller sides of their matrices, or None.
     """
 
     model: str = ""
@@ -54,16 +57,19 @@ class Facts:
     optimizer: str | None = None
     adam_eps: float | None = None
     every: int = 1
+    width: float | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step, counted from 1. Unknown values are NaN, such as the loss if none was passed."""
+    """A step, counted from 1. Unknown values are NaN, such as the loss if none was passed. `checks` holds what is known
+    exactly about it."""
 
     step: int
     loss: float
     grad_norm: float
     lr: float
+    checks: StepChecks | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,26 @@ class Sample:
 
     A signal of axis "run" is a list of one number; the others have one number per block, norm or group of the Facts, in
     that order, or None. A signal that was not measured is not in the dictionary.
-    `worst` names each group's worst tensor for "adam_ratio" and "adam_eps_ratio".
+    `worst` names each group's worst tensor for "adam_ratio" and "adam_eps_ratio". `decay` is learning rate × weight
+    decay of the optimizer, the share that decoupled weight decay removes per step: the largest of each group's
+    matrices. `gain_decay` is the same for the gain of each norm. Both are empty if no optimizer is known.
     """
 
     step: int
     signals: dict[str, Sequence[float | None]]
     worst: dict[str, Sequence[str | None]] = field(default_factory=dict)
+    checks: SampleChecks = field(default_factory=SampleChecks)
+    decay: Sequence[float | None] = ()
+    gain_decay: Sequence[float | None] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A held-out loss that was passed to `Watch.log_eval`, after `step` steps."""
+
+    step: int
+    name: str
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -116,3 +136,6 @@ class History:
     dtype: str | None = None
     """The dtype of the residual stream, such as "float16", measured at the first sample."""
     nonfinite: NonFinite | None = None
+    evaluations: deque[Evaluation] = field(default_factory=lambda: deque(maxlen=SAMPLES_KEPT))
+    passes: int = 1
+    """The largest number of backward passes in one step: more than 1 with gradient accumulation."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
@@ -22,6 +23,7 @@ from omninorm.report.verdict import Verdict, judge
 
 _SCRIPTS = ("base.js", "figure.js", "map.js", "line.js", "alarms.js", "tables.js", "main.js")
 _POLICY = "default-src 'none'; script-src {script}; style-src {style}; base-uri 'none'; form-action 'none'"
+_TEMPORARY = r"tmp[a-z0-9_]{8}"  # the names that tempfile gives
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 _MARKS = {"failing": "▲", "warnings": "○", "healthy": "✓", "quiet": "–", "unjudged": "–"}
 
@@ -99,7 +101,7 @@ def _data(story: RunStory, verdict: Verdict, figures: Sequence[panels.Panel]) ->
     alarms = tables.shown_alarms(story)
     return {
         # An evaluation may come before the first step.
-        "first": min([story.first_step, *story.evals.steps[:1]]),
+        "first": min([story.first_step, *(s.steps[0] for s in (story.evals, *story.evaluations.values()) if s.steps)]),
         "last": story.last_step,
         "steps": [column.step for column in story.columns],
         "axes": {axis: [plain(name, 120) for name in names] for axis, names in axes.items()},
@@ -170,6 +172,9 @@ def _no_alarm(story: RunStory) -> str:
 
 def _name(story: RunStory) -> str:
     source = story.source if story.source.suffix != ".jsonl" else story.source.parent
+    # A watch without a folder writes its events to a temporary one for its page, whose name means nothing to a reader.
+    if source.parent == Path(tempfile.gettempdir()) and re.fullmatch(_TEMPORARY, source.name):
+        return f"Run of {story.watched.model}" if story.watched and story.watched.model else "Run"
     return source.name or source.resolve().name
 
 

@@ -10,7 +10,7 @@ from omninorm.record.signals import SIGNALS
 from omninorm.report.facts import loss_unit
 from omninorm.report.packing import curve, pack
 from omninorm.report.story import RunStory, Series, Values
-from omninorm.report.text import escape, plural, short
+from omninorm.report.text import escape, plain, plural, short
 
 _AXIS_NAMES = {"block": "block", "norm": "norm", "group": "group"}
 # The signals of each section, in the order of the page.
@@ -55,7 +55,12 @@ def training_panels(story: RunStory) -> list[Panel]:
         )
         for name, (title, formula, log) in _CURVES.items()
     ]
-    reason = "No evaluation data."
+    for number, (name, series) in enumerate(story.evaluations.items()):
+        title = f"Evaluation: {plain(name, 80)}"
+        panels.append(_line(f"evaluation-{number}", title, "held-out loss", series, False, ""))
+    if story.evaluations and not story.evals.steps:
+        return panels
+    reason = "No evaluation data. Pass held-out losses to w.log_eval(loss)."
     return [*panels, _line("eval", "Evaluation", "bits per byte of held-out text", story.evals, False, reason)]
 
 

@@ -57,6 +57,7 @@ def read_run(path: str | Path) -> RunStory:
         not_seen={name: text(reason) for name, reason in mapping(scan.seen.get("not_seen")).items()},
         series={name: _series(values) for name, values in scan.series.items()},
         evals=_series(scan.evals),
+        evaluations={name: _series(values) for name, values in scan.evaluations.items()},
         columns=columns,
         samples=len(steps) - lost,
         worst=worst,

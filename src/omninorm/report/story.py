@@ -111,6 +111,7 @@ class RunStory:
         not_seen: reasons for missing signals, by signal.
         series: all steps of "loss", "grad_norm" and "lr".
         evals: bits per byte by step.
+        evaluations: the losses passed to `Watch.log_eval`, by name.
         columns: the samples that were read, by step.
         samples: the number of samples in the record.
         worst: each group's worst tensor in the latest sample, by signal.
@@ -127,6 +128,7 @@ class RunStory:
     not_seen: Mapping[str, str] = field(default_factory=dict)
     series: Mapping[str, Series] = field(default_factory=dict)
     evals: Series = field(default_factory=lambda: Series([], []))
+    evaluations: Mapping[str, Series] = field(default_factory=dict)
     columns: Sequence[Column] = ()
     samples: int = 0
     worst: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
@@ -140,7 +142,11 @@ class RunStory:
     @property
     def last_step(self) -> int:
         """The last step for which anything was recorded; 0 if nothing was."""
-        known = [series.steps[-1] for series in (*self.series.values(), self.evals) if series.steps]
+        known = [
+            series.steps[-1]
+            for series in (*self.series.values(), self.evals, *self.evaluations.values())
+            if series.steps
+        ]
         known += [self.ending.step or 0, self.columns[-1].step if self.columns else 0]
         return max([*known, *(alarm.step for alarm in self.alarms), *(bad.step for bad in self.bad)])
 

@@ -18,9 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from omninorm.monitor.hooks.blocks import BlockHooks
 from omninorm.monitor.hooks.compiled import CompiledProbe
+from omninorm.monitor.hooks.hook import Hook, QuietHook
 from omninorm.monitor.hooks.intercept import Listener, listening
 from omninorm.monitor.hooks.norms import NormHooks
-from omninorm.monitor.hooks.running import Hook, QuietHook, Running
+from omninorm.monitor.hooks.running import Running
 from omninorm.monitor.hooks.training_pass import Gate, in_backward, safely
 from omninorm.monitor.model_map.parts import Block
 from omninorm.monitor.model_map.placement import Placements
@@ -172,7 +173,7 @@ class Hooks:
     ) -> None:
         # The operator takes only tensors: the scale is a tensor on the host, and its length encodes causality.
         with torch.no_grad():
-            constants = torch.full((2 if causal else 1,), UNKNOWN if scale is None else scale)
+            constants = torch.full((2 if causal else 1,), UNKNOWN if scale is None else scale, dtype=torch.float64)
         site.put([q, k, constants, *([] if mask is None else [mask])])
 
     def _running_attention(self) -> AttentionProbe | None:
@@ -196,9 +197,9 @@ class Hooks:
     ) -> None:
         """Register a hook before and one after a module's forward."""
         if before is not None:
-            self._handles.append(module.register_forward_pre_hook(Hook(before), with_kwargs=with_kwargs))
+            self._handles.append(module.register_forward_pre_hook(Hook(before, module), with_kwargs=with_kwargs))
         if after is not None:
-            self._handles.append(module.register_forward_hook(Hook(after), with_kwargs=with_kwargs))
+            self._handles.append(module.register_forward_hook(Hook(after, module), with_kwargs=with_kwargs))
 
     # The hooks --------------------------------------------------------------------------------------------------------
 
@@ -232,8 +233,8 @@ class Hooks:
         root = self._structure.model
         if self._compiled:
             # A compiled model calls its own hooks outside its graph, and each would become a separate graph.
-            self._handles.append(root.register_forward_pre_hook(QuietHook(before), with_kwargs=True))
-            self._handles.append(root.register_forward_hook(QuietHook(after), with_kwargs=True))
+            self._handles.append(root.register_forward_pre_hook(QuietHook(before, root), with_kwargs=True))
+            self._handles.append(root.register_forward_hook(QuietHook(after, root), with_kwargs=True))
             return
         self.register(root, before, after, with_kwargs=True)
 
@@ -288,5 +289,7 @@ class Hooks:
 
     def safely(self, measure: Callable[[], None]) -> None:
         """Measure without a graph. A monitoring error is reported once and does not reach the training."""
+        if is_compiling():  # compiled autograd traces the gradients' hooks
+            return
         with torch._C.DisableTorchFunction():
             safely(measure, self._failed)

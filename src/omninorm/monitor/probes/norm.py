@@ -119,7 +119,7 @@ class NormProbe:
         big = gradients.sum(dim=0).square().sum()
         self.buffer.add_gradient("noise_small", self.index, small)
         self.buffer.add_gradient("noise_big", self.index, big)
-        self.buffer.add("examples", self.index, torch.tensor(float(count)))
+        self.buffer.add("examples", self.index, torch.tensor(float(count), dtype=torch.float32))
 
     def see_output(self, dy: Tensor, y: Tensor) -> None:
         """Measure the output's gradient dy and the output y, both (examples, …, d). x̂ is (y − β)/γ where γ is not 0."""
