@@ -14,7 +14,9 @@ from omninorm.report.verdict import describe_end
 _PLACEMENTS = {
     "pre": "pre-norm (measured)",
     "post": "post-norm (measured)",
-    "both": "before and after each branch (measured)",
+    "both": "before each branch and after each sum (measured)",
+    "sandwich": "sandwich: before and after each branch (measured)",
+    "reordered": "reordered: after each branch (measured)",
     "none": "no norms in the blocks",
 }
 _UNKNOWN = "not recorded"
