@@ -73,6 +73,14 @@ def test_the_train_help_shows_the_defaults_without_parentheses(command, monkeypa
     assert "normformer" in out
 
 
+def test_the_help_shows_no_type_for_flags_and_one_for_each_of_several_values(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    for name in COMMAND_NAMES:
+        assert "bool" not in command(name, "--help").out
+    assert "bool" not in command("--help").out
+    assert "--betas                    <float> <float>" in command("train", "--help").out
+
+
 def test_the_choices_and_defaults_of_train_are_those_of_the_library():
     from omninorm.cli import train
     from omninorm.experiments import Plan, processes, settings, tokenizer

@@ -103,6 +103,16 @@ def test_bad_records_are_refused_in_one_sentence(command, tmp_path, content, par
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_page_with_another_suffix_is_refused(command, run, tmp_path):
+    for name in ("a.pdf", "a.md", "a"):
+        outcome = command("report", run, "--out", tmp_path / name)
+        assert outcome.code == 2
+        assert outcome.err.count("\n") == 1
+        assert f"must end in .html, got {tmp_path / name}" in outcome.err
+        assert f"--out {tmp_path / 'a.html'}" in outcome.err
+        assert not (tmp_path / name).exists()
+
+
 def test_output_that_cannot_be_written_is_refused_in_one_sentence(command, run, tmp_path):
     for out in (tmp_path, tmp_path / "nowhere" / "page.html", run / "record.jsonl"):
         outcome = command("report", run, "--out", out)

@@ -151,7 +151,7 @@ def test_steps_extend_a_run(command, request, state):
     ("options", "flag", "theirs", "given"),
     [
         (["--lr", "0.5"], "--lr", "0.003", "--lr 0.5"),
-        (["--steps", "1"], "steps", " steps", "steps=1"),
+        (["--steps", "1"], "--steps", " steps", "--steps 1"),
         (["--steps", "9", "--lr", "0.5"], "--lr", "0.003", "--lr 0.5"),
         (["--norm", "layernorm"], "--norm", "rmsnorm", "--norm layernorm"),
         (["--seq-len", "8"], "--seq-len", "16", "--seq-len 8"),
@@ -159,9 +159,9 @@ def test_steps_extend_a_run(command, request, state):
         (["--tokenizer", "bpe"], "--tokenizer", "byte", "--tokenizer bpe"),
         (["--threads", "2"], "--threads", "1", "--threads 2"),
         (["--out", "elsewhere"], "--out", "finished", "--out elsewhere"),
-        (["--untied-head"], "--untied-head", "tied_head is True", ""),
-        (["--no-grad-clip"], "--no-grad-clip", "1.0", ""),
-        (["--no-watch"], "--no-watch", "10", ""),
+        (["--untied-head"], "--untied-head", "which has --tied-head", ""),
+        (["--no-grad-clip"], "--no-grad-clip", "--grad-clip 1.0", ""),
+        (["--no-watch"], "--no-watch", "--watch-every 10", ""),
     ],
 )
 def test_an_option_that_conflicts_with_the_resumed_run_is_refused(

@@ -113,6 +113,17 @@ def test_converted_folder_gives_the_same_logits_and_is_undone_bit_for_bit(
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == sorted(before)
 
 
+@pytest.mark.parametrize("operation", ["fold", "center"])
+def test_a_norm_whose_reader_has_no_bias_is_refused_with_the_names_of_both(
+    save: Any, tmp_path: Path, operation: str
+) -> None:
+    save(tmp_path / "in", "gpt2")
+    refused = convert(tmp_path / "in", None, operation).refused
+    assert refused["transformer.ln_f"] == (
+        "its β is not zero, and lm_head, which consumes its output, has no bias to take it"
+    )
+
+
 def test_sharded_bfloat16_model_is_converted_and_undone(save: Any, tmp_path: Path) -> None:
     save(tmp_path / "in", "llama", torch.bfloat16, shards="20KB")
     assert (tmp_path / "in" / "model.safetensors.index.json").exists()
@@ -298,7 +309,9 @@ def test_existing_target_and_full_disk_leave_nothing(
 
 def test_model_without_such_norms_and_unknown_operation_are_refused(save: Any, tmp_path: Path) -> None:
     save(tmp_path / "in", "llama")
-    with pytest.raises(RunError, match="Nothing to center"):
+    with pytest.raises(
+        RunError, match=r"Nothing to center.*it has no LayerNorm, and only a LayerNorm subtracts a mean"
+    ):
         convert(tmp_path / "in", tmp_path / "out", "center")
     with pytest.raises(ConfigError, match="got 'melt'"):
         convert(tmp_path / "in", tmp_path / "out", "melt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from omninorm.cli.compare_cards import show_cards
 from omninorm.cli.console import console
 from omninorm.cli.harmless import harmless
+from omninorm.errors import ConfigError
 from omninorm.report import RunStory, Verdict, judge, read_run, write_page
 
 TIMINGS_FILE = "timings.json"  # present in the folder of a comparison
@@ -28,7 +30,13 @@ def report(
     For a comparison's folder, write the page of its results; with --out FILE.md, as Markdown with the figures next to
     it.
     """
-    if (run / TIMINGS_FILE).exists():
+    is_comparison = (run / TIMINGS_FILE).exists()
+    suffixes = (".html", ".md") if is_comparison else (".html",)
+    if out is not None and out.suffix not in suffixes:
+        kind = "comparison" if is_comparison else "run"
+        remedy = f"write for example --out {shlex.quote(str(out.with_suffix('.html')))}" if out.name else ""
+        raise ConfigError(f"The page of a {kind} must end in {' or '.join(suffixes)}", str(out), remedy)
+    if is_comparison:
         _comparison(run, out or run / "report.html", as_json)
         return
     story = read_run(run)

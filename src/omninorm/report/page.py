@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
@@ -22,6 +23,7 @@ from omninorm.report.verdict import Verdict, judge
 
 _SCRIPTS = ("base.js", "figure.js", "map.js", "line.js", "alarms.js", "tables.js", "main.js")
 _POLICY = "default-src 'none'; script-src {script}; style-src {style}; base-uri 'none'; form-action 'none'"
+_TEMPORARY = r"tmp[a-z0-9_]{8}"  # the names that tempfile gives
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 _MARKS = {"failing": "▲", "warnings": "○", "healthy": "✓", "quiet": "–", "unjudged": "–"}
 
@@ -170,6 +172,9 @@ def _no_alarm(story: RunStory) -> str:
 
 def _name(story: RunStory) -> str:
     source = story.source if story.source.suffix != ".jsonl" else story.source.parent
+    # A watch without a folder writes its events to a temporary one for its page, whose name means nothing to a reader.
+    if source.parent == Path(tempfile.gettempdir()) and re.fullmatch(_TEMPORARY, source.name):
+        return f"Run of {story.watched.model}" if story.watched and story.watched.model else "Run"
     return source.name or source.resolve().name
 
 

@@ -101,11 +101,12 @@ def _fold_biases(
             done.refused.pop(name, None)
             plans.pop(name, None)
         elif name not in plans:
-            done.refused[name] = f"its bias cannot be folded: {done.refused.get(name, 'nothing consumes its output')}"
+            reason = done.refused.get(name, "no linear layer consumes its output directly")
+            done.refused[name] = reason if reason.startswith("its β") else f"its β cannot be folded: {reason}"
 
     accepted, rejected = settle_folds(before, {name: plans[name] for name in norms if name in plans})
     for name in rejected:
-        done.refused[name] = "its bias cannot be folded: something besides linear layers consumes its output"
+        done.refused[name] = "its β cannot be folded: something besides linear layers consumes its output"
     for name in accepted:
         if model is not None:
             fold(model, name, plans[name], done, before.model)

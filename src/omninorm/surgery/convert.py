@@ -42,6 +42,11 @@ from omninorm.surgery.writer import Writer, pieces, size
 _LARGEST_IMAGE, _MOST_CHANNELS = 2048, 64
 
 OPERATIONS = ("swap", "fold", "center")
+_NOTHING = {
+    "swap": "it has no norms that omninorm can replace",
+    "fold": "it has no norms with a γ or β that can be folded",
+    "center": "it has no LayerNorm, and only a LayerNorm subtracts a mean",
+}
 PROOF_FILE, DELTA_FILE = "surgery.json", "surgery_delta.safetensors"
 FORMAT = 2
 
@@ -100,7 +105,7 @@ def convert(
     probes = _probes(opened)
     report, error, before = _operate(opened, operation, probes)
     if not report.changed:
-        name, why = next(iter(report.refused.items()), (type(opened.model).__name__, f"it has no norms to {operation}"))
+        name, why = next(iter(report.refused.items()), (type(opened.model).__name__, _NOTHING[operation]))
         problem = f"Nothing to {operation} in {source}: {name:.80}: {why}"
         raise RunError(problem, "", "docs/surgery.md lists the models that can be converted")
     _check_finite(error)
