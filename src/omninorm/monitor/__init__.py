@@ -6,7 +6,7 @@ Submodules are imported on first use, so that importing omninorm stays fast.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,8 @@ def watch(
     scaler: Any = None,
     sinks: Sequence[Sink] = (),
     rules: Sequence[Rule] | None = None,
+    config: Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> Watch:
     """Monitor a training run and report which layer goes wrong, why, and what to try.
 
@@ -78,6 +80,8 @@ def watch(
         scaler: the torch.amp.GradScaler, if one scales the loss.
         sinks: further loggers, such as `TensorBoard(writer)`; see `omninorm.monitor.sinks`.
         rules: the alarm rules; None means `default_rules()`.
+        config: facts about the run for the report page, such as batch size, seed, commit and device.
+        name: the title of the report page; None means the name of the folder.
 
     Raises:
         ConfigError: an argument has the wrong type, or the model is already being watched.
@@ -99,4 +103,6 @@ def watch(
     """
     from omninorm.monitor.session import Watch
 
-    return Watch(model, optimizer, every, folder, step=step, scaler=scaler, sinks=sinks, rules=rules)
+    return Watch(
+        model, optimizer, every, folder, step=step, scaler=scaler, sinks=sinks, rules=rules, config=config, name=name
+    )

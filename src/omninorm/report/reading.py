@@ -57,6 +57,8 @@ def read_run(path: str | Path) -> RunStory:
         not_seen={name: text(reason) for name, reason in mapping(scan.seen.get("not_seen")).items()},
         series={name: _series(values) for name, values in scan.series.items()},
         evals=_series(scan.evals),
+        evaluations={name: _series(values) for name, values in scan.evaluations.items() if values},
+        dtype=text_or_none(scan.seen.get("dtype")),
         columns=columns,
         samples=len(steps) - lost,
         worst=worst,
@@ -117,7 +119,7 @@ def _read_columns(scan: Scan, steps: list[int], events: list[int]) -> tuple[list
         for step in choose(steps, events, limit):
             try:
                 event = scan.sample(file, step)
-                columns.append(Column(step, _signals(event)))
+                columns.append(Column(step, _signals(event), _bounds(event)))
                 worst = {name: value for name, value in mapping(event.get("worst")).items() if isinstance(value, list)}
             except DamageError:
                 lost += 1
@@ -137,6 +139,12 @@ def _size(scan: Scan, file: Any, step: int) -> int:
 def _signals(event: dict[str, Any]) -> dict[str, list[float | None]]:
     """Return the known signals of an event "sample"; signals of later versions are ignored."""
     return {name: numbers(values) for name, values in mapping(event.get("signals")).items() if name in SIGNALS}
+
+
+def _bounds(event: dict[str, Any]) -> dict[str, list[float | None]]:
+    """Return the moving limits of an event "sample": pairs of a lowest and a highest ordinary value."""
+    pairs = {name: numbers(values) for name, values in mapping(event.get("bounds")).items() if isinstance(values, list)}
+    return {name: values for name, values in pairs.items() if len(values) == 2}
 
 
 def choose(steps: Sequence[int], events: Iterable[int], limit: int) -> list[int]:
@@ -168,7 +176,8 @@ def _fit(columns: Sequence[Column], known: Watched) -> tuple[list[Column], list[
     fitted = []
     for column in columns:
         wrong += sum(len(values) != lengths[name] for name, values in column.signals.items())
-        fitted.append(Column(column.step, {n: _stretch(v, lengths[n]) for n, v in column.signals.items()}))
+        signals = {name: _stretch(values, lengths[name]) for name, values in column.signals.items()}
+        fitted.append(column._replace(signals=signals))
     note = f"{plural(wrong, 'list')} in the samples did not have one value per layer; truncated or padded."
     return fitted, [note] if wrong else []
 

@@ -17,6 +17,8 @@ from omninorm.report.story import Bad, Ending, StoryAlarm, Watched
 from omninorm.report.values import DamageError, count, mapping, number, numbers, parse, text, text_or_none, watched
 
 FORMAT = 1
+MAX_EVALUATIONS = 20
+"""Most named evaluations that are read."""
 _SAMPLE = re.compile(rb'\s*\{\s*"kind"\s*:\s*"sample"\s*,\s*"step"\s*:\s*(\d{1,15})\s*[,}]')
 _STOPS = ("finished", "diverged", "interrupted")
 
@@ -38,6 +40,7 @@ class Scan:
         self.seen: dict[str, Any] = {}
         self.series: dict[str, dict[int, float]] = {name: {} for name in STEP_SERIES}
         self.evals: dict[int, float] = {}
+        self.evaluations: dict[str, dict[int, float]] = {}
         self.samples: dict[int, int] = {}
         """Offsets in the file, by step."""
         self.alarms: list[StoryAlarm] = []
@@ -135,6 +138,11 @@ class Scan:
         if value is not None:
             self.evals[event["step"]] = value
 
+    def _on_evaluation(self, event: dict[str, Any]) -> None:
+        loss, name = number(event.get("loss")), text(event.get("name"), "eval")
+        if loss is not None and (name in self.evaluations or len(self.evaluations) < MAX_EVALUATIONS):
+            self.evaluations.setdefault(name, {})[event["step"]] = loss
+
     def _on_watch(self, event: dict[str, Any]) -> None:
         written = event.get("format")
         if isinstance(written, int) and written > FORMAT:
@@ -178,6 +186,7 @@ class Scan:
         last = max(max(curve, default=0) for curve in curves)
         self.series = {name: _until(step, values) for name, values in self.series.items()}
         self.samples, self.evals = _until(step, self.samples), _until(step, self.evals)
+        self.evaluations = {name: _until(step, values) for name, values in self.evaluations.items()}
         self.alarms = [alarm for alarm in self.alarms if alarm.step <= step]
         self.bad = self.bad if self.bad and self.bad.step <= step else None
         self._end = self._stop = None

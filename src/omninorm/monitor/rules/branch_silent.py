@@ -9,12 +9,13 @@ update; otherwise 5 samples over 50 steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Facts, History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, values_of
+from omninorm.record.signals import Limit
 
 WARN, DEAD = 0.01, 1e-6
 SIGNALS = ("stream_rms", "branch_ratio", "attention_ratio", "feed_forward_ratio")
@@ -31,6 +32,10 @@ class BranchSilent(Rule):
     def __init__(self) -> None:
         self._streaks = Streaks()
         self._alive: set[tuple[int, str]] = set()
+
+    def limits(self) -> Sequence[Limit]:
+        parts = [Limit(signal, self.name, None, DEAD, below=True) for signal in SIGNALS if signal != "branch_ratio"]
+        return (Limit("branch_ratio", self.name, WARN, DEAD, below=True), *parts)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         dead: list[Finding] = []

@@ -9,12 +9,13 @@ samples over 20 steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, factor, values_of
+from omninorm.record.signals import Limit
 
 RATIO, DRIFT = 10.0, 3.0
 SILENT = 0.5
@@ -31,6 +32,10 @@ class GainDrift(Rule):
     def __init__(self) -> None:
         self._streaks = Streaks()
         self._first: dict[int, float] = {}
+
+    def limits(self) -> Sequence[Limit]:
+        condition = f"and {DRIFT:g} times the first value"
+        return (Limit("gain_ratio", self.name, RATIO, condition=condition), Limit("gain_small", self.name, SILENT))
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         zero: list[Alarm] = []

@@ -22,6 +22,7 @@ from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, finite, known, quantile, values_of
+from omninorm.record.signals import Limit
 
 LARGE, AMPLE = 0.05, 0.01
 DOUBLED, WITHIN = 2.0, 50
@@ -66,6 +67,9 @@ class LearningRate(Rule):
         if loss is not None and len(self._first_loss) < 4:
             self._first_loss.append(loss)
         return ()
+
+    def limits(self) -> Sequence[Limit]:
+        return (Limit("update_ratio", self.name, LARGE, condition="in nine of ten blocks, after the first steps"),)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         ratios = _of_blocks(history, values_of(sample, "update_ratio"))
