@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from omninorm.report import panels, tables
 from omninorm.report.entries import alarm_entries
 from omninorm.report.facts import facts, samples, settings
+from omninorm.report.labels import row_labels
 from omninorm.report.reading import read_run
 from omninorm.report.shell import document, fill, write_document
 from omninorm.report.story import RunStory
@@ -123,7 +123,7 @@ def _data(story: RunStory, verdict: Verdict, figures: Sequence[panels.Panel]) ->
         "last": story.last_step,
         "steps": [column.step for column in story.columns],
         "axes": {axis: [plain(name, 120) for name in names] for axis, names in axes.items()},
-        "ticks": {axis: _ticks(story, axis) for axis in axes},
+        "ticks": {axis: row_labels(known, axis) if known else [] for axis in axes},
         "figures": {panel.name: panel.data for panel in figures},
         "alarms": [
             [alarm.step, alarm.severity, plain(alarm.rule, 80), plain(alarm.layer, 120) if alarm.layer else None]
@@ -131,36 +131,6 @@ def _data(story: RunStory, verdict: Verdict, figures: Sequence[panels.Panel]) ->
         ],
         "lead": alarms.index(verdict.alarm) if verdict.alarm in alarms else None,
     }
-
-
-def _ticks(story: RunStory, axis: str) -> list[str]:
-    """Return short names for a map's rows: the block's number, or the end of a name outside the blocks."""
-    if story.watched is None:
-        return []
-    numbers = {name: str(index) for index, name in enumerate(story.watched.blocks)}
-    names = story.watched.names(axis)
-    tails = _tails(names)
-    if axis == "norm":
-        taken: set[int] = set()
-        labels = []
-        for norm in story.watched.norms:
-            repeated = norm.block is not None and norm.block in taken
-            labels.append("" if repeated else tails[norm.name] if norm.block is None else str(norm.block))
-            taken |= {norm.block} if norm.block is not None else set()
-        return labels
-    return [numbers.get(name) or tails[name] for name in names]
-
-
-def _tails(names: Sequence[str]) -> dict[str, str]:
-    """Return for each name its shortest unique dotted suffix that is not just a number or a letter."""
-    parts = {name: plain(name, 120).split(".") for name in names}
-    suffixes = {name: [".".join(each[-count:]) for count in range(1, len(each) + 1)] for name, each in parts.items()}
-    counts = Counter(suffix for name in names for suffix in suffixes[name])
-
-    def is_clear(suffix: str) -> bool:
-        return counts[suffix] <= 1 and len(suffix) > 2 and not suffix.isdigit()
-
-    return {name: next(filter(is_clear, each), each[-1]) for name, each in suffixes.items()}
 
 
 def _verdict(verdict: Verdict) -> str:

@@ -22,7 +22,7 @@ DEPTH = (
 NORMS = ("norm_rms", "eps_share", "gain_max", "gain_ratio", "gain_small", "mean_share", "saturation")
 GROUPS = ("weight_rms", "update_ratio", "adam_ratio", "adam_eps_ratio")
 OUTPUT = ("logz", "logz_mean", "noise_scale")
-_CURVES = {
+CURVES = {
     "loss": ("Loss", "{unit}every step", True),
     "grad_norm": ("Gradient norm", "‖∂loss/∂w‖ of all parameters, before clipping, every step", True),
     "lr": ("Learning rate", "largest among the optimizer's parameter groups", False),
@@ -57,7 +57,7 @@ def training_panels(story: RunStory) -> list[Panel]:
             log,
             _band(story, name),
         )
-        for name, (title, formula, log) in _CURVES.items()
+        for name, (title, formula, log) in CURVES.items()
     ]
     panels.append(_line("eval", "Evaluation", "bits per byte of held-out text", story.evals, False))
     for number, (name, series) in enumerate(story.evaluations.items()):
@@ -70,7 +70,7 @@ def missing_series(story: RunStory) -> list[tuple[str, str, str, str]]:
     """Return title, name, formula and reason of each curve of the training that was not recorded."""
     missing = [
         (title, name, formula.format(unit=""), _NOT_RECORDED[name])
-        for name, (title, formula, _) in _CURVES.items()
+        for name, (title, formula, _) in CURVES.items()
         if not story.series.get(name, Series([], [])).steps
     ]
     evaluated = story.evals.steps or story.evaluations
@@ -149,7 +149,7 @@ def _line(
         return None
     note = "Shaded: the ordinary range at that step, beyond which a rule looks closer." if band else ""
     data = curve(series, log) | ({"band": band} if band else {})
-    return Panel(name, _figure(name, "line", title, formula, _line_summary(title, series), note), data)
+    return Panel(name, figure(name, "line", title, formula, _line_summary(title, series), note), data)
 
 
 def _line_summary(title: str, series: Series) -> str:
@@ -173,7 +173,7 @@ def _map(story: RunStory, name: str) -> Panel:
     data |= {"limits": [[each.warn, each.fail, each.below, bool(each.condition)] for each in limits]} if limits else {}
     data |= {"scale": signal.scale} if signal.scale else {}
     note = f"{'; '.join(map(limit_text, limits))}." if limits else ""
-    return Panel(name, _figure(name, "map", title_of(name), formula, _map_summary(story, name, names, rows), note), data)
+    return Panel(name, figure(name, "map", title_of(name), formula, _map_summary(story, name, names, rows), note), data)
 
 
 def _map_summary(story: RunStory, name: str, names: list[str], rows: Sequence[list[float | None]]) -> str:
@@ -206,7 +206,8 @@ def _limits(rows: Sequence[Values]) -> tuple[float, float, int]:
     return low, high, bad
 
 
-def _figure(name: str, kind: str, title: str, formula: str, summary: str, note: str) -> str:
+def figure(name: str, kind: str, title: str, formula: str, summary: str, note: str) -> str:
+    """Return a figure's HTML, which the script draws."""
     legend = '<div class="legend"></div>' if kind == "map" else ""
     limits = f'<p class="limits">{escape(note)}</p>' if note else ""
     return (

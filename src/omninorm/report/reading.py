@@ -27,12 +27,16 @@ _RANK = re.compile(r"record-rank(\d{1,6})\.jsonl")
 _REMEDY = "pass the folder of a run that omninorm.watch or omninorm train wrote"
 
 
-def read_run(path: str | Path) -> RunStory:
+def read_run(path: str | Path, like: RunStory | None = None) -> RunStory:
     """Read a run's folder, or its record.jsonl.
 
     At most 500 samples are parsed: evenly spaced ones, and those at the steps of alarms and non-finite values. Damaged
     lines are skipped and counted in `notes`; damage inside a sample that is not parsed goes unnoticed unless it is at
     its beginning or end.
+
+    Args:
+        path: the folder or the record.
+        like: another run; if both have samples at the same steps, only those are read.
 
     Raises:
         RunError: there is no record, it holds no event, or a newer omninorm wrote it.
@@ -45,7 +49,9 @@ def read_run(path: str | Path) -> RunStory:
     ranks = [Scan(other, rank) for rank, other in _other_ranks(file)]
     alarms, bad = _merge([scan, *ranks])
     steps = sorted(scan.samples)
-    columns, worst, lost = _read_columns(scan, steps, [*(alarm.step for alarm in alarms), *(each.step for each in bad)])
+    shared = {column.step for column in like.columns} if like else set()
+    events = [*(alarm.step for alarm in alarms), *(each.step for each in bad)]
+    columns, worst, lost = _read_columns(scan, [step for step in steps if step in shared] or steps, events)
     known = scan.watched or (Watched() if columns or scan.seen else None)
     known = _fill_names(known, columns) if known else None
     columns, misfits = _fit(columns, known) if known else (columns, [])

@@ -123,6 +123,15 @@ def pairs(key: str, caption: str, items: Iterable[tuple[str, str]]) -> str:
     return _table(key, caption, ["Setting", "Value"], rows)
 
 
+def grid(key: str, caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of texts; the first of each row is its heading."""
+    lines = (
+        f'<tr><th scope="row">{escape(first, 120)}</th>{"".join(_cell(escape(text)) for text in rest)}</tr>'
+        for first, *rest in rows
+    )
+    return _table(key, caption, heads, "".join(lines))
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return '<td class="number">–</td>'

@@ -58,7 +58,7 @@ class Curve extends Figure {
     const band = this.data.band || [], edge = (value, otherwise) => value === null ? otherwise : clamp(this.y(value), TOP, TOP + this.height);
     context.save();
     band.forEach(([step, low, high], i) => {
-      const from = this.x(i ? band[i - 1][0] : step), to = this.x(step), top = edge(high, TOP), bottom = edge(low, TOP + this.height);
+      const from = Math.round(this.x(i ? band[i - 1][0] : step)), to = Math.round(this.x(step)), top = edge(high, TOP), bottom = edge(low, TOP + this.height);
       context.fillStyle = paint('band');
       context.fillRect(from, top, to - from, bottom - top);
       context.strokeStyle = paint('warn'); context.lineWidth = 1; context.setLineDash([4, 3]);
@@ -71,8 +71,8 @@ class Curve extends Figure {
   }
 
   paintCurve(context) {
-    this.paintSeries(context, this.data, 'accent');
-    for (const other of this.data.others || []) this.paintSeries(context, other, 'other');
+    this.paintSeries(context, this.data, this.data.colour || 'accent');
+    for (const other of this.data.others || []) this.paintSeries(context, other, other.colour);
   }
 
   paintSeries(context, {x, y, bad, mean}, colour) {
