@@ -54,8 +54,12 @@ SIGNALS: dict[str, Signal] = {
     "feed_forward_ratio": Signal("block", "feed-forward / stream", "RMS(its output) / RMS(block's input)", True),
     "angle": Signal("block", "angular distance", "arccos cos(input, output) / π, mean over tokens", scale=SHARE),
     "attention_logit": Signal("block", "largest attention logit", "max |q·k| / √d_head", True),
-    "attention_entropy": Signal("block", "attention entropy", "−Σ p ln p / ln(keys in sight), mean over heads", scale=SHARE),
-    "dead_units": Signal("block", "dead hidden units", "share of the feed-forward's units that are ≈ 0 for all tokens", scale=SHARE),
+    "attention_entropy": Signal(
+        "block", "attention entropy", "−Σ p ln p / ln(keys in sight), mean over heads", scale=SHARE
+    ),
+    "dead_units": Signal(
+        "block", "dead hidden units", "share of the feed-forward's units that are ≈ 0 for all tokens", scale=SHARE
+    ),
     "norm_rms": Signal("norm", "norm's input", "RMS(x)", True),
     "eps_share": Signal("norm", "ε share", "ε / (mean(x²) + ε); a LayerNorm's with var(x)", True, scale=TINY_SHARE),
     "mean_share": Signal("norm", "mean share", "mean(x)² / mean(x²) at a LayerNorm", True, scale=TINY_SHARE),

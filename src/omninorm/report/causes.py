@@ -89,11 +89,11 @@ def own_evidence(alarm: StoryAlarm) -> str:
 
 def _nest(ordered: Sequence[Cause]) -> list[Cause]:
     """Move consequences to the earliest cause of their rule that is none itself; without one they stay."""
-    roots = {}
+    roots: dict[str, Cause] = {}
     for cause in ordered:
         if cause.parent is None:
             roots.setdefault(cause.rule, cause)
-    top = []
+    top: list[Cause] = []
     for cause in ordered:
         owner = roots.get(cause.parent or "")
         (top if owner is None else owner.consequences).append(cause)

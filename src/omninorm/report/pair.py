@@ -9,8 +9,9 @@ from typing import Any
 
 from omninorm.record.signals import SIGNALS, STEP_SERIES
 from omninorm.report.facts import facts, settings
+from omninorm.report.labels import row_labels
 from omninorm.report.packing import curve, pack
-from omninorm.report.page import name_of, row_labels, titled
+from omninorm.report.page import name_of, titled
 from omninorm.report.panels import CURVES, Panel, figure, missing_reason, title_of
 from omninorm.report.parting import Difference, Parting, common_layers, common_steps, compare, values_at
 from omninorm.report.reading import read_run
@@ -48,7 +49,7 @@ def render_pair(first: RunStory, second: RunStory) -> str:
     main = (
         f'<section id="verdict" aria-label="Verdict"><div class="verdict {kind}"><span class="mark" aria-hidden="true">'
         f"{'=' if found.unequal is None else '≠'}</span><div><h1>{escape(title, 300)}</h1>"
-        f'{"".join(f"<p>{escape(text)}</p>" for text in evidence)}</div></div></section>\n'
+        f"{''.join(f'<p>{escape(text)}</p>' for text in evidence)}</div></div></section>\n"
         f"{_layers(found, names)}{_settings(first, second, names)}"
         f"{_section('training', 'Training', curves, _key(names))}"
         f"{_section('maps', 'Differences by layer', maps, _maps_intro(names))}"
@@ -145,10 +146,14 @@ def _curves(first: RunStory, second: RunStory, names: tuple[str, str]) -> list[P
     panels = []
     for name, (title, formula, log) in CURVES.items():
         panels += _overlay(f"step-{name}", title, formula.format(unit=""), _both(first, second, name), log, names)
-    panels += _overlay("eval", "Evaluation", "bits per byte of held-out text", [first.evals, second.evals], False, names)
+    panels += _overlay(
+        "eval", "Evaluation", "bits per byte of held-out text", [first.evals, second.evals], False, names
+    )
     for number, name in enumerate({**first.evaluations, **second.evaluations}):
         pair = [story.evaluations.get(name, Series([], [])) for story in (first, second)]
-        panels += _overlay(f"evaluation-{number}", f"Held-out loss: {plain(name, 60)}", "each evaluation", pair, True, names)
+        panels += _overlay(
+            f"evaluation-{number}", f"Held-out loss: {plain(name, 60)}", "each evaluation", pair, True, names
+        )
     return panels
 
 
@@ -159,14 +164,20 @@ def _both(first: RunStory, second: RunStory, name: str) -> list[Series]:
 def _overlay(
     name: str, title: str, formula: str, pair: Sequence[Series], log: bool, names: tuple[str, str]
 ) -> list[Panel]:
-    known = [(series, called, place) for place, (series, called) in enumerate(zip(pair, names, strict=True)) if series.steps]
+    known = [
+        (series, called, place) for place, (series, called) in enumerate(zip(pair, names, strict=True)) if series.steps
+    ]
     if not known:
         return []
-    drawn = [curve(series, log) | {"name": called, "colour": ("accent", "other")[place]} for series, called, place in known]
+    drawn = [
+        curve(series, log) | {"name": called, "colour": ("accent", "other")[place]} for series, called, place in known
+    ]
     # One scale for both: logarithmic only if both are.
     logarithmic = all(each["log"] for each in drawn)
     data = drawn[0] | {"log": logarithmic, "others": drawn[1:]}
-    ends = "; ".join(f"{called}: {short(series.values[-1])} at step {series.steps[-1]:,}" for series, called, _ in known)
+    ends = "; ".join(
+        f"{called}: {short(series.values[-1])} at step {series.steps[-1]:,}" for series, called, _ in known
+    )
     return [Panel(name, figure(name, "line", title, formula, f"{title} of both runs. {ends}.", ""), data)]
 
 
@@ -179,7 +190,10 @@ def _maps(first: RunStory, second: RunStory) -> list[Panel]:
         if signal.axis == "run" or not steps or not layers or any(missing_reason(s, name) for s in (first, second)):
             continue
         one, two = (values_at(story, name, steps, layers) for story in (first, second))
-        rows = [[_change(a, b, signal.logarithmic) for a, b in zip(*pair, strict=True)] for pair in zip(one, two, strict=True)]
+        rows = [
+            [_change(a, b, signal.logarithmic) for a, b in zip(*pair, strict=True)]
+            for pair in zip(one, two, strict=True)
+        ]
         known = [abs(value) for row in rows for value in row if value is not None and math.isfinite(value)]
         if known:
             panels.append(_map(name, rows, max(known)))

@@ -138,7 +138,10 @@ def _run_signal(story: RunStory, name: str) -> Panel | None:
 def _band(story: RunStory, name: str) -> list[list[float | None]]:
     """Return [step, lowest, highest ordinary value] at each sample, None where there is no such limit."""
     pairs = [(column.step, column.bounds[name]) for column in story.columns if name in column.bounds]
-    return [[step, *(value if value is not None and abs(value) <= LARGEST else None for value in two)] for step, two in pairs]
+    return [
+        [step, *(value if value is not None and abs(value) <= LARGEST else None for value in two)]
+        for step, two in pairs
+    ]
 
 
 def _line(

@@ -145,7 +145,9 @@ def _rank(found: Difference) -> tuple[float, bool, int]:
 
 
 def _curve(first: RunStory, second: RunStory, name: str) -> _Pair:
-    one, two = (dict(zip(*story.series[name], strict=True)) if name in story.series else {} for story in (first, second))
+    one, two = (
+        dict(zip(*story.series[name], strict=True)) if name in story.series else {} for story in (first, second)
+    )
     steps = [step for step in one if step in two]
     return _Pair(name, None, steps, [one[step] for step in steps], [two[step] for step in steps])
 
@@ -203,7 +205,9 @@ def _tolerances(name: str, one: list[float], two: list[float], needed: _Toleranc
     """Return the tolerance at each step, from the noise before it."""
     if name in _WITHOUT_NOISE or len(one) < 2:
         return [_EQUAL[0].floor if name in _WITHOUT_NOISE else needed.floor] * len(one)
-    noises = [_rolling([(after - before) ** 2 / 2 for before, after in pairwise(row)], needed.fewest) for row in (one, two)]
+    noises = [
+        _rolling([(after - before) ** 2 / 2 for before, after in pairwise(row)], needed.fewest) for row in (one, two)
+    ]
     calmer = [math.sqrt(2) * min(pair) for pair in zip(*noises, strict=True)]
     # At a step, the noise up to the change before it; at the beginning, that of the first few changes.
     places = [min(max(i - 2, 0), len(calmer) - 1) for i in range(len(one))]

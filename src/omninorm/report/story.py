@@ -59,8 +59,9 @@ class Watched:
 
 
 class Column(NamedTuple):
-    """A sample: for each signal a list along its axis, with None for missing values, and the lowest and highest ordinary
-    value of curves whose limits move."""
+    """A sample: for each signal a list along its axis, with None for missing values.
+
+    `bounds` has the lowest and highest ordinary value of curves whose limits move."""
 
     step: int
     signals: dict[str, Values]
@@ -151,7 +152,11 @@ class RunStory:
     @property
     def last_step(self) -> int:
         """The last step for which anything was recorded; 0 if nothing was."""
-        known = [series.steps[-1] for series in (*self.series.values(), self.evals, *self.evaluations.values()) if series.steps]
+        known = [
+            series.steps[-1]
+            for series in (*self.series.values(), self.evals, *self.evaluations.values())
+            if series.steps
+        ]
         known += [self.ending.step or 0, self.columns[-1].step if self.columns else 0]
         return max([*known, *(alarm.step for alarm in self.alarms), *(bad.step for bad in self.bad)])
 
