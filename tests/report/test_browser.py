@@ -139,6 +139,27 @@ def test_page_responds_to_keys_pointer_sorting_selection_and_theme(faulty, tmp_p
     assert theme in ("dark", "light")
 
 
+AGAIN = """
+const before = sessionStorage.getItem('test');
+sessionStorage.setItem('test', 'yes');
+if (!before) {
+  window.scrollTo({top: 700, behavior: 'instant'});
+  document.querySelectorAll('.tick')[4].click();
+  document.getElementById('theme').click();
+  return 'first';
+}
+for (let timer = 0; timer < 1000; timer++) clearTimeout(timer);  // or it would load itself for ever
+const pressed = document.querySelector('.tick[aria-pressed="true"]');
+return [Math.round(window.scrollY), pressed && pressed.dataset.alarm, document.documentElement.dataset.theme].join(' ');
+"""
+
+
+def test_live_page_loads_itself_again_and_keeps_what_the_reader_sees(faulty, tmp_path):
+    shown = open_page(render(faulty, refresh=1), tmp_path, AGAIN)
+    assert shown.console == []
+    assert shown.result() == "700 4 dark"
+
+
 # Changing the theme redraws every figure; printing draws them immediately.
 LABELS = """
 const told = {}, before = CanvasRenderingContext2D.prototype.fillText;
