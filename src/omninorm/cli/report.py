@@ -15,9 +15,18 @@ from omninorm.cli.compare_cards import show_cards
 from omninorm.cli.console import console
 from omninorm.cli.harmless import harmless
 from omninorm.errors import ConfigError
-from omninorm.report import RunStory, Verdict, judge, read_run, write_page
-from omninorm.report.pair import describe, names_of, read_pair, write_pair
-from omninorm.report.parting import Difference, compare
+from omninorm.report import (
+    Difference,
+    RunStory,
+    Verdict,
+    compare,
+    judge,
+    read_pair,
+    read_run,
+    write_page,
+    write_pair,
+)
+from omninorm.report.pair import describe, names_of
 from omninorm.report.reading import find_record
 
 PAGE = "report.html"
