@@ -9,7 +9,7 @@ import pytest
 from helpers.stories import alarm, story_of
 
 from omninorm.report import render
-from omninorm.report.causes import causes, own_evidence
+from omninorm.report.causes import causes
 from omninorm.report.entries import MOST_LAYERS, alarm_entries
 
 
@@ -48,7 +48,7 @@ def test_consequences_are_below_their_cause():
     assert [(cause.rule, [each.rule for each in cause.consequences]) for cause in found] == [
         ("learning-rate", ["dead-units"]), ("no-norm", ["depth-growth"]),
     ]  # fmt: skip
-    assert own_evidence(alarms[1]) == "10 % of the hidden units in blocks.1 are 0."
+    assert found[0].consequences[0].evidence == "10 % of the hidden units in blocks.1 are 0."
     entries = alarm_entries(alarms)
     assert "Probably a consequence" not in entries
     assert entries.index("Learning rate 9") < entries.index("10 % of the hidden") < entries.index("No norms")

@@ -93,7 +93,7 @@ def test_evaluations_are_drawn_by_name(tmp_path):
     story = read_run(folder)
     assert {name: series.values for name, series in story.evaluations.items()} == {"eval": [5.0, 4.0], "<b>code": [3.0]}
     page = render(story)
-    assert re.findall(r"<h3>(Held-out loss.*?)</h3>", page) == ["Held-out loss", "Held-out loss: &lt;b&gt;code"]
+    assert re.findall(r"<h3>(Evaluation.*?)</h3>", page) == ["Evaluation: eval", "Evaluation: &lt;b&gt;code"]
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
     assert data["figures"]["evaluation-0"]["x"] == [0, 20]
     assert data["first"] == 0

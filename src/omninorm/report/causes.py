@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from omninorm.report.story import StoryAlarm
-from omninorm.report.verdict import capital, heading
+from omninorm.report.verdict import explain
 
 # As omninorm.monitor.alarms writes it at the end of an alarm's evidence.
 _CONSEQUENCE = re.compile(r" ?Probably a consequence of ([^ ]{1,80})(?: in (.{1,300}?))? at step (\d{1,15})\.$")
@@ -22,6 +22,7 @@ class Cause:
         rule: the name of the rule.
         title: the cause in a few words.
         parent: the rule of which this one reports a consequence, or None.
+        evidence: the rest of the evidence of the alarm to quote.
         alarms: numbers and alarms, oldest first.
         consequences: the causes that follow from this one.
     """
@@ -29,6 +30,7 @@ class Cause:
     rule: str
     title: str
     parent: str | None
+    evidence: str = ""
     alarms: list[tuple[int, StoryAlarm]] = field(default_factory=list)
     consequences: list[Cause] = field(default_factory=list)
 
@@ -66,11 +68,11 @@ def causes(alarms: Sequence[StoryAlarm]) -> list[Cause]:
     found: dict[tuple[str, str, str | None], Cause] = {}
     for number, alarm in enumerate(alarms):
         parent = consequence_of(alarm)
-        title = heading(alarm)
+        title, _ = explain(alarm)
         key = (alarm.rule, _without_details(title, alarm.layer), parent)
         found.setdefault(key, Cause(alarm.rule, title, parent)).alarms.append((number, alarm))
     for cause in found.values():
-        cause.title = heading(cause.lead, several=len(cause.layers) > 1)
+        cause.title, cause.evidence = explain(_without_parent(cause.lead), several=len(cause.layers) > 1)
     return _nest(sorted(found.values(), key=lambda cause: (cause.severity != "fail", cause.first)))
 
 
@@ -80,11 +82,9 @@ def consequence_of(alarm: StoryAlarm) -> str | None:
     return match[1] if match else None
 
 
-def own_evidence(alarm: StoryAlarm) -> str:
-    """Return the evidence without the cause that the heading names, and without the cause that the alarm follows."""
-    text = _CONSEQUENCE.sub("", alarm.evidence)
-    begin, colon, rest = text.partition(": ")
-    return capital(rest) if colon and rest and begin == heading(alarm) else text
+def _without_parent(alarm: StoryAlarm) -> StoryAlarm:
+    """Return the alarm without the sentence about the cause that it follows."""
+    return replace(alarm, evidence=_CONSEQUENCE.sub("", alarm.evidence))
 
 
 def _nest(ordered: Sequence[Cause]) -> list[Cause]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from omninorm.report.causes import Cause, causes, own_evidence
+from omninorm.report.causes import Cause, causes
 from omninorm.report.story import StoryAlarm
 from omninorm.report.text import escape, plain, plural
 
@@ -61,10 +61,10 @@ def _when(cause: Cause) -> str:
 
 
 def _explanation(cause: Cause) -> str:
-    """Return the evidence, without what the heading has said, and the remedy."""
+    """Return the evidence, without what the heading says, and the remedy."""
     remedy = plain(cause.lead.remedy).removeprefix("try ")
     advice = f'<p class="remedy"><b>What to try</b> {escape(remedy)}</p>' if remedy else ""
-    return f"<p>{escape(own_evidence(cause.lead))}</p>{advice}"
+    return f"<p>{escape(cause.evidence)}</p>{advice}"
 
 
 def _layers(cause: Cause) -> str:

@@ -12,7 +12,7 @@ from omninorm.report.facts import facts, settings
 from omninorm.report.labels import row_labels
 from omninorm.report.packing import curve, pack
 from omninorm.report.page import name_of, titled
-from omninorm.report.panels import CURVES, Panel, figure, missing_reason, title_of
+from omninorm.report.panels import CURVES, MOST_EVALUATIONS, Panel, figure, missing_reason, title_of
 from omninorm.report.parting import Difference, Parting, common_layers, common_steps, compare, values_at
 from omninorm.report.reading import read_run
 from omninorm.report.shell import document, write_document
@@ -149,10 +149,10 @@ def _curves(first: RunStory, second: RunStory, names: tuple[str, str]) -> list[P
     panels += _overlay(
         "eval", "Evaluation", "bits per byte of held-out text", [first.evals, second.evals], False, names
     )
-    for number, name in enumerate({**first.evaluations, **second.evaluations}):
+    for number, name in enumerate([*{**first.evaluations, **second.evaluations}][:MOST_EVALUATIONS]):
         pair = [story.evaluations.get(name, Series([], [])) for story in (first, second)]
         panels += _overlay(
-            f"evaluation-{number}", f"Held-out loss: {plain(name, 60)}", "each evaluation", pair, True, names
+            f"evaluation-{number}", f"Evaluation: {plain(name, 80)}", "each evaluation", pair, True, names
         )
     return panels
 

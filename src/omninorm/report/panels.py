@@ -34,7 +34,9 @@ _NOT_RECORDED = {
     "grad_norm": "No gradient norm was recorded.",
     "lr": "No learning rate was recorded. Pass the optimizer: omninorm.watch(model, optimizer).",
 }
-_NO_EVALUATION = "No evaluation was recorded."
+_NO_EVALUATION = "No evaluation data. Pass held-out losses to w.log_eval(loss)."
+MOST_EVALUATIONS = 20
+"""Named evaluations that are drawn."""
 
 
 class Panel(NamedTuple):
@@ -60,9 +62,9 @@ def training_panels(story: RunStory) -> list[Panel]:
         for name, (title, formula, log) in CURVES.items()
     ]
     panels.append(_line("eval", "Evaluation", "bits per byte of held-out text", story.evals, False))
-    for number, (name, series) in enumerate(story.evaluations.items()):
-        title = "Held-out loss" + ("" if name == "eval" else f": {plain(name, 60)}")
-        panels.append(_line(f"evaluation-{number}", title, "loss of each evaluation", series, True))
+    for number, (name, series) in enumerate(list(story.evaluations.items())[:MOST_EVALUATIONS]):
+        title = f"Evaluation: {plain(name, 80)}"
+        panels.append(_line(f"evaluation-{number}", title, "held-out loss", series, False))
     return [panel for panel in panels if panel]
 
 

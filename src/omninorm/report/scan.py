@@ -17,8 +17,6 @@ from omninorm.report.story import Bad, Ending, StoryAlarm, Watched
 from omninorm.report.values import DamageError, count, mapping, number, numbers, parse, text, text_or_none, watched
 
 FORMAT = 1
-MAX_EVALUATIONS = 20
-"""Most named evaluations that are read."""
 _SAMPLE = re.compile(rb'\s*\{\s*"kind"\s*:\s*"sample"\s*,\s*"step"\s*:\s*(\d{1,15})\s*[,}]')
 _STOPS = ("finished", "diverged", "interrupted")
 
@@ -41,6 +39,7 @@ class Scan:
         self.series: dict[str, dict[int, float]] = {name: {} for name in STEP_SERIES}
         self.evals: dict[int, float] = {}
         self.evaluations: dict[str, dict[int, float]] = {}
+        """Held-out losses that were passed to `Watch.log_eval`, by name."""
         self.samples: dict[int, int] = {}
         """Offsets in the file, by step."""
         self.alarms: list[StoryAlarm] = []
@@ -139,9 +138,9 @@ class Scan:
             self.evals[event["step"]] = value
 
     def _on_evaluation(self, event: dict[str, Any]) -> None:
-        loss, name = number(event.get("loss")), text(event.get("name"), "eval")
-        if loss is not None and (name in self.evaluations or len(self.evaluations) < MAX_EVALUATIONS):
-            self.evaluations.setdefault(name, {})[event["step"]] = loss
+        value = number(event.get("loss"))
+        if value is not None:
+            self.evaluations.setdefault(text(event.get("name"), "eval"), {})[event["step"]] = value
 
     def _on_watch(self, event: dict[str, Any]) -> None:
         written = event.get("format")

@@ -116,11 +116,11 @@ class RunStory:
         source: the record's path as given.
         watched: None if the record has no watch events; then there are no samples and no alarms.
         placement: as measured; None if unknown.
+        dtype: of the residual stream; None if unknown.
         not_seen: reasons for missing signals, by signal.
         series: all steps of "loss", "grad_norm" and "lr".
         evals: bits per byte by step.
-        evaluations: held-out losses by step, by the name of the data.
-        dtype: of the residual stream; None if unknown.
+        evaluations: the losses passed to `Watch.log_eval`, by name.
         columns: the samples that were read, by step.
         samples: the number of samples in the record.
         worst: each group's worst tensor in the latest sample, by signal.
@@ -134,11 +134,11 @@ class RunStory:
     source: Path
     watched: Watched | None = None
     placement: str | None = None
+    dtype: str | None = None
     not_seen: Mapping[str, str] = field(default_factory=dict)
     series: Mapping[str, Series] = field(default_factory=dict)
     evals: Series = field(default_factory=lambda: Series([], []))
     evaluations: Mapping[str, Series] = field(default_factory=dict)
-    dtype: str | None = None
     columns: Sequence[Column] = ()
     samples: int = 0
     worst: Mapping[str, Sequence[str | None]] = field(default_factory=dict)

@@ -73,14 +73,20 @@ def judge(story: RunStory) -> Verdict:
     return _calm(story)
 
 
-def heading(alarm: StoryAlarm, several: bool = False) -> str:
-    """Return an alarm's cause in a few words; without the layer if the heading is for several layers."""
+def explain(alarm: StoryAlarm, several: bool = False) -> tuple[str, str]:
+    """Return an alarm's cause in a few words, and the rest of its evidence.
+
+    Args:
+        alarm: the alarm.
+        several: whether the words are for several layers, and should not name the alarm's.
+    """
     evidence = plain(alarm.evidence).rstrip(". ") or plain(alarm.rule)
     cause, rest = _cause(alarm, evidence)
     layer = plain(alarm.layer, 200) if alarm.layer else ""
     if several and layer and (rest == evidence or layer in cause):
         cause = _RULES.get(alarm.rule) or plain(alarm.rule, 80).replace("-", " ")
-    return capital(cause)
+        rest = evidence
+    return _capital(cause), f"{_capital(rest)}."
 
 
 def describe_bad(bad: Bad) -> str:
@@ -124,7 +130,7 @@ def _calm(story: RunStory) -> Verdict:
     title = f"No alarm in {steps}"
     if fell:
         sentence = f"{title}; {text}."
-        return Verdict("healthy", sentence, stopped.strip(), title=title, evidence=f"{capital(text)}.")
+        return Verdict("healthy", sentence, stopped.strip(), title=title, evidence=f"{_capital(text)}.")
     return Verdict("quiet", f"{title}. {text}".strip(), stopped.strip(), title=title, evidence=text)
 
 
@@ -139,7 +145,7 @@ def _loss(story: RunStory) -> tuple[bool, str]:
     if first - last >= FALL * abs(first):
         text = f"the loss fell from {short(first)} to {short(last)}"
         # A few steps are not enough for the status "healthy", but the text mentions them.
-        return (True, text) if len(values) >= ENOUGH_STEPS else (False, f"{capital(text)}.")
+        return (True, text) if len(values) >= ENOUGH_STEPS else (False, f"{_capital(text)}.")
     return False, f"The loss has {'barely' if last < first else 'not'} fallen: {limits}"
 
 
@@ -170,14 +176,14 @@ def _about_bad(story: RunStory, bad: Bad) -> Verdict:
     value, place = _BAD_VALUES.get(bad.value, plain(bad.value, 20)), _PHASES.get(bad.phase, plain(bad.phase, 40))
     place = place if bad.layer is None or bad.phase == "loss" else plain(bad.layer, 200)
     title = f"Failing: {'a ' if value == 'NaN' else ''}{value} in {place}"
-    return Verdict("failing", f"Failing: {text}.", _further(story, None), title=title, evidence=f"{capital(text)}.")
+    return Verdict("failing", f"Failing: {text}.", _further(story, None), title=title, evidence=f"{_capital(text)}.")
 
 
 def _about_alarm(story: RunStory, alarm: StoryAlarm, status: str, begin: str) -> Verdict:
     evidence = plain(alarm.evidence).rstrip(". ") or plain(alarm.rule)
     sentence = f"{begin}: {_placed(alarm, evidence, '')}."
     cause, rest = _cause(alarm, evidence)
-    title, detail = f"{begin}: {cause}", f"{capital(_placed(alarm, rest, cause))}."
+    title, detail = f"{begin}: {cause}", f"{_capital(_placed(alarm, rest, cause))}."
     return Verdict(status, sentence, _further(story, alarm), _advice(alarm), alarm, title, detail)
 
 
@@ -201,7 +207,7 @@ def _placed(alarm: StoryAlarm, evidence: str, cause: str) -> str:
     return f"{where}{evidence}{when}{rank}"
 
 
-def capital(text: str) -> str:
+def _capital(text: str) -> str:
     """Capitalize the beginning of a sentence, unless it is the name of a layer."""
     return text[0].upper() + text[1:] if re.match(r"[a-z]+[ ,]", text) else text
 
