@@ -116,10 +116,9 @@ def _data(story: RunStory, verdict: Verdict, figures: Sequence[panels.Panel]) ->
     known = story.watched
     axes = {axis: known.names(axis) if known else [] for axis in ("block", "norm", "group")}
     alarms = tables.shown_alarms(story)
-    evaluations = [story.evals, *story.evaluations.values()]
     return {
         # An evaluation may come before the first step.
-        "first": min([story.first_step, *(series.steps[0] for series in evaluations if series.steps)]),
+        "first": min([story.first_step, *(s.steps[0] for s in (story.evals, *story.evaluations.values()) if s.steps)]),
         "last": story.last_step,
         "steps": [column.step for column in story.columns],
         "axes": {axis: [plain(name, 120) for name in names] for axis, names in axes.items()},
