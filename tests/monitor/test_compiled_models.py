@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from omninorm import NormConfig, Thinker, ThinkerConfig
 from omninorm.monitor import Watch, watch
-from omninorm.monitor.hooks.attach import Hook
 
 pytestmark = [  # warnings from Dynamo itself
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -121,7 +120,7 @@ def test_copy_of_a_compiled_model_is_not_monitored() -> None:
         file = io.BytesIO()
         torch.save(model, file)
         twin = copy.deepcopy(model)
-        assert [type(hook) for hook in twin._forward_hooks.values()] == [Hook]
+        assert not twin._forward_hooks
         model(tokens).square().mean().backward()
         model.eval()
         twin(tokens)  # with a graph, which would be taken for the model's own

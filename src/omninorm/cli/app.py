@@ -7,6 +7,7 @@ import copy
 import importlib
 import importlib.util
 import logging
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,6 +85,13 @@ class _LazyGroup(TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = _Commands()  # type: ignore[assignment]
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # Typer would exit without a word
+            typer.echo("omninorm: Interrupted.", err=True)
+            raise typer.Exit(128 + signal.SIGINT) from None
 
     def get_help_option(self, ctx: Any) -> Any:
         return _hide_type(super().get_help_option(ctx))

@@ -61,6 +61,7 @@ def watch(
     scaler: Any = None,
     sinks: Sequence[Sink] = (),
     rules: Sequence[Rule] | None = None,
+    replicas: bool = True,
     config: Mapping[str, Any] | None = None,
     name: str | None = None,
 ) -> Watch:
@@ -80,6 +81,8 @@ def watch(
         scaler: the torch.amp.GradScaler, if one scales the loss.
         sinks: further loggers, such as `TensorBoard(writer)`; see `omninorm.monitor.sinks`.
         rules: the alarm rules; None means `default_rules()`.
+        replicas: whether the processes of a distributed run should hold equal weights, except for sharded parameters.
+            False if they differ on purpose, as between the averages of local SGD or in independent runs.
         config: facts about the run for the report page, such as batch size, seed, commit and device.
         name: the title of the report page; None means the name of the folder.
 
@@ -104,5 +107,15 @@ def watch(
     from omninorm.monitor.session import Watch
 
     return Watch(
-        model, optimizer, every, folder, step=step, scaler=scaler, sinks=sinks, rules=rules, config=config, name=name
+        model,
+        optimizer,
+        every,
+        folder,
+        step=step,
+        scaler=scaler,
+        sinks=sinks,
+        rules=rules,
+        replicas=replicas,
+        config=config,
+        name=name,
     )

@@ -90,7 +90,7 @@ def read_loss(loss: Tensor | float | None) -> Tensor | None:
     if isinstance(loss, Tensor) and loss.numel() > 0 and not loss.is_complex():
         return loss.detach()
     if isinstance(loss, Real) and not isinstance(loss, bool):  # also NumPy scalars
-        return torch.tensor(float(loss))
+        return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
     received = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
     raise InputError("The loss must be a real tensor, a number or None", received, "pass the loss of the step")
 

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from omninorm.layers import LayerNorm, RMSNorm
+from omninorm.layers.identify import Identity, identify
 from omninorm.surgery.flow import trace
 from omninorm.surgery.fold import fold, plan_folds, probe, settle_folds, undone_by_errors, untie, untie_head
-from omninorm.surgery.identify import Identity, identify
 from omninorm.surgery.linear import read_linear
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omninorm.layers.identify import Identity, identify
 from omninorm.surgery.flow import trace
-from omninorm.surgery.identify import Identity, identify
 from omninorm.surgery.linear import LinearMap, read_linear
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle

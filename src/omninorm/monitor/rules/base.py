@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from omninorm.monitor.alarm import Alarm
-from omninorm.monitor.history import Facts, History, Sample, Step
+from omninorm.monitor.history import Evaluation, Facts, History, Sample, Step
 from omninorm.monitor.rules.numbers import Streaks, finite
 from omninorm.record.signals import SIGNALS, Limit
 
@@ -64,6 +64,10 @@ class Rule(ABC):
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         """Check a sample, `history.samples[-1]`. Called after `on_step` for all steps up to it."""
+        return ()
+
+    def on_evaluation(self, history: History, evaluation: Evaluation) -> Iterable[Alarm]:
+        """Check an evaluation, `history.evaluations[-1]`. Called after `on_step` for all steps up to it."""
         return ()
 
     def alarm(self, step: int, severity: str, layer: str | None, evidence: str, remedy: str) -> Alarm:

@@ -55,6 +55,7 @@ class GradientSpike(Rule):
     def __init__(self) -> None:
         self._norms, self._losses = Rolling(), Rolling()
         self._last: _Spike | None = None
+        self._passes = 1
 
     def bounds(self) -> dict[str, tuple[float | None, float | None]]:
         expected = self._norms.expected()
@@ -63,6 +64,7 @@ class GradientSpike(Rule):
         return {"grad_norm": (None, _limit(expected))}
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
+        self._passes = history.passes
         last, spike = self._last, self._look(step)
         harm = self._harm(step, last)
         self._last = spike or last
@@ -99,4 +101,6 @@ class GradientSpike(Rule):
 
     def _explain(self, step: Step, cause: str, evidence: str) -> Alarm:
         remedy = "Make sure that gradients are clipped (for example at norm 1), and check the batches of these steps."
+        if self._passes > 1:
+            remedy += f" Make sure that the loss is divided by the {self._passes} accumulation steps."
         return self.alarm(step.step, "warn", None, f"{cause}: {evidence}", remedy)

@@ -3,7 +3,7 @@
 Signal: the loss. Threshold: more than 6σ and more than 20 % above the mean. Persistence: none; it is a warning.
 Source: 6σ over 128 steps is OLMo-core's limit. Alone it fires 15 times in the 19,560 steps of a healthy GPT-2 124M, on
 single batches with harder text, at most 10 % above the mean loss. With the 20 % [ours] it never fires there. The batch
-is reported as the cause only if no other cause is known: not if the learning rate rose 2-fold within 6 steps, if the
+(or a single update) is reported as the cause only if no other cause is known: not if the learning rate rose 2-fold within 6 steps, if the
 newest sample's updates were above 5 % of the weights, or if an earlier gradient norm was unusual.
 """
 
@@ -91,7 +91,11 @@ class LossSpike(Rule):
         recent = self._unusual is not None and step - self._unusual <= 4
         if at_once and not recent:
             detail = f"It rose from {self._before:.4g} within one step, and the gradients before it were ordinary."
-            return "Unusual batch", detail, f"Check the batch of step {step}: the data changed, not the model."
+            remedy = (
+                f"Check the batch of step {step}. If an earlier checkpoint has an ordinary loss on it, the data is not "
+            )
+            remedy += "the cause: lower the learning rate."
+            return "Unusual batch or update", detail, remedy
         cause = (
             f"the gradient norm was unusual at step {self._unusual}" if recent else "the loss rose over several steps"
         )

@@ -1,9 +1,12 @@
-"""no-progress: the loss has not fallen in 60 steps.
+"""no-progress: the loss has not fallen in 60 steps, or has stopped falling because the updates have become tiny.
 
 Signals: the loss; the learning rate and RMS(Δw)/RMS(w), where they are known. Threshold: the mean of the newest 20
 losses is not below that of the first 5 by 1 % and by 3 standard errors, and never was, and one of these holds: the
 newest 20 learning rates are all 0; the median update of the two newest samples is below 1e-6; or the two means differ
-by less than 3 standard errors, which is noise. [ours] Persistence: 60 steps.
+by less than 3 standard errors, which is noise; updates below 2e-4 are then named as the cause (healthy runs: 1e-3 to
+3e-2). After the loss has fallen, a plateau is normal. Then the alarm needs an exact reason: the median update of the two
+newest samples is less than a tenth of its earlier median although the learning rate is at least half of its earlier
+median, and the loss has not fallen by 1 % in 60 steps. [ours] Persistence: 60 steps.
 The loss of a pretrained model in fine-tuning may be just as flat, so the alarm asks whether this is intended and is
 never more than a warning. It is not raised while the learning rate rises (a warm-up), and in a resumed run not for
 noise.
@@ -16,14 +19,15 @@ from collections import deque
 from collections.abc import Iterable
 
 from omninorm.monitor.alarm import Alarm
-from omninorm.monitor.history import History, Step
+from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.rules.base import Rule
-from omninorm.monitor.rules.numbers import finite, known, median, values_of
+from omninorm.monitor.rules.numbers import finite, fold, known, median, values_of
 from omninorm.monitor.rules.rolling import Rolling
 
 FEWEST, FIRST, NEWEST = 60, 5, 20
 LEARNED = 0.01
-TINY = 1e-6
+TINY, SMALL = 1e-6, 2e-4
+SHRUNK, KEPT, PAST = 0.1, 0.5, 12  # of the earlier update and learning rate, and the samples they are the medians of
 ERRORS = 3.0
 
 
@@ -41,11 +45,31 @@ class NoProgress(Rule):
         self._noise = Rolling()
         self._count = 0
         self._learned = False
+        self._since: deque[float] = deque(maxlen=FEWEST)
+
+    def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
+        """Check whether learning has stopped because the updates have become tiny."""
+        change = _shrunk_updates(history) if self._learned else None
+        if change and len(self._since) == FEWEST:
+            half = FEWEST // 2
+            before, now = sum(list(self._since)[:half]) / half, sum(list(self._since)[half:]) / half
+            if before - now < LEARNED * abs(before):
+                evidence = (
+                    f"Updates have shrunk {fold(change[0] / change[1])}: from {change[0]:.1g} to {change[1]:.1g} of "
+                )
+                evidence += f"the weights per step, at an unchanged learning rate; the loss has stayed at {now:.4g}."
+                remedy = (
+                    "Check what has changed since: gradient clipping, frozen parameters, or a part of the model that "
+                )
+                remedy += "saturates and passes no gradient."
+                yield self.alarm(sample.step, "warn", None, evidence, remedy)
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
         loss = finite(step.loss)
         self._rates.append(finite(step.lr))
         self._start = self._start or step.step
+        if loss is not None:
+            self._since.append(loss)
         if loss is None or self._learned:
             return
         self._count += 1
@@ -81,11 +105,29 @@ class NoProgress(Rule):
         if update is not None and update < TINY:
             words = f"Updates are only {update:.1g} of the weights"
             return words, "If this is not intended, raise the learning rate and check for frozen parameters."
+        if self._start == 1 and is_noise and update is not None and update < SMALL:
+            words = f"Updates are small, only {update:.1g} of the weights per step (1e-3 to 1e-2 is usual)"
+            remedy = "Raise the learning rate, and check that gradients are not clipped to a tiny norm. Expected when "
+            return words, remedy + "fine-tuning."
         if self._start == 1 and is_noise:
             remedy = "Expected when fine-tuning. Otherwise check the labels, the learning rate and the parameters that "
             remedy += "the optimizer holds."
             return "The loss has not fallen", remedy
         return None
+
+
+def _shrunk_updates(history: History) -> tuple[float, float] | None:
+    """Return the earlier and the present median update if it shrank 10-fold and the learning rate did not."""
+    samples = [sample for sample in list(history.samples)[-PAST - 2 :] if sample.step > 1]
+    updates = [median(ratios) for sample in samples if (ratios := known(values_of(sample, "update_ratio")))]
+    if len(updates) < 6 or len(updates) != len(samples):
+        return None
+    rates = {step.step: finite(step.lr) for step in history.steps}
+    then, now = [rates.get(sample.step) for sample in samples[:-2]], rates.get(samples[-1].step)
+    before, newest = median(updates[:-2]), max(updates[-2:])
+    if not now or now < KEPT * median(known(then) or [now]):
+        return None
+    return (before, newest) if 0.0 < newest < SHRUNK * before else None
 
 
 def _update(history: History, step: int) -> float | None:

@@ -1,0 +1,102 @@
+"""Faults of data-parallel training, in two processes: replicas that should be equal drift apart.
+
+python -m faults.distributed RANK PORT FAULT prints the alarms of this rank and a sum of its weights, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from faults.architectures import ARCHITECTURES, cross_entropy
+from faults.run import quiet
+from torch import nn
+
+from omninorm import watch
+
+STEPS, EVERY, BEGINS = 30, 5, 11
+
+
+@dataclass
+class Replica:
+    """One process of a data-parallel run; faults replace its model or its clipping."""
+
+    rank: int
+    model: nn.Module
+    called: nn.Module = field(init=False)
+    clip: float = 1.0
+    before_update: list[Callable[[int], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.called = self.wrapped = nn.parallel.DistributedDataParallel(self.model)
+
+
+def healthy(replica: Replica) -> None:
+    """Change nothing."""
+
+
+def without_wrapper(replica: Replica) -> None:
+    """The model is called without its DDP wrapper, so gradients are not averaged (a case of TrainCheck)."""
+    replica.called = replica.model
+
+
+def gain_on_one_rank(replica: Replica) -> None:
+    """From step 11 on, the gain of one norm is updated on the first rank only."""
+    gain = replica.model.blocks[1].ln_1.weight  # type: ignore[union-attr,index]
+
+    def drop(step: int) -> None:
+        if replica.rank and step >= BEGINS:
+            gain.grad = None
+
+    replica.before_update.append(drop)
+
+
+def clipped_on_one_rank(replica: Replica) -> None:
+    """The second rank clips its gradients harder (BLOOM's case, re-created after TrainCheck)."""
+    replica.clip = 0.1 if replica.rank else 1.0
+
+
+FAULTS: dict[str, Callable[[Replica], None]] = {
+    each.__name__: each for each in (healthy, without_wrapper, gain_on_one_rank, clipped_on_one_rank)
+}
+
+
+def train(rank: int, fault: str) -> dict[str, Any]:
+    """Train nanoGPT on each rank's own text, and return the alarms and a sum of the weights."""
+    architecture = ARCHITECTURES["nanogpt"]
+    torch.manual_seed(0)
+    replica = Replica(rank, architecture.build(32))
+    FAULTS[fault](replica)
+    optimizer = torch.optim.AdamW(replica.model.parameters(), lr=3e-3)
+    with quiet(), watch(replica.wrapped, optimizer, every=EVERY) as watched:
+        for step in range(1, STEPS + 1):
+            batch = architecture.task(rank, step, 4, 16)
+            loss = cross_entropy(replica.called(batch.inputs), batch.labels)
+            loss.backward()
+            nn.utils.clip_grad_norm_(replica.model.parameters(), replica.clip)
+            for act in replica.before_update:
+                act(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            watched.step(loss)
+    weights = sum(float(p.detach().double().sum()) for p in replica.model.parameters())
+    alarms = [[a.step, a.severity, a.rule, a.layer] for a in watched.alarms]
+    return {"rank": rank, "alarms": alarms, "weights": weights}
+
+
+def main() -> None:
+    """Run one rank from the command line."""
+    rank, port, fault = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    print(json.dumps(train(rank, fault)))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
