@@ -133,8 +133,8 @@ def _follow(run: Path, out: Path, every: float) -> None:
 def _pair(run: Path, other: Path, out: Path | None, as_json: bool) -> None:
     first, second = read_pair(run, other)
     name = f"against-{_folder(run).resolve().name or 'run'}.html"
-    page = write_pair(first, second, out or _folder(other) / name)
     found = compare(first, second)
+    page = write_pair(first, second, out or _folder(other) / name, found)
     title, sentences = describe(found, names_of(first, second))
     if as_json:
         parts = {"unequal": found.unequal, "curve": found.curve}

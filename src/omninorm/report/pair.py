@@ -35,14 +35,14 @@ def read_pair(first: str | Path, second: str | Path) -> tuple[RunStory, RunStory
     return one, read_run(second, like=one)
 
 
-def write_pair(first: RunStory, second: RunStory, out: str | Path) -> Path:
-    """Write the page of two runs that were read by `read_pair`."""
-    return write_document(render_pair(first, second), out)
+def write_pair(first: RunStory, second: RunStory, out: str | Path, found: Parting | None = None) -> Path:
+    """Write the page of two runs that were read by `read_pair`; `found` is their comparison, if it is known."""
+    return write_document(render_pair(first, second, found), out)
 
 
-def render_pair(first: RunStory, second: RunStory) -> str:
+def render_pair(first: RunStory, second: RunStory, found: Parting | None = None) -> str:
     """Return the page as text. All text from the records is escaped."""
-    found, names = compare(first, second), names_of(first, second)
+    found, names = found or compare(first, second), names_of(first, second)
     curves, maps = _curves(first, second, names), _maps(first, second)
     title, evidence = describe(found, names)
     kind = "healthy" if found.unequal is None else "quiet" if found.step is None else "warnings"

@@ -56,17 +56,18 @@ class Curve extends Figure {
   // The ordinary range at each sample: pale inside, with a dashed line at its end.
   paintBand(context) {
     const band = this.data.band || [], edge = (value, otherwise) => value === null ? otherwise : clamp(this.y(value), TOP, TOP + this.height);
+    const edges = [new Path2D(), new Path2D()];
     context.save();
+    context.strokeStyle = paint('warn'); context.lineWidth = 1; context.setLineDash([4, 3]);
     band.forEach(([step, low, high], i) => {
       const from = Math.round(this.x(i ? band[i - 1][0] : step)), to = Math.round(this.x(step)), top = edge(high, TOP), bottom = edge(low, TOP + this.height);
       context.fillStyle = paint('band');
       context.fillRect(from, top, to - from, bottom - top);
-      context.strokeStyle = paint('warn'); context.lineWidth = 1; context.setLineDash([4, 3]);
-      for (const [value, y] of [[high, top], [low, bottom]]) {
-        if (value === null || y <= TOP || y >= TOP + this.height) continue;
-        context.beginPath(); context.moveTo(from, y); context.lineTo(to, y); context.stroke();
+      for (const [value, y, edge] of [[high, top, edges[0]], [low, bottom, edges[1]]]) {
+        if (value !== null && y > TOP && y < TOP + this.height) { edge.lineTo(from, y); edge.lineTo(to, y); } else edge.moveTo(to, y);
       }
     });
+    for (const edge of edges) context.stroke(edge);
     context.restore();
   }
 
