@@ -93,7 +93,7 @@ def feed_forward_silent(training: Training) -> None:
 @fault(
     "norm's gain 0 later",
     FAMILY,
-    {"gain-drift", "branch-silent", "odd-block"},
+    {"gain-drift", "branch-silent", "odd-block", "weights-vanish"},
     early=False,
     at_once=True,
     layered=True,
@@ -207,7 +207,7 @@ def block_initialization(training: Training) -> None:
     multiply(block, 20.0)
 
 
-@fault("initialized to 0", FAMILY, {"branch-silent", "no-gradient", "initialization"}, layered=True)
+@fault("initialized to 0", FAMILY, {"branch-silent", "no-gradient", "initialization", "weights-vanish"}, layered=True)
 def initialized_to_zero(training: Training) -> None:
     """All matrices of one block start at 0, so none of them ever gets a gradient."""
     block, name = block_of(training)
