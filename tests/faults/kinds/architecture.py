@@ -156,7 +156,9 @@ def _remove_norms(module: nn.Module) -> None:
 
 
 class Skipped(nn.Module):
-    """Returns its input. It keeps a weight, because some models read the norm's dtype from it."""
+    """Returns its input. It has a norm's attributes, because some models read them."""
+
+    eps, bias = 0.0, None
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
