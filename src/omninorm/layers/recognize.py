@@ -69,7 +69,8 @@ def recognize(module: nn.Module) -> Form | None:
     called = False
     for layout in _LAYOUTS:
         try:
-            return _Probe(module, *layout).form()
+            with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+                return _Probe(module, *layout).form()
         except RefusedError:
             called = True
         except Exception:  # a module may raise anything, which means that it cannot be called this way

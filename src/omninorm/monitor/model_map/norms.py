@@ -97,9 +97,10 @@ class Recognizer:
         if isinstance(module, _NO_NORMS) or type(module).__module__.startswith("torch.nn."):
             return False
         own = list(module.parameters(recurse=False))
-        inner = [self.form(child) for child in module.children()]
-        if any(form is None or form[0].gain for form in inner) or (inner and not own):
-            return False
+        if any(True for _ in module.children()):  # a norm that adds a gain to a weightless one
+            inner = [self.form(child) for child in module.children()] if own else [None]
+            if any(form is None or form[0].gain for form in inner):
+                return False
         named = any(_LIKE_A_NORM.search(text) for text in (type(module).__name__, name.rpartition(".")[2]))
         vectors = bool(own) and all(sum(size > 1 for size in parameter.shape) <= 1 for parameter in own)
         return vectors or named

@@ -15,6 +15,7 @@ from omninorm.layers import NORM_TYPES
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 # Names of layers that read the stream. In a feed-forward as wide as the stream, they are not the writer.
+FEED_FORWARDS = ("mlp", "ffn", "feed_forward", "feedforward")
 READERS = ("gate", "up", "gate_proj", "up_proj", "w1", "w3", "fc1")
 
 
@@ -62,7 +63,7 @@ def find_parts(name: str, block: nn.Module, norm_width: int | None = None) -> Bl
         parts.feed_forward, parts.feed_forward_writer = f"{name}.{owner}", block.get_submodule(owner)
         return parts
     skipped = None if attention is None else attention[1]
-    writer = _last_linear(block, skipped, width)
+    writer = _last_linear_of_feed_forward(block, width) or _last_linear(block, skipped, width)
     writer = _last_sublayer(block, skipped) if writer is None else _wrapper(block, writer)
     if writer is not None and writer[0]:
         parts.feed_forward_writer = writer[1]
@@ -179,6 +180,15 @@ def _last_linear(module: nn.Module, skip: nn.Module | None, width: int | None) -
     writers = [part for part in fitting if part[0].rpartition(".")[2] not in READERS]
     found = writers or fitting
     return found[-1] if found else None
+
+
+def _last_linear_of_feed_forward(block: nn.Module, width: int | None) -> tuple[str, nn.Module] | None:
+    """Return the last layer of a child that is named as a feed-forward; a layer after it may be an adapter."""
+    for name, child in reversed(list(block.named_children())):
+        if any(word in name.lower() for word in FEED_FORWARDS) and any(True for _ in child.children()):
+            found = _last_linear(child, None, width)
+            return None if found is None else (f"{name}.{found[0]}", found[1])
+    return None
 
 
 def _last_sublayer(block: nn.Module, skip: nn.Module | None) -> tuple[str, nn.Module] | None:

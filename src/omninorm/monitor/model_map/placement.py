@@ -54,7 +54,11 @@ class Placements:
         is_input = block_input is not None and (x is block_input or _same_memory(x, block_input))
         if is_input:
             self._reads_input.add(block)
-        if self.seeks(block) and torch.is_grad_enabled():
+        if not self.seeks(block):
+            return
+        if y.grad_fn is None:
+            self.graph_norm(block, x, y)
+        else:
             self._uses.setdefault(block, []).append(NormUse(before, y.grad_fn, is_input))
 
     def block_made(self, block: int, y: Tensor, x: Tensor | None, before: object) -> None:
@@ -63,16 +67,23 @@ class Placements:
             self._makes_output.add(block)
         self._newest = None
         uses = self._uses.pop(block, [])
-        if self.seeks(block) and x is not None and y.grad_fn is not None and "Checkpoint" not in y.grad_fn.name():
+        if not self.seeks(block):
+            return
+        if y.grad_fn is None:
+            self.graph_block(block, y, x)
+        elif x is not None:
             self._from_graph[block] = BlockGraph(before, y.grad_fn, uses).placement()
 
     def clear(self) -> None:
         """Drop the graph of a forward pass that has not ended."""
         self._uses.clear()
         self._newest = None
+        self._reads.clear()
+        self._made = []
 
-    # In a compiled graph tensors have no lasting identity. Their addresses identify them while they are alive, and a
-    # few elements show whether an address has been reused.
+    # Without an autograd graph: in a compiled graph, in a frozen block and under reentrant checkpointing. In a compiled
+    # graph tensors have no lasting identity. Their addresses identify them while they are alive, and a few elements
+    # show whether an address has been reused.
 
     def graph_norm(self, block: int, x: Tensor, y: Tensor) -> None:
         """Record that a norm of this block has read x and returned y."""

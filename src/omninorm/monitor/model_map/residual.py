@@ -126,10 +126,8 @@ class BlockGraph:
         """Return the node before an operation that passes the stream on; the node itself for another operation."""
         if not node.name().removeprefix("torch::autograd::").startswith(_PASSES):
             return node
-        inner = [parent for parent in parents if parent is not None and not _is_leaf(parent)]
-        starts = [parent for parent in parents if self._start is not None and parent is self._start]
-        if len(starts) == 1:
-            return starts[0]
+        # The start may be a leaf; other leaves are parameters, such as a scale.
+        inner = [each for each in parents if each is not None and (each is self._start or not _is_leaf(each))]
         if not inner and self._start is None and None in parents:
             return None
         return inner[0] if len(inner) == 1 else node

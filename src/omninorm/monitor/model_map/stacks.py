@@ -6,6 +6,7 @@ Sequential or a stage of a vision model; its inner blocks are taken instead.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 
@@ -88,15 +89,18 @@ def called_parts(block: nn.Module) -> Iterator[nn.Module]:
 
 def _is_composite(module: nn.Module) -> bool:
     """Return whether a module has submodules and at least two matrices: a layer of a feature extractor has one."""
-    matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
+    # Tables of positions and class tokens, with a first dimension of 1, are no layers.
+    matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2 and parameter.shape[0] > 1]
     return any(True for _ in module.children()) and len(matrices) >= 2
 
 
 def _mixes_both(block: nn.Module) -> bool:
-    """Return whether a block has attention and other matrices, or a convolution and at least two."""
+    """Return whether a block has attention and other matrices, or a convolution over positions and at least two."""
     found = attention_in(block)
     if found is not None:
         inside = {id(part) for part in found[1].modules()}
         return any(is_matrix(part) and id(part) not in inside for part in block.modules())
     convolutions = [part for part in block.modules() if isinstance(part, _ConvNd)]
-    return bool(convolutions) and sum(is_matrix(part) for part in block.modules()) >= 2
+    pointwise = sum(math.prod(part.kernel_size) == 1 for part in convolutions)
+    matrices = pointwise + sum(is_matrix(part) for part in block.modules())
+    return len(convolutions) > pointwise and matrices >= 2

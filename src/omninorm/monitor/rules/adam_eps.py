@@ -11,13 +11,14 @@ Source: Wortsman et al. found that ε = 1e-8 limits large models; the thresholds
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.adam_underestimation import worst_tensor
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, values_of
+from omninorm.record.signals import Limit
 
 SIGNAL = "adam_eps_ratio"
 WARN, FAIL = 10.0, 1.0
@@ -37,6 +38,10 @@ class AdamEps(Rule):
     def __init__(self) -> None:
         self._streaks = Streaks()
         self._named: dict[bool, str] = {}  # the tensor named by the alarm, by severity, until nothing is wrong
+
+    def limits(self) -> Sequence[Limit]:
+        condition = f"a failure only in {100 * FAIL_SHARE:.0f} % of the groups"
+        return (Limit(SIGNAL, self.name, WARN, FAIL, below=True, condition=condition),)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         if history.facts.adam_eps == 0.0:

@@ -8,13 +8,14 @@ further samples is a "fail". Persistence: 2 samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule, layer_names
 from omninorm.monitor.rules.numbers import Streaks, earlier, factor, finite
+from omninorm.record.signals import Limit
 
 SIGNAL = "attention_logit"
 WARN, FAIL = 1e3, 1e4
@@ -32,6 +33,9 @@ class AttentionLogits(Rule):
 
     def __init__(self) -> None:
         self._streaks = Streaks()
+
+    def limits(self) -> Sequence[Limit]:
+        return (Limit(SIGNAL, self.name, WARN, FAIL),)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         names = layer_names(history.facts, SIGNAL)

@@ -9,12 +9,13 @@ store γ − 1, or begin at 0 on purpose. Persistence of the warnings: 3 samples
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, factor, values_of
+from omninorm.record.signals import Limit
 
 RATIO, DRIFT = 10.0, 3.0
 SILENT = 0.5
@@ -32,6 +33,10 @@ class GainDrift(Rule):
         self._streaks = Streaks()
         self._first: dict[int, float] = {}
         self._first_silent: dict[int, float] = {}
+
+    def limits(self) -> Sequence[Limit]:
+        condition = f"and {DRIFT:g} times the first value"
+        return (Limit("gain_ratio", self.name, RATIO, condition=condition), Limit("gain_small", self.name, SILENT))
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         zero: list[Alarm] = []

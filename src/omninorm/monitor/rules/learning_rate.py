@@ -32,6 +32,7 @@ from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, finite, fold, known, quantile, values_of
+from omninorm.record.signals import Limit
 
 LIMIT, POST_LIMIT, SGD_LIMIT = 0.3, 0.05, 0.012  # of the initial weights, per step
 WIDTH = 64.0  # up to which the first limit holds
@@ -88,6 +89,11 @@ class LearningRate(Rule):
         if rate is not None and rate > self._rate:
             self._rate, self._rising = rate, step.step
         return ()
+
+    def limits(self) -> Sequence[Limit]:
+        return (
+            Limit("update_ratio", self.name, LARGE, condition="in nine of ten blocks, and if it lasts or does harm"),
+        )
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         ratios = _of_blocks(history, values_of(sample, "update_ratio"))

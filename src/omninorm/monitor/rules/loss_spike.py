@@ -38,6 +38,10 @@ class LossSpike(Rule):
         self._before: float | None = None
         self._rates: deque[tuple[int, float]] = deque(maxlen=RATE_STEPS + 1)
 
+    def bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        expected = self._losses.expected()
+        return {} if expected is None else {"loss": (None, _limit(expected))}
+
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
         loss, rate = finite(step.loss), finite(step.lr)
         if rate is not None:
@@ -45,7 +49,7 @@ class LossSpike(Rule):
         if loss is not None:
             expected = self._losses.expected()
             self._losses.add(loss, expected)
-            if expected is not None and loss > expected[0] + max(SIGMAS * expected[1], RISE * abs(expected[0])):
+            if expected is not None and loss > _limit(expected):
                 yield self._explain(history, step.step, loss, expected)
             self._before = loss
         self._look_at_gradient(step)
@@ -97,6 +101,11 @@ class LossSpike(Rule):
         )
         remedy = "Clip gradients at norm 1.0, lower the learning rate, or lower Adam's β₂ to 0.95."
         return "Harmful update", f"The model changed first: {cause}.", remedy
+
+
+def _limit(expected: tuple[float, float]) -> float:
+    mean, sigma = expected
+    return mean + max(SIGMAS * sigma, RISE * abs(mean))
 
 
 def _updates(history: History, step: int) -> tuple[str, str, str] | None:
