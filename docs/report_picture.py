@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 
 PICTURE = Path(__file__).with_name("report.png")
-WIDTH, HEIGHT = 1100, 1065
+WIDTH, HEIGHT = 1100, 1290
 STYLE = """<style>
 main > section { display: none }
 main > #verdict, main > section[aria-labelledby=alarms-title], main > section[aria-labelledby=depth-title] { display: block }
-[aria-labelledby=alarms-title] .scroll, [aria-labelledby=depth-title] .panel:nth-child(n+3), footer { display: none }
+[aria-labelledby=alarms-title] > details, [aria-labelledby=depth-title] .panel:nth-child(n+3), footer { display: none }
 </style>"""
 
 

@@ -17,14 +17,16 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
+from faults.architectures import ARCHITECTURES
 from faults.baselines import anomaly_step, overflow_step
 from faults.faults import load_faults
-from faults.page import write_page
+from faults.page import text_of
 from faults.plan import SEEDS, grouped, selected
 from faults.run import Case, Line, prepare, quiet, run
 
 DOCS = Path(__file__).parents[2] / "docs"
-RESULTS = DOCS / "faults" / "results.jsonl"
+PAGE = DOCS / "faults.md"
+RESULTS, BEFORE = DOCS / "faults" / "results.jsonl", DOCS / "faults" / "before.jsonl"
 
 
 def work(cases: list[Case]) -> list[Line]:
@@ -41,12 +43,27 @@ def baselines(case: Case) -> Line:
         return {"anomaly": anomaly_step(prepare(case)), "underflow": overflow_step(prepare(case))}
 
 
+def packed(line: Line) -> Line:
+    """Return a line without empty values and without what its key implies, to keep the file small."""
+    implied = ("architecture", "split", "variant", "seed", "fault")
+    return {name: value for name, value in line.items() if name not in implied and value not in (None, [])}
+
+
+def unpacked(line: Line) -> Line:
+    """Return the line that `packed` was given."""
+    architecture, variant, seed, fault = line["key"].split("/", 3)
+    split = ARCHITECTURES[architecture].split
+    case = {"architecture": architecture, "split": split, "variant": variant, "seed": int(seed)}
+    empty = {"layers": [], "alarms": [], "nan": None, "outlier": None}
+    return {**case, "fault": None if fault == "healthy" else fault, **empty, **line}
+
+
 def read_results(path: Path) -> list[Line]:
     """Return the lines of a file of results; a last line that is cut off is ignored."""
     lines: list[Line] = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
+            lines.append(unpacked(json.loads(text)))
         except json.JSONDecodeError:
             continue
     return lines
@@ -75,7 +92,7 @@ def run_all(cases: list[Case], path: Path, workers: int) -> None:
     start, count = time.monotonic(), 0
     with open(path, "a", encoding="utf-8") as file:
         for lines in results_of(grouped(left), workers):
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.writelines(json.dumps(packed(line), ensure_ascii=False) + "\n" for line in lines)
             file.flush()
             count += len(lines)
             minutes = (time.monotonic() - start) / 60
@@ -83,6 +100,11 @@ def run_all(cases: list[Case], path: Path, workers: int) -> None:
                 f"{count}/{len(left)} runs, {minutes:.1f} of about {minutes * len(left) / count:.0f} minutes",
                 flush=True,
             )
+
+
+def write_page(results: Path = RESULTS) -> None:
+    """Write docs/faults.md from the results."""
+    PAGE.write_text(text_of(read_results(results), read_results(BEFORE)), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("Interrupted. Start it again to continue.", file=sys.stderr)
         return 130
     if not chosen.no_page:
-        write_page(read_results(chosen.results), DOCS / "faults.md")
+        write_page(chosen.results)
     return 0
 
 

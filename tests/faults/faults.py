@@ -134,7 +134,7 @@ def part_of(training: Training, part: str, index: int | None = None) -> tuple[nn
 
 
 def last_linear(module: nn.Module) -> nn.Module:
-    """Return the linear layer that writes a sublayer's output; the sublayer itself if none is called, as for experts."""
+    """Return the linear layer that writes a sublayer's output; the sublayer itself if it has none."""
     if isinstance(module, nn.MultiheadAttention):  # it reads the weight of its last layer without calling it
         return module
     return next((child for name, child in module.named_children() if name in LAST_LAYERS), module)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from faults.architectures import ARCHITECTURES, CALIBRATION, HELD_OUT
@@ -31,17 +30,20 @@ other half is held out: no rule's threshold may be chosen by looking at it.
 """
 
 
-def write_page(lines: Sequence[Line], path: Path) -> None:
-    """Write the page."""
-    path.write_text("\n".join(page(lines)).rstrip() + "\n", encoding="utf-8")
+def text_of(lines: Sequence[Line], before: Sequence[Line] = ()) -> str:
+    """Return the page's text; `before` are the results of an earlier version of the monitor."""
+    return "\n".join(page(lines, before)).rstrip() + "\n"
 
 
-def page(lines: Sequence[Line]) -> Iterator[str]:
+def page(lines: Sequence[Line], before: Sequence[Line] = ()) -> Iterator[str]:
     """Yield the page's lines."""
     found = verdicts(lines)
     yield HEAD.format(kinds=len(load_faults()), architectures=len(ARCHITECTURES))
     yield "## Scores\n"
     yield from _scores(found, lines)
+    if before:
+        yield "\nBefore the rules were revised, on a sample of the calibration half:\n"
+        yield from _scores(verdicts(before), before)
     yield "\n## Other detectors on the same runs\n"
     yield from _baselines(found, lines)
     yield "\n## Healthy runs\n"
@@ -80,19 +82,23 @@ def _scores(found: Sequence[Verdict], lines: Sequence[Line]) -> Iterator[str]:
     yield "| | faulty runs | detected | cause | cause in any alarm | layer | within 20 steps | median steps |"
     yield "|---|---|---|---|---|---|---|---|"
     for split, part in _halves(found, lambda v: v.line["split"]):
+        if not part:
+            continue
         s = score(part)
         shares = [share(count) for count in (s.recall, s.cause, s.named, s.layer, s.soon)]
         yield row(split, s.recall[1], *shares, number(s.median))
     yield "\n| | healthy runs | with a fail | with a warning only |\n|---|---|---|---|"
     for split, part in _halves(lines, lambda line: line["split"]):
         h = health(part)
+        if not h.runs:
+            continue
         yield f"| {split} | {h.runs} | {share((h.fails, h.runs))} | {share((h.warnings, h.runs))} |"
 
 
 def _baselines(found: Sequence[Verdict], lines: Sequence[Line]) -> Iterator[str]:
     healthy = [line for line in lines if line["fault"] is None]
     outliers = sum(line["outlier"] is not None for line in healthy)
-    finite = [v for v in found if "anomaly" in v.line]
+    finite = [v for v in found if "nonfinite" in v.fault.causes]
     ours = score(finite).recall
     yield "| detector | faulty runs detected | healthy runs with an alarm |\n|---|---|---|"
     alarmed = health(lines).fails + health(lines).warnings

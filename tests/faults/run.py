@@ -25,7 +25,7 @@ TAIL = 20
 """The number of last steps whose mean loss is compared."""
 LOSS_EFFECT, WEIGHTS_EFFECT, PART_EFFECT = 0.01, 0.1, 0.5
 """Differences from the healthy twin that count as an effect: see `effect_of`. They are larger than the differences
-between healthy runs whose initial weights differ by 1e-6, which were at most 0.0003, 0.03 and 0.29 in 8 architectures."""
+between healthy runs whose initial weights differ by 1e-6: at most 0.0003, 0.03 and 0.29 in eight architectures."""
 WINDOW = 10
 EVIDENCE = 80
 Line = dict[str, Any]
@@ -158,8 +158,8 @@ def effect_of(faulty: Outcome, twin: Outcome) -> dict[str, float | None]:
         loss: the largest difference of the mean loss over ten steps, relative to the twin's; None if it is not finite.
         evaluation: the same for the losses on other text.
         weights: the distance of the final weights, relative to the distance that the twin's have moved.
-        part: the largest relative difference between the distances that a tensor has moved in both runs; 1 if it
-            did not move although the twin's did. Only lengths are compared, because a tensor whose gradient is nothing but
+        part: the largest relative difference between the distances that a tensor has moved in both runs; 1 if it has
+            not moved although the twin's has. Only lengths are compared, because a tensor whose gradient is nothing but
             rounding errors, such as a key's bias, moves in another direction whenever anything changes.
     """
     steps = len(twin.training.losses)

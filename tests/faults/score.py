@@ -72,7 +72,7 @@ def judge(line: Line, twin: Line | None) -> Verdict:
 
 
 def names_cause(alarm: Sequence[Any], fault: Fault) -> bool:
-    """Return whether an alarm names the fault's cause, by its rule or by its rule and the first words of its evidence."""
+    """Return whether an alarm names the fault's cause, by its rule or by its rule and first words."""
     for cause in fault.causes:
         rule, _, words = cause.partition(":")
         if alarm[RULE] == rule and alarm[EVIDENCE].startswith(words):
@@ -183,5 +183,5 @@ def outlier_recall(found: Sequence[Verdict]) -> tuple[int, int]:
 
 def detector_recall(found: Sequence[Verdict], name: str) -> tuple[int, int]:
     """Return how many runs with values that are not finite another detector found."""
-    judged = [v for v in found if v.effect and name in v.line]
-    return sum(v.line[name] is not None for v in judged), len(judged)
+    judged = [v for v in found if v.effect and "nonfinite" in v.fault.causes]
+    return sum(v.line.get(name) is not None for v in judged), len(judged)

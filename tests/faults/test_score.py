@@ -12,9 +12,9 @@ import torch
 from faults import run as runs
 from faults.architectures import ARCHITECTURES, CALIBRATION, HELD_OUT
 from faults.baselines import first_nan, first_outlier
-from faults.board import read_results
+from faults.board import BEFORE, PAGE, RESULTS, packed, read_results
 from faults.faults import load_faults
-from faults.page import page
+from faults.page import page, text_of
 from faults.plan import SEEDS, faulty_cases, grouped, healthy_cases, selected
 from faults.run import Case, has_effect
 from faults.score import health, is_layer, judge, outlier_recall, score
@@ -205,8 +205,21 @@ def test_every_faulty_run_has_its_healthy_twin() -> None:
 def test_cut_off_line_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(line()) + "\n" + json.dumps(line())[:-9])
-    assert len(read_results(path)) == 1
+    assert read_results(path) == [line()]
     assert read_results(tmp_path / "missing.jsonl") == []
+
+
+def test_packed_line_is_read_back_whole(tmp_path: Path) -> None:
+    lines = [line(alarm(40, "logz")), line(fault=None, first=5.5), line(outlier=40)]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(packed(each)) + "\n" for each in lines))
+    assert read_results(path) == lines
+    assert "architecture" not in path.read_text()
+
+
+def test_page_is_that_of_the_committed_results() -> None:
+    expected = text_of(read_results(RESULTS), read_results(BEFORE))
+    assert PAGE.read_text(encoding="utf-8") == expected, "run: PYTHONPATH=tests python -m faults.board --page"
 
 
 def test_page_counts_and_lists_misses() -> None:

@@ -155,6 +155,23 @@ def test_forgotten_backward_is_named() -> None:
     assert alarms[0].evidence.startswith("No gradient arrived in the last 3 steps")
 
 
+@pytest.mark.parametrize(("to_none", "step"), [(True, 2), (False, 5)])
+def test_gradients_cleared_before_the_optimizer_step_are_named(to_none: bool, step: int) -> None:
+    model = decoder()
+    optimizer = adamw(model)
+
+    def body(step: int, watched: Watch) -> Tensor:
+        loss = token_loss(model, some_tokens(step))
+        loss.backward()
+        optimizer.zero_grad(set_to_none=to_none)
+        optimizer.step()
+        return loss.detach()
+
+    alarms = train(model, optimizer, body)
+    assert first_of(alarms) == ("no-gradient", None, step)
+    assert alarms[0].evidence.startswith("No gradient reaches the optimizer")
+
+
 # gradients-not-cleared ------------------------------------------------------------------------------------------------
 
 
@@ -391,8 +408,26 @@ def test_same_batch_in_every_step_warns(every: int) -> None:
         return loss.detach()
 
     assert first_of(train(model, optimizer, body, every=every), "warn") == (
-        "identical-batches", None, 10 if every == 5 else 5,
-    )  # fmt: skip
+        "identical-batches",
+        None,
+        {5: 6, 1: 5}[every],
+    )
+
+
+def test_batches_that_come_four_times_warn() -> None:
+    model = decoder()
+    optimizer = adamw(model, 1e-3)
+
+    def body(step: int, watched: Watch) -> Tensor:
+        loss = token_loss(model, some_tokens((step - 1) // 4))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    alarms = train(model, optimizer, body, steps=60)
+    assert first_of(alarms, "warn")[0] == "identical-batches"
+    assert alarms[0].evidence.startswith("Batches come several times")
 
 
 # Healthy loops --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Submodules are imported on first use, so that importing omninorm stays fast.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,8 @@ def watch(
     sinks: Sequence[Sink] = (),
     rules: Sequence[Rule] | None = None,
     replicas: bool = True,
+    config: Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> Watch:
     """Monitor a training run and report which layer goes wrong, why, and what to try.
 
@@ -81,6 +83,8 @@ def watch(
         rules: the alarm rules; None means `default_rules()`.
         replicas: whether the processes of a distributed run should hold equal weights, except for sharded parameters.
             False if they differ on purpose, as between the averages of local SGD or in independent runs.
+        config: facts about the run for the report page, such as batch size, seed, commit and device.
+        name: the title of the report page; None means the name of the folder.
 
     Raises:
         ConfigError: an argument has the wrong type, or the model is already being watched.
@@ -102,4 +106,16 @@ def watch(
     """
     from omninorm.monitor.session import Watch
 
-    return Watch(model, optimizer, every, folder, step=step, scaler=scaler, sinks=sinks, rules=rules, replicas=replicas)
+    return Watch(
+        model,
+        optimizer,
+        every,
+        folder,
+        step=step,
+        scaler=scaler,
+        sinks=sinks,
+        rules=rules,
+        replicas=replicas,
+        config=config,
+        name=name,
+    )

@@ -72,6 +72,10 @@ class Judge:
     def _judge_step(self, history: History, step: Step) -> list[Alarm]:
         return self._raise(history, step.step, lambda rule: rule.on_step(history, step))
 
+    def bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        """Return the current bounds of the rules that have moving ones, by signal."""
+        return {name: bounds for rule in self.rules for name, bounds in rule.bounds().items()}
+
     def _check_rules(self) -> None:
         for rule in self.rules:
             if not isinstance(rule, Rule):

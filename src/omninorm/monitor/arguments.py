@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,24 @@ def check_places(folder: object, scaler: object, sinks: Sequence[object]) -> Non
         if not all(callable(getattr(sink, name, None)) for name in ("log", "alarm", "close")):
             remedy = "for example, pass [TensorBoard(folder)] from omninorm.monitor.sinks"
             raise ConfigError("Every sink must have the methods log, alarm and close", repr(sink), remedy)
+
+
+def read_facts(config: Mapping[str, Any] | None, name: str | None) -> dict[str, Any]:
+    """Return the run's name and settings for the record's first event. Values without a form in JSON become text.
+
+    Raises:
+        ConfigError: config is not a dictionary with text as keys, or name is not text.
+    """
+    if name is not None and not isinstance(name, str):
+        raise ConfigError("name must be text or None", repr(name)[:80], 'for example, pass "width 512, seed 0"')
+    if config is not None and (not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config)):
+        remedy = 'for example, pass {"batch_size": 32}, or vars(args)'
+        raise ConfigError("config must be a dictionary with text as keys, or None", repr(config)[:80], remedy)
+    try:
+        settings = json.loads(json.dumps(dict(config or {}), default=str, skipkeys=True))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"config cannot be recorded ({error})", "", "pass numbers and text") from error
+    return {**({"name": name} if name else {}), **({"config": settings} if settings else {})}
 
 
 def uncovered(

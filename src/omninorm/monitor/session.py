@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from omninorm.config import read_count
 from omninorm.errors import ConfigError, InputError, RunError
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.alarms import Judge
-from omninorm.monitor.arguments import check_places, printable, read_loss, read_optimizers, uncovered
+from omninorm.monitor.arguments import check_places, printable, read_facts, read_loss, read_optimizers, uncovered
 from omninorm.monitor.checks.collect import Checks
 from omninorm.monitor.history import Evaluation, Facts, History, Sample, Step
 from omninorm.monitor.hooks.attach import Hooks, cell_sizes, leaves, sentinel_names
@@ -66,6 +66,8 @@ class Watch:
         sinks: Sequence[Sink],
         rules: Sequence[Rule] | None,
         replicas: bool = True,
+        config: Mapping[str, Any] | None = None,
+        name: str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError("model must be a torch.nn.Module", type(model).__name__, "pass the model that is trained")
@@ -76,6 +78,7 @@ class Watch:
         self._every, self._folder, self._scaler, self._sinks = every, folder, scaler, tuple(sinks)
         self._done, self._replicas = step, replicas
         self._judge = Judge(rules)
+        self._given = read_facts(config, name)
         self.alarms: list[Alarm] = []
         self.history = History()
         self._output: Output | None = None
@@ -146,6 +149,7 @@ class Watch:
             self._optimizers,
             self._gradients,
             self._failed,
+            every=self._every,
             done=self._done,
             scaler=self._scaler,
             replicas=self._replicas,
@@ -317,7 +321,10 @@ class Watch:
                 | {"not_seen": reasons}
             )
         signals = {name: short(values) for name, values in sample.signals.items()}
-        self._append({"kind": "sample", "step": sample.step, "signals": signals, "worst": sample.worst})
+        bounds = {name: short(limits) for name, limits in self._judge.bounds().items()}
+        self._append(
+            {"kind": "sample", "step": sample.step, "signals": signals, "worst": sample.worst, "bounds": bounds}
+        )
         if self._sinks:
             numbers = flatten(sample, self.history.facts)
             numbers |= {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
@@ -381,6 +388,8 @@ class Watch:
             "world_size": world_size(),
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": {"omninorm": __version__, "torch": torch.__version__},
+            "limits": [limit._asdict() for rule in self._judge.rules for limit in rule.limits()],
+            **self._given,
             **facts,
         }
 

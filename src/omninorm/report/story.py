@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omninorm.record.signals import Limit
+
 Values = list[float | None]
 
 
@@ -45,6 +47,9 @@ class Watched:
     groups: Sequence[str] = ()
     optimizer: str | None = None
     adam_eps: float | None = None
+    name: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    limits: Sequence[Limit] = ()
 
     def names(self, axis: str) -> list[str]:
         """Return the names along an axis of the signals; ["run"] for the axis "run"."""
@@ -54,10 +59,13 @@ class Watched:
 
 
 class Column(NamedTuple):
-    """A sample: for each signal a list along its axis, with None for missing values."""
+    """A sample: for each signal a list along its axis, with None for missing values.
+
+    `bounds` has the lowest and highest ordinary value of curves whose limits move."""
 
     step: int
     signals: dict[str, Values]
+    bounds: Mapping[str, Values] = {}
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,7 @@ class RunStory:
         source: the record's path as given.
         watched: None if the record has no watch events; then there are no samples and no alarms.
         placement: as measured; None if unknown.
+        dtype: of the residual stream; None if unknown.
         not_seen: reasons for missing signals, by signal.
         series: all steps of "loss", "grad_norm" and "lr".
         evals: bits per byte by step.
@@ -125,6 +134,7 @@ class RunStory:
     source: Path
     watched: Watched | None = None
     placement: str | None = None
+    dtype: str | None = None
     not_seen: Mapping[str, str] = field(default_factory=dict)
     series: Mapping[str, Series] = field(default_factory=dict)
     evals: Series = field(default_factory=lambda: Series([], []))

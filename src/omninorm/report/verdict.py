@@ -76,6 +76,22 @@ def judge(story: RunStory) -> Verdict:
     return _calm(story)
 
 
+def explain(alarm: StoryAlarm, several: bool = False) -> tuple[str, str]:
+    """Return an alarm's cause in a few words, and the rest of its evidence.
+
+    Args:
+        alarm: the alarm.
+        several: whether the words are for several layers, and should not name the alarm's.
+    """
+    evidence = plain(alarm.evidence).rstrip(". ") or plain(alarm.rule)
+    cause, rest = _cause(alarm, evidence)
+    layer = plain(alarm.layer, 200) if alarm.layer else ""
+    if several and layer and (rest == evidence or layer in cause):
+        cause = _RULES.get(alarm.rule) or plain(alarm.rule, 80).replace("-", " ")
+        rest = evidence
+    return _capital(cause), f"{_capital(rest)}."
+
+
 def describe_bad(bad: Bad) -> str:
     """Return a clause such as "the first NaN appeared in blocks.3.attention, in the forward pass of step 12"."""
     value = _BAD_VALUES.get(bad.value, plain(bad.value, 20))

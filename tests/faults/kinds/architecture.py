@@ -93,7 +93,7 @@ def feed_forward_silent(training: Training) -> None:
 @fault(
     "norm's gain 0 later",
     FAMILY,
-    {"gain-drift", "branch-silent", "odd-block"},
+    {"gain-drift", "branch-silent", "odd-block", "weights-vanish"},
     early=False,
     at_once=True,
     layered=True,
@@ -156,7 +156,9 @@ def _remove_norms(module: nn.Module) -> None:
 
 
 class Skipped(nn.Module):
-    """Returns its input. It keeps a weight, because some models read the norm's dtype from it."""
+    """Returns its input. It has a norm's attributes, because some models read them."""
+
+    eps, bias = 0.0, None
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -207,7 +209,7 @@ def block_initialization(training: Training) -> None:
     multiply(block, 20.0)
 
 
-@fault("initialized to 0", FAMILY, {"branch-silent", "no-gradient", "initialization"}, layered=True)
+@fault("initialized to 0", FAMILY, {"branch-silent", "no-gradient", "initialization", "weights-vanish"}, layered=True)
 def initialized_to_zero(training: Training) -> None:
     """All matrices of one block start at 0, so none of them ever gets a gradient."""
     block, name = block_of(training)

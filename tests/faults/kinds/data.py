@@ -94,7 +94,7 @@ def inputs_corrupted(training: Training) -> None:
     training.data = corrupted
 
 
-@fault("one label for everything", FAMILY, {"suspicious-loss"}, early=False, only=lambda a: a.name != "clip")
+@fault("one label for everything", FAMILY, {"suspicious-loss", *SPIKES}, early=False, only=lambda a: a.name != "clip")
 def one_label(training: Training) -> None:
     """From some step on every label is the same, as after a failed look-up."""
     data = training.data
@@ -122,7 +122,7 @@ def no_labels(training: Training) -> None:
 @fault(
     "images not scaled",
     FAMILY,
-    {"layer-jump", "massive-activation", "loss-spike", "input-scale"},
+    {"layer-jump", "massive-activation", "input-scale", *SPIKES},
     early=False,
     at_once=True,
     only=lambda a: a.on_images,

@@ -71,7 +71,9 @@ CASES: dict[str, tuple[type[Rule], list[Signals], dict[str, Any], list[float], l
     "gain-drift, ratio": (
         GainDrift, [{"gain_ratio": layers(1.0, ratio)} for ratio in (2.0, *[11.0] * 4)], {}, [2, 11], [],
     ),
-    "gain-drift, small": (GainDrift, [{"gain_small": layers(0.0, 0.62)}] * 4, {}, [62, 1e-3], []),
+    "gain-drift, small": (
+        GainDrift, [{"gain_small": layers(0.0, share)} for share in (0.0, *[0.62] * 4)], {}, [62, 1e-3], [],
+    ),
     "gain-drift, frozen": (GainDrift, [{"gain_max": [0.0]}], {"facts": facts(norms=(GAIN_FROZEN,))}, [0], [1]),
     "headroom": (Headroom, [{"stream_max": layers(1.0, 7120.0)}], {"dtype": "float16"}, [7120, 65504], []),
     # 20-fold by step 40, from 1 to 20; updates of 5.1 %.

@@ -1,13 +1,12 @@
-"""Rules about the optimizer: Adam's ε and vanishing weights."""
+"""adam-eps on synthetic histories."""
 
 from __future__ import annotations
 
 import pytest
-from helpers.histories import Signals, facts, first, give_samples, last, layers, numbers_in, rates
+from helpers.histories import Signals, facts, first, give_samples, last, layers
 
 from omninorm.monitor import History, Sample
 from omninorm.monitor.rules.adam_eps import AdamEps
-from omninorm.monitor.rules.weights_vanish import WeightsVanish
 
 pytestmark = pytest.mark.usefixtures("words")
 
@@ -58,38 +57,3 @@ def test_adam_eps_names_another_tensor_after_a_clear_sample() -> None:
     other: list[Signals] = [{"adam_eps_ratio": [0.9, 0.8, 0.5, 0.9, 0.9]}] * 4
     reports = give_samples(AdamEps(), [*faulty, *healthy, *other])
     assert [alarms[0].layer for alarms in reports if alarms] == ["blocks.0.w", "blocks.0.w", "blocks.2.w", "blocks.2.w"]
-
-
-# Weights that vanish --------------------------------------------------------------------------------------------------
-
-
-def test_weights_that_shrink_three_fold_warn_then_fail() -> None:
-    shrinking = [rates(0.12, 0.1 * 0.35**count) for count in range(6)]
-    reports = give_samples(WeightsVanish(), shrinking)
-    assert [[alarm.severity for alarm in alarms] for alarms in reports] == [
-        [],
-        [],
-        ["warn"],
-        ["warn"],
-        ["fail"],
-        ["fail"],
-    ]
-    assert reports[4][0].evidence.startswith("Weight decay too large: ")
-    # Since step 1 the weights fell by 0.35⁴ in 39 steps: 1 − 0.35^(4/39) = 0.10 per step.
-    assert numbers_in(reports[4][0].evidence) == [66.6, 1, 10]
-    assert numbers_in(reports[4][0].remedy) == [0.1, 1e-3]
-
-
-@pytest.mark.parametrize(
-    ("ratio", "factor", "groups"), [(0.049, 0.35, 5), (0.12, 0.85, 5), (0.12, 3.0, 5), (0.12, 0.35, 2)]
-)
-def test_weights_that_shrink_less_raise_no_alarm(ratio: float, factor: float, groups: int) -> None:
-    def signals(count: int) -> dict[str, list[float]]:
-        weights = [0.1 * factor**count if index < groups else 0.1 for index in range(5)]
-        return {"update_ratio": [ratio] * 5, "weight_rms": weights}
-
-    assert first(give_samples(WeightsVanish(), [signals(count) for count in range(6)])) is None
-
-
-def test_vanishing_weights_explain_their_consequences() -> None:
-    assert {"adam-eps", "branch-silent", "gain-drift", "depth-growth"} <= set(WeightsVanish.explains)

@@ -35,6 +35,7 @@ class _Raw:
     absent: frozenset[int] | None = None  # trainable ones that had none at the optimizer's step either
     expected: frozenset[int] = frozenset()  # trainable parameters of the optimizers
     stepped: bool = False
+    emptied: bool | None = None  # whether no optimizer found a gradient; None before the first
     rates: tuple[float, ...] = ()
     moved: bool = False
 
@@ -47,6 +48,7 @@ class Checks:
         groups: each group's parameters, as indices into `named`.
         sentinels: the names of the modules that are checked in every step, and how many of them are outside the blocks.
         failed: called with a monitoring error.
+        every: the steps between samples.
         done: the number of steps done before.
         scaler: the GradScaler, if there is one.
         replicas: whether all processes should have equal weights.
@@ -63,6 +65,7 @@ class Checks:
         gradients: Gradients,
         failed: Callable[[Exception], None],
         *,
+        every: int = 1,
         done: int = 0,
         scaler: Any = None,
         replicas: bool = True,
@@ -81,7 +84,7 @@ class Checks:
         self._held: dict[int, tuple[tuple[int, ...], frozenset[int]]] = {}
         self._versions: list[int] = []
         self._now, self._steps = _Raw(), list[_Raw]()
-        self._done, self._after_sample = done, False
+        self._done, self._every, self._sampled, self._samples = done, every, done, 0
         gradients.on_begin, gradients.on_end = self._backward_begins, self._backward_ends
 
     # Hooks ------------------------------------------------------------------------------------------------------------
@@ -99,13 +102,18 @@ class Checks:
         return handles
 
     def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Add the checksum of the inputs in sampled steps and in those after them."""
-        due = self._buffer.sampling or self._after_sample
-        if is_compiling() or not due or in_backward() or not torch.is_grad_enabled():
+        """Add the checksum of the inputs in some steps."""
+        if is_compiling() or not self._is_due() or in_backward() or not torch.is_grad_enabled():
             return
         tensors = list(tensors_in([args, kwargs]))
         if tensors:
             safely(lambda: self._buffer.add_fact("batch", checksum(tensors)), self._failed)
+
+    def _is_due(self) -> bool:
+        """Return whether the inputs of this step are checked: in sampled steps, in those after them, and in one whose
+        distance changes, because data may repeat after as many steps as lie between two samples."""
+        distance = self._done + 1 - self._sampled
+        return self._buffer.sampling or distance in (1, 2 + self._samples % max(1, self._every - 2))
 
     def _backward_begins(self) -> None:
         self._cleared.backward_begins()
@@ -129,10 +137,13 @@ class Checks:
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         now = self._now
         now.rates += tuple(rates(optimizer))
+        held = self._ids(optimizer)
+        if now.emptied is not False:
+            now.emptied = all(p.grad is None for p in self._parameters if id(p) in held)
         if now.absent:
             now.absent = frozenset(at for at in now.absent if self._parameters[at].grad is None)
         if self._buffer.sampling:
-            self._clipping.before_step(self._ids(optimizer))
+            self._clipping.before_step(held)
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         held, now = self._ids(optimizer), self._now
@@ -167,7 +178,8 @@ class Checks:
         versions = [p._version for p in self._gradients.first if id(p) in held]
         now.moved = not now.stepped and len(versions) == len(self._versions) and versions != self._versions
         self._versions = versions
-        self._after_sample = self._buffer.sampling
+        if self._buffer.sampling:
+            self._sampled, self._samples = self._done, self._samples + 1
 
     def of_steps(self, rows: Sequence[Row]) -> list[StepChecks | None]:
         """Return the facts of the steps since the last call, whose rows are given; None if an error lost some."""
@@ -186,6 +198,7 @@ class Checks:
             scaler=self._scaler is not None,
             received=raw.without is not None and len(raw.without) < len(self._names),
             stepped=raw.stepped,
+            emptied=bool(raw.emptied) and raw.without is not None and len(raw.without) < len(self._names),
             overflowed=self._overflowed(raw, row),
             no_gradient=(*self._no_gradient(raw, row), *self._zero_gradient(raw, row)),
             kept=kept if kept is None or 0.0 < kept < float("inf") else None,

@@ -38,6 +38,7 @@ class StepChecks:
         scaler: whether a GradScaler was passed.
         received: whether a parameter had a gradient.
         stepped: whether one of the optimizers made a step.
+        emptied: whether the optimizers found no gradient although a backward pass had left some.
         overflowed: the parameter at which scaled gradients were not finite first, so that the scaler skips the step.
         no_gradient: modules without a gradient.
         kept: the norm of some elements of gradients that had not been cleared since the optimizer's previous step, as
@@ -51,6 +52,7 @@ class StepChecks:
     scaler: bool = False
     received: bool = False
     stepped: bool = False
+    emptied: bool = False
     overflowed: str | None = None
     no_gradient: tuple[NoGradient, ...] = ()
     kept: float | None = None

@@ -2,19 +2,20 @@
 
 Signal: the largest logit, max |q·k|/√d_head. Threshold: 1e3 is a warning, 1e4 a "fail": every run of Wortsman et al.
 that passed 1e4 diverged. A softmax is one-hot long before that, so growth counts as well [ours]: above 100, a 3-fold
-increase over 3 or more consecutive rises, counted from 20 on, is a warning; growth that would reach 1e4 within as many further samples is a
-"fail". Persistence: 2 samples.
+increase over 3 or more consecutive rises, counted from 20 on, is a warning; growth that would reach 1e4 within as many
+further samples is a "fail". Persistence: 2 samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule, layer_names
 from omninorm.monitor.rules.numbers import Streaks, earlier, factor, finite
+from omninorm.record.signals import Limit
 
 SIGNAL = "attention_logit"
 WARN, FAIL = 1e3, 1e4
@@ -32,6 +33,9 @@ class AttentionLogits(Rule):
 
     def __init__(self) -> None:
         self._streaks = Streaks()
+
+    def limits(self) -> Sequence[Limit]:
+        return (Limit(SIGNAL, self.name, WARN, FAIL),)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         names = layer_names(history.facts, SIGNAL)
@@ -68,7 +72,9 @@ class AttentionLogits(Rule):
         evidence = f"Attention logits too large: the largest in {block} is {value:.3g}"
         growth = self._growth(history, index, value)
         if growth > GROWTH:
-            evidence += f", {factor(growth)} times its lowest value in the last {SAMPLES} samples and still rising"
+            evidence += (
+                f", at least {factor(growth)} times its lowest value in the last {SAMPLES} samples and still rising"
+            )
         evidence += ". The softmax saturates on single tokens and its gradient vanishes."
         remedy = "Use qk-norm, or weight decay and a lower learning rate for the query and key projections."
         return self.alarm(sample.step, "fail" if failed else "warn", block, evidence, remedy)

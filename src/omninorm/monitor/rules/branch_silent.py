@@ -14,12 +14,13 @@ Signals: RMS(F(x))/RMS(x) of the block and of its two parts; RMS of its output; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Facts, History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, earlier, fold, known, median, values_of
+from omninorm.record.signals import Limit
 
 WARN, DEAD, SMALL = 0.01, 1e-6, 0.05
 FELL, OTHERS, GROWN = 10.0, 2.0, 2.0
@@ -43,6 +44,10 @@ class BranchSilent(Rule):
         self._before: dict[Key, float] = {}  # the level before a fall
         self._weak: dict[Key, float] = {}  # the value when a weak branch was first seen
         self._gains: dict[int, tuple[float, int]] = {}  # the largest gain before a fall, and the step of the fall
+
+    def limits(self) -> Sequence[Limit]:
+        parts = [Limit(signal, self.name, None, DEAD, below=True) for signal in SIGNALS if signal != "branch_ratio"]
+        return (Limit("branch_ratio", self.name, WARN, DEAD, below=True), *parts)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         yield from self._fallen_gains(history, sample)

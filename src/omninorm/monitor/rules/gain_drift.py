@@ -9,12 +9,13 @@ store γ − 1, or begin at 0 on purpose. Persistence of the warnings: 3 samples
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, factor, values_of
+from omninorm.record.signals import Limit
 
 RATIO, DRIFT = 10.0, 3.0
 SILENT = 0.5
@@ -33,6 +34,10 @@ class GainDrift(Rule):
         self._first: dict[int, float] = {}
         self._first_silent: dict[int, float] = {}
 
+    def limits(self) -> Sequence[Limit]:
+        condition = f"and {DRIFT:g} times the first value"
+        return (Limit("gain_ratio", self.name, RATIO, condition=condition), Limit("gain_small", self.name, SILENT))
+
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         zero: list[Alarm] = []
         drifted: list[tuple[float, Alarm]] = []
@@ -46,7 +51,8 @@ class GainDrift(Rule):
             grown = ratio is not None and first is not None and ratio > max(RATIO, DRIFT * first)
             if self._lasts(("ratio", index), grown, sample.step) and ratio and first:
                 drifted.append((ratio, self._explain_ratio(norm.name, ratio, first, sample.step)))
-            silenced = silent is not None and silent > SILENT >= self._first_silent.setdefault(index, silent)
+            at_first = None if silent is None else self._first_silent.setdefault(index, silent)
+            silenced = silent is not None and at_first is not None and silent > SILENT >= at_first
             if self._lasts(("silent", index), silenced, sample.step) and silent:
                 decay = _at(list(sample.gain_decay), index)
                 drifted.append((silent, self._explain_silent(norm.name, silent, decay, sample.step)))

@@ -41,6 +41,11 @@ class _Spike(NamedTuple):
         )
 
 
+def _limit(expected: tuple[float, float]) -> float:
+    mean, sigma = expected
+    return max(mean + SIGMAS * sigma, FACTOR * mean)
+
+
 class GradientSpike(Rule):
     """Reports the whole run. A single harmless spike raises no alarm."""
 
@@ -51,6 +56,12 @@ class GradientSpike(Rule):
         self._norms, self._losses = Rolling(), Rolling()
         self._last: _Spike | None = None
         self._passes = 1
+
+    def bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        expected = self._norms.expected()
+        if expected is None or self._norms.before < HISTORY:
+            return {}
+        return {"grad_norm": (None, _limit(expected))}
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
         self._passes = history.passes
@@ -72,8 +83,8 @@ class GradientSpike(Rule):
         self._norms.add(norm, expected)
         if expected is None or self._norms.before < HISTORY:
             return None
-        mean, sigma = expected
-        if mean <= 0.0 or norm <= max(mean + SIGMAS * sigma, FACTOR * mean):
+        mean, _ = expected
+        if mean <= 0.0 or norm <= _limit(expected):
             return None
         return _Spike(step.step, norm, mean, self._norms.before, self._losses.expected())
 

@@ -5,8 +5,8 @@ ratios and its stream. Threshold: at least 5 times both the previous sample and 
 that, while the median layer changes less than 2-fold. [ours] Training cannot do this to weights, so it is an immediate
 "fail". It can do it to activations, especially in the first steps: a warning, or a "fail" from 20-fold on if the loss
 is at least 5 % higher than before and updates above 5 % of the weights are not the cause. If the layer's own updates
-since the previous sample can add up to half of its weights or more (Adam with a small β₂), the alarm says so. Persistence for activations:
-2 samples. If weights jumped, they are the cause and activations are not reported.
+since the previous sample can add up to half of its weights or more (Adam with a small β₂), the alarm says so.
+Persistence for activations: 2 samples. If weights jumped, they are the cause and activations are not reported.
 """
 
 from __future__ import annotations

@@ -9,19 +9,19 @@ Threshold, each a "fail" only together with harm:
   wider models, because one update is nearly of rank one: relative to random weights, its effect on the output grows
   with √width. 30 % at any width with Muon, whose updates have full rank; 5 % in post-norm models; 1.2 % with SGD.
 - After these 50 steps, an update above 5 % while the weights of nine of ten blocks at least double within 50 steps.
-Without harm, updates of twice the first limits for 3 samples over 20 steps are a warning.
-The alarm says "at least N-fold", where N is the ratio to the first limit. Relative to the initial weights, the first
-updates are proportional to the learning rate; later ones are not, because the weights have grown. Updates of Adam, Lion
-and Muon do not depend on the size of the gradient, so those at the full learning rate follow from a sample in warm-up;
-of SGD only the first step counts, because the gradients of a diverging run explode.
-[ours] Largest learning rates whose loss after 60 steps is within 0.3 nats of the best one, without warm-up, 4 blocks:
-the first update is 20 % of the weights for a nanoGPT of width 64 with AdamW, 40 % for GPT-2, 43 % for Llama, 27 % for
-a Thinker, 120 % with PyTorch's initialization, 3 % in a post-norm Thinker; 20 and 54 % with Lion, 100 % or more with
-Muon; with SGD 0.4 to 2.7 %; and 10 % for a nanoGPT of width 128, 256 or 512. Of 65 runs at 3 to 500 times these rates,
-the factor was within a factor of 3 in 61, and 1 was missed. OLMo-2 trains at any of them, which is why harm is required.
-The quietest tenth of the blocks counts, so that matrices initialized to 0 (LoRA) do not: relative to their size, their
-first updates are infinite. Parts outside the blocks count only where no block is trainable (a new head on a frozen
-model), and then only a loss that is not below its initial value is harm.
+Without harm, updates of twice the first limits for 3 samples over 20 steps are a warning. The alarm says "at least
+N-fold", where N is the ratio to the first limit. Relative to the initial weights, the first updates are proportional to
+the learning rate; later ones are not, because the weights have grown. Updates of Adam, Lion and Muon do not depend on
+the size of the gradient, so those at the full learning rate follow from a sample in warm-up; of SGD only the first step
+counts, because the gradients of a diverging run explode. [ours] Largest learning rates whose loss after 60 steps is
+within 0.3 nats of the best one, without warm-up, 4 blocks: the first update is 20 % of the weights for a nanoGPT of
+width 64 with AdamW, 40 % for GPT-2, 43 % for Llama, 27 % for a Thinker, 120 % with PyTorch's initialization, 3 % in a
+post-norm Thinker; 20 and 54 % with Lion, 100 % or more with Muon; with SGD 0.4 to 2.7 %; and 10 % for a nanoGPT of
+width 128, 256 or 512. Of 65 runs at 3 to 500 times these rates, the factor was within a factor of 3 in 61, and 1 was
+missed. OLMo-2 trains at any of them, which is why harm is required. The quietest tenth of the blocks counts, so that
+matrices initialized to 0 (LoRA) do not: relative to their size, their first updates are infinite. Parts outside the
+blocks count only where no block is trainable (a new head on a frozen model), and then only a loss that is not below its
+initial value is harm.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, finite, fold, known, quantile, values_of
+from omninorm.record.signals import Limit
 
 LIMIT, POST_LIMIT, SGD_LIMIT = 0.3, 0.05, 0.012  # of the initial weights, per step
 WIDTH = 64.0  # up to which the first limit holds
@@ -68,6 +69,7 @@ class LearningRate(Rule):
         "branch-silent",
         "eps-share",
         "odd-block",
+        "weights-vanish",
     )
 
     def __init__(self) -> None:
@@ -87,6 +89,11 @@ class LearningRate(Rule):
         if rate is not None and rate > self._rate:
             self._rate, self._rising = rate, step.step
         return ()
+
+    def limits(self) -> Sequence[Limit]:
+        return (
+            Limit("update_ratio", self.name, LARGE, condition="in nine of ten blocks, and if it lasts or does harm"),
+        )
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         ratios = _of_blocks(history, values_of(sample, "update_ratio"))

@@ -2,8 +2,9 @@
 
 Signal: the loss. Threshold: the mean of the newest 10 losses is above the lowest mean of 10 consecutive losses within
 the last 500 steps by 8 % and by 6 standard errors of that difference. [ours] Single spikes are the subject of
-loss-spike. Persistence: 40 steps; or, if the loss recovers (half of that rise or less), 15 steps. Losses of other data
-(a curriculum) can rise as well, so it is a warning. A warm restart raises the loss on purpose: steps at more than 1.5
+loss-spike. Persistence: 25 steps, or 120 if less than three quarters of the highest rise are left, because it may be
+recovering; or, if it has recovered (half of the highest rise or less is left), 15 steps. Losses of other data (a
+curriculum) can rise as well, so it is a warning. A warm restart raises the loss on purpose: steps at more than 1.5
 times the learning rate of the lowest mean do not count.
 """
 
@@ -22,7 +23,8 @@ from omninorm.monitor.rules.rolling import Rolling
 
 NEWEST, WINDOW = 10, 500
 RISE, ERRORS = 0.08, 6.0
-LASTING, RECOVERED = 40, 15
+LASTING, LONG, RECOVERED = 25, 120, 15
+FALLING, HALF = 0.75, 0.5  # of the highest rise
 RESTART = 1.5
 
 
@@ -38,13 +40,15 @@ class LossRising(Rule):
     """Reports the whole run, with the steps between which the loss rose."""
 
     name = "loss-rising"
-    source = "the thresholds, 8 % and 6 standard errors for 40 steps, are omninorm's own; see docs/watching.md"
+    source = "the thresholds, 8 % and 6 standard errors for 25 steps, are omninorm's own; see docs/watching.md"
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=NEWEST)
         self._lowest: deque[_Mean] = deque()  # ascending: the lowest mean of the window first
         self._noise = Rolling()
-        self._high: list[_Mean] = []
+        self._since: int | None = None  # the step at which the loss began to be high
+        self._peak: _Mean | None = None
+        self._armed = True  # False after a rise, until the loss is low again
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
         loss = finite(step.loss)
@@ -65,14 +69,20 @@ class LossRising(Rule):
         error = expected[1] * math.sqrt(2 / NEWEST) if expected else math.inf
         limit = max(RISE * abs(best.value), ERRORS * error)
         restarted = best.rate is not None and mean.rate is not None and mean.rate > RESTART * best.rate
-        if mean.value - best.value >= limit and not restarted:
-            self._high = [*self._high[-WINDOW:], mean]
-            if mean.step - self._high[0].step >= LASTING:
-                yield self._explain(best, mean, max(self._high), recovered=False)
-        elif self._high and (mean.value - best.value <= limit / 2 or restarted):
-            high, self._high = self._high, []
-            if mean.step - high[0].step >= RECOVERED and not restarted:
-                yield self._explain(best, mean, max(high), recovered=True)
+        rise = mean.value - best.value
+        self._armed = self._armed or rise < limit / 2
+        if rise >= limit and not restarted and self._armed and self._since is None:
+            self._since, self._peak = mean.step, mean
+        if self._since is None:
+            return
+        self._peak = max(self._peak or mean, mean)
+        left, steps = rise / (self._peak.value - best.value), mean.step - self._since
+        if restarted or left <= HALF:
+            peak, self._since, self._armed = self._peak, None, False
+            if steps >= RECOVERED and not restarted:
+                yield self._explain(best, mean, peak, recovered=True)
+        elif steps >= (LASTING if left >= FALLING else LONG):
+            yield self._explain(best, mean, self._peak, recovered=False)
 
     def _remember(self, mean: _Mean) -> None:
         while self._lowest and self._lowest[-1].value >= mean.value:

@@ -1,8 +1,9 @@
 """no-gradient: modules that run get no gradient, or none arrives at all.
 
 Signals: after each backward pass, the trainable parameters of the optimizer whose `grad` is None, as modules: see
-`omninorm.monitor.checks.missing`. There is no threshold, only a persistence [ours]:
+`omninorm.monitor.checks.missing`. There is no threshold. Persistence [ours]:
 - no parameter has a gradient in 3 steps: a "fail", or a warning if no optimizer is known;
+- gradients are cleared before the optimizer's step: 2 steps, or 2 samples if they are set to 0, a "fail";
 - blocks, the attention or feed-forward of a block, or half of a model without blocks: 2 steps, a "fail";
 - the last blocks of a stack, one of several stacks, or a module before the blocks: 5 steps, a warning, because their
   output may be unused on purpose;
@@ -19,10 +20,10 @@ from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.checks.facts import NoGradient
-from omninorm.monitor.history import History, Step
+from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.rules.base import Rule
 
-NONE_STEPS = 3
+NONE_STEPS, EMPTIED = 3, 2
 PERSISTENCE = {"blocks": 2, "part": 2, "most": 2, "stack": 5, "last blocks": 5, "outside": 5, "leaf": 20, "zero": 10}
 FAILS = ("blocks", "part", "most")
 WITHOUT_OPTIMIZER = 10
@@ -48,7 +49,7 @@ class NoGradientRule(Rule):
     )
 
     def __init__(self) -> None:
-        self._none = 0
+        self._none = self._emptied = self._zeroed = 0
         self._since: dict[NoGradient, int] = {}
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
@@ -60,12 +61,26 @@ class NoGradientRule(Rule):
             yield self._explain_none(step.step, checks.optimizer)
         if not checks.received:
             return
+        self._emptied = self._emptied + 1 if checks.emptied else 0
+        if self._emptied >= EMPTIED:
+            yield self._explain_emptied(step.step, f"in each of the last {self._emptied} steps it found none")
         self._since = {found: self._since.get(found, step.step) for found in checks.no_gradient}
         patience = 1 if checks.optimizer else WITHOUT_OPTIMIZER
         for found, since in self._since.items():
             if step.step - since + 1 >= patience * PERSISTENCE[found.kind]:
                 severity = "fail" if found.kind in FAILS else "warn"
                 yield self.alarm(step.step, severity, found.layer, *explain(found, since))
+
+    def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
+        before, after = sample.checks.norms or (0.0, 0.0)
+        self._zeroed = self._zeroed + 1 if before > 0.0 == after else 0
+        if self._zeroed >= EMPTIED:
+            yield self._explain_emptied(sample.step, "it is 0 there")
+
+    def _explain_emptied(self, step: int, how: str) -> Alarm:
+        evidence = f"No gradient reaches the optimizer: the backward pass leaves one, but at optimizer.step() {how}."
+        remedy = "Call zero_grad() after optimizer.step(), not between the backward pass and the step."
+        return self.alarm(step, "fail", None, evidence, remedy)
 
     def _explain_none(self, step: int, optimizer: bool) -> Alarm:
         evidence = f"No gradient arrived in the last {self._none} steps: no parameter had one when the step ended."

@@ -64,7 +64,7 @@ class Streaks:
         self._runs[key] = count + 1, since
         return count + 1 >= samples and step - since >= steps
 
-    def keys(self) -> list[Hashable]:
+    def running(self) -> list[Hashable]:
         """Return the keys whose condition holds."""
         return list(self._runs)
 

@@ -3,9 +3,10 @@
 Signals: attention entropy and logits; branch, attention and feed-forward ratios; gradient of the stream's weights
 (‖∂loss/∂w‖) and update ratio; RMS of the weights and the largest gain of its norms. Threshold, on the logarithms among
 the blocks: at least 10 times the median of the blocks or a tenth of it (weights and gains: 5 times, because siblings
-begin alike; entropy: a quarter), and 6 times as far from it as the median block. [ours] At least 4 blocks are needed. The first and the last block legitimately differ (the first
-reads a small embedding, the last writes for the head): they are judged by their weights and gains only, and do not count
-for the others' spread. Logits count only if they are too large. Persistence: 3 samples over 20 steps. It is a warning.
+begin alike; entropy: a quarter), and 6 times as far from it as the median block. [ours] At least 4 blocks are needed.
+The first and the last block legitimately differ (the first reads a small embedding, the last writes for the head): they
+are judged by their weights and gains only, and do not count for the others' spread. Logits count only if they are too
+large. Persistence: 3 samples over 20 steps. It is a warning.
 """
 
 from __future__ import annotations
@@ -89,6 +90,14 @@ class OddBlock(Rule):
             f"Block unlike the others: the {_TITLES[found.signal]} of {block} is {found.value:.3g}, {comparison}."
         )
         remedy = f"Compare the initialization and the optimizer settings of {block} with those of the other blocks."
+        if all(
+            odd.block != found.block
+            for odd in _odd_ones(_by_block(history, history.samples[0], found.signal), found.signal)
+        ):
+            evidence += f" It was like the others at step {history.samples[0].step}."
+            remedy = (
+                f"Look at what changes {block}: a higher learning rate, a small β₂ of Adam, or code that writes to it."
+            )
         if found.signal in ATTENTION:
             remedy += " If only its attention differs, check its query and key weights, and consider qk-norm."
         return self.alarm(sample.step, "warn", block, evidence, remedy)

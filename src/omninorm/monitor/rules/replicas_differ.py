@@ -1,8 +1,8 @@
 """replicas-differ: the processes of a data-parallel run hold different weights.
 
 Signal: at each sample, checksums of about a thousand weights of every tensor, of all processes. Sharded parameters
-are left out: see `omninorm.monitor.checks.replicas`. There is no threshold and no persistence: equal weights plus equal
-averaged gradients stay equal bit for bit. `watch(…, replicas=False)` turns the check off.
+are left out: see `omninorm.monitor.checks.replicas`. There is no threshold. Persistence: one sample, because
+equal weights and equal averaged gradients stay equal bit for bit. `watch(…, replicas=False)` turns the check off.
 """
 
 from __future__ import annotations

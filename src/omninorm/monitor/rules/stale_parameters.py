@@ -24,7 +24,7 @@ class StaleParameters(Rule):
 
     name = "stale-parameters"
     source = "exact: the identity of parameters"
-    explains = ("no-progress", "optimizer-coverage")
+    explains = ("no-gradient", "steps-skipped", "no-progress")
 
     def __init__(self) -> None:
         self._moved = 0

@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
-from omninorm.monitor.rules.numbers import finite, value_at
+from omninorm.monitor.rules.no_progress import began_untrained
+from omninorm.monitor.rules.numbers import finite
 
 SHARE, WITHIN, NEWEST = 0.1, 200, 5
-LEAST, NEAR = 3.5, 0.25
 
 
 class SuspiciousLoss(Rule):
@@ -42,16 +42,10 @@ class SuspiciousLoss(Rule):
         mean = sum(self._newest) / len(self._newest)
         if self._first is None or len(self._newest) < NEWEST or mean >= SHARE * self._first:
             return
-        if self._was_untrained(history):
+        if began_untrained(history, self._first):
             evidence = f"Suspiciously good: the loss fell from {self._first:.4g} to {mean:.2g} in {step.step} steps."
             remedy = (
                 "Unless you overfit a few batches on purpose, check that the labels are shifted by one token, that the "
             )
             remedy += "attention is causal, and that the batches differ."
             yield self.alarm(step.step, "warn", None, evidence, remedy)
-
-    def _was_untrained(self, history: History) -> bool:
-        sample = history.samples[0] if history.samples else None
-        logz = value_at(sample, "logz_mean") if sample and sample.step == 1 else None
-        first = self._first or 0.0
-        return logz is not None and first >= LEAST and abs(first - logz) <= NEAR * first

@@ -93,7 +93,7 @@ class WeightsVanish(Rule):
                 yield self.alarm(sample.step, "fail", layer, evidence, remedy)
 
     def _end_others(self, step: int, layers: set[str]) -> None:
-        for key in [key for key in self._streaks.keys() if isinstance(key, str) and key not in layers]:
+        for key in [key for key in self._streaks.running() if isinstance(key, str) and key not in layers]:
             self._streaks.end(key)
 
     def _explain(self, sample: Sample, what: str, signal: str, found: list[Shrinking]) -> Iterable[Alarm]:
