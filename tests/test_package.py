@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import omninorm
+from omninorm.errors import MissingExtraError
 
 SOURCE = Path(omninorm.__file__).parent
 # DESIGN: each part may import those before it.
@@ -88,6 +89,7 @@ before = (torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ), 
           torch.nn.RMSNorm, torch.nn.LayerNorm, torch.nn.functional.rms_norm)
 loaded = set(sys.modules)
 import omninorm
+from omninorm.errors import MissingExtraError
 after = (torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ), logging.root.level, logging.root.handlers[:],
          warnings.filters[:], signal.getsignal(signal.SIGINT), threading.active_count(), torch.random.initial_seed(),
          torch.nn.RMSNorm, torch.nn.LayerNorm, torch.nn.functional.rms_norm)
@@ -116,3 +118,15 @@ def test_backends_say_what_runs_here() -> None:
     found = {backend.name: backend for backend in omninorm.backends()}
     assert found["reference"].available
     assert all(backend.reason for backend in found.values())
+
+
+def test_a_clone_is_told_how_to_install_its_own_extras(tmp_path, monkeypatch):
+    error = MissingExtraError("ONNX needs onnxscript", "", 'install it with pip install "omninorm[onnx]"')
+    clone = tmp_path / "clone"
+    monkeypatch.setattr("omninorm.errors.__file__", str(clone / "src" / "omninorm" / "errors.py"))
+    assert 'pip install "omninorm[onnx]"' in str(error)
+    clone.mkdir()
+    (clone / "pyproject.toml").touch()
+    assert f'pip install -e "{clone}[onnx]"' in str(error)
+    monkeypatch.chdir(clone)
+    assert 'pip install -e ".[onnx]"' in str(error)

@@ -77,7 +77,7 @@ qk_norm=None, residual_scale=None, mix_fraction=0.25)
         check_choice("norm_placement", self.norm_placement, PLACEMENTS)
         check_choice("cast", self.cast, CASTS)
         if self.norm_eps is not None:
-            check_number("norm_eps", self.norm_eps, at_least=0.0, at_most=LARGEST)
+            check_number("norm_eps", self.norm_eps, at_least=0.0, at_most=LARGEST, example=1e-6)
         check_number("gain_offset", self.gain_offset, at_least=-LARGEST, at_most=LARGEST)
         check_number("mix_fraction", self.mix_fraction, at_least=0.0, at_most=1.0)
         if self.residual_scale is not None:
@@ -140,17 +140,22 @@ def check_number(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
+    example: float | None = None,
 ) -> None:
-    """Raise ConfigError unless `value` is a finite Python number within the bounds."""
+    """Raise ConfigError unless `value` is a finite Python number within the bounds; it suggests `example`, if any."""
     bounds = [(at_least, "≥"), (above, ">"), (at_most, "≤")]
     wanted = " and ".join(f"{sign} {bound:g}" for bound, sign in bounds if bound is not None)
     invariant = f"{name} must be a finite number{' ' + wanted if wanted else ''}"
+    if example is not None:
+        remedy = f"use a number such as {example:g}"
+    else:
+        remedy = f"choose {name} within these bounds" if wanted else f"pass a finite number for {name}"
     if not is_finite(value):
-        raise ConfigError(invariant, f"{value!r:.40}", f"pass a number for {name}")
+        raise ConfigError(invariant, f"{value!r:.40}", remedy)
     assert isinstance(value, (int, float))
     too_low = (at_least is not None and value < at_least) or (above is not None and value <= above)
     if too_low or (at_most is not None and value > at_most):
-        raise ConfigError(invariant, repr(value), f"choose {name} within these bounds")
+        raise ConfigError(invariant, repr(value), remedy)
 
 
 def read_number(

@@ -1,5 +1,8 @@
 """omninorm's exceptions: each states what must hold, the value received, and what to do."""
 
+import re
+from pathlib import Path
+
 
 class OmninormError(Exception):
     """Base class of all errors that omninorm raises on purpose.
@@ -55,3 +58,15 @@ class RunError(OmninormError, RuntimeError):
 
 class MissingExtraError(OmninormError, ImportError):
     """An optional package that this needs is not installed."""
+
+    def __str__(self) -> str:
+        return for_checkout(super().__str__())
+
+
+def for_checkout(text: str) -> str:
+    """Replace `pip install "omninorm[extra]"` in a clone of the repository by the command that installs the clone."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "pyproject.toml").is_file():
+        return text
+    place = "." if Path.cwd() == root else str(root)
+    return re.sub(r'pip install "omninorm(?=\[)', lambda _: f'pip install -e "{place}', text)

@@ -26,39 +26,44 @@ def _refused(outcome, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--lr", "nan"], ["lr ", "nan"]),
-        (["--lr", "inf"], ["lr ", "inf"]),
-        (["--lr", "-1"], ["lr ", "-1"]),
-        (["--eps", "nan"], ["norm_eps", "nan"]),
-        (["--eps", "-1e-6"], ["norm_eps", "-1e-06"]),
-        (["--weight-decay", "nan"], ["weight_decay"]),
-        (["--grad-clip", "nan"], ["grad_clip"]),
-        (["--grad-clip", "0"], ["grad_clip"]),
+        (["--lr", "nan"], ["--lr ", "nan", "such as 0.003"]),
+        (["--lr", "inf"], ["--lr ", "inf"]),
+        (["--lr", "-1"], ["--lr ", "-1"]),
+        (["--eps", "nan"], ["--eps", "nan"]),
+        (["--eps", "-1e-6"], ["--eps", "-1e-06"]),
+        (["--weight-decay", "nan"], ["--weight-decay must"]),
+        (["--grad-clip", "nan"], ["--grad-clip must"]),
+        (["--grad-clip", "0"], ["--grad-clip must"]),
         (["--grad-clip", "1", "--no-grad-clip"], ["--grad-clip 1.0 with --no-grad-clip"]),
         (["--watch-every", "5", "--no-watch"], ["--watch-every 5 with --no-watch"]),
-        (["--betas", "0.9", "nan"], ["betas"]),
-        (["--adam-eps", "nan"], ["adam_eps"]),
-        (["--min-lr-ratio", "nan"], ["min_lr_ratio"]),
-        (["--held-out", "nan"], ["held_out"]),
-        (["--steps", "0"], ["steps", "0"]),
-        (["--batch-size", "-2"], ["batch_size", "-2"]),
-        (["--d-model", "0"], ["d_model", "0"]),
-        (["--layers", "0"], ["n_layers"]),
-        (["--heads", "3"], ["d_model must be a multiple of n_heads", "n_heads=3"]),
-        (["--threads", "0"], ["threads", "0"]),
+        (["--betas", "0.9", "nan"], ["Each of --betas"]),
+        (["--adam-eps", "nan"], ["--adam-eps must"]),
+        (["--min-lr-ratio", "nan"], ["--min-lr-ratio must"]),
+        (["--held-out", "nan"], ["--held-out must"]),
+        (["--steps", "0"], ["--steps", "0"]),
+        (["--batch-size", "-2"], ["--batch-size", "-2"]),
+        (["--d-model", "0"], ["--d-model", "0"]),
+        (["--layers", "0"], ["--layers must"]),
+        (["--heads", "3"], ["--d-model must be a multiple of --heads", "--heads 3"]),
+        (["--threads", "0"], ["--threads", "0"]),
         (["--threads", "9" * 30], ["4096", "9" * 30]),
-        (["--seed", "-1"], ["seed", "-1"]),
-        (["--norm", "batchnorm"], ["normalization", "rmsnorm, layernorm", "'batchnorm'"]),
-        (["--placement", "middle"], ["norm_placement", "none, post, pre", "'middle'"]),
-        (["--norm", "none", "--qk-norm"], ["qk_norm"]),
-        (["--precision", "fp64"], ["precision", "fp32, bf16", "'fp64'"]),
-        (["--parallel", "zero3"], ["parallel", "ddp, fsdp", "'zero3'"]),
-        (["--tokenizer", "words"], ["tokenizer", "byte, bpe", "'words'"]),
-        (["--vocab-size", "300"], ["256 tokens", "vocab_size=300"]),
-        (["--tokenizer", "bpe", "--vocab-size", "256"], ["257"]),
-        (["--warmup-steps", "9"], ["warmup_steps=9 with steps=4"]),
-        (["--seq-len", "4000"], ["seq_len + 1 = 4001 tokens"]),
-        (["--eval-bytes", "10"], ["held-out part", "got 10"]),
+        (["--seed", "-1"], ["--seed", "-1"]),
+        (["--norm", "batchnorm"], ["--norm must", "rmsnorm, layernorm", "'batchnorm'"]),
+        (["--placement", "middle"], ["--placement must", "none, post, pre", "'middle'"]),
+        (["--norm", "none", "--qk-norm"], ["--qk-norm needs", "--norm none", "--no-qk-norm"]),
+        (["--precision", "fp64"], ["--precision must", "fp32, bf16", "'fp64'"]),
+        (["--parallel", "zero3"], ["--parallel must", "ddp, fsdp", "'zero3'"]),
+        (["--tokenizer", "words"], ["--tokenizer must", "byte, bpe", "'words'"]),
+        (["--vocab-size", "300"], ["256 tokens", "--vocab-size 300", "--tokenizer bpe"]),
+        (["--tokenizer", "bpe", "--vocab-size", "256"], ["--vocab-size", "257"]),
+        (["--warmup-steps", "9"], ["--warmup-steps 9 with --steps 4"]),
+        (["--seq-len", "4000"], ["--seq-len + 1 = 4001 tokens"]),
+        (["--eval-bytes", "10"], ["held-out part", "got 10", "--eval-bytes"]),
+        (["--steps", "abc"], ["--steps must be an integer, got 'abc'"]),
+        (["--steps", "1.5"], ["--steps must be an integer, got '1.5'"]),
+        (["--lr", "1e"], ["--lr must be a number, got '1e'"]),
+        (["--betas", "0.9", "x"], ["--betas must be 2 numbers, got '0.9 x'"]),
+        (["mine.txt"], ["omninorm train takes no arguments, got mine.txt", "--text mine.txt"]),
     ],
 )
 def test_a_bad_option_of_train_is_refused(command, small, tmp_path, options, parts):
@@ -75,7 +80,7 @@ def test_a_bad_option_of_train_is_refused(command, small, tmp_path, options, par
         (b"\x7fELF\0\0\0" * 1000, "a NUL at byte 4"),
         (b"\xff\xfe" + "wide".encode("utf-16-le"), "a NUL at byte 3"),
         (b"caf\xe9 " * 100, "the byte 0xe9 at 3"),
-        (b"too short", "seq_len + 1 = 17 tokens"),
+        (b"too short", "--seq-len + 1 = 17 tokens"),
     ],
 )
 def test_a_bad_text_is_refused(command, tmp_path, content, part):
@@ -88,7 +93,7 @@ def test_a_bad_text_is_refused(command, tmp_path, content, part):
 
 def test_a_batch_that_does_not_fit_in_memory_is_refused(command, small, tmp_path):
     outcome = command("train", *small, "--batch-size", str(10**13), "--out", tmp_path / "run")
-    _refused(outcome, "must fit in memory", "batch_size=10000000000000")
+    _refused(outcome, "must fit in memory", "--batch-size 10000000000000")
 
 
 def test_a_folder_that_has_a_run_is_refused_and_unchanged(command, small, interrupted):
@@ -111,8 +116,19 @@ def test_an_unwritable_folder_is_refused(command, small):
 @pytest.mark.parametrize("arguments", [["train", "--resume"], ["generate"]])
 def test_a_folder_that_is_not_a_run_is_refused(command, tmp_path, arguments):
     _refused(command(*arguments, tmp_path), "config.json", str(tmp_path))
-    _refused(command(*arguments, tmp_path / "absent"), "config.json", str(tmp_path / "absent"))
+    _refused(command(*arguments, tmp_path / "absent"), f"No such file or folder: {tmp_path / 'absent'}")
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("arguments", [["demo", "--resume"], ["compare", "--resume"], ["inspect"], ["report"]])
+def test_a_folder_that_does_not_exist_is_refused(command, tmp_path, arguments):
+    _refused(command(*arguments, tmp_path / "absent"), "No such file or folder", str(tmp_path / "absent"))
+    assert tree(tmp_path) == {}
+
+
+def test_a_file_of_another_kind_is_refused_with_what_can_be_read(command, text_file):
+    _refused(command("inspect", text_file), f"{text_file} is neither", ".safetensors or .gguf file", "run's folder")
+    _refused(command("generate", text_file), f"{text_file} is a file", "folder of a run", ".gguf file")
 
 
 def test_a_hugging_face_folder_cannot_be_resumed(command, tmp_path):
@@ -174,19 +190,32 @@ def test_a_damaged_config_is_refused(command, interrupted):
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (["--temperature", "nan"], "temperature"),
+        (["--temperature", "nan"], "--temperature must"),
         (["--temperature", "-1"], "temperature"),
-        (["--top-p", "nan"], "top_p"),
-        (["--top-k", "0"], "top_k"),
-        (["--max-new-tokens", "0"], "max_new_tokens"),
-        (["--seed", str(2**80)], "seed"),
+        (["--top-p", "nan"], "--top-p must"),
+        (["--top-k", "0"], "--top-k must"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must"),
+        (["--seed", str(2**80)], "--seed must"),
         (["--prompt", ""], "prompt"),
         (["--stop", ""], "stop text"),
-        (["--step", "3"], "one of 2, 4"),
+        (["--step", "3"], "Available: 2, 4"),
     ],
 )
 def test_a_bad_option_of_generate_is_refused(command, interrupted, options, part):
     _refused(command("generate", interrupted, *options), part)
+
+
+def test_a_run_passed_as_an_argument_is_referred_to_resume(command, interrupted):
+    _refused(command("train", interrupted), f"--resume {interrupted}")
+
+
+def test_an_error_about_the_resumed_run_keeps_the_names_of_its_file(command, interrupted):
+    path = interrupted / "config.json"
+    config = path.read_text(encoding="utf-8")
+    path.write_text(config.replace('"n_layers": 1', '"n_layers": 1000000'), encoding="utf-8")
+    outcome = command("train", "--resume", interrupted)
+    _refused(outcome, "config.json: n_layers must be")
+    assert "--layers" not in outcome.err
 
 
 def test_a_run_without_a_checkpoint_cannot_generate(command, interrupted):

@@ -88,7 +88,7 @@ def test_a_missing_matplotlib_is_reported_before_measuring(command, tmp_path, mo
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = command("bench", *TINY, "--out", tmp_path / "bench")
     assert code == 2
-    assert 'pip install "omninorm[demo]", or pass --no-plot' in err
+    assert '[demo]", or pass --no-plot' in err
     assert not (tmp_path / "bench").exists()
 
 

@@ -300,7 +300,7 @@ def test_a_missing_package_is_one_sentence_of_the_command(tmp_path: Path, packag
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert {"scipy": "scipy", "yaml": "PyYAML"}[package] in done.stderr
-    assert "omninorm[compare]" in done.stderr
+    assert "[compare]" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -333,12 +333,12 @@ def test_ctrl_c_keeps_finished_runs_and_prints_how_to_resume(tmp_path: Path) -> 
         (["--preset", "qiuck"], "quick, chapter"),
         (["missing.yaml"], "No such file: missing.yaml"),
         (["plan.ini"], "plan.ini"),
-        (["--resume", "nowhere"], "No comparison found in nowhere"),
+        (["--resume", "nowhere"], "No such file or folder: nowhere"),
         (["--resume", "nowhere", "--preset", "quick"], "--preset quick"),
         (["p.yaml", "--preset", "quick"], "p.yaml and --preset quick"),
-        (["--workers", "0"], "workers must be"),
+        (["--workers", "0"], "--workers must be"),
         (["--text", "missing.txt"], "missing.txt"),
-        (["--engine", "slurm"], "engine must be one of local, ray"),
+        (["--engine", "slurm"], "--engine must be one of local, ray"),
         (["--model", "nowhere"], "package.module:function"),
         pytest.param(["--model", "nowhere:build"], "No module named 'nowhere'", marks=pytest.mark.slow),
     ],
@@ -352,6 +352,18 @@ def test_bad_input_is_one_sentence(
     assert named in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_ray_is_reported_before_anything_is_written(
+    command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "omninorm.experiments.compare.on_ray", raising=False)
+    plan, text = write_plan(tmp_path)
+    code, _, err = command("compare", plan, "--text", text, "--engine", "ray", "--out", tmp_path / "c")
+    assert code == 2
+    assert "--engine ray needs the package ray" in err
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_text_too_short_for_a_held_out_part_is_one_sentence(command, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from omninorm.cli import machine
+from omninorm.errors import for_checkout
 from omninorm.experiments import provenance
 from omninorm.kernels import cpu
 from omninorm.kernels.dispatch import backends
@@ -109,7 +110,8 @@ def test_a_missing_package_is_listed_with_the_command_that_installs_it(command, 
     monkeypatch.setitem(provenance.OPTIONAL, "a-package-that-is-not", ("nothing", "demo"))
     code, out, _ = command("doctor")
     assert code == 0
-    assert 'a-package-that-is-not (for nothing): pip install "omninorm[demo]"' in out
+    install = for_checkout('pip install "omninorm[demo]"')
+    assert f"a-package-that-is-not (for nothing): {install}" in out
     assert "Nothing is missing" not in out
     assert torch.__version__ in out
     for backend in backends():

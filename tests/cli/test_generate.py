@@ -86,6 +86,13 @@ def test_step_of_a_pretrained_model_is_refused(command, tmp_path):
         assert f"{path} is not a run, got --step 2" in err
 
 
+def test_another_architecture_is_refused_by_its_name(command, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    code, _, err = command("generate", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "got the architecture GPT2LMHeadModel. Run other models with transformers" in err
+
+
 def test_a_hugging_face_folder_without_a_tokenizer_is_refused_in_one_line(command, tmp_path):
     hugging_face(tmp_path, tokenizer=False)
     code, _, err = command("generate", tmp_path)

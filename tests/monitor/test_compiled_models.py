@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from omninorm import NormConfig, Thinker, ThinkerConfig
 from omninorm.monitor import Watch, watch
-from omninorm.monitor.hooks.attach import Hook
 
 pytestmark = [  # warnings from Dynamo itself
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -61,7 +60,7 @@ def train(model: nn.Module, steps: int, every: int, evaluate: bool = False) -> W
 @pytest.mark.parametrize(
     ("placement", "backend"),
     [
-        *((placement, "aot_eager") for placement in ("pre", "post", "keel", "reordered")),
+        *((placement, "aot_eager") for placement in ("pre", "post", "keel", "sandwich", "reordered")),
         ("post", "inductor"),
     ],
 )
@@ -72,7 +71,7 @@ def test_placement_is_measured_in_a_graph(placement: str, backend: str) -> None:
     eager = train(copy.deepcopy(model), 1, every=1)
     compiled = train(torch.compile(model, backend=backend), 1, every=1)
     assert compiled.history.placement == eager.history.placement
-    assert eager.history.placement == {"keel": "both", "reordered": None}.get(placement, placement)
+    assert eager.history.placement == {"keel": "both"}.get(placement, placement)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,7 +120,7 @@ def test_copy_of_a_compiled_model_is_not_monitored() -> None:
         file = io.BytesIO()
         torch.save(model, file)
         twin = copy.deepcopy(model)
-        assert [type(hook) for hook in twin._forward_hooks.values()] == [Hook]
+        assert not twin._forward_hooks
         model(tokens).square().mean().backward()
         model.eval()
         twin(tokens)  # with a graph, which would be taken for the model's own

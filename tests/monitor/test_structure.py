@@ -99,7 +99,7 @@ def image_loss(model: nn.Module, step: int) -> Tensor:
 FOREIGN: dict[str, tuple[Any, dict[str, list[str]], str, int, str, Any]] = {
     "Llama": (llama, blocks_of("model.layers", "self_attn", "mlp"), "LlamaRMSNorm", 5, "pre", tokens_loss),
     "Qwen3": (qwen3, blocks_of("model.layers", "self_attn", "mlp"), "Qwen3RMSNorm", 9, "pre", tokens_loss),
-    "Gemma 2": (gemma2, blocks_of("model.layers", "self_attn", "mlp"), "Gemma2RMSNorm", 9, "pre", tokens_loss),
+    "Gemma 2": (gemma2, blocks_of("model.layers", "self_attn", "mlp"), "Gemma2RMSNorm", 9, "sandwich", tokens_loss),
     "Mixtral": (mixtral, blocks_of("model.layers", "self_attn", "mlp"), "MixtralRMSNorm", 5, "pre", tokens_loss),
     "GPT-2": (gpt2, blocks_of("transformer.h", "attn", "mlp"), "LayerNorm", 5, "pre", tokens_loss),
     "BERT": (bert, blocks_of("bert.encoder.layer", "attention", "output"), "LayerNorm", 6, "post", tokens_loss),
@@ -172,9 +172,9 @@ def test_placements_of_a_thinker_are_measured(placement: str) -> None:
     assert facts.blocks == tuple(f"blocks.{at}" for at in range(4))
     assert facts.attentions == tuple(f"{block}.attention" for block in facts.blocks)
     assert facts.feed_forwards == tuple(f"{block}.feed_forward" for block in facts.blocks)
-    other = {"reordered": None, "hybrid": None}  # no norm at the beginning of a block, nor at its end
-    verdicts = {"post": "post", "deepnorm": "post", "residual": "post", "keel": "both", "none": "none", **other}
-    assert watched.history.placement == verdicts.get(placement, "pre")
+    alike = {"deepnorm": "post", "residual": "post", "keel": "both", "lns": "pre", "mix": "pre", "normformer": "pre"}
+    assert watched.history.placement == {**alike, "hybrid": None}.get(placement, placement)
+    assert bool(watched.history.placement_reason) == (placement == "hybrid")
     assert all(norm.ours for norm in facts.norms)
     assert all(v is not None for v in signal(watched, "feed_forward_ratio"))
 

@@ -71,7 +71,7 @@ def test_other_runs_are_drawn_without_errors(tmp_path, scene):
 
 
 @pytest.mark.parametrize("kinds", ["train", "empty"])
-def test_panels_without_a_signal_are_there_and_say_why(tmp_path, kinds):
+def test_panels_without_a_signal_are_left_out_and_the_table_says_why(tmp_path, kinds):
     folder = synthetic.run(tmp_path / "run", kinds="train" if kinds == "train" else "watch", samples=4)
     if kinds == "empty":
         record = folder / "record.jsonl"
@@ -79,9 +79,12 @@ def test_panels_without_a_signal_are_there_and_say_why(tmp_path, kinds):
     shown = open_page(render(read_run(folder)), tmp_path)
     assert shown.console == []
     reason = "The run was recorded without omninorm.watch." if kinds == "train" else "No sample was taken."
-    assert shown.dom.count(f'<p class="reason"><b>Not available</b> {reason}') == len(SIGNALS)
-    assert shown.dom.count("data-empty=") == len(SIGNALS) + (0 if kinds == "train" else 4)
+    assert shown.dom.count(f"<td>{reason}</td>") == len(SIGNALS)
+    assert shown.dom.count("<figure") == (4 if kinds == "train" else 0)
     assert f'data-drawn="{4 if kinds == "train" else 0}"' in shown.dom
+    # Nor are there sections without content.
+    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", shown.dom)
+    assert headings == ["Alarms", "The run", *(["Training"] if kinds == "train" else []), "Signals without values"]
 
 
 def test_text_from_a_record_is_never_executed(tmp_path):
@@ -134,6 +137,27 @@ def test_page_responds_to_keys_pointer_sorting_selection_and_theme(faulty, tmp_p
     assert least == names[newest.index(min(newest))], "parts without a value stay at the end"
     assert marked == "alarm-0"
     assert theme in ("dark", "light")
+
+
+AGAIN = """
+const before = sessionStorage.getItem('test');
+sessionStorage.setItem('test', 'yes');
+if (!before) {
+  window.scrollTo({top: 700, behavior: 'instant'});
+  document.querySelectorAll('.tick')[4].click();
+  document.getElementById('theme').click();
+  return 'first';
+}
+for (let timer = 0; timer < 1000; timer++) clearTimeout(timer);  // or it would load itself for ever
+const pressed = document.querySelector('.tick[aria-pressed="true"]');
+return [Math.round(window.scrollY), pressed && pressed.dataset.alarm, document.documentElement.dataset.theme].join(' ');
+"""
+
+
+def test_live_page_loads_itself_again_and_keeps_what_the_reader_sees(faulty, tmp_path):
+    shown = open_page(render(faulty, refresh=1), tmp_path, AGAIN)
+    assert shown.console == []
+    assert shown.result() == "700 4 dark"
 
 
 # Changing the theme redraws every figure; printing draws them immediately.
@@ -192,6 +216,7 @@ def test_alarm_table_fits_the_page(tmp_path, width):
     page = render(read_run(synthetic.run(tmp_path / "run", scene="logits", prefix=long, samples=10)))
     script = """
 const place = document.querySelector('#table-alarms').parentElement;
+place.closest('details').open = true;
 return [place.scrollWidth - place.clientWidth, place.scrollHeight - place.clientHeight, place.clientWidth];
 """
     wider, higher, wide = map(int, open_page(page, tmp_path, script, width).result().split(","))

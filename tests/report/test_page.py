@@ -6,8 +6,10 @@ import base64
 import hashlib
 import json
 import re
+import tempfile
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from helpers import synthetic_run as synthetic
@@ -92,16 +94,16 @@ def test_page_has_all_sections_figures_and_tables_in_order(faulty):
     assert document.open == []
     headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
     assert headings == [
-        "The run", "Alarms", "Training", "By depth", "Norms", "Weights and optimizer", "Output and gradient noise",
+        "Alarms", "The run", "Training", "By depth", "Norms", "Weights and optimizer", "Output and gradient noise",
         "Values by layer", "Signals without values",
     ]  # fmt: skip
     assert page.index("<h1>Failing") < page.index("<h2")
     assert len(document.named("h1")) == len(document.named("main")) == 1
     figures = [each["data-name"] for each in document.named("figure") if "data-name" in each]
-    empty = [each["data-empty"] for each in document.named("figure") if "data-empty" in each]
-    shown = {name.removeprefix("signal-") for name in [*figures, *empty]}
-    assert shown == {*SIGNALS, "step-loss", "step-grad_norm", "step-lr", "eval"}
-    assert set(empty) == {"saturation", "signal-noise_scale"}
+    shown = {name.removeprefix("signal-") for name in figures}
+    missing = {"saturation", "noise_scale"}
+    assert shown == {*SIGNALS, "step-loss", "step-grad_norm", "step-lr", "eval"} - missing
+    assert set(re.findall(r"<td><code>(\w+)</code></td>", page[page.index("table-unseen") :])) == missing
     canvases = document.named("canvas")
     assert len(canvases) == len(figures)
     assert all(each["role"] == "img" and len(each["aria-label"]) > 30 for each in canvases)
@@ -119,6 +121,7 @@ def test_figures_hold_the_numbers_of_the_record(faulty):
     assert cells == pytest.approx([v for column in faulty.columns for v in column.signals["stream_grad"]], rel=2**-8)
     assert data["figures"]["step-loss"]["x"] == list(range(1, 601))
     assert data["figures"]["eval"]["y"][0] == 8.0
+    assert data["refresh"] is None
     assert data["alarms"][data["lead"]] == [360, "fail", "attention-logits", "blocks.8"]
     assert data["ticks"]["group"][-4:] == ["11", "embedding", "norm", "head"]
     assert data["ticks"]["norm"][:3] == ["0", "", "1"]
@@ -199,6 +202,16 @@ def test_page_of_a_large_run_is_smaller_than_three_megabytes(tmp_path):
     size = len(render(story).encode())
     assert 2_000_000 < size < 3_000_000
     assert samples(story) == "every 4th of 1,200 samples shown (one every step), plus those at alarms"
+
+
+def test_a_page_without_a_folder_is_named_after_the_model(faulty):
+    source = Path(tempfile.gettempdir()) / "tmpab12_x9z" / "record.jsonl"
+    assert faulty.watched.model
+    page = render(replace(faulty, source=source))
+    assert f"<title>Run of {faulty.watched.model}: " in page
+    assert "tmpab12_x9z" not in page
+    assert "<title>Run: " in render(replace(faulty, source=source, watched=replace(faulty.watched, model="")))
+    assert "<title>tmpab12_x9z: " in render(replace(faulty, source=Path("runs/tmpab12_x9z")))
 
 
 def test_failed_write_leaves_the_old_page(tmp_path, faulty, monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from helpers.stories import alarm, of_losses, story_of
 
+from omninorm.record.signals import SIGNALS
 from omninorm.report import judge, render
 from omninorm.report.story import Bad, Ending, RunStory
 from omninorm.report.text import escape
@@ -41,6 +42,18 @@ def test_verdict_follows_from_the_alarms(tmp_path, scene, status, sentence):
     assert (verdict.alarm is None) == (scene == "healthy")
 
 
+def test_verdict_without_alarms_says_what_was_checked(tmp_path):
+    calm = replace(story_of(tmp_path, scene="healthy", samples=20), not_seen={})
+    assert judge(calm).more == f"Checked: all {len(SIGNALS)} signals in 20 samples."
+    missing = dict.fromkeys(("logz", "saturation", "angle"), "no reason")
+    checked = f"Checked: {len(SIGNALS) - 3} of {len(SIGNALS)} signals in 20 samples."
+    assert judge(replace(calm, not_seen=missing)).more == (
+        f"{checked} Not checked: angular distance, saturation, output normalizer."
+    )
+    missing |= dict.fromkeys(("logz_mean", "gain_max"), "no reason")
+    assert judge(replace(calm, not_seen=missing)).more.endswith("saturation, output normalizer and 2 more.")
+
+
 def test_first_failure_that_names_a_layer_leads(faulty):
     alarms = [alarm(3, "warn"), alarm(5, layer=None), alarm(5, layer="blocks.4"), alarm(9)]
     verdict = judge(replace(faulty, alarms=alarms))
@@ -61,7 +74,7 @@ def test_verdict_without_alarms_follows_from_the_end_of_the_run(faulty):
     assert diverged.sentence == "Failing: the run diverged at step 7."
     stopped = judge(replace(calm, ending=Ending(600, "error", "ValueError: \x1b[31mno")))
     assert stopped.status == "quiet"
-    assert stopped.more == "The run was stopped by an error at step 600: ValueError: ␛[31mno."
+    assert stopped.more.endswith(" The run was stopped by an error at step 600: ValueError: ␛[31mno.")
     assert judge(replace(calm, watched=None)).status == "unjudged"
     assert judge(replace(calm, columns=[], samples=0)).status == "unjudged"
 

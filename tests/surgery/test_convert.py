@@ -86,7 +86,16 @@ def logits(folder: Path, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "operation"),
-    [("llama", "fold"), ("gpt2", "fold"), ("gpt2", "center"), ("opt", "center"), ("vit", "center")],
+    [
+        ("llama", "fold"),
+        ("gpt2", "fold"),
+        ("gpt2", "center"),
+        ("opt", "center"),
+        ("vit", "center"),
+        ("gpt2", "fold+center"),
+        ("vit", "fold+center"),
+        ("llama", "fold+center"),
+    ],
 )
 def test_converted_folder_gives_the_same_logits_and_is_undone_bit_for_bit(
     save: Any, tmp_path: Path, name: str, operation: str
@@ -111,6 +120,38 @@ def test_converted_folder_gives_the_same_logits_and_is_undone_bit_for_bit(
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(before["config.json"])
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == sorted(before)
+
+
+def test_folded_and_centered_checkpoint_has_unit_gains_and_zero_mean_writers(save: Any, tmp_path: Path) -> None:
+    save(tmp_path / "in", "gpt2")
+    done = convert(tmp_path / "in", tmp_path / "out", "fold+center")
+    assert done.error <= 1e-10
+    weights = tensors(tmp_path / "out")
+    assert torch.equal(weights["transformer.h.0.ln_1.weight"], torch.ones(weights["transformer.wte.weight"].shape[1]))
+    assert not weights["transformer.h.0.ln_1.bias"].any()
+    assert weights["transformer.wte.weight"].mean(1).abs().max() <= 1e-6
+    assert weights["transformer.h.0.attn.c_proj.weight"].mean(1).abs().max() <= 1e-6
+    assert "into transformer.h.0.attn.c_attn; LayerNorm that equals RMSNorm" in done.changed["transformer.h.0.ln_1"]
+
+
+def test_fold_and_center_of_a_model_without_layernorm_folds_and_reports_why_nothing_is_centered(
+    save: Any, tmp_path: Path
+) -> None:
+    save(tmp_path / "in", "llama")
+    done = convert(tmp_path / "in", None, "fold+center")
+    assert done.changed == convert(tmp_path / "in", None, "fold").changed
+    assert "no LayerNorm" in done.refused["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("operation", ["fold", "center"])
+def test_a_norm_whose_reader_has_no_bias_is_refused_with_the_names_of_both(
+    save: Any, tmp_path: Path, operation: str
+) -> None:
+    save(tmp_path / "in", "gpt2")
+    refused = convert(tmp_path / "in", None, operation).refused
+    assert refused["transformer.ln_f"] == (
+        "its β is not zero, and lm_head, which consumes its output, has no bias to take it"
+    )
 
 
 def test_sharded_bfloat16_model_is_converted_and_undone(save: Any, tmp_path: Path) -> None:
@@ -298,7 +339,9 @@ def test_existing_target_and_full_disk_leave_nothing(
 
 def test_model_without_such_norms_and_unknown_operation_are_refused(save: Any, tmp_path: Path) -> None:
     save(tmp_path / "in", "llama")
-    with pytest.raises(RunError, match="Nothing to center"):
+    with pytest.raises(
+        RunError, match=r"Nothing to center.*it has no LayerNorm, and only a LayerNorm subtracts a mean"
+    ):
         convert(tmp_path / "in", tmp_path / "out", "center")
     with pytest.raises(ConfigError, match="got 'melt'"):
         convert(tmp_path / "in", tmp_path / "out", "melt")
@@ -332,7 +375,7 @@ def test_command_line_converts_and_undoes_and_refuses_wrong_options(
         ((source, target), ("--swap, --fold", "none")),
         ((source, "--fold"), ("new folder", "--dry-run")),
         ((target, tmp_path / "again", "--undo", "--dry-run"), ("--dry-run", "--undo")),
-        ((source, target, "--fold", "--center"), ("--fold and --center",)),
+        ((source, target, "--swap", "--center"), ("--swap and --center",)),
     ):
         code, out, err = run(*wrong)
         assert (code, out, err.count("\n")) == (2, "", 1)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import omninorm
+from omninorm.layers.identify import apply
 from omninorm.surgery import Identity, Refusal, identify
-from omninorm.surgery.identify import apply
 
 D = 16
 

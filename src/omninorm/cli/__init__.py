@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from omninorm.cli.harmless import harmless
-from omninorm.errors import OmninormError
+from omninorm.errors import OmninormError, for_checkout
 
 _NEEDED = ("typer", "rich")
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 70, 128 + signal.SIGINT
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         needs = " and ".join(missing)
-        _fail(f'The command line needs {needs}. Install with pip install "omninorm[train]".', BAD_INPUT)
+        _fail(for_checkout(f'The command line needs {needs}. Install with pip install "omninorm[train]".'), BAD_INPUT)
     try:
         from omninorm.cli.app import app
 

@@ -7,6 +7,7 @@ import copy
 import importlib
 import importlib.util
 import logging
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,12 +15,39 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from omninorm.cli.wording import bad_value, extra_arguments, use_flags
+from omninorm.errors import ConfigError, DataError, InputError
+
 # In the order of the help page. `omninorm.cli.NAME` defines the function NAME.
 COMMANDS = ("demo", "train", "generate", "compare", "report", "inspect", "convert", "bench", "doctor")
 
 
 class _Command(TyperCommand):
-    """A command whose help page wraps its paragraphs at the width of the terminal, and not as the docstring does."""
+    """A command whose help page wraps its paragraphs at the width of the terminal, and not as the docstring does, and
+    whose errors call options by the names that a user types."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        typed = list(args)
+        ctx.allow_extra_args = True  # to refuse them below
+        try:
+            extra = super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            if (own := bad_value(error, self.make_parser(ctx).parse_args(typed)[0])) is None:
+                raise
+            raise own from error
+        if extra:
+            raise extra_arguments(self, extra)
+        return extra
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ConfigError, DataError, InputError) as error:
+            use_flags(error, ctx)
+            raise
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _hide_type(super().get_help_option(ctx))
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         shown: Any = copy.copy(self)
@@ -40,6 +68,8 @@ class _Commands(Mapping[str, Any]):
         command = typer.main.get_command(single)
         for parameter in command.params:
             _show_plain_default(parameter)
+            if getattr(parameter, "is_flag", False):
+                _hide_type(parameter)
         return command
 
     def __iter__(self) -> Iterator[str]:
@@ -55,6 +85,16 @@ class _LazyGroup(TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = _Commands()  # type: ignore[assignment]
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # Typer would exit without a word
+            typer.echo("omninorm: Interrupted.", err=True)
+            raise typer.Exit(128 + signal.SIGINT) from None
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _hide_type(super().get_help_option(ctx))
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -94,6 +134,13 @@ def _show_plain_default(parameter: Any) -> None:
         parameter._get_default_string = lambda **_: parameter.show_default
 
 
+def _hide_type(option: Any) -> Any:
+    """Hide a flag's type, `<bool>`, on the help page: a flag takes no value. Return the option."""
+    if option is not None:
+        option.metavar = ""
+    return option
+
+
 def _version() -> str:
     from importlib import metadata  # it takes longer to import than the help page takes to print
 
@@ -112,7 +159,10 @@ def _show_version(requested: bool) -> None:
 @app.callback()
 def _omninorm(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     # Commands print alarms themselves; the library's log would repeat them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -67,6 +68,8 @@ def compare(
     check_count("workers", count)
     check_number("time_limit", time_limit, above=0.0)
     check_choice("engine", engine, ("local", "ray"))
+    if engine == "ray":
+        importlib.import_module("omninorm.experiments.compare.on_ray")  # fails without Ray, before a folder is made
     screen = Console(file=sys.stderr, soft_wrap=True, markup=False) if as_json else console()
     if resume is None:
         job = comparing.begin(plan, preset or (None if plan else _DEFAULT), text, model, out)

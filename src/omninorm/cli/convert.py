@@ -19,7 +19,12 @@ from omninorm.errors import ConfigError
 if TYPE_CHECKING:
     from omninorm.surgery.convert import Conversion, Tell
 
-_HEADINGS = {"swap": "Replaceable norms:", "fold": "Folded:", "center": "Centered:"}
+_HEADINGS = {
+    "swap": "Replaceable norms:",
+    "fold": "Folded:",
+    "center": "Centered:",
+    "fold+center": "Folded and centered:",
+}
 
 
 def convert(
@@ -47,12 +52,17 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint into an equivalent one, verified in float64. The original is never modified.
 
+    --fold and --center can be combined.
+
     The new folder loads in transformers like the old one. docs/surgery.md explains when a conversion is exact.
     """
     chosen = [name for name, given in (("swap", swap), ("fold", fold), ("center", center), ("undo", undone)) if given]
+    if chosen == ["fold", "center"]:
+        chosen = ["fold+center"]
     if len(chosen) != 1:
         received = " and ".join(f"--{name}" for name in chosen) or "none of them"
-        raise ConfigError("Exactly one of --swap, --fold, --center and --undo is needed", received, "choose one")
+        remedy = "choose one, or --fold with --center"
+        raise ConfigError("Exactly one of --swap, --fold, --center and --undo is needed", received, remedy)
     if dry_run and undone:
         raise ConfigError("--dry-run cannot be combined with --undo", "", "leave one of them out")
     if target is None and not dry_run:

@@ -80,6 +80,8 @@ def _plans(
     if changed:
         remedy = "omit them, or start a new demo without --resume"
         raise ConfigError("--resume uses the settings that the demo was started with", ", ".join(changed), remedy)
+    if not resume.exists():
+        raise RunError(f"No such file or folder: {resume}", "", "pass a folder that omninorm demo wrote")
     first = read_plan(resume / next(iter(library.VARIANTS)))
     return resume, library.demo_plans(first.model.n_layers, first.train.steps, first.text, first.train.seed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from omninorm.cli.harmless import harmless
-from omninorm.errors import ConfigError
+from omninorm.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from omninorm.experiments.tokenizer import Tokenizer
     from omninorm.thinker import Thinker
+
+_MODELS = "pass the folder of a run, a Hugging Face folder of a Llama or Qwen3 model, or a .gguf file"
 
 
 def generate(
@@ -58,6 +61,10 @@ def _load(path: Path, step: int | None) -> tuple[Thinker, Tokenizer, int | None]
     from omninorm.experiments.pretrained import is_pretrained, load_folder, load_gguf
     from omninorm.experiments.runs import load_run
 
+    if not os.path.lexists(path):
+        raise RunError(f"No such file or folder: {path}", "", _MODELS)
+    if path.is_file() and path.suffix != ".gguf":
+        raise RunError(f"{path} is a file, but not a .gguf file", "", _MODELS)
     foreign = load_gguf if path.suffix == ".gguf" else load_folder if is_pretrained(path) else None
     if foreign is None:
         return load_run(path, step)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from omninorm.cli.console import console
 from omninorm.cli.harmless import harmless
+from omninorm.config import check_count
 
 if TYPE_CHECKING:
     from omninorm.inspection import Finding, Inspection
@@ -34,7 +35,7 @@ def inspect(
             help="A .safetensors or .gguf file, a folder with weights, or a run folder.", show_default=False
         ),
     ],
-    top: Annotated[int, typer.Option(min=0, help="Maximum number of findings to show.")] = 10,
+    top: Annotated[int, typer.Option(help="Maximum number of findings to show.")] = 10,
     norms: Annotated[bool, typer.Option("--norms", help="Also show a table of every norm's gains.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all measurements.")] = False,
 ) -> None:
@@ -42,6 +43,7 @@ def inspect(
 
     Exits with 1 if a finding is a failure.
     """
+    check_count("top", top, at_least=0)
     from omninorm.inspection import inspect_checkpoint  # here, because it imports torch
 
     screen = console()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from omninorm.bench.config import all_threads
+from omninorm.errors import for_checkout
 from omninorm.experiments.provenance import OPTIONAL, version_of, versions
 from omninorm.kernels import cpu
 from omninorm.kernels.dispatch import backends
@@ -118,7 +119,7 @@ def _missing(installed: dict[str, str | None], gpu: dict[str, Any]) -> Iterator[
     """Yield what is missing: the package, its purpose, and the command or step that installs it."""
     for name, (purpose, extra) in OPTIONAL.items():
         if installed.get(name) is None:
-            yield {"package": name, "purpose": purpose, "remedy": f'pip install "omninorm[{extra}]"'}
+            yield {"package": name, "purpose": purpose, "remedy": for_checkout(f'pip install "omninorm[{extra}]"')}
     if cpu.unavailable():
         remedy = _REBUILD if _compiler() else f"install a C++ compiler, then {_REBUILD}"
         yield {"package": "C++ operators", "purpose": "fast norms on the CPU", "remedy": remedy}

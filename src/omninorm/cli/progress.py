@@ -42,12 +42,10 @@ class _Bar:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StepEvent):
-            self._progress.update(self._task, completed=event.step, description=_numbers(event) + self._held_out)
+            self._progress.update(self._task, completed=event.step, description=_brief(event) + self._held_out)
         elif isinstance(event, EvalEvent):
-            self._held_out = f"  held-out {event.bits_per_byte:.2f}"
-            self._progress.console.print(
-                f"step {event.step:>6}  {event.bits_per_byte:.3f} bits per byte on held-out text"
-            )
+            self._held_out = f"  eval {event.bits_per_byte:.2f} bits/byte"
+            self._progress.console.print(f"step {event.step:>6}  {event.bits_per_byte:.3f} bits/byte on held-out text")
         elif isinstance(event, AlarmEvent):
             self._progress.console.print(alarm_text(event))
 
@@ -68,7 +66,7 @@ class _Lines:
             if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
                 self._print(f"step {event.step}/{self._steps}  {self._newest}")
         elif isinstance(event, EvalEvent):
-            held_out = f"held-out {event.bits_per_byte:.3f} bits per byte"
+            held_out = f"held-out {event.bits_per_byte:.3f} bits/byte"
             self._print(f"step {event.step}/{self._steps}  {held_out}  {self._newest}".rstrip())
         elif isinstance(event, CheckpointEvent):
             self._print(f"step {event.step}/{self._steps}  checkpoint {event.path}")
@@ -95,6 +93,11 @@ def alarm_text(event: AlarmEvent) -> str:
     where = f" {alarm.layer}:" if alarm.layer else ""
     text = f"step {alarm.step:>6}  {alarm.severity.upper()} {alarm.rule}:{where} {alarm.evidence}\n"
     return harmless(f"{text}             {alarm.remedy}")
+
+
+def _brief(event: StepEvent) -> str:
+    """Return the numbers that leave space for those of an evaluation on a terminal of 80 columns."""
+    return f"loss {event.loss:.2f} nats/token  {event.tokens_per_second:,.0f} tok/s"
 
 
 def _numbers(event: StepEvent) -> str:

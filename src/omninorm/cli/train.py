@@ -37,11 +37,11 @@ DEFAULTS: dict[str, object] = {
 _APART = ("text", "out", "resume", "threads", "parallel", "no_grad_clip", "no_watch")
 
 
-def _option(name: str, flag: str, panel: str, text: str, default: str | None = None) -> Any:
+def _option(name: str, flag: str, panel: str, text: str, default: str | None = None, metavar: str | None = None) -> Any:
     """Return an option without a default of its own, so that an option that was given can be told from one that was
     not; the help page shows the library's default."""
     shown = default or (str(DEFAULTS[name]) if name in DEFAULTS else None)
-    return typer.Option(flag, help=text, rich_help_panel=panel, show_default=shown or False)
+    return typer.Option(flag, help=text, rich_help_panel=panel, show_default=shown or False, metavar=metavar)
 
 
 def _text(name: str, flag: str, text: str, default: str | None = None) -> Any:
@@ -56,8 +56,8 @@ def _norm(name: str, flag: str, text: str, default: str | None = None) -> Any:
     return _option(name, flag, "Norm", text, default)
 
 
-def _train(name: str, flag: str, text: str, default: str | None = None) -> Any:
-    return _option(name, flag, "Training", text, default)
+def _train(name: str, flag: str, text: str, default: str | None = None, metavar: str | None = None) -> Any:
+    return _option(name, flag, "Training", text, default, metavar)
 
 
 def _one_of(choices: tuple[str, ...]) -> str:
@@ -137,7 +137,9 @@ def train(
     weight_decay: Annotated[
         float | None, _train("weight_decay", "--weight-decay", "AdamW weight decay, applied to matrices only.")
     ] = None,
-    betas: Annotated[tuple[float, float] | None, _train("", "--betas", "AdamW betas.", "0.9 0.95")] = None,
+    betas: Annotated[
+        tuple[float, float] | None, _train("", "--betas", "AdamW betas.", "0.9 0.95", metavar="<float> <float>")
+    ] = None,
     adam_eps: Annotated[float | None, _train("adam_eps", "--adam-eps", "AdamW epsilon.")] = None,
     grad_clip: Annotated[
         float | None, _train("grad_clip", "--grad-clip", "Clip the total gradient norm to this value.")
@@ -292,18 +294,21 @@ def _check_same(context: typer.Context, plan: Plan, given: Mapping[str, Any]) ->
 
 
 def _refuse(context: typer.Context, name: str, theirs: object, given: object) -> NoReturn:
-    if given is None:
-        flag, shown = {"grad_clip": "--no-grad-clip", "watch_every": "--no-watch"}[name], ""
-    else:
-        option = next(each for each in context.command.params if each.name == name)
-        flag = (option.secondary_opts if given is False else option.opts)[0]
-        shown = "" if isinstance(given, bool) else f"{flag} {_plain(given)}"
-    invariant = f"{flag} conflicts with the run in {context.params['resume']}, whose {name} is {_plain(theirs)}"
-    raise ConfigError(invariant, shown, f"leave {flag} out, or start a new run without --resume")
+    option = next(each for each in context.command.params if each.name == name)
+    typed, recorded = _typed(option, given), _typed(option, theirs)
+    flag = typed.split()[0]
+    invariant = f"{typed} conflicts with the run in {context.params['resume']}, which has {recorded}"
+    raise ConfigError(invariant, "", f"leave {flag} out, or start a new run without --resume")
 
 
-def _plain(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _typed(option: Any, value: object) -> str:
+    """Return a setting as it is typed on the command line."""
+    flag = str((option.secondary_opts if value is False else option.opts)[0])
+    if value is None:
+        return {"grad_clip": "--no-grad-clip", "watch_every": "--no-watch"}.get(option.name, f"no {flag}")
+    if isinstance(value, bool):
+        return flag
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def _use_threads(threads: int | None) -> None:

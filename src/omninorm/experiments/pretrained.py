@@ -156,6 +156,7 @@ def load_folder(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Thinker
     Raises:
         ConfigError, RunError, MissingExtraError: as `omninorm.thinker.pretrained.load`, and for the tokenizer.
     """
+    pretrained.read_config(path)  # first, because an unsupported model needs no tokenizer
     tokenizer = FolderTokenizer(path / TOKENIZER_FILE)
     return pretrained.load(path, dtype=dtype).eval(), tokenizer
 

@@ -141,8 +141,10 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_bytes())
     except OSError as error:
-        reason = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"
         remedy = "pass a folder that omninorm train wrote"
+        if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
+            raise RunError(f"No such file or folder: {path}", "", remedy) from error
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"
         raise RunError(
             f"{path} is not the folder of a run: it has no readable {CONFIG_FILE}{reason}", "", remedy
         ) from error

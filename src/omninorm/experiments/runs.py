@@ -348,7 +348,7 @@ def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, i
         raise RunError(f"The run in {path} has no checkpoint yet", "", "resume its training")
     if step is not None and step not in steps:
         found = ", ".join(map(str, steps))
-        raise RunError(f"The run in {path} has no checkpoint of step {step}", "", f"choose one of {found}")
+        raise RunError(f"The run in {path} has no checkpoint of step {step}", "", f"available: {found}")
     chosen = steps[-1] if step is None else step
     check_sizes(path / CHECKPOINTS, chosen, plan.model)
     model = build_model(plan.model, plan.train.seed)

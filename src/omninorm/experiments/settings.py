@@ -88,16 +88,17 @@ class TrainConfig:
         self._check_warmup()
 
     def _check_numbers(self) -> None:
-        _check_positive("lr", self.lr)
-        check_number("min_lr_ratio", self.min_lr_ratio, at_least=0.0, at_most=1.0)
-        check_number("weight_decay", self.weight_decay, at_least=0.0)
-        _check_positive("adam_eps", self.adam_eps)
+        default = type(self)
+        _check_positive("lr", self.lr, default.lr)
+        check_number("min_lr_ratio", self.min_lr_ratio, at_least=0.0, at_most=1.0, example=default.min_lr_ratio)
+        check_number("weight_decay", self.weight_decay, at_least=0.0, example=default.weight_decay)
+        _check_positive("adam_eps", self.adam_eps, default.adam_eps)
         if self.grad_clip is not None:
-            _check_positive("grad_clip", self.grad_clip)
+            _check_positive("grad_clip", self.grad_clip, default.grad_clip)
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise ConfigError("betas must be two numbers in [0, 1)", repr(self.betas), "pass for example (0.9, 0.95)")
         for beta in self.betas:
-            check_number("each of betas", beta, at_least=0.0, at_most=math.nextafter(1.0, 0.0))
+            check_number("Each of betas", beta, at_least=0.0, at_most=math.nextafter(1.0, 0.0), example=0.9)
         object.__setattr__(self, "betas", tuple(self.betas))
 
     def _check_warmup(self) -> None:
@@ -140,9 +141,9 @@ def check_seed(seed: object) -> None:
     check_number("seed", seed, at_most=2**63 - 1)
 
 
-def _check_positive(name: str, value: object) -> None:
-    check_number(name, value, above=0.0)
-    check_number(name, value, at_least=_SMALLEST, at_most=_LARGEST)
+def _check_positive(name: str, value: object, example: float | None) -> None:
+    check_number(name, value, above=0.0, example=example)
+    check_number(name, value, at_least=_SMALLEST, at_most=_LARGEST, example=example)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

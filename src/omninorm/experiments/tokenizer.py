@@ -139,7 +139,7 @@ def build_tokenizer(name: str, vocab_size: int | None, train_text: bytes) -> Tok
     if name == "bpe":
         return BpeTokenizer.train(train_text, DEFAULT_VOCABULARY if vocab_size is None else vocab_size)
     if vocab_size not in (None, 256):
-        remedy = "use tokenizer 'bpe', or leave vocab_size out"
+        remedy = "use tokenizer='bpe', or leave vocab_size out"
         raise ConfigError("The byte tokenizer has 256 tokens", f"vocab_size={vocab_size}", remedy)
     return ByteTokenizer()
 

@@ -19,6 +19,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_MAGIC = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", re.DOTALL)
 _AGAIN = "download it again"
+_READABLE = "pass a .safetensors or .gguf file, a folder with weights, or a run's folder"
 _LARGEST_JSON = 2**26  # bytes; the index of a model with 10⁵ tensors has 10 MB
 
 
@@ -42,8 +43,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         problem = (
             f"{path} is neither a file nor a folder" if os.path.lexists(path) else f"No such file or folder: {path}"
         )
-        remedy = "pass a .safetensors or .gguf file, a folder with weights, or a run's folder"
-        raise RunError(problem, "", remedy)
+        raise RunError(problem, "", _READABLE)
     if not checkpoint.tensors:
         raise RunError(f"{path} does not hold a single tensor", "", "save the checkpoint again")
     checkpoint.path = path
@@ -99,7 +99,12 @@ def _file(path: Path) -> Checkpoint:
         return _gguf(path)
     if path.suffix in _PICKLES or start.startswith(_PICKLE_MAGIC):
         raise _pickle(path)
-    return _safetensors(path.parent, [path.name])
+    try:
+        return _safetensors(path.parent, [path.name])
+    except RunError as error:
+        if path.suffix == ".safetensors":
+            raise
+        raise RunError(f"{path} is neither a safetensors nor a GGUF file", "", _READABLE) from error
 
 
 def _pickle(path: Path) -> RunError:

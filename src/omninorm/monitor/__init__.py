@@ -6,7 +6,7 @@ Submodules are imported on first use, so that importing omninorm stays fast.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,9 @@ def watch(
     scaler: Any = None,
     sinks: Sequence[Sink] = (),
     rules: Sequence[Rule] | None = None,
+    replicas: bool = True,
+    config: Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> Watch:
     """Monitor a training run and report which layer goes wrong, why, and what to try.
 
@@ -78,6 +81,10 @@ def watch(
         scaler: the torch.amp.GradScaler, if one scales the loss.
         sinks: further loggers, such as `TensorBoard(writer)`; see `omninorm.monitor.sinks`.
         rules: the alarm rules; None means `default_rules()`.
+        replicas: whether the processes of a distributed run should hold equal weights, except for sharded parameters.
+            False if they differ on purpose, as between the averages of local SGD or in independent runs.
+        config: facts about the run for the report page, such as batch size, seed, commit and device.
+        name: the title of the report page; None means the name of the folder.
 
     Raises:
         ConfigError: an argument has the wrong type, or the model is already being watched.
@@ -99,4 +106,16 @@ def watch(
     """
     from omninorm.monitor.session import Watch
 
-    return Watch(model, optimizer, every, folder, step=step, scaler=scaler, sinks=sinks, rules=rules)
+    return Watch(
+        model,
+        optimizer,
+        every,
+        folder,
+        step=step,
+        scaler=scaler,
+        sinks=sinks,
+        rules=rules,
+        replicas=replicas,
+        config=config,
+        name=name,
+    )

@@ -64,8 +64,17 @@ class Judge:
         sample = history.samples[-1]
         return self._raise(history, sample.step, lambda rule: rule.on_sample(history, sample))
 
+    def judge_evaluation(self, history: History) -> list[Alarm]:
+        """Return the alarms about the history's newest evaluation. Judge the steps up to it first."""
+        newest = history.evaluations[-1]
+        return self._raise(history, newest.step, lambda rule: rule.on_evaluation(history, newest))
+
     def _judge_step(self, history: History, step: Step) -> list[Alarm]:
         return self._raise(history, step.step, lambda rule: rule.on_step(history, step))
+
+    def bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        """Return the current bounds of the rules that have moving ones, by signal."""
+        return {name: bounds for rule in self.rules for name, bounds in rule.bounds().items()}
 
     def _check_rules(self) -> None:
         for rule in self.rules:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,24 @@ def check_places(folder: object, scaler: object, sinks: Sequence[object]) -> Non
             raise ConfigError("Every sink must have the methods log, alarm and close", repr(sink), remedy)
 
 
+def read_facts(config: Mapping[str, Any] | None, name: str | None) -> dict[str, Any]:
+    """Return the run's name and settings for the record's first event. Values without a form in JSON become text.
+
+    Raises:
+        ConfigError: config is not a dictionary with text as keys, or name is not text.
+    """
+    if name is not None and not isinstance(name, str):
+        raise ConfigError("name must be text or None", repr(name)[:80], 'for example, pass "width 512, seed 0"')
+    if config is not None and (not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config)):
+        remedy = 'for example, pass {"batch_size": 32}, or vars(args)'
+        raise ConfigError("config must be a dictionary with text as keys, or None", repr(config)[:80], remedy)
+    try:
+        settings = json.loads(json.dumps(dict(config or {}), default=str, skipkeys=True))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"config cannot be recorded ({error})", "", "pass numbers and text") from error
+    return {**({"name": name} if name else {}), **({"config": settings} if settings else {})}
+
+
 def uncovered(
     named: Sequence[tuple[str, nn.Parameter]], optimizers: Sequence[torch.optim.Optimizer], step: int
 ) -> list[Alarm]:
@@ -70,7 +90,7 @@ def read_loss(loss: Tensor | float | None) -> Tensor | None:
     if isinstance(loss, Tensor) and loss.numel() > 0 and not loss.is_complex():
         return loss.detach()
     if isinstance(loss, Real) and not isinstance(loss, bool):  # also NumPy scalars
-        return torch.tensor(float(loss))
+        return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
     received = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
     raise InputError("The loss must be a real tensor, a number or None", received, "pass the loss of the step")
 

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from omninorm.monitor.checks.facts import SampleChecks, StepChecks
+
 STEPS_KEPT = 4096
 SAMPLES_KEPT = 512
 
@@ -35,9 +37,12 @@ class Facts:
         groups: names of the parameter groups: the blocks, then the parts outside them.
         attentions: for each block the name of its attention; None if none was found.
         feed_forwards: for each block the name of the last module of its feed-forward.
+        routers: for each block the name of the layer that assigns tokens to experts; None without experts.
+        chains: the indices of blocks that follow each other, for each tower, stage, encoder or decoder.
         optimizer: class of the (first) optimizer, or None.
         adam_eps: its ε, if it is a variant of Adam.
         every: steps between samples.
+        width: the width of the blocks: the median of the smaller sides of their matrices, or None.
     """
 
     model: str = ""
@@ -47,19 +52,24 @@ class Facts:
     groups: tuple[str, ...] = ()
     attentions: tuple[str | None, ...] = ()
     feed_forwards: tuple[str | None, ...] = ()
+    routers: tuple[str | None, ...] = ()
+    chains: tuple[tuple[int, ...], ...] = ()
     optimizer: str | None = None
     adam_eps: float | None = None
     every: int = 1
+    width: float | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step, counted from 1. Unknown values are NaN, such as the loss if none was passed."""
+    """A step, counted from 1. Unknown values are NaN, such as the loss if none was passed. `checks` holds what is known
+    exactly about it."""
 
     step: int
     loss: float
     grad_norm: float
     lr: float
+    checks: StepChecks | None = None
 
 
 @dataclass(frozen=True)
@@ -68,12 +78,26 @@ class Sample:
 
     A signal of axis "run" is a list of one number; the others have one number per block, norm or group of the Facts, in
     that order, or None. A signal that was not measured is not in the dictionary.
-    `worst` names each group's worst tensor for "adam_ratio" and "adam_eps_ratio".
+    `worst` names each group's worst tensor for "adam_ratio" and "adam_eps_ratio". `decay` is learning rate × weight
+    decay of the optimizer, the share that decoupled weight decay removes per step: the largest of each group's
+    matrices. `gain_decay` is the same for the gain of each norm. Both are empty if no optimizer is known.
     """
 
     step: int
     signals: dict[str, Sequence[float | None]]
     worst: dict[str, Sequence[str | None]] = field(default_factory=dict)
+    checks: SampleChecks = field(default_factory=SampleChecks)
+    decay: Sequence[float | None] = ()
+    gain_decay: Sequence[float | None] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A held-out loss that was passed to `Watch.log_eval`, after `step` steps."""
+
+    step: int
+    name: str
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -102,8 +126,16 @@ class History:
     steps: deque[Step] = field(default_factory=lambda: deque(maxlen=STEPS_KEPT))
     samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=SAMPLES_KEPT))
     placement: str | None = None
-    """Measured at the first sample: "post" if a block's output is a norm's output, "pre" if a norm reads the block's
-    input, "both", "none" if the blocks have no norm, None if unknown."""
+    """Measured at the first sample, from most blocks: "pre" if norms read the stream before each branch, "reordered" if
+    they normalize what is added to it, "sandwich" for both, "post" if they normalize the sum, "both" for pre and post,
+    "none" if the blocks have no norm, None if unknown."""
+    placement_reason: str = ""
+    """The reason why the placement is unknown."""
+    padding: str | None = None
+    """How padding was recognized, so that it does not count: "attention mask", "zero rows", or None without any."""
     dtype: str | None = None
     """The dtype of the residual stream, such as "float16", measured at the first sample."""
     nonfinite: NonFinite | None = None
+    evaluations: deque[Evaluation] = field(default_factory=lambda: deque(maxlen=SAMPLES_KEPT))
+    passes: int = 1
+    """The largest number of backward passes in one step: more than 1 with gradient accumulation."""

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from omninorm.monitor.checks.facts import StepChecks
 from omninorm.monitor.history import NonFinite, Sample, Step
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.stats_buffer import UNSEEN, Row
@@ -14,11 +15,20 @@ from omninorm.monitor.stats_buffer import UNSEEN, Row
 Numbers = Sequence[float | None]
 
 
-def step_of(row: Row, step: int, rate: float | None) -> Step:
-    """Return the step's loss, total gradient norm and learning rate; NaN where unknown."""
+def step_of(row: Row, step: int, rate: float | None, checks: StepChecks | None = None) -> Step:
+    """Return the step's loss, total gradient norm and learning rate, NaN where unknown, and its checks."""
     seen = [norm for norm in row.gradients if norm != UNSEEN]
     total = math.hypot(*seen) if seen else math.nan
-    return Step(step, math.nan if row.loss is None else row.loss, total, math.nan if rate is None else rate)
+    return Step(step, math.nan if row.loss is None else row.loss, total, math.nan if rate is None else rate, checks)
+
+
+def typical_width(structure: Structure) -> float | None:
+    """Return the median of the smaller sides of the matrices in the blocks, or of all matrices without blocks."""
+    blocks = {block.name for block in structure.blocks}
+    groups = [tensors for name, tensors in structure.groups.items() if name in blocks or not blocks]
+    matrices = [tensor for tensors in groups for _, tensor in tensors if tensor.ndim >= 2 and tensor.numel() > 0]
+    sides = [min(tensor.shape[0], tensor.numel() // tensor.shape[0]) for tensor in matrices]
+    return float(statistics.median_low(sides)) if sides else None
 
 
 def has_gradients(row: Row) -> bool:
@@ -149,6 +159,13 @@ class SampleBuilder:
                 worst[name] = [self._worst(places, decisive, choice) for places in self._places.values()]
         seen = {name: values for name, values in signals.items() if any(value is not None for value in values)}
         return Sample(step, seen, worst)
+
+    def decay(self, shares: Mapping[int, float]) -> list[float | None]:
+        """Return the largest learning rate × weight decay of each group's matrices, given those of the parameters."""
+        matrices = {at: share for at, share in shares.items() if at in self._matrices}
+        return [
+            max((matrices[at] for at in places if at in matrices), default=None) for places in self._places.values()
+        ]
 
     def _decisive(self, name: str, values: Sequence[float]) -> Sequence[float]:
         """Return the values to choose the worst from. For Adam's ε only the matrices of a group count, if it has any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -16,21 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.config import read_count
-from omninorm.errors import ConfigError, RunError
+from omninorm.errors import ConfigError, InputError, RunError
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.alarms import Judge
-from omninorm.monitor.arguments import check_places, printable, read_loss, read_optimizers, uncovered
-from omninorm.monitor.history import Facts, History, Sample, Step
-from omninorm.monitor.hooks.attach import Hooks, cell_sizes, sentinel_names
+from omninorm.monitor.arguments import check_places, printable, read_facts, read_loss, read_optimizers, uncovered
+from omninorm.monitor.checks.collect import Checks
+from omninorm.monitor.history import Evaluation, Facts, History, Sample, Step
+from omninorm.monitor.hooks.attach import Hooks, cell_sizes, leaves, sentinel_names
 from omninorm.monitor.hooks.compiled import is_compiled
 from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.model_map.structure import Structure, find_structure, unwrap
 from omninorm.monitor.probes.gradients import Gradients
-from omninorm.monitor.probes.optimizer import OptimizerWatch, adam_eps
+from omninorm.monitor.probes.optimizer import OptimizerWatch, adam_eps, decays
+from omninorm.monitor.probes.padding import MASK, ZERO_ROWS
 from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_gains, measure_matrices
 from omninorm.monitor.reasons import not_seen
 from omninorm.monitor.rules import Rule
-from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, has_gradients, step_of
+from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, has_gradients, step_of, typical_width
 from omninorm.monitor.sinks import Sink, flatten
 from omninorm.monitor.stats_buffer import UNSEEN, Row, StatsBuffer
 from omninorm.monitor.tensors import reshard
@@ -63,6 +65,9 @@ class Watch:
         scaler: Any,
         sinks: Sequence[Sink],
         rules: Sequence[Rule] | None,
+        replicas: bool = True,
+        config: Mapping[str, Any] | None = None,
+        name: str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError("model must be a torch.nn.Module", type(model).__name__, "pass the model that is trained")
@@ -71,8 +76,9 @@ class Watch:
         self._model, self._compiled = unwrap(model), is_compiled(model)
         self._optimizers = read_optimizers(optimizer)
         self._every, self._folder, self._scaler, self._sinks = every, folder, scaler, tuple(sinks)
-        self._done = step
+        self._done, self._replicas = step, replicas
         self._judge = Judge(rules)
+        self._given = read_facts(config, name)
         self.alarms: list[Alarm] = []
         self.history = History()
         self._output: Output | None = None
@@ -106,7 +112,7 @@ class Watch:
         self._sentinels = sentinel_names(structure)
         places = {name: at for at, name in enumerate(self._names)}
         groups = {group: [places[name] for name, _ in members] for group, members in structure.groups.items()}
-        self._builder = SampleBuilder(structure, groups, self._names)
+        self._groups, self._builder = groups, SampleBuilder(structure, groups, self._names)
         device = self._parameters[0].device
         self._buffer = StatsBuffer(
             device, cell_sizes(structure), len(self._sentinels), len(named), min(self._every, MOST_ROWS), self._scaler
@@ -134,8 +140,23 @@ class Watch:
         self._optimizer_watch = OptimizerWatch(
             self._buffer, self._parameters, self._optimizers, self._failed, self._gradients.before_step
         )
+        self._checks = Checks(
+            self._structure,
+            list(zip(self._names, self._parameters, strict=True)),
+            self._groups,
+            (self._sentinels, len(leaves(self._structure))),
+            self._buffer,
+            self._optimizers,
+            self._gradients,
+            self._failed,
+            every=self._every,
+            done=self._done,
+            scaler=self._scaler,
+            replicas=self._replicas,
+        )
         self._hooks.attach()
         self._handles = [*self._gradients.attach(), *self._optimizer_watch.attach()]
+        self._handles += self._checks.attach(self._compiled)
 
     def close(self, reason: str = "done") -> None:
         """Judge the remaining steps, remove every hook and close the record. A second call does nothing."""
@@ -173,8 +194,10 @@ class Watch:
         value = read_loss(loss)
         hooks.rest()
         self._done += 1
+        self.history.passes = max(self.history.passes, self._gradients.passes)
         self._rates.append(self._optimizer_watch.rate())
         safely(self._optimizer_watch.see_weights, self._failed)
+        safely(self._checks.end_step, self._failed)
         safely(lambda: self._buffer.end_row(value), self._failed)
         if self._buffer.sampling or self._buffer.full:
             self._flush(self._buffer.sampling)
@@ -198,19 +221,25 @@ class Watch:
         buffer = self._buffer
         extra, names = self._measure() if sampled else ([], [])
         cells, rows, numbers = buffer.take(extra, sampled)
-        steps = [step_of(row, self._first + at, self._rates[at]) for at, row in enumerate(rows)]
+        checks = self._checks.of_steps(rows)
+        steps = [step_of(row, self._first + at, self._rates[at], checks[at]) for at, row in enumerate(rows)]
         self.history.steps.extend(steps)
         for at, row in enumerate(rows):
             if self.history.nonfinite is None:
                 self._look_for_nonfinite(row, self._first + at)
         self._write_steps(steps, rows)
         if sampled:
-            self.history.placement = self._hooks.placements.verdict(len(self._structure.blocks))
+            blocks = len(self._structure.blocks)
+            self.history.placement, self.history.placement_reason = self._hooks.placements.verdict(blocks)
+            if self._hooks.padding.used or any(cells["zero_rows"]):
+                self.history.padding = MASK if self._hooks.padding.used else ZERO_ROWS
             self.history.dtype = None if self._hooks.dtype is None else str(self._hooks.dtype).removeprefix("torch.")
         alarms = list(self._judge.judge_steps(self.history, steps))
         if sampled:
             values = dict(zip(names, numbers, strict=True))
+            checked = self._checks.of_sample(self._done, rows[-1], values)
             sample = self._builder.build(self._done, cells, rows[-1], self._gains(values), values)
+            sample = replace(self._with_decay(sample), checks=checked)
             self._write_sample(sample, steps[-1])
             alarms += self._judge.judge_sample(self.history)
         self._report_alarms(alarms)
@@ -220,17 +249,49 @@ class Watch:
         """Return a sample's statistics of parameters and optimizers: tensors, and their names."""
         found = dict(zip(GAIN_SIGNALS, measure_gains(self._structure.norms, self._buffer.device), strict=True))
         found["weight_rms"] = measure_matrices(self._parameters, self._buffer.device)
-        found |= self._optimizer_watch.take()
+        found |= self._optimizer_watch.take() | self._checks.measure()
         return list(found.values()), list(found)
 
     def _gains(self, values: dict[str, list[float]]) -> dict[str, list[float | None]]:
         return {name: [None if v == UNSEEN else v for v in values.pop(name)] for name in GAIN_SIGNALS}
+
+    def _with_decay(self, sample: Sample) -> Sample:
+        shares = decays(self._parameters, self._optimizers)
+        places = {id(parameter): at for at, parameter in enumerate(self._parameters)}
+        gains = [shares.get(places.get(id(norm.gain), -1)) for norm in self._structure.norms]
+        return replace(sample, decay=self._builder.decay(shares), gain_decay=gains)
 
     def _look_for_nonfinite(self, row: Row, step: int) -> None:
         found = first_nonfinite(row, step, self._sentinels, self._names, self._buffer.order)
         if found is not None:
             self.history.nonfinite = found
             self._append({"kind": "nonfinite", **asdict(found)})
+
+    def log_eval(self, loss: Tensor | float, step: int | None = None, name: str = "eval") -> None:
+        """Record a held-out loss, and judge it. A loss on the device is copied to the host at once.
+
+        Args:
+            loss: the loss of an evaluation: a tensor (its mean is used) or a number.
+            step: the number of training steps before it; None means those done so far.
+            name: the name of the held-out data, if there are several.
+
+        Raises:
+            ConfigError: step is not a whole number of 0 or more.
+            InputError: the loss is neither a real tensor nor a number.
+            RunError: the watch is not open.
+        """
+        if self._hooks is None:
+            raise RunError("This Watch is not open", "", "call log_eval inside `with omninorm.watch(…) as w:`")
+        value = read_loss(loss)
+        if value is None:
+            raise InputError("The loss must be a real tensor or a number", "None", "pass the loss of the evaluation")
+        at = self._done if step is None else read_count("step", step, at_least=0)
+        self.flush()
+        evaluation = Evaluation(at, str(name), float(value.double().mean()))
+        self.history.evaluations.append(evaluation)
+        self._append({"kind": "evaluation", **asdict(evaluation)})
+        self._to_sinks(lambda sink: sink.log(at, {f"{evaluation.name}/loss": evaluation.loss}))
+        self._report_alarms(self._judge.judge_evaluation(self.history))
 
     # Output ----------------------------------------------------------------------------------------------------------
 
@@ -256,10 +317,14 @@ class Watch:
             reasons = not_seen(sample, self.history.facts, bool(self._optimizers))
             self._append(
                 {"kind": "seen", "step": sample.step, "placement": self.history.placement, "dtype": self.history.dtype}
+                | {"placement_reason": self.history.placement_reason, "padding": self.history.padding}
                 | {"not_seen": reasons}
             )
         signals = {name: short(values) for name, values in sample.signals.items()}
-        self._append({"kind": "sample", "step": sample.step, "signals": signals, "worst": sample.worst})
+        bounds = {name: short(limits) for name, limits in self._judge.bounds().items()}
+        self._append(
+            {"kind": "sample", "step": sample.step, "signals": signals, "worst": sample.worst, "bounds": bounds}
+        )
         if self._sinks:
             numbers = flatten(sample, self.history.facts)
             numbers |= {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
@@ -323,6 +388,8 @@ class Watch:
             "world_size": world_size(),
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": {"omninorm": __version__, "torch": torch.__version__},
+            "limits": [limit._asdict() for rule in self._judge.rules for limit in rule.limits()],
+            **self._given,
             **facts,
         }
 
@@ -335,9 +402,12 @@ class Watch:
             groups=tuple(structure.groups),
             attentions=tuple(block.attention for block in structure.blocks),
             feed_forwards=tuple(block.feed_forward for block in structure.blocks),
+            routers=tuple(block.router[0] if block.router else None for block in structure.blocks),
+            chains=tuple(tuple(chain) for chain in structure.chains),
             optimizer=type(self._optimizers[0]).__name__ if self._optimizers else None,
             adam_eps=adam_eps(self._optimizers),
             every=self._every,
+            width=typical_width(structure),
         )
 
     def _failed(self, error: Exception) -> None:

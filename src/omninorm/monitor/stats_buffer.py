@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FACTS = ("kept", "batch")
+"""Numbers that only some steps have: see `omninorm.monitor.checks.facts.StepChecks`."""
 UNSEEN = -1.0  # in the ring buffer: measured values are ≥ 0 or not finite
 
 
@@ -54,7 +56,7 @@ class StatsBuffer:
         self._counts = [0] * total
         self._sentinels, self._parameters = sentinels, parameters
         self.rows = rows
-        self._ring = torch.full((rows, sentinels + 1 + 2 * parameters), UNSEEN, device=device, dtype=dtype)
+        self._ring = torch.full((rows, sentinels + 1 + len(FACTS) + 2 * parameters), UNSEEN, device=device, dtype=dtype)
         self._losses: list[bool] = []
         self.sampling = False
         self.order: dict[int, int] = {}  # sentinels, numbered in the order in which they first ran
@@ -63,9 +65,11 @@ class StatsBuffer:
 
     def _begin_row(self) -> None:
         row = self._ring[self.row]
-        sentinels, loss, rest = torch.split(row, [self._sentinels, 1, 2 * self._parameters])
+        sentinels, loss, facts, rest = torch.split(row, [self._sentinels, 1, len(FACTS), 2 * self._parameters])
         self._row_sentinels = list(sentinels.unbind())
         self._row_loss = loss
+        self._row_facts = dict(zip(FACTS, facts.unbind(), strict=True))
+        self._written: set[str] = set()
         self._row_gradients, self._row_weights = torch.split(rest, [self._parameters, self._parameters])
 
     # Writing, on the device -----------------------------------------------------------------------------------------
@@ -107,6 +111,13 @@ class StatsBuffer:
     def set_weights(self, norms: Tensor) -> None:
         """Record the norm of some weights of every parameter, after the step."""
         self._row_weights.copy_(norms, non_blocking=True)
+
+    def add_fact(self, name: str, value: Tensor) -> None:
+        """Add to one of the FACTS of this step."""
+        cell = self._row_facts[name]
+        value = value.detach().to(cell.dtype)
+        cell.copy_(value + cell if name in self._written else value, non_blocking=True)
+        self._written.add(name)
 
     def end_row(self, loss: Tensor | None) -> None:
         """End the row of this step."""
@@ -170,8 +181,10 @@ class Row:
     """The row of one step in the ring buffer, on the host."""
 
     def __init__(self, numbers: list[float], sentinels: int, parameters: int, loss_given: bool) -> None:
-        self.sentinels, loss, self.gradients, self.weights = iter_split(numbers, [sentinels, 1, parameters, parameters])
+        sizes = [sentinels, 1, len(FACTS), parameters, parameters]
+        self.sentinels, loss, facts, self.gradients, self.weights = iter_split(numbers, sizes)
         self.loss = loss[0] if loss_given else None
+        self.facts = {name: None if value == UNSEEN else value for name, value in zip(FACTS, facts, strict=True)}
 
 
 def iter_split(numbers: list[float], sizes: Sequence[int]) -> list[list[float]]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Signal(NamedTuple):
-    """One signal: its axis, title and formula, and whether it is drawn on a logarithmic scale.
+    """One signal: its axis, title and formula, whether it is drawn on a logarithmic scale, and on which fixed one.
 
     A signal has one value per sample (axis "run"), one per transformer block ("block"), one per norm ("norm"), or one
     per group of parameters ("group"): each block, and each part of the model outside the blocks.
@@ -16,7 +16,33 @@ class Signal(NamedTuple):
     title: str
     formula: str
     logarithmic: bool = False
+    scale: tuple[float, float] | None = None
 
+
+class Limit(NamedTuple):
+    """A limit of an alarm rule on one signal, as the record keeps it and the page draws it.
+
+    Args:
+        signal: the signal's name.
+        rule: the rule's name.
+        warn: the value from which the rule warns, or None.
+        fail: the value from which it fails the run, or None.
+        below: whether values below the limits are the problem.
+        condition: what else must hold, in words; "" if nothing.
+        dtype: the only dtype of the residual stream in which the rule is active; "" for any.
+    """
+
+    signal: str
+    rule: str
+    warn: float | None = None
+    fail: float | None = None
+    below: bool = False
+    condition: str = ""
+    dtype: str = ""
+
+
+SHARE = (0.0, 1.0)
+TINY_SHARE = (1e-6, 1.0)
 
 SIGNALS: dict[str, Signal] = {
     # Measured in the forward pass.
@@ -26,14 +52,18 @@ SIGNALS: dict[str, Signal] = {
     "branch_ratio": Signal("block", "branch / stream", "RMS(output − input) / RMS(input) of the block", True),
     "attention_ratio": Signal("block", "attention / stream", "RMS(attention's output) / RMS(block's input)", True),
     "feed_forward_ratio": Signal("block", "feed-forward / stream", "RMS(its output) / RMS(block's input)", True),
-    "angle": Signal("block", "angular distance", "arccos cos(input, output) / π, mean over tokens"),
+    "angle": Signal("block", "angular distance", "arccos cos(input, output) / π, mean over tokens", scale=SHARE),
     "attention_logit": Signal("block", "largest attention logit", "max |q·k| / √d_head", True),
-    "attention_entropy": Signal("block", "attention entropy", "−Σ p ln p / ln(keys in sight), mean over heads"),
-    "dead_units": Signal("block", "dead hidden units", "share of the feed-forward's units that are ≈ 0 for all tokens"),
+    "attention_entropy": Signal(
+        "block", "attention entropy", "−Σ p ln p / ln(keys in sight), mean over heads", scale=SHARE
+    ),
+    "dead_units": Signal(
+        "block", "dead hidden units", "share of the feed-forward's units that are ≈ 0 for all tokens", scale=SHARE
+    ),
     "norm_rms": Signal("norm", "norm's input", "RMS(x)", True),
-    "eps_share": Signal("norm", "ε share", "ε / (mean(x²) + ε); a LayerNorm's with var(x)", True),
-    "mean_share": Signal("norm", "mean share", "mean(x)² / mean(x²) at a LayerNorm", True),
-    "saturation": Signal("norm", "saturation", "share of |αx| > 2 at a DyT or Derf"),
+    "eps_share": Signal("norm", "ε share", "ε / (mean(x²) + ε); a LayerNorm's with var(x)", True, scale=TINY_SHARE),
+    "mean_share": Signal("norm", "mean share", "mean(x)² / mean(x²) at a LayerNorm", True, scale=TINY_SHARE),
+    "saturation": Signal("norm", "saturation", "share of |αx| > 2 at a DyT or Derf", scale=SHARE),
     "logz": Signal("run", "output normalizer", "log Z, of the largest magnitude among tokens"),
     "logz_mean": Signal("run", "mean output normalizer", "log Z, mean over tokens"),
     # Measured in the backward pass.
@@ -43,7 +73,7 @@ SIGNALS: dict[str, Signal] = {
     # Measured on the parameters and the optimizer.
     "gain_max": Signal("norm", "largest gain", "max |γ|", True),
     "gain_ratio": Signal("norm", "gain drift", "max |γ| / median |γ|", True),
-    "gain_small": Signal("norm", "silent gains", "share of |γ| < 1e-3"),
+    "gain_small": Signal("norm", "silent gains", "share of |γ| < 1e-3", scale=SHARE),
     "weight_rms": Signal("group", "weights", "RMS(w) of the group's matrices", True),
     "update_ratio": Signal("group", "update / weight", "RMS(Δw) / RMS(w) of a step, median over matrices", True),
     "adam_ratio": Signal("group", "Adam under-estimation", "√mean(g² / max(v, ε²)), largest of the tensors", True),

@@ -14,8 +14,19 @@ from omninorm.report.verdict import describe_end
 _PLACEMENTS = {
     "pre": "pre-norm (measured)",
     "post": "post-norm (measured)",
-    "both": "before and after each branch (measured)",
+    "both": "before each branch and after each sum (measured)",
+    "sandwich": "sandwich: before and after each branch (measured)",
+    "reordered": "reordered: after each branch (measured)",
     "none": "no norms in the blocks",
+}
+_TRAINING = {
+    "batch_size": "Batch size",
+    "seq_len": "Sequence length",
+    "weight_decay": "Weight decay",
+    "grad_clip": "Gradient clipping",
+    "precision": "Precision",
+    "seed": "Seed",
+    "git_commit": "Commit",
 }
 _UNKNOWN = "not recorded"
 
@@ -40,8 +51,18 @@ def facts(story: RunStory) -> list[tuple[str, str]]:
         ("Started", _moment(known.started or str(story.config.get("started") or _UNKNOWN))),
         ("Ended", describe_end(story)),
         ("Versions", _versions(story, known)),
+        *_chosen(story),
+        *settings(known.config),
     ]
     return [(label, text) for label, text in pairs if text]
+
+
+def _chosen(story: RunStory) -> list[tuple[str, str]]:
+    """Return the settings of `omninorm train` that a reader looks for first; the page has all of them further down."""
+    train = story.config.get("train")
+    found = {**(train if isinstance(train, dict) else {}), "git_commit": story.config.get("git_commit")}
+    pairs = [(label, found.get(name)) for name, label in _TRAINING.items()]
+    return [(label, _shown(value)) for label, value in pairs if value is not None]
 
 
 def samples(story: RunStory) -> str:

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from omninorm.report.story import Series, Values
+from omninorm.report.values import LARGEST
 
 NOTHING = -3e38
 """Marks a cell without a value. No signal that is drawn as a map can be negative."""
 BUCKETS = 700
-LARGEST = 1e300
-"""Larger values are drawn as not finite: rounding or scaling them could overflow."""
 
 
 def pack(columns: Iterable[Values]) -> str:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
-from collections import Counter
+import tempfile
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from omninorm.errors import RunError
-from omninorm.record.files import write_file, writing
 from omninorm.report import panels, tables
+from omninorm.report.entries import alarm_entries
 from omninorm.report.facts import facts, samples, settings
+from omninorm.report.labels import row_labels
 from omninorm.report.reading import read_run
+from omninorm.report.shell import document, fill, write_document
 from omninorm.report.story import RunStory
-from omninorm.report.text import embed, escape, plain
+from omninorm.report.text import escape, plain
 from omninorm.report.verdict import Verdict, judge
 
-_SCRIPTS = ("base.js", "figure.js", "map.js", "line.js", "alarms.js", "tables.js", "main.js")
-_POLICY = "default-src 'none'; script-src {script}; style-src {style}; base-uri 'none'; form-action 'none'"
-_SLOT = re.compile(r"\{\{(\w+)\}\}")
+_TEMPORARY = r"tmp[a-z0-9_]{8}"  # the names that tempfile gives
 _MARKS = {"failing": "▲", "warnings": "○", "healthy": "✓", "quiet": "–", "unjudged": "–"}
+_SECTIONS = {
+    "training": "Training",
+    "depth": "By depth",
+    "norms": "Norms",
+    "groups": "Weights and optimizer",
+    "output": "Output and gradient noise",
+}
 
 
 def write_report(path: str | Path, out: str | Path) -> Path:
@@ -39,47 +42,63 @@ def write_report(path: str | Path, out: str | Path) -> Path:
     return write_page(read_run(path), out)
 
 
-def write_page(story: RunStory, out: str | Path) -> Path:
+def write_page(story: RunStory, out: str | Path, refresh: float | None = None) -> Path:
     """Write the page of a story that has been read before, as `write_report` does."""
-    target = Path(out)
-    if target.exists() and target.resolve().suffix == ".jsonl":
-        # A record that was given as the output by mistake could not be restored.
-        raise RunError(f"The page would overwrite the record {target}", "", "name another file, such as report.html")
-    content = render(story).encode()
-    with writing(target):
-        write_file(target, content)
-    return target
+    return write_document(render(story, refresh), out)
 
 
-def render(story: RunStory) -> str:
-    """Return the page as text.
+def render(story: RunStory, refresh: float | None = None) -> str:
+    """Return the page as text. All text from the record is escaped.
 
-    All text from the record is escaped, and the page's Content-Security-Policy allows only its own script and style, by
-    their hashes, and no connections.
+    Args:
+        story: the run.
+        refresh: seconds after which a browser loads the page again, for a run that grows; None for never.
     """
     verdict = judge(story)
     groups = _panels(story)
-    style, script = _template("page.css"), "(() => {\n'use strict';\n" + "".join(map(_template, _SCRIPTS)) + "})();\n"
     slots = {
-        "policy": _POLICY.format(script=_hash(script), style=_hash(style)),
-        "title": escape(f"{_name(story)}: {verdict.title}", 160),
-        "style": style,
-        "name": escape(_name(story), 120),
         "verdict": _verdict(verdict),
         "facts": "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts(story)),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in story.notes),
         "settings": _settings(story),
-        "alarms": tables.alarm_table(story) or f'<p class="calm">{escape(_no_alarm(story))}</p>',
-        "samples": escape(samples(story)),
-        "layers": tables.layer_table(story) or '<p class="calm">No sample was taken.</p>',
-        "norms_table": tables.norm_table(story),
-        "unseen": tables.unseen_table(story) or '<p class="calm">Every signal has values.</p>',
-        "data": embed(_data(story, verdict, [panel for group in groups.values() for panel in group])),
-        "script": script,
-        **{f"panels_{name}": "".join(panel.html for panel in group) for name, group in groups.items()},
+        "alarms": _alarms(story, verdict),
+        "panels": "".join(_section(story, key, found) for key, found in groups.items() if found),
+        "tables": _by_layer(story),
+        "unseen": _unseen(story),
     }
-    # A single pass, so that the inserted text is not searched for slots.
-    return _SLOT.sub(lambda match: slots[match[1]], _template("page.html"))
+    data = _data(story, verdict, [panel for group in groups.values() for panel in group])
+    return document(f"{name_of(story)}: {verdict.title}", name_of(story), fill("run.html", slots), data, refresh)
+
+
+def _alarms(story: RunStory, verdict: Verdict) -> str:
+    entries = alarm_entries(tables.shown_alarms(story), verdict.alarm)
+    if not entries:
+        return f'<p class="calm">{escape(_no_alarm(story))}</p>'
+    return f'{entries}<div id="timeline"></div>{tables.alarm_table(story)}'
+
+
+def _section(story: RunStory, key: str, found: Sequence[panels.Panel]) -> str:
+    """Return a section of figures; sections without a figure are left out."""
+    intro = f"Each row is a layer, the first at the top; each column is a sample. Samples: {samples(story)}."
+    text = f'<p class="intro">{escape(intro)}</p>' if key == "depth" else ""
+    return titled(key, _SECTIONS[key], f'{text}<div class="panels">{"".join(panel.html for panel in found)}</div>')
+
+
+def titled(key: str, title: str, content: str) -> str:
+    """Return a section with a heading."""
+    return (
+        f'<section aria-labelledby="{key}-title">\n<h2 id="{key}-title">{escape(title)}</h2>\n{content}\n</section>\n'
+    )
+
+
+def _by_layer(story: RunStory) -> str:
+    found = tables.layer_table(story) + tables.norm_table(story)
+    return titled("layers", "Values by layer", found) if found else ""
+
+
+def _unseen(story: RunStory) -> str:
+    found = tables.unseen_table(story)
+    return titled("unseen", "Signals without values", found) if found else ""
 
 
 def _panels(story: RunStory) -> dict[str, list[panels.Panel]]:
@@ -99,48 +118,18 @@ def _data(story: RunStory, verdict: Verdict, figures: Sequence[panels.Panel]) ->
     alarms = tables.shown_alarms(story)
     return {
         # An evaluation may come before the first step.
-        "first": min([story.first_step, *story.evals.steps[:1]]),
+        "first": min([story.first_step, *(s.steps[0] for s in (story.evals, *story.evaluations.values()) if s.steps)]),
         "last": story.last_step,
         "steps": [column.step for column in story.columns],
         "axes": {axis: [plain(name, 120) for name in names] for axis, names in axes.items()},
-        "ticks": {axis: _ticks(story, axis) for axis in axes},
-        "figures": {panel.name: panel.data for panel in figures if panel.data},
+        "ticks": {axis: row_labels(known, axis) if known else [] for axis in axes},
+        "figures": {panel.name: panel.data for panel in figures},
         "alarms": [
             [alarm.step, alarm.severity, plain(alarm.rule, 80), plain(alarm.layer, 120) if alarm.layer else None]
             for alarm in alarms
         ],
         "lead": alarms.index(verdict.alarm) if verdict.alarm in alarms else None,
     }
-
-
-def _ticks(story: RunStory, axis: str) -> list[str]:
-    """Return short names for a map's rows: the block's number, or the end of a name outside the blocks."""
-    if story.watched is None:
-        return []
-    numbers = {name: str(index) for index, name in enumerate(story.watched.blocks)}
-    names = story.watched.names(axis)
-    tails = _tails(names)
-    if axis == "norm":
-        taken: set[int] = set()
-        labels = []
-        for norm in story.watched.norms:
-            repeated = norm.block is not None and norm.block in taken
-            labels.append("" if repeated else tails[norm.name] if norm.block is None else str(norm.block))
-            taken |= {norm.block} if norm.block is not None else set()
-        return labels
-    return [numbers.get(name) or tails[name] for name in names]
-
-
-def _tails(names: Sequence[str]) -> dict[str, str]:
-    """Return for each name its shortest unique dotted suffix that is not just a number or a letter."""
-    parts = {name: plain(name, 120).split(".") for name in names}
-    suffixes = {name: [".".join(each[-count:]) for count in range(1, len(each) + 1)] for name, each in parts.items()}
-    counts = Counter(suffix for name in names for suffix in suffixes[name])
-
-    def is_clear(suffix: str) -> bool:
-        return counts[suffix] <= 1 and len(suffix) > 2 and not suffix.isdigit()
-
-    return {name: next(filter(is_clear, each), each[-1]) for name, each in suffixes.items()}
 
 
 def _verdict(verdict: Verdict) -> str:
@@ -168,14 +157,12 @@ def _no_alarm(story: RunStory) -> str:
     return "No alarm was raised."
 
 
-def _name(story: RunStory) -> str:
+def name_of(story: RunStory) -> str:
+    """Return the run's name, or else that of its folder."""
+    if story.watched and story.watched.name.strip():
+        return story.watched.name
     source = story.source if story.source.suffix != ".jsonl" else story.source.parent
+    # A watch without a folder writes its events to a temporary one for its page, whose name means nothing to a reader.
+    if source.parent == Path(tempfile.gettempdir()) and re.fullmatch(_TEMPORARY, source.name):
+        return f"Run of {story.watched.model}" if story.watched and story.watched.model else "Run"
     return source.name or source.resolve().name
-
-
-def _template(name: str) -> str:
-    return (files("omninorm.report") / "template" / name).read_text(encoding="utf-8")
-
-
-def _hash(content: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

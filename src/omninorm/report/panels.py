@@ -1,4 +1,4 @@
-"""The page's figures, with text alternatives, and the reasons for empty ones."""
+"""The page's figures, with text alternatives, and the reasons for missing ones."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from omninorm.record.signals import SIGNALS
+from omninorm.record.signals import SIGNALS, Limit
 from omninorm.report.facts import loss_unit
 from omninorm.report.packing import curve, pack
 from omninorm.report.story import RunStory, Series, Values
-from omninorm.report.text import escape, plural, short
+from omninorm.report.text import escape, plain, plural, short
+from omninorm.report.values import LARGEST
 
 _AXIS_NAMES = {"block": "block", "norm": "norm", "group": "group"}
 # The signals of each section, in the order of the page.
@@ -21,28 +22,33 @@ DEPTH = (
 NORMS = ("norm_rms", "eps_share", "gain_max", "gain_ratio", "gain_small", "mean_share", "saturation")
 GROUPS = ("weight_rms", "update_ratio", "adam_ratio", "adam_eps_ratio")
 OUTPUT = ("logz", "logz_mean", "noise_scale")
-_CURVES = {
+CURVES = {
     "loss": ("Loss", "{unit}every step", True),
     "grad_norm": ("Gradient norm", "‖∂loss/∂w‖ of all parameters, before clipping, every step", True),
     "lr": ("Learning rate", "largest among the optimizer's parameter groups", False),
 }
 
 
+_NOT_RECORDED = {
+    "loss": "No loss was recorded. Pass it to w.step(loss).",
+    "grad_norm": "No gradient norm was recorded.",
+    "lr": "No learning rate was recorded. Pass the optimizer: omninorm.watch(model, optimizer).",
+}
+_NO_EVALUATION = "No evaluation data. Pass held-out losses to w.log_eval(loss)."
+MOST_EVALUATIONS = 20
+"""Named evaluations that are drawn."""
+
+
 class Panel(NamedTuple):
-    """A figure: its HTML and the data that the script draws; None if there is nothing to draw."""
+    """A figure: its HTML and the data that the script draws."""
 
     name: str
     html: str
-    data: dict[str, Any] | None
+    data: dict[str, Any]
 
 
 def training_panels(story: RunStory) -> list[Panel]:
-    """Return the panels of loss, gradient norm, learning rate and evaluations."""
-    unknown = {
-        "loss": "No loss was recorded. Pass it to w.step(loss).",
-        "grad_norm": "No gradient norm was recorded.",
-        "lr": "No learning rate was recorded. Pass the optimizer: omninorm.watch(model, optimizer).",
-    }
+    """Return the panels of loss, gradient norm, learning rate and evaluations, as far as they were recorded."""
     unit = loss_unit(story)
     panels = [
         _line(
@@ -51,17 +57,48 @@ def training_panels(story: RunStory) -> list[Panel]:
             formula.format(unit=f"{unit}, " if unit else ""),
             story.series.get(name, Series([], [])),
             log,
-            unknown[name],
+            _band(story, name),
         )
-        for name, (title, formula, log) in _CURVES.items()
+        for name, (title, formula, log) in CURVES.items()
     ]
-    reason = "No evaluation data."
-    return [*panels, _line("eval", "Evaluation", "bits per byte of held-out text", story.evals, False, reason)]
+    panels.append(_line("eval", "Evaluation", "bits per byte of held-out text", story.evals, False))
+    for number, (name, series) in enumerate(list(story.evaluations.items())[:MOST_EVALUATIONS]):
+        title = f"Evaluation: {plain(name, 80)}"
+        panels.append(_line(f"evaluation-{number}", title, "held-out loss", series, False))
+    return [panel for panel in panels if panel]
+
+
+def missing_series(story: RunStory) -> list[tuple[str, str, str, str]]:
+    """Return title, name, formula and reason of each curve of the training that was not recorded."""
+    missing = [
+        (title, name, formula.format(unit=""), _NOT_RECORDED[name])
+        for name, (title, formula, _) in CURVES.items()
+        if not story.series.get(name, Series([], [])).steps
+    ]
+    evaluated = story.evals.steps or story.evaluations
+    return missing if evaluated else [*missing, ("Evaluation", "eval", "loss on held-out data", _NO_EVALUATION)]
 
 
 def signal_panels(story: RunStory, names: Sequence[str]) -> list[Panel]:
-    """Return a panel for each signal: a curve for the axis "run", a map of layer × step for the others."""
-    return [(_run_signal if SIGNALS[name].axis == "run" else _map)(story, name) for name in names]
+    """Return a panel for each signal that has values: a curve for the axis "run", a map of layer × step for others."""
+    known = [name for name in names if missing_reason(story, name) is None]
+    panels = [(_run_signal if SIGNALS[name].axis == "run" else _map)(story, name) for name in known]
+    return [panel for panel in panels if panel]
+
+
+def limits_of(story: RunStory, name: str) -> list[Limit]:
+    """Return the limits of the rules on a signal that were active in this run."""
+    limits = story.watched.limits if story.watched else ()
+    return [each for each in limits if each.signal == name and each.dtype in ("", story.dtype)]
+
+
+def limit_text(limit: Limit) -> str:
+    """Return a limit in words, such as "attention-logits: warning above 1,000, failure above 10,000"."""
+    side = "below" if limit.below else "above"
+    values = [("warning", limit.warn), ("failure", limit.fail)]
+    parts = [f"{word} {side} {short(value)}" for word, value in values if value is not None]
+    condition = f" ({plain(limit.condition, 120)})" if limit.condition else ""
+    return f"{plain(limit.rule, 80)}: {', '.join(parts)}{condition}"
 
 
 def others() -> list[str]:
@@ -91,18 +128,33 @@ def title_of(name: str) -> str:
     return title[0].upper() + title[1:] if title[0].isascii() else title
 
 
-def _run_signal(story: RunStory, name: str) -> Panel:
+def _run_signal(story: RunStory, name: str) -> Panel | None:
     found = [(c.step, c.signals[name][0]) for c in story.columns if c.signals.get(name)]
     known = [(step, value) for step, value in found if value is not None]
     series = Series([step for step, _ in known], [value for _, value in known])
-    reason = missing_reason(story, name) or ""
-    return _line(f"signal-{name}", title_of(name), SIGNALS[name].formula, series, SIGNALS[name].logarithmic, reason)
+    signal = SIGNALS[name]
+    band = _band(story, name)
+    return _line(f"signal-{name}", title_of(name), signal.formula, series, signal.logarithmic, band)
 
 
-def _line(name: str, title: str, formula: str, series: Series, log: bool, reason: str) -> Panel:
+def _band(story: RunStory, name: str) -> list[list[float | None]]:
+    """Return [step, lowest, highest ordinary value] at each sample, None where there is no such limit."""
+    pairs = [(column.step, column.bounds[name]) for column in story.columns if name in column.bounds]
+    return [
+        [step, *(value if value is not None and abs(value) <= LARGEST else None for value in two)]
+        for step, two in pairs
+    ]
+
+
+def _line(
+    name: str, title: str, formula: str, series: Series, log: bool, band: list[list[float | None]] | None = None
+) -> Panel | None:
+    """Return a curve's panel; None without values."""
     if not series.steps:
-        return Panel(name, empty(name, title, formula, reason), None)
-    return Panel(name, _figure(name, "line", title, formula, _line_summary(title, series)), curve(series, log))
+        return None
+    note = "Shaded: the ordinary range at that step, beyond which a rule looks closer." if band else ""
+    data = curve(series, log) | ({"band": band} if band else {})
+    return Panel(name, figure(name, "line", title, formula, _line_summary(title, series), note), data)
 
 
 def _line_summary(title: str, series: Series) -> str:
@@ -118,13 +170,15 @@ def _line_summary(title: str, series: Series) -> str:
 def _map(story: RunStory, name: str) -> Panel:
     signal = SIGNALS[name]
     formula = f"{signal.formula}; {_AXIS_NAMES[signal.axis]} × step"
-    if reason := missing_reason(story, name):
-        return Panel(name, empty(name, title_of(name), formula, reason), None)
     names = story.watched.names(signal.axis) if story.watched else []
     nothing: list[float | None] = [None] * len(names)
     rows = [column.signals.get(name, nothing) for column in story.columns]
-    data = {"axis": signal.axis, "log": signal.logarithmic, "data": pack(rows)}
-    return Panel(name, _figure(name, "map", title_of(name), formula, _map_summary(story, name, names, rows)), data)
+    limits = limits_of(story, name)
+    data: dict[str, Any] = {"axis": signal.axis, "log": signal.logarithmic, "data": pack(rows)}
+    data |= {"limits": [[each.warn, each.fail, each.below, bool(each.condition)] for each in limits]} if limits else {}
+    data |= {"scale": signal.scale} if signal.scale else {}
+    note = f"{'; '.join(map(limit_text, limits))}." if limits else ""
+    return Panel(name, figure(name, "map", title_of(name), formula, _map_summary(story, name, names, rows), note), data)
 
 
 def _map_summary(story: RunStory, name: str, names: list[str], rows: Sequence[list[float | None]]) -> str:
@@ -157,20 +211,13 @@ def _limits(rows: Sequence[Values]) -> tuple[float, float, int]:
     return low, high, bad
 
 
-def _figure(name: str, kind: str, title: str, formula: str, summary: str) -> str:
+def figure(name: str, kind: str, title: str, formula: str, summary: str, note: str) -> str:
+    """Return a figure's HTML, which the script draws."""
     legend = '<div class="legend"></div>' if kind == "map" else ""
+    limits = f'<p class="limits">{escape(note)}</p>' if note else ""
     return (
         f'<figure class="panel" data-figure="{kind}" data-name="{escape(name)}">'
         f"<figcaption><h3>{escape(title)}</h3><p>{escape(formula)}</p></figcaption>"
         f'<div class="plot" tabindex="0" role="group" aria-label="{escape(title)}: use the arrow keys to read values">'
-        f'<canvas role="img" aria-label="{escape(summary, 900)}"></canvas></div>{legend}</figure>'
-    )
-
-
-def empty(name: str, title: str, formula: str, reason: str) -> str:
-    """Return a panel with the reason why it is empty."""
-    return (
-        f'<figure class="panel empty" data-empty="{escape(name)}">'
-        f"<figcaption><h3>{escape(title)}</h3><p>{escape(formula)}</p></figcaption>"
-        f'<p class="reason"><b>Not available</b> {escape(reason)}</p></figure>'
+        f'<canvas role="img" aria-label="{escape(summary, 900)}"></canvas></div>{legend}{limits}</figure>'
     )

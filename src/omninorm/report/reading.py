@@ -27,12 +27,16 @@ _RANK = re.compile(r"record-rank(\d{1,6})\.jsonl")
 _REMEDY = "pass the folder of a run that omninorm.watch or omninorm train wrote"
 
 
-def read_run(path: str | Path) -> RunStory:
+def read_run(path: str | Path, like: RunStory | None = None) -> RunStory:
     """Read a run's folder, or its record.jsonl.
 
     At most 500 samples are parsed: evenly spaced ones, and those at the steps of alarms and non-finite values. Damaged
     lines are skipped and counted in `notes`; damage inside a sample that is not parsed goes unnoticed unless it is at
     its beginning or end.
+
+    Args:
+        path: the folder or the record.
+        like: another run; if both have samples at the same steps, only those are read.
 
     Raises:
         RunError: there is no record, it holds no event, or a newer omninorm wrote it.
@@ -45,7 +49,9 @@ def read_run(path: str | Path) -> RunStory:
     ranks = [Scan(other, rank) for rank, other in _other_ranks(file)]
     alarms, bad = _merge([scan, *ranks])
     steps = sorted(scan.samples)
-    columns, worst, lost = _read_columns(scan, steps, [*(alarm.step for alarm in alarms), *(each.step for each in bad)])
+    shared = {column.step for column in like.columns} if like else set()
+    events = [*(alarm.step for alarm in alarms), *(each.step for each in bad)]
+    columns, worst, lost = _read_columns(scan, [step for step in steps if step in shared] or steps, events)
     known = scan.watched or (Watched() if columns or scan.seen else None)
     known = _fill_names(known, columns) if known else None
     columns, misfits = _fit(columns, known) if known else (columns, [])
@@ -54,9 +60,11 @@ def read_run(path: str | Path) -> RunStory:
         source=Path(path),
         watched=known,
         placement=text_or_none(scan.seen.get("placement")),
+        dtype=text_or_none(scan.seen.get("dtype")),
         not_seen={name: text(reason) for name, reason in mapping(scan.seen.get("not_seen")).items()},
         series={name: _series(values) for name, values in scan.series.items()},
         evals=_series(scan.evals),
+        evaluations={name: _series(values) for name, values in scan.evaluations.items()},
         columns=columns,
         samples=len(steps) - lost,
         worst=worst,
@@ -117,7 +125,7 @@ def _read_columns(scan: Scan, steps: list[int], events: list[int]) -> tuple[list
         for step in choose(steps, events, limit):
             try:
                 event = scan.sample(file, step)
-                columns.append(Column(step, _signals(event)))
+                columns.append(Column(step, _signals(event), _bounds(event)))
                 worst = {name: value for name, value in mapping(event.get("worst")).items() if isinstance(value, list)}
             except DamageError:
                 lost += 1
@@ -137,6 +145,12 @@ def _size(scan: Scan, file: Any, step: int) -> int:
 def _signals(event: dict[str, Any]) -> dict[str, list[float | None]]:
     """Return the known signals of an event "sample"; signals of later versions are ignored."""
     return {name: numbers(values) for name, values in mapping(event.get("signals")).items() if name in SIGNALS}
+
+
+def _bounds(event: dict[str, Any]) -> dict[str, list[float | None]]:
+    """Return the moving limits of an event "sample": pairs of a lowest and a highest ordinary value."""
+    pairs = {name: numbers(values) for name, values in mapping(event.get("bounds")).items() if isinstance(values, list)}
+    return {name: values for name, values in pairs.items() if len(values) == 2}
 
 
 def choose(steps: Sequence[int], events: Iterable[int], limit: int) -> list[int]:
@@ -168,7 +182,8 @@ def _fit(columns: Sequence[Column], known: Watched) -> tuple[list[Column], list[
     fitted = []
     for column in columns:
         wrong += sum(len(values) != lengths[name] for name, values in column.signals.items())
-        fitted.append(Column(column.step, {n: _stretch(v, lengths[n]) for n, v in column.signals.items()}))
+        signals = {name: _stretch(values, lengths[name]) for name, values in column.signals.items()}
+        fitted.append(column._replace(signals=signals))
     note = f"{plural(wrong, 'list')} in the samples did not have one value per layer; truncated or padded."
     return fitted, [note] if wrong else []
 

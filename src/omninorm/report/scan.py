@@ -38,6 +38,8 @@ class Scan:
         self.seen: dict[str, Any] = {}
         self.series: dict[str, dict[int, float]] = {name: {} for name in STEP_SERIES}
         self.evals: dict[int, float] = {}
+        self.evaluations: dict[str, dict[int, float]] = {}
+        """Held-out losses that were passed to `Watch.log_eval`, by name."""
         self.samples: dict[int, int] = {}
         """Offsets in the file, by step."""
         self.alarms: list[StoryAlarm] = []
@@ -135,6 +137,11 @@ class Scan:
         if value is not None:
             self.evals[event["step"]] = value
 
+    def _on_evaluation(self, event: dict[str, Any]) -> None:
+        value = number(event.get("loss"))
+        if value is not None:
+            self.evaluations.setdefault(text(event.get("name"), "eval"), {})[event["step"]] = value
+
     def _on_watch(self, event: dict[str, Any]) -> None:
         written = event.get("format")
         if isinstance(written, int) and written > FORMAT:
@@ -178,6 +185,7 @@ class Scan:
         last = max(max(curve, default=0) for curve in curves)
         self.series = {name: _until(step, values) for name, values in self.series.items()}
         self.samples, self.evals = _until(step, self.samples), _until(step, self.evals)
+        self.evaluations = {name: _until(step, values) for name, values in self.evaluations.items()}
         self.alarms = [alarm for alarm in self.alarms if alarm.step <= step]
         self.bad = self.bad if self.bad and self.bad.step <= step else None
         self._end = self._stop = None

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omninorm.record.signals import Limit
+
 Values = list[float | None]
 
 
@@ -45,6 +47,9 @@ class Watched:
     groups: Sequence[str] = ()
     optimizer: str | None = None
     adam_eps: float | None = None
+    name: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    limits: Sequence[Limit] = ()
 
     def names(self, axis: str) -> list[str]:
         """Return the names along an axis of the signals; ["run"] for the axis "run"."""
@@ -54,10 +59,13 @@ class Watched:
 
 
 class Column(NamedTuple):
-    """A sample: for each signal a list along its axis, with None for missing values."""
+    """A sample: for each signal a list along its axis, with None for missing values.
+
+    `bounds` has the lowest and highest ordinary value of curves whose limits move."""
 
     step: int
     signals: dict[str, Values]
+    bounds: Mapping[str, Values] = {}
 
 
 @dataclass(frozen=True)
@@ -108,9 +116,11 @@ class RunStory:
         source: the record's path as given.
         watched: None if the record has no watch events; then there are no samples and no alarms.
         placement: as measured; None if unknown.
+        dtype: of the residual stream; None if unknown.
         not_seen: reasons for missing signals, by signal.
         series: all steps of "loss", "grad_norm" and "lr".
         evals: bits per byte by step.
+        evaluations: the losses passed to `Watch.log_eval`, by name.
         columns: the samples that were read, by step.
         samples: the number of samples in the record.
         worst: each group's worst tensor in the latest sample, by signal.
@@ -124,9 +134,11 @@ class RunStory:
     source: Path
     watched: Watched | None = None
     placement: str | None = None
+    dtype: str | None = None
     not_seen: Mapping[str, str] = field(default_factory=dict)
     series: Mapping[str, Series] = field(default_factory=dict)
     evals: Series = field(default_factory=lambda: Series([], []))
+    evaluations: Mapping[str, Series] = field(default_factory=dict)
     columns: Sequence[Column] = ()
     samples: int = 0
     worst: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
@@ -140,7 +152,11 @@ class RunStory:
     @property
     def last_step(self) -> int:
         """The last step for which anything was recorded; 0 if nothing was."""
-        known = [series.steps[-1] for series in (*self.series.values(), self.evals) if series.steps]
+        known = [
+            series.steps[-1]
+            for series in (*self.series.values(), self.evals, *self.evaluations.values())
+            if series.steps
+        ]
         known += [self.ending.step or 0, self.columns[-1].step if self.columns else 0]
         return max([*known, *(alarm.step for alarm in self.alarms), *(bad.step for bad in self.bad)])
 

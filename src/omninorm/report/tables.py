@@ -6,15 +6,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from omninorm.record.signals import SIGNALS
-from omninorm.report.panels import missing_reason, title_of
+from omninorm.report.entries import badge
+from omninorm.report.panels import missing_reason, missing_series, title_of
 from omninorm.report.story import RunStory, StoryAlarm
 from omninorm.report.text import escape, plain, plural, short
 
 MAX_ROWS = 400
 FEW_ALARMS = 8
 """Up to this many alarms are shown without a scroll bar."""
-_MARKS = {"fail": "▲", "warn": "○"}
-_WORDS = {"fail": "failure", "warn": "warning"}
 
 
 def shown_alarms(story: RunStory) -> list[StoryAlarm]:
@@ -36,14 +35,14 @@ def alarm_table(story: RunStory) -> str:
     hidden = len(story.alarms) - len(alarms)
     caption = f"{plural(len(story.alarms), 'alarm')}, by step"
     caption += f"; {hidden:,} of them are not listed" if hidden else ""
-    return _table("alarms", caption, heads, rows, "scroll" if len(alarms) > FEW_ALARMS else "scroll whole")
+    table = _table("alarms", caption, heads, rows, "scroll" if len(alarms) > FEW_ALARMS else "scroll whole")
+    return f"<details><summary>All alarms by step, with their sources</summary>{table}</details>"
 
 
 def _alarm_row(number: int, alarm: StoryAlarm, several: bool) -> str:
-    severity = f'<span class="badge {alarm.severity}">{_MARKS[alarm.severity]} {_WORDS[alarm.severity]}</span>'
     ranks = ", ".join(map(str, alarm.ranks))
     cells = [
-        _cell(severity, alarm.severity),
+        _cell(badge(alarm.severity), alarm.severity),
         _cell(f"<code>{escape(alarm.rule, 80)}</code>"),
         _cell(f"<code>{escape(alarm.layer, 200)}</code>" if alarm.layer else "whole run"),
         *([_cell(escape(ranks, 80))] if several else []),
@@ -103,14 +102,16 @@ def _newest(story: RunStory, key: str, what: str, names: list[str], axes: Sequen
 
 def unseen_table(story: RunStory) -> str:
     """Return the table of signals without a value, with the reasons."""
-    reasons = {name: missing_reason(story, name) for name in SIGNALS}
+    missing = [(title, name, formula, reason) for name, title, formula, reason in missing_series(story)]
+    for name, signal in SIGNALS.items():
+        if reason := missing_reason(story, name):
+            missing.append((title_of(name), name, signal.formula, reason))
     rows = [
-        f'<tr><th scope="row">{escape(title_of(name))}</th>{_cell(f"<code>{name}</code>")}'
-        f"{_cell(escape(SIGNALS[name].formula))}{_cell(escape(reason))}</tr>"
-        for name, reason in reasons.items()
-        if reason
+        f'<tr><th scope="row">{escape(title)}</th>{_cell(f"<code>{name}</code>")}'
+        f"{_cell(escape(formula))}{_cell(escape(reason))}</tr>"
+        for title, name, formula, reason in missing
     ]
-    caption = f"{len(rows)} of {len(SIGNALS)} signals have no value in this record"
+    caption = f"{plural(len(rows), 'signal')} without a value in this record"
     return (
         _table("unseen", caption, ["Signal", "Name in the record", "Formula", "Reason"], "".join(rows)) if rows else ""
     )
@@ -120,6 +121,15 @@ def pairs(key: str, caption: str, items: Iterable[tuple[str, str]]) -> str:
     """Return a table of settings and values."""
     rows = "".join(f'<tr><th scope="row">{escape(name, 80)}</th>{_cell(escape(text))}</tr>' for name, text in items)
     return _table(key, caption, ["Setting", "Value"], rows)
+
+
+def grid(key: str, caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of texts; the first of each row is its heading."""
+    lines = (
+        f'<tr><th scope="row">{escape(first, 120)}</th>{"".join(_cell(escape(text)) for text in rest)}</tr>'
+        for first, *rest in rows
+    )
+    return _table(key, caption, heads, "".join(lines))
 
 
 def _number(value: float | None) -> str:

@@ -8,9 +8,12 @@ from array import array
 from collections.abc import Mapping
 from typing import Any
 
+from omninorm.record.signals import SIGNALS, Limit
 from omninorm.report.story import Norm, Values, Watched
 
 _SPELLED = ("nan", "inf", "-inf")
+LARGEST = 1e300
+"""Larger values are drawn as not finite: rounding or scaling them could overflow."""
 MAX_NAMES = 5000
 """Most names along an axis that are read: far more than any model has layers."""
 
@@ -84,7 +87,6 @@ def mapping(value: Any) -> Mapping[str, Any]:
 
 def watched(event: Mapping[str, Any]) -> Watched:
     """Read the event "watch", ignoring values that are missing or of the wrong type."""
-    norms = event.get("norms")
     return Watched(
         step=count(event["step"]),
         every=_count_or_none(event.get("every")),
@@ -94,11 +96,35 @@ def watched(event: Mapping[str, Any]) -> Watched:
         model=text(event.get("model")),
         parameters=_count_or_none(event.get("parameters")),
         blocks=texts(event.get("blocks")),
-        norms=[_norm(mapping(each)) for each in norms[:MAX_NAMES]] if isinstance(norms, list) else [],
+        norms=[_norm(mapping(each)) for each in _listed(event.get("norms"))],
         groups=texts(event.get("groups")),
         optimizer=text_or_none(event.get("optimizer")),
         adam_eps=number(event.get("adam_eps")),
+        name=text(event.get("name")),
+        config=mapping(event.get("config")),
+        limits=[limit for each in _listed(event.get("limits")) if (limit := _limit(mapping(each)))],
     )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value[:MAX_NAMES] if isinstance(value, list) else []
+
+
+def _limit(stored: Mapping[str, Any]) -> Limit | None:
+    """Return a limit on a known signal; None unless it has a finite value."""
+    warn, fail = _finite(stored.get("warn")), _finite(stored.get("fail"))
+    signal = text(stored.get("signal"))
+    if signal not in SIGNALS or (warn is None and fail is None):
+        return None
+    below, words = stored.get("below") is True, ("rule", "condition", "dtype")
+    rule, condition, dtype = (text(stored.get(word)) for word in words)
+    return Limit(signal, rule, warn, fail, below, condition, dtype)
+
+
+def _finite(value: Any) -> float | None:
+    """Return a number that can be drawn, or None."""
+    found = number(value)
+    return found if found is not None and abs(found) <= LARGEST else None
 
 
 def _norm(stored: Mapping[str, Any]) -> Norm:

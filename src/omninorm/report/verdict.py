@@ -6,6 +6,7 @@ import math
 import re
 from typing import NamedTuple
 
+from omninorm.record.signals import SIGNALS
 from omninorm.report.story import Bad, RunStory, StoryAlarm
 from omninorm.report.text import plain, plural, short
 
@@ -25,6 +26,8 @@ _RULES = {
     "no-norm": "blocks without a norm",
     "post-norm-depth": "post-norm at this depth",
 }
+NAMED = 3
+"""The number of unchecked signals that are listed by name."""
 CAUSE = 60
 """Largest number of characters at the beginning of an alarm's evidence that become the heading."""
 ENOUGH_STEPS, FEW_STEPS = 50, 10
@@ -73,6 +76,22 @@ def judge(story: RunStory) -> Verdict:
     return _calm(story)
 
 
+def explain(alarm: StoryAlarm, several: bool = False) -> tuple[str, str]:
+    """Return an alarm's cause in a few words, and the rest of its evidence.
+
+    Args:
+        alarm: the alarm.
+        several: whether the words are for several layers, and should not name the alarm's.
+    """
+    evidence = plain(alarm.evidence).rstrip(". ") or plain(alarm.rule)
+    cause, rest = _cause(alarm, evidence)
+    layer = plain(alarm.layer, 200) if alarm.layer else ""
+    if several and layer and (rest == evidence or layer in cause):
+        cause = _RULES.get(alarm.rule) or plain(alarm.rule, 80).replace("-", " ")
+        rest = evidence
+    return _capital(cause), f"{_capital(rest)}."
+
+
 def describe_bad(bad: Bad) -> str:
     """Return a clause such as "the first NaN appeared in blocks.3.attention, in the forward pass of step 12"."""
     value = _BAD_VALUES.get(bad.value, plain(bad.value, 20))
@@ -112,10 +131,22 @@ def _calm(story: RunStory) -> Verdict:
         return Verdict("unjudged", sentence, more, title=sentence[:-1])
     fell, text = _loss(story)
     title = f"No alarm in {steps}"
+    more = f"{_coverage(story)}{stopped}"
     if fell:
         sentence = f"{title}; {text}."
-        return Verdict("healthy", sentence, stopped.strip(), title=title, evidence=f"{_capital(text)}.")
-    return Verdict("quiet", f"{title}. {text}".strip(), stopped.strip(), title=title, evidence=text)
+        return Verdict("healthy", sentence, more, title=title, evidence=f"{_capital(text)}.")
+    return Verdict("quiet", f"{title}. {text}".strip(), more, title=title, evidence=text)
+
+
+def _coverage(story: RunStory) -> str:
+    """Return what was checked, and which signals could not be: the absence of an alarm says nothing about those."""
+    missing = [signal.title for name, signal in SIGNALS.items() if name in story.not_seen]
+    checked = f"{len(SIGNALS) - len(missing)} of {len(SIGNALS)} signals" if missing else f"all {len(SIGNALS)} signals"
+    text = f"Checked: {checked} in {plural(story.samples, 'sample')}."
+    if not missing:
+        return text
+    others = len(missing) - NAMED
+    return f"{text} Not checked: {', '.join(missing[:NAMED])}{f' and {others} more' if others > 0 else ''}."
 
 
 def _loss(story: RunStory) -> tuple[bool, str]:

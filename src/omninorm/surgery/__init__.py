@@ -1,8 +1,8 @@
 """Surgery on models: identify norms by probing, then replace, fold or center them, with verification and undo."""
 
+from omninorm.layers.identify import Identity, Refusal, identify
 from omninorm.surgery.center import center
 from omninorm.surgery.fold import fold_gains
-from omninorm.surgery.identify import Identity, Refusal, identify
 from omninorm.surgery.report import Report, Surgery
 from omninorm.surgery.swap import SwapReport, swap_norms, swapped
 from omninorm.surgery.verify import Verification, verify

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from omninorm.layers import LayerNorm, RMSNorm
+from omninorm.layers.identify import Identity, identify
 from omninorm.surgery.flow import trace
 from omninorm.surgery.fold import fold, plan_folds, probe, settle_folds, undone_by_errors, untie, untie_head
-from omninorm.surgery.identify import Identity, identify
 from omninorm.surgery.linear import read_linear
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle
@@ -101,11 +101,12 @@ def _fold_biases(
             done.refused.pop(name, None)
             plans.pop(name, None)
         elif name not in plans:
-            done.refused[name] = f"its bias cannot be folded: {done.refused.get(name, 'nothing consumes its output')}"
+            reason = done.refused.get(name, "no linear layer consumes its output directly")
+            done.refused[name] = reason if reason.startswith("its β") else f"its β cannot be folded: {reason}"
 
     accepted, rejected = settle_folds(before, {name: plans[name] for name in norms if name in plans})
     for name in rejected:
-        done.refused[name] = "its bias cannot be folded: something besides linear layers consumes its output"
+        done.refused[name] = "its β cannot be folded: something besides linear layers consumes its output"
     for name in accepted:
         if model is not None:
             fold(model, name, plans[name], done, before.model)

@@ -41,7 +41,13 @@ from omninorm.surgery.writer import Writer, pieces, size
 # Probes of image models.
 _LARGEST_IMAGE, _MOST_CHANNELS = 2048, 64
 
-OPERATIONS = ("swap", "fold", "center")
+OPERATIONS = ("swap", "fold", "center", "fold+center")
+_NOTHING = {
+    "swap": "it has no norms that omninorm can replace",
+    "fold": "it has no norms with a γ or β that can be folded",
+    "center": "it has no LayerNorm, and only a LayerNorm subtracts a mean",
+    "fold+center": "it has no norms with a γ or β that can be folded, and no LayerNorm",
+}
 PROOF_FILE, DELTA_FILE = "surgery.json", "surgery_delta.safetensors"
 FORMAT = 2
 
@@ -54,7 +60,7 @@ class Conversion:
     """The result of a conversion, or of a dry run.
 
     Args:
-        operation: "swap", "fold" or "center".
+        operation: "swap", "fold", "center" or "fold+center".
         changed, refused: as in the report of the operation.
         error: the largest difference of the outputs in float64, relative to the largest output.
         rounded: the same with the weights as written, rounded to the checkpoint's dtypes; None if nothing was written.
@@ -77,8 +83,8 @@ def convert(
     Args:
         source: a folder with config.json and safetensors; it is only read.
         target: a folder that does not exist yet; None writes nothing.
-        operation: "fold", "center", or "swap", which changes no weight: the copy's surgery.json lists the norms that
-            omninorm can replace, and how far that moves the outputs.
+        operation: "fold", "center", "fold+center" for both, or "swap", which changes no weight: the copy's surgery.json
+            lists the norms that omninorm can replace, and how far that moves the outputs.
         keep_delta: save the original values of changed weights next to the new ones, so that `undo` can restore them.
         tell: called with the progress.
 
@@ -100,7 +106,7 @@ def convert(
     probes = _probes(opened)
     report, error, before = _operate(opened, operation, probes)
     if not report.changed:
-        name, why = next(iter(report.refused.items()), (type(opened.model).__name__, f"it has no norms to {operation}"))
+        name, why = next(iter(report.refused.items()), (type(opened.model).__name__, _NOTHING[operation]))
         problem = f"Nothing to {operation} in {source}: {name:.80}: {why}"
         raise RunError(problem, "", "docs/surgery.md lists the models that can be converted")
     _check_finite(error)
@@ -178,11 +184,18 @@ def _operate(opened: StreamedModel, operation: str, probes: list[Any]) -> tuple[
         return report, before.distance(), before
     swap_norms(model)
     before, done = Probed(model, probes), Surgery()
-    if operation == "fold":
+    if operation != "center":
         fold_all(before, None, done, new_biases=False)
-    else:
-        center_all(before, None, done, new_biases=False, replace=False)
-    return done, done.error, before
+    if operation != "fold":
+        centered = Surgery()
+        center_all(before, None, centered, new_biases=False, replace=False)
+        kept = {name: f"not centered: {why}" for name, why in centered.refused.items() if name in done.changed}
+        for name, what in (centered.changed | kept).items():
+            done.changed[name] = f"{done.changed[name]}; {what}" if name in done.changed else what
+        done.refused |= {name: why for name, why in centered.refused.items() if name not in kept}
+        if operation != "center" and not centered.changed and not centered.refused:
+            done.refused[type(model).__name__] = _NOTHING["center"]
+    return done, before.distance(), before
 
 
 def _probes(opened: StreamedModel) -> list[Any]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omninorm.layers.identify import Identity, identify
 from omninorm.surgery.flow import trace
-from omninorm.surgery.identify import Identity, identify
 from omninorm.surgery.linear import LinearMap, read_linear
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle
@@ -116,9 +116,9 @@ def plan_folds(before: Probed, refused: dict[str, str], new_biases: bool) -> dic
         elif (
             not new_biases
             and _has_bias(model, name, identity)
-            and not all(_takes_bias(model, each) for each in readers)
+            and (lacking := [each for each in readers if not _takes_bias(model, each)])
         ):
-            refused[name] = "a linear layer that consumes its output has no bias to fold its bias into"
+            refused[name] = f"its β is not zero, and {lacking[0]}, which consumes its output, has no bias to take it"
         else:
             plans[name] = readers
     return plans

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from omninorm.layers import LayerNorm, RMSNorm
-from omninorm.surgery.identify import Identity, Refusal, identify
+from omninorm.layers.identify import Identity, Refusal, identify
 from omninorm.surgery.report import Report, check_intact, check_model, numbered
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)

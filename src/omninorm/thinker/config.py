@@ -86,13 +86,14 @@ class ThinkerConfig:
     def _check_heads(self) -> None:
         if self.head_dim is None and self.d_model % self.n_heads:
             received = f"d_model={self.d_model} with n_heads={self.n_heads}"
-            remedy = "choose an n_heads that divides d_model, or set head_dim"
+            remedy = "choose n_heads so that it divides d_model, or set head_dim"
             raise ConfigError("d_model must be a multiple of n_heads", received, remedy)
         if self.n_heads % self.kv_heads:
             received = f"n_heads={self.n_heads} with n_kv_heads={self.n_kv_heads}"
             raise ConfigError("n_heads must be a multiple of n_kv_heads", received, "choose another n_kv_heads")
         if self.head_width % 2:
-            received = f"{self.head_width} (d_model={self.d_model}, n_heads={self.n_heads}, head_dim={self.head_dim})"
+            given = f", head_dim={self.head_dim}" if self.head_dim is not None else ""
+            received = f"{self.head_width} (d_model={self.d_model}, n_heads={self.n_heads}{given})"
             remedy = "choose another n_heads, or set head_dim to an even number"
             raise ConfigError("The width of a head must be even, because RoPE rotates pairs", received, remedy)
 

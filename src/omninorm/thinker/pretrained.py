@@ -144,7 +144,9 @@ def _family(values: Mapping[str, Any]) -> str:
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     if not isinstance(name, str) or name not in _ARCHITECTURES:
         what = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
-        raise _unsupported(f"the architecture {what or values.get('model_type')!s:.80}")
+        remedy = "run other models with transformers; omninorm.watch, inspect and convert support them"
+        error = _unsupported(f"the architecture {what or values.get('model_type')!s:.80}")
+        raise ConfigError(error.invariant, error.received, remedy)
     return _ARCHITECTURES[name]
 
 

@@ -69,7 +69,7 @@ def test_none_is_combined_only_with_none() -> None:
 @pytest.mark.parametrize(
     ("values", "place", "reason"),
     [
-        ({}, "studies", "required"),
+        ({}, "studies", "is missing"),
         ({"studies": []}, "studies", "at least 1"),
         (study(normalization=["rmsnrom"]), "studies.0.normalization", "'rmsnrom' is not one of rmsnorm"),
         (study(placement=["none"]), "studies.0", "an empty grid"),
@@ -78,8 +78,8 @@ def test_none_is_combined_only_with_none() -> None:
         (study(margin=math.inf), "studies.0.margin", "finite"),
         (study(lr=[math.nan]), "studies.0.lr", "finite"),
         (study(protocol="guess"), "studies.0.protocol", "'train'"),
-        ({"studies": [*study()["studies"], *study()["studies"]]}, "the plan", "two studies are named a"),  # type: ignore[misc]
-        ([1], "the plan", "dictionary"),
+        ({"studies": [*study()["studies"], *study()["studies"]]}, "The plan", "two studies are named a"),  # type: ignore[misc]
+        ([1], "The plan", "must be a mapping"),
         (study(depth=[10**6]), "studies.0.depth.0", "10000"),
         (study(depth=[0]), "studies.0.depth.0", "1"),
         (study(name="a" * 200), "studies.0.name", "100"),
@@ -91,8 +91,8 @@ def test_none_is_combined_only_with_none() -> None:
         (study(settings={"norm": functools.reduce(lambda inner, _: [inner], range(500), 1)}), "settings", "too deeply"),
         ({**study(), "text": "a\0b"}, "text", "NUL"),
         ({**study(), "model": "m\0:build"}, "model", "NUL"),
-        ({**study(), "claims": ["C99" * 500]}, "the plan", "is not one of C1"),
-        ({**study(), "claims": ["C3"]}, "the plan", "claim C3 needs a study named norms"),
+        ({**study(), "claims": ["C99" * 500]}, "The plan", "is not one of C1"),
+        ({**study(), "claims": ["C3"]}, "The plan", "claim C3 needs a study named norms"),
     ],
 )
 def test_an_invalid_plan_is_refused_with_its_key(values: object, place: str, reason: str) -> None:
@@ -167,13 +167,20 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in iterto
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("p.yaml", "a: [1", "not valid YAML"),
-        ("p.toml", "a = ", "not valid TOML"),
-        ("p.json", "{", "not valid JSON"),
+        ("p.yaml", "x: 1\na: [1", "not valid YAML: line 2: a bracket is not closed"),
+        ("p.yaml", "x: 1\na: 'b\nc: d", "not valid YAML: line 2: a quotation mark is not closed"),
+        ("p.yaml", "- a: 1\n b: 2", "not valid YAML: line 2: the indentation does not match"),
+        ("p.yaml", "a:\n\tb: 2", "not valid YAML: line 2: a value can't start with a tab"),
+        ("p.yaml", "a: b: c", "not valid YAML: line 1: a colon can't stand here"),
+        ("p.yaml", "a: *x", "not valid YAML: line 1: the alias 'x' is not defined"),
+        ("p.yaml", "a: 1\n---\nb: 2", "not valid YAML: line 2: a second document starts here"),
+        ("p.yaml", "a: >5q\n x", "not valid YAML: line 1: expected chomping"),
+        ("p.toml", "\na = = 1", "not valid TOML: line 2, column 5: invalid value"),
+        ("p.json", '{\n"a": ]', "not valid JSON: line 2, column 6: expecting value"),
         ("p.json", "[" * 100_000, "nested too deeply"),
         ("p.yaml", "- " * 2000, "nested too deeply"),
         ("p.yaml", "[" * 30_000, "nested too deeply"),
-        ("p.yaml", "!!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("p.yaml", "!!python/object/apply:os.system ['true']", "not valid YAML: line 1: the tag .* is not supported"),
         ("p.yaml", BOMB, "aliases expand to more than"),
         ("p.yaml", "title: &a [*a]", "contains itself"),
         ("p.yaml", f"title: {'9' * 5000}", "5000"),
@@ -183,7 +190,11 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in iterto
         ("p.yaml", "#" * (2**15 + 1), "at most 32,768 bytes"),
         ("p.json", " " * (2**20 + 1), "at most 1,048,576 bytes"),
         ("p.txt", "", "must end in"),
-        ("p.yaml", "", "the plan"),
+        ("p.yaml", "", "is empty"),
+        ("p.yaml", "# only a comment", "is empty"),
+        ("p.yaml", "text", "The plan .* must be a mapping, got 'text'"),
+        ("p.yaml", "title: a", "studies is missing from the plan"),
+        ("p.yaml", "studies: 3", "studies in the plan .* must be a list, got 3"),
     ],
     ids=lambda value: value[:20],
 )
@@ -201,7 +212,7 @@ def test_an_invalid_file_is_refused_with_its_name(tmp_path: Path, name: str, con
         ("missing.yaml", "No such file"),
         ("folder.yaml", "directory"),
         ("a\0.yaml", "null"),
-        ("binary.yaml", "not valid"),
+        ("binary.yaml", "line 1 holds the byte 0xff, which is not UTF-8"),
     ],
 )
 def test_a_file_that_can_not_be_read_is_refused(tmp_path: Path, path: str, reason: str) -> None:

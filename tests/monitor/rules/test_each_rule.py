@@ -6,9 +6,9 @@ import math
 import random
 
 import pytest
-from helpers.histories import BLOCKS, Signals, facts, first, give_samples, last, layers, numbers_in
+from helpers.histories import BLOCKS, Signals, facts, first, give_samples, last, layers
 
-from omninorm.monitor import History, NormFacts, Sample, Step
+from omninorm.monitor import History, Sample, Step
 from omninorm.monitor.alarms import Judge
 from omninorm.monitor.rules import Rule, default_rules
 from omninorm.monitor.rules.adam_eps import AdamEps
@@ -17,7 +17,6 @@ from omninorm.monitor.rules.attention_entropy import AttentionEntropy
 from omninorm.monitor.rules.attention_logits import AttentionLogits
 from omninorm.monitor.rules.base import Threshold
 from omninorm.monitor.rules.dead_units import DeadUnits
-from omninorm.monitor.rules.eps_share import EpsShare
 from omninorm.monitor.rules.headroom import Headroom
 from omninorm.monitor.rules.massive_activation import MassiveActivation
 from omninorm.monitor.rules.saturation import Saturation
@@ -36,7 +35,6 @@ THRESHOLDS = [
     (AdamUnderestimation, "adam_ratio", 1.0, 2.4, 2.2, None, 100.0, 5, "blocks.2"),
     (DeadUnits, "dead_units", 0.0, 0.11, 0.09, None, 1.0, 3, "blocks.2"),
     (Saturation, "saturation", 0.1, 0.51, 0.49, None, 1.0, 3, "blocks.2.norm"),
-    (EpsShare, "eps_share", 1e-4, 0.06, 0.04, 0.51, 0.49, 3, "blocks.2.norm"),
 ]
 
 
@@ -70,22 +68,6 @@ def test_healthy_sample_resets_persistence_and_missing_sample_does_not(row: tupl
     gap = {signal: [None] * count}
     assert first(give_samples(kind(), [faulty, healthy] * 6)) is None
     assert first(give_samples(kind(), [faulty, gap, faulty, gap, *[faulty] * 4])) is not None
-
-
-def test_eps_share_names_the_norm_and_its_eps() -> None:
-    norms = (NormFacts("first", "RMSNorm", 0.1, 0), NormFacts("second", "LayerNorm", 0.1, 1))
-    history = History(facts=facts(norms=norms))
-    alarm, *_ = give_samples(EpsShare(), [{"eps_share": [0.86, 0.05]}] * 4, history)[-1]
-    assert (alarm.severity, alarm.layer) == ("fail", "first")
-    assert numbers_in(alarm.evidence)[:2] == [0.1, 86]
-    assert numbers_in(alarm.remedy)[-1] == pytest.approx(0.1 * (1 / 0.86 - 1), rel=0.05)
-
-
-def test_extreme_eps_share_fails_at_its_second_sample() -> None:
-    reports = give_samples(EpsShare(), [{"eps_share": layers(1e-4, 0.91)}] * 2)
-    assert [[alarm.severity for alarm in alarms] for alarms in reports] == [[], ["fail"]]
-    assert first(give_samples(EpsShare(), [{"eps_share": layers(1e-4, 0.89)}] * 2)) is None
-    assert first(give_samples(EpsShare(), [{"eps_share": layers(1e-4, 1.0)}, {"eps_share": layers(1e-4)}] * 4)) is None
 
 
 def test_massive_activation_needs_a_large_maximum_and_a_large_ratio() -> None:
@@ -130,7 +112,7 @@ def test_growing_logits_are_reported_before_the_limits() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", [AttentionEntropy, AdamUnderestimation, DeadUnits, Saturation, EpsShare])
+@pytest.mark.parametrize("kind", [AttentionEntropy, AdamUnderestimation, DeadUnits, Saturation])
 def test_value_equal_to_the_threshold_raises_no_alarm(kind: type[Threshold]) -> None:
     limit = kind.warn
     assert limit is not None
@@ -141,17 +123,12 @@ def test_value_equal_to_the_threshold_raises_no_alarm(kind: type[Threshold]) -> 
 
 
 def test_missing_layer_does_not_hide_the_next_one() -> None:
-    assert last(EpsShare(), [{"eps_share": [None, 0.6, 0.1, math.nan]}] * 5) == [
-        ("fail", "blocks.1.norm"), ("warn", "blocks.2.norm"),
-    ]  # fmt: skip
     assert last(AttentionLogits(), [{"attention_logit": [None, 2e4, 10.0, 2e3]}] * 2) == [
         ("fail", "blocks.1"), ("warn", "blocks.3"),
     ]  # fmt: skip
 
 
-def test_unknown_eps_is_reported_and_eps_of_zero_is_not() -> None:
-    history = History(facts=facts(norms=(NormFacts("first", "RMSNorm", None, 0),)))
-    assert last(EpsShare(), [{"eps_share": [0.6]}] * 5, history) == [("fail", "first")]
+def test_unknown_adam_eps_is_reported_and_eps_of_zero_is_not() -> None:
     history = History(facts=facts(adam_eps=None))
     assert last(AdamEps(), [{"adam_eps_ratio": [0.5] * 5}] * 5, history) == [("fail", "blocks.0.w")]
     assert last(AdamEps(), [{"adam_eps_ratio": [0.5] * 5}] * 5, History(facts=facts(adam_eps=0.0))) == []
@@ -182,7 +159,6 @@ def test_massive_activation_is_reported_when_the_median_is_zero() -> None:
     [
         (AdamEps(), "adam_eps_ratio", [0.5] * 5, "Adam's ε too large"),
         (AttentionLogits(), "attention_logit", [2e4] * 4, "Attention logits too large"),
-        (EpsShare(), "eps_share", [0.6] * 4, "Norm's ε too large"),
     ],
     ids=lambda value: value.name if isinstance(value, Rule) else "",
 )
@@ -228,7 +204,7 @@ def test_no_rule_needs_facts_about_the_model() -> None:
 
 def test_every_rule_documents_its_persistence_and_source() -> None:
     rules = default_rules()
-    assert len({rule.name for rule in rules}) == len(rules) == 23
+    assert len({rule.name for rule in rules}) == len(rules)
     for rule in rules:
         module = __import__(type(rule).__module__, fromlist=["_"])
         assert module.__doc__.startswith(f"{rule.name}: ")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from helpers.histories import BLOCKS, Signals, facts, first, give_samples, give_steps, last, layers, numbers_in
+from helpers.tiny_runs import TinyGPT, of_rule, train_tiny
 
 from omninorm.monitor import Alarm, History, NonFinite, NormFacts, Step
 from omninorm.monitor.alarms import Judge
@@ -193,7 +195,8 @@ def test_gain_ratio_that_drifts_and_gains_near_zero_are_warnings() -> None:
     assert first(give_samples(GainDrift(), short)) is None
     pretrained = [{"gain_ratio": layers(1.0, 20.0)}] * 9
     assert first(give_samples(GainDrift(), pretrained)) is None, "it did not drift in this run"
-    assert first(give_samples(GainDrift(), [{"gain_small": layers(0.0, 0.6)}] * 5)) == 3
+    fallen = [{"gain_small": layers(0.0, share)} for share in (0.0, *[0.6] * 4)]
+    assert first(give_samples(GainDrift(), fallen)) == 3
 
 
 def test_gains_of_zero_fail_immediately_if_frozen() -> None:
@@ -339,3 +342,34 @@ def test_logz_is_judged_where_its_mean_is_unknown() -> None:
     assert last(LogZ(), both) == []
     ten: list[Signals] = [{"logz": [0.0]}, *[{"logz": [9.0 + 0.1 * count]} for count in range(11)]]
     assert last(LogZ(), ten) == []
+
+
+# The optimizer's own updates ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("update", "own"), [(0.051, True), (0.049, False)])
+def test_jump_that_the_updates_explain_names_the_optimizer(update: float, own: bool) -> None:
+    """Over 10 steps, updates of 5 % add up to half of the weights."""
+    before = {"weight_rms": layers(0.1, count=5), "update_ratio": [*layers(0.001, update), 0.9]}
+    after = {**before, "weight_rms": layers(0.1, 5.0, count=5)}
+    (alarm,) = give_samples(LayerJump(), [*[before] * 5, after])[-1]
+    assert (alarm.severity, alarm.layer) == ("fail", "blocks.2")
+    assert ("β₂" in alarm.remedy) is own
+    assert ("Training alone does not do this" in alarm.remedy) is not own
+
+
+def test_jump_of_a_gain_is_compared_with_the_updates_of_its_block() -> None:
+    before = {"gain_max": layers(1.0), "update_ratio": [*layers(0.001, 0.3), 0.001]}
+    (alarm,) = give_samples(LayerJump(), [*[before] * 3, {**before, "gain_max": layers(1.0, 10.0)}])[-1]
+    assert "β₂" in alarm.remedy
+    (alarm,) = give_samples(LayerJump(), [*[before] * 3, {**before, "gain_max": layers(1.0, 10.0, at=1)}])[-1]
+    assert "β₂" not in alarm.remedy
+
+
+def test_adam_with_a_tiny_second_beta_is_named_as_the_cause() -> None:
+    torch.manual_seed(0)
+    model = TinyGPT()
+    watched, _ = train_tiny(model, torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.1)), steps=40)
+    jumps = of_rule(watched, "layer-jump")
+    assert jumps
+    assert all("β₂" in alarm.remedy or "learning rate" in alarm.remedy for alarm in jumps)

@@ -197,7 +197,7 @@ def first_cause(alarms: list[Alarm]) -> str | None:
         (noise(80), 1e-3, None, "The loss has not fallen"),
         (noise(80), 0.0, None, "Learning rate 0, no weight changes"),
         (noise(80), 1e-9, 1e-8, "Updates are only 1e-08 of the weights"),
-        (noise(80), math.nan, 1e-5, "The loss has not fallen"),
+        (noise(80), math.nan, 1e-3, "The loss has not fallen"),
         (noise(80, 3.0, 0.3), 0.0, None, "Learning rate 0, no weight changes"),
         ([*noise(40, 3.0, 0.3), *noise(40, 2.9, 0.3)], 0.0, None, "Learning rate 0, no weight changes"),
         (noise(59), 0.0, None, None),
@@ -263,7 +263,9 @@ def test_tiny_updates_are_the_cause_if_two_samples_after_the_first_show_them() -
     tiny = "Updates are only 1e-07 of the weights"
     assert cause((40, 1e-7), (50, 1e-7), (60, 1e-7)) == tiny
     assert cause((2, 1e-7), (60, 1e-8)) == tiny
-    assert cause((40, 1e-7), (50, 1e-6)) == "The loss has not fallen"
+    small = "Updates are small, only 1e-06 of the weights per step (1e-3 to 1e-2 is usual)"
+    assert cause((40, 1e-7), (50, 1e-6)) == small
+    assert cause((40, 1e-7), (50, 2e-4)) == "The loss has not fallen"
     assert cause((1, 1e-7), (50, 1e-7)) == "The loss has not fallen"
     assert cause((50, 1e-7)) == "The loss has not fallen"
 
@@ -314,13 +316,14 @@ def judged(losses: list[float], found: NonFinite, norms: list[float] | None = No
 FALLING = [3.0 + 3.0 * 0.99**step for step in range(320)]
 
 
+STANDS = [(5, "nonfinite"), (300, "layer-jump"), (320, "odd-block")]
 SKIPPED = NonFinite(5, "backward", "blocks.1.w", "nan")
 
 
 def test_all_rules_are_judged_again_after_a_skipped_step() -> None:
     losses = [*FALLING[:4], math.nan, *FALLING[5:]]
-    assert judged(losses, SKIPPED) == [(5, "nonfinite"), (300, "layer-jump")]
-    assert judged(FALLING, SKIPPED, [*[1.0] * 4, math.inf, *[1.0] * 315]) == [(5, "nonfinite"), (300, "layer-jump")]
+    assert judged(losses, SKIPPED) == STANDS
+    assert judged(FALLING, SKIPPED, [*[1.0] * 4, math.inf, *[1.0] * 315]) == STANDS
 
 
 def test_no_other_alarm_is_raised_while_steps_are_not_finite() -> None:

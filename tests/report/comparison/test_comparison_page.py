@@ -42,6 +42,23 @@ def test_the_page_has_claims_in_the_plans_order_and_all_studies(tmp_path: Path) 
     assert len(images(html)) == 3  # two claims and a study
 
 
+def test_the_verdicts_of_a_study_are_visible_above_its_figure_and_numbers(tmp_path: Path) -> None:
+    study = render(read_comparison(write(tmp_path))).split('id="studies"')[1]
+    verdict, *_ = read_comparison(tmp_path).studies[0].comparisons
+    item = f"<li>{verdict.label}, {verdict.depth} blocks: <b>{verdict.verdict}</b></li>"
+    assert 0 < study.index("Compared with rmsnorm pre:") < study.index(item) < study.index("<img")
+    assert study.index("<img") < study.index("<details>")
+
+
+def test_a_long_list_of_verdicts_is_cut(tmp_path: Path) -> None:
+    results = changed("plan", "title", to="Norms")
+    comparisons = results["studies"][0]["comparisons"]
+    comparisons *= 15
+    study = render(read_comparison(write(tmp_path, results))).split('id="studies"')[1]
+    assert study.count("<li>") == 13
+    assert "<li>3 more in the table below</li>" in study
+
+
 def test_a_browser_opens_the_page_without_console_output(tmp_path: Path) -> None:
     shown = open_page(render(read_comparison(write(tmp_path / "run"))), tmp_path)
     assert shown.console == []

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from omninorm.config import NORMALIZATIONS, PLACEMENTS, NormConfig, closest
 from omninorm.errors import ConfigError
 from omninorm.experiments.compare.cells import Cell
+from omninorm.experiments.compare.faults import explain
 from omninorm.experiments.memory import MOST_BLOCKS
 from omninorm.memory import memory_limit
 from omninorm.thinker import ThinkerConfig
@@ -219,14 +221,23 @@ def parse_plan(values: object, source: str) -> ComparePlan:
         return ComparePlan.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"])[:100] or "the plan"
+        place = ".".join(str(part) for part in first["loc"])[:100]
         if first["type"] == "extra_forbidden":
             known = list((ComparePlan if len(first["loc"]) == 1 else Study).model_fields)
             remedy = f"use one of {', '.join(known)}{closest(str(first['loc'][-1])[:100], known)}"
             raise ConfigError(f"Unknown key {place} in the plan {source}", "", remedy) from None
+        if first["type"] == "missing":
+            raise ConfigError(f"{place} is missing from the plan {source}", "", f"add the key {place}") from None
+        if not first["loc"] and first["type"] == "model_type":
+            remedy = "write the studies below the key studies"
+            raise ConfigError(f"The plan {source} must be a mapping", _shown(first["input"]), remedy) from None
         reason = first["msg"].removeprefix("Value error, ")[:300]
-        invariant = f"{place} is not valid in the plan {source}: {reason}"
-        raise ConfigError(invariant, _shown(first["input"]), "correct this key") from None
+        must = re.sub(r"^be a valid (?=[aeiou])", "be an ", reason.removeprefix("Input should "))
+        what = (
+            f"must {must.replace('be a valid ', 'be a ')}" if reason.startswith("Input") else f"is not valid: {reason}"
+        )
+        subject, key = (f"{place} in the plan {source}", "this key") if place else (f"The plan {source}", "it")
+        raise ConfigError(f"{subject} {what}", _shown(first["input"]), f"correct {key}") from None
 
 
 def read_plan(path: Path) -> ComparePlan:
@@ -237,16 +248,18 @@ def read_plan(path: Path) -> ComparePlan:
     """
     readers = {".yaml": _load_yaml, ".yml": _load_yaml, ".toml": tomllib.loads, ".json": json.loads}
     if path.suffix not in readers:
-        remedy = "rename the file, or choose a preset with --preset"
-        raise ConfigError(f"The file name of a plan must end in {', '.join(readers)}", str(path), remedy)
+        remedy = "rename the file, choose a preset with --preset, or pass a text with --text"
+        raise ConfigError("The file name of a plan must end in .yaml, .yml, .toml or .json", str(path), remedy)
     yaml_file = readers[path.suffix] is _load_yaml
     content = _content(path, _LARGEST_YAML if yaml_file else _LARGEST_FILE)
     try:
         values = readers[path.suffix](content.decode())
     except (yaml.YAMLError, tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
         language = "YAML" if yaml_file else path.suffix[1:].upper()
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:300]
-        raise ConfigError(f"{path} is not valid {language}: {reason}", "", "correct the file") from error
+        raise ConfigError(f"{path} is not valid {language}: {explain(error, content)}", "", "correct it") from error
+    if values is None:
+        remedy = "write at least one study, or choose a preset with --preset"
+        raise ConfigError(f"The plan {path} is empty", "", remedy)
     return parse_plan(values, str(path))
 
 

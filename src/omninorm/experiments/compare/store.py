@@ -83,6 +83,8 @@ class Store:
         """
         if not (path / PLAN_FILE).is_file():
             remedy = "use a folder written by omninorm compare"
+            if not path.exists():
+                raise RunError(f"No such file or folder: {path}", "", remedy)
             raise RunError(f"No comparison found in {path}: it has no {PLAN_FILE}", "", remedy)
         return cls(path), read_plan(path / PLAN_FILE)
 

@@ -33,7 +33,11 @@ class Total:
         self._count = 0
 
     def add(self, value: Tensor | float) -> None:
-        term = value.detach().float().mean() if isinstance(value, Tensor) else torch.tensor(float(value))
+        term = (
+            value.detach().float().mean()
+            if isinstance(value, Tensor)
+            else torch.tensor(float(value), dtype=torch.float32)
+        )
         self._sum = term if self._sum is None else self._sum + term
         self._count += 1
 

@@ -7,7 +7,7 @@ graph, which does the same when the graph runs (see `traced`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,18 +16,22 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
-from omninorm.kernels import probe
+from omninorm.monitor.hooks.blocks import BlockHooks
 from omninorm.monitor.hooks.compiled import CompiledProbe
-from omninorm.monitor.hooks.intercept_attention import Listener, listening
+from omninorm.monitor.hooks.hook import Hook, QuietHook
+from omninorm.monitor.hooks.intercept import Listener, listening
+from omninorm.monitor.hooks.norms import NormHooks
+from omninorm.monitor.hooks.running import Running
 from omninorm.monitor.hooks.training_pass import Gate, in_backward, safely
-from omninorm.monitor.model_map.norms import Norm
+from omninorm.monitor.model_map.parts import Block
 from omninorm.monitor.model_map.placement import Placements
-from omninorm.monitor.model_map.structure import Block, Structure
+from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.attention import UNKNOWN, AttentionProbe, see_multihead
 from omninorm.monitor.probes.block import BlockProbe, LogitsProbe, Sentinel, WriterProbe
-from omninorm.monitor.probes.norm import NormCall, NormProbe, hook_examples
+from omninorm.monitor.probes.norm import NormProbe
+from omninorm.monitor.probes.padding import Padding
 from omninorm.monitor.stats_buffer import StatsBuffer
-from omninorm.monitor.tensors import find_logits, first_tensor, with_first_tensor
+from omninorm.monitor.tensors import find_logits, first_tensor
 
 # The number of modules outside the blocks whose outputs are checked for NaNs.
 MOST_LEAVES = 64
@@ -47,7 +51,7 @@ BLOCK_CELLS = (
     "dead_units",
 )
 NORM_CELLS = ("norm_ms", "eps_share", "mean_share", "saturation", "noise_small", "noise_big", "examples")
-RUN_CELLS = ("logz", "logz_mean")
+RUN_CELLS = ("logz", "logz_mean", "zero_rows")
 
 
 def cell_sizes(structure: Structure) -> dict[str, int]:
@@ -75,31 +79,6 @@ def leaves(structure: Structure) -> list[tuple[str, nn.Module]]:
     return found[:MOST_LEAVES]
 
 
-class Hook:
-    """A monitoring hook. In a copied or pickled model it does nothing, because that model is not monitored."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Hook, (do_nothing,)
-
-
-class QuietHook(Hook):
-    """A hook that torch.compile leaves out of its graphs."""
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
-def do_nothing(*args: Any) -> None:
-    """Do nothing; unpickled hooks call this."""
-
-
 class Hooks:
     """All hooks registered on the model.
 
@@ -114,37 +93,43 @@ class Hooks:
         self._structure, self._buffer, self._failed = structure, buffer, failed
         self.gate = Gate()
         self.placements = Placements(structure)
+        self.padding = Padding(structure.model)
         self.dtype: torch.dtype | None = None
+        self.running: list[Running] = []
         self._handles: list[RemovableHandle] = []
-        self._running: list[
-            tuple[int, Tensor | None, int]
-        ] = []  # blocks that are running: index, input and its version
         self._attention = [AttentionProbe(buffer, index) for index in range(len(structure.blocks))]
-        self._calls: list[list[tuple[Tensor, NormCall | None]]] = []  # norms that are running: their inputs
+        self._blocks = BlockHooks(self, buffer)
         # For compiled graphs: the probes that they call, and the attention probe of the block that is being traced.
         self._compiled = compiled
         self._traced: list[CompiledProbe] = []
-        self._tracing: CompiledProbe | None = None
+        self.tracing: CompiledProbe | None = None
+        self.tracing_block: tuple[int, torch.Size | None] | None = None
         self._thread = threading.get_ident()
         self._open = ExitStack()
         self._vocabularies = {embedding.num_embeddings for _, embedding in structure.embeddings}
+        self._norms = NormHooks(self, structure, buffer)
 
     # Attaching --------------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        structure, buffer = self._structure, self._buffer
+        structure, buffer, norms = self._structure, self._buffer, self._norms
         if structure.blocks:
-            self._open.enter_context(listening(Listener(self._before_attention, self._before_softmax)))
+            listener = Listener(
+                self._before_attention, self._before_softmax, norms.function, norms.root, norms.are_missing
+            )
+            self._open.enter_context(listening(listener))
         place = 0
         self._on_root()
+        norms.prepare(len(structure.blocks))
+        lists = any(block.parts for block in structure.blocks)
         for _, module in leaves(structure):
-            self._on_output(module, Sentinel(buffer, place))
+            self._on_output(module, Sentinel(buffer, place), self._blocks.before_other if lists else None)
             place += 1
         for index, block in enumerate(structure.blocks):
             self._on_block(block, index, place)
             place += 3
         for index, norm in enumerate(structure.norms):
-            self._on_norm(norm, NormProbe(buffer, norm, index))
+            norms.attach(norm, NormProbe(buffer, norm, index, self.padding))
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -157,66 +142,79 @@ class Hooks:
     def rest(self) -> None:
         """End a step; clear what an exception in a forward pass may have left."""
         self.gate.inside = None
-        self._running = []
-        for calls in self._calls:
-            calls.clear()
-        probe.current = None
+        self.running = []
+        self._blocks.clear()
+        self.padding.clear()
+        self.placements.clear()
+        self._norms.clear()
 
-    def _trace(self, see: Callable[..., None]) -> CompiledProbe:
+    def trace(self, see: Callable[..., None]) -> CompiledProbe:
         """Return a probe for compiled graphs, whose errors do not reach the training either."""
-        site = CompiledProbe(lambda *tensors: self._safely(lambda: see(*tensors)))
+        site = CompiledProbe(lambda *tensors: self.safely(lambda: see(*tensors)))
         self._traced.append(site)
         return site
 
     def _before_attention(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
         if is_compiling():
-            if self._tracing is not None and torch.is_grad_enabled():
-                self._put_attention(self._tracing, q, k, mask, causal, scale)
+            if self.tracing is not None and torch.is_grad_enabled():
+                self._put_attention(self.tracing, q, k, mask, causal, scale)
             return
         site = self._running_attention()
         if site is not None:
-            self._safely(lambda: site.see(q, k, mask, causal, scale))
+            self.safely(lambda: site.see(q, k, mask, causal, scale))
 
     def _before_softmax(self, logits: Any, dim: Any) -> None:
         site = self._running_attention()
         if site is not None and isinstance(logits, Tensor) and dim in (-1, logits.ndim - 1):
-            self._safely(lambda: site.see_logits(logits))
+            self.safely(lambda: site.see_logits(logits))
 
     def _put_attention(
         self, site: CompiledProbe, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> None:
         # The operator takes only tensors: the scale is a tensor on the host, and its length encodes causality.
         with torch.no_grad():
-            constants = torch.full((2 if causal else 1,), UNKNOWN if scale is None else scale)
+            constants = torch.full((2 if causal else 1,), UNKNOWN if scale is None else scale, dtype=torch.float64)
         site.put([q, k, constants, *([] if mask is None else [mask])])
 
     def _running_attention(self) -> AttentionProbe | None:
         """Return the probe of the block that is running in a sampled step; None for torch.nn.MultiheadAttention."""
-        if not self._buffer.sampling or not self._running or threading.get_ident() != self._thread:
+        if not self._buffer.sampling or not self.running or not self.is_own_thread():
             return None
-        index = self._running[-1][0]
+        index = self.running[-1].block
         hidden = isinstance(self._structure.blocks[index].attention_module, nn.MultiheadAttention)
         return None if hidden or not self.gate.is_open() else self._attention[index]
 
-    def _register(
-        self, module: nn.Module, before: Callable[..., Any] | None, after: Callable[..., Any], with_kwargs: bool = False
+    def is_own_thread(self) -> bool:
+        """Return whether the watch was opened in this thread; other threads run other models."""
+        return threading.get_ident() == self._thread
+
+    def register(
+        self,
+        module: nn.Module,
+        before: Callable[..., Any] | None,
+        after: Callable[..., Any] | None,
+        with_kwargs: bool = False,
     ) -> None:
+        """Register a hook before and one after a module's forward."""
         if before is not None:
-            self._handles.append(module.register_forward_pre_hook(Hook(before), with_kwargs=with_kwargs))
-        self._handles.append(module.register_forward_hook(Hook(after), with_kwargs=with_kwargs))
+            self._handles.append(module.register_forward_pre_hook(Hook(before, module), with_kwargs=with_kwargs))
+        if after is not None:
+            self._handles.append(module.register_forward_hook(Hook(after, module), with_kwargs=with_kwargs))
 
     # The hooks --------------------------------------------------------------------------------------------------------
 
     def _on_root(self) -> None:
         site = LogitsProbe(self._buffer)
-        traced = self._trace(site.see)
+        traced = self.trace(site.see)
 
-        def before(module: nn.Module, args: Any) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not is_compiling() and not in_backward():
                 self.gate.inside = torch.is_grad_enabled()
-                self._running = []
+                self.running = []
+                self._blocks.clear()
+                self.padding.read(args, kwargs)
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if is_compiling():
                 logits = find_logits(output, self._vocabularies) if torch.is_grad_enabled() else None
                 if logits is not None:
@@ -224,90 +222,49 @@ class Hooks:
                 return
             if in_backward():
                 return
+            self._blocks.end(None)
             if self._buffer.sampling and self.gate.is_open():
                 logits = find_logits(output, self._vocabularies)
                 if logits is not None:
-                    self._safely(lambda: site.see(logits))
+                    self.safely(lambda: site.see(logits))
             self.gate.inside = None
+            self.padding.clear()
 
         root = self._structure.model
         if self._compiled:
             # A compiled model calls its own hooks outside its graph, and each would become a separate graph.
-            self._handles.append(root.register_forward_pre_hook(QuietHook(before)))
-            self._handles.append(root.register_forward_hook(QuietHook(after)))
+            self._handles.append(root.register_forward_pre_hook(QuietHook(before, root), with_kwargs=True))
+            self._handles.append(root.register_forward_hook(QuietHook(after, root), with_kwargs=True))
             return
-        self._register(root, before, after)
+        self.register(root, before, after, with_kwargs=True)
 
-    def _on_output(self, module: nn.Module, site: Sentinel) -> None:
-        traced = self._trace(site.see)
+    def _on_output(self, module: nn.Module, site: Sentinel, before: Callable[..., Any] | None) -> None:
+        traced = self.trace(site.see)
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             y = first_tensor(output)
             if y is None:
                 return
             if is_compiling():
-                self._put(traced, y)
+                self.put(traced, y)
             elif self.gate.is_open():
-                self._safely(lambda: site.see(y))
+                self.safely(lambda: site.see(y))
 
-        self._register(module, None, after)
+        self.register(module, before, after, with_kwargs=True)
 
     def _on_block(self, block: Block, index: int, place: int) -> None:
-        self._on_writer(block.attention_writer, WriterProbe(self._buffer, place, index, "attention"))
-        self._on_writer(block.feed_forward_writer, WriterProbe(self._buffer, place + 1, index, "feed_forward"))
-        site = BlockProbe(self._buffer, place + 2, index)
-
-        def see(y: Tensor, x: Tensor | None = None) -> None:
-            site.see(y, x)
-            if self._buffer.sampling:
-                self.dtype = self.dtype or y.dtype
-                self.placements.graph_block(index, y, x)
-
-        traced, tapped = self._trace(see), self._trace(site.see_gradient_if_sampled)
-        attention = self._trace(self._attention[index].see_some)
-
-        def before(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-            if is_compiling():
-                self._tracing = attention
-                return
-            if not self._buffer.sampling or in_backward():
-                return
-            x = first_tensor([*args, *kwargs.values()])
-            self._running.append((index, x, -1 if x is None else x._version))
-
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            y = first_tensor(output)
-            if is_compiling():
-                self._tracing = None
-                x = first_tensor([*args, *kwargs.values()])
-                if y is None or not torch.is_grad_enabled():
-                    return None
-                self._put(traced, y, *([] if x is None else [x]))
-                return with_first_tensor(output, tapped.tap(y))
-            running = self._running.pop() if self._running and not in_backward() else (index, None, -1)
-            if y is None:
-                return None
-            if self.gate.is_open():
-                self._safely(lambda: self._see_block(site, y, running))
-            if self._buffer.sampling and y.requires_grad:
-                y.register_hook(lambda dy: self._safely(lambda: site.see_gradient(dy)))  # type: ignore[no-untyped-call]
-            return None
-
-        self._register(block.module, before, after, with_kwargs=True)
-
-    def _see_block(self, site: BlockProbe, y: Tensor, running: tuple[int, Tensor | None, int]) -> None:
-        _, x, version = running
-        overwritten = x is not None and x._version != version
-        site.see(y, None if overwritten else x)
-        if self._buffer.sampling:
-            self.dtype = self.dtype or y.dtype
-            self.placements.block_made(site.index, y)
+        self._on_writer(block.attention_writer, WriterProbe(self._buffer, place, index, "attention", self.padding))
+        self._on_writer(
+            block.feed_forward_writer, WriterProbe(self._buffer, place + 1, index, "feed_forward", self.padding)
+        )
+        site = BlockProbe(self._buffer, place + 2, index, self.padding)
+        self._blocks.attach(block, site, self.trace(self._attention[index].see_some))
 
     def _on_writer(self, module: nn.Module | None, site: WriterProbe) -> None:
         if module is None:
             return
 
-        traced = self._trace(site.see)
+        traced = self.trace(site.see)
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             y = first_tensor(output)
@@ -315,70 +272,24 @@ class Hooks:
             if y is None:
                 return
             if is_compiling():
-                self._put(traced, y, *([] if hidden is None else [hidden]))
+                self.put(traced, y, *([] if hidden is None else [hidden]))
                 return
-            if not self.gate.is_open() or (self._running and self._running[-1][0] != site.index):
+            if not self.gate.is_open() or (self.running and self.running[-1].block != site.index):
                 return  # an evaluation, or another block that shares this module
-            self._safely(lambda: site.see(y, hidden))
+            self.safely(lambda: site.see(y, hidden))
             if self._buffer.sampling and isinstance(module, nn.MultiheadAttention):
-                self._safely(lambda: see_multihead(self._attention[site.index], module, args, kwargs))
+                self.safely(lambda: see_multihead(self._attention[site.index], module, args, kwargs))
 
-        self._register(module, None, after, with_kwargs=True)
+        self.register(module, None, after, with_kwargs=True)
 
-    def _on_norm(self, norm: Norm, site: NormProbe) -> None:
-        calls: list[tuple[Tensor, NormCall | None]] = []
-        self._calls.append(calls)
-        block = norm.facts.block
-
-        def see(x: Tensor, y: Tensor | None = None) -> None:
-            site.see_if_sampled(x)
-            if self._buffer.sampling and block is not None and y is not None:
-                self.placements.graph_norm(block, x, y)
-
-        traced, tapped = self._trace(see), self._trace(site.see_output_if_sampled)
-
-        def before(module: nn.Module, args: Any) -> None:
-            if is_compiling() or not self._buffer.sampling:
-                return
-            x = first_tensor(args)
-            counts = self.gate.is_open()
-            if x is None or not (counts or in_backward()):
-                return
-            if norm.facts.block is not None and counts and self._running:
-                self.placements.norm_read(norm.facts.block, x is self._running[-1][1])
-            call = NormCall(site, x.shape, counts, self._safely) if norm.facts.ours else None
-            probe.current = call
-            calls[:] = [(x, call)]  # a call that is still there ended in an exception
-
-        def after(module: nn.Module, args: Any, output: Any) -> Any:
-            if is_compiling():
-                x = first_tensor(args)
-                if x is not None:
-                    self._put(traced, x, *([output] if isinstance(output, Tensor) else []))
-                # The backward pass of an omninorm norm is a separate operator anyway, so this costs no fusion.
-                grown = isinstance(output, Tensor) and torch.is_grad_enabled() and norm.facts.ours and site.trainable
-                return tapped.tap(output, keep=True) if grown else None
-            if not calls:
-                return None
-            x, call = calls.pop()
-            probe.current = None
-            if not isinstance(output, Tensor):
-                return None
-            if call is None or not call.reached:
-                if self.gate.is_open():
-                    self._safely(lambda: site.see(x))
-                hook_examples(site, output, self._safely)
-            self.placements.norm_made(output)
-            return None
-
-        self._register(norm.module, before, after)
-
-    def _put(self, traced: CompiledProbe, *tensors: Tensor) -> None:
+    def put(self, traced: CompiledProbe, *tensors: Tensor) -> None:
         """Put a probe into the graph that is being traced, unless it is for evaluation."""
         if torch.is_grad_enabled():
             traced.put(tensors)
 
-    def _safely(self, measure: Callable[[], None]) -> None:
+    def safely(self, measure: Callable[[], None]) -> None:
         """Measure without a graph. A monitoring error is reported once and does not reach the training."""
+        if is_compiling():  # compiled autograd traces the gradients' hooks
+            return
         with torch._C.DisableTorchFunction():
             safely(measure, self._failed)

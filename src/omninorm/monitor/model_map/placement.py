@@ -1,68 +1,164 @@
-"""Measures the placement of the blocks' norms, by the identity of tensors."""
+"""Measures the placement of the blocks' norms in one forward pass: from the autograd graph, or the identity of tensors.
+
+The identity alone shows whether a norm reads a block's input and whether the block's output is a norm's output.
+"""
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections import Counter
 
 import torch
 from torch import Tensor
 
+from omninorm.monitor.model_map.residual import BlockGraph, NormUse, node_of
 from omninorm.monitor.model_map.structure import Structure
+
+NO_PASS = "no forward pass of the blocks with gradients has been measured"
+INLINED = "the blocks normalize by arithmetic in their own code, not by a norm that can be located"
+_MOST_OUTPUTS = 6  # norms of one block whose outputs are searched for a sum
 
 
 class Placements:
     """The placement of the blocks' norms, from the tensors that they read and return in one forward pass."""
 
     def __init__(self, structure: Structure) -> None:
-        inside = [norm.facts.block for norm in structure.norms if norm.facts.block is not None]
-        self._with_norms = set(inside)
+        self._with_norms = {norm.facts.block for norm in structure.norms if norm.facts.block is not None}
+        self._inlined: set[int] = set()
+        self._from_graph: dict[int, tuple[str | None, str]] = {}
+        self._uses: dict[int, list[NormUse]] = {}
+        # Without a graph: blocks whose input a norm reads, and blocks whose output a norm returned.
         self._reads_input: set[int] = set()
         self._makes_output: set[int] = set()
+        self._adds_normed: set[int] = set()
         self._newest: weakref.ref[Tensor] | None = None
         self._reads: set[int] = set()
-        self._made: tuple[int, Tensor] | None = None
+        self._made: list[tuple[int, Tensor]] = []
         self._judged: set[int] = set()
 
-    def norm_read(self, block: int, is_input: bool) -> None:
+    def inlined(self, block: int) -> None:
+        """Record that the block computed a reciprocal root of a row."""
+        self._inlined.add(block)
+
+    def seeks(self, block: int) -> bool:
+        """Return whether the placement of a block is not known yet."""
+        return block not in self._from_graph
+
+    # Eager mode -------------------------------------------------------------------------------------------------------
+
+    def norm_called(self, block: int, x: Tensor, y: Tensor, block_input: Tensor | None, before: object) -> None:
+        """Record that a norm of this block has read x, whose autograd node was `before`, and returned y."""
+        self._with_norms.add(block)
+        self._newest = weakref.ref(y)
+        is_input = block_input is not None and (x is block_input or _same_memory(x, block_input))
         if is_input:
             self._reads_input.add(block)
+        if not self.seeks(block):
+            return
+        if y.grad_fn is None:
+            self.graph_norm(block, x, y)
+        else:
+            self._uses.setdefault(block, []).append(NormUse(before, y.grad_fn, is_input))
 
-    def norm_made(self, y: Tensor) -> None:
-        self._newest = weakref.ref(y)
-
-    def block_made(self, block: int, y: Tensor) -> None:
+    def block_made(self, block: int, y: Tensor, x: Tensor | None, before: object) -> None:
+        """Record that the block has read x, whose autograd node was `before`, and returned y."""
         if self._newest is not None and self._newest() is y:
             self._makes_output.add(block)
         self._newest = None
+        uses = self._uses.pop(block, [])
+        if not self.seeks(block):
+            return
+        if y.grad_fn is None:
+            self.graph_block(block, y, x)
+        elif x is not None:
+            self._from_graph[block] = BlockGraph(before, y.grad_fn, uses).placement()
 
-    # In a compiled graph tensors have no lasting identity. Their addresses identify them while they are alive, and a
-    # few elements show whether an address has been reused.
+    def clear(self) -> None:
+        """Drop the graph of a forward pass that has not ended."""
+        self._uses.clear()
+        self._newest = None
+        self._reads.clear()
+        self._made = []
+
+    # Without an autograd graph: in a compiled graph, in a frozen block and under reentrant checkpointing. In a compiled
+    # graph tensors have no lasting identity. Their addresses identify them while they are alive, and a few elements
+    # show whether an address has been reused.
 
     def graph_norm(self, block: int, x: Tensor, y: Tensor) -> None:
         """Record that a norm of this block has read x and returned y."""
+        self._with_norms.add(block)
         if block in self._judged:
             return
         self._reads.add(x.data_ptr())
-        self._made = y.data_ptr(), few(y)
+        self._made.append((y.data_ptr(), few(y)))
 
     def graph_block(self, block: int, y: Tensor, x: Tensor | None) -> None:
         """Record that the block has read x and returned y."""
         if block not in self._judged:
             self._judged.add(block)
-            self.norm_read(block, x is not None and x.data_ptr() in self._reads)
-            if self._made is not None and self._made[0] == y.data_ptr() and torch.equal(self._made[1], few(y)):
+            if x is not None and x.data_ptr() in self._reads:
+                self._reads_input.add(block)
+            if self._made and self._made[-1][0] == y.data_ptr() and torch.equal(self._made[-1][1], few(y)):
                 self._makes_output.add(block)
+            elif x is not None and self._is_sum(few(x), few(y)):
+                self._adds_normed.add(block)
         self._reads.clear()
-        self._made = None
+        self._made = []
 
-    def verdict(self, blocks: int) -> str | None:
-        """Return "pre", "post", "both", "none", or None for anything else, by the majority of the blocks."""
+    def _is_sum(self, x: Tensor, y: Tensor) -> bool:
+        """Return whether y is x plus outputs of norms."""
+        made = [values.double() for _, values in self._made[:_MOST_OUTPUTS] if values.shape == x.shape]
+        close = 16 * torch.finfo(y.dtype).eps * float(torch.stack([x, y]).abs().max())
+        difference = y.double() - x.double()
+        sums = (
+            torch.stack(chosen).sum(0)
+            for count in range(1, len(made) + 1)
+            for chosen in itertools.combinations(made, count)
+        )
+        return any(float((total - difference).abs().max()) <= close for total in sums)
+
+    # The result ---------------------------------------------------------------------------------------------------
+
+    def verdict(self, blocks: int) -> tuple[str | None, str]:
+        """Return the placement of most blocks, and the reason if it is None.
+
+        It is "pre", "post", "both" (before each branch and after each sum), "sandwich" (before and after each branch),
+        "reordered" (after each branch) or "none".
+        """
+        if not blocks:
+            return None, "the model has no recognizable stack of blocks"
+        if not self._with_norms and not self._inlined:
+            return "none", ""
         if not self._with_norms:
-            return "none" if blocks else None
-        pre, post = 2 * len(self._reads_input) > blocks, 2 * len(self._makes_output) > blocks
-        return "both" if pre and post else "pre" if pre else "post" if post else None
+            return None, INLINED
+        found = [self._of_block(block) for block in range(blocks)]
+        name, count = Counter(place for place, _ in found).most_common(1)[0]
+        if name is not None and 2 * count > blocks:
+            return name, ""
+        if name is None:
+            return None, Counter(reason for place, reason in found if place is None).most_common(1)[0][0]
+        counts = Counter(place or "unknown" for place, _ in found)
+        return None, "the blocks differ: " + ", ".join(f"{count} × {place}" for place, count in counts.items())
+
+    def _of_block(self, block: int) -> tuple[str | None, str]:
+        if block in self._from_graph:
+            return self._from_graph[block]
+        pre, post = block in self._reads_input, block in self._makes_output
+        if post:
+            return ("both" if pre else "post"), ""
+        if block in self._adds_normed:
+            return ("sandwich" if pre else "reordered"), ""
+        return ("pre", "") if pre else (None, NO_PASS)
+
+
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.data_ptr() == y.data_ptr() and x._version == y._version
 
 
 def few(x: Tensor) -> Tensor:
     """Return a copy of the first elements of x."""
     return x.detach().reshape(-1)[:16].clone()
+
+
+__all__ = ["Placements", "few", "node_of"]

@@ -105,4 +105,4 @@ def _additive(mask: Tensor) -> Tensor:
     """Convert a mask of torch.nn.MultiheadAttention, where True hides a key, to one that is added to the logits."""
     if mask.dtype != torch.bool:
         return mask.float()
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -math.inf)
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(mask, -math.inf)

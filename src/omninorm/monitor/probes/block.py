@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omninorm.monitor.probes.padding import Padding, mean_over
 from omninorm.monitor.stats_buffer import StatsBuffer
 
 MOST_ROWS = 256
@@ -42,6 +43,11 @@ def some_rows(x: Tensor, most: int = MOST_ROWS) -> Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
+def some_of(values: Tensor | None, most: int = MOST_ROWS) -> Tensor | None:
+    """Return the entries of `values` (rows,) for the rows that `some_rows` returns."""
+    return None if values is None else values[:: stride(values.shape[0], most)]
+
+
 def largest(x: Tensor) -> Tensor:
     """Return max |x|; NaN if there is one, 0 for an empty tensor."""
     if x.numel() == 0:
@@ -50,11 +56,19 @@ def largest(x: Tensor) -> Tensor:
     return torch.maximum(most, -least)
 
 
-def mean_square(rows: Tensor) -> Tensor:
-    """Return mean(x²), in float64 where supported: the squares of an exploding stream overflow float32."""
+def mean_square(rows: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Return mean(x²), in float64 where supported: the squares of an exploding stream overflow float32.
+
+    Args:
+        counts: which rows count; None means all.
+    """
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+    if counts is not None:
+        rows = rows.masked_fill(~counts.unsqueeze(-1), 0)
     norm: Tensor = torch.linalg.vector_norm(rows, dtype=dtype)
-    return norm.square() / max(1, rows.numel())
+    if counts is None:
+        return norm.square() / max(1, rows.numel())
+    return norm.square() / (counts.sum() * rows.shape[-1]).clamp_min(1)
 
 
 class Sentinel:
@@ -71,8 +85,8 @@ class Sentinel:
 class BlockProbe:
     """A block's input and output."""
 
-    def __init__(self, buffer: StatsBuffer, sentinel: int, index: int) -> None:
-        self.buffer, self.sentinel, self.index = buffer, sentinel, index
+    def __init__(self, buffer: StatsBuffer, sentinel: int, index: int, padding: Padding) -> None:
+        self.buffer, self.sentinel, self.index, self.padding = buffer, sentinel, index, padding
 
     def see(self, y: Tensor, x: Tensor | None = None) -> None:
         """Measure the block's output y and its input x; None if it is unknown or was overwritten."""
@@ -82,17 +96,18 @@ class BlockProbe:
         if not buffer.sampling or y.numel() == 0:
             return
         buffer.peak("stream_max", index, peak)
-        after = some_rows(y)
-        buffer.add("stream_ms", index, mean_square(after))
-        flat = after.flatten()
-        buffer.add("stream_median", index, flat[:: stride(flat.numel(), MEDIAN_OF)].abs().median())
+        after, counts = some_rows(y), some_of(self.padding.rows(y.shape[:-1]))
+        buffer.add("stream_ms", index, mean_square(after, counts))
+        flat = after if counts is None else after.masked_fill(~counts.unsqueeze(-1), math.nan)
+        flat = flat.flatten()
+        buffer.add("stream_median", index, flat[:: stride(flat.numel(), MEDIAN_OF)].abs().nanmedian())
         if x is None or x.shape != y.shape:
             return
         before = some_rows(x)
-        buffer.add("input_ms", index, mean_square(before))
-        buffer.add("difference_ms", index, mean_square(after - before))
-        cosine = F.cosine_similarity(after, before, dim=-1).clamp(-1, 1)
-        buffer.add("angle", index, cosine.arccos().mean() / math.pi)
+        buffer.add("input_ms", index, mean_square(before, counts))
+        buffer.add("difference_ms", index, mean_square(after - before, counts))
+        angles = F.cosine_similarity(after, before, dim=-1).clamp(-1, 1).arccos()
+        buffer.add("angle", index, (angles.mean() if counts is None else mean_over(angles, counts)) / math.pi)
 
     def see_gradient(self, dy: Tensor) -> None:
         self.buffer.add_gradient("stream_grad_ms", self.index, mean_square(some_rows(dy)))
@@ -105,8 +120,8 @@ class BlockProbe:
 class WriterProbe:
     """The output of the last layer of an attention or feed-forward, before it is added to the stream."""
 
-    def __init__(self, buffer: StatsBuffer, sentinel: int, index: int, role: str) -> None:
-        self.buffer, self.sentinel, self.index, self.role = buffer, sentinel, index, role
+    def __init__(self, buffer: StatsBuffer, sentinel: int, index: int, role: str, padding: Padding) -> None:
+        self.buffer, self.sentinel, self.index, self.role, self.padding = buffer, sentinel, index, role, padding
 
     def see(self, y: Tensor, hidden: Tensor | None = None) -> None:
         """Measure the output y, and the hidden units: the input of a feed-forward's last layer."""
@@ -114,7 +129,7 @@ class WriterProbe:
         buffer.sentinel(self.sentinel, largest(y))
         if not buffer.sampling or y.numel() == 0:
             return
-        buffer.add(f"{self.role}_ms", self.index, mean_square(some_rows(y)))
+        buffer.add(f"{self.role}_ms", self.index, mean_square(some_rows(y), some_of(self.padding.rows(y.shape[:-1]))))
         if hidden is not None and self.role == "feed_forward":
             rows = some_rows(hidden, SILENT_ROWS)
             silent = rows.abs().amax(0) <= SILENT * torch.linalg.vector_norm(rows) / max(1, rows.numel()) ** 0.5

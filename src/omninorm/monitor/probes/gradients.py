@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import register_multi_grad_hook
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from omninorm.kernels.distributed import is_distributed
@@ -45,7 +46,12 @@ class Gradients:
         self._buffer, self._parameters, self._failed = buffer, parameters, failed
         self._pending: weakref.ref[Pending] | None = None
         self.measured = False
+        self.passes = 0  # backward passes in this step
         self._places: tuple[list[int], Tensor] | None = None
+        self.first: list[nn.Parameter] = []  # those whose hooks detect a backward pass
+        self.without: frozenset[int] = frozenset()  # parameters without a gradient at the last measurement
+        self.on_begin: Callable[[], None] = lambda: None
+        self.on_end: Callable[[], None] = lambda: None
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks that detect a backward pass."""
@@ -55,15 +61,20 @@ class Gradients:
         # A hook on every parameter would cost more than the norms. If a backward pass reaches none of these, or they
         # have been frozen since, `before_step` measures instead.
         few = learning[:: -(-len(learning) // MOST_HOOKS)] + learning[-1:]
+        self.first += few
         if any(map(is_distributed, few)):
             # FSDP2 differentiates other tensors instead, and calls these hooks when the gradients are ready.
             return [p.register_post_accumulate_grad_hook(self._on_first) for p in few]  # type: ignore[no-untyped-call]
         return [register_multi_grad_hook(few, self._on_first, mode="any")]
 
     def _on_first(self, gradient: Tensor) -> None:
+        if is_compiling():  # compiled autograd traces this hook and cannot queue a callback; `before_step` measures
+            return
         if self._pending is None or self._pending() is None:
             pending = Pending()
             self._pending = weakref.ref(pending)
+            safely(self.on_begin, self._failed)
+            self.passes += 1
             # Queued twice, because DistributedDataParallel writes the averaged gradients in a callback as well.
             _at_the_end(lambda: _at_the_end(lambda: self._measure(pending)))
 
@@ -71,6 +82,7 @@ class Gradients:
         def work() -> None:
             self._buffer.set_gradients(self.norms())
             self.measured = True
+            self.on_end()
 
         safely(work, self._failed)
 
@@ -78,6 +90,9 @@ class Gradients:
         """Return ‖gradient‖ of every parameter, UNSEEN where there is none: (parameters,), float32."""
         device = self._buffer.device
         gradients = [_values(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+        self.without = frozenset()
+        if len(gradients) < len(self._parameters):
+            self.without = frozenset(at for at, parameter in enumerate(self._parameters) if parameter.grad is None)
         if gradients:
             found = norms_of_whole(stack(norms_of([here(gradient) for gradient in gradients]), device), gradients)
             scale = self._buffer.scale
@@ -86,9 +101,9 @@ class Gradients:
                 found = torch.where(found.isfinite() | (scale <= 1), found / scale, UNSEEN)
             if len(gradients) == len(self._parameters):
                 return found
-            places = [at for at, parameter in enumerate(self._parameters) if parameter.grad is not None]
+            places = [at for at in range(len(self._parameters)) if at not in self.without]
             return spread(found, self._index(places), len(self._parameters))
-        return torch.full((len(self._parameters),), UNSEEN, device=device)
+        return torch.full((len(self._parameters),), UNSEEN, device=device, dtype=torch.float32)
 
     def _index(self, places: list[int]) -> Tensor:
         """Return the indices on the device. They are cached, because each copy would synchronize."""
@@ -100,6 +115,7 @@ class Gradients:
         """Reset for a new step."""
         self._pending = None
         self.measured = False
+        self.passes = 0
 
     def before_step(self) -> None:
         """Measure before an optimizer step if no hook has fired; the gradients may be clipped already."""

@@ -7,7 +7,7 @@ For other norms, and for the reference implementation, the same is computed from
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
 import torch
@@ -15,23 +15,30 @@ from torch import Tensor
 
 from omninorm.kernels.autograd import by_triton, rows_per_block
 from omninorm.layers.pointwise import Pointwise
+from omninorm.layers.recognize import ACTIVATIONS
 from omninorm.monitor.hooks.training_pass import in_backward
 from omninorm.monitor.model_map.norms import Norm
-from omninorm.monitor.probes.block import some_rows
+from omninorm.monitor.probes.block import some_of, some_rows
+from omninorm.monitor.probes.padding import Padding, mean_over
 from omninorm.monitor.stats_buffer import StatsBuffer
 from omninorm.monitor.tensors import whole
 
+# Kinds of gates whose effect on the norm's input is known.
+GATES = ("after", *ACTIVATIONS)
+# r of a row of zeros is 1/√ε up to rounding; a row whose mean square is below this share of ε looks the same.
+ROUNDING = 1e-5
 SATURATED = 2.0  # for larger |αx|, tanh is above 0.96 and its slope below 0.07
 
 
 class NormProbe:
     """One norm: `see` takes its input, `see_scale` the operators' statistics, `see_examples` γ's gradients."""
 
-    def __init__(self, buffer: StatsBuffer, norm: Norm, index: int) -> None:
-        self.buffer, self.norm, self.index = buffer, norm, index
+    def __init__(self, buffer: StatsBuffer, norm: Norm, index: int, padding: Padding) -> None:
+        self.buffer, self.norm, self.index, self.padding = buffer, norm, index, padding
         self.eps = norm.facts.eps or 0.0
         self.width = 0 if norm.gain is None else norm.gain.numel()
-        self.trainable = norm.gain is not None and norm.gain.requires_grad and norm.gain.ndim == 1 and self.width > 1
+        last_alone = norm.form.axis == -1 and norm.form.dims == 1 and norm.measured
+        self.trainable = norm.gain is not None and norm.gain.requires_grad and self.width > 1 and last_alone
         self._waiting: WeakSet[Kept] = WeakSet()
 
     def keep(self, *tensors: Tensor | None) -> Kept:
@@ -46,40 +53,61 @@ class NormProbe:
             self._waiting.add(kept)
         return kept
 
-    def see(self, x: Tensor) -> None:
-        """Measure some rows of x (…, d), the norm's input."""
-        if x.numel() == 0:
+    def see(self, x: Tensor, gate: Tensor | None = None) -> None:
+        """Measure some rows of x (…, d), the norm's input, and of the gate that multiplies it."""
+        form = self.norm.form
+        if x.numel() == 0 or not self.norm.measured or (gate is not None and form.gate not in GATES):
             return
-        rows = some_rows(x.flatten(-self.norm.dims) if self.norm.dims > 1 else x)
+        x, gate = self._rows_last(x), None if gate is None else self._rows_last(gate)
+        rows = some_rows(x)
         # In float32 the squares of an exploding stream overflow, and a small variance is lost next to a large mean.
         rows = rows if rows.device.type == "mps" else rows.double()
+        if gate is not None and form.gate != "after":
+            rows = rows * ACTIVATIONS[str(form.gate)](some_rows(gate).to(rows.dtype))
         module = self.norm.module
         if isinstance(module, Pointwise):
             saturated = (rows * module.alpha.detach().to(rows.dtype)).abs() > SATURATED
             self.buffer.add("saturation", self.index, saturated.to(torch.float32).mean())
+        counts = some_of(self.padding.rows(x.shape[:-1], self.norm.batch_dim))
+        if form.groups > 1:
+            rows = rows.reshape(rows.shape[0], form.groups, -1)
+            counts = None if counts is None else counts.unsqueeze(-1).expand(rows.shape[:2])
         square = rows.square().mean(dim=-1)
         mean = rows.mean(dim=-1) if self.norm.centred else None
-        self._add(square, mean)
+        self._add(square, mean, square == 0, counts)
 
-    def see_if_sampled(self, x: Tensor) -> None:
+    def _rows_last(self, x: Tensor) -> Tensor:
+        """Return x with all features of a row in its last dimension."""
+        form = self.norm.form
+        if form.axis != -1 and x.ndim > 2:
+            return x.movedim(form.axis, -1)
+        return x.flatten(-form.dims) if form.dims > 1 else x
+
+    def see_if_sampled(self, x: Tensor, gate: Tensor | None = None) -> None:
         if self.buffer.sampling:
-            self.see(x)
+            self.see(x, gate)
 
-    def see_scale(self, scale: Tensor, mean: Tensor | None) -> None:
-        """Measure scale (rows,), r of every row, and for a LayerNorm mean (rows,)."""
+    def see_scale(self, scale: Tensor, mean: Tensor | None, shape: Sequence[int] = ()) -> None:
+        """Measure scale (rows,), r of every row, and for a LayerNorm mean (rows,). `shape` is the rows' shape."""
         spread = scale.double().pow(-2) - self.eps
         spread = spread.clamp_min(0)
-        self._add(spread if mean is None else spread + mean.double().square(), mean)
+        zero = spread <= ROUNDING * self.eps
+        zero = zero if mean is None else zero & (mean == 0)
+        counts = self.padding.rows(shape, self.norm.batch_dim) if shape else None
+        self._add(spread if mean is None else spread + mean.double().square(), mean, zero, counts)
 
-    def _add(self, square: Tensor, mean: Tensor | None) -> None:
-        self.buffer.add("norm_ms", self.index, square.mean())
+    def _add(self, square: Tensor, mean: Tensor | None, zero: Tensor, counts: Tensor | None) -> None:
+        """Add the means over rows that count and are not zero; over all rows if none is left."""
+        counts = ~zero if counts is None else counts & ~zero
+        self.buffer.add("zero_rows", 0, zero.to(torch.float32).mean())
+        self.buffer.add("norm_ms", self.index, mean_over(square, counts))
         spread = square
         if mean is not None:
             of_mean = mean.to(square.dtype).square()
             spread = (square - of_mean).clamp_min(0)
-            self.buffer.add("mean_share", self.index, (of_mean / square.clamp_min(1e-30)).mean())
+            self.buffer.add("mean_share", self.index, mean_over(of_mean / square.clamp_min(1e-30), counts))
         if self.eps:
-            self.buffer.add("eps_share", self.index, (self.eps / (spread + self.eps)).mean())
+            self.buffer.add("eps_share", self.index, mean_over(self.eps / (spread + self.eps), counts))
 
     def see_examples(self, gradients: Tensor) -> None:
         """Measure gradients (examples, d), each example's part of dγ. Their sum is the batch's gradient."""
@@ -91,15 +119,16 @@ class NormProbe:
         big = gradients.sum(dim=0).square().sum()
         self.buffer.add_gradient("noise_small", self.index, small)
         self.buffer.add_gradient("noise_big", self.index, big)
-        self.buffer.add("examples", self.index, torch.tensor(float(count)))
+        self.buffer.add("examples", self.index, torch.tensor(float(count), dtype=torch.float32))
 
     def see_output(self, dy: Tensor, y: Tensor) -> None:
         """Measure the output's gradient dy and the output y, both (examples, …, d). x̂ is (y − β)/γ where γ is not 0."""
         gain = self.norm.gain
         assert gain is not None
         effective = (whole(gain.detach()) + self.norm.offset).float()
-        bias = getattr(self.norm.module, "bias", None)
-        scaled = y if bias is None else y - bias.detach()
+        effective = effective.flatten()
+        bias = self.norm.bias
+        scaled = y if bias is None else y - bias.detach().flatten()
         sums = self.per_example(dy * scaled.to(dy.dtype))
         self.see_examples(torch.where(effective == 0, 0, sums / effective))
 
@@ -154,7 +183,8 @@ class NormCall:
 
     def _see(self, x: Tensor, scale: Tensor, mean: Tensor | None) -> None:
         if self.counts:
-            self.site.see_scale(scale, mean)
+            rows = self.shape[: len(self.shape) - self.site.norm.form.dims]
+            self.site.see_scale(scale, mean, rows)
         each = rows_per_block(scale.numel(), by_triton(x))
         if self.site.has_examples(self.shape) and not self._ends_blocks(each):
             self._kept = self.site.keep(x, scale, mean)

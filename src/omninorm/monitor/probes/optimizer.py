@@ -181,7 +181,7 @@ class OptimizerWatch:
         self, places: Sequence[int], gradients: list[Tensor], moments: Sequence[Tensor], eps: float
     ) -> None:
         device = self._buffer.device
-        roots = torch.tensor([g.numel() ** 0.5 for g in gradients]).to(device)
+        roots = torch.tensor([g.numel() ** 0.5 for g in gradients], dtype=torch.float32).to(device)
         # √v̂ is clamped to ε instead of v̂ to ε², because ε² may underflow.
         floors = list(torch._foreach_sqrt(list(moments)))
         torch._foreach_clamp_min_(floors, eps)
@@ -202,6 +202,20 @@ def rates(optimizer: torch.optim.Optimizer) -> list[float]:
     """Return the learning rates of the optimizer's groups that can be read without synchronizing."""
     found = [group.get("lr") for group in optimizer.param_groups]
     return [float(rate) for rate in found if rate is not None and (isinstance(rate, (int, float)) or _is_on_host(rate))]
+
+
+def decays(parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, float]:
+    """Return learning rate × weight decay of the parameters, by place, where it can be read without synchronizing."""
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    found: dict[int, float] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate, decay = group.get("lr"), group.get("weight_decay", 0.0)
+            if rate is None or not all(isinstance(x, (int, float)) or _is_on_host(x) for x in (rate, decay)):
+                continue
+            share = float(rate) * float(decay)
+            found |= {places[id(p)]: share for p in group["params"] if id(p) in places}
+    return found
 
 
 def _is_on_host(rate: object) -> bool:

@@ -23,7 +23,7 @@ def measure_gains(norms: Sequence[Norm], device: torch.device) -> list[Tensor]:
 
     Gains of the same width are measured together.
     """
-    found = [torch.full((len(norms),), UNSEEN, device=device) for _ in GAIN_SIGNALS]
+    found = [torch.full((len(norms),), UNSEEN, device=device, dtype=torch.float32) for _ in GAIN_SIGNALS]
     by_width: dict[int, list[int]] = {}
     for place, norm in enumerate(norms):
         if norm.gain is not None and norm.gain.numel() > 0 and not norm.gain.is_meta:
@@ -51,7 +51,7 @@ def measure_matrices(parameters: Sequence[nn.Parameter], device: torch.device) -
     ]
     if places:
         few = [some(parameters[at]) for at in places]
-        counts = torch.tensor([float(max(part.numel(), 1)) for part in few], device=device)
+        counts = torch.tensor([float(max(part.numel(), 1)) for part in few], device=device, dtype=torch.float32)
         sizes = stack(norms_of(few), device) / counts.sqrt()
         return spread(sizes, torch.tensor(places, device=device), len(parameters))
-    return torch.full((len(parameters),), UNSEEN, device=device)
+    return torch.full((len(parameters),), UNSEEN, device=device, dtype=torch.float32)

@@ -10,19 +10,32 @@ from omninorm.monitor.rules.dead_units import DeadUnits
 from omninorm.monitor.rules.depth_growth import DepthGrowth
 from omninorm.monitor.rules.eps_share import EpsShare
 from omninorm.monitor.rules.gain_drift import GainDrift
+from omninorm.monitor.rules.gradient_clipped import GradientClipped
 from omninorm.monitor.rules.gradient_spike import GradientSpike
+from omninorm.monitor.rules.gradients_not_cleared import GradientsNotCleared
 from omninorm.monitor.rules.headroom import Headroom
+from omninorm.monitor.rules.held_out_rising import HeldOutRising
+from omninorm.monitor.rules.identical_batches import IdenticalBatches
 from omninorm.monitor.rules.layer_jump import LayerJump
 from omninorm.monitor.rules.learning_rate import LearningRate
+from omninorm.monitor.rules.learning_rate_zero import LearningRateZero
 from omninorm.monitor.rules.logz import LogZ
+from omninorm.monitor.rules.loss_rising import LossRising
 from omninorm.monitor.rules.loss_spike import LossSpike
 from omninorm.monitor.rules.massive_activation import MassiveActivation
+from omninorm.monitor.rules.no_gradient import NoGradientRule
 from omninorm.monitor.rules.no_norm import NoNorm
 from omninorm.monitor.rules.no_progress import NoProgress
 from omninorm.monitor.rules.nonfinite import NonFiniteRule
+from omninorm.monitor.rules.odd_block import OddBlock
 from omninorm.monitor.rules.post_norm_depth import PostNormDepth
+from omninorm.monitor.rules.replicas_differ import ReplicasDiffer
 from omninorm.monitor.rules.saturation import Saturation
+from omninorm.monitor.rules.stale_parameters import StaleParameters
+from omninorm.monitor.rules.steps_skipped import StepsSkipped
+from omninorm.monitor.rules.suspicious_loss import SuspiciousLoss
 from omninorm.monitor.rules.unrecovered_spike import UnrecoveredSpike
+from omninorm.monitor.rules.updates_lost import UpdatesLost
 from omninorm.monitor.rules.weights_vanish import WeightsVanish
 
 __all__ = ["Rule", "Threshold", "default_rules"]
@@ -33,6 +46,13 @@ def default_rules() -> list[Rule]:
     return [
         NoNorm(),
         NonFiniteRule(),
+        NoGradientRule(),
+        StaleParameters(),
+        LearningRateZero(),
+        GradientsNotCleared(),
+        StepsSkipped(),
+        UpdatesLost(),
+        ReplicasDiffer(),
         LayerJump(),
         WeightsVanish(),
         GainDrift(),
@@ -41,12 +61,18 @@ def default_rules() -> list[Rule]:
         PostNormDepth(),
         LearningRate(),
         AdamEps(),
+        OddBlock(),
         DepthGrowth(),
         AttentionLogits(),
         AttentionEntropy(),
         Headroom(),
         UnrecoveredSpike(),
+        GradientClipped(),
+        IdenticalBatches(),
         NoProgress(),
+        SuspiciousLoss(),
+        HeldOutRising(),
+        LossRising(),
         LossSpike(),
         GradientSpike(),
         AdamUnderestimation(),

@@ -11,17 +11,19 @@ Source: Wortsman et al. found that ε = 1e-8 limits large models; the thresholds
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.adam_underestimation import worst_tensor
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, values_of
+from omninorm.record.signals import Limit
 
 SIGNAL = "adam_eps_ratio"
 WARN, FAIL = 10.0, 1.0
 FAIL_SHARE = 0.5
+CLIPPED = 1e-3  # gradients this far below ε suggest another cause as well
 SAMPLES, STEPS = 3, 10
 WARN_SAMPLES, WARN_STEPS = 5, 100
 
@@ -36,6 +38,10 @@ class AdamEps(Rule):
     def __init__(self) -> None:
         self._streaks = Streaks()
         self._named: dict[bool, str] = {}  # the tensor named by the alarm, by severity, until nothing is wrong
+
+    def limits(self) -> Sequence[Limit]:
+        condition = f"a failure only in {100 * FAIL_SHARE:.0f} % of the groups"
+        return (Limit(SIGNAL, self.name, WARN, FAIL, below=True, condition=condition),)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         if history.facts.adam_eps == 0.0:
@@ -71,5 +77,7 @@ class AdamEps(Rule):
         )
         target = "1e-15" if eps is None else f"{max(eps * value / 100, 1e-15):.0e}"
         remedy = f"Set ε to {target} or less. At present ε, not the learning rate, determines the size of the updates."
+        if value < CLIPPED:
+            remedy += " Check first that gradients are not clipped or scaled to almost nothing."
         layer = self._named.setdefault(failed, tensor)  # which tensor is the worst changes from sample to sample
         return self.alarm(sample.step, "fail" if failed else "warn", layer, evidence, remedy)

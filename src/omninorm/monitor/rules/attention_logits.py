@@ -2,23 +2,25 @@
 
 Signal: the largest logit, max |q·k|/√d_head. Threshold: 1e3 is a warning, 1e4 a "fail": every run of Wortsman et al.
 that passed 1e4 diverged. A softmax is one-hot long before that, so growth counts as well [ours]: above 100, a 3-fold
-increase over 3 or more consecutive rises is a warning; growth that would reach 1e4 within as many further samples is a
-"fail". Persistence: 2 samples.
+increase over 3 or more consecutive rises, counted from 20 on, is a warning; growth that would reach 1e4 within as many
+further samples is a "fail". Persistence: 2 samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule, layer_names
 from omninorm.monitor.rules.numbers import Streaks, earlier, factor, finite
+from omninorm.record.signals import Limit
 
 SIGNAL = "attention_logit"
 WARN, FAIL = 1e3, 1e4
 SUSPECT, GROWTH, SAMPLES, RISES = 100.0, 3.0, 8, 3
+SMALL = 20.0  # logits this small are harmless, and initial ones are near 0: growth counts from here
 PERSISTENCE = 2
 
 
@@ -27,10 +29,13 @@ class AttentionLogits(Rule):
 
     name = "attention-logits"
     source = "the limits 1e3 and 1e4 are from Wortsman et al., arXiv 2309.14322; the growth criterion is omninorm's own"
-    explains = ("attention-entropy", "layer-jump", "learning-rate", "unrecovered-spike")
+    explains = ("attention-entropy", "layer-jump", "learning-rate", "loss-rising", "odd-block", "unrecovered-spike")
 
     def __init__(self) -> None:
         self._streaks = Streaks()
+
+    def limits(self) -> Sequence[Limit]:
+        return (Limit(SIGNAL, self.name, WARN, FAIL),)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         names = layer_names(history.facts, SIGNAL)
@@ -55,7 +60,7 @@ class AttentionLogits(Rule):
             return 1.0
         rising = [*past[past.index(min(past)) :], value]
         rose = all(old < new for old, new in pairwise(rising))
-        return value / rising[0] if rose and len(rising) > RISES else 1.0
+        return value / max(rising[0], SMALL) if rose and len(rising) > RISES else 1.0
 
     @staticmethod
     def _judge(value: float, growth: float) -> tuple[bool, bool]:
@@ -67,7 +72,9 @@ class AttentionLogits(Rule):
         evidence = f"Attention logits too large: the largest in {block} is {value:.3g}"
         growth = self._growth(history, index, value)
         if growth > GROWTH:
-            evidence += f", {factor(growth)} times its lowest value in the last {SAMPLES} samples and still rising"
+            evidence += (
+                f", at least {factor(growth)} times its lowest value in the last {SAMPLES} samples and still rising"
+            )
         evidence += ". The softmax saturates on single tokens and its gradient vanishes."
         remedy = "Use qk-norm, or weight decay and a lower learning rate for the query and key projections."
         return self.alarm(sample.step, "fail" if failed else "warn", block, evidence, remedy)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from omninorm.monitor.alarm import Alarm
-from omninorm.monitor.history import Facts, History, Sample, Step
+from omninorm.monitor.history import Evaluation, Facts, History, Sample, Step
 from omninorm.monitor.rules.numbers import Streaks, finite
-from omninorm.record.signals import SIGNALS
+from omninorm.record.signals import SIGNALS, Limit
 
 EXTREME_SPAN = 4
 """Steps by which parameters initialized to 0 on purpose have changed, even with a sample at every step."""
@@ -49,12 +49,25 @@ class Rule(ABC):
     final: ClassVar[bool] = False
     """Whether all other rules are ignored while this one reports."""
 
+    def limits(self) -> Sequence[Limit]:
+        """Return the limits on signals that do not change during a run, for the record and its page."""
+        return ()
+
+    def bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        """Return the current lowest and highest ordinary value of a signal or of the loss, gradient norm or learning
+        rate, for rules whose limit changes during a run."""
+        return {}
+
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
         """Check a step. Called for every step in order, with `step` already in the history."""
         return ()
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         """Check a sample, `history.samples[-1]`. Called after `on_step` for all steps up to it."""
+        return ()
+
+    def on_evaluation(self, history: History, evaluation: Evaluation) -> Iterable[Alarm]:
+        """Check an evaluation, `history.evaluations[-1]`. Called after `on_step` for all steps up to it."""
         return ()
 
     def alarm(self, step: int, severity: str, layer: str | None, evidence: str, remedy: str) -> Alarm:
@@ -78,9 +91,16 @@ class Threshold(Rule):
     persistence: ClassVar[int] = 1
     span: ClassVar[int] = 0
     """Steps that the samples must span as well: with a sample at every step, a few of them are weak evidence."""
+    condition: ClassVar[str] = ""
+    """What else `applies` requires, in words for the page."""
+    dtype: ClassVar[str] = ""
+    """The only dtype of the residual stream in which the rule is active; "" for any."""
 
     def __init__(self) -> None:
         self._streaks = Streaks()
+
+    def limits(self) -> Sequence[Limit]:
+        return (Limit(self.signal, self.name, self.warn, self.fail, self.below, self.condition, self.dtype),)
 
     @abstractmethod
     def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:

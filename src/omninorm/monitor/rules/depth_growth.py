@@ -22,7 +22,9 @@ SAMPLES, STEPS = 3, 20
 _PLACES = {
     "pre": "The model uses pre-norm.",
     "post": "The model uses post-norm.",
-    "both": "The model has norms before and after each branch.",
+    "both": "The model has norms before each branch and after each sum.",
+    "sandwich": "The model has norms before and after each branch.",
+    "reordered": "The model has norms after each branch.",
     "none": "The model has no norms.",
 }
 
@@ -39,8 +41,8 @@ class DepthGrowth(Rule):
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         for what, found in (
-            ("the residual stream", growth(sample, "stream_rms")),
-            ("the gradient of the residual stream", backward_growth(sample)),
+            ("the residual stream", growth(sample, "stream_rms", history.facts)),
+            ("the gradient of the residual stream", backward_growth(sample, history.facts)),
         ):
             if found is None:
                 continue
@@ -63,5 +65,7 @@ class DepthGrowth(Rule):
         else:
             remedy = "scaled residuals (DeepNorm) with a longer warm-up and a lower learning rate."
             other = "Use norms before and after each branch (sandwich)"
-        remedy = f"{other if history.placement == 'pre' else 'Use pre-norm'}, or {remedy}"
+            if history.placement == "sandwich":
+                other = "Lower the learning rate"
+        remedy = f"{other if history.placement in ('pre', 'sandwich') else 'Use pre-norm'}, or {remedy}"
         return self.alarm(sample.step, severity, None, evidence, remedy)

@@ -1,20 +1,21 @@
-"""gain-drift: a norm's gains have drifted apart, or are 0.
+"""gain-drift: a norm's gains have drifted apart, or become 0.
 
 Signals: max |γ|, max |γ|/median |γ|, and the share of |γ| < 1e-3. Threshold: a ratio above 10 that is also 3 times its
 first value is a warning [ours]; pretrained models may begin with a larger one. If all gains are 0, the norm outputs
 nothing: a "fail", immediately if they are frozen, otherwise after 3 samples over 20 steps, because gains initialized
-to 0 on purpose change within a step. More than half of the gains near 0 is a warning. Persistence of the warnings: 3
-samples over 20 steps.
+to 0 on purpose change within a step. More than half of the gains near 0 is a warning if fewer were at first: some norms
+store γ − 1, or begin at 0 on purpose. Persistence of the warnings: 3 samples over 20 steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, factor, values_of
+from omninorm.record.signals import Limit
 
 RATIO, DRIFT = 10.0, 3.0
 SILENT = 0.5
@@ -31,6 +32,11 @@ class GainDrift(Rule):
     def __init__(self) -> None:
         self._streaks = Streaks()
         self._first: dict[int, float] = {}
+        self._first_silent: dict[int, float] = {}
+
+    def limits(self) -> Sequence[Limit]:
+        condition = f"and {DRIFT:g} times the first value"
+        return (Limit("gain_ratio", self.name, RATIO, condition=condition), Limit("gain_small", self.name, SILENT))
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         zero: list[Alarm] = []
@@ -45,8 +51,11 @@ class GainDrift(Rule):
             grown = ratio is not None and first is not None and ratio > max(RATIO, DRIFT * first)
             if self._lasts(("ratio", index), grown, sample.step) and ratio and first:
                 drifted.append((ratio, self._explain_ratio(norm.name, ratio, first, sample.step)))
-            if self._lasts(("silent", index), silent is not None and silent > SILENT, sample.step) and silent:
-                drifted.append((silent, self._explain_silent(norm.name, silent, sample.step)))
+            at_first = None if silent is None else self._first_silent.setdefault(index, silent)
+            silenced = silent is not None and at_first is not None and silent > SILENT >= at_first
+            if self._lasts(("silent", index), silenced, sample.step) and silent:
+                decay = _at(list(sample.gain_decay), index)
+                drifted.append((silent, self._explain_silent(norm.name, silent, decay, sample.step)))
         yield from zero
         yield from (alarm for _, alarm in sorted(drifted, key=lambda found: found[0], reverse=True))
 
@@ -73,9 +82,12 @@ class GainDrift(Rule):
         remedy = "Use a lower learning rate for gains, and expect outlier channels after this norm when quantizing."
         return self.alarm(step, "warn", norm, evidence, remedy)
 
-    def _explain_silent(self, norm: str, silent: float, step: int) -> Alarm:
-        evidence = f"{100 * silent:.0f} % of the gains of {norm} are below 1e-3."
-        return self.alarm(step, "warn", norm, evidence, "Do not apply weight decay to gains.")
+    def _explain_silent(self, norm: str, silent: float, decay: float | None, step: int) -> Alarm:
+        evidence = f"{100 * silent:.0f} % of the gains of {norm} have fallen below 1e-3."
+        remedy = "Look for code that writes to these gains, and do not apply weight decay to gains."
+        if decay is not None:
+            remedy = "Do not apply weight decay to gains." if decay else "Look for code that writes to these gains."
+        return self.alarm(step, "warn", norm, evidence, remedy)
 
 
 def _at(values: list[float | None], index: int) -> float | None:

@@ -41,6 +41,11 @@ class _Spike(NamedTuple):
         )
 
 
+def _limit(expected: tuple[float, float]) -> float:
+    mean, sigma = expected
+    return max(mean + SIGMAS * sigma, FACTOR * mean)
+
+
 class GradientSpike(Rule):
     """Reports the whole run. A single harmless spike raises no alarm."""
 
@@ -50,8 +55,16 @@ class GradientSpike(Rule):
     def __init__(self) -> None:
         self._norms, self._losses = Rolling(), Rolling()
         self._last: _Spike | None = None
+        self._passes = 1
+
+    def bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        expected = self._norms.expected()
+        if expected is None or self._norms.before < HISTORY:
+            return {}
+        return {"grad_norm": (None, _limit(expected))}
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
+        self._passes = history.passes
         last, spike = self._last, self._look(step)
         harm = self._harm(step, last)
         self._last = spike or last
@@ -70,8 +83,8 @@ class GradientSpike(Rule):
         self._norms.add(norm, expected)
         if expected is None or self._norms.before < HISTORY:
             return None
-        mean, sigma = expected
-        if mean <= 0.0 or norm <= max(mean + SIGMAS * sigma, FACTOR * mean):
+        mean, _ = expected
+        if mean <= 0.0 or norm <= _limit(expected):
             return None
         return _Spike(step.step, norm, mean, self._norms.before, self._losses.expected())
 
@@ -88,4 +101,6 @@ class GradientSpike(Rule):
 
     def _explain(self, step: Step, cause: str, evidence: str) -> Alarm:
         remedy = "Make sure that gradients are clipped (for example at norm 1), and check the batches of these steps."
+        if self._passes > 1:
+            remedy += f" Make sure that the loss is divided by the {self._passes} accumulation steps."
         return self.alarm(step.step, "warn", None, f"{cause}: {evidence}", remedy)

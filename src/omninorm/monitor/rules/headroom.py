@@ -20,9 +20,10 @@ class Headroom(Threshold):
     signal = "stream_max"
     warn = 0.1 * LARGEST
     fail = LARGEST * (1 - 1e-3)
+    dtype = "float16"
 
     def applies(self, history: History, sample: Sample, index: int, value: float) -> bool:
-        return history.dtype == "float16"
+        return history.dtype == self.dtype
 
     def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
         block = history.facts.blocks[index]

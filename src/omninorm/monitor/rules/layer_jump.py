@@ -4,8 +4,9 @@ Signals: RMS of a group's weights and the largest gain of a norm; then a block's
 ratios and its stream. Threshold: at least 5 times both the previous sample and the median of up to 8 samples before
 that, while the median layer changes less than 2-fold. [ours] Training cannot do this to weights, so it is an immediate
 "fail". It can do it to activations, especially in the first steps: a warning, or a "fail" from 20-fold on if the loss
-is at least 5 % higher than before and updates above 5 % of the weights are not the cause. Persistence for activations:
-2 samples. If weights jumped, they are the cause and activations are not reported.
+is at least 5 % higher than before and updates above 5 % of the weights are not the cause. If the layer's own updates
+since the previous sample can add up to half of its weights or more (Adam with a small β₂), the alarm says so.
+Persistence for activations: 2 samples. If weights jumped, they are the cause and activations are not reported.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from collections.abc import Iterable
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule, layer_names
-from omninorm.monitor.rules.numbers import earlier, finite, fold, known, median, values_of
+from omninorm.monitor.rules.numbers import earlier, finite, fold, known, median, value_at, values_of
 
 JUMP, HUGE, OTHERS = 5.0, 20.0, 2.0
+OWN = 0.5  # updates per step × steps per sample; from here on the optimizer itself can move a layer this far
 LARGE = 0.05  # share of the weights; after the first steps no healthy update is this large
 WORSE, BEFORE, AFTER = 0.05, 10, 5  # of the loss: the relative rise, and the number of steps averaged before and after
 SAMPLES, FEWEST = 8, 3
@@ -51,6 +53,8 @@ class LayerJump(Rule):
         "massive-activation",
         "branch-silent",
         "adam-eps",
+        "odd-block",
+        "loss-rising",
     )
 
     def __init__(self) -> None:
@@ -116,6 +120,13 @@ class LayerJump(Rule):
             remedy = (
                 "Training alone does not do this. Look for code that writes to these weights, or restore a checkpoint."
             )
+            update = _own_update(history, step, signal, index)
+            if update * history.facts.every >= OWN:
+                evidence += f" The optimizer's own updates changed its matrices by up to {100 * update:.2g} % per step."
+                remedy = (
+                    "Lower the learning rate, or raise Adam's β₂ if it is below 0.9. Otherwise, look for code that "
+                )
+                remedy += "writes to these weights."
             return self.alarm(sample.step, "fail", layer, evidence, remedy)
         remedy = f"Compare the weights and inputs of {layer} with a checkpoint from before step {step}, "
         remedy += "and lower its learning rate."
@@ -134,6 +145,20 @@ def _largest_update(history: History, jump: int) -> float:
     samples = [sample for sample in history.samples if sample.step >= jump - history.facts.every]
     ratios = [known(values_of(sample, "update_ratio")) for sample in samples]
     return max((median(found) for found in ratios if found), default=0.0)
+
+
+def _own_update(history: History, jump: int, signal: str, index: int) -> float:
+    """Return the largest update of the layer's group, relative to its weights, since the sample before the jump."""
+    facts = history.facts
+    name = layer_names(facts, signal)[index]
+    if signal == "gain_max":
+        block = facts.norms[index].block
+        name = facts.blocks[block] if block is not None and block < len(facts.blocks) else name
+    if name not in facts.groups:
+        return 0.0
+    at = facts.groups.index(name)
+    samples = [sample for sample in history.samples if sample.step >= jump - facts.every]
+    return max((value_at(sample, "update_ratio", at) or 0.0 for sample in samples), default=0.0)
 
 
 def _loss_rise(history: History, jump: int) -> str | None:

@@ -29,6 +29,9 @@ class LogZ(Rule):
         self._streaks = Streaks()
         self._first: dict[str, float] = {}
 
+    def bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        return {signal: (first - DRIFT, first + DRIFT) for signal, first in self._first.items()}
+
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         signal = "logz_mean" if "logz_mean" in sample.signals else "logz"
         value = value_at(sample, signal)

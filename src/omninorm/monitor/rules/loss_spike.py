@@ -1,10 +1,10 @@
 """loss-spike: one step's loss is far above those of up to 128 steps before it.
 
-Signal: the loss. Threshold: more than 6σ and more than 20 % above the mean. Persistence: none; it is a warning.
-Source: 6σ over 128 steps is OLMo-core's limit. Alone it fires 15 times in the 19,560 steps of a healthy GPT-2 124M, on
-single batches with harder text, at most 10 % above the mean loss. With the 20 % [ours] it never fires there. The batch
-is reported as the cause only if no other cause is known: not if the learning rate rose 2-fold within 6 steps, if the
-newest sample's updates were above 5 % of the weights, or if an earlier gradient norm was unusual.
+Signal: the loss. Threshold: more than 6σ and more than 20 % above the mean. Persistence: none; it is a warning. Source:
+6σ over 128 steps is OLMo-core's limit. Alone it fires 15 times in the 19,560 steps of a healthy GPT-2 124M, on single
+batches with harder text, at most 10 % above the mean loss. With the 20 % [ours] it never fires there. The batch (or a
+single update) is reported as the cause only if no other cause is known: not if the learning rate rose 2-fold within 6
+steps, if the newest sample's updates were above 5 % of the weights, or if an earlier gradient norm was unusual.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class LossSpike(Rule):
         self._before: float | None = None
         self._rates: deque[tuple[int, float]] = deque(maxlen=RATE_STEPS + 1)
 
+    def bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        expected = self._losses.expected()
+        return {} if expected is None else {"loss": (None, _limit(expected))}
+
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
         loss, rate = finite(step.loss), finite(step.lr)
         if rate is not None:
@@ -45,7 +49,7 @@ class LossSpike(Rule):
         if loss is not None:
             expected = self._losses.expected()
             self._losses.add(loss, expected)
-            if expected is not None and loss > expected[0] + max(SIGMAS * expected[1], RISE * abs(expected[0])):
+            if expected is not None and loss > _limit(expected):
                 yield self._explain(history, step.step, loss, expected)
             self._before = loss
         self._look_at_gradient(step)
@@ -87,12 +91,21 @@ class LossSpike(Rule):
         recent = self._unusual is not None and step - self._unusual <= 4
         if at_once and not recent:
             detail = f"It rose from {self._before:.4g} within one step, and the gradients before it were ordinary."
-            return "Unusual batch", detail, f"Check the batch of step {step}: the data changed, not the model."
+            remedy = (
+                f"Check the batch of step {step}. If an earlier checkpoint has an ordinary loss on it, the data is not "
+            )
+            remedy += "the cause: lower the learning rate."
+            return "Unusual batch or update", detail, remedy
         cause = (
             f"the gradient norm was unusual at step {self._unusual}" if recent else "the loss rose over several steps"
         )
         remedy = "Clip gradients at norm 1.0, lower the learning rate, or lower Adam's β₂ to 0.95."
         return "Harmful update", f"The model changed first: {cause}.", remedy
+
+
+def _limit(expected: tuple[float, float]) -> float:
+    mean, sigma = expected
+    return mean + max(SIGMAS * sigma, RISE * abs(mean))
 
 
 def _updates(history: History, step: int) -> tuple[str, str, str] | None:

@@ -24,6 +24,7 @@ class MassiveActivation(Threshold):
     warn = 100.0
     persistence = 3
     span = 20
+    condition = f"and {TIMES:,.0f} times the median"
 
     def applies(self, history: History, sample: Sample, index: int, value: float) -> bool:
         middle = value_at(sample, "stream_median", index)

@@ -44,7 +44,7 @@ class NoNorm(Rule):
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         if not has_no_norm(history):
             return
-        stream, gradient = growth(sample, "stream_rms"), backward_growth(sample)
+        stream, gradient = growth(sample, "stream_rms", history.facts), backward_growth(sample, history.facts)
         named = {"the residual stream": stream, "the gradient": gradient}
         wild = {what: found for what, found in named.items() if found is not None and found.exponent > EXPONENT}
         largest = max((found.total for found in wild.values()), default=1.0)

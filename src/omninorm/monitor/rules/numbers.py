@@ -64,6 +64,10 @@ class Streaks:
         self._runs[key] = count + 1, since
         return count + 1 >= samples and step - since >= steps
 
+    def running(self) -> list[Hashable]:
+        """Return the keys whose condition holds."""
+        return list(self._runs)
+
     def end(self, key: Hashable) -> None:
         """Reset a key: its condition does not hold now."""
         self._runs.pop(key, None)

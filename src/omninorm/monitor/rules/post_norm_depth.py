@@ -44,10 +44,10 @@ class PostNormDepth(Rule):
         return ()
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
-        depth = len(history.facts.blocks)
-        found = backward_growth(sample)
-        if history.placement != "post" or depth < DEPTH or found is None:
+        found = backward_growth(sample, history.facts)
+        if history.placement != "post" or found is None or found.blocks < DEPTH:
             return
+        depth = found.blocks
         if self._streaks.lasts("vanished", found.ratio < VANISHED, sample.step, SAMPLES, STEPS):
             evidence = f"Post-norm with {depth} blocks: the gradient shrinks {fold(found.total)} from the last block "
             evidence += "to the first, whose weights barely learn from the data."

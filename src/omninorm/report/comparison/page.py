@@ -17,6 +17,7 @@ from omninorm.report.comparison.wording import count_outcomes, not_enough_eviden
 from omninorm.report.text import escape, plain, plural, short
 
 _POLICY = "default-src 'none'; img-src data:; style-src {style}; base-uri 'none'; form-action 'none'"
+_SHOWN_VERDICTS = 12  # of a study, above its figure
 MARKS = {"holds": ("healthy", "✓"), "partly": ("warnings", "◐"), "fails": ("failing", "✗"), "unclear": ("quiet", "?")}
 NOTES = (
     "Seeds are paired: compared runs use the same seed for their weights and the same batches. Bars are Student's t "
@@ -182,8 +183,23 @@ def _study(study: StudyResults) -> str:
     return (
         f'<article class="study"><h3>{escape(study.name)}</h3>'
         f'<p class="intro">{escape(study.unit)}{"" if study.protocol == "init" else better}</p>'
-        f"{picture}<details><summary>Numbers</summary>{rows}</details></article>"
+        f"{_verdicts(study)}{picture}<details><summary>Numbers</summary>{rows}</details></article>"
     )
+
+
+def _verdicts(study: StudyResults) -> str:
+    """Return the verdict of each comparison with the baseline as a list; the rest is in the table."""
+    judged = [each for each in study.comparisons if each.verdict]
+    if not judged:
+        return ""
+    baselines = dict.fromkeys(each.against for each in judged)
+    items = [
+        f"<li>{escape(each.label)}, {plural(each.depth, 'block')}: <b>{escape(each.verdict)}</b></li>"
+        for each in judged[:_SHOWN_VERDICTS]
+    ]
+    if len(judged) > _SHOWN_VERDICTS:
+        items.append(f"<li>{len(judged) - _SHOWN_VERDICTS} more in the table below</li>")
+    return f"<p>Compared with {escape(', '.join(baselines))}:</p><ul>{''.join(items)}</ul>"
 
 
 def study_rows(study: StudyResults) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -11,7 +11,7 @@ function choose(number) {
 
 function drawTimeline() {
   const place = document.getElementById('timeline');
-  if (!data.alarms.length) return;
+  if (!place || !data.alarms.length) return;
   const lanes = make('div', 'lanes'), rules = new Map();
   lanes.setAttribute('role', 'group');
   lanes.setAttribute('aria-label', 'Alarms by rule and step');

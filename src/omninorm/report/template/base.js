@@ -54,8 +54,16 @@ const SCALE = Array.from({length: 256}, (_, i) => {
   return ANCHORS[left].map((from, channel) => Math.round(from + part * (ANCHORS[left + 1][channel] - from)));
 });
 
+// Blue to red through pale grey, for differences: equal lightness on both sides, and safe for colour-blind readers.
+const SIDES = [[5, 48, 97], [67, 147, 195], [240, 240, 238], [214, 96, 77], [103, 0, 31]];
+const DIVERGING = Array.from({length: 256}, (_, i) => {
+  const place = i / 255 * 4, left = Math.min(3, Math.floor(place)), part = place - left;
+  return SIDES[left].map((from, channel) => Math.round(from + part * (SIDES[left + 1][channel] - from)));
+});
+
 // The same colours as numbers, in the byte order of a canvas.
-const PACKED = new Uint32Array(new Uint8Array(SCALE.flatMap(colour => [...colour, 255])).buffer);
+const packed = scale => new Uint32Array(new Uint8Array(scale.flatMap(colour => [...colour, 255])).buffer);
+const PACKED = packed(SCALE), PACKED_SIDES = packed(DIVERGING);
 
 // Stripes for non-finite values: rising for NaN, falling for infinity, so that they differ without colour.
 function stripes(kind) {

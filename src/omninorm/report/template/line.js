@@ -2,7 +2,8 @@
 class Curve extends Figure {
   constructor(element) {
     super(element, 180);
-    const {y, log} = this.data, low = Math.min(...y), high = Math.max(...y);
+    const {log, others = []} = this.data, y = [this.data, ...others].flatMap(each => each.y);
+    const low = Math.min(...y), high = Math.max(...y);
     this.constant = low === high;
     const room = log ? 1.12 : (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
     // The axis of a learning rate or loss that is never negative does not extend below 0.
@@ -45,23 +46,46 @@ class Curve extends Figure {
       context.fillStyle = paint('soft');
       context.fillText(labels[i], LEFT - 6, y, LEFT - 8);
     }
+    this.paintBand(context);
     this.paintAlarmLines(context);
     context.fillStyle = PATTERNS.nan;
     for (const step of this.data.bad) context.fillRect(this.x(step) - 1, TOP, 2.5, this.height);
     this.paintCurve(context);
   }
 
+  // The ordinary range at each sample: pale inside, with a dashed line at its end.
+  paintBand(context) {
+    const band = this.data.band || [], edge = (value, otherwise) => value === null ? otherwise : clamp(this.y(value), TOP, TOP + this.height);
+    const edges = [new Path2D(), new Path2D()];
+    context.save();
+    context.strokeStyle = paint('warn'); context.lineWidth = 1; context.setLineDash([4, 3]);
+    band.forEach(([step, low, high], i) => {
+      const from = Math.round(this.x(i ? band[i - 1][0] : step)), to = Math.round(this.x(step)), top = edge(high, TOP), bottom = edge(low, TOP + this.height);
+      context.fillStyle = paint('band');
+      context.fillRect(from, top, to - from, bottom - top);
+      for (const [value, y, edge] of [[high, top, edges[0]], [low, bottom, edges[1]]]) {
+        if (value !== null && y > TOP && y < TOP + this.height) { edge.lineTo(from, y); edge.lineTo(to, y); } else edge.moveTo(to, y);
+      }
+    });
+    for (const edge of edges) context.stroke(edge);
+    context.restore();
+  }
+
   paintCurve(context) {
-    const {x, y, bad} = this.data;
-    context.strokeStyle = context.fillStyle = paint('accent');
+    this.paintSeries(context, this.data, this.data.colour || 'accent');
+    for (const other of this.data.others || []) this.paintSeries(context, other, other.colour);
+  }
+
+  paintSeries(context, {x, y, bad, mean}, colour) {
+    context.strokeStyle = context.fillStyle = paint(colour);
     context.lineJoin = 'round';
     // Where steps were thinned, the extremes form a pale band and the means a line.
-    context.lineWidth = this.data.mean.length ? 1 : 1.4;
-    context.globalAlpha = this.data.mean.length ? 0.35 : 1;
+    context.lineWidth = mean.length ? 1 : 1.4;
+    context.globalAlpha = mean.length ? 0.35 : 1;
     this.trace(context, x, y, bad);
     context.globalAlpha = 1;
     context.lineWidth = 1.6;
-    this.trace(context, this.data.mean.map(([step]) => step), this.data.mean.map(([, value]) => value), bad);
+    this.trace(context, mean.map(([step]) => step), mean.map(([, value]) => value), bad);
     if (x.length > this.inner / 12) return;
     x.forEach((step, i) => { context.beginPath(); context.arc(this.x(step), this.y(y[i]), 2.2, 0, 7); context.fill(); });
   }
@@ -94,7 +118,9 @@ class Curve extends Figure {
   describe([index]) {
     const {x, y} = this.data;
     if (!x.length) return {step: this.data.bad[0], value: 'never a finite number', layer: '', x: this.x(this.data.bad[0]), y: TOP};
-    return {step: x[index], value: short(y[index]), layer: '', x: this.x(x[index]), y: this.y(y[index])};
+    const step = x[index], both = (this.data.others || []).map(other => [other.name, other.y[nearest(other.x, step)]]);
+    const layer = both.length ? `${this.data.name}; ${both.map(([name, value]) => `${name} ${short(value)}`).join('; ')}` : '';
+    return {step, value: short(y[index]), layer, x: this.x(x[index]), y: this.y(y[index])};
   }
 
   move([index], right) { return [clamp(index + right, 0, Math.max(0, this.data.x.length - 1)), 0]; }

@@ -88,7 +88,8 @@ drawTimeline();
 document.querySelectorAll('#table-alarms, #table-layers, #table-norms').forEach(makeSortable);
 document.querySelectorAll('.show').forEach(button => button.addEventListener('click', () => choose(Number(button.dataset.alarm))));
 drawAll();
-if (data.lead !== null) choose(data.lead);
+if (!restore() && data.lead !== null) choose(data.lead);
+refreshLater();
 let width = window.innerWidth;
 window.addEventListener('resize', () => {
   if (window.innerWidth === width) return;

@@ -15,6 +15,9 @@ const nothing = value => value < -2.9e38 && value !== -Infinity;
 // Precedence where several cells share a pixel: NaN, then infinity, then a number, then no value.
 const rank = value => Number.isNaN(value) ? 3 : Math.abs(value) === Infinity ? 2 : nothing(value) ? 0 : 1;
 
+// Of the outlines of cells beyond a limit: the same in both themes, because the maps are.
+const LINES = {warn: '#c47f00', fail: '#d1190b'};
+
 class HeatMap extends Figure {
   constructor(element) {
     const {axis} = data.figures[element.dataset.name], rows = data.axes[axis].length;
@@ -33,7 +36,8 @@ class HeatMap extends Figure {
 
   value(column, row) { return this.values[column * this.rows + row]; }
 
-  // The colour range covers all but the outermost 1 % of the finite values, and is never so narrow that it shows only noise.
+  // A fixed scale where the values are shares of something; symmetric about 0 for differences. Otherwise
+  // the colour range covers all but the outermost 1 % of the finite values, and is never so narrow that it shows only noise.
   findRange() {
     const {values} = this, {log} = this.data, kinds = new Set();
     let least = Infinity, most = -Infinity;
@@ -49,15 +53,18 @@ class HeatMap extends Figure {
     const at = share => usable.length ? usable[Math.round(share * (usable.length - 1))] : 1;
     let low = at(0.01), high = at(0.99);
     if (log && high < 1.5 * low) { const middle = Math.sqrt(low * high); low = middle / 1.23; high = middle * 1.23; }
-    if (!log && high - low < 0.02) { const middle = (low + high) / 2; low = Math.max(0, middle - 0.01); high = low + 0.02; }
+    if (!log && !this.data.difference && high - low < 0.02) { const middle = (low + high) / 2; low = Math.max(0, middle - 0.01); high = low + 0.02; }
+    if (this.data.scale) [low, high] = this.data.scale;
+    if (this.data.difference) { high = Math.max(-low, high, this.data.difference); low = -high; }
     Object.assign(this, {low, high, from: log ? Math.log(low) : low, to: log ? Math.log(high) : high});
-    this.beyond = [least < low * 0.99, most > high * 1.01];
+    const room = (high - low) * 0.01;
+    this.beyond = log ? [least < low * 0.99, most > high * 1.01] : [least < low - room, most > high + room];
     this.kinds = kinds;
   }
 
   shade(value) {
     const scaled = this.data.log ? Math.log(value) : value;
-    return PACKED[Math.round(255 * clamp((scaled - this.from) / (this.to - this.from), 0, 1)) || 0];
+    return (this.data.difference ? PACKED_SIDES : PACKED)[Math.round(255 * clamp((scaled - this.from) / (this.to - this.from), 0, 1)) || 0];
   }
 
   paint(context) {
@@ -73,6 +80,7 @@ class HeatMap extends Figure {
     context.imageSmoothingEnabled = false;
     context.drawImage(layer, LEFT, TOP, this.inner, this.height);
     this.paintBad(context, pixels, wide, high);
+    for (const limit of this.data.limits || []) this.paintLimit(context, pixels, wide, high, limit);
     this.drawRows(context);
     this.drawLegend();
   }
@@ -110,6 +118,39 @@ class HeatMap extends Figure {
     }
   }
 
+  // Outlines the cells beyond a limit, in the colour of its severity; dashed if a further condition must hold.
+  paintLimit(context, pixels, wide, high, [warn, fail, below, conditional]) {
+    for (const [name, value] of [['warn', warn], ['fail', fail]]) {
+      if (value === null) continue;
+      const outline = this.outline(pixels, wide, high, each => rank(each) === 1 && (below ? each < value : each > value));
+      context.setLineDash(conditional ? [4, 3] : []);
+      context.strokeStyle = '#fff'; context.lineWidth = 3.5; context.stroke(outline);
+      context.strokeStyle = LINES[name]; context.lineWidth = 1.8; context.stroke(outline);
+      context.setLineDash([]);
+    }
+  }
+
+  // The borders between pixels for which a condition holds and those for which it does not.
+  outline(pixels, wide, high, holds) {
+    const path = new Path2D(), unit = this.inner / wide, tall = this.height / high, inside = pixels.map(value => holds(value) ? 1 : 0);
+    const at = (x, y) => x >= 0 && x < wide && y >= 0 && y < high ? inside[y * wide + x] : 0;
+    for (let y = 0; y <= high; y++) for (let x = 0; x < wide; x++) {
+      if (at(x, y) === at(x, y - 1)) continue;
+      const from = x;
+      while (x + 1 < wide && at(x + 1, y) !== at(x + 1, y - 1)) x++;
+      const level = clamp(TOP + y * tall, TOP + 1, TOP + this.height - 1);
+      path.moveTo(LEFT + from * unit, level); path.lineTo(LEFT + (x + 1) * unit, level);
+    }
+    for (let x = 0; x <= wide; x++) for (let y = 0; y < high; y++) {
+      if (at(x, y) === at(x - 1, y)) continue;
+      const from = y;
+      while (y + 1 < high && at(x, y + 1) !== at(x - 1, y + 1)) y++;
+      const place = clamp(LEFT + x * unit, LEFT + 1, LEFT + this.inner - 1);
+      path.moveTo(place, TOP + from * tall); path.lineTo(place, TOP + (y + 1) * tall);
+    }
+    return path;
+  }
+
   drawRows(context) {
     const tall = this.height / this.rows;
     context.fillStyle = paint('soft');
@@ -130,13 +171,21 @@ class HeatMap extends Figure {
 
   drawLegend() {
     const legend = this.element.querySelector('.legend'), bar = make('canvas');
-    bar.width = 256; bar.height = 1;
-    const context = bar.getContext('2d'), image = context.createImageData(256, 1);
-    SCALE.forEach((colour, i) => image.data.set([...colour, 255], 4 * i));
-    context.putImageData(image, 0, 0);
+    const limits = this.data.limits || [], band = limits.length ? 6 : 0;
+    bar.width = 256; bar.height = 12 + band;
+    bar.style.height = `${bar.height / 1.5}px`;
+    const context = bar.getContext('2d');
+    (this.data.difference ? DIVERGING : SCALE).forEach((colour, i) => { context.fillStyle = `rgb(${colour})`; context.fillRect(i, 0, 1, 12); });
+    // Below the colours: which of them are healthy, and which are beyond a limit.
+    for (let i = 0; band && i < 256; i++) {
+      const part = this.from + (i + 0.5) / 256 * (this.to - this.from), value = this.data.log ? Math.exp(part) : part;
+      context.fillStyle = paint(this.severity(value) || 'good');
+      context.fillRect(i, 13, 1, 5);
+    }
     bar.setAttribute('aria-hidden', 'true');
     const parts = [make('span', '', (this.beyond[0] ? '≤ ' : '') + short(this.low, 3)), bar, make('span', '', (this.beyond[1] ? '≥ ' : '') + short(this.high, 3))];
     if (this.data.log) parts.push(make('span', '', 'log'));
+    if (limits.length) parts.push(make('span', 'healthy-key', 'within limits'));
     for (const [kind, name, pattern] of [[3, 'NaN', PATTERNS.nan], [2, 'infinite', PATTERNS.inf], [0, 'no value', null]]) {
       if (!this.kinds.has(kind)) continue;
       const key = make('canvas', 'key'), ink = key.getContext('2d');
@@ -150,6 +199,12 @@ class HeatMap extends Figure {
     legend.replaceChildren(...parts);
   }
 
+  // The gravest severity of a value by the limits, or null.
+  severity(value) {
+    const beyond = at => (this.data.limits || []).some(limit => limit[at] !== null && (limit[2] ? value < limit[at] : value > limit[at]));
+    return beyond(1) ? 'fail' : beyond(0) ? 'warn' : null;
+  }
+
   at(x, y) {
     const column = nearest(data.steps, this.step(x)), row = clamp(Math.floor((y - TOP) / this.height * this.rows), 0, this.rows - 1);
     return [column, row];
@@ -157,8 +212,9 @@ class HeatMap extends Figure {
 
   describe([column, row]) {
     const value = this.value(column, row), tall = this.height / this.rows;
+    const severity = rank(value) === 1 && this.severity(value), beyond = severity ? ` (beyond the ${severity === 'fail' ? 'failure' : 'warning'} limit)` : '';
     return {
-      step: data.steps[column], value: nothing(value) ? 'no value' : short(value, 3), layer: this.names[row],
+      step: data.steps[column], value: nothing(value) ? 'no value' : short(value, 3) + beyond, layer: this.names[row],
       x: this.x(data.steps[column]), y: TOP + (row + 0.5) * tall,
     };
   }

@@ -13,7 +13,7 @@ from omninorm.experiments.compare.cells import Cell, Measurement
 from omninorm.experiments.compare.factory import build_cell
 from omninorm.experiments.compare.protocols.common import plain, tokens_of
 from omninorm.experiments.corpus import Corpus, windows
-from omninorm.monitor.model_map.structure import find_blocks
+from omninorm.monitor.model_map.structure import find_structure
 
 
 def measure(cell: Cell, corpus: Corpus) -> Measurement:
@@ -26,7 +26,7 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
     config = plan.train
     started = time.perf_counter()
     model = build_cell(cell)
-    blocks = [block for _, block in find_blocks(model)]
+    blocks = [block.module for block in find_structure(model).blocks]
     if not blocks:
         remedy = "keep the blocks in an nn.ModuleList or an nn.Sequential, or do not use the protocol init"
         raise ConfigError(f"The protocol init needs a model with blocks, but {cell.model} has none", "", remedy)

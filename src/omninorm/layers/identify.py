@@ -27,7 +27,7 @@ from torch.nn.parameter import is_lazy
 
 from omninorm import functional
 from omninorm.config import CASTS
-from omninorm.surgery.report import check_model
+from omninorm.errors import InputError
 
 _ROWS = (3, 5)
 _FREE_WIDTH = 64  # of a norm without parameters
@@ -68,8 +68,8 @@ class Refusal:
     reason: str
 
 
-class _RefusedError(Exception):
-    pass
+class RefusedError(Exception):
+    """A module lacks a property of norms."""
 
 
 def identify(module: nn.Module) -> Identity | Refusal:
@@ -87,10 +87,11 @@ def identify(module: nn.Module) -> Identity | Refusal:
         >>> identify(nn.Linear(8, 8))
         Refusal(reason='its parameters are not vectors of one size')
     """
-    check_model(module)
+    if not isinstance(module, nn.Module):
+        raise InputError("model must be a torch.nn.Module", f"a {type(module).__name__}", "pass the model itself")
     try:
         return _Probe(module).identity()
-    except _RefusedError as refused:
+    except RefusedError as refused:
         return Refusal(str(refused))
 
 
@@ -102,7 +103,7 @@ class _Probe:
         try:
             self.module = copy.deepcopy(module).eval()
         except Exception as error:  # a module may hold anything
-            raise _RefusedError(f"it cannot be copied ({type(error).__name__})") from error
+            raise RefusedError(f"it cannot be copied ({type(error).__name__})") from error
         _forget_hooks(self.module)
         self.module.to(device="cpu", dtype=torch.float64)
         self.generator = torch.Generator().manual_seed(0)
@@ -120,7 +121,7 @@ class _Probe:
         gain_name, offset = self._name_of_gain(gain)
         bias_name = self._name_of_bias(bias)
         if not centered and bias_name is not None:
-            raise _RefusedError("it has a bias but does not subtract the mean")
+            raise RefusedError("it has a bias but does not subtract the mean")
         eps = self._eps(x, gain, bias, centered)
         kind = "layernorm" if centered else "rmsnorm"
         found = Identity(kind, self.width, eps, gain_name, offset, bias_name, None)
@@ -133,13 +134,13 @@ class _Probe:
                 y = self.module(x.clone())
         except Exception as error:  # whatever its forward needs
             said = f"{type(error).__name__}: {' '.join(str(error).split()):.120}"
-            raise _RefusedError(
+            raise RefusedError(
                 f"it cannot be called with a single tensor of shape {tuple(x.shape)} ({said})"
             ) from error
         if not isinstance(y, Tensor):
-            raise _RefusedError(f"it returns a {type(y).__name__}, not a tensor")
+            raise RefusedError(f"it returns a {type(y).__name__}, not a tensor")
         if y.shape != x.shape or not y.is_floating_point():
-            raise _RefusedError(f"it maps the shape {tuple(x.shape)} to {tuple(y.shape)} of {y.dtype}")
+            raise RefusedError(f"it maps the shape {tuple(x.shape)} to {tuple(y.shape)} of {y.dtype}")
         return y.double()
 
     # The probes, in the order of the module docstring ------------------------------------------------------------
@@ -147,31 +148,31 @@ class _Probe:
     def _check_rows(self, x: Tensor) -> None:
         y = self.run(x)
         if not y.isfinite().all():
-            raise _RefusedError("its outputs are not finite")
+            raise RefusedError("its outputs are not finite")
         if not torch.equal(y, self.run(x)):
-            raise _RefusedError("it returns different outputs for the same input")
+            raise RefusedError("it returns different outputs for the same input")
         other = x.clone()
         other[0] = x[0].flip(0) * 3
         if not self._close(self.run(other)[1:], y[1:]):
-            raise _RefusedError(
+            raise RefusedError(
                 "a row's output depends on other rows, so it does not normalize the last dimension alone"
             )
         if not self._close(self.run(x * 2**10), y):
-            raise _RefusedError("its output grows with its input, so it does not normalize")
+            raise RefusedError("its output grows with its input, so it does not normalize")
 
     def _bias(self, x: Tensor) -> Tensor:
         """Return β, from the even part."""
         even = (self.run(x) + self.run(-x)) / 2
         if not self._close(even, even[:1, :1].expand_as(even), like=self.run(x)):
-            raise _RefusedError("f(−x) is not −f(x) plus a constant bias")
+            raise RefusedError("f(−x) is not −f(x) plus a constant bias")
         return even.flatten(0, -2).mean(0)
 
     def _gain(self, x: Tensor, bias: Tensor, centered: bool) -> Tensor:
         """Return γ, the same for all rows."""
-        normed, odd = _normalize(x, centered), self.run(x) - bias
+        normed, odd = normalize(x, centered), self.run(x) - bias
         gain = (odd * normed).flatten(0, -2).sum(0) / normed.square().flatten(0, -2).sum(0)
         if not self._close(gain * normed, odd):
-            raise _RefusedError("it is neither RMSNorm nor LayerNorm over the last dimension, times a gain")
+            raise RefusedError("it is neither RMSNorm nor LayerNorm over the last dimension, times a gain")
         return gain
 
     def _name_of_gain(self, gain: Tensor) -> tuple[str | None, float]:
@@ -181,7 +182,7 @@ class _Probe:
                     return name, offset
         if self._close(gain, torch.ones_like(gain)):
             return None, 0.0
-        raise _RefusedError("its gain is neither a parameter, nor one plus a parameter, nor 1")
+        raise RefusedError("its gain is neither a parameter, nor one plus a parameter, nor 1")
 
     def _name_of_bias(self, bias: Tensor) -> str | None:
         for name, parameter in self.module.named_parameters(recurse=False):
@@ -189,7 +190,7 @@ class _Probe:
                 return name
         if float(bias.abs().max()) <= _CLOSE:
             return None
-        raise _RefusedError("its bias is not a parameter")
+        raise RefusedError("its bias is not a parameter")
 
     def _eps(self, x: Tensor, gain: Tensor, bias: Tensor, centered: bool) -> float | None:
         """Return ε, measured at rows whose mean square is near it and checked at four sizes."""
@@ -208,18 +209,8 @@ class _Probe:
             return 0.0
         found = sorted(eps for _, eps in near)[len(near) // 2]
         if any(abs(m + found - whole) > 1e-3 * whole for m, whole in measured if m > 1e-3 * found):
-            raise _RefusedError("its ε is not added to the mean square under the root")
-        return self._exact_eps(found)
-
-    def _exact_eps(self, found: float) -> float | None:
-        """Return the exact value: an attribute of the module, the machine epsilon, or a number of three digits."""
-        known = [value for value in vars(self.module).values() if isinstance(value, float)]
-        if abs(found - torch.finfo(torch.float64).eps) < _EPS_CLOSE * found and found not in known:
-            return None
-        for value in [*known, float(f"{found:.2e}")]:
-            if abs(value - found) <= _EPS_CLOSE * found:
-                return value
-        raise _RefusedError(f"its ε, about {found:.6g}, cannot be determined exactly")
+            raise RefusedError("its ε is not added to the mean square under the root")
+        return exact_eps(self.module, found)
 
     def _cast(self, found: Identity) -> str | None:
         """Return the order of rounding that a bfloat16 copy follows, or None."""
@@ -256,23 +247,34 @@ def apply(found: Identity, module: nn.Module, x: Tensor, cast: str) -> Tensor:
 def _width(module: nn.Module) -> int | None:
     """Return the size of a module's parameter vectors; None without parameters."""
     if any(True for _ in module.children()):
-        raise _RefusedError("it contains other modules")
+        raise RefusedError("it contains other modules")
     parameters = list(module.parameters())
     for parameter in parameters:
         if is_lazy(parameter) or parameter.is_meta:
-            raise _RefusedError("its parameters have no values yet")
+            raise RefusedError("its parameters have no values yet")
         if not parameter.is_floating_point():
-            raise _RefusedError(f"its parameters are {parameter.dtype}, so it is quantized")
+            raise RefusedError(f"its parameters are {parameter.dtype}, so it is quantized")
     sizes = {tuple(parameter.shape) for parameter in parameters}
     if not sizes:
         shape = getattr(module, "normalized_shape", None)
         return int(shape[0]) if isinstance(shape, tuple) and len(shape) == 1 else None
     if len(sizes) > 1 or len(next(iter(sizes))) != 1 or next(iter(sizes))[0] < 2:
-        raise _RefusedError("its parameters are not vectors of one size")
+        raise RefusedError("its parameters are not vectors of one size")
     return int(next(iter(sizes))[0])
 
 
-def _normalize(x: Tensor, centered: bool) -> Tensor:
+def exact_eps(module: nn.Module, found: float) -> float | None:
+    """Return the exact value: an attribute of the module, the machine epsilon, or a number of three digits."""
+    known = [value for value in vars(module).values() if isinstance(value, float)]
+    if abs(found - torch.finfo(torch.float64).eps) < _EPS_CLOSE * found and found not in known:
+        return None
+    for value in [*known, float(f"{found:.2e}")]:
+        if abs(value - found) <= _EPS_CLOSE * found:
+            return value
+    raise RefusedError(f"its ε, about {found:.6g}, cannot be determined exactly")
+
+
+def normalize(x: Tensor, centered: bool) -> Tensor:
     """Return x̂ in float64, without ε."""
     if centered:
         x = x - x.mean(-1, keepdim=True)

@@ -1,6 +1,6 @@
-"""Intercepts scaled_dot_product_attention and softmax while a watch is open.
+"""Intercepts functions of torch while a watch is open: attention, softmax, functional norms and reciprocal roots.
 
-Their arguments are what attention really uses, after position encoding, norms and scale, in any architecture. A
+The arguments of attention are what it really uses, after position encoding, norms and scale, in any architecture. A
 torch-function mode would intercept every other use of a tensor as well, and Dynamo cannot trace through one. All open
 watches share one set of wrappers, which is removed with the last watch.
 """
@@ -18,10 +18,18 @@ from torch.compiler import is_compiling
 
 
 class Listener(NamedTuple):
-    """Callbacks: `attention(query, key, mask, is_causal, scale)`, also while tracing, and `softmax(logits, dim)`."""
+    """Callbacks: `attention(query, key, mask, is_causal, scale)` and `norm(x, node, y)`, also while tracing;
+    `softmax(logits, dim)` and `root(x)`.
+
+    `node` is the autograd node of x before the call. `norms`: whether `norm` and `root` are called at all; functional
+    norms are of interest only in models some of whose blocks contain no norm module.
+    """
 
     attention: Callable[[Tensor, Tensor, Tensor | None, bool, float | None], None]
     softmax: Callable[[Any, Any], None]
+    norm: Callable[[Tensor, Any, Tensor], None]
+    root: Callable[[Tensor], None]
+    norms: bool = False
 
 
 class _Wrapped(NamedTuple):
@@ -36,6 +44,21 @@ class _Wrapped(NamedTuple):
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _SOFTMAX = (torch, F, Tensor)
+# Functions that normalize rows, and those from which norms are written: 1/√(mean(x²) + ε) has one element for each row.
+_NORMS: tuple[tuple[Any, str], ...] = (
+    (F, "rms_norm"),
+    (F, "layer_norm"),
+    (F, "normalize"),
+    (torch, "rms_norm"),
+    (torch, "layer_norm"),
+)
+_ROOTS: tuple[tuple[Any, str], ...] = (
+    (torch, "rsqrt"),
+    (Tensor, "rsqrt"),
+    (torch, "sqrt"),
+    (Tensor, "sqrt"),
+    (Tensor, "norm"),
+)
 _listeners: list[Listener] = []
 _wrapped: list[_Wrapped] = []
 _period = 0  # wrappers from an earlier period, which other wrappers may still call, do nothing
@@ -47,6 +70,8 @@ def listening(listener: Listener) -> Iterator[None]:
     """Call `listener` before each attention inside the block."""
     if not _listeners:
         _wrap()
+    if listener.norms and not any(each.norms for each in _listeners):
+        _wrap_norms()
     _listeners.append(listener)
     try:
         yield
@@ -60,6 +85,13 @@ def _wrap() -> None:
     _put(F, "scaled_dot_product_attention", _intercepted_attention)
     for owner in _SOFTMAX:
         _put(owner, "softmax", _intercepted_softmax)
+
+
+def _wrap_norms() -> None:
+    for owner, name in _NORMS:
+        _put(owner, name, _intercepted_norm)
+    for owner, name in _ROOTS:
+        _put(owner, name, _intercepted_root)
 
 
 def _put(owner: Any, name: str, wrap: Callable[[Any, int], Any]) -> None:
@@ -109,3 +141,43 @@ def _intercepted_softmax(original: Any, period: int) -> Any:
             _depth -= 1
 
     return softmax
+
+
+def _intercepted_norm(original: Any, period: int) -> Any:
+    def norm(*args: Any, **kwargs: Any) -> Any:
+        global _depth
+        wanted = [] if _depth or _period != period else [each for each in _listeners if each.norms]
+        x = args[0] if args else kwargs.get("input")
+        if not wanted or not isinstance(x, Tensor):
+            return original(*args, **kwargs)
+        if is_compiling():
+            y = original(*args, **kwargs)
+            for listener in wanted:
+                listener.norm(x, None, y)
+            return y
+        _depth += 1  # F.rms_norm calls torch.rms_norm
+        try:
+            node = x.grad_fn
+            y = original(*args, **kwargs)
+            if isinstance(y, Tensor):
+                for listener in wanted:
+                    listener.norm(x, node, y)
+            return y
+        finally:
+            _depth -= 1
+
+    norm.__name__ = getattr(original, "__name__", "norm")
+    return norm
+
+
+def _intercepted_root(original: Any, period: int) -> Any:
+    def root(*args: Any, **kwargs: Any) -> Any:
+        y = original(*args, **kwargs)
+        if _period == period and not is_compiling() and not _depth and isinstance(y, Tensor) and y.shape[-1:] == (1,):
+            for listener in _listeners:
+                if listener.norms:
+                    listener.root(y)
+        return y
+
+    root.__name__ = getattr(original, "__name__", "root")
+    return root

@@ -1,0 +1,264 @@
+"""Collects the facts of each step and each sample for the rules that check them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.utils.hooks import RemovableHandle
+
+from omninorm.monitor.checks.checksum import checksum, tensors_in
+from omninorm.monitor.checks.cleared import Cleared
+from omninorm.monitor.checks.clipping import Clipping, totals
+from omninorm.monitor.checks.facts import NoGradient, SampleChecks, StepChecks
+from omninorm.monitor.checks.identity import Identity
+from omninorm.monitor.checks.missing import Missing, Ran
+from omninorm.monitor.checks.replicas import Replicas, are_replicated
+from omninorm.monitor.checks.rounding import Rounding
+from omninorm.monitor.hooks.hook import Hook, QuietHook
+from omninorm.monitor.hooks.training_pass import in_backward, safely
+from omninorm.monitor.model_map.structure import Structure
+from omninorm.monitor.probes.gradients import Gradients
+from omninorm.monitor.probes.optimizer import rates
+from omninorm.monitor.stats_buffer import UNSEEN, Row, StatsBuffer
+
+
+@dataclass
+class _Raw:
+    """What the host notes during a step."""
+
+    without: frozenset[int] | None = None  # parameters without a gradient; None if no backward pass was seen
+    absent: frozenset[int] | None = None  # trainable ones that had none at the optimizer's step either
+    expected: frozenset[int] = frozenset()  # trainable parameters of the optimizers
+    stepped: bool = False
+    emptied: bool | None = None  # whether no optimizer found a gradient; None before the first
+    rates: tuple[float, ...] = ()
+    moved: bool = False
+
+
+class Checks:
+    """The checks of one watch.
+
+    Args:
+        named: all parameters.
+        groups: each group's parameters, as indices into `named`.
+        sentinels: the names of the modules that are checked in every step, and how many of them are outside the blocks.
+        failed: called with a monitoring error.
+        every: the steps between samples.
+        done: the number of steps done before.
+        scaler: the GradScaler, if there is one.
+        replicas: whether all processes should have equal weights.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        named: Sequence[tuple[str, nn.Parameter]],
+        groups: Mapping[str, Sequence[int]],
+        sentinels: tuple[Sequence[str], int],
+        buffer: StatsBuffer,
+        optimizers: Sequence[torch.optim.Optimizer],
+        gradients: Gradients,
+        failed: Callable[[Exception], None],
+        *,
+        every: int = 1,
+        done: int = 0,
+        scaler: Any = None,
+        replicas: bool = True,
+    ) -> None:
+        self._structure, self._groups, self._buffer, self._optimizers = structure, groups, buffer, optimizers
+        self._names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        self._sentinels, self._failed, self._scaler, self._gradients = sentinels[0], failed, scaler, gradients
+        gains = {id(norm.gain) for norm in structure.norms if norm.gain is not None}
+        self._gains = [at for at, parameter in enumerate(self._parameters) if id(parameter) in gains]
+        self._missing = Missing(structure, self._names, self._parameters, sentinels[0][: sentinels[1]])
+        self._identity = Identity(structure.model, named, optimizers)
+        self._clipping = Clipping(self._parameters, buffer.device)
+        self._rounding = Rounding(self._parameters)
+        self._cleared = Cleared([], buffer.device)
+        self._replicas = Replicas(structure.model, named, groups) if replicas and are_replicated() else None
+        self._held: dict[int, tuple[tuple[int, ...], frozenset[int]]] = {}
+        self._versions: list[int] = []
+        self._now, self._steps = _Raw(), list[_Raw]()
+        self._done, self._every, self._sampled, self._samples = done, every, done, 0
+        gradients.on_begin, gradients.on_end = self._backward_begins, self._backward_ends
+
+    # Hooks ------------------------------------------------------------------------------------------------------------
+
+    def attach(self, compiled: bool) -> list[RemovableHandle]:
+        """Register hooks on the optimizers and the model's input, after those of Gradients and OptimizerWatch."""
+        self._cleared = Cleared(self._gradients.first, self._buffer.device)
+        model = self._structure.model
+        hook = (QuietHook if compiled else Hook)(self._see_inputs, model)
+        handles = [model.register_forward_pre_hook(hook, with_kwargs=True)] if self._structure.blocks else []
+        for optimizer in self._optimizers:
+            before = lambda it, *_: safely(lambda: self._before_step(it), self._failed)  # noqa: E731
+            after = lambda it, *_: safely(lambda: self._after_step(it), self._failed)  # noqa: E731
+            handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        return handles
+
+    def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Add the checksum of the inputs in some steps."""
+        if is_compiling() or not self._is_due() or in_backward() or not torch.is_grad_enabled():
+            return
+        tensors = list(tensors_in([args, kwargs]))
+        if tensors:
+            safely(lambda: self._buffer.add_fact("batch", checksum(tensors)), self._failed)
+
+    def _is_due(self) -> bool:
+        """Return whether the inputs of this step are checked: in sampled steps, in those after them, and in one whose
+        distance changes, because data may repeat after as many steps as lie between two samples."""
+        distance = self._done + 1 - self._sampled
+        return self._buffer.sampling or distance in (1, 2 + self._samples % max(1, self._every - 2))
+
+    def _backward_begins(self) -> None:
+        self._cleared.backward_begins()
+
+    def _backward_ends(self) -> None:
+        self._cleared.backward_ends()
+        without, now = self._gradients.without, self._now
+        absent = frozenset(at for at in without if self._parameters[at].requires_grad)
+        now.absent = absent if now.absent is None else now.absent & absent
+        now.without = without
+
+    def _ids(self, optimizer: torch.optim.Optimizer) -> frozenset[int]:
+        """Return the ids of the optimizer's parameters."""
+        sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
+        known = self._held.get(id(optimizer))
+        if known is None or known[0] != sizes:
+            known = sizes, frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
+            self._held[id(optimizer)] = known
+        return known[1]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        now = self._now
+        now.rates += tuple(rates(optimizer))
+        held = self._ids(optimizer)
+        if now.emptied is not False:
+            now.emptied = all(p.grad is None for p in self._parameters if id(p) in held)
+        if now.absent:
+            now.absent = frozenset(at for at in now.absent if self._parameters[at].grad is None)
+        if self._buffer.sampling:
+            self._clipping.before_step(held)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        held, now = self._ids(optimizer), self._now
+        now.stepped = True
+        if now.absent:
+            now.expected |= self._trainable(held)
+        self._cleared.stepped(held)
+        if self._buffer.sampling:
+            self._rounding.after_step(optimizer, held, self._done + 1)
+
+    def _trainable(self, held: frozenset[int] | None) -> frozenset[int]:
+        return frozenset(
+            at for at, p in enumerate(self._parameters) if p.requires_grad and (held is None or id(p) in held)
+        )
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def end_step(self) -> None:
+        """Note the facts of this step. Call it before the buffer's row ends."""
+        now, self._now = self._now, _Raw()
+        self._steps.append(now)
+        self._done += 1
+        if not self._optimizers:
+            self._cleared.stepped(None)
+        if now.absent and not now.expected:
+            held = frozenset().union(*map(self._ids, self._optimizers)) if self._optimizers else None
+            now.expected = self._trainable(held)
+        kept, self._cleared.kept = self._cleared.kept, None
+        if kept is not None:
+            self._buffer.add_fact("kept", kept)
+        held = frozenset().union(*map(self._ids, self._optimizers))
+        versions = [p._version for p in self._gradients.first if id(p) in held]
+        now.moved = not now.stepped and len(versions) == len(self._versions) and versions != self._versions
+        self._versions = versions
+        if self._buffer.sampling:
+            self._sampled, self._samples = self._done, self._samples + 1
+
+    def of_steps(self, rows: Sequence[Row]) -> list[StepChecks | None]:
+        """Return the facts of the steps since the last call, whose rows are given; None if an error lost some."""
+        steps, self._steps = self._steps, []
+        if len(steps) != len(rows):
+            return [None] * len(rows)
+        gone = self._identity.gone() if any(raw.absent for raw in steps) else frozenset[int]()
+        for raw in steps:
+            raw.expected -= gone
+        return [self._of_step(raw, row) for raw, row in zip(steps, rows, strict=True)]
+
+    def _of_step(self, raw: _Raw, row: Row) -> StepChecks:
+        kept = row.facts["kept"]
+        return StepChecks(
+            optimizer=bool(self._optimizers),
+            scaler=self._scaler is not None,
+            received=raw.without is not None and len(raw.without) < len(self._names),
+            stepped=raw.stepped,
+            emptied=bool(raw.emptied) and raw.without is not None and len(raw.without) < len(self._names),
+            overflowed=self._overflowed(raw, row),
+            no_gradient=(*self._no_gradient(raw, row), *self._zero_gradient(raw, row)),
+            kept=kept if kept is None or 0.0 < kept < float("inf") else None,
+            rates=raw.rates,
+            moved=raw.moved,
+            batch=row.facts["batch"],
+        )
+
+    def _overflowed(self, raw: _Raw, row: Row) -> str | None:
+        """Return the parameter with which scaled gradients stopped being finite; backward runs from the last one."""
+        if self._scaler is None or raw.without is None:
+            return None
+        places = [at for at, norm in enumerate(row.gradients) if norm == UNSEEN and at not in raw.without]
+        return self._names[places[-1]] if places else None
+
+    def _no_gradient(self, raw: _Raw, row: Row) -> tuple[NoGradient, ...]:
+        if not raw.absent:
+            return ()
+        return self._missing.find(raw.absent & raw.expected, raw.expected, self._ran(row))
+
+    def _zero_gradient(self, raw: _Raw, row: Row) -> tuple[NoGradient, ...]:
+        """Return blocks whose gradients are exactly 0 while other gradients are not."""
+        if 0.0 not in row.gradients or not any(norm > 0.0 for norm in row.gradients):
+            return ()
+        return tuple(
+            NoGradient(block.name, "zero", (block.name,), len(self._groups[block.name]))
+            for block in self._structure.blocks
+            if all(row.gradients[at] in (0.0, UNSEEN) for at in self._groups[block.name])
+            and any(row.gradients[at] == 0.0 for at in self._groups[block.name])
+        )
+
+    def _ran(self, row: Row) -> Ran:
+        order: dict[str, int] = {}
+        for sentinel, place in self._buffer.order.items():
+            if row.sentinels[sentinel] != UNSEEN:
+                name = self._sentinels[sentinel]
+                order[name] = min(place, order.get(name, place))
+        return Ran(order)
+
+    # Samples ----------------------------------------------------------------------------------------------------------
+
+    def measure(self) -> dict[str, Tensor]:
+        """Return the tensors of a sampled step, to be copied to the host."""
+        found = self._rounding.take()
+        clipped = self._clipping.take()
+        sums = None if self._replicas is None else self._replicas.measure()
+        extra = {"at_step": clipped, "replicas": sums, "scale": self._buffer.scale}
+        return found | {name: tensor.reshape(-1) for name, tensor in extra.items() if tensor is not None}
+
+    def of_sample(self, step: int, row: Row, numbers: dict[str, list[float]]) -> SampleChecks:
+        """Return the facts of a sampled step, from its row and the numbers of `measure`, which are removed."""
+        names = ("stayed", "live", "at_step", "replicas", "scale")
+        stayed, live, at_step, sums, scale = (numbers.pop(name, None) for name in names)
+        lost = (
+            None if stayed is None or live is None else self._rounding.result(stayed, live, self._groups, self._gains)
+        )
+        return SampleChecks(
+            norms=totals(row.gradients, at_step),
+            stale=self._identity.compare(),
+            lost=lost,
+            replicas=() if self._replicas is None or sums is None else self._replicas.exchange(step, sums),
+            scale=None if scale is None else scale[0],
+        )

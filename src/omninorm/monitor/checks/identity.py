@@ -1,0 +1,64 @@
+"""Detects parameters that were replaced, added or removed, and optimizers that hold other tensors than the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from omninorm.kernels.distributed import is_distributed
+from omninorm.monitor.checks.facts import Stale
+
+
+class Identity:
+    """Compares the model's parameters with those at the beginning."""
+
+    def __init__(
+        self, model: nn.Module, named: Sequence[tuple[str, nn.Parameter]], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
+        self._model, self._before, self._optimizers = model, dict(named), optimizers
+        # FSDP puts gathered parameters in place of the sharded ones, and back.
+        self._known = not any(is_distributed(parameter) for _, parameter in named)
+
+    def compare(self) -> Stale | None:
+        """Return what differs; None if nothing does."""
+        if not self._known:
+            return None
+        now = dict(self._model.named_parameters())
+        replaced = [name for name, parameter in now.items() if self._before.get(name, parameter) is not parameter]
+        added = [name for name in now if name not in self._before]
+        removed = [name for name in self._before if name not in now]
+        foreign = self._foreign(now)
+        if not (replaced or added or removed or foreign):
+            return None
+        held = self.held()
+        candidates = now if foreign else [*replaced, *added]
+        unheld = [name for name in candidates if now[name].requires_grad and id(now[name]) not in held]
+        if not self._optimizers:
+            unheld = []
+        return Stale(tuple(replaced), tuple(added), tuple(removed), tuple(unheld), foreign)
+
+    def gone(self) -> frozenset[int]:
+        """Return the indices of the parameters at the beginning that are no longer in the model."""
+        if not self._known:
+            return frozenset()
+        now = {id(parameter) for parameter in self._model.parameters()}
+        return frozenset(at for at, parameter in enumerate(self._before.values()) if id(parameter) not in now)
+
+    def held(self) -> set[int]:
+        """Return the ids of all tensors in the optimizers."""
+        return {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+
+    def _foreign(self, now: dict[str, nn.Parameter]) -> int:
+        """Return how many tensors the optimizers hold that are not the model's, while trainable parameters of the same
+        shapes are in no optimizer; 0 if one of them has no such counterpart."""
+        held = [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
+        ours = {id(parameter) for parameter in now.values()}
+        strangers = Counter(tuple(p.shape) for p in held if id(p) not in ours)
+        if not strangers:
+            return 0
+        ids = {id(p) for p in held}
+        missing = Counter(tuple(p.shape) for p in now.values() if p.requires_grad and id(p) not in ids)
+        return 0 if strangers - missing else strangers.total()

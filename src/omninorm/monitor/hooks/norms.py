@@ -1,0 +1,163 @@
+"""Hooks on norm modules, and the interception of norms that are written as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from omninorm.kernels import probe
+from omninorm.layers.recognize import gate_of, place_of
+from omninorm.monitor.hooks.compiled import CompiledProbe
+from omninorm.monitor.hooks.training_pass import in_backward
+from omninorm.monitor.model_map.norms import Norm
+from omninorm.monitor.model_map.residual import node_of
+from omninorm.monitor.model_map.structure import Structure
+from omninorm.monitor.probes.norm import NormCall, NormProbe, hook_examples
+from omninorm.monitor.stats_buffer import StatsBuffer
+from omninorm.monitor.tensors import first_tensor
+
+if TYPE_CHECKING:
+    from omninorm.monitor.hooks.attach import Hooks
+
+# A norm that is running: its input, the input's autograd node, its gate, and the call if it is omninorm's.
+Call = tuple[Tensor, Any, Tensor | None, NormCall | None]
+
+
+class NormHooks:
+    """The hooks of all norms of a model."""
+
+    def __init__(self, hooks: Hooks, structure: Structure, buffer: StatsBuffer) -> None:
+        self._hooks, self._buffer = hooks, buffer
+        self._calls: list[list[Call]] = []
+        with_norms = {norm.facts.block for norm in structure.norms}
+        self._without = set(range(len(structure.blocks))) - with_norms
+        self._seen: dict[int, CompiledProbe] = {}
+
+    @property
+    def are_missing(self) -> bool:
+        """Whether a block contains no norm module, so that functional norms are of interest."""
+        return bool(self._without)
+
+    def clear(self) -> None:
+        """Clear what an exception in a forward pass may have left."""
+        for calls in self._calls:
+            calls.clear()
+        probe.current = None
+
+    def attach(self, norm: Norm, site: NormProbe) -> None:
+        calls: list[Call] = []
+        self._calls.append(calls)
+        hooks, block, gate = self._hooks, norm.facts.block, _Gate(norm)
+
+        def see(x: Tensor, y: Tensor | None = None, of_gate: Tensor | None = None) -> None:
+            site.see_if_sampled(x, of_gate)
+            if self._buffer.sampling and block is not None and y is not None:
+                hooks.placements.graph_norm(block, x, y)
+
+        traced, tapped = hooks.trace(see), hooks.trace(site.see_output_if_sampled)
+
+        def before(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+            if is_compiling() or not self._buffer.sampling:
+                return
+            x = first_tensor([*args, *kwargs.values()])
+            counts = hooks.gate.is_open()
+            if x is None or not (counts or in_backward()):
+                return
+            call = NormCall(site, x.shape, counts, hooks.safely) if norm.facts.ours else None
+            probe.current = call
+            calls[:] = [(x, node_of(x), gate.of(args, kwargs), call)]  # one that is still there ended in an exception
+
+        def after(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
+            if is_compiling():
+                x = first_tensor([*args, *kwargs.values()])
+                if x is not None:
+                    of_gate = gate.of(args, kwargs)
+                    gates = [] if of_gate is None or not isinstance(output, Tensor) else [of_gate]
+                    hooks.put(traced, x, *([output] if isinstance(output, Tensor) else []), *gates)
+                # The backward pass of an omninorm norm is a separate operator anyway, so this costs no fusion.
+                grown = isinstance(output, Tensor) and torch.is_grad_enabled() and norm.facts.ours and site.trainable
+                return tapped.tap(output, keep=True) if grown else None
+            if calls:
+                probe.current = None
+                self._end(norm, site, calls.pop(), output)
+            return None
+
+        hooks.register(norm.module, before, after, with_kwargs=True)
+
+    def _end(self, norm: Norm, site: NormProbe, running: Call, output: Any) -> None:
+        """Measure a norm that has returned."""
+        x, node, gate, call = running
+        if not isinstance(output, Tensor):
+            return
+        hooks, block = self._hooks, norm.facts.block
+        if call is None or not call.reached:
+            if hooks.gate.is_open():
+                hooks.safely(lambda: site.see(x, gate))
+            hook_examples(site, output, hooks.safely)
+        if block is not None and hooks.gate.is_open():
+            outer = hooks.running[-1].x if hooks.running else None
+            hooks.placements.norm_called(block, x, output, outer, node)
+
+    # Functional norms ---------------------------------------------------------------------------------------------
+
+    def function(self, x: Tensor, node: Any, y: Tensor) -> None:
+        """Record a functional norm of the stream in a block that contains no norm module."""
+        if is_compiling():
+            block, shape = self._hooks.tracing_block or (-1, None)
+            if block in self._without and x.shape == shape and torch.is_grad_enabled():
+                self._probe(block).put([x, y])
+            return
+        running = self._running()
+        if running is not None and running[1] is not None and x.shape == running[1].shape:
+            node = node_of(x) if node is None else node
+            self._hooks.placements.norm_called(running[0], x, y, running[1], node)
+
+    def root(self, y: Tensor) -> None:
+        """Record a root with one element for each row of the stream."""
+        running = self._running()
+        if running is not None and running[1] is not None and y.shape[:-1] == running[1].shape[:-1]:
+            self._hooks.placements.inlined(running[0])
+
+    def prepare(self, blocks: int) -> None:
+        """Create the probes that compiled graphs call, before anything is traced."""
+        for block in range(blocks):
+            if block in self._without:
+                self._probe(block)
+
+    def _probe(self, block: int) -> CompiledProbe:
+        if block not in self._seen:
+            placements, buffer = self._hooks.placements, self._buffer
+
+            def see(x: Tensor, y: Tensor) -> None:
+                if buffer.sampling:
+                    placements.graph_norm(block, x, y)
+
+            self._seen[block] = self._hooks.trace(see)
+        return self._seen[block]
+
+    def _running(self) -> tuple[int, Tensor | None] | None:
+        """Return the index and input of the running block, if it contains no norm module and is measured."""
+        hooks = self._hooks
+        if not self._buffer.sampling or not hooks.running or not hooks.gate.is_open() or not hooks.is_own_thread():
+            return None
+        running = hooks.running[-1]
+        return (running.block, running.x) if running.block in self._without else None
+
+
+class _Gate:
+    """Finds the gate among the arguments of a norm's forward."""
+
+    def __init__(self, norm: Norm) -> None:
+        self._name, self._place = gate_of(norm.module) if norm.form.gate else None, 0
+        if self._name is not None:
+            self._place = place_of(norm.module, self._name)
+
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        if self._name is None:
+            return None
+        found = kwargs.get(self._name, args[self._place] if len(args) > self._place else None)
+        return found if isinstance(found, Tensor) else None

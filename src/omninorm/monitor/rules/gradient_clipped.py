@@ -1,0 +1,56 @@
+"""gradient-clipped: clipping shortens the gradient to less than a hundredth of its norm, all the time.
+
+Signal: the norm of the gradient at the optimizer's step and after the backward pass. Threshold: below 1 % in every
+sample, while the norm at the step stays the same up to 1 % [ours]. A gradient that is divided by a number of tokens
+shrinks as well, but its norm varies like that of the gradient.
+Persistence: 3 samples over 20 steps. It is a warning: Adam divides by the size of the gradient anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from omninorm.monitor.alarm import Alarm
+from omninorm.monitor.history import History, Sample
+from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.numbers import Streaks, factor
+
+SHARE, SAME = 0.01, 0.01
+SAMPLES, STEPS = 3, 20
+
+
+class GradientClipped(Rule):
+    """Reports the whole run."""
+
+    name = "gradient-clipped"
+    source = "the limit of 1 % of the norm is omninorm's own"
+
+    def __init__(self) -> None:
+        self._streaks = Streaks()
+        self._first = 0.0
+
+    def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
+        before, after = sample.checks.norms or (0.0, 0.0)
+        clipped = 0.0 < after < SHARE * before < float("inf")
+        if clipped and abs(after - self._first) > SAME * self._first:
+            self._streaks.end("clipped")
+            self._first = after
+        if self._streaks.lasts("clipped", clipped, sample.step, SAMPLES, STEPS):
+            evidence = (
+                f"Clipping leaves {100 * after / before:.2g} % of the gradient: its norm is {before:.3g} after the "
+            )
+            evidence += f"backward pass and {after:.3g} at the optimizer's step."
+            yield self.alarm(sample.step, "warn", None, evidence, self._remedy(history, after, before))
+
+    @staticmethod
+    def _remedy(history: History, after: float, before: float) -> str:
+        eps = history.facts.adam_eps
+        if eps is None:
+            return (
+                f"Raise max_norm to about {before:.1g}, the usual norm. Without Adam's normalization the updates are "
+                f"{factor(before / after)} times smaller than the learning rate suggests."
+            )
+        return (
+            f"Raise max_norm to about {before:.1g}, the usual norm. Adam undoes a constant factor, so this does little "
+            f"harm while the gradient's elements stay far above its ε of {eps:.0e}; but every batch counts the same."
+        )

@@ -1,0 +1,87 @@
+"""stale-parameters: the model's parameters, or its optimizer, are not those that are watched and trained.
+
+Signals: the identity of the model's parameters and of the tensors in the optimizers, compared with the beginning; and
+whether weights change although none of the optimizers makes a step. There is no threshold.
+Tensors that an optimizer holds instead of the model's own, and new parameters in no optimizer, are a "fail": they are
+not trained. Others are a warning that names what is no longer measured. Persistence: 5 steps if weights change without
+the optimizers' steps [ours]; otherwise none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from omninorm.monitor.alarm import Alarm
+from omninorm.monitor.checks.facts import Stale
+from omninorm.monitor.history import History, Sample, Step
+from omninorm.monitor.rules.base import Rule
+
+STEPS = 5
+
+
+class StaleParameters(Rule):
+    """Reports the smallest module that contains the parameters."""
+
+    name = "stale-parameters"
+    source = "exact: the identity of parameters"
+    explains = ("no-gradient", "steps-skipped", "no-progress")
+
+    def __init__(self) -> None:
+        self._moved = 0
+
+    def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
+        checks = step.checks
+        if checks is None:
+            return
+        if checks.stepped or checks.received:
+            self._moved = self._moved + 1 if checks.moved and not checks.stepped else 0
+        if self._moved >= STEPS:
+            evidence = (
+                f"The weights changed in the last {self._moved} steps, but none of the optimizers passed to watch "
+            )
+            evidence += "made a step: updates and learning rates are no longer measured."
+            remedy = "If the optimizer was replaced, close this Watch and open another with the new optimizer."
+            yield self.alarm(step.step, "warn", None, evidence, remedy)
+
+    def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
+        stale = sample.checks.stale
+        if stale is None:
+            return
+        if stale.foreign and not (stale.replaced or stale.added):
+            evidence = f"The optimizer holds {stale.foreign} tensors that are not parameters of the model, while the "
+            evidence += "model's own of the same shapes are in no optimizer and are not trained."
+            remedy = "Create the optimizer after the last change to the model: new modules, quantization, adapters."
+            yield self.alarm(sample.step, "fail", common(stale.unheld) or None, evidence, remedy)
+        elif stale.unheld:
+            layer = common(stale.unheld)
+            evidence = (
+                f"{len(stale.unheld)} parameters of {layer or 'the model'} were replaced or added after the watch "
+            )
+            evidence += "was opened and are in no optimizer: they are not trained."
+            remedy = "Add them to the optimizer, or create it again, then open another Watch."
+            yield self.alarm(sample.step, "fail", layer or None, evidence, remedy)
+        else:
+            yield self._explain_unmeasured(sample.step, stale)
+
+    def _explain_unmeasured(self, step: int, stale: Stale) -> Alarm:
+        names = [*stale.replaced, *stale.added, *stale.removed]
+        counts = [(len(stale.replaced), "replaced"), (len(stale.added), "added"), (len(stale.removed), "removed")]
+        what = ", ".join(f"{count} {verb}" for count, verb in counts if count)
+        layer = common(names)
+        evidence = f"Parameters of {layer or 'the model'} changed after the watch was opened: {what}. The new ones are "
+        evidence += "not measured."
+        remedy = "If this is intended, close this Watch and open another, with step= to continue the record."
+        return self.alarm(step, "warn", layer or None, evidence, remedy)
+
+
+def common(names: Sequence[str]) -> str:
+    """Return the smallest module that contains all parameters of these names; "" for the model."""
+    if len(names) == 1:
+        return names[0]
+    parts = [name.split(".")[:-1] for name in names]
+    shared = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared)
