@@ -19,7 +19,7 @@ from omninorm.layers.recognize import ACTIVATIONS
 from omninorm.monitor.hooks.training_pass import in_backward
 from omninorm.monitor.model_map.norms import Norm
 from omninorm.monitor.probes.block import some_of, some_rows
-from omninorm.monitor.probes.padding import Padding, mean_over
+from omninorm.monitor.probes.padding import Padding, weights_of
 from omninorm.monitor.stats_buffer import StatsBuffer
 from omninorm.monitor.tensors import whole
 
@@ -98,16 +98,29 @@ class NormProbe:
 
     def _add(self, square: Tensor, mean: Tensor | None, zero: Tensor, counts: Tensor | None) -> None:
         """Add the means over rows that count and are not zero; over all rows if none is left."""
-        counts = ~zero if counts is None else counts & ~zero
-        self.buffer.add("zero_rows", 0, zero.to(torch.float32).mean())
-        self.buffer.add("norm_ms", self.index, mean_over(square, counts))
+        if not self.norm.facts.block:  # the zero embeddings of padding reach the first block
+            self.buffer.add("zero_rows", 0, zero.to(torch.float32).mean())
+        mean_over = self._means(~zero if counts is None else counts & ~zero, square.dtype, counts is not None)
+        self.buffer.add("norm_ms", self.index, mean_over(square))
         spread = square
         if mean is not None:
             of_mean = mean.to(square.dtype).square()
             spread = (square - of_mean).clamp_min(0)
-            self.buffer.add("mean_share", self.index, mean_over(of_mean / square.clamp_min(1e-30), counts))
+            self.buffer.add("mean_share", self.index, mean_over(of_mean / square.clamp_min(1e-30)))
         if self.eps:
-            self.buffer.add("eps_share", self.index, mean_over(self.eps / (spread + self.eps), counts))
+            self.buffer.add("eps_share", self.index, mean_over(self.eps / (spread + self.eps)))
+
+    @staticmethod
+    def _means(counts: Tensor, dtype: torch.dtype, masked: bool) -> Callable[[Tensor], Tensor]:
+        """Return a function for the mean over rows that count. Rows of zeros are finite; masked rows may be NaN."""
+        counts = counts.flatten()
+        weights = weights_of(counts, dtype)
+
+        def mean(values: Tensor) -> Tensor:
+            values = values.flatten()
+            return torch.dot(torch.where(counts, values, 0) if masked else values, weights)
+
+        return mean
 
     def see_examples(self, gradients: Tensor) -> None:
         """Measure gradients (examples, d), each example's part of dγ. Their sum is the batch's gradient."""

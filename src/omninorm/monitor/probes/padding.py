@@ -64,7 +64,12 @@ class Padding:
 
 
 def mean_over(values: Tensor, counts: Tensor) -> Tensor:
-    """Return the mean of the values (rows,) of rows that count, or of all if none does."""
-    some = counts.any()
-    counts = counts | ~some
-    return torch.where(counts, values, 0).sum() / counts.sum()
+    """Return the mean of the values (rows,) of rows that count."""
+    return torch.dot(torch.where(counts, values, 0), weights_of(counts, values.dtype))
+
+
+def weights_of(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weights (rows,) of a mean over the rows that count, or over all if none does."""
+    # The small term is far below rounding, and what is left if no row counts.
+    weights = counts.to(dtype).add_(1e-30)
+    return weights / weights.sum()
