@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +74,9 @@ class NormHooks:
 
         def after(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
             if is_compiling():
-                x = first_tensor([*args, *kwargs.values()])
-                if x is not None:
-                    of_gate = gate.of(args, kwargs)
-                    gates = [] if of_gate is None or not isinstance(output, Tensor) else [of_gate]
-                    hooks.put(traced, x, *([output] if isinstance(output, Tensor) else []), *gates)
+                tensors = first_tensor([*args, *kwargs.values()]), output, gate.of(args, kwargs)
+                if tensors[0] is not None:
+                    hooks.put(traced, *itertools.takewhile(lambda each: isinstance(each, Tensor), tensors))
                 # The backward pass of an omninorm norm is a separate operator anyway, so this costs no fusion.
                 grown = isinstance(output, Tensor) and torch.is_grad_enabled() and norm.facts.ours and site.trainable
                 return tapped.tap(output, keep=True) if grown else None
