@@ -91,9 +91,11 @@ def fault(
     """Register a function as a fault."""
 
     def register(inject: Callable[[Training], None]) -> Callable[[Training], None]:
-        if name in FAULTS or family not in FAMILIES:
+        # pytest imports modules a second time to look for doctests, so the same function may be registered again.
+        known = FAULTS.get(name)
+        if family not in FAMILIES or (known and known.inject.__name__ != inject.__name__):
             raise ValueError(f"{name} is registered already, or {family} is not a family")
-        FAULTS[name] = Fault(name, family, inject, frozenset(causes), **options)
+        FAULTS.setdefault(name, Fault(name, family, inject, frozenset(causes), **options))
         return inject
 
     return register

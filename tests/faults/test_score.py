@@ -13,11 +13,12 @@ from faults import run as runs
 from faults.architectures import ARCHITECTURES, CALIBRATION, HELD_OUT
 from faults.baselines import first_nan, first_outlier
 from faults.board import BEFORE, PAGE, RESULTS, packed, read_results
-from faults.faults import load_faults
+from faults.faults import fault, load_faults
 from faults.page import page, text_of
 from faults.plan import SEEDS, faulty_cases, grouped, healthy_cases, selected
 from faults.run import Case, has_effect
 from faults.score import health, is_layer, judge, outlier_recall, score
+from faults.training import Training
 
 FAULT = "attention silent later"  # causes: branch-silent, odd-block; it has a layer
 NAN = "NaN in a weight"
@@ -181,6 +182,16 @@ def test_board_is_as_large_as_promised() -> None:
     assert len(healthy_cases()) >= 200
     for split in (CALIBRATION, HELD_OUT):
         assert sum(a.split == split for a in ARCHITECTURES.values()) >= 10
+
+
+def test_name_of_a_fault_is_used_once() -> None:
+    def another(training: Training) -> None:
+        """Do nothing."""
+
+    with pytest.raises(ValueError, match="registered already"):
+        fault(FAULT, "architecture", set())(another)
+    with pytest.raises(ValueError, match="not a family"):
+        fault("another", "weather", set())(another)
 
 
 def test_halves_share_neither_architectures_nor_seeds() -> None:

@@ -92,6 +92,32 @@ def test_detached_sublayer_is_named(part: str) -> None:
     assert first_of(train(model, optimizer, ordinary(model, optimizer))) == ("no-gradient", f"blocks.1.{part}", 2)
 
 
+class Core(nn.Module):
+    """The queries, keys and values of an attention, in a module of their own, as in BERT."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.q, self.k, self.v = attention.q, attention.k, attention.v
+
+
+@pytest.mark.parametrize(("names", "layer", "step"), [("qkv", "core", 2), ("q", "core.q", 20)])
+def test_detached_part_of_an_attention_is_named(names: str, layer: str, step: int) -> None:
+    model = decoder()
+    for block in model.blocks:
+        block.attention.core = Core(block.attention)
+        for name in "qkv":
+            delattr(block.attention, name)
+            block.attention.__dict__[name] = getattr(block.attention.core, name)
+    for name in names:
+        getattr(model.blocks[1].attention.core, name).register_forward_hook(
+            lambda module, args, output: output.detach()
+        )
+    optimizer = adamw(model)
+    (alarm,) = train(model, optimizer, ordinary(model, optimizer))
+    assert (alarm.rule, alarm.layer, alarm.step) == ("no-gradient", f"blocks.1.attention.{layer}", step)
+    assert alarm.severity == ("fail" if step == 2 else "warn")
+
+
 def test_part_detached_during_the_run_is_named_at_the_next_sample() -> None:
     model = decoder()
     optimizer = adamw(model)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omninorm.config import read_count
 from omninorm.errors import ConfigError, InputError
 from omninorm.monitor.alarm import Alarm
+from omninorm.monitor.history import Evaluation
 from omninorm.record import Record
 
 
@@ -93,6 +95,19 @@ def read_loss(loss: Tensor | float | None) -> Tensor | None:
         return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
     received = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
     raise InputError("The loss must be a real tensor, a number or None", received, "pass the loss of the step")
+
+
+def read_evaluation(loss: Tensor | float, step: int, name: str) -> Evaluation:
+    """Return the arguments of `Watch.log_eval`, checked.
+
+    Raises:
+        ConfigError: the step is not a whole number of 0 or more.
+        InputError: the loss is neither a real tensor nor a number.
+    """
+    value = read_loss(loss)
+    if value is None:
+        raise InputError("The loss must be a real tensor or a number", "None", "pass the loss of the evaluation")
+    return Evaluation(read_count("step", step, at_least=0), str(name), float(value.double().mean()))
 
 
 def printable(text: str) -> str:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import nn
 
 from omninorm.monitor.checks.facts import StepChecks
 from omninorm.monitor.history import NonFinite, Sample, Step
 from omninorm.monitor.model_map.structure import Structure
+from omninorm.monitor.probes.optimizer import decays
 from omninorm.monitor.stats_buffer import UNSEEN, Row
 
 Numbers = Sequence[float | None]
@@ -112,7 +117,7 @@ class SampleBuilder:
     """
 
     def __init__(self, structure: Structure, places: dict[str, list[int]], names: Sequence[str]) -> None:
-        self._places, self._names = places, names
+        self._places, self._names, self._norms = places, names, structure.norms
         self._noise = NoiseScale()
         matrices = {name for group in structure.groups.values() for name, tensor in group if tensor.ndim >= 2}
         self._matrices = {at for at, name in enumerate(names) if name in matrices}
@@ -160,7 +165,16 @@ class SampleBuilder:
         seen = {name: values for name, values in signals.items() if any(value is not None for value in values)}
         return Sample(step, seen, worst)
 
-    def decay(self, shares: Mapping[int, float]) -> list[float | None]:
+    def with_decay(
+        self, sample: Sample, parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> Sample:
+        """Return the sample with learning rate × weight decay of the groups' matrices and of the norms' gains."""
+        shares = decays(parameters, optimizers)
+        places = {id(parameter): at for at, parameter in enumerate(parameters)}
+        gains = [shares.get(places.get(id(norm.gain), -1)) for norm in self._norms]
+        return replace(sample, decay=self._decay(shares), gain_decay=gains)
+
+    def _decay(self, shares: Mapping[int, float]) -> list[float | None]:
         """Return the largest learning rate × weight decay of each group's matrices, given those of the parameters."""
         matrices = {at: share for at, share in shares.items() if at in self._matrices}
         return [

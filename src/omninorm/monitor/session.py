@@ -16,18 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.config import read_count
-from omninorm.errors import ConfigError, InputError, RunError
+from omninorm.errors import ConfigError, RunError
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.alarms import Judge
-from omninorm.monitor.arguments import check_places, printable, read_facts, read_loss, read_optimizers, uncovered
+from omninorm.monitor.arguments import (
+    check_places,
+    printable,
+    read_evaluation,
+    read_facts,
+    read_loss,
+    read_optimizers,
+    uncovered,
+)
 from omninorm.monitor.checks.collect import Checks
-from omninorm.monitor.history import Evaluation, Facts, History, Sample, Step
+from omninorm.monitor.history import Facts, History, Sample, Step
 from omninorm.monitor.hooks.attach import Hooks, cell_sizes, leaves, sentinel_names
 from omninorm.monitor.hooks.compiled import is_compiled
 from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.model_map.structure import Structure, find_structure, unwrap
 from omninorm.monitor.probes.gradients import Gradients
-from omninorm.monitor.probes.optimizer import OptimizerWatch, adam_eps, decays
+from omninorm.monitor.probes.optimizer import OptimizerWatch, adam_eps
 from omninorm.monitor.probes.padding import MASK, ZERO_ROWS
 from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_gains, measure_matrices
 from omninorm.monitor.reasons import not_seen
@@ -239,7 +247,7 @@ class Watch:
             values = dict(zip(names, numbers, strict=True))
             checked = self._checks.of_sample(self._done, rows[-1], values)
             sample = self._builder.build(self._done, cells, rows[-1], self._gains(values), values)
-            sample = replace(self._with_decay(sample), checks=checked)
+            sample = self._builder.with_decay(replace(sample, checks=checked), self._parameters, self._optimizers)
             self._write_sample(sample, steps[-1])
             alarms += self._judge.judge_sample(self.history)
         self._report_alarms(alarms)
@@ -254,12 +262,6 @@ class Watch:
 
     def _gains(self, values: dict[str, list[float]]) -> dict[str, list[float | None]]:
         return {name: [None if v == UNSEEN else v for v in values.pop(name)] for name in GAIN_SIGNALS}
-
-    def _with_decay(self, sample: Sample) -> Sample:
-        shares = decays(self._parameters, self._optimizers)
-        places = {id(parameter): at for at, parameter in enumerate(self._parameters)}
-        gains = [shares.get(places.get(id(norm.gain), -1)) for norm in self._structure.norms]
-        return replace(sample, decay=self._builder.decay(shares), gain_decay=gains)
 
     def _look_for_nonfinite(self, row: Row, step: int) -> None:
         found = first_nonfinite(row, step, self._sentinels, self._names, self._buffer.order)
@@ -282,15 +284,11 @@ class Watch:
         """
         if self._hooks is None:
             raise RunError("This Watch is not open", "", "call log_eval inside `with omninorm.watch(…) as w:`")
-        value = read_loss(loss)
-        if value is None:
-            raise InputError("The loss must be a real tensor or a number", "None", "pass the loss of the evaluation")
-        at = self._done if step is None else read_count("step", step, at_least=0)
+        evaluation = read_evaluation(loss, self._done if step is None else step, name)
         self.flush()
-        evaluation = Evaluation(at, str(name), float(value.double().mean()))
         self.history.evaluations.append(evaluation)
         self._append({"kind": "evaluation", **asdict(evaluation)})
-        self._to_sinks(lambda sink: sink.log(at, {f"{evaluation.name}/loss": evaluation.loss}))
+        self._to_sinks(lambda sink: sink.log(evaluation.step, {f"{evaluation.name}/loss": evaluation.loss}))
         self._report_alarms(self._judge.judge_evaluation(self.history))
 
     # Output ----------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def gradient_vanishes(training: Training) -> None:
     training.layers = (*(f"{blocks}.{each}" for each in range(index + 1)), *_before(training))
 
 
-@fault("gradient explodes in a block", FAMILY, {"depth-growth", "odd-block", "gradient-clipped"}, layered=True)
+@fault("gradient explodes in a block", FAMILY, {"depth-growth", "odd-block"}, layered=True)
 def gradient_explodes(training: Training) -> None:
     """The gradient is multiplied by 1,000 on its way through one block."""
     block, name = block_of(training)

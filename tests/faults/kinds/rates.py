@@ -37,7 +37,7 @@ def rate_zero(training: Training) -> None:
 @fault(
     "learning rate 1,000 times too low",
     FAMILY,
-    {"no-progress:Updates are only", "updates-lost", "learning-rate", "learning-rate-low"},
+    {"no-progress:Updates are", "updates-lost", "learning-rate", "learning-rate-low"},
     frozen=True,
 )
 def rate_low(training: Training) -> None:
@@ -48,7 +48,7 @@ def rate_low(training: Training) -> None:
 @fault(
     "updates of SGD too small",
     FAMILY,
-    {"no-progress:Updates are only", "updates-lost", "learning-rate", "learning-rate-low"},
+    {"no-progress:Updates are", "updates-lost", "learning-rate", "learning-rate-low"},
     frozen=True,
     variant="SGD",
 )

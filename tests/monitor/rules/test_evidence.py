@@ -60,7 +60,7 @@ CASES: dict[str, tuple[type[Rule], list[Signals], dict[str, Any], list[float], l
     ),
     "branch-silent, weak": (BranchSilent, [{"branch_ratio": layers(0.3, 0.0091)}] * 8, {}, [0.0091], [1]),
     "branch-silent, dead": (BranchSilent, [{"attention_ratio": layers(0.3, 2e-7)}] * 8, {}, [2e-7], [0]),
-    "dead-units": (DeadUnits, [{"dead_units": layers(0.0, 0.254)}] * 4, {}, [25, 0], []),
+    "dead-units": (DeadUnits, [{"dead_units": layers(0.0, 0.754)}] * 4, {}, [75, 0], []),
     # ln(200)/24 = 0.22
     "depth-growth": (
         DepthGrowth, [{"stream_rms": powers(200.0, 24)}] * 5, {"facts": facts(24)}, [200, 24, 0.22], [2],

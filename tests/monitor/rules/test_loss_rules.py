@@ -263,7 +263,7 @@ def test_tiny_updates_are_the_cause_if_two_samples_after_the_first_show_them() -
     tiny = "Updates are only 1e-07 of the weights"
     assert cause((40, 1e-7), (50, 1e-7), (60, 1e-7)) == tiny
     assert cause((2, 1e-7), (60, 1e-8)) == tiny
-    small = "Updates are small, only 1e-06 of the weights per step (1e-3 to 1e-2 is usual)"
+    small = "Updates are only 1e-06 of the weights per step (1e-3 to 1e-2 is usual)"
     assert cause((40, 1e-7), (50, 1e-6)) == small
     assert cause((40, 1e-7), (50, 2e-4)) == "The loss has not fallen"
     assert cause((1, 1e-7), (50, 1e-7)) == "The loss has not fallen"

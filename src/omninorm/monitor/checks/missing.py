@@ -132,7 +132,8 @@ class Missing:
             if big and all(ran.has(part) for part in big):
                 layer, kind = max(big, key=lambda part: len(self._inside(part))), "part"
             elif not big and len(covers) == 1 and all(self._has_siblings(block, part, expected) for part in cover):
-                layer, kind = max(cover, key=lambda part: len(self._inside(part))), "leaf"
+                layer = max(cover, key=lambda part: len(self._inside(part)))
+                kind = "part" if self._has_layers(layer) else "leaf"
             else:
                 continue
             count = sum(len(absent.intersection(self._inside(part))) for part in cover)
@@ -146,6 +147,10 @@ class Missing:
             return False
         others = [name for name in self._blocks if expected & self._inside(f"{name}.{relative}")]
         return len(others) >= 3
+
+    def _has_layers(self, module: str) -> bool:
+        """Return whether a module consists of several layers with parameters. A single one may be unused."""
+        return len({self._names[at].rpartition(".")[0] for at in self._inside(module)}) > 1
 
     def _in(self, part: str, cover: Sequence[str]) -> bool:
         return any(part == name or part.startswith(f"{name}.") for name in cover)

@@ -3,8 +3,9 @@
 Signals: RMS of a group's weights and the largest gain of a norm; then a block's branch, attention and feed-forward
 ratios and its stream. Threshold: at least 5 times both the previous sample and the median of up to 8 samples before
 that, while the median layer changes less than 2-fold. [ours] Training cannot do this to weights, so it is an immediate
-"fail". It can do it to activations, especially in the first steps: a warning, or a "fail" from 20-fold on if the loss
-is at least 5 % higher than before and updates above 5 % of the weights are not the cause. If the layer's own updates
+"fail". It can do it to activations, especially in the first steps, so a jump of less than 20-fold counts only if the
+loss is at least 5 % higher than before, and is a warning, as is a larger one without that; both together are a "fail",
+unless updates above 5 % of the weights are the cause. If the layer's own updates
 since the previous sample can add up to half of its weights or more (Adam with a small β₂), the alarm says so.
 Persistence for activations: 2 samples. If weights jumped, they are the cause and activations are not reported.
 """
@@ -62,7 +63,12 @@ class LayerJump(Rule):
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         for signals in (WEIGHTS, ACTIVATIONS[:-1], ACTIVATIONS[-1:]):
-            found = [found for signal in signals for found in self._jumps(history, sample, signal)]
+            found = [
+                found
+                for signal in signals
+                for found in self._jumps(history, sample, signal)
+                if self._counts(history, *found)
+            ]
             if not found:
                 continue
             if signals == ACTIVATIONS[-1:]:  # later blocks inherit a jump of the stream: the first block is the cause
@@ -75,6 +81,10 @@ class LayerJump(Rule):
                     yield self._explain(history, sample, factor, signal, index)
                 reported.add(layer)
             return
+
+    def _counts(self, history: History, factor: float, signal: str, index: int) -> bool:
+        """Return whether a jump is reported: not a small one of activations that did no harm."""
+        return signal in WEIGHTS or factor >= HUGE or bool(_loss_rise(history, self._before[signal, index][1]))
 
     def _jumps(self, history: History, sample: Sample, signal: str) -> list[tuple[float, str, int]]:
         """Return (ratio, signal, index) of the layers that are at a higher level at this sample."""

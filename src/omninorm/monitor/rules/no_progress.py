@@ -103,7 +103,7 @@ class NoProgress(Rule):
         rates, update = known(self._rates), _update(history, step.step)
         if update is None or update >= SMALL or (rates and rates[-1] > rates[0]):
             return None
-        words = f"Updates are small, only {update:.1g} of the weights per step (1e-3 to 1e-2 is usual)"
+        words = f"Updates are only {update:.1g} of the weights per step (1e-3 to 1e-2 is usual)"
         remedy = "Raise the learning rate, and check that gradients are not clipped to a tiny norm. Expected when "
         return words, remedy + "fine-tuning."
 
