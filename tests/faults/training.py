@@ -87,6 +87,7 @@ class Training:
                 block.register_forward_hook(self._drop)
         self.optimizers: list[torch.optim.Optimizer] = []
         self.trained: Callable[[str, nn.Parameter], bool] = lambda name, parameter: True
+        self.preprocess: Callable[[Batch], Batch] = lambda batch: batch  # also in evaluations
         self.data: Callable[[int], Batch] = self._data
         self.criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy
         self.rate: Callable[[int], float] = self._rate
@@ -121,7 +122,7 @@ class Training:
 
     def _data(self, step: int) -> Batch:
         a = self.architecture
-        batch = a.task(self.seed, step, a.batch, a.length)
+        batch = self.preprocess(a.task(self.seed, step, a.batch, a.length))
         return padded(batch, self.seed, step) if self.options.padding else batch
 
     def _rate(self, step: int) -> float:
@@ -238,7 +239,7 @@ class Training:
         self.evaluating()
         with torch.no_grad():
             batch = a.task(self.seed, HELD_OUT + self.step, 4 * a.batch if not a.on_images else a.batch, a.length)
-            loss = float(self.loss(batch))
+            loss = float(self.loss(self.preprocess(batch)))
         self.resuming()
         self.evaluations.append(loss)
         if hasattr(watched, "log_eval"):

@@ -209,7 +209,12 @@ def block_initialization(training: Training) -> None:
     multiply(block, 20.0)
 
 
-@fault("initialized to 0", FAMILY, {"branch-silent", "no-gradient", "initialization", "weights-vanish"}, layered=True)
+@fault(
+    "initialized to 0",
+    FAMILY,
+    {"branch-silent", "no-gradient", "initialization", "weights-vanish", "odd-block"},
+    layered=True,
+)
 def initialized_to_zero(training: Training) -> None:
     """All matrices of one block start at 0, so none of them ever gets a gradient."""
     block, name = block_of(training)

@@ -22,13 +22,7 @@ def _shuffled(labels: Tensor) -> Tensor:
 @fault("labels not shifted", FAMILY, {"suspicious-loss"}, only=lambda a: a.next_token)
 def labels_not_shifted(training: Training) -> None:
     """The label of each position is its own input, not the next one."""
-    data = training.data
-
-    def unshifted(step: int) -> Batch:
-        batch = data(step)
-        return dataclasses.replace(batch, labels=batch.inputs)
-
-    training.data = unshifted
+    training.preprocess = lambda batch: dataclasses.replace(batch, labels=batch.inputs)
 
 
 @fault("the same batch in every step", FAMILY, {"identical-batches", "suspicious-loss"}, at_once=True, frozen=True)

@@ -106,10 +106,9 @@ def decay_matrices(training: Training) -> None:
     training.set(decay=20.0)
 
 
-@fault("weight decay 50 on gains", FAMILY, {"weights-vanish", "gain-drift"}, layered=True, needs=("norm",))
+@fault("weight decay 50 on gains", FAMILY, {"weights-vanish", "gain-drift"}, needs=("norm",))
 def decay_gains(training: Training) -> None:
     """Weight decay is 50, and only for the norms' gains."""
-    training.layers = tuple(name for name, _ in norms_of(training.model))
     gains = {id(p) for _, norm in norms_of(training.model) for p in norm.parameters()}
     build = training.build_optimizers
 
