@@ -294,3 +294,15 @@ def test_training_with_lists_is_unchanged_and_evaluations_are_not_counted() -> N
     (with_watch, watched), (without, _) = run(True), run(False)
     assert all(torch.equal(a, b) for a, b in zip(with_watch, without, strict=True))
     assert all(value < 10 for value in signal(watched, "stream_rms"))
+
+
+class OneMatrix(nn.Module):
+    """A residual block with a single linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+
+def test_blocks_with_one_matrix_are_blocks() -> None:
+    assert names(Stack(OneMatrix(), OneMatrix())) == [["layers.0", "layers.1"]]

@@ -27,15 +27,6 @@ def step_of(row: Row, step: int, rate: float | None, checks: StepChecks | None =
     return Step(step, math.nan if row.loss is None else row.loss, total, math.nan if rate is None else rate, checks)
 
 
-def typical_width(structure: Structure) -> float | None:
-    """Return the median of the smaller sides of the matrices in the blocks, or of all matrices without blocks."""
-    blocks = {block.name for block in structure.blocks}
-    groups = [tensors for name, tensors in structure.groups.items() if name in blocks or not blocks]
-    matrices = [tensor for tensors in groups for _, tensor in tensors if tensor.ndim >= 2 and tensor.numel() > 0]
-    sides = [min(tensor.shape[0], tensor.numel() // tensor.shape[0]) for tensor in matrices]
-    return float(statistics.median_low(sides)) if sides else None
-
-
 def has_gradients(row: Row) -> bool:
     """Return whether a backward pass reached a parameter in this step."""
     return any(norm != UNSEEN for norm in row.gradients)

@@ -29,18 +29,19 @@ from omninorm.monitor.arguments import (
     uncovered,
 )
 from omninorm.monitor.checks.collect import Checks
-from omninorm.monitor.history import Facts, History, Sample, Step
+from omninorm.monitor.facts import facts_of
+from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.hooks.attach import Hooks, cell_sizes, leaves, sentinel_names
 from omninorm.monitor.hooks.compiled import is_compiled
 from omninorm.monitor.hooks.training_pass import safely
-from omninorm.monitor.model_map.structure import Structure, find_structure, unwrap
+from omninorm.monitor.model_map.structure import find_structure, unwrap
 from omninorm.monitor.probes.gradients import Gradients
-from omninorm.monitor.probes.optimizer import OptimizerWatch, adam_eps
+from omninorm.monitor.probes.optimizer import OptimizerWatch
 from omninorm.monitor.probes.padding import MASK, ZERO_ROWS
 from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_gains, measure_matrices
 from omninorm.monitor.reasons import not_seen
 from omninorm.monitor.rules import Rule
-from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, has_gradients, step_of, typical_width
+from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, has_gradients, step_of
 from omninorm.monitor.sinks import Sink, flatten
 from omninorm.monitor.stats_buffer import UNSEEN, Row, StatsBuffer
 from omninorm.monitor.tensors import reshard
@@ -127,7 +128,7 @@ class Watch:
         )
         self._rates: list[float | None] = []
         self._first = self._done + 1
-        self.history.facts = self._facts(structure)
+        self.history.facts = facts_of(structure, self._optimizers, self._every)
         if rank() > 0:
             self._sinks = ()  # only the first process writes to sinks
         self._output = Output(self._folder)
@@ -391,27 +392,9 @@ class Watch:
             **facts,
         }
 
-    def _facts(self, structure: Structure) -> Facts:
-        return Facts(
-            model=type(structure.model).__name__,
-            parameters=sum(parameter.numel() for parameter in self._parameters),
-            blocks=tuple(block.name for block in structure.blocks),
-            norms=tuple(norm.facts for norm in structure.norms),
-            groups=tuple(structure.groups),
-            attentions=tuple(block.attention for block in structure.blocks),
-            feed_forwards=tuple(block.feed_forward for block in structure.blocks),
-            routers=tuple(block.router[0] if block.router else None for block in structure.blocks),
-            chains=tuple(tuple(chain) for chain in structure.chains),
-            optimizer=type(self._optimizers[0]).__name__ if self._optimizers else None,
-            adam_eps=adam_eps(self._optimizers),
-            every=self._every,
-            width=typical_width(structure),
-        )
-
     def _failed(self, error: Exception) -> None:
         """Warn once about a monitoring error; the affected statistic is missing."""
         if not self._failed_once:
             self._failed_once = True
-            warnings.warn(
-                f"omninorm.watch could not measure a statistic: {type(error).__name__}: {error}", stacklevel=3
-            )
+            text = f"omninorm.watch could not measure a statistic: {type(error).__name__}: {error}"
+            warnings.warn(text, stacklevel=3)

@@ -74,7 +74,13 @@ def test_the_first_block_of_the_monitors_page_runs(tmp_path: Path, monkeypatch: 
 
     monkeypatch.chdir(tmp_path)
     (block,) = blocks("watching.md")
-    scope = {"model": model, "optimizer": optimizer, "data": torch.randn(3, 2, 4), "train_on": train_on}
+    scope = {
+        "model": model,
+        "optimizer": optimizer,
+        "data": torch.randn(3, 2, 4),
+        "train_on": train_on,
+        "held_out_loss": 1.0,
+    }
     exec(block, scope)
     assert [step.step for step in scope["w"].history.steps] == [1, 2, 3]
     assert (tmp_path / "page.html").exists()

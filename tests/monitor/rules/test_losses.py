@@ -139,7 +139,9 @@ def test_loss_below_a_tenth_of_its_first_value_is_suspicious() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "logz"), [(5.5, None), (3.4, 3.4), (2.0, 11.0), (5.5, 8.0)], ids=["no logits", "tiny", "tuned", "trained"]
+    ("first", "logz"),
+    [(5.5, None), (3.4, 3.4), (2.0, 11.0), (5.5, 8.0), (42.0, 42.0)],
+    ids=["no logits", "tiny", "tuned", "trained", "large weights"],
 )
 def test_other_losses_may_fall_to_zero(first: float, logz: float | None) -> None:
     assert falling(0.001, first, logz) == []

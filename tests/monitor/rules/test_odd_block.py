@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.histories import Signals, facts, first, give_samples, layers, numbers_in
+from helpers.histories import Signals, facts, first, give_samples, last, layers, numbers_in
 from helpers.tiny_runs import TinyGPT, named, of_rule, train_tiny, transformers_model
 
 from omninorm.monitor import Alarm, History, NormFacts
@@ -120,3 +120,14 @@ def test_healthy_models_have_no_odd_block(kind: str) -> None:
     model = TinyGPT(blocks=6) if kind == "tiny" else transformers_model(kind)
     watched, _ = train_tiny(model, lr=2e-3, steps=30)
     assert of_rule(watched, "odd-block") == []
+
+
+def test_blocks_are_compared_within_their_chain() -> None:
+    """The stages of a vision model, or an encoder and a decoder, differ by design."""
+    stages = facts(8, chains=((0, 1, 2, 3), (4, 5, 6, 7)), groups=tuple(f"blocks.{at}" for at in range(8)))
+    values = [0.02, 0.021, 0.019, 0.02, 1.0, 1.1, 0.9, 1.0]
+    history = History(facts=stages)
+    assert last(OddBlock(), [{"weight_rms": values}] * 4, history) == []
+    values[5] = 30.0
+    history = History(facts=stages)
+    assert last(OddBlock(), [{"weight_rms": values}] * 4, history) == [("warn", "blocks.5")]

@@ -88,10 +88,12 @@ def called_parts(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_composite(module: nn.Module) -> bool:
-    """Return whether a module has submodules and at least two matrices: a layer of a feature extractor has one."""
+    """Return whether a module has submodules and matrices. A single convolution is a layer of a feature extractor."""
     # Tables of positions and class tokens, with a first dimension of 1, are no layers.
     matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2 and parameter.shape[0] > 1]
-    return any(True for _ in module.children()) and len(matrices) >= 2
+    convolutions = {id(part.weight) for part in module.modules() if isinstance(part, _ConvNd)}
+    is_layer = len(matrices) == 1 and id(matrices[0]) in convolutions
+    return any(True for _ in module.children()) and bool(matrices) and not is_layer
 
 
 def _mixes_both(block: nn.Module) -> bool:

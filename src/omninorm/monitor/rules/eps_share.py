@@ -17,12 +17,13 @@ Ordinary initializations are far below 50 %: embeddings of std 0.02 with ε = 1e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Facts, History, Sample
 from omninorm.monitor.rules.base import EXTREME_SPAN, Rule
 from omninorm.monitor.rules.numbers import Streaks, median, value_at, values_of
+from omninorm.record.signals import Limit
 
 HALF, SEVERE = 0.5, 0.9
 SAMPLES, STEPS = 3, 20
@@ -44,6 +45,9 @@ class EpsShare(Rule):
     def __init__(self) -> None:
         self._streaks = Streaks()
         self._first: dict[int, float] = {}  # mean(x²)/ε when the share exceeded 50 %
+
+    def limits(self) -> Sequence[Limit]:
+        return (Limit("eps_share", self.name, HALF, SEVERE, condition="on the residual stream, or with an unusual ε"),)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         found: list[tuple[bool, float, int]] = []

@@ -92,7 +92,9 @@ class LearningRate(Rule):
 
     def limits(self) -> Sequence[Limit]:
         return (
-            Limit("update_ratio", self.name, LARGE, condition="in nine of ten blocks, and if it lasts or does harm"),
+            Limit(
+                "update_ratio", self.name, LARGE, condition="in nine of ten blocks, if weights double and it does harm"
+            ),
         )
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:

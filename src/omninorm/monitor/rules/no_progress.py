@@ -28,7 +28,7 @@ FEWEST, FIRST, NEWEST = 60, 5, 20
 LEARNED = 0.01
 TINY, SMALL = 1e-6, 2e-4
 SLOW = 0.1  # of the first loss
-LEAST, NEAR = 3.5, 0.25  # a first loss of at least ln 32, at most this far from log Z
+LEAST, MOST, NEAR = 3.5, 13.0, 0.25  # a first loss between ln 32 and ln 440,000, at most this far from log Z
 SHRUNK, KEPT, PAST = 0.1, 0.5, 12  # of the earlier update and learning rate, and the samples they are the medians of
 ERRORS = 3.0
 
@@ -128,10 +128,10 @@ class NoProgress(Rule):
 
 
 def began_untrained(history: History, first_loss: float) -> bool:
-    """Return whether a language model began untrained: its first loss was about log Z, and not small."""
+    """Return whether a language model began untrained: its first loss was about log Z = ln(vocabulary)."""
     sample = history.samples[0] if history.samples else None
     logz = value_at(sample, "logz_mean") if sample and sample.step == 1 else None
-    return logz is not None and first_loss >= LEAST and abs(first_loss - logz) <= NEAR * first_loss
+    return logz is not None and LEAST <= first_loss <= MOST and abs(first_loss - logz) <= NEAR * first_loss
 
 
 def _shrunk_updates(history: History) -> tuple[float, float] | None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from omninorm.monitor.alarm import Alarm
-from omninorm.monitor.history import History, Sample
+from omninorm.monitor.history import Facts, History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, factor, known, values_of
 
@@ -73,7 +73,8 @@ class OddBlock(Rule):
             return
         lasting: dict[int, Odd] = {}
         for signal in (*WEIGHTS, *ATTENTION, *BRANCHES):
-            odd = {found.block: found for found in _odd_ones(_by_block(history, sample, signal), signal)}
+            values = _by_block(history, sample, signal)
+            odd = {found.block: found for found in _odd_in_chains(values, signal, history.facts)}
             for block in range(count):
                 holds = block in odd
                 if self._streaks.lasts((signal, block), holds, sample.step, SAMPLES, STEPS):
@@ -115,6 +116,13 @@ def _by_block(history: History, sample: Sample, signal: str) -> list[float | Non
         values = [named.get(block) for block in facts.blocks]
     found = [value if value is not None and value > 0.0 else None for value in values]
     return found[: len(facts.blocks)] + [None] * (len(facts.blocks) - len(found))
+
+
+def _odd_in_chains(values: list[float | None], signal: str, facts: Facts) -> Iterable[Odd]:
+    """Yield the odd blocks, compared with those of their own stage, encoder, decoder or tower."""
+    for chain in facts.chains or [range(len(values))]:
+        for found in _odd_ones([values[at] for at in chain], signal):
+            yield found._replace(block=chain[found.block])
 
 
 def _odd_ones(values: list[float | None], signal: str) -> list[Odd]:

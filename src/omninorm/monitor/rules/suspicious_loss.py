@@ -3,9 +3,9 @@
 Signals: the loss, and log Z of the logits at the first sample. Threshold: within 200 steps, the mean of the newest 5
 losses is below a tenth of the first loss. [ours] No text is that predictable: after 200 steps a model of bytes is at a
 third of ln(256), and even fully trained ones stay above a tenth. It is a warning, raised only if the model was
-untrained, has logits over a vocabulary, and the vocabulary is not tiny: the first loss is known, is at least 3.5
-(ln 32), and is within 25 % of mean log Z, as it is when the logits of the labels are nothing special. Fine-tuning,
-classification and regression begin lower. Persistence: 5 losses.
+untrained, has logits over a vocabulary, and the vocabulary is not tiny: the first loss is known, is at least 3.5 (ln
+32) and at most 13 (above, large initial weights add to it), and is within 25 % of mean log Z, as it is when the logits
+of the labels are nothing special. Fine-tuning, classification and regression begin lower. Persistence: 5 losses.
 """
 
 from __future__ import annotations
