@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from omninorm import NormConfig, Thinker, ThinkerConfig
 from omninorm.layers import DynamicTanh, LayerNorm, RMSNorm
-from omninorm.monitor.model_map.norms import is_norm, read_norm
+from omninorm.monitor.model_map.norms import Recognizer, read_norm
 from omninorm.monitor.model_map.structure import find_structure, unwrap
 
 SMALL = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -437,6 +437,10 @@ def test_facts_about_norms_are_read() -> None:
     counting = CountingNorm()
     facts(counting)
     assert float(counting.calls) == 0
+
+
+def is_norm(module: nn.Module) -> bool:
+    return Recognizer().form(module) is not None
 
 
 def test_norms_are_recognized() -> None:

@@ -103,16 +103,16 @@ class Hooks:
         self._compiled = compiled
         self._traced: list[CompiledProbe] = []
         self.tracing: CompiledProbe | None = None
-        self.tracing_block: tuple[int, torch.Size | None] | None = None
+        self.tracing_norms: tuple[CompiledProbe | None, torch.Size | None] | None = None
         self._thread = threading.get_ident()
         self._open = ExitStack()
         self._vocabularies = {embedding.num_embeddings for _, embedding in structure.embeddings}
-        self._norms = NormHooks(self, structure, buffer)
+        self.norms = NormHooks(self, structure, buffer)
 
     # Attaching --------------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        structure, buffer, norms = self._structure, self._buffer, self._norms
+        structure, buffer, norms = self._structure, self._buffer, self.norms
         if structure.blocks:
             listener = Listener(
                 self._before_attention, self._before_softmax, norms.function, norms.root, norms.are_missing
@@ -120,7 +120,6 @@ class Hooks:
             self._open.enter_context(listening(listener))
         place = 0
         self._on_root()
-        norms.prepare(len(structure.blocks))
         lists = any(block.parts for block in structure.blocks)
         for _, module in leaves(structure):
             self._on_output(module, Sentinel(buffer, place), self._blocks.before_other if lists else None)
@@ -146,7 +145,7 @@ class Hooks:
         self._blocks.clear()
         self.padding.clear()
         self.placements.clear()
-        self._norms.clear()
+        self.norms.clear()
 
     def trace(self, see: Callable[..., None]) -> CompiledProbe:
         """Return a probe for compiled graphs, whose errors do not reach the training either."""

@@ -42,6 +42,7 @@ class BlockHooks:
 
     def _on_module(self, module: nn.Module, site: BlockProbe, attention: CompiledProbe) -> None:
         hooks, index = self._hooks, site.index
+        function = hooks.norms.function_probe(index)
 
         def see(y: Tensor, x: Tensor | None = None) -> None:
             site.see(y, x)
@@ -54,14 +55,15 @@ class BlockHooks:
         def before(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             if is_compiling():
                 x = first_tensor([*args, *kwargs.values()])
-                hooks.tracing, hooks.tracing_block = attention, (index, None if x is None else x.shape)
+                # Probes, not indices: an index would be a constant, and each block a graph of its own.
+                hooks.tracing, hooks.tracing_norms = attention, (function, None if x is None else x.shape)
             elif self._buffer.sampling and not in_backward():
                 hooks.running.append(running(index, first_tensor([*args, *kwargs.values()])))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             y = first_tensor(output)
             if is_compiling():
-                hooks.tracing = hooks.tracing_block = None
+                hooks.tracing = hooks.tracing_norms = None
                 x = first_tensor([*args, *kwargs.values()])
                 if y is None or not torch.is_grad_enabled():
                     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,6 @@ class NormHooks:
         self._calls: list[list[Call]] = []
         with_norms = {norm.facts.block for norm in structure.norms}
         self._without = set(range(len(structure.blocks))) - with_norms
-        self._seen: dict[int, CompiledProbe] = {}
 
     @property
     def are_missing(self) -> bool:
@@ -73,11 +73,9 @@ class NormHooks:
 
         def after(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
             if is_compiling():
-                x = first_tensor([*args, *kwargs.values()])
-                if x is not None:
-                    of_gate = gate.of(args, kwargs)
-                    gates = [] if of_gate is None or not isinstance(output, Tensor) else [of_gate]
-                    hooks.put(traced, x, *([output] if isinstance(output, Tensor) else []), *gates)
+                tensors = first_tensor([*args, *kwargs.values()]), output, gate.of(args, kwargs)
+                if tensors[0] is not None:
+                    hooks.put(traced, *itertools.takewhile(lambda each: isinstance(each, Tensor), tensors))
                 # The backward pass of an omninorm norm is a separate operator anyway, so this costs no fusion.
                 grown = isinstance(output, Tensor) and torch.is_grad_enabled() and norm.facts.ours and site.trainable
                 return tapped.tap(output, keep=True) if grown else None
@@ -107,9 +105,9 @@ class NormHooks:
     def function(self, x: Tensor, node: Any, y: Tensor) -> None:
         """Record a functional norm of the stream in a block that contains no norm module."""
         if is_compiling():
-            block, shape = self._hooks.tracing_block or (-1, None)
-            if block in self._without and x.shape == shape and torch.is_grad_enabled():
-                self._probe(block).put([x, y])
+            traced, shape = self._hooks.tracing_norms or (None, None)
+            if traced is not None and x.shape == shape and torch.is_grad_enabled():
+                traced.put([x, y])
             return
         running = self._running()
         if running is not None and running[1] is not None and x.shape == running[1].shape:
@@ -122,22 +120,17 @@ class NormHooks:
         if running is not None and running[1] is not None and y.shape[:-1] == running[1].shape[:-1]:
             self._hooks.placements.inlined(running[0])
 
-    def prepare(self, blocks: int) -> None:
-        """Create the probes that compiled graphs call, before anything is traced."""
-        for block in range(blocks):
-            if block in self._without:
-                self._probe(block)
+    def function_probe(self, block: int) -> CompiledProbe | None:
+        """Return the probe that a compiled graph calls for a functional norm; None if the block has norm modules."""
+        if block not in self._without:
+            return None
+        placements, buffer = self._hooks.placements, self._buffer
 
-    def _probe(self, block: int) -> CompiledProbe:
-        if block not in self._seen:
-            placements, buffer = self._hooks.placements, self._buffer
+        def see(x: Tensor, y: Tensor) -> None:
+            if buffer.sampling:
+                placements.graph_norm(block, x, y)
 
-            def see(x: Tensor, y: Tensor) -> None:
-                if buffer.sampling:
-                    placements.graph_norm(block, x, y)
-
-            self._seen[block] = self._hooks.trace(see)
-        return self._seen[block]
+        return self._hooks.trace(see)
 
     def _running(self) -> tuple[int, Tensor | None] | None:
         """Return the index and input of the running block, if it contains no norm module and is measured."""

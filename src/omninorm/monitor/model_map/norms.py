@@ -145,11 +145,6 @@ def declared_form(module: nn.Module) -> Form:
     )
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Return whether a module is LayerNorm, RMSNorm or a variant over the features, of any library."""
-    return Recognizer().form(module) is not None
-
-
 def find_gain(module: nn.Module) -> nn.Parameter | None:
     """Return a norm's gain, by its usual names."""
     found = (getattr(module, name, None) for name in GAIN_NAMES)

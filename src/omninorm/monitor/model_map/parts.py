@@ -48,14 +48,7 @@ def find_parts(name: str, block: nn.Module, norm_width: int | None = None) -> Bl
     width = norm_width
     attention = attention_in(block, width)
     if attention is not None:
-        parts.attention = f"{name}.{attention[0]}"
-        parts.attention_module = parts.attention_writer = attention[1]
-        last = _last_linear(attention[1], None, None)
-        width = width if last is None else _out_features(last[1])
-        if last is not None and not isinstance(
-            attention[1], nn.MultiheadAttention
-        ):  # nn.MultiheadAttention never calls its last layer as a module
-            parts.attention_writer = _wrapper(attention[1], last)[1]
+        width = _set_attention(parts, *attention) or width
     mixture = find_mixture(block)
     if mixture is not None:
         owner, router = mixture
@@ -70,6 +63,17 @@ def find_parts(name: str, block: nn.Module, norm_width: int | None = None) -> Bl
         owner = writer[0].rpartition(".")[0] if _is_linear(writer[1]) or _is_adapted(writer[1]) else ""
         parts.feed_forward = f"{name}.{owner or writer[0]}"
     return parts
+
+
+def _set_attention(parts: Block, name: str, module: nn.Module) -> int | None:
+    """Set a block's attention and its writer, and return the writer's number of outputs."""
+    parts.attention = f"{parts.name}.{name}"
+    parts.attention_module = parts.attention_writer = module
+    last = _last_linear(module, None, None)
+    # nn.MultiheadAttention never calls its last layer as a module.
+    if last is not None and not isinstance(module, nn.MultiheadAttention):
+        parts.attention_writer = _wrapper(module, last)[1]
+    return None if last is None else _out_features(last[1])
 
 
 def attention_in(block: nn.Module, width: int | None = None) -> tuple[str, nn.Module] | None:

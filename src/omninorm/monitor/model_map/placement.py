@@ -12,7 +12,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from omninorm.monitor.model_map.residual import BlockGraph, NormUse, node_of
+from omninorm.monitor.model_map.residual import BlockGraph, NormUse
 from omninorm.monitor.model_map.structure import Structure
 
 NO_PASS = "no forward pass of the blocks with gradients has been measured"
@@ -159,6 +159,3 @@ def _same_memory(x: Tensor, y: Tensor) -> bool:
 def few(x: Tensor) -> Tensor:
     """Return a copy of the first elements of x."""
     return x.detach().reshape(-1)[:16].clone()
-
-
-__all__ = ["Placements", "few", "node_of"]
