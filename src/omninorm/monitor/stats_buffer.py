@@ -9,15 +9,19 @@ an infinity in a row shows the step and the place where it appeared, without syn
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from omninorm.monitor.tensors import stack
+
 FACTS = ("kept", "batch")
 """Numbers that only some steps have: see `omninorm.monitor.checks.facts.StepChecks`."""
 UNSEEN = -1.0  # in the ring buffer: measured values are ≥ 0 or not finite
+# Values that may wait before they are written, for loops that never end a step; and the sets of places that are kept.
+MOST_WAITING, MOST_INDICES = 16384, 64
 
 
 class StatsBuffer:
@@ -52,12 +56,17 @@ class StatsBuffer:
         # Squares of exploding activations need the range of float64, which some devices do not have.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._values = torch.zeros(total, device=device, dtype=dtype)
-        self._cells = list(self._values.unbind())
         self._counts = [0] * total
         self._sentinels, self._parameters = sentinels, parameters
         self.rows = rows
         self._ring = torch.full((rows, sentinels + 1 + len(FACTS) + 2 * parameters), UNSEEN, device=device, dtype=dtype)
         self._losses: list[bool] = []
+        # Values that wait to be written together, by place: one operator for all of them costs less than one for each.
+        self._terms: list[tuple[int, Tensor]] = []
+        self._peaks: list[tuple[int, Tensor]] = []
+        self._least: list[tuple[int, Tensor]] = []
+        self._most: list[tuple[int, Tensor]] = []
+        self._indices: dict[tuple[int, ...], Tensor] = {}
         self.sampling = False
         self.order: dict[int, int] = {}  # sentinels, numbered in the order in which they first ran
         self.row = 0
@@ -66,7 +75,7 @@ class StatsBuffer:
     def _begin_row(self) -> None:
         row = self._ring[self.row]
         sentinels, loss, facts, rest = torch.split(row, [self._sentinels, 1, len(FACTS), 2 * self._parameters])
-        self._row_sentinels = list(sentinels.unbind())
+        self._row_sentinels = sentinels
         self._row_loss = loss
         self._row_facts = dict(zip(FACTS, facts.unbind(), strict=True))
         self._written: set[str] = set()
@@ -77,15 +86,18 @@ class StatsBuffer:
     def add(self, key: str, index: int, value: Tensor) -> None:
         """Add a term of a mean."""
         place = self._starts[key] + index
-        self._cells[place].add_(value)
+        self._terms.append((place, value))
         self._counts[place] += 1
+        if len(self._terms) > MOST_WAITING:
+            self._write_cells()
 
     def peak(self, key: str, index: int, value: Tensor) -> None:
         """Update a maximum of values ≥ 0."""
         place = self._starts[key] + index
-        cell = self._cells[place]
-        torch.maximum(cell, value.to(cell.dtype), out=cell)
+        self._peaks.append((place, value))
         self._counts[place] = 1
+        if len(self._peaks) > MOST_WAITING:
+            self._write_cells()
 
     def add_gradient(self, key: str, index: int, square: Tensor) -> None:
         """Add a term of a mean of squared gradients, after removing the factor of a GradScaler."""
@@ -98,11 +110,45 @@ class StatsBuffer:
         scale = getattr(self._scaler, "_scale", None)
         return scale if isinstance(scale, Tensor) else None
 
-    def sentinel(self, index: int, largest: Tensor) -> None:
-        """Record the largest |x| of a module's output in this step."""
+    def sentinel(self, index: int, least: Tensor, most: Tensor) -> None:
+        """Record the smallest and the largest element of a module's output in this step."""
         self.order.setdefault(index, len(self.order))
-        cell = self._row_sentinels[index]
-        torch.maximum(cell, largest.to(cell.dtype), out=cell)
+        self._least.append((index, least))
+        self._most.append((index, most))
+        if len(self._most) > MOST_WAITING:
+            self._write_sentinels()
+
+    def _write_sentinels(self) -> None:
+        self._write(self._row_sentinels, self._most, torch.maximum)
+        self._write(self._row_sentinels, self._least, lambda old, new: torch.maximum(old, -new))
+
+    def _write_cells(self) -> None:
+        self._write(self._values, self._terms, torch.add)
+        self._write(self._values, self._peaks, torch.maximum)
+
+    def _write(
+        self, target: Tensor, waiting: list[tuple[int, Tensor]], combine: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Combine the waiting values with those at their places in `target`: each place once per round."""
+        rounds: list[dict[int, Tensor]] = []
+        seen: dict[int, int] = {}
+        for place, value in waiting:
+            at = seen[place] = seen.get(place, -1) + 1
+            if at == len(rounds):
+                rounds.append({})
+            rounds[at][place] = value
+        waiting.clear()
+        for values in rounds:
+            index = self._index(tuple(values))
+            target[index] = combine(target[index], stack(list(values.values()), self.device))
+
+    def _index(self, places: tuple[int, ...]) -> Tensor:
+        """Return the places as a tensor on the device. It is kept, because each copy would synchronize."""
+        if places not in self._indices:
+            if len(self._indices) >= MOST_INDICES:
+                self._indices.clear()
+            self._indices[places] = torch.tensor(places, device=self.device)
+        return self._indices[places]
 
     def set_gradients(self, norms: Tensor) -> None:
         """Record ‖gradient‖ of every parameter; UNSEEN where there is none."""
@@ -121,6 +167,7 @@ class StatsBuffer:
 
     def end_row(self, loss: Tensor | None) -> None:
         """End the row of this step."""
+        self._write_sentinels()
         if loss is not None:
             self._row_loss.copy_(loss.detach().to(self._row_loss.dtype).mean().reshape(1), non_blocking=True)
         self._losses.append(loss is not None)
@@ -146,6 +193,7 @@ class StatsBuffer:
         Returns:
             The cells' means and peaks by signal (None where nothing was measured), the rows, and `extra` as lists.
         """
+        self._write_cells()
         parts = [self._values, self._ring[: self.row].flatten(), *(part.to(self._values) for part in extra)]
         numbers = iter_split(torch.cat(parts).tolist(), [part.numel() for part in parts])
         values, ring, *rest = numbers

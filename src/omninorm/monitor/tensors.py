@@ -51,6 +51,14 @@ def norms_of_whole(norms: Tensor, tensors: Sequence[Any]) -> Tensor:
     return squares.sqrt().to(norms.dtype)
 
 
+def stack(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Stack scalars of any device and precision into one tensor, in float64 where the device supports it."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if len({(scalar.device, scalar.dtype) for scalar in scalars}) > 1:
+        scalars = [scalar.to(device, dtype, non_blocking=True) for scalar in scalars]
+    return torch.stack(list(scalars)).to(device, dtype, non_blocking=True)
+
+
 def some_tensors(value: object) -> Iterator[Tensor]:
     """Yield the floating-point tensors of two or more dimensions in a module's arguments or output, in order."""
     if isinstance(value, Tensor):

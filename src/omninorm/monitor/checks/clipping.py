@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from omninorm.monitor.probes.gradients import norms_of, spread, stack
+from omninorm.monitor.probes.gradients import norms_of, spread
 from omninorm.monitor.stats_buffer import UNSEEN
-from omninorm.monitor.tensors import here, norms_of_whole
+from omninorm.monitor.tensors import here, norms_of_whole, stack
 
 
 class Clipping:

@@ -48,12 +48,13 @@ def some_of(values: Tensor | None, most: int = MOST_ROWS) -> Tensor | None:
     return None if values is None else values[:: stride(values.shape[0], most)]
 
 
-def largest(x: Tensor) -> Tensor:
-    """Return max |x|; NaN if there is one, 0 for an empty tensor."""
+def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return min x and max x; NaN if there is one, 0 for an empty tensor."""
     if x.numel() == 0:
-        return x.new_zeros(())
+        zero = x.new_zeros(())
+        return zero, zero
     least, most = torch.aminmax(x.detach())
-    return torch.maximum(most, -least)
+    return least, most
 
 
 def mean_square(rows: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -79,7 +80,7 @@ class Sentinel:
 
     def see(self, y: Tensor) -> None:
         # For logits over a large vocabulary, some rows are enough.
-        self.buffer.sentinel(self.sentinel, largest(y if y.numel() <= LARGE else some_rows(y)))
+        self.buffer.sentinel(self.sentinel, *extremes(y if y.numel() <= LARGE else some_rows(y)))
 
 
 class BlockProbe:
@@ -91,11 +92,11 @@ class BlockProbe:
     def see(self, y: Tensor, x: Tensor | None = None) -> None:
         """Measure the block's output y and its input x; None if it is unknown or was overwritten."""
         buffer, index = self.buffer, self.index
-        peak = largest(y)
-        buffer.sentinel(self.sentinel, peak)
+        least, most = extremes(y)
+        buffer.sentinel(self.sentinel, least, most)
         if not buffer.sampling or y.numel() == 0:
             return
-        buffer.peak("stream_max", index, peak)
+        buffer.peak("stream_max", index, torch.maximum(most, -least))
         after, counts = some_rows(y), some_of(self.padding.rows(y.shape[:-1]))
         buffer.add("stream_ms", index, mean_square(after, counts))
         flat = after if counts is None else after.masked_fill(~counts.unsqueeze(-1), math.nan)
@@ -126,7 +127,7 @@ class WriterProbe:
     def see(self, y: Tensor, hidden: Tensor | None = None) -> None:
         """Measure the output y, and the hidden units: the input of a feed-forward's last layer."""
         buffer = self.buffer
-        buffer.sentinel(self.sentinel, largest(y))
+        buffer.sentinel(self.sentinel, *extremes(y))
         if not buffer.sampling or y.numel() == 0:
             return
         buffer.add(f"{self.role}_ms", self.index, mean_square(some_rows(y), some_of(self.padding.rows(y.shape[:-1]))))

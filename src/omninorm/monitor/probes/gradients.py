@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from omninorm.kernels.distributed import is_distributed
 from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer
-from omninorm.monitor.tensors import here, norms_of_whole
+from omninorm.monitor.tensors import here, norms_of_whole, stack
 
 MOST_HOOKS = 8
 
@@ -145,14 +145,6 @@ def norms_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             if not norm.isfinite():
                 norms[at] = torch.linalg.vector_norm(tensors[at], dtype=torch.float64)
     return norms
-
-
-def stack(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Stack scalars of any device and precision into one tensor, in float64 where the device supports it."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    if len({(scalar.device, scalar.dtype) for scalar in scalars}) > 1:
-        scalars = [scalar.to(device, dtype, non_blocking=True) for scalar in scalars]
-    return torch.stack(list(scalars)).to(device, dtype, non_blocking=True)
 
 
 def spread(values: Tensor, places: Tensor, count: int) -> Tensor:

@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.probes.block import stride
-from omninorm.monitor.probes.gradients import norms_of, spread, stack
+from omninorm.monitor.probes.gradients import norms_of, spread
 from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer
-from omninorm.monitor.tensors import here
+from omninorm.monitor.tensors import here, stack
 
 # Elements per tensor: in sampled steps, and in every step to detect NaNs.
 SAMPLED, EVERY_STEP = 1024, 64
@@ -112,7 +112,7 @@ class OptimizerWatch:
         self._announce()
         # Including those without a gradient: a closure may compute gradients inside the step.
         if self._buffer.sampling:
-            self._before = {place: some(parameter).clone() for place, parameter, _ in self._watched(optimizer)}
+            self._before = copies({place: some(parameter) for place, parameter, _ in self._watched(optimizer)})
 
     def see_weights(self) -> None:
         """Measure the weights' norms, to detect NaNs. Called after all optimizer steps."""
@@ -170,12 +170,10 @@ class OptimizerWatch:
                 counts.append(torch.as_tensor(count, dtype=torch.float32))
             if places:
                 # A parameter that was added later has made fewer steps.
-                corrected = [
-                    1 - group["betas"][1] ** count
-                    for count in torch.stack(counts).to(gradients[0].device, non_blocking=True).unbind()
-                ]
+                made = torch.stack(counts).to(gradients[0].device, non_blocking=True)
+                corrections = 1 - group["betas"][1] ** made
                 eps = max(float(group["eps"]), 1e-30)
-                self._write_adam(places, gradients, torch._foreach_div(moments, corrected), eps)
+                self._write_adam(places, gradients, torch._foreach_div(moments, corrections.unbind()), eps)
 
     def _write_adam(
         self, places: Sequence[int], gradients: list[Tensor], moments: Sequence[Tensor], eps: float
@@ -196,6 +194,18 @@ class OptimizerWatch:
         if key not in self._found:
             self._found[key] = torch.full((len(self._parameters),), UNSEEN, device=device, dtype=values.dtype)
         self._found[key][torch.tensor(places, device=device)] = values
+
+
+def copies(tensors: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Copy one-dimensional tensors, with one operator for those of each device and dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, tensor in tensors.items():
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
+    found: dict[int, Tensor] = {}
+    for places in kinds.values():
+        together = torch.cat([tensors[place] for place in places])
+        found |= zip(places, torch.split(together, [tensors[place].numel() for place in places]), strict=True)
+    return found
 
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:

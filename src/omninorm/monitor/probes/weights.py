@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.monitor.model_map.norms import Norm
-from omninorm.monitor.probes.gradients import norms_of, spread, stack
+from omninorm.monitor.probes.gradients import norms_of, spread
 from omninorm.monitor.probes.optimizer import some
 from omninorm.monitor.stats_buffer import UNSEEN
-from omninorm.monitor.tensors import whole
+from omninorm.monitor.tensors import stack, whole
 
 SILENT_GAIN = 1e-3
 GAIN_SIGNALS = ("gain_max", "gain_ratio", "gain_small")
