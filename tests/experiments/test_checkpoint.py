@@ -200,5 +200,5 @@ def test_the_folder_of_checkpoints_is_synced_once_when_it_is_created(tmp_path, s
 def test_a_missing_package_is_named(saved, monkeypatch, module, package):
     folder, model, optimizer = saved
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=rf"the package {package}.*omninorm\[train\]"):
+    with pytest.raises(MissingExtraError, match=rf"the package {package}.*\[train\]"):
         save_checkpoint(folder, 6, model, optimizer, keep=2)
