@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import omninorm
 from omninorm.errors import ConfigError
 from omninorm.report import read_run, render
 from omninorm.report.facts import facts
+from omninorm.report.story import RunStory
 
 
 def watched(folder: Path, **options) -> str:
@@ -97,3 +99,13 @@ def test_evaluations_are_drawn_by_name(tmp_path):
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
     assert data["figures"]["evaluation-0"]["x"] == [0, 20]
     assert data["first"] == 0
+
+
+def test_unknown_placement_is_shown_with_its_reason_and_padding_with_how_it_was_recognized():
+    story = RunStory(source=Path("run"), placement_reason="the blocks differ: 3 × pre, 1 × post", padding="zero rows")
+    shown = dict(facts(story))
+    assert shown["Placement"] == "unknown: the blocks differ: 3 × pre, 1 × post"
+    assert shown["Padding"] == "left out of the statistics, recognized by: zero rows"
+    known = dict(facts(replace(story, placement="sandwich", padding=None)))
+    assert known["Placement"].startswith("sandwich")
+    assert "Padding" not in known

@@ -38,7 +38,8 @@ def facts(story: RunStory) -> list[tuple[str, str]]:
     rates = story.series["lr"].values if "lr" in story.series else []
     pairs = [
         ("Model", _model(known)),
-        ("Placement", _PLACEMENTS.get(story.placement or "", "unknown")),
+        ("Placement", _placement(story)),
+        ("Padding", f"left out of the statistics, recognized by: {story.padding}" if story.padding else ""),
         ("Norms", _norms(known)),
         ("Optimizer", f"{optimizer}, ε = {short(known.adam_eps)}" if known.adam_eps is not None else optimizer),
         ("Largest learning rate", short(max(rates)) if rates else _UNKNOWN),
@@ -55,6 +56,11 @@ def facts(story: RunStory) -> list[tuple[str, str]]:
         *settings(known.config),
     ]
     return [(label, text) for label, text in pairs if text]
+
+
+def _placement(story: RunStory) -> str:
+    unknown = f"unknown: {story.placement_reason}" if story.placement_reason else "unknown"
+    return _PLACEMENTS.get(story.placement or "", unknown)
 
 
 def _chosen(story: RunStory) -> list[tuple[str, str]]:

@@ -116,6 +116,8 @@ class RunStory:
         source: the record's path as given.
         watched: None if the record has no watch events; then there are no samples and no alarms.
         placement: as measured; None if unknown.
+        placement_reason: why the placement is unknown; empty if it is known or no reason was recorded.
+        padding: how padding was recognized, "attention mask" or "zero rows"; None without any.
         dtype: of the residual stream; None if unknown.
         not_seen: reasons for missing signals, by signal.
         series: all steps of "loss", "grad_norm" and "lr".
@@ -134,6 +136,8 @@ class RunStory:
     source: Path
     watched: Watched | None = None
     placement: str | None = None
+    placement_reason: str = ""
+    padding: str | None = None
     dtype: str | None = None
     not_seen: Mapping[str, str] = field(default_factory=dict)
     series: Mapping[str, Series] = field(default_factory=dict)
