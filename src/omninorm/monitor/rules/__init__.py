@@ -1,14 +1,19 @@
 """Alarm rules: one file per rule, with its thresholds, the reasons for them, and their sources."""
 
+from omninorm.monitor.rules.adam_betas import AdamBetas
 from omninorm.monitor.rules.adam_eps import AdamEps
+from omninorm.monitor.rules.adam_state import AdamState
 from omninorm.monitor.rules.adam_underestimation import AdamUnderestimation
 from omninorm.monitor.rules.attention_entropy import AttentionEntropy
 from omninorm.monitor.rules.attention_logits import AttentionLogits
+from omninorm.monitor.rules.autocast_lost import AutocastLost
 from omninorm.monitor.rules.base import Rule, Threshold
 from omninorm.monitor.rules.branch_silent import BranchSilent
 from omninorm.monitor.rules.dead_units import DeadUnits
 from omninorm.monitor.rules.depth_growth import DepthGrowth
+from omninorm.monitor.rules.dropout import DropoutRule
 from omninorm.monitor.rules.eps_share import EpsShare
+from omninorm.monitor.rules.evaluation_mode import EvaluationMode
 from omninorm.monitor.rules.gain_drift import GainDrift
 from omninorm.monitor.rules.gradient_clipped import GradientClipped
 from omninorm.monitor.rules.gradient_spike import GradientSpike
@@ -69,6 +74,11 @@ def default_rules() -> list[Rule]:
         UnrecoveredSpike(),
         GradientClipped(),
         IdenticalBatches(),
+        EvaluationMode(),
+        AdamBetas(),
+        AdamState(),
+        AutocastLost(),
+        DropoutRule(),
         NoProgress(),
         SuspiciousLoss(),
         HeldOutRising(),
