@@ -162,7 +162,7 @@ def test_function_is_restored_and_other_errors_are_those_of_torch() -> None:
 def test_compiled_loss_is_one_graph_and_not_measured() -> None:
     model, x = Classifier(), torch.randn(6, 8)
     with watch(model, every=1) as watched:
-        loss_of = torch.compile(lambda y: F.cross_entropy(y.softmax(-1), LABELS), backend="eager", fullgraph=True)
+        loss_of = torch.compile(lambda y: F.cross_entropy(y.softmax(-1), LABELS), backend="aot_eager", fullgraph=True)
         for _ in range(2):
             loss = loss_of(model(x))
             loss.backward()
