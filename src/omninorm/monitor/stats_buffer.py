@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omninorm.monitor.tensors import stack
+from omninorm.monitor.tensors import constant, stack
 
 FACTS = ("kept", "batch")
 """Numbers that only some steps have: see `omninorm.monitor.checks.facts.StepChecks`."""
 UNSEEN = -1.0  # in the ring buffer: measured values are ≥ 0 or not finite
-# Values that may wait before they are written, for loops that never end a step; and the sets of places that are kept.
-MOST_WAITING, MOST_INDICES = 16384, 64
+# Values that may wait before they are written, for loops that never end a step.
+MOST_WAITING = 16384
 
 
 class StatsBuffer:
@@ -66,7 +66,6 @@ class StatsBuffer:
         self._peaks: list[tuple[int, Tensor]] = []
         self._least: list[tuple[int, Tensor]] = []
         self._most: list[tuple[int, Tensor]] = []
-        self._indices: dict[tuple[int, ...], Tensor] = {}
         self.sampling = False
         self.order: dict[int, int] = {}  # sentinels, numbered in the order in which they first ran
         self.row = 0
@@ -139,16 +138,8 @@ class StatsBuffer:
             rounds[at][place] = value
         waiting.clear()
         for values in rounds:
-            index = self._index(tuple(values))
+            index = constant(tuple(values), self.device)
             target[index] = combine(target[index], stack(list(values.values()), self.device))
-
-    def _index(self, places: tuple[int, ...]) -> Tensor:
-        """Return the places as a tensor on the device. It is kept, because each copy would synchronize."""
-        if places not in self._indices:
-            if len(self._indices) >= MOST_INDICES:
-                self._indices.clear()
-            self._indices[places] = torch.tensor(places, device=self.device)
-        return self._indices[places]
 
     def set_gradients(self, norms: Tensor) -> None:
         """Record ‖gradient‖ of every parameter; UNSEEN where there is none."""

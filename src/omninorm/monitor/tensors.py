@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,19 +45,34 @@ def norms_of_whole(norms: Tensor, tensors: Sequence[Any]) -> Tensor:
         return norms
     squares = norms.double().square()
     for (mesh, dim), places in by_group.items():
-        index = torch.tensor(places, device=squares.device)
+        index = constant(tuple(places), squares.device)
         of_these = squares[index]
         dist.all_reduce(of_these, group=mesh.get_group(dim))
         squares[index] = of_these
     return squares.sqrt().to(norms.dtype)
 
 
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return a tensor of these values on the device, for reading only. It is kept, because each copy would
+    synchronize."""
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
 def stack(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
     """Stack scalars of any device and precision into one tensor, in float64 where the device supports it."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    if len({(scalar.device, scalar.dtype) for scalar in scalars}) > 1:
-        scalars = [scalar.to(device, dtype, non_blocking=True) for scalar in scalars]
-    return torch.stack(list(scalars)).to(device, dtype, non_blocking=True)
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for at, scalar in enumerate(scalars):
+        kinds.setdefault((scalar.device, scalar.dtype), []).append(at)
+    parts = [
+        torch.stack([scalars[at] for at in places]).to(device, wide, non_blocking=True) for places in kinds.values()
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    places = [at for of_kind in kinds.values() for at in of_kind]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return torch.cat(parts)[constant(tuple(order), device)]
 
 
 def some_tensors(value: object) -> Iterator[Tensor]:

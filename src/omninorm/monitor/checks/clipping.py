@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from omninorm.monitor.probes.gradients import norms_of, spread
 from omninorm.monitor.stats_buffer import UNSEEN
-from omninorm.monitor.tensors import here, norms_of_whole, stack
+from omninorm.monitor.tensors import constant, here, norms_of_whole, stack
 
 
 class Clipping:
@@ -19,7 +19,6 @@ class Clipping:
     def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self._parameters, self._device = parameters, device
         self._found: Tensor | None = None
-        self._index: tuple[list[int], Tensor] | None = None
 
     def before_step(self, held: Collection[int]) -> None:
         """Measure the gradients of the parameters with these ids."""
@@ -28,9 +27,7 @@ class Clipping:
             return
         gradients = [self._parameters[at].grad for at in places]
         norms = norms_of_whole(stack(norms_of([here(g) for g in gradients]), self._device), gradients)
-        if self._index is None or self._index[0] != places:
-            self._index = places, torch.tensor(places, device=self._device)
-        found = spread(norms, self._index[1], len(self._parameters))
+        found = spread(norms, constant(tuple(places), self._device), len(self._parameters))
         self._found = found if self._found is None else torch.where(self._found == UNSEEN, found, self._found)
 
     def take(self) -> Tensor | None:

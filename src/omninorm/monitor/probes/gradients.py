@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from omninorm.kernels.distributed import is_distributed
 from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer
-from omninorm.monitor.tensors import here, norms_of_whole, stack
+from omninorm.monitor.tensors import constant, here, norms_of_whole, stack
 
 MOST_HOOKS = 8
 
@@ -47,7 +47,6 @@ class Gradients:
         self._pending: weakref.ref[Pending] | None = None
         self.measured = False
         self.passes = 0  # backward passes in this step
-        self._places: tuple[list[int], Tensor] | None = None
         self.first: list[nn.Parameter] = []  # those whose hooks detect a backward pass
         self.without: frozenset[int] = frozenset()  # parameters without a gradient at the last measurement
         self.on_begin: Callable[[], None] = lambda: None
@@ -102,14 +101,8 @@ class Gradients:
             if len(gradients) == len(self._parameters):
                 return found
             places = [at for at in range(len(self._parameters)) if at not in self.without]
-            return spread(found, self._index(places), len(self._parameters))
+            return spread(found, constant(tuple(places), device), len(self._parameters))
         return torch.full((len(self._parameters),), UNSEEN, device=device, dtype=torch.float32)
-
-    def _index(self, places: list[int]) -> Tensor:
-        """Return the indices on the device. They are cached, because each copy would synchronize."""
-        if self._places is None or self._places[0] != places:
-            self._places = places, torch.tensor(places, device=self._buffer.device)
-        return self._places[1]
 
     def forget(self) -> None:
         """Reset for a new step."""

@@ -21,7 +21,7 @@ from omninorm.monitor.model_map.norms import Norm
 from omninorm.monitor.probes.block import some_of, some_rows
 from omninorm.monitor.probes.padding import Padding, weights_of
 from omninorm.monitor.stats_buffer import StatsBuffer
-from omninorm.monitor.tensors import whole
+from omninorm.monitor.tensors import constant, whole
 
 # Kinds of gates whose effect on the norm's input is known.
 GATES = ("after", *ACTIVATIONS)
@@ -132,7 +132,7 @@ class NormProbe:
         big = gradients.sum(dim=0).square().sum()
         self.buffer.add_gradient("noise_small", self.index, small)
         self.buffer.add_gradient("noise_big", self.index, big)
-        self.buffer.add("examples", self.index, torch.tensor(float(count), dtype=torch.float32))
+        self.buffer.add("examples", self.index, constant((float(count),), gradients.device, gradients.dtype)[0])
 
     def see_output(self, dy: Tensor, y: Tensor) -> None:
         """Measure the output's gradient dy and the output y, both (examples, …, d). x̂ is (y − β)/γ where γ is not 0."""

@@ -16,7 +16,7 @@ from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.probes.block import stride
 from omninorm.monitor.probes.gradients import norms_of, spread
 from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer
-from omninorm.monitor.tensors import here, stack
+from omninorm.monitor.tensors import constant, here, stack
 
 # Elements per tensor: in sampled steps, and in every step to detect NaNs.
 SAMPLED, EVERY_STEP = 1024, 64
@@ -54,7 +54,6 @@ class OptimizerWatch:
         self._found: dict[str, Tensor] = {}
         self._rates: list[float] = []
         self._stepped = False
-        self._learning_index: Tensor | None = None
         self._few: list[Tensor] = []
         self._addresses: list[int] = []
 
@@ -132,9 +131,7 @@ class OptimizerWatch:
 
     def _see_weights(self, norms: Tensor) -> None:
         if len(self._learning) < len(self._parameters):
-            if self._learning_index is None:  # cached, because each copy would synchronize
-                self._learning_index = torch.tensor(self._learning, device=norms.device)
-            norms = spread(norms, self._learning_index, len(self._parameters))
+            norms = spread(norms, constant(tuple(self._learning), norms.device), len(self._parameters))
         self._buffer.set_weights(norms)
 
     def _measure_updates(self, watched: Sequence[tuple[int, Tensor, dict[str, Any]]]) -> None:
@@ -179,7 +176,7 @@ class OptimizerWatch:
         self, places: Sequence[int], gradients: list[Tensor], moments: Sequence[Tensor], eps: float
     ) -> None:
         device = self._buffer.device
-        roots = torch.tensor([g.numel() ** 0.5 for g in gradients], dtype=torch.float32).to(device)
+        roots = constant(tuple(g.numel() ** 0.5 for g in gradients), device, torch.float32)
         # √v̂ is clamped to ε instead of v̂ to ε², because ε² may underflow.
         floors = list(torch._foreach_sqrt(list(moments)))
         torch._foreach_clamp_min_(floors, eps)
@@ -193,7 +190,7 @@ class OptimizerWatch:
         device = self._buffer.device
         if key not in self._found:
             self._found[key] = torch.full((len(self._parameters),), UNSEEN, device=device, dtype=values.dtype)
-        self._found[key][torch.tensor(places, device=device)] = values
+        self._found[key][constant(tuple(places), device)] = values
 
 
 def copies(tensors: dict[int, Tensor]) -> dict[int, Tensor]:

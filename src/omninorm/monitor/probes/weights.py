@@ -11,7 +11,7 @@ from omninorm.monitor.model_map.norms import Norm
 from omninorm.monitor.probes.gradients import norms_of, spread
 from omninorm.monitor.probes.optimizer import some
 from omninorm.monitor.stats_buffer import UNSEEN
-from omninorm.monitor.tensors import stack, whole
+from omninorm.monitor.tensors import constant, stack, whole
 
 SILENT_GAIN = 1e-3
 GAIN_SIGNALS = ("gain_max", "gain_ratio", "gain_small")
@@ -34,7 +34,7 @@ def measure_gains(norms: Sequence[Norm], device: torch.device) -> list[Tensor]:
         ]
         sizes = torch.stack(gains).abs()
         most = sizes.amax(dim=1)
-        index = torch.tensor(places, device=device)
+        index = constant(tuple(places), device)
         found[0][index] = most
         found[1][index] = most / sizes.sort(dim=1).values[:, (sizes.shape[1] - 1) // 2].clamp_min(1e-30)
         found[2][index] = (sizes < SILENT_GAIN).float().mean(dim=1)
@@ -51,7 +51,7 @@ def measure_matrices(parameters: Sequence[nn.Parameter], device: torch.device) -
     ]
     if places:
         few = [some(parameters[at]) for at in places]
-        counts = torch.tensor([float(max(part.numel(), 1)) for part in few], device=device, dtype=torch.float32)
+        counts = constant(tuple(float(max(part.numel(), 1)) for part in few), device, torch.float32)
         sizes = stack(norms_of(few), device) / counts.sqrt()
-        return spread(sizes, torch.tensor(places, device=device), len(parameters))
+        return spread(sizes, constant(tuple(places), device), len(parameters))
     return torch.full((len(parameters),), UNSEEN, device=device, dtype=torch.float32)
