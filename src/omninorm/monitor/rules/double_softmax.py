@@ -25,7 +25,7 @@ class DoubleSoftmax(Rule):
     """Reports the whole run."""
 
     name = "double-softmax"
-    source = "torch.nn.CrossEntropyLoss: its input are unnormalized logits"
+    source = "the documentation of torch.nn.CrossEntropyLoss: it expects unnormalized logits"
     explains = ("no-progress", "learning-rate")
 
     def __init__(self) -> None:
