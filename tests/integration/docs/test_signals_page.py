@@ -21,6 +21,7 @@ EXACT = {
     *("no-gradient", "stale-parameters", "learning-rate-zero", "gradients-not-cleared", "steps-skipped"),
     *("updates-lost", "replicas-differ", "gradient-clipped", "identical-batches"),
     *("evaluation-mode", "adam-betas", "adam-state", "autocast-lost", "dropout"),
+    *("double-softmax", "norm-missing"),
 }
 
 

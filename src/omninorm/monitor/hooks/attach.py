@@ -28,6 +28,7 @@ from omninorm.monitor.model_map.placement import Placements
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.attention import UNKNOWN, AttentionProbe, see_multihead
 from omninorm.monitor.probes.block import BlockProbe, LogitsProbe, Sentinel, WriterProbe
+from omninorm.monitor.probes.loss import see_loss
 from omninorm.monitor.probes.norm import NormProbe
 from omninorm.monitor.probes.padding import Padding
 from omninorm.monitor.stats_buffer import StatsBuffer
@@ -51,7 +52,7 @@ BLOCK_CELLS = (
     "dead_units",
 )
 NORM_CELLS = ("norm_ms", "eps_share", "mean_share", "saturation", "noise_small", "noise_big", "examples")
-RUN_CELLS = ("logz", "logz_mean", "zero_rows")
+RUN_CELLS = ("logz", "logz_mean", "zero_rows", "probabilities")
 
 
 def cell_sizes(structure: Structure) -> dict[str, int]:
@@ -113,11 +114,11 @@ class Hooks:
 
     def attach(self) -> None:
         structure, buffer, norms = self._structure, self._buffer, self.norms
-        if structure.blocks:
-            listener = Listener(
-                self._before_attention, self._before_softmax, norms.function, norms.root, norms.are_missing
-            )
-            self._open.enter_context(listening(listener))
+        wanted = bool(structure.blocks) and norms.are_missing
+        listener = Listener(
+            self._before_attention, self._before_softmax, norms.function, norms.root, wanted, self._before_loss
+        )
+        self._open.enter_context(listening(listener))
         place = 0
         self._on_root()
         lists = any(block.parts for block in structure.blocks)
@@ -166,6 +167,10 @@ class Hooks:
         site = self._running_attention()
         if site is not None and isinstance(logits, Tensor) and dim in (-1, logits.ndim - 1):
             self.safely(lambda: site.see_logits(logits))
+
+    def _before_loss(self, logits: Any) -> None:
+        if self._buffer.sampling and self.is_own_thread() and self.gate.is_open():
+            self.safely(lambda: see_loss(self._buffer, logits))
 
     def _put_attention(
         self, site: CompiledProbe, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None

@@ -16,7 +16,7 @@ from omninorm.monitor.model_map.parts import Block
 from omninorm.monitor.model_map.residual import node_of
 from omninorm.monitor.probes.block import BlockProbe
 from omninorm.monitor.stats_buffer import StatsBuffer
-from omninorm.monitor.tensors import first_tensor, with_first_tensor
+from omninorm.monitor.tensors import first_tensor, some_tensors, with_first_tensor
 
 if TYPE_CHECKING:
     from omninorm.monitor.hooks.attach import Hooks
@@ -71,6 +71,8 @@ class BlockHooks:
                 return with_first_tensor(output, tapped.tap(y))
             began = hooks.running.pop() if hooks.running and not in_backward() else Running(index, None, -1, None)
             if y is not None:
+                if self._buffer.sampling and sum(each.shape == y.shape for each in some_tensors(output)) > 1:
+                    hooks.placements.has_several_outputs(index)
                 self._see(site, y, began)
             return None
 

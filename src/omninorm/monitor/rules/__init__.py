@@ -11,6 +11,7 @@ from omninorm.monitor.rules.base import Rule, Threshold
 from omninorm.monitor.rules.branch_silent import BranchSilent
 from omninorm.monitor.rules.dead_units import DeadUnits
 from omninorm.monitor.rules.depth_growth import DepthGrowth
+from omninorm.monitor.rules.double_softmax import DoubleSoftmax
 from omninorm.monitor.rules.dropout import DropoutRule
 from omninorm.monitor.rules.eps_share import EpsShare
 from omninorm.monitor.rules.evaluation_mode import EvaluationMode
@@ -32,9 +33,11 @@ from omninorm.monitor.rules.no_gradient import NoGradientRule
 from omninorm.monitor.rules.no_norm import NoNorm
 from omninorm.monitor.rules.no_progress import NoProgress
 from omninorm.monitor.rules.nonfinite import NonFiniteRule
+from omninorm.monitor.rules.norm_missing import NormMissing
 from omninorm.monitor.rules.odd_block import OddBlock
 from omninorm.monitor.rules.post_norm_depth import PostNormDepth
 from omninorm.monitor.rules.replicas_differ import ReplicasDiffer
+from omninorm.monitor.rules.residual_missing import ResidualMissing
 from omninorm.monitor.rules.saturation import Saturation
 from omninorm.monitor.rules.stale_parameters import StaleParameters
 from omninorm.monitor.rules.steps_skipped import StepsSkipped
@@ -58,6 +61,9 @@ def default_rules() -> list[Rule]:
         StepsSkipped(),
         UpdatesLost(),
         ReplicasDiffer(),
+        DoubleSoftmax(),
+        NormMissing(),
+        ResidualMissing(),
         LayerJump(),
         WeightsVanish(),
         GainDrift(),
