@@ -212,7 +212,8 @@ class Hooks:
                 self.gate.inside = torch.is_grad_enabled()
                 self.running = []
                 self._blocks.clear()
-                self.padding.read(args, kwargs)
+                if self._buffer.sampling and self.gate.is_open():
+                    self.safely(lambda: self.padding.read(args, kwargs))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if is_compiling():
