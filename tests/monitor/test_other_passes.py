@@ -130,3 +130,30 @@ def test_other_pass_neither_fails_nor_counts(kind: str, other: str) -> None:
     found = watched_step(model, OTHER[other])
     assert found.history.samples[-1].signals == expected.history.samples[-1].signals
     assert found.history.placement == expected.history.placement
+
+
+class Fed(nn.Module):
+    """A model whose first block reads the input itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.blocks = model[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+def test_model_is_trained_on_features_from_inference_mode() -> None:
+    torch.manual_seed(0)
+    model = Fed(of_functions())
+    with watch(model, every=1, rules=[]) as watched:
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                x = torch.ones(4, 5, WIDTH) + torch.arange(WIDTH)
+            loss = model(x).square().mean()
+            loss.backward()
+            model.zero_grad()
+            watched.step(loss)
+    first, second = watched.history.samples
+    assert second.signals == first.signals
+    assert first.signals["stream_rms"][0] is not None
