@@ -21,7 +21,7 @@ from omninorm.monitor.checks.replicas import Replicas, are_replicated
 from omninorm.monitor.checks.rounding import Rounding
 from omninorm.monitor.checks.setup import SetupWatch
 from omninorm.monitor.hooks.hook import Hook, QuietHook
-from omninorm.monitor.hooks.training_pass import in_backward, safely
+from omninorm.monitor.hooks.training_pass import in_backward, is_transformed, safely
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.gradients import Gradients
 from omninorm.monitor.probes.optimizer import rates
@@ -117,7 +117,7 @@ class Checks:
         safely(lambda: self._setup.see_root(module, training, self._buffer.sampling), self._failed)
         if not self._structure.blocks or not self._is_due() or in_backward() or not training:
             return
-        tensors = list(tensors_in([args, kwargs]))
+        tensors = [] if is_transformed() else list(tensors_in([args, kwargs]))
         if tensors:
             safely(lambda: self._buffer.add_fact("batch", checksum(tensors)), self._failed)
 

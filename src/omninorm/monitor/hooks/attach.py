@@ -25,6 +25,7 @@ from omninorm.monitor.hooks.running import Running
 from omninorm.monitor.hooks.training_pass import Gate, in_backward, safely
 from omninorm.monitor.model_map.parts import Block
 from omninorm.monitor.model_map.placement import Placements
+from omninorm.monitor.model_map.residual import Node, node_of
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.attention import UNKNOWN, AttentionProbe, see_multihead
 from omninorm.monitor.probes.block import BlockProbe, LogitsProbe, Sentinel, WriterProbe
@@ -216,7 +217,8 @@ class Hooks:
                 self.gate.inside = torch.is_grad_enabled()
                 self.running = []
                 self._blocks.clear()
-                self.padding.read(args, kwargs)
+                if self._buffer.sampling and self.gate.is_open():
+                    self.safely(lambda: self.padding.read(args, kwargs))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if is_compiling():
@@ -228,9 +230,7 @@ class Hooks:
                 return
             self._blocks.end(None)
             if self._buffer.sampling and self.gate.is_open():
-                logits = find_logits(output, self._vocabularies)
-                if logits is not None:
-                    self.safely(lambda: site.see(logits))
+                self.safely(lambda: self._see_logits(site, output))
             self.gate.inside = None
             self.padding.clear()
 
@@ -241,6 +241,11 @@ class Hooks:
             self._handles.append(root.register_forward_hook(QuietHook(after, root), with_kwargs=True))
             return
         self.register(root, before, after, with_kwargs=True)
+
+    def _see_logits(self, site: LogitsProbe, output: Any) -> None:
+        logits = find_logits(output, self._vocabularies)
+        if logits is not None:
+            site.see(logits)
 
     def _on_output(self, module: nn.Module, site: Sentinel, before: Callable[..., Any] | None) -> None:
         traced = self.trace(site.see)
@@ -297,3 +302,12 @@ class Hooks:
             return
         with torch._C.DisableTorchFunction():
             safely(measure, self._failed)
+
+    def node_of(self, x: Tensor) -> Node:
+        """Return the autograd node of a tensor; None after a monitoring error."""
+        try:
+            with torch._C.DisableTorchFunction():
+                return node_of(x)
+        except Exception as error:
+            self._failed(error)
+            return None

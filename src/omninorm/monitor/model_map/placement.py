@@ -14,6 +14,7 @@ from torch import Tensor
 
 from omninorm.monitor.model_map.residual import BlockGraph, Node, NormUse
 from omninorm.monitor.model_map.structure import Structure
+from omninorm.monitor.tensors import version_of
 
 NO_PASS = "no forward pass of the blocks with gradients has been measured"
 INLINED = "the blocks normalize by arithmetic in their own code, not by a norm that can be located"
@@ -173,7 +174,7 @@ class Placements:
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and x.data_ptr() == y.data_ptr() and x._version == y._version
+    return x.shape == y.shape and x.data_ptr() == y.data_ptr() and version_of(x) == version_of(y)
 
 
 def few(x: Tensor) -> Tensor:
