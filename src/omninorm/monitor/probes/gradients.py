@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from omninorm.kernels.distributed import is_distributed
 from omninorm.monitor.hooks.training_pass import safely
-from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer
-from omninorm.monitor.tensors import constant, here, norms_of_whole, stack
+from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer, fill
+from omninorm.monitor.tensors import here, norms_of_whole, stack
 
 MOST_HOOKS = 8
 
@@ -100,8 +100,10 @@ class Gradients:
                 found = torch.where(found.isfinite() | (scale <= 1), found / scale, UNSEEN)
             if len(gradients) == len(self._parameters):
                 return found
-            places = [at for at in range(len(self._parameters)) if at not in self.without]
-            return spread(found, constant(tuple(places), device), len(self._parameters))
+            # Without an index, which would have to be copied to the device whenever other parameters have a gradient.
+            known, unseen = iter(found.unbind()), fill(UNSEEN, device, found.dtype)
+            every = range(len(self._parameters))
+            return torch.stack([unseen if at in self.without else next(known) for at in every])
         return torch.full((len(self._parameters),), UNSEEN, device=device, dtype=torch.float32)
 
     def forget(self) -> None:
