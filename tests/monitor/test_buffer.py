@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.watched_models import Decoder, adamw, some_tokens, token_loss
@@ -24,7 +26,12 @@ def fake() -> Tensor:
 def wrapped() -> Tensor:
     """Return a tensor that has left the function transform in which it was made."""
     found: list[Tensor] = []
-    torch.func.vmap(lambda x: found.append(x) or x)(torch.ones(2))
+
+    def keep(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    torch.func.vmap(keep)(torch.ones(2))
     return found[0]
 
 
@@ -115,9 +122,12 @@ def test_steps_in_which_different_blocks_run_copy_no_list_to_the_device(monkeypa
     model.blocks = nn.ModuleList(wrapped)
     made: list[object] = []
     create = torch.tensor
-    monkeypatch.setattr(
-        tensors.torch, "tensor", lambda values, **options: made.append(values) or create(values, **options)
-    )
+
+    def note(values: object, **options: Any) -> Tensor:
+        made.append(values)
+        return create(values, **options)
+
+    monkeypatch.setattr(torch, "tensor", note)
     optimizer = adamw(model)
     with watch(model, optimizer, every=100, rules=[]) as watched:
         for step in range(1, 12):

@@ -203,6 +203,12 @@ class StatsBuffer:
         Returns:
             The cells' means and peaks by signal (None where nothing was measured), the rows, and `extra` as lists.
         """
+        try:
+            return self._read(extra)
+        finally:
+            self._clear(sampled)
+
+    def _read(self, extra: Sequence[Tensor]) -> tuple[dict[str, list[float | None]], list[Row], list[list[float]]]:
         self._write_cells()
         parts = [self._values, self._ring[: self.row].flatten(), *(part.to(self._values) for part in extra)]
         numbers = iter_split(torch.cat(parts).tolist(), [part.numel() for part in parts])
@@ -219,7 +225,6 @@ class StatsBuffer:
             Row(ring[at * width : (at + 1) * width], self._sentinels, self._parameters, given)
             for at, given in enumerate(self._losses)
         ]
-        self._clear(sampled)
         return cells, rows, rest
 
     def _clear(self, sampled: bool) -> None:
