@@ -402,5 +402,5 @@ class Watch:
         """Warn once about a monitoring error; the affected statistic is missing."""
         if not self._failed_once:
             self._failed_once = True
-            text = f"omninorm.watch could not measure a statistic: {type(error).__name__}: {error}"
-            warnings.warn(text, stacklevel=3)
+            what = f"{type(error).__name__}: {error}"
+            warnings.warn(f"omninorm.watch could not measure a statistic: {what}", stacklevel=3)
