@@ -159,3 +159,21 @@ def test_items_that_are_no_rules_and_duplicate_names_are_refused() -> None:
 def test_unknown_severity_disables_the_rule() -> None:
     with pytest.warns(RuntimeWarning, match="'warn' or 'fail'"):
         assert judge(Says({1: [("panic", None)]})) == []
+
+
+class Breaks(Says):
+    """Fails in the second step with an error of its own."""
+
+    def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
+        if step.step == 2:
+            raise ZeroDivisionError
+        yield from super().on_step(history, step)
+
+
+@pytest.mark.filterwarnings("ignore:The rule 'cause' failed")
+def test_disabled_rule_is_no_longer_a_cause() -> None:
+    cause = Breaks({1: [("fail", "a")]}, name="cause", explains=("other",))
+    assert short(judge(cause, Says({3: [("fail", "b")]}, name="other"))) == [
+        (1, "fail", "cause", "a"),
+        (3, "fail", "other", "b"),
+    ]

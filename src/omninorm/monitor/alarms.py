@@ -105,6 +105,8 @@ class Judge:
             return [_checked(alarm) for alarm in check(rule)]
         except Exception as error:
             self.rules = [other for other in self.rules if other is not rule]
+            self._raised.pop(rule.name, None)
+            self._standing.pop(rule.name, None)  # it can no longer say whether it still explains others
             text = f"The rule {rule.name!r} failed and has been disabled: {type(error).__name__}: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
             return []

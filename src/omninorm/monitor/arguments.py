@@ -29,6 +29,9 @@ def read_optimizers(
         if not isinstance(item, torch.optim.Optimizer):
             remedy = "pass a torch.optim.Optimizer, a list of them, or None"
             raise ConfigError("optimizer must be one or several torch.optim.Optimizer", type(item).__name__, remedy)
+        if not hasattr(item, "_optimizer_step_pre_hooks"):  # its class does not call Optimizer.__init__
+            remedy = "pass the optimizer that it wraps"
+            raise ConfigError("optimizer must support hooks on its steps", type(item).__name__, remedy)
     return found
 
 

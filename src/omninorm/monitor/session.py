@@ -14,6 +14,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from omninorm.config import read_count
 from omninorm.errors import ConfigError, RunError
@@ -38,7 +39,7 @@ from omninorm.monitor.model_map.structure import find_structure, unwrap
 from omninorm.monitor.probes.gradients import Gradients
 from omninorm.monitor.probes.optimizer import OptimizerWatch
 from omninorm.monitor.probes.padding import MASK, ZERO_ROWS
-from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_gains, measure_matrices
+from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_all
 from omninorm.monitor.reasons import not_seen
 from omninorm.monitor.rules import Rule
 from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, has_gradients, step_of
@@ -136,13 +137,17 @@ class Watch:
             LOG.info("Continuing the record in %s; entries after step %d are discarded.", self._folder, self._done)
             self._output.append({"kind": "resume", "step": self._done})
         self._output.append(self._header())
-        self._attach()
-        _watched.add(self._model)
-        self._report_alarms(uncovered(named, self._optimizers, self._done))
-        self._begin_step()
+        with ExitStack() as undo:
+            undo.callback(self.close, "not opened")
+            self._attach()
+            _watched.add(self._model)
+            self._report_alarms(uncovered(named, self._optimizers, self._done))
+            self._begin_step()
+            undo.pop_all()
         return self
 
     def _attach(self) -> None:
+        self._handles: list[RemovableHandle] = []
         self._hooks = Hooks(self._structure, self._buffer, self._failed, self._compiled)
         self._gradients = Gradients(self._buffer, self._parameters, self._failed)
         self._optimizer_watch = OptimizerWatch(
@@ -163,7 +168,8 @@ class Watch:
             replicas=self._replicas,
         )
         self._hooks.attach()
-        self._handles = [*self._gradients.attach(), *self._optimizer_watch.attach()]
+        self._handles += self._gradients.attach()
+        self._handles += self._optimizer_watch.attach()
         self._handles += self._checks.attach(self._compiled)
 
     def close(self, reason: str = "done") -> None:
@@ -228,13 +234,15 @@ class Watch:
             return
         buffer = self._buffer
         extra, names = self._measure() if sampled else ([], [])
+        # An error from here on must not shift the numbers of later steps.
+        first, given, self._first, self._rates = self._first, self._rates, self._done + 1, []
         cells, rows, numbers = buffer.take(extra, sampled)
         checks = self._checks.of_steps(rows)
-        steps = [step_of(row, self._first + at, self._rates[at], checks[at]) for at, row in enumerate(rows)]
+        steps = [step_of(row, first + at, given[at], checks[at]) for at, row in enumerate(rows)]
         self.history.steps.extend(steps)
         for at, row in enumerate(rows):
             if self.history.nonfinite is None:
-                self._look_for_nonfinite(row, self._first + at)
+                self._look_for_nonfinite(row, first + at)
         self._write_steps(steps, rows)
         if sampled:
             placements = self._hooks.placements
@@ -252,17 +260,15 @@ class Watch:
             self._write_sample(sample, steps[-1])
             alarms += self._judge.judge_sample(self.history)
         self._report_alarms(alarms)
-        self._first, self._rates = self._done + 1, []
 
     def _measure(self) -> tuple[list[Tensor], list[str]]:
         """Return a sample's statistics of parameters and optimizers: tensors, and their names."""
-        found = dict(zip(GAIN_SIGNALS, measure_gains(self._structure.norms, self._buffer.device), strict=True))
-        found["weight_rms"] = measure_matrices(self._parameters, self._buffer.device)
-        found |= self._optimizer_watch.take() | self._checks.measure()
+        others = (self._optimizer_watch.take, self._checks.measure)
+        found = measure_all(self._structure.norms, self._parameters, self._buffer.device, others, self._failed)
         return list(found.values()), list(found)
 
     def _gains(self, values: dict[str, list[float]]) -> dict[str, list[float | None]]:
-        return {name: [None if v == UNSEEN else v for v in values.pop(name)] for name in GAIN_SIGNALS}
+        return {name: [None if v == UNSEEN else v for v in values.pop(name)] for name in GAIN_SIGNALS if name in values}
 
     def _look_for_nonfinite(self, row: Row, step: int) -> None:
         found = first_nonfinite(row, step, self._sentinels, self._names, self._buffer.order)
@@ -305,7 +311,7 @@ class Watch:
             "grad_norm": [
                 step.grad_norm if has_gradients(row) else None for step, row in zip(steps, rows, strict=True)
             ],
-            "lr": self._rates,
+            "lr": [step.lr for step in steps],
         }
         self._append({"kind": "steps", "step": steps[-1].step, "first": steps[0].step, **series})
 
@@ -396,5 +402,5 @@ class Watch:
         """Warn once about a monitoring error; the affected statistic is missing."""
         if not self._failed_once:
             self._failed_once = True
-            text = f"omninorm.watch could not measure a statistic: {type(error).__name__}: {error}"
-            warnings.warn(text, stacklevel=3)
+            what = f"{type(error).__name__}: {error}"
+            warnings.warn(f"omninorm.watch could not measure a statistic: {what}", stacklevel=3)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omninorm.monitor.tensors import constant, stack
+from omninorm.monitor.tensors import by_kind, constant, holds_numbers, stack
 
 FACTS = ("kept", "batch")
 """Numbers that only some steps have: see `omninorm.monitor.checks.facts.StepChecks`."""
@@ -84,6 +85,8 @@ class StatsBuffer:
 
     def add(self, key: str, index: int, value: Tensor) -> None:
         """Add a term of a mean."""
+        if not holds_numbers(value):
+            return
         place = self._starts[key] + index
         self._terms.append((place, value))
         self._counts[place] += 1
@@ -92,6 +95,8 @@ class StatsBuffer:
 
     def peak(self, key: str, index: int, value: Tensor) -> None:
         """Update a maximum of values ≥ 0."""
+        if not holds_numbers(value):
+            return
         place = self._starts[key] + index
         self._peaks.append((place, value))
         self._counts[place] = 1
@@ -111,6 +116,8 @@ class StatsBuffer:
 
     def sentinel(self, index: int, least: Tensor, most: Tensor) -> None:
         """Record the smallest and the largest element of a module's output in this step."""
+        if not (holds_numbers(least) and holds_numbers(most)):
+            return
         self.order.setdefault(index, len(self.order))
         self._least.append((index, least))
         self._most.append((index, most))
@@ -118,8 +125,22 @@ class StatsBuffer:
             self._write_sentinels()
 
     def _write_sentinels(self) -> None:
-        self._write(self._row_sentinels, self._most, torch.maximum)
-        self._write(self._row_sentinels, self._least, lambda old, new: torch.maximum(old, -new))
+        self._write_peaks(self._most, UNSEEN)
+        # The negative of what was not seen must not exceed |x| either.
+        self._write_peaks(self._least, -UNSEEN)
+
+    def _write_peaks(self, waiting: list[tuple[int, Tensor]], unseen: float) -> None:
+        """Update the row's peaks |x| with smallest or largest elements.
+
+        All sentinels are written, with `unseen` for those that have not run: a list of those that have, which may
+        differ in every step, would have to be copied to the device.
+        """
+        for values in in_rounds(waiting):
+            for (device, dtype), places in by_kind(values).items():
+                neutral = fill(unseen, device, dtype)
+                found = stack([values[at] if at in places else neutral for at in range(self._sentinels)], self.device)
+                found = found if unseen < 0 else -found
+                torch.maximum(self._row_sentinels, found, out=self._row_sentinels)
 
     def _write_cells(self) -> None:
         self._write(self._values, self._terms, torch.add)
@@ -129,15 +150,7 @@ class StatsBuffer:
         self, target: Tensor, waiting: list[tuple[int, Tensor]], combine: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
         """Combine the waiting values with those at their places in `target`: each place once per round."""
-        rounds: list[dict[int, Tensor]] = []
-        seen: dict[int, int] = {}
-        for place, value in waiting:
-            at = seen[place] = seen.get(place, -1) + 1
-            if at == len(rounds):
-                rounds.append({})
-            rounds[at][place] = value
-        waiting.clear()
-        for values in rounds:
+        for values in in_rounds(waiting):
             index = constant(tuple(values), self.device)
             target[index] = combine(target[index], stack(list(values.values()), self.device))
 
@@ -157,14 +170,20 @@ class StatsBuffer:
         self._written.add(name)
 
     def end_row(self, loss: Tensor | None) -> None:
-        """End the row of this step."""
-        self._write_sentinels()
-        if loss is not None:
-            self._row_loss.copy_(loss.detach().to(self._row_loss.dtype).mean().reshape(1), non_blocking=True)
-        self._losses.append(loss is not None)
-        self.row += 1
-        if self.row < self.rows:
-            self._begin_row()
+        """End the row of this step. It ends in any case: rows without a step would shift all later steps."""
+        given = False
+        try:
+            if loss is not None and holds_numbers(loss):
+                self._row_loss.copy_(loss.detach().to(self._row_loss.dtype).mean().reshape(1), non_blocking=True)
+                given = True
+            self._write_sentinels()
+        finally:
+            self._most.clear()
+            self._least.clear()
+            self._losses.append(given)
+            self.row += 1
+            if self.row < self.rows:
+                self._begin_row()
 
     @property
     def full(self) -> bool:
@@ -184,6 +203,12 @@ class StatsBuffer:
         Returns:
             The cells' means and peaks by signal (None where nothing was measured), the rows, and `extra` as lists.
         """
+        try:
+            return self._read(extra)
+        finally:
+            self._clear(sampled)
+
+    def _read(self, extra: Sequence[Tensor]) -> tuple[dict[str, list[float | None]], list[Row], list[list[float]]]:
         self._write_cells()
         parts = [self._values, self._ring[: self.row].flatten(), *(part.to(self._values) for part in extra)]
         numbers = iter_split(torch.cat(parts).tolist(), [part.numel() for part in parts])
@@ -200,11 +225,11 @@ class StatsBuffer:
             Row(ring[at * width : (at + 1) * width], self._sentinels, self._parameters, given)
             for at, given in enumerate(self._losses)
         ]
-        self._clear(sampled)
         return cells, rows, rest
 
     def _clear(self, sampled: bool) -> None:
         current = None if self.full else self._ring[self.row].clone()
+        written = set() if self.full else self._written
         self._ring.fill_(UNSEEN)
         if current is not None:
             self._ring[0] = current
@@ -214,6 +239,7 @@ class StatsBuffer:
         self._losses = []
         self.row = 0
         self._begin_row()
+        self._written = written
 
 
 class Row:
@@ -233,3 +259,22 @@ def iter_split(numbers: list[float], sizes: Sequence[int]) -> list[list[float]]:
         pieces.append(numbers[start : start + size])
         start += size
     return pieces
+
+
+def in_rounds(waiting: list[tuple[int, Tensor]]) -> list[dict[int, Tensor]]:
+    """Empty the list of places and values; return them in rounds, each with at most one value for a place."""
+    rounds: list[dict[int, Tensor]] = []
+    seen: dict[int, int] = {}
+    for place, value in waiting:
+        at = seen[place] = seen.get(place, -1) + 1
+        if at == len(rounds):
+            rounds.append({})
+        rounds[at][place] = value
+    waiting.clear()
+    return rounds
+
+
+@lru_cache(maxsize=64)
+def fill(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a scalar on the device, which is kept."""
+    return torch.full((), value, device=device, dtype=dtype)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from omninorm.kernels.distributed import is_distributed
+
+MOST_KEPT = 256
+_kept: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
 
 
 def here(x: Any) -> Tensor:
@@ -52,11 +55,35 @@ def norms_of_whole(norms: Tensor, tensors: Sequence[Any]) -> Tensor:
     return squares.sqrt().to(norms.dtype)
 
 
-@lru_cache(maxsize=256)
 def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Return a tensor of these values on the device, for reading only. It is kept, because each copy would
     synchronize."""
-    return torch.tensor(values, device=device, dtype=dtype)
+    key = (values, device, dtype)
+    tensor = _kept.pop(key, None)
+    if tensor is None:
+        tensor = torch.tensor(values, device=device, dtype=dtype)
+        if not holds_numbers(tensor):  # inside a FakeTensorMode or a function transform, and of no use outside
+            return tensor
+    _kept[key] = tensor  # at the end, so that the one that was not used for longest is dropped first
+    if len(_kept) > MOST_KEPT:
+        del _kept[next(iter(_kept))]
+    return tensor
+
+
+def holds_numbers(x: Tensor) -> bool:
+    """Return whether a tensor has values of its own: not one of a FakeTensorMode, of a function transform such as
+    vmap, or on the meta device."""
+    if type(x) is not Tensor and isinstance(x, FakeTensor):
+        return False
+    return not (x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+def by_kind(values: Mapping[int, Tensor]) -> dict[tuple[torch.device, torch.dtype], set[int]]:
+    """Return the keys of the tensors of each device and dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], set[int]] = {}
+    for key, value in values.items():
+        kinds.setdefault((value.device, value.dtype), set()).add(key)
+    return kinds
 
 
 def stack(scalars: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from omninorm.monitor.checks.checksum import checksum, tensors_in
 from omninorm.monitor.checks.cleared import Cleared
 from omninorm.monitor.checks.clipping import Clipping, totals
-from omninorm.monitor.checks.facts import NoGradient, SampleChecks, Setup, StepChecks
+from omninorm.monitor.checks.facts import NoGradient, Replica, SampleChecks, Setup, StepChecks
 from omninorm.monitor.checks.identity import Identity
 from omninorm.monitor.checks.missing import Missing, Ran
 from omninorm.monitor.checks.replicas import Replicas, are_replicated
@@ -273,6 +273,14 @@ class Checks:
             norms=totals(row.gradients, at_step),
             stale=self._identity.compare(),
             lost=lost,
-            replicas=() if self._replicas is None or sums is None else self._replicas.exchange(step, sums),
+            replicas=() if self._replicas is None or sums is None else self._exchange(self._replicas, step, sums),
             scale=None if scale is None else scale[0],
         )
+
+    def _exchange(self, replicas: Replicas, step: int, sums: Sequence[float]) -> tuple[Replica, ...]:
+        """Compare the replicas. The store is on another machine; if it is gone, only this check is lost."""
+        try:
+            return replicas.exchange(step, sums)
+        except Exception as error:
+            self._failed(error)
+            return ()

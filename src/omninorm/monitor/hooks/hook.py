@@ -25,7 +25,7 @@ class Hook:
         self.function, self._module = function, weakref.ref(module)
 
     def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
+        return None if torch.jit.is_tracing() else self.function(*args)  # type: ignore[no-untyped-call]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
@@ -42,7 +42,7 @@ class QuietHook(Hook):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
+        return super().__call__(*args)
 
 
 class CopiedHook:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import update_wrapper
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.jit import _builtins
 
 
 class Listener(NamedTuple):
@@ -44,7 +46,9 @@ class _Wrapped(NamedTuple):
 
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_SOFTMAX = (torch, F, Tensor)
+# Not torch.nn.functional, whose softmax calls Tensor.softmax: a model may hold that function, and pickle refuses one
+# whose name leads to another. The other functions are built in, or rarely held.
+_SOFTMAX = (torch, Tensor)
 # Functions that normalize rows, and those from which norms are written: 1/√(mean(x²) + ε) has one element for each row.
 _NORMS: tuple[tuple[Any, str], ...] = (
     (F, "rms_norm"),
@@ -98,9 +102,27 @@ def _wrap_norms() -> None:
 
 def _put(owner: Any, name: str, wrap: Callable[[Any, int], Any]) -> None:
     before = getattr(owner, name)  # possibly the user's replacement
-    ours = wrap(before, _period)
+    ours = _disguise(wrap(before, _period), before, owner, name)
     _wrapped.append(_Wrapped(owner, name, before, name in vars(owner), ours))
     setattr(owner, name, ours)
+
+
+def _disguise(ours: Any, before: Any, owner: Any, name: str) -> Any:
+    """Make a wrapper look like the function at its place to pickle, inspect and torch.jit."""
+    update_wrapper(ours, before)
+    ours.__module__ = "torch.nn.functional" if owner is F else "torch"
+    ours.__name__, ours.__qualname__ = name, f"Tensor.{name}" if owner is Tensor else name
+    operator = _builtins._find_builtin(before)
+    if operator is not None:
+        _builtins._register_builtin(ours, operator)
+    else:
+        ours.__prepare_scriptable__ = lambda: before
+    return ours
+
+
+def _is_idle(period: int) -> bool:
+    """Return whether a wrapper only calls the original: after its watch, and where a model is exported."""
+    return _period != period or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def _unwrap() -> None:
@@ -108,6 +130,7 @@ def _unwrap() -> None:
     _period += 1
     while _wrapped:
         owner, name, before, own, ours = _wrapped.pop()
+        _builtins._get_builtin_table().pop(id(ours), None)  # type: ignore[no-untyped-call]
         if vars(owner).get(name) is not ours:
             continue  # other code has replaced it since; leave that in place
         if own:
@@ -119,7 +142,7 @@ def _unwrap() -> None:
 def _intercepted_attention(original: Any, period: int) -> Any:
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-        if _period == period and "query" in given and "key" in given:
+        if not _is_idle(period) and "query" in given and "key" in given:
             rest = given.get("attn_mask"), given.get("is_causal", False), given.get("scale")
             for listener in _listeners:
                 listener.attention(given["query"], given["key"], *rest)
@@ -131,7 +154,7 @@ def _intercepted_attention(original: Any, period: int) -> Any:
 def _intercepted_softmax(original: Any, period: int) -> Any:
     def softmax(*args: Any, **kwargs: Any) -> Any:
         global _depth
-        if is_compiling() or _depth or _period != period:
+        if is_compiling() or _depth or _is_idle(period):
             return original(*args, **kwargs)
         _depth += 1
         try:
@@ -161,7 +184,7 @@ def _intercepted_cross_entropy(original: Any, period: int) -> Any:
 def _intercepted_norm(original: Any, period: int) -> Any:
     def norm(*args: Any, **kwargs: Any) -> Any:
         global _depth
-        wanted = [] if _depth or _period != period else [each for each in _listeners if each.norms]
+        wanted = [] if _depth or _is_idle(period) else [each for each in _listeners if each.norms]
         x = args[0] if args else kwargs.get("input")
         if not wanted or not isinstance(x, Tensor):
             return original(*args, **kwargs)
@@ -181,18 +204,22 @@ def _intercepted_norm(original: Any, period: int) -> Any:
         finally:
             _depth -= 1
 
-    norm.__name__ = getattr(original, "__name__", "norm")
     return norm
 
 
 def _intercepted_root(original: Any, period: int) -> Any:
     def root(*args: Any, **kwargs: Any) -> Any:
         y = original(*args, **kwargs)
-        if _period == period and not is_compiling() and not _depth and isinstance(y, Tensor) and y.shape[-1:] == (1,):
+        if (
+            not _is_idle(period)
+            and not is_compiling()
+            and not _depth
+            and isinstance(y, Tensor)
+            and y.shape[-1:] == (1,)
+        ):
             for listener in _listeners:
                 if listener.norms:
                     listener.root(y)
         return y
 
-    root.__name__ = getattr(original, "__name__", "root")
     return root

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from omninorm.kernels.distributed import is_distributed
 from omninorm.monitor.hooks.training_pass import safely
-from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer
-from omninorm.monitor.tensors import constant, here, norms_of_whole, stack
+from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer, fill
+from omninorm.monitor.tensors import here, norms_of_whole, stack
 
 MOST_HOOKS = 8
 
@@ -100,8 +100,10 @@ class Gradients:
                 found = torch.where(found.isfinite() | (scale <= 1), found / scale, UNSEEN)
             if len(gradients) == len(self._parameters):
                 return found
-            places = [at for at in range(len(self._parameters)) if at not in self.without]
-            return spread(found, constant(tuple(places), device), len(self._parameters))
+            # Without an index, which would have to be copied to the device whenever other parameters have a gradient.
+            known, unseen = iter(found.unbind()), fill(UNSEEN, device, found.dtype)
+            every = range(len(self._parameters))
+            return torch.stack([unseen if at in self.without else next(known) for at in every])
         return torch.full((len(self._parameters),), UNSEEN, device=device, dtype=torch.float32)
 
     def forget(self) -> None:
@@ -130,7 +132,7 @@ def norms_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     On a CPU, where checking costs no synchronization, norms that overflow float32 (from 1e19 on) are computed in
     float64. On other devices such a tensor counts as infinite.
     """
-    tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    tensors = [torch.view_as_real(tensor) if tensor.is_complex() else widened(tensor) for tensor in tensors]
     wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     norms: list[Tensor] = list(torch._foreach_norm(tensors, 2, dtype=wide))
     if wide == torch.float32 and all(tensor.is_cpu for tensor in tensors) and not torch.stack(norms).sum().isfinite():
@@ -138,6 +140,11 @@ def norms_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             if not norm.isfinite():
                 norms[at] = torch.linalg.vector_norm(tensors[at], dtype=torch.float64)
     return norms
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return 8-bit floats, with which hardly any operator works, as float32; other tensors unchanged."""
+    return x.float() if x.is_floating_point() and x.element_size() == 1 else x
 
 
 def spread(values: Tensor, places: Tensor, count: int) -> Tensor:

@@ -153,7 +153,8 @@ class OptimizerWatch:
         The gradients are read after the step, because a fused optimizer unscales them inside it.
         """
         for group in optimizer.param_groups:
-            if "eps" not in group or "betas" not in group:
+            eps = group_eps(group)
+            if eps is None:
                 continue
             places, gradients, moments, counts = [], [], [], []
             for place, parameter, its_group in watched:
@@ -169,8 +170,8 @@ class OptimizerWatch:
                 # A parameter that was added later has made fewer steps.
                 made = torch.stack(counts).to(gradients[0].device, non_blocking=True)
                 corrections = 1 - group["betas"][1] ** made
-                eps = max(float(group["eps"]), 1e-30)
-                self._write_adam(places, gradients, torch._foreach_div(moments, corrections.unbind()), eps)
+                corrected = torch._foreach_div(moments, corrections.unbind())
+                self._write_adam(places, gradients, corrected, max(eps, 1e-30))
 
     def _write_adam(
         self, places: Sequence[int], gradients: list[Tensor], moments: Sequence[Tensor], eps: float
@@ -238,6 +239,14 @@ def adam_eps(optimizers: Sequence[torch.optim.Optimizer]) -> float | None:
     """Return the ε of the first optimizer that is a variant of Adam."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            if "eps" in group and "betas" in group:
-                return float(group["eps"])
+            eps = group_eps(group)
+            if eps is not None:
+                return eps
     return None
+
+
+def group_eps(group: dict[str, Any]) -> float | None:
+    """Return ε of a group of a variant of Adam; None if it is on a device, or not one number, as for CAME."""
+    eps = group.get("eps")
+    usable = isinstance(eps, (int, float)) or _is_on_host(eps)
+    return float(eps) if usable and "betas" in group else None  # type: ignore[arg-type]

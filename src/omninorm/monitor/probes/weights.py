@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.model_map.norms import Norm
 from omninorm.monitor.probes.gradients import norms_of, spread
 from omninorm.monitor.probes.optimizer import some
@@ -15,6 +16,27 @@ from omninorm.monitor.tensors import constant, stack, whole
 
 SILENT_GAIN = 1e-3
 GAIN_SIGNALS = ("gain_max", "gain_ratio", "gain_small")
+
+
+def measure_all(
+    norms: Sequence[Norm],
+    parameters: Sequence[nn.Parameter],
+    device: torch.device,
+    others: Sequence[Callable[[], Mapping[str, Tensor]]],
+    failed: Callable[[Exception], None],
+) -> dict[str, Tensor]:
+    """Return a sample's statistics of parameters, and those of `others`, by name. An error loses only its own."""
+    found: dict[str, Tensor] = {}
+
+    def gains() -> Mapping[str, Tensor]:
+        return dict(zip(GAIN_SIGNALS, measure_gains(norms, device), strict=True))
+
+    def matrices() -> Mapping[str, Tensor]:
+        return {"weight_rms": measure_matrices(parameters, device)}
+
+    for measure in (gains, matrices, *others):
+        safely(lambda measure=measure: found.update(measure()), failed)  # type: ignore[misc]
+    return found
 
 
 @torch.no_grad()

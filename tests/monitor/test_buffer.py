@@ -1,0 +1,156 @@
+"""The buffer between the hooks and the host: what it refuses, keeps, and copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.watched_models import Decoder, adamw, some_tokens, token_loss
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from omninorm.monitor import tensors, watch
+from omninorm.monitor.stats_buffer import StatsBuffer
+
+
+def buffer(sentinels: int = 3, rows: int = 4) -> StatsBuffer:
+    return StatsBuffer(torch.device("cpu"), {"stream_ms": 2, "stream_max": 2}, sentinels, 1, rows)
+
+
+def fake() -> Tensor:
+    with FakeTensorMode():
+        return torch.ones(())
+
+
+def wrapped() -> Tensor:
+    """Return a tensor that has left the function transform in which it was made."""
+    found: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    torch.func.vmap(keep)(torch.ones(2))
+    return found[0]
+
+
+@pytest.mark.parametrize("make", [fake, wrapped, lambda: torch.ones((), device="meta")])
+def test_values_without_numbers_are_left_out(make) -> None:  # type: ignore[no-untyped-def]
+    """Like those of a forward pass that only counts operations."""
+    it = buffer()
+    for key, add in (("stream_ms", it.add), ("stream_max", it.peak)):
+        add(key, 0, torch.tensor(2.0))
+        add(key, 0, make())
+        add(key, 1, make())
+    it.sentinel(0, torch.tensor(-3.0), torch.tensor(1.0))
+    it.sentinel(1, make(), make())
+    it.end_row(torch.tensor(5.0))
+    cells, (row,), _ = it.take()
+    assert cells == {"stream_ms": [2.0, None], "stream_max": [2.0, None]}
+    assert (row.sentinels, row.loss) == ([3.0, -1.0, -1.0], 5.0)
+
+
+def test_row_ends_although_a_value_cannot_be_written() -> None:
+    it = buffer()
+    it.sentinel(0, torch.zeros(2), torch.zeros(3))
+    with pytest.raises(RuntimeError):
+        it.end_row(torch.tensor(1.0))
+    it.sentinel(0, torch.tensor(-3.0), torch.tensor(1.0))
+    it.end_row(torch.tensor(2.0))
+    rows = it.take()[1]
+    assert [(row.loss, row.sentinels[0]) for row in rows] == [(1.0, -1.0), (2.0, 3.0)]
+
+
+def test_forward_pass_with_fake_tensors_leaves_the_steps_alone(recwarn: pytest.WarningsRecorder) -> None:
+    torch.manual_seed(0)
+    model = Decoder()
+    optimizer = adamw(model)
+    with watch(model, optimizer, every=2, rules=[]) as watched:
+        for step in range(1, 6):
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                model(mode.from_tensor(some_tokens(step)))
+            loss = token_loss(model, some_tokens(step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            watched.step(loss)
+    assert [step.step for step in watched.history.steps] == [1, 2, 3, 4, 5]
+    assert all(step.loss is not None and step.grad_norm > 0 for step in watched.history.steps)
+    assert [str(warning.message) for warning in recwarn if "could not measure" in str(warning.message)] == []
+
+
+def test_constant_made_with_fake_tensors_is_not_kept() -> None:
+    places, device = (3.0, 1.0, 4.0, 1.0, 5.0), torch.device("cpu")
+    with FakeTensorMode():
+        tensors.constant(places, device)
+    assert tensors.constant(places, device).tolist() == list(places)
+    assert tensors.constant(places, device) is tensors.constant(places, device)
+
+
+def test_peaks_of_modules_that_run_several_times_or_in_several_dtypes() -> None:
+    it = buffer(4)
+    it.sentinel(0, torch.tensor(-1.0), torch.tensor(2.0))
+    it.sentinel(2, torch.tensor(-7.0, dtype=torch.bfloat16), torch.tensor(-6.0, dtype=torch.bfloat16))
+    it.sentinel(3, torch.tensor(0.0), torch.tensor(0.0))
+    it.sentinel(0, torch.tensor(-0.5), torch.tensor(0.25))
+    it.end_row(None)
+    it.sentinel(0, torch.tensor(torch.nan), torch.tensor(torch.nan))
+    it.sentinel(0, torch.tensor(1.0), torch.tensor(2.0))
+    it.end_row(None)
+    first, second = it.take()[1]
+    assert first.sentinels == [2.0, -1.0, 7.0, 0.0]
+    assert second.sentinels[0] != second.sentinels[0]
+    assert second.sentinels[1:] == [-1.0] * 3
+
+
+class Dropped(nn.Module):
+    """A block that a LayerDrop may skip."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.skip = block, False
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return x if self.skip else self.block(x, mask)
+
+
+def test_steps_in_which_different_blocks_run_copy_no_list_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Decoder(blocks=3)
+    wrapped = [Dropped(block) for block in model.blocks]
+    model.blocks = nn.ModuleList(wrapped)
+    made: list[object] = []
+    create = torch.tensor
+
+    def note(values: object, **options: Any) -> Tensor:
+        made.append(values)
+        return create(values, **options)
+
+    monkeypatch.setattr(torch, "tensor", note)
+    optimizer = adamw(model)
+    with watch(model, optimizer, every=100, rules=[]) as watched:
+        for step in range(1, 12):
+            for at, block in enumerate(wrapped):
+                block.skip = at == step % 4
+            loss = token_loss(model, some_tokens(step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            watched.step(loss)
+            if step == 1:
+                made.clear()
+        lists = [values for values in made if isinstance(values, tuple)]  # AdamW makes tensors of numbers
+    assert len(watched.history.steps) == 11
+    assert lists == []
+
+
+def test_flush_within_a_step_keeps_what_the_step_has_added() -> None:
+    it = buffer()
+    it.end_row(None)
+    it.add_fact("kept", torch.tensor(2.0))
+    it.take()
+    it.add_fact("kept", torch.tensor(3.0))
+    it.end_row(None)
+    (row,) = it.take()[1]
+    assert row.facts["kept"] == 5.0
