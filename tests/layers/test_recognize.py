@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,3 +176,64 @@ def test_default_device_and_dtype_do_not_matter() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert recognition.unwatched_copy(nn.LayerNorm(3, device="meta")).weight.device.type == "cpu"
+
+
+def random_states() -> list[Any]:
+    return [torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())]
+
+
+def noisy(x: Tensor, sigma: Tensor) -> Tensor:
+    return x + sigma * torch.randn_like(x) * random.random() * numpy.random.rand()
+
+
+def test_random_states_are_kept() -> None:
+    before = random_states()
+    assert recognize(Own(noisy, (D,))) is None
+    assert random_states() == before
+
+
+class Counter:
+    """An object that a norm and its owner share."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+class Counting(nn.LayerNorm):
+    def __init__(self, shared: Any) -> None:
+        super().__init__(D, eps=Eps)
+        self.shared, self.act = shared, self.count
+
+    def count(self, x: Tensor) -> Tensor:
+        self.shared.calls += 1
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.act(x))
+
+
+def test_shared_objects_are_not_changed() -> None:
+    shared = Counter()
+    norm = Counting(shared)
+    form = recognize(norm)
+    assert form is not None
+    assert form.centered
+    assert shared.calls == 0
+    norm(torch.zeros(2, D))
+    assert shared.calls == 1
+
+
+class Holding(nn.LayerNorm):
+    def __init__(self, held: Any) -> None:
+        super().__init__(D, eps=Eps)
+        self.held = held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("held", [lambda: [nn.Linear(2, 2)], threading.Lock, lambda: [torch.zeros(2**21)]])
+def test_module_that_cannot_be_copied_is_refused(held: Any) -> None:
+    assert recognize(Holding([torch.zeros(2)])) is not None
+    with pytest.raises(RefusedError):
+        recognize(Holding(held()))

@@ -120,3 +120,78 @@ def test_mask_fits_several_layouts() -> None:
     assert torch.equal(padding.rows((3, 7)), flat)
     padding.clear()
     assert padding.rows((3, 7)) is None
+
+
+class Masked(nn.Module):
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> None: ...
+
+
+def counted(x: Tensor, mask: Tensor, **inputs: Tensor) -> Tensor | None:
+    """Return which rows (batch, length) count by a mask."""
+    padding = Padding(Masked())
+    padding.read((x,), {"attention_mask": mask, **inputs})
+    rows = padding.rows(x.shape[:2])
+    return None if rows is None else rows.reshape(x.shape[:2])
+
+
+def test_mask_that_is_added_to_the_logits_hides_negative_tokens() -> None:
+    x = torch.zeros(3, 7)
+    for low in (-torch.inf, torch.finfo(torch.float32).min, -1e4):
+        assert torch.equal(counted(x, torch.zeros(3, 7).masked_fill(~COUNTS, low)), COUNTS)
+    assert torch.equal(counted(x, COUNTS.float()), COUNTS)  # it is multiplied
+    assert bool(counted(x, torch.zeros(3, 7)).all())
+
+
+def test_mask_of_another_shape_than_the_input_is_no_padding() -> None:
+    causal = torch.ones(7, 7).tril()
+    assert counted(torch.zeros(3, 7), causal) is None
+    padding = Padding(Masked())
+    padding.read((torch.zeros(3, 7),), {"attention_mask": causal})
+    assert padding.rows((7, 7)) is None  # a tensor inside the model
+    ids = torch.ones(3, 7, dtype=torch.long)
+    assert torch.equal(counted(torch.zeros(3, 7, 2), COUNTS, input_ids=ids), COUNTS)
+
+
+def test_causal_mask_of_a_square_batch_is_no_padding() -> None:
+    x, causal = torch.zeros(7, 7), torch.ones(7, 7, dtype=torch.bool).tril()
+    for mask in (causal, causal.float(), torch.zeros(7, 7).masked_fill(~causal, -torch.inf)):
+        assert bool(counted(x, mask).all())
+    padded = torch.arange(7) < torch.tensor([7, 2, 4, 7, 5, 6, 1])[:, None]
+    assert torch.equal(counted(x, padded), padded)
+
+
+class Refusing(Tensor):
+    """A mask that raises an error in each operator."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{function} was called")
+
+
+def test_mask_is_read_only_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    padding = Padding(Masked())
+    padding.read((torch.zeros(3, 7), torch.Tensor._make_subclass(Refusing, torch.ones(3, 7))), {})
+    with pytest.raises(AssertionError, match="aten"):
+        padding.rows((3, 7))
+    steps, read = [], Padding.read
+    monkeypatch.setattr(Padding, "read", lambda self, *given: steps.append(1) or read(self, *given))
+    model = Padded(NORMS["RMSNorm"], zero=False)
+    with watch(model, every=4, rules=[]) as watched:
+        for step in range(1, 6):
+            with torch.no_grad():
+                model(COUNTS.long(), COUNTS)
+            loss = model(COUNTS.long(), COUNTS).mean()
+            assert watched._hooks.padding._given == {}, step
+            loss.backward()
+            watched.step(loss)
+    assert len(steps) == len(watched.history.samples)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_and_sparse_masks_are_no_padding() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(length) for length in LENGTHS.tolist()])
+    assert counted(torch.zeros(3, 7), nested) is None
+    assert counted(torch.zeros(3, 7), torch.ones(3, 7).to_sparse()) is None
+    model = Padded(NORMS["RMSNorm"], zero=False)
+    with watch(model, every=1, rules=[]), torch.no_grad():
+        model(COUNTS.long(), nested)  # an evaluation

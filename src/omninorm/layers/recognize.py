@@ -10,8 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +27,8 @@ from omninorm.layers.identify import RefusedError, exact_eps, normalize
 
 _ROWS = 6
 _FREE_WIDTH = 64  # of a norm that takes any width
+_MOST_OBJECTS = 10_000  # that a module holds and that are copied with it
+_MOST_NUMBERS = 2**20
 _CLOSE = 1e-5  # modules that compute in float32 inside are right to about 1e-6 of the largest output
 _EXPONENTS = range(0, -80, -1)
 GATES = ("gate", "z", "g")
@@ -66,6 +73,11 @@ def recognize(module: nn.Module) -> Form | None:
     Raises:
         RefusedError: its copy cannot be called on the CPU with one tensor.
     """
+    with _kept_random_states():
+        return _recognize(module)
+
+
+def _recognize(module: nn.Module) -> Form | None:
     called = False
     for layout in _LAYOUTS:
         try:
@@ -80,9 +92,38 @@ def recognize(module: nn.Module) -> Form | None:
     return None
 
 
+@contextmanager
+def _kept_random_states() -> Iterator[None]:
+    """Restore the random states at the end; a module that draws numbers must not change the training."""
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
+    numpy = sys.modules.get("numpy")
+    state, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+
+
 def unwatched_copy(module: nn.Module) -> nn.Module:
-    """Return a copy on the CPU in float64 without hooks. Parameters are not copied but drawn at random."""
-    new: nn.Module = object.__new__(type(module))
+    """Return a copy on the CPU in float64 without hooks, which shares no object with the module.
+
+    Parameters are not copied but drawn at random.
+
+    Raises:
+        TypeError: an attribute cannot be copied, or holds other modules.
+    """
+    memo = {id(each): object.__new__(type(each)) for each in module.modules()}
+    for each in module.modules():
+        _fill(memo[id(each)], each, memo)
+    new: nn.Module = memo[id(module)]
+    return new
+
+
+def _fill(new: nn.Module, module: nn.Module, memo: dict[int, Any]) -> None:
+    """Set the attributes of a copy. `memo` holds the copies by the ids of the originals, as for copy.deepcopy."""
     for name, value in vars(module).items():
         if name.endswith(("hooks", "hooks_with_kwargs", "hooks_always_called")) and isinstance(value, dict):
             value = type(value)()
@@ -91,15 +132,38 @@ def unwatched_copy(module: nn.Module) -> nn.Module:
         elif name == "_buffers":
             value = {key: None if each is None else _moved(each) for key, each in value.items()}
         elif name == "_modules":
-            value = {key: None if each is None else unwatched_copy(each) for key, each in value.items()}
+            value = {key: None if each is None else memo[id(each)] for key, each in value.items()}
         elif isinstance(value, Tensor):
             value = _moved(value)
-        elif isinstance(value, (list, dict, set)):
-            value = copy.copy(value)
+        elif name != "forward":
+            _check_copyable(value, memo)
+            value = copy.deepcopy(value, memo)
         if name != "forward":  # a replaced forward is bound to the original
             new.__dict__[name] = value
     new.__dict__["training"] = False
-    return new
+
+
+def _check_copyable(value: Any, memo: dict[int, Any]) -> None:
+    """Raise TypeError if a value holds other modules or much data, such as a reference to the whole model."""
+    waiting, seen = [value], set(memo)
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or isinstance(each, (type, ModuleType, FunctionType, str, bytes, int, float)):
+            continue
+        seen.add(id(each))
+        if isinstance(each, nn.Module) or len(seen) > _MOST_OBJECTS:
+            raise TypeError(f"{type(each).__name__} is not copied")
+        if isinstance(each, Tensor):
+            if each.numel() > _MOST_NUMBERS:
+                raise TypeError("a large tensor is not copied")
+        elif isinstance(each, dict):
+            waiting += [*each.keys(), *each.values()]
+        elif isinstance(each, (list, tuple, set, frozenset)):
+            waiting += each
+        elif isinstance(each, MethodType):
+            waiting.append(each.__self__)
+        else:
+            waiting += getattr(each, "__dict__", {}).values()
 
 
 def _drawn(parameter: Tensor) -> nn.Parameter:

@@ -28,7 +28,20 @@ def facts_of(structure: Structure, optimizers: Sequence[torch.optim.Optimizer], 
         adam_eps=adam_eps(optimizers),
         every=every,
         width=typical_width(structure),
+        alike=alike(structure),
     )
+
+
+def alike(structure: Structure) -> tuple[int, ...]:
+    """Return a number for each block, equal for blocks of the same class whose matrices have the same names."""
+    kinds: dict[object, int] = {}
+    found = []
+    for block in structure.blocks:
+        # Gains may have more than one dimension, but only one that is not 1.
+        named = block.module.named_parameters()
+        matrices = tuple(name for name, tensor in named if tensor.numel() > max(tensor.shape, default=1))
+        found.append(kinds.setdefault((type(block.module), matrices), len(kinds)))
+    return tuple(found)
 
 
 def typical_width(structure: Structure) -> float | None:

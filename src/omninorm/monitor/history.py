@@ -43,6 +43,7 @@ class Facts:
         adam_eps: its ε, if it is a variant of Adam.
         every: steps between samples.
         width: the width of the blocks: the median of the smaller sides of their matrices, or None.
+        alike: a number for each block, equal for blocks of the same class with the same matrices.
     """
 
     model: str = ""
@@ -58,6 +59,7 @@ class Facts:
     adam_eps: float | None = None
     every: int = 1
     width: float | None = None
+    alike: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Sample:
     `worst` names each group's worst tensor for "adam_ratio" and "adam_eps_ratio". `decay` is learning rate × weight
     decay of the optimizer, the share that decoupled weight decay removes per step: the largest of each group's
     matrices. `gain_decay` is the same for the gain of each norm. Both are empty if no optimizer is known.
+    `probabilities` is 1 if each row that cross entropy received is a probability distribution, 0 if not, and None if no
+    such call was measured.
     """
 
     step: int
@@ -89,6 +93,7 @@ class Sample:
     checks: SampleChecks = field(default_factory=SampleChecks)
     decay: Sequence[float | None] = ()
     gain_decay: Sequence[float | None] = ()
+    probabilities: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,8 @@ class History:
     "none" if the blocks have no norm, None if unknown."""
     placement_reason: str = ""
     """The reason why the placement is unknown."""
+    no_residual: bool = False
+    """Whether no block's output is a sum with its input, according to the autograd graph of the first sample."""
     padding: str | None = None
     """How padding was recognized, so that it does not count: "attention mask", "zero rows", or None without any."""
     dtype: str | None = None

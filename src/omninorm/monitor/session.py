@@ -105,8 +105,7 @@ class Watch:
     def open(self) -> Watch:
         """Register the hooks and start the record."""
         if self._output is not None and self._hooks is None:
-            remedy = "create a new one with omninorm.watch(…)"
-            raise RunError("This Watch has already been closed", "", remedy)
+            raise RunError("This Watch has already been closed", "", "create a new one with omninorm.watch(…)")
         if self._model in _watched:
             remedy = "close the other Watch first, or use it"
             raise ConfigError(f"This {type(self._model).__name__} is already being watched", "", remedy)
@@ -238,8 +237,9 @@ class Watch:
                 self._look_for_nonfinite(row, self._first + at)
         self._write_steps(steps, rows)
         if sampled:
-            blocks = len(self._structure.blocks)
-            self.history.placement, self.history.placement_reason = self._hooks.placements.verdict(blocks)
+            placements = self._hooks.placements
+            self.history.placement, self.history.placement_reason = placements.verdict(len(self._structure.blocks))
+            self.history.no_residual = placements.without_residual()
             if self._hooks.padding.used or any(cells["zero_rows"]):
                 self.history.padding = MASK if self._hooks.padding.used else ZERO_ROWS
             self.history.dtype = None if self._hooks.dtype is None else str(self._hooks.dtype).removeprefix("torch.")

@@ -75,6 +75,11 @@ def stack(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.cat(parts)[constant(tuple(order), device)]
 
 
+def version_of(x: Tensor) -> int:
+    """Return how often a tensor has been written in place; −1 for an inference tensor, which does not count this."""
+    return -1 if x.is_inference() else x._version
+
+
 def some_tensors(value: object) -> Iterator[Tensor]:
     """Yield the floating-point tensors of two or more dimensions in a module's arguments or output, in order."""
     if isinstance(value, Tensor):

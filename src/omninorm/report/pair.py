@@ -118,7 +118,7 @@ def _settings(first: RunStory, second: RunStory, names: tuple[str, str]) -> str:
     one, two = ({**dict(facts(story)), **dict(settings(story.config))} for story in (first, second))
     keys = [key for key in {**one, **two} if one.get(key) != two.get(key) and key not in (*_OWN, "started")]
     rows = [[key, one.get(key, "–"), two.get(key, "–")] for key in keys]
-    text = grid("settings", f"{plural(len(rows), 'setting')} that differ", ["Setting", *names], rows)
+    text = grid("settings", f"{plural(len(rows), 'different setting')}", ["Setting", *names], rows)
     calm = '<p class="calm">No recorded setting differs.</p>'
     return titled("settings", "What was set differently", text if rows else calm)
 

@@ -20,6 +20,8 @@ LOSS = {"loss-spike", "unrecovered-spike", "loss-rising", "held-out-rising", "su
 EXACT = {
     *("no-gradient", "stale-parameters", "learning-rate-zero", "gradients-not-cleared", "steps-skipped"),
     *("updates-lost", "replicas-differ", "gradient-clipped", "identical-batches"),
+    *("evaluation-mode", "adam-betas", "adam-state", "autocast-lost", "dropout"),
+    *("double-softmax", "norm-missing"),
 }
 
 

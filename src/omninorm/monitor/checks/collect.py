@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from omninorm.monitor.checks.checksum import checksum, tensors_in
 from omninorm.monitor.checks.cleared import Cleared
 from omninorm.monitor.checks.clipping import Clipping, totals
-from omninorm.monitor.checks.facts import NoGradient, SampleChecks, StepChecks
+from omninorm.monitor.checks.facts import NoGradient, SampleChecks, Setup, StepChecks
 from omninorm.monitor.checks.identity import Identity
 from omninorm.monitor.checks.missing import Missing, Ran
 from omninorm.monitor.checks.replicas import Replicas, are_replicated
 from omninorm.monitor.checks.rounding import Rounding
+from omninorm.monitor.checks.setup import SetupWatch
 from omninorm.monitor.hooks.hook import Hook, QuietHook
-from omninorm.monitor.hooks.training_pass import in_backward, safely
+from omninorm.monitor.hooks.training_pass import in_backward, is_transformed, safely
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.gradients import Gradients
 from omninorm.monitor.probes.optimizer import rates
@@ -38,6 +39,7 @@ class _Raw:
     emptied: bool | None = None  # whether no optimizer found a gradient; None before the first
     rates: tuple[float, ...] = ()
     moved: bool = False
+    setup: Setup = field(default_factory=Setup)
 
 
 class Checks:
@@ -95,7 +97,13 @@ class Checks:
         self._cleared = Cleared(self._gradients.first, self._buffer.device)
         model = self._structure.model
         hook = (QuietHook if compiled else Hook)(self._see_inputs, model)
-        handles = [model.register_forward_pre_hook(hook, with_kwargs=True)] if self._structure.blocks else []
+        seen = self._structure.blocks or not compiled
+        handles = [model.register_forward_pre_hook(hook, with_kwargs=True)] if seen else []
+        inner = self._structure.blocks[0].module if self._structure.blocks else next(model.children(), None)
+        self._setup = SetupWatch(
+            model, self._parameters, self._scaler, None if compiled else inner, self._done > 0, self._failed
+        )
+        handles += self._setup.attach()
         for optimizer in self._optimizers:
             before = lambda it, *_: safely(lambda: self._before_step(it), self._failed)  # noqa: E731
             after = lambda it, *_: safely(lambda: self._after_step(it), self._failed)  # noqa: E731
@@ -103,10 +111,14 @@ class Checks:
         return handles
 
     def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Add the checksum of the inputs in some steps."""
-        if is_compiling() or not self._is_due() or in_backward() or not torch.is_grad_enabled():
+        """Note the mode of the model, and add the checksum of the inputs in some steps."""
+        if is_compiling():
             return
-        tensors = list(tensors_in([args, kwargs]))
+        training = torch.is_grad_enabled()
+        safely(lambda: self._setup.see_root(module, training, self._buffer.sampling), self._failed)
+        if not self._structure.blocks or not self._is_due() or in_backward() or not training:
+            return
+        tensors = [] if is_transformed() else list(tensors_in([args, kwargs]))
         if tensors:
             safely(lambda: self._buffer.add_fact("batch", checksum(tensors)), self._failed)
 
@@ -169,6 +181,7 @@ class Checks:
     def end_step(self) -> None:
         """Note the facts of this step. Call it before the buffer's row ends."""
         now, self._now = self._now, _Raw()
+        now.setup = self._setup.take()
         self._steps.append(now)
         self._done += 1
         if not self._optimizers:
@@ -211,6 +224,7 @@ class Checks:
             rates=raw.rates,
             moved=raw.moved,
             batch=row.facts["batch"],
+            setup=raw.setup,
         )
 
     def _overflowed(self, raw: _Raw, row: Row) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 KINDS = ("blocks", "stack", "last blocks", "most", "part", "outside", "leaf", "zero")
 
@@ -30,6 +30,48 @@ class NoGradient:
 
 
 @dataclass(frozen=True)
+class Restart:
+    """Adam's state began again in the middle of training.
+
+    Args:
+        count: its number of steps before; None if the run is resumed and had state before it.
+        new: whether another optimizer has taken over.
+    """
+
+    count: int | None
+    new: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How training was set up in one step.
+
+    Args:
+        trained: whether the model ran with gradients enabled.
+        off: "dropout", "BatchNorm" or both, if they were in evaluation mode in all of these passes; else "".
+        on: the same for those in training mode in passes without gradients.
+        evaluated: the number of such passes.
+        proper: whether the model ran in evaluation mode without gradients.
+        scaled: whether an enabled GradScaler was passed, and the weights are in float32.
+        autocast: whether autocast was active in a pass with gradients; None if there was none.
+        betas: Adam's coefficients, for each group of the optimizers that made a step.
+        restart: the loss of Adam's state.
+        dropout: name and probability of each active nn.Dropout, in sampled steps.
+    """
+
+    trained: bool = False
+    off: str = ""
+    on: str = ""
+    evaluated: int = 0
+    proper: bool = False
+    scaled: bool = False
+    autocast: bool | None = None
+    betas: tuple[tuple[float, float], ...] = ()
+    restart: Restart | None = None
+    dropout: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class StepChecks:
     """Facts about one step.
 
@@ -46,6 +88,7 @@ class StepChecks:
         rates: the learning rates of the groups of the optimizers that made a step.
         moved: whether weights were changed although none of the optimizers made a step.
         batch: a checksum of the model's input tensors; None if it was not computed.
+        setup: how training was set up.
     """
 
     optimizer: bool = False
@@ -59,6 +102,7 @@ class StepChecks:
     rates: tuple[float, ...] = ()
     moved: bool = False
     batch: float | None = None
+    setup: Setup = field(default_factory=Setup)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ from omninorm.monitor.hooks.running import Running
 from omninorm.monitor.hooks.training_pass import Gate, in_backward, safely
 from omninorm.monitor.model_map.parts import Block
 from omninorm.monitor.model_map.placement import Placements
+from omninorm.monitor.model_map.residual import Node, node_of
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.attention import UNKNOWN, AttentionProbe, see_multihead
 from omninorm.monitor.probes.block import BlockProbe, LogitsProbe, Sentinel, WriterProbe
+from omninorm.monitor.probes.loss import see_loss
 from omninorm.monitor.probes.norm import NormProbe
 from omninorm.monitor.probes.padding import Padding
 from omninorm.monitor.stats_buffer import StatsBuffer
@@ -51,7 +53,7 @@ BLOCK_CELLS = (
     "dead_units",
 )
 NORM_CELLS = ("norm_ms", "eps_share", "mean_share", "saturation", "noise_small", "noise_big", "examples")
-RUN_CELLS = ("logz", "logz_mean", "zero_rows")
+RUN_CELLS = ("logz", "logz_mean", "zero_rows", "probabilities")
 
 
 def cell_sizes(structure: Structure) -> dict[str, int]:
@@ -113,11 +115,11 @@ class Hooks:
 
     def attach(self) -> None:
         structure, buffer, norms = self._structure, self._buffer, self.norms
-        if structure.blocks:
-            listener = Listener(
-                self._before_attention, self._before_softmax, norms.function, norms.root, norms.are_missing
-            )
-            self._open.enter_context(listening(listener))
+        wanted = bool(structure.blocks) and norms.are_missing
+        listener = Listener(
+            self._before_attention, self._before_softmax, norms.function, norms.root, wanted, self._before_loss
+        )
+        self._open.enter_context(listening(listener))
         place = 0
         self._on_root()
         lists = any(block.parts for block in structure.blocks)
@@ -167,6 +169,10 @@ class Hooks:
         if site is not None and isinstance(logits, Tensor) and dim in (-1, logits.ndim - 1):
             self.safely(lambda: site.see_logits(logits))
 
+    def _before_loss(self, logits: Any) -> None:
+        if self._buffer.sampling and self.is_own_thread() and self.gate.is_open():
+            self.safely(lambda: see_loss(self._buffer, logits))
+
     def _put_attention(
         self, site: CompiledProbe, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> None:
@@ -211,7 +217,8 @@ class Hooks:
                 self.gate.inside = torch.is_grad_enabled()
                 self.running = []
                 self._blocks.clear()
-                self.padding.read(args, kwargs)
+                if self._buffer.sampling and self.gate.is_open():
+                    self.safely(lambda: self.padding.read(args, kwargs))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if is_compiling():
@@ -223,9 +230,7 @@ class Hooks:
                 return
             self._blocks.end(None)
             if self._buffer.sampling and self.gate.is_open():
-                logits = find_logits(output, self._vocabularies)
-                if logits is not None:
-                    self.safely(lambda: site.see(logits))
+                self.safely(lambda: self._see_logits(site, output))
             self.gate.inside = None
             self.padding.clear()
 
@@ -236,6 +241,11 @@ class Hooks:
             self._handles.append(root.register_forward_hook(QuietHook(after, root), with_kwargs=True))
             return
         self.register(root, before, after, with_kwargs=True)
+
+    def _see_logits(self, site: LogitsProbe, output: Any) -> None:
+        logits = find_logits(output, self._vocabularies)
+        if logits is not None:
+            site.see(logits)
 
     def _on_output(self, module: nn.Module, site: Sentinel, before: Callable[..., Any] | None) -> None:
         traced = self.trace(site.see)
@@ -292,3 +302,12 @@ class Hooks:
             return
         with torch._C.DisableTorchFunction():
             safely(measure, self._failed)
+
+    def node_of(self, x: Tensor) -> Node:
+        """Return the autograd node of a tensor; None after a monitoring error."""
+        try:
+            with torch._C.DisableTorchFunction():
+                return node_of(x)
+        except Exception as error:
+            self._failed(error)
+            return None

@@ -11,12 +11,11 @@ from torch.compiler import is_compiling
 
 from omninorm.monitor.hooks.compiled import CompiledProbe
 from omninorm.monitor.hooks.running import Running
-from omninorm.monitor.hooks.training_pass import in_backward
+from omninorm.monitor.hooks.training_pass import in_backward, is_transformed
 from omninorm.monitor.model_map.parts import Block
-from omninorm.monitor.model_map.residual import node_of
 from omninorm.monitor.probes.block import BlockProbe
 from omninorm.monitor.stats_buffer import StatsBuffer
-from omninorm.monitor.tensors import first_tensor, with_first_tensor
+from omninorm.monitor.tensors import first_tensor, some_tensors, version_of, with_first_tensor
 
 if TYPE_CHECKING:
     from omninorm.monitor.hooks.attach import Hooks
@@ -58,7 +57,7 @@ class BlockHooks:
                 # Probes, not indices: an index would be a constant, and each block a graph of its own.
                 hooks.tracing, hooks.tracing_norms = attention, (function, None if x is None else x.shape)
             elif self._buffer.sampling and not in_backward():
-                hooks.running.append(running(index, first_tensor([*args, *kwargs.values()])))
+                hooks.running.append(self._begin(index, first_tensor([*args, *kwargs.values()])))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             y = first_tensor(output)
@@ -71,6 +70,8 @@ class BlockHooks:
                 return with_first_tensor(output, tapped.tap(y))
             began = hooks.running.pop() if hooks.running and not in_backward() else Running(index, None, -1, None)
             if y is not None:
+                if self._buffer.sampling and sum(each.shape == y.shape for each in some_tensors(output)) > 1:
+                    hooks.placements.has_several_outputs(index)
                 self._see(site, y, began)
             return None
 
@@ -81,12 +82,22 @@ class BlockHooks:
         hooks = self._hooks
         if hooks.gate.is_open():
             hooks.safely(lambda: self._measure(site, y, began))
-        if self._buffer.sampling and y.requires_grad:
-            y.register_hook(lambda dy: hooks.safely(lambda: site.see_gradient(dy)))  # type: ignore[no-untyped-call]
+        if self._buffer.sampling and y.requires_grad and not is_transformed():
+            hooks.safely(lambda: self._hook_gradient(site, y))
+
+    def _hook_gradient(self, site: BlockProbe, y: Tensor) -> None:
+        hooks = self._hooks
+        y.register_hook(lambda dy: hooks.safely(lambda: site.see_gradient(dy)))  # type: ignore[no-untyped-call]
+
+    def _begin(self, index: int, x: Tensor | None) -> Running:
+        """Return a block that begins with the input x, which is dropped if the forward pass does not count."""
+        if x is None or not self._hooks.gate.is_open():
+            return Running(index, None, -1, None)
+        return Running(index, x, version_of(x), self._hooks.node_of(x))
 
     def _measure(self, site: BlockProbe, y: Tensor, began: Running) -> None:
         x = began.x
-        overwritten = x is not None and x._version != began.version
+        overwritten = x is not None and version_of(x) != began.version
         site.see(y, None if overwritten else x)
         if self._buffer.sampling:
             self._hooks.dtype = self._hooks.dtype or y.dtype
@@ -100,7 +111,7 @@ class BlockHooks:
                 return
             x = first_tensor([*args, *kwargs.values()])
             self.end(x)
-            began = running(site.index, x)
+            began = self._begin(site.index, x)
             self._list = began, site
             if self._buffer.sampling:
                 self._hooks.running.append(began)
@@ -125,8 +136,3 @@ class BlockHooks:
     def clear(self) -> None:
         """Forget a list that has not ended."""
         self._list = None
-
-
-def running(index: int, x: Tensor | None) -> Running:
-    """Return a block that begins with the input x."""
-    return Running(index, None, -1, None) if x is None else Running(index, x, x._version, node_of(x))

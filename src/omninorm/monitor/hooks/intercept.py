@@ -1,4 +1,4 @@
-"""Intercepts functions of torch while a watch is open: attention, softmax, functional norms and reciprocal roots.
+"""Intercepts functions of torch while a watch is open: attention, softmax, cross entropy, functional norms and roots.
 
 The arguments of attention are what it really uses, after position encoding, norms and scale, in any architecture. A
 torch-function mode would intercept every other use of a tensor as well, and Dynamo cannot trace through one. All open
@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 
 class Listener(NamedTuple):
     """Callbacks: `attention(query, key, mask, is_causal, scale)` and `norm(x, node, y)`, also while tracing;
-    `softmax(logits, dim)` and `root(x)`.
+    `softmax(logits, dim)`, `root(x)` and `loss(logits)`, the input of cross entropy.
 
     `node` is the autograd node of x before the call. `norms`: whether `norm` and `root` are called at all; functional
     norms are of interest only in models some of whose blocks contain no norm module.
@@ -30,6 +30,7 @@ class Listener(NamedTuple):
     norm: Callable[[Tensor, Any, Tensor], None]
     root: Callable[[Tensor], None]
     norms: bool = False
+    loss: Callable[[Any], None] | None = None
 
 
 class _Wrapped(NamedTuple):
@@ -85,6 +86,7 @@ def _wrap() -> None:
     _put(F, "scaled_dot_product_attention", _intercepted_attention)
     for owner in _SOFTMAX:
         _put(owner, "softmax", _intercepted_softmax)
+    _put(F, "cross_entropy", _intercepted_cross_entropy)
 
 
 def _wrap_norms() -> None:
@@ -141,6 +143,19 @@ def _intercepted_softmax(original: Any, period: int) -> Any:
             _depth -= 1
 
     return softmax
+
+
+def _intercepted_cross_entropy(original: Any, period: int) -> Any:
+    def cross_entropy(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling() or _period != period:
+            return original(*args, **kwargs)
+        logits = args[0] if args else kwargs.get("input")
+        for listener in _listeners:
+            if listener.loss is not None:
+                listener.loss(logits)
+        return original(*args, **kwargs)
+
+    return cross_entropy
 
 
 def _intercepted_norm(original: Any, period: int) -> Any:

@@ -15,7 +15,7 @@ from omninorm.layers.recognize import gate_of, place_of
 from omninorm.monitor.hooks.compiled import CompiledProbe
 from omninorm.monitor.hooks.training_pass import in_backward
 from omninorm.monitor.model_map.norms import Norm
-from omninorm.monitor.model_map.residual import node_of
+from omninorm.monitor.model_map.residual import Node
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.norm import NormCall, NormProbe, hook_examples
 from omninorm.monitor.stats_buffer import StatsBuffer
@@ -63,13 +63,17 @@ class NormHooks:
         def before(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             if is_compiling() or not self._buffer.sampling:
                 return
-            x = first_tensor([*args, *kwargs.values()])
             counts = hooks.gate.is_open()
-            if x is None or not (counts or in_backward()):
+            x = first_tensor([*args, *kwargs.values()]) if counts or in_backward() else None
+            if x is None:
                 return
+            node = hooks.node_of(x)
+            hooks.safely(lambda: begin(x, node, gate.of(args, kwargs), counts))
+
+        def begin(x: Tensor, node: Node, of_gate: Tensor | None, counts: bool) -> None:
             call = NormCall(site, x.shape, counts, hooks.safely) if norm.facts.ours else None
             probe.current = call
-            calls[:] = [(x, node_of(x), gate.of(args, kwargs), call)]  # one that is still there ended in an exception
+            calls[:] = [(x, node, of_gate, call)]  # one that is still there ended in an exception
 
         def after(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
             if is_compiling():
@@ -95,10 +99,10 @@ class NormHooks:
         if call is None or not call.reached:
             if hooks.gate.is_open():
                 hooks.safely(lambda: site.see(x, gate))
-            hook_examples(site, output, hooks.safely)
+            hooks.safely(lambda: hook_examples(site, output, hooks.safely))
         if block is not None and hooks.gate.is_open():
             outer = hooks.running[-1].x if hooks.running else None
-            hooks.placements.norm_called(block, x, output, outer, node)
+            hooks.safely(lambda: hooks.placements.norm_called(block, x, output, outer, node))
 
     # Functional norms ---------------------------------------------------------------------------------------------
 
@@ -109,16 +113,25 @@ class NormHooks:
             if traced is not None and x.shape == shape and torch.is_grad_enabled():
                 traced.put([x, y])
             return
-        running = self._running()
-        if running is not None and running[1] is not None and x.shape == running[1].shape:
-            node = node_of(x) if node is None else node
-            self._hooks.placements.norm_called(running[0], x, y, running[1], node)
+        running, hooks = self._running(), self._hooks
+        if running is not None and running[1] is not None:
+            block, outer, before = *running, hooks.node_of(x) if node is None else node
+            hooks.safely(lambda: self._see_function(block, x, y, outer, before))
+
+    def _see_function(self, block: int, x: Tensor, y: Tensor, outer: Tensor | None, before: Node) -> None:
+        if outer is not None and x.shape == outer.shape:
+            self._hooks.placements.norm_called(block, x, y, outer, before)
 
     def root(self, y: Tensor) -> None:
         """Record a root with one element for each row of the stream."""
         running = self._running()
-        if running is not None and running[1] is not None and y.shape[:-1] == running[1].shape[:-1]:
-            self._hooks.placements.inlined(running[0])
+        if running is not None and running[1] is not None:
+            block, outer = running
+            self._hooks.safely(lambda: self._see_root(block, y, outer))
+
+    def _see_root(self, block: int, y: Tensor, outer: Tensor | None) -> None:
+        if outer is not None and y.shape[:-1] == outer.shape[:-1]:
+            self._hooks.placements.inlined(block)
 
     def function_probe(self, block: int) -> CompiledProbe | None:
         """Return the probe that a compiled graph calls for a functional norm; None if the block has norm modules."""

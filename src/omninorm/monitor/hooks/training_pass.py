@@ -19,7 +19,7 @@ class Gate:
         self.inside: bool | None = None
 
     def is_open(self) -> bool:
-        if in_backward():
+        if in_backward() or is_transformed():
             return False
         return torch.is_grad_enabled() if self.inside is None else self.inside
 
@@ -27,6 +27,23 @@ class Gate:
 def in_backward() -> bool:
     """Return whether autograd is running a backward pass in this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+_TRACING_MODES = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+
+
+def is_transformed() -> bool:
+    """Return whether tensors cannot be measured: in inference mode, inside torch.func, and while they are traced."""
+    if torch.is_inference_mode_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace would record the measurement
+        return True
+    modes = torch._C._len_torch_dispatch_stack()
+    return modes > 0 and any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACING_MODES)
 
 
 def safely(work: Callable[[], None], failed: Callable[[Exception], None]) -> None:

@@ -12,11 +12,13 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from omninorm.monitor.model_map.residual import BlockGraph, NormUse
+from omninorm.monitor.model_map.residual import BlockGraph, Node, NormUse
 from omninorm.monitor.model_map.structure import Structure
+from omninorm.monitor.tensors import version_of
 
 NO_PASS = "no forward pass of the blocks with gradients has been measured"
 INLINED = "the blocks normalize by arithmetic in their own code, not by a norm that can be located"
+_FEWEST_BLOCKS = 3  # of a stack that is reported to have no residual connection
 _MOST_OUTPUTS = 6  # norms of one block whose outputs are searched for a sum
 
 
@@ -28,6 +30,12 @@ class Placements:
         self._inlined: set[int] = set()
         self._from_graph: dict[int, tuple[str | None, str]] = {}
         self._uses: dict[int, list[NormUse]] = {}
+        # Blocks that return no sum with their input, and the output of the block before, to see that it is the input of
+        # the next one: other code may add the residual between blocks.
+        self._count, self._firsts = len(structure.blocks), {chain[0] for chain in structure.chains if chain}
+        self._no_sum: set[int] = set()
+        self._split: set[int] = set()
+        self._newest_end: Node = None
         # Without a graph: blocks whose input a norm reads, and blocks whose output a norm returned.
         self._reads_input: set[int] = set()
         self._makes_output: set[int] = set()
@@ -72,12 +80,25 @@ class Placements:
         if y.grad_fn is None:
             self.graph_block(block, y, x)
         elif x is not None:
-            self._from_graph[block] = BlockGraph(before, y.grad_fn, uses).placement()
+            graph = BlockGraph(before, y.grad_fn, uses)
+            self._from_graph[block] = graph.placement()
+            joined = block in self._firsts or before is self._newest_end
+            if joined and y.shape == x.shape and not graph.adds_input():
+                self._no_sum.add(block)
+        self._newest_end = y.grad_fn
+
+    def has_several_outputs(self, block: int) -> None:
+        """Record that the block returned several tensors like its output: one of them may be the residual stream."""
+        self._split.add(block)
+
+    def without_residual(self) -> bool:
+        """Return whether it is certain that no block has a residual connection."""
+        return self._count >= _FEWEST_BLOCKS and len(self._no_sum - self._split) == self._count
 
     def clear(self) -> None:
         """Drop the graph of a forward pass that has not ended."""
         self._uses.clear()
-        self._newest = None
+        self._newest = self._newest_end = None
         self._reads.clear()
         self._made = []
 
@@ -153,7 +174,7 @@ class Placements:
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and x.data_ptr() == y.data_ptr() and x._version == y._version
+    return x.shape == y.shape and x.data_ptr() == y.data_ptr() and version_of(x) == version_of(y)
 
 
 def few(x: Tensor) -> Tensor:

@@ -68,6 +68,15 @@ class BlockGraph:
         self._steps_left = _LONGEST
         self.trunk = self._follow(end)
 
+    def adds_input(self) -> bool:
+        """Return whether the output is a sum with the block's input, which is not subtracted again."""
+        added = [step for step in self.trunk or () if step.branches]
+        return bool(added) and not any(
+            step.node.name().startswith("SubBackward") and any(branch is self._start for branch in step.branches)
+            for step in added
+            if self._start is not None
+        )
+
     def placement(self) -> tuple[str | None, str]:
         """Return the placement and, if it is None, the reason."""
         if self.trunk is None:

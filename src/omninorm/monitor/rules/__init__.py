@@ -1,14 +1,20 @@
 """Alarm rules: one file per rule, with its thresholds, the reasons for them, and their sources."""
 
+from omninorm.monitor.rules.adam_betas import AdamBetas
 from omninorm.monitor.rules.adam_eps import AdamEps
+from omninorm.monitor.rules.adam_state import AdamState
 from omninorm.monitor.rules.adam_underestimation import AdamUnderestimation
 from omninorm.monitor.rules.attention_entropy import AttentionEntropy
 from omninorm.monitor.rules.attention_logits import AttentionLogits
+from omninorm.monitor.rules.autocast_lost import AutocastLost
 from omninorm.monitor.rules.base import Rule, Threshold
 from omninorm.monitor.rules.branch_silent import BranchSilent
 from omninorm.monitor.rules.dead_units import DeadUnits
 from omninorm.monitor.rules.depth_growth import DepthGrowth
+from omninorm.monitor.rules.double_softmax import DoubleSoftmax
+from omninorm.monitor.rules.dropout import DropoutRule
 from omninorm.monitor.rules.eps_share import EpsShare
+from omninorm.monitor.rules.evaluation_mode import EvaluationMode
 from omninorm.monitor.rules.gain_drift import GainDrift
 from omninorm.monitor.rules.gradient_clipped import GradientClipped
 from omninorm.monitor.rules.gradient_spike import GradientSpike
@@ -27,9 +33,11 @@ from omninorm.monitor.rules.no_gradient import NoGradientRule
 from omninorm.monitor.rules.no_norm import NoNorm
 from omninorm.monitor.rules.no_progress import NoProgress
 from omninorm.monitor.rules.nonfinite import NonFiniteRule
+from omninorm.monitor.rules.norm_missing import NormMissing
 from omninorm.monitor.rules.odd_block import OddBlock
 from omninorm.monitor.rules.post_norm_depth import PostNormDepth
 from omninorm.monitor.rules.replicas_differ import ReplicasDiffer
+from omninorm.monitor.rules.residual_missing import ResidualMissing
 from omninorm.monitor.rules.saturation import Saturation
 from omninorm.monitor.rules.stale_parameters import StaleParameters
 from omninorm.monitor.rules.steps_skipped import StepsSkipped
@@ -53,6 +61,9 @@ def default_rules() -> list[Rule]:
         StepsSkipped(),
         UpdatesLost(),
         ReplicasDiffer(),
+        DoubleSoftmax(),
+        NormMissing(),
+        ResidualMissing(),
         LayerJump(),
         WeightsVanish(),
         GainDrift(),
@@ -69,6 +80,11 @@ def default_rules() -> list[Rule]:
         UnrecoveredSpike(),
         GradientClipped(),
         IdenticalBatches(),
+        EvaluationMode(),
+        AdamBetas(),
+        AdamState(),
+        AutocastLost(),
+        DropoutRule(),
         NoProgress(),
         SuspiciousLoss(),
         HeldOutRising(),

@@ -36,7 +36,10 @@ class BranchSilent(Rule):
 
     name = "branch-silent"
     source = "the thresholds, shares of 0.01 and 1e-6 and a 10-fold fall, are omninorm's own; see docs/watching.md"
-    explains = ("depth-growth", "dead-units", "eps-share", "adam-eps", "odd-block", "gain-drift")
+    explains = (
+        *("depth-growth", "dead-units", "eps-share", "adam-eps", "odd-block", "gain-drift"),
+        *("loss-spike", "unrecovered-spike", "loss-rising", "no-progress"),
+    )
 
     def __init__(self) -> None:
         self._streaks = Streaks()

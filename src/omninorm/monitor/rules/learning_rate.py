@@ -174,22 +174,29 @@ class LearningRate(Rule):
     def _explain(self, history: History, sample: Sample, times: float, grown: str, harm: str | None) -> Alarm:
         limit = self._limit(history)
         if times >= TOO_HIGH:
-            share = f"{100 * times * limit:.2g} % of their {'current' if harm is None else 'initial'} size"
+            size = "current" if harm is None else "initial"
             evidence = (
-                f"Learning rate at least {fold(float(f'{times:.2g}'))} too high: updates of up to {share} per step, "
+                f"Learning rate at least {fold(float(f'{times:.2g}'))} too high: a step changes the weights by up to "
+                f"{_rounded(100 * times * limit)} % of their {size} size, where {_rounded(100 * limit)} % is the most "
+                "that trains"
             )
-            evidence += f"where {100 * limit:.2g} % is the most that trains"
-            remedy = f"Divide the learning rate by about {3 * times:.1g} and use a warm-up."
+            remedy = f"Divide the learning rate by {_rounded(times)} to {_rounded(3 * times)} and use a warm-up."
         else:
             peak, step = self._peak or (0.0, sample.step)
             evidence = (
-                f"Learning rate too high: step {step} changed the weights by {100 * peak:.2g} %, where 1 % is plenty"
+                f"Learning rate too high: step {step} changed the weights by {_rounded(100 * peak)} %, where 1 % is "
+                "plenty"
             )
-            remedy = f"Divide the learning rate by about {max(peak / 0.01, 2.0):.1g} and use a warm-up."
+            remedy = f"Divide the learning rate by about {_rounded(max(peak / 0.01, 2.0))} and use a warm-up."
         if history.passes > 1:
             remedy += f" If the loss is not divided by the {history.passes} accumulation steps, divide it first."
         evidence += f"{grown}; {harm}." if harm else f"{grown}."
         return self.alarm(sample.step, "fail" if harm else "warn", None, evidence, remedy)
+
+
+def _rounded(value: float) -> str:
+    """Return a number of two digits without an exponent, such as "510"."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def _is_sgd(history: History) -> bool:

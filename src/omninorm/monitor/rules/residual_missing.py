@@ -1,0 +1,85 @@
+"""residual-missing: a block returns its branches without its input.
+
+Signals: the angle between a block's input x and output y, as a share of 180°, and y's component along x,
+⟨x, y⟩ / ⟨x, x⟩, from the RMS of both and of their difference. Threshold: an angle of 0.35 to 0.65 while the median of
+the other blocks is below half of it and 0.25, and a component below 0.5. [ours] Branches are nearly orthogonal to the
+stream: with a residual connection the component is 1, also if the branch is large, and without it 0. The first block's
+input is small and the last one writes for the head, so neither is judged. Persistence: 3 samples over 20 steps.
+
+If the autograd graph shows at the first sample that no block's output is a sum with its input, and all angles are as
+above, the whole stack is reported at once, if every block has attention: plain stacks of other layers are legitimate.
+Both are warnings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from omninorm.monitor.alarm import Alarm
+from omninorm.monitor.history import History, Sample
+from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.numbers import Streaks, known, median, value_at, values_of
+
+LOW, HIGH = 0.35, 0.65
+OTHERS, SHARE = 0.25, 0.5
+COMPONENT = 0.5
+SAMPLES, STEPS = 3, 20
+
+
+class ResidualMissing(Rule):
+    """Reports the block, or the whole model."""
+
+    name = "residual-missing"
+    source = "the thresholds, an angle of 0.35 to 0.65 and a component of 0.5, are omninorm's own; see docs/watching.md"
+
+    def __init__(self) -> None:
+        self._streaks = Streaks()
+        self._everywhere = False
+
+    def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
+        angles = values_of(sample, "angle")
+        if len(history.samples) == 1:
+            self._everywhere = _is_everywhere(history, angles)
+        if self._everywhere:
+            evidence = f"No residual connection in {len(history.facts.blocks)} blocks: none adds its input to "
+            evidence += "what it returns."
+            yield self.alarm(sample.step, "warn", None, evidence, "Return x + branch(x) from each block.")
+            return
+        for chain in history.facts.chains or [range(len(history.facts.blocks))]:
+            for place in range(1, len(chain) - 1):
+                others = known(angles[at] for at in chain[1:-1] if at != chain[place] and at < len(angles))
+                holds = _turns(sample, angles, chain[place], others) and _drops(sample, chain[place - 1], chain[place])
+                if self._streaks.lasts(chain[place], holds, sample.step, SAMPLES, STEPS):
+                    angle = angles[chain[place]]
+                    assert angle is not None
+                    yield self._explain(sample, history.facts.blocks[chain[place]], angle, median(others))
+
+    def _explain(self, sample: Sample, block: str, angle: float, typical: float) -> Alarm:
+        evidence = f"Residual connection missing: {block} turns the residual stream by {180 * angle:.0f}° and keeps "
+        evidence += f"almost nothing of its input; the median of the other blocks is {180 * typical:.0f}°."
+        remedy = f"Check that {block} adds its input to its branches: x + branch(x)."
+        return self.alarm(sample.step, "warn", block, evidence, remedy)
+
+
+def _is_everywhere(history: History, angles: Sequence[float | None]) -> bool:
+    attentions = history.facts.attentions
+    if not history.no_residual or not attentions or None in attentions or len(angles) != len(attentions):
+        return False
+    return all(angle is not None and LOW <= angle <= HIGH for angle in angles)
+
+
+def _turns(sample: Sample, angles: Sequence[float | None], block: int, others: Sequence[float]) -> bool:
+    """Return whether the block's output is nearly orthogonal to its input, unlike those of the others."""
+    angle = angles[block] if block < len(angles) else None
+    if angle is None or not others or not LOW <= angle <= HIGH:
+        return False
+    return median(others) < min(SHARE * angle, OTHERS)
+
+
+def _drops(sample: Sample, before: int, block: int) -> bool:
+    """Return whether the output's component along the input, ⟨x, y⟩ / ⟨x, x⟩, is small."""
+    x, y = value_at(sample, "stream_rms", before), value_at(sample, "stream_rms", block)
+    change = value_at(sample, "branch_ratio", block)
+    if x is None or y is None or change is None or x <= 0.0:
+        return False
+    return abs(1.0 + (y / x) ** 2 - change**2) / 2.0 < COMPONENT
