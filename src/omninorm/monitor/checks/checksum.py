@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from omninorm.monitor.probes.optimizer import some
+from omninorm.monitor.tensors import stack
 
 BITS = 40  # a few thousand of these sums still add up exactly in float64
 MOST = 4096
@@ -18,6 +19,15 @@ _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2⁶⁴ divided by the golden ratio, as
 
 def checksum(tensors: Sequence[Tensor], most: int = MOST) -> Tensor:
     """Return a checksum of up to about `most` elements of each tensor, and of their order: an integer as float64."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    sums = [_of_device(group, most) for group in by_device.values()]
+    return sums[0] if len(sums) == 1 else stack(sums, sums[0].device).sum()
+
+
+def _of_device(tensors: Sequence[Tensor], most: int) -> Tensor:
+    """Return the checksum of tensors on one device."""
     parts = [bits(some(tensor, most)) for tensor in tensors]
     words = torch.cat(parts) if len(parts) > 1 else parts[0]
     # Integer arithmetic wraps around, so unlike a sum of floating-point numbers it is associative.

@@ -83,8 +83,9 @@ class Checks:
         self._rounding = Rounding(self._parameters)
         self._cleared = Cleared([], buffer.device)
         self._replicas = Replicas(structure.model, named, groups) if replicas and are_replicated() else None
-        self._held: dict[int, tuple[tuple[int, ...], frozenset[int]]] = {}
+        self._held: dict[int, frozenset[int]] = {}
         self._versions: list[int] = []
+        self._passes = 0  # backward passes before the optimizer step
         self._now, self._steps = _Raw(), list[_Raw]()
         self._done, self._every, self._sampled, self._samples = done, every, done, 0
         gradients.on_begin, gradients.on_end = self._backward_begins, self._backward_ends
@@ -137,29 +138,33 @@ class Checks:
         now.absent = absent if now.absent is None else now.absent & absent
         now.without = without
 
-    def _ids(self, optimizer: torch.optim.Optimizer) -> frozenset[int]:
-        """Return the ids of the optimizer's parameters."""
-        sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
-        known = self._held.get(id(optimizer))
-        if known is None or known[0] != sizes:
-            known = sizes, frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
-            self._held[id(optimizer)] = known
-        return known[1]
+    def _ids(self, optimizer: torch.optim.Optimizer, renew: bool = False) -> frozenset[int]:
+        """Return the ids of the optimizer's parameters, which are renewed before each of its steps."""
+        if renew or id(optimizer) not in self._held:
+            ids = frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
+            self._held[id(optimizer)] = ids
+        return self._held[id(optimizer)]
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         now = self._now
         now.rates += tuple(rates(optimizer))
-        held = self._ids(optimizer)
-        if now.emptied is not False:
-            now.emptied = all(p.grad is None for p in self._parameters if id(p) in held)
+        held = self._ids(optimizer, renew=True)
+        self._passes = self._gradients.passes
         if now.absent:
             now.absent = frozenset(at for at in now.absent if self._parameters[at].grad is None)
+        if not self._gradients.ended:  # a closure may compute the gradients, so those of now mean nothing
+            return
+        if now.emptied is not False:
+            now.emptied = all(p.grad is None for p in self._parameters if id(p) in held)
         if self._buffer.sampling:
             self._clipping.before_step(held)
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         held, now = self._ids(optimizer), self._now
         now.stepped = True
+        if self._gradients.passes != self._passes:  # a closure computed other gradients than those before the step
+            now.emptied = False
+            self._clipping.take()
         if now.absent:
             now.expected |= self._trainable(held)
         self._cleared.stepped(held)
@@ -199,9 +204,10 @@ class Checks:
         steps, self._steps = self._steps, []
         if len(steps) != len(rows):
             return [None] * len(rows)
-        gone = self._identity.gone() if any(raw.absent for raw in steps) else frozenset[int]()
+        gone = self._identity.gone() if any(raw.absent or raw.emptied for raw in steps) else frozenset[int]()
         for raw in steps:
             raw.expected -= gone
+            raw.emptied = raw.emptied and not gone
         return [self._of_step(raw, row) for raw, row in zip(steps, rows, strict=True)]
 
     def _of_step(self, raw: _Raw, row: Row) -> StepChecks:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from omninorm.kernels.distributed import is_distributed
+from omninorm.monitor.checks.checksum import checksum
 from omninorm.monitor.checks.facts import Stale
 
 
@@ -21,15 +22,21 @@ class Identity:
         self._model, self._before, self._optimizers = model, dict(named), optimizers
         # FSDP puts gathered parameters in place of the sharded ones, and back.
         self._known = not any(is_distributed(parameter) for _, parameter in named)
+        self._sums: dict[int, float] = {}
+        if self._known:
+            self._foreign(dict(named))
 
     def compare(self) -> Stale | None:
         """Return what differs; None if nothing does."""
         if not self._known:
             return None
         now = dict(self._model.named_parameters())
-        replaced = [name for name, parameter in now.items() if self._before.get(name, parameter) is not parameter]
-        added = [name for name in now if name not in self._before]
-        removed = [name for name in self._before if name not in now]
+        old, new = {id(p) for p in self._before.values()}, {id(p) for p in now.values()}
+        # By identity, because pruning gives the same parameter another name.
+        added = [name for name, parameter in now.items() if id(parameter) not in old]
+        removed = [name for name, parameter in self._before.items() if id(parameter) not in new]
+        replaced = [name for name in added if name in removed]
+        added, removed = [name for name in added if name not in replaced], [n for n in removed if n not in replaced]
         foreign = self._foreign(now)
         if not (replaced or added or removed or foreign):
             return None
@@ -53,12 +60,21 @@ class Identity:
 
     def _foreign(self, now: dict[str, nn.Parameter]) -> int:
         """Return how many tensors the optimizers hold that are not the model's, while trainable parameters of the same
-        shapes are in no optimizer; 0 if one of them has no such counterpart."""
+        shapes and dtypes are in no optimizer; 0 if one of them has no such counterpart, or if those parameters have
+        changed: then the optimizer's tensors are master weights that are copied to the model."""
         held = [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
         ours = {id(parameter) for parameter in now.values()}
-        strangers = Counter(tuple(p.shape) for p in held if id(p) not in ours)
+        strangers = Counter((tuple(p.shape), p.dtype) for p in held if id(p) not in ours)
         if not strangers:
             return 0
         ids = {id(p) for p in held}
-        missing = Counter(tuple(p.shape) for p in now.values() if p.requires_grad and id(p) not in ids)
-        return 0 if strangers - missing else strangers.total()
+        missing = [p for p in now.values() if p.requires_grad and id(p) not in ids]
+        if strangers - Counter((tuple(p.shape), p.dtype) for p in missing) or self._change(missing):
+            return 0
+        return strangers.total()
+
+    def _change(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Return whether some elements have changed since the last call, or True if they are seen for the first time.
+        Only for parameters that seem not to be trained, because this reads numbers from the device."""
+        before, self._sums = self._sums, {id(p): float(checksum([p])) for p in parameters if p.numel() > 0}
+        return any(before.get(at) != value for at, value in self._sums.items())

@@ -51,9 +51,13 @@ class Replicas:
         self._groups = {group: parameters for group, parameters in chosen.items() if parameters}
         description = repr([(name, tuple(p.shape), str(p.dtype)) for name, p in named])
         digest = hashlib.sha256(description.encode()).hexdigest()[:16]
-        self._prefix = f"omninorm/{digest}/{_opened[digest]}"
-        _opened[digest] += 1
-        self._store = dist.distributed_c10d._get_default_store()
+        self._name, self._store = f"omninorm/{digest}", dist.distributed_c10d._get_default_store()
+        self._run: str | None = None
+        self._written = ""
+        if rank() == 0:
+            self._run = str(_opened[digest])
+            _opened[digest] += 1
+            self._store.set(f"{self._name}/run", self._run)
         self._pending: dict[int, list[float]] = {}
         self._differ: dict[int, Replica] = {}
         self._equal: dict[int, int] = {}
@@ -67,7 +71,11 @@ class Replicas:
 
     def exchange(self, step: int, sums: Sequence[float]) -> tuple[Replica, ...]:
         """Write this process's checksums; on rank 0 return the replicas that differ at the newest compared step."""
-        self._store.set(self._key(step, rank()), json.dumps(list(sums)))
+        self._find_run()
+        if self._run is None:
+            return ()
+        self._written = self._key(step, rank())
+        self._store.set(self._written, json.dumps(list(sums)))
         self._pending[step] = list(sums)
         if rank() == 0:
             self._await(step)
@@ -79,8 +87,17 @@ class Replicas:
             self._forget([self._key(oldest, rank())])
         return tuple(self._differ.values())
 
+    def _find_run(self) -> None:
+        """Read the number of rank 0's watch. Each process's own count may differ: one may have opened a watch more.
+        Once rank 0 has read, and so deleted, what was last written, the number is right and stays."""
+        name = f"{self._name}/run"
+        if rank() == 0 or (self._written and not self._store.check([self._written])):
+            return
+        if self._store.check([name]):
+            self._run = self._store.get(name).decode()
+
     def _key(self, step: int, of_rank: int) -> str:
-        return f"{self._prefix}/{step}/{of_rank}"
+        return f"{self._name}/{self._run}/{step}/{of_rank}"
 
     def _others(self, step: int) -> list[str]:
         return [self._key(step, other) for other in range(1, world_size())]

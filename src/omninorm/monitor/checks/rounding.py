@@ -12,9 +12,13 @@ from omninorm.monitor.probes.optimizer import has_gradient, some
 
 # Steps after which the weights are compared with newer ones.
 WINDOW = 50
+# Sets of parameters whose earlier weights are kept.
+MOST_REFERENCES = 8
+HALF = (torch.bfloat16, torch.float16)
 # State of optimizers that is no more precise copy of the weights, nor a correction of their rounding.
 MOMENTS = frozenset(
     [
+        "step",
         "exp_avg",
         "exp_avg_sq",
         "max_exp_avg_sq",
@@ -43,40 +47,57 @@ class Rounding:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = parameters
-        self._half = [at for at, p in enumerate(parameters) if p.dtype in (torch.bfloat16, torch.float16)]
-        self._reference: tuple[int, list[int], Tensor] | None = None
-        self._found: tuple[int, Tensor, Tensor] | None = None
-        self._segments: tuple[list[int], Tensor] | None = None
+        # A single weight says little, and tensors of one element in an optimizer's state may be anything.
+        self._half = [at for at, p in enumerate(parameters) if p.dtype in HALF and p.numel() > 1]
+        # By the parameters that were compared: several optimizers, or different experts, take turns.
+        self._references: dict[tuple[int, ...], tuple[int, Tensor]] = {}
+        self._segments: dict[tuple[int, ...], Tensor] = {}
+        self._found: tuple[int, list[Tensor]] | None = None
 
     def after_step(self, optimizer: torch.optim.Optimizer, held: Collection[int], step: int) -> None:
         """Compare the weights of a sampled step after the optimizer's step, while the gradients are still there."""
-        mine = [at for at in self._half if id(self._parameters[at]) in held]
-        mine = [at for at in mine if has_gradient(self._parameters[at]) and self._parameters[at].numel() > 0]
-        if not mine or any(_has_copy(optimizer, self._parameters[at]) for at in mine):
-            return
-        few = [some(self._parameters[at]) for at in mine]
-        now = torch.cat(few)
-        if self._reference is not None and self._reference[1] == mine:
-            live = torch.cat([some(self._parameters[at].grad) for at in mine]) != 0  # type: ignore[arg-type]
-            still = live & (now == self._reference[2])
-            index = self._index(mine, few)
-            both = torch.zeros(2, len(self._parameters), dtype=torch.float64, device=now.device)
-            both.index_add_(1, index, torch.stack([still, live]).to(torch.float64))
-            self._found = self._reference[0], both[0], both[1]
-        if self._reference is None or self._reference[1] != mine or step - self._reference[0] >= WINDOW:
-            self._reference = step, mine, now
+        mine = [at for at in self._half if id(self._parameters[at]) in held and has_gradient(self._parameters[at])]
+        by_device: dict[torch.device, list[int]] = {}
+        for at in mine:
+            if not _has_copy(optimizer, self._parameters[at]):
+                by_device.setdefault(self._parameters[at].device, []).append(at)
+        for places in by_device.values():
+            self._compare(tuple(places), step)
 
-    def _index(self, places: list[int], few: Sequence[Tensor]) -> Tensor:
+    def _compare(self, places: tuple[int, ...], step: int) -> None:
+        """Compare the weights of these parameters, on one device, with the reference; renew it if it is old."""
+        few = [some(self._parameters[at]) for at in places]
+        now = torch.cat(few)
+        since, before = self._references.get(places, (step, None))
+        if before is not None:
+            live = torch.cat([some(self._parameters[at].grad) for at in places]) != 0  # type: ignore[arg-type]
+            still = live & (now == before)
+            both = torch.zeros(2, len(self._parameters), dtype=torch.float64, device=now.device)
+            both.index_add_(1, self._index(places, few), torch.stack([still, live]).to(torch.float64))
+            last, found = self._found or (since, [])
+            self._found = max(last, since), [*found, both]
+        if before is None or step - since >= WINDOW:
+            self._references.pop(places, None)
+            self._references[places] = step, now
+            if len(self._references) > MOST_REFERENCES:
+                oldest = next(iter(self._references))
+                del self._references[oldest]
+                self._segments.pop(oldest, None)
+
+    def _index(self, places: tuple[int, ...], few: Sequence[Tensor]) -> Tensor:
         """Return each element's parameter, cached because a copy to the device would synchronize."""
-        if self._segments is None or self._segments[0] != places:
+        if places not in self._segments:
             counts = torch.tensor([part.numel() for part in few])
-            index = torch.tensor(places).repeat_interleave(counts)
-            self._segments = places, index.to(few[0].device)
-        return self._segments[1]
+            self._segments[places] = torch.tensor(places).repeat_interleave(counts).to(few[0].device)
+        return self._segments[places]
 
     def take(self) -> dict[str, Tensor]:
         """Return how many of the compared elements stayed, and how many have a gradient, by parameter."""
-        return {} if self._found is None else {"stayed": self._found[1], "live": self._found[2]}
+        if self._found is None:
+            return {}
+        first, *others = self._found[1]
+        both = sum((other.to(first.device) for other in others), first)
+        return {"stayed": both[0], "live": both[1]}
 
     def result(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.autograd.graph import register_multi_grad_hook
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
@@ -45,8 +45,10 @@ class Gradients:
     ) -> None:
         self._buffer, self._parameters, self._failed = buffer, parameters, failed
         self._pending: weakref.ref[Pending] | None = None
+        self._lock = threading.Lock()  # each device has its own backward thread
         self.measured = False
         self.passes = 0  # backward passes in this step
+        self.ended = 0  # those that have ended
         self.first: list[nn.Parameter] = []  # those whose hooks detect a backward pass
         self.without: frozenset[int] = frozenset()  # parameters without a gradient at the last measurement
         self.on_begin: Callable[[], None] = lambda: None
@@ -64,23 +66,27 @@ class Gradients:
         if any(map(is_distributed, few)):
             # FSDP2 differentiates other tensors instead, and calls these hooks when the gradients are ready.
             return [p.register_post_accumulate_grad_hook(self._on_first) for p in few]  # type: ignore[no-untyped-call]
-        return [register_multi_grad_hook(few, self._on_first, mode="any")]
+        # register_multi_grad_hook would keep an entry for every backward pass of the run.
+        return [p.register_hook(self._on_first) for p in few]  # type: ignore[no-untyped-call]
 
     def _on_first(self, gradient: Tensor) -> None:
         if is_compiling():  # compiled autograd traces this hook and cannot queue a callback; `before_step` measures
             return
-        if self._pending is None or self._pending() is None:
+        with self._lock:
+            if self._pending is not None and self._pending() is not None:
+                return
             pending = Pending()
             self._pending = weakref.ref(pending)
-            safely(self.on_begin, self._failed)
-            self.passes += 1
-            # Queued twice, because DistributedDataParallel writes the averaged gradients in a callback as well.
-            _at_the_end(lambda: _at_the_end(lambda: self._measure(pending)))
+        safely(self.on_begin, self._failed)
+        self.passes += 1
+        # Queued twice, because DistributedDataParallel writes the averaged gradients in a callback as well.
+        _at_the_end(lambda: _at_the_end(lambda: self._measure(pending)))
 
     def _measure(self, pending: Pending | None = None) -> None:
         def work() -> None:
             self._buffer.set_gradients(self.norms())
             self.measured = True
+            self.ended += pending is not None
             self.on_end()
 
         safely(work, self._failed)
@@ -110,11 +116,12 @@ class Gradients:
         """Reset for a new step."""
         self._pending = None
         self.measured = False
-        self.passes = 0
+        self.passes = self.ended = 0
 
     def before_step(self) -> None:
-        """Measure before an optimizer step if no hook has fired; the gradients may be clipped already."""
-        if not self.measured:
+        """Measure before an optimizer step if no hook has fired, or if a gradient was written since then: the hooks
+        also fire in `torch.autograd.grad`. The gradients may be clipped already."""
+        if not self.measured or any(self._parameters[at].grad is not None for at in self.without):
             self._measure()
 
 

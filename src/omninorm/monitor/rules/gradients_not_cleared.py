@@ -42,9 +42,11 @@ class GradientsNotCleared(Rule):
         self._count = 0
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
-        if step.checks is None or not (step.checks.stepped or step.checks.received):
+        checks = step.checks
+        # `step` may be called for each micro-batch: those before the optimizer's step count neither way.
+        if checks is None or not (checks.stepped if checks.optimizer else checks.received):
             return
-        self._count = 0 if step.checks.kept is None else self._count + 1
+        self._count = 0 if checks.kept is None else self._count + 1
         if self._count >= STEPS:
             evidence = (
                 f"Gradients are not cleared: in each of the last {self._count} steps the backward pass added to the "
