@@ -107,27 +107,22 @@ class Watch:
         """Register the hooks and start the record."""
         if self._output is not None and self._hooks is None:
             raise RunError("This Watch has already been closed", "", "create a new one with omninorm.watch(…)")
+        kind = type(self._model).__name__
         if self._model in _watched:
-            remedy = "close the other Watch first, or use it"
-            raise ConfigError(f"This {type(self._model).__name__} is already being watched", "", remedy)
+            raise ConfigError(f"This {kind} is already being watched", "", "close the other Watch first, or use it")
         reshard(self._model)
-        structure = find_structure(self._model)
+        self._structure = structure = find_structure(self._model)
         named = list(self._model.named_parameters())
         if not named:
-            remedy = "pass the model that is trained"
-            raise ConfigError(f"This {type(self._model).__name__} has no parameters to watch", "", remedy)
-        self._structure, self._names = structure, [name for name, _ in named]
-        self._parameters = [parameter for _, parameter in named]
+            raise ConfigError(f"This {kind} has no parameters to watch", "", "pass the model that is trained")
+        self._names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self._sentinels = sentinel_names(structure)
         places = {name: at for at, name in enumerate(self._names)}
         groups = {group: [places[name] for name, _ in members] for group, members in structure.groups.items()}
         self._groups, self._builder = groups, SampleBuilder(structure, groups, self._names)
-        device = self._parameters[0].device
-        self._buffer = StatsBuffer(
-            device, cell_sizes(structure), len(self._sentinels), len(named), min(self._every, MOST_ROWS), self._scaler
-        )
-        self._rates: list[float | None] = []
-        self._first = self._done + 1
+        sizes = cell_sizes(structure), len(self._sentinels), len(named), min(self._every, MOST_ROWS)
+        self._buffer = StatsBuffer(self._parameters[0].device, *sizes, self._scaler)
+        self._first, self._rates = self._done + 1, list[float | None]()
         self.history.facts = facts_of(structure, self._optimizers, self._every)
         if rank() > 0:
             self._sinks = ()  # only the first process writes to sinks
@@ -232,11 +227,10 @@ class Watch:
     def _move(self, sampled: bool) -> None:
         if self._hooks is None or self._buffer.row == 0:
             return
-        buffer = self._buffer
         extra, names = self._measure() if sampled else ([], [])
         # An error from here on must not shift the numbers of later steps.
         first, given, self._first, self._rates = self._first, self._rates, self._done + 1, []
-        cells, rows, numbers = buffer.take(extra, sampled)
+        cells, rows, numbers = self._buffer.take(extra, sampled)
         checks = self._checks.of_steps(rows)
         steps = [step_of(row, first + at, given[at], checks[at]) for at, row in enumerate(rows)]
         self.history.steps.extend(steps)
@@ -402,5 +396,5 @@ class Watch:
         """Warn once about a monitoring error; the affected statistic is missing."""
         if not self._failed_once:
             self._failed_once = True
-            what = f"{type(error).__name__}: {error}"
-            warnings.warn(f"omninorm.watch could not measure a statistic: {what}", stacklevel=3)
+            text = f"omninorm.watch could not measure a statistic: {type(error).__name__}: {error}"
+            warnings.warn(text, stacklevel=3)

@@ -25,7 +25,7 @@ class Hook:
         self.function, self._module = function, weakref.ref(module)
 
     def __call__(self, *args: Any) -> Any:
-        return None if torch.jit.is_tracing() else self.function(*args)  # type: ignore[no-untyped-call]
+        return None if torch.jit.is_tracing() else self.function(*args)  # type: ignore[no-untyped-call,attr-defined]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")

@@ -112,7 +112,7 @@ def _disguise(ours: Any, before: Any, owner: Any, name: str) -> Any:
     update_wrapper(ours, before)
     ours.__module__ = "torch.nn.functional" if owner is F else "torch"
     ours.__name__, ours.__qualname__ = name, f"Tensor.{name}" if owner is Tensor else name
-    operator = _builtins._find_builtin(before)
+    operator = _builtins._find_builtin(before)  # type: ignore[no-untyped-call]
     if operator is not None:
         _builtins._register_builtin(ours, operator)
     else:
@@ -122,7 +122,9 @@ def _disguise(ours: Any, before: Any, owner: Any, name: str) -> Any:
 
 def _is_idle(period: int) -> bool:
     """Return whether a wrapper only calls the original: after its watch, and where a model is exported."""
-    return _period != period or torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if _period != period or torch.compiler.is_exporting():
+        return True
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call,attr-defined]
 
 
 def _unwrap() -> None:
