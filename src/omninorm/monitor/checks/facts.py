@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-KINDS = ("blocks", "stack", "last blocks", "most", "part", "outside", "leaf", "zero")
-
 
 @dataclass(frozen=True)
 class NoGradient:

@@ -40,7 +40,6 @@ class Missing:
         self._blocks = {block.name: self._inside(block.name) for block in structure.blocks}
         in_blocks = {at for places in self._blocks.values() for at in places}
         self._outside = {name: self._direct(name) - in_blocks for name in outside}
-        self._rest = frozenset(range(len(names))) - in_blocks
         self._cache: dict[tuple[frozenset[int], frozenset[int], tuple[tuple[str, int], ...]], tuple[NoGradient, ...]]
         self._cache = {}
 
