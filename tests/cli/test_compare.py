@@ -261,7 +261,7 @@ def test_a_model_that_crashes_or_hangs_is_reported_and_the_other_runs_finish(
 def test_ray_gives_the_same_results_and_reports_the_same_failures(tmp_path: Path) -> None:
     plan, text = write_plan(tmp_path)
     write_models(tmp_path)
-    shared = (plan, "--text", text, "--workers", "2", "--model", "models_of_mine:dies", "--time-limit", "60")
+    shared = (plan, "--text", text, "--workers", "2", "--model", "models_of_mine:dies", "--time-limit", "240")
     here = run(*shared, "--out", "here", cwd=tmp_path)
     there = run(*shared, "--out", "there", "--engine", "ray", cwd=tmp_path)
     assert (here.returncode, there.returncode) == (0, 0), there.stderr
