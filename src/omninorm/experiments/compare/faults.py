@@ -1,4 +1,4 @@
-"""What is wrong with a plan's file, in plain words and with the line."""
+"""Plain explanations of errors in a plan's file, with the line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import yaml
 
-# Of YAML's messages. "opened" takes the line where the construct starts, and not the one where the parser gave up.
+# Patterns of YAML's messages, our words, and "opened" where the line to report is the one where the construct starts.
 _YAML = (
     (r"^expected <block end>", "the indentation does not match the lines above", ""),
     (r"cannot start any token", "a value can't start with {0}: indent with spaces, or put the value in quotes", ""),

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
-from omninorm.monitor.hooks.blocks import BlockHooks
+from omninorm.monitor.hooks.blocks import BlockHooks, Running
 from omninorm.monitor.hooks.compiled import CompiledProbe
 from omninorm.monitor.hooks.hook import Hook, QuietHook
 from omninorm.monitor.hooks.intercept import Listener, listening
 from omninorm.monitor.hooks.norms import NormHooks
-from omninorm.monitor.hooks.running import Running
 from omninorm.monitor.hooks.training_pass import Gate, in_backward, safely
 from omninorm.monitor.model_map.parts import Block
 from omninorm.monitor.model_map.placement import Placements

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from omninorm.monitor.hooks.compiled import CompiledProbe
-from omninorm.monitor.hooks.running import Running
 from omninorm.monitor.hooks.training_pass import in_backward, is_transformed
 from omninorm.monitor.model_map.parts import Block
 from omninorm.monitor.probes.block import BlockProbe
@@ -19,6 +18,15 @@ from omninorm.monitor.tensors import first_tensor, some_tensors, version_of, wit
 
 if TYPE_CHECKING:
     from omninorm.monitor.hooks.attach import Hooks
+
+
+class Running(NamedTuple):
+    """A running block: its index, its input with the version that it had, and the input's autograd node."""
+
+    block: int
+    x: Tensor | None
+    version: int
+    node: Any
 
 
 class BlockHooks:

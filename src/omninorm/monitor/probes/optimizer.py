@@ -16,7 +16,7 @@ from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.probes.block import stride
 from omninorm.monitor.probes.gradients import norms_of, spread
 from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer
-from omninorm.monitor.tensors import constant, here, stack
+from omninorm.monitor.tensors import by_kind, constant, here, stack
 
 # Elements per tensor: in sampled steps, and in every step to detect NaNs.
 SAMPLED, EVERY_STEP = 1024, 64
@@ -196,11 +196,8 @@ class OptimizerWatch:
 
 def copies(tensors: dict[int, Tensor]) -> dict[int, Tensor]:
     """Copy one-dimensional tensors, with one operator for those of each device and dtype."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, tensor in tensors.items():
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
     found: dict[int, Tensor] = {}
-    for places in kinds.values():
+    for places in by_kind(tensors).values():
         together = torch.cat([tensors[place] for place in places])
         found |= zip(places, torch.split(together, [tensors[place].numel() for place in places]), strict=True)
     return found
