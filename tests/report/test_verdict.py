@@ -54,13 +54,28 @@ def test_verdict_without_alarms_says_what_was_checked(tmp_path):
     assert judge(replace(calm, not_seen=missing)).more.endswith("saturation, output normalizer and 2 more.")
 
 
-def test_first_failure_that_names_a_layer_leads(faulty):
-    alarms = [alarm(3, "warn"), alarm(5, layer=None), alarm(5, layer="blocks.4"), alarm(9)]
+def test_first_failure_leads(faulty):
+    alarms = [alarm(3, "warn"), alarm(5, layer="blocks.4"), alarm(5, layer=None), alarm(9)]
     verdict = judge(replace(faulty, alarms=alarms))
     assert verdict.sentence == "Failing: blocks.4: it was too large (step 5)."
     assert verdict.remedy == "less"
     assert verdict.more == "2 further failures and 1 further warning in 600 steps."
-    assert verdict.alarm == alarms[2]
+    assert verdict.alarm == alarms[1]
+
+
+def test_cause_of_the_first_failure_leads(faulty):
+    root = alarm(7, "warn", "blocks.4", rule="root")
+    alarms = [alarm(5, cause=root.ref), root, alarm(9)]
+    verdict = judge(replace(faulty, alarms=alarms))
+    assert (verdict.status, verdict.alarm) == ("failing", root)
+    assert verdict.sentence == "Failing: blocks.4: it was too large (step 7)."
+    assert verdict.more == "2 further failures in 600 steps."
+
+
+def test_warning_that_follows_from_another_does_not_lead(faulty):
+    root = alarm(7, "warn", rule="root")
+    verdict = judge(replace(faulty, alarms=[alarm(5, "warn", cause=root.ref), root]))
+    assert (verdict.status, verdict.alarm) == ("warnings", root)
 
 
 def test_verdict_without_alarms_follows_from_the_end_of_the_run(faulty):

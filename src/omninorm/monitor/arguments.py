@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from omninorm.config import read_count
 from omninorm.errors import ConfigError, InputError
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Evaluation
 from omninorm.record import Record
+from omninorm.record.alarm import Alarm
 
 
 def read_optimizers(

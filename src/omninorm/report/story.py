@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
 Values = list[float | None]
@@ -69,16 +70,9 @@ class Column(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StoryAlarm:
+class StoryAlarm(Alarm):
     """An alarm as it was recorded, on one or more ranks of a distributed run."""
 
-    step: int
-    severity: str
-    rule: str
-    layer: str | None
-    evidence: str
-    remedy: str
-    source: str
     ranks: tuple[int, ...] = (0,)
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from typing import NamedTuple
 
+from omninorm.record.alarm import leading
 from omninorm.record.signals import SIGNALS
 from omninorm.report.story import Bad, RunStory, StoryAlarm
 from omninorm.report.text import plain, plural, short
@@ -60,19 +61,17 @@ class Verdict(NamedTuple):
 
 
 def judge(story: RunStory) -> Verdict:
-    """Return the verdict. The first failure counts as the cause, because later ones are mostly its consequences."""
-    fails = [alarm for alarm in story.alarms if alarm.severity == "fail"]
-    warnings = [alarm for alarm in story.alarms if alarm.severity != "fail"]
-    lead = _lead(fails)
-    if story.bad and (lead is None or story.bad[0].step < lead.step):
+    """Return the verdict, about the leading alarm."""
+    lead, fails = leading(story.alarms), story.count("fail")
+    if story.bad and (lead is None or not fails or story.bad[0].step < lead.step):
         return _about_bad(story, story.bad[0])
-    if lead:
+    if lead and fails:
         return _about_alarm(story, lead, "failing", "Failing")
     if story.ending.status == "diverged":
         sentence = f"Failing: the run diverged at step {story.ending.step:,}."
         return Verdict("failing", sentence, _further(story, None), title=sentence[:-1])
-    if warnings:
-        return _about_alarm(story, warnings[0], "warnings", f"{plural(len(warnings), 'warning')}, no failures")
+    if lead:
+        return _about_alarm(story, lead, "warnings", f"{plural(story.count('warn'), 'warning')}, no failures")
     return _calm(story)
 
 
@@ -178,12 +177,6 @@ def _stopped(story: RunStory) -> str:
 def _advice(alarm: StoryAlarm) -> str:
     """Return the remedy, to follow "What to try"."""
     return plain(alarm.remedy).removeprefix("try ")
-
-
-def _lead(alarms: list[StoryAlarm]) -> StoryAlarm | None:
-    """Return one of the earliest alarms, preferably one that names a layer."""
-    earliest = [alarm for alarm in alarms if alarm.step == alarms[0].step]
-    return next((alarm for alarm in earliest if alarm.layer), earliest[0] if earliest else None)
 
 
 def _about_bad(story: RunStory, bad: Bad) -> Verdict:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from omninorm.config import read_count
 from omninorm.errors import OmninormError
 from omninorm.monitor import watch
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.rules import Rule
 from omninorm.monitor.session import Watch
 from omninorm.monitor.sinks import Sink
 from omninorm.monitor.writer import rank
+from omninorm.record.alarm import Alarm
 from omninorm.record.jsonl import REPORT_FILE
 from omninorm.report import write_report
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.adam_underestimation import worst_tensor
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, values_of
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
 SIGNAL = "adam_eps_ratio"

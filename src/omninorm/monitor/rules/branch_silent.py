@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Facts, History, Sample
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
 from omninorm.monitor.rules.numbers import Streaks, earlier, fold, known, median, values_of
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
 WARN, DEAD, SMALL = 0.01, 1e-6, 0.05
@@ -37,8 +37,14 @@ class BranchSilent(Rule):
     name = "branch-silent"
     source = "the thresholds, shares of 0.01 and 1e-6 and a 10-fold fall, are omninorm's own; see docs/watching.md"
     explains = (
-        *("depth-growth", "dead-units", "eps-share", "adam-eps", "odd-block", "gain-drift"),
-        *("loss-spike", "unrecovered-spike", "loss-rising", "no-progress"),
+        *LOSS_ALARMS,
+        "depth-growth",
+        "dead-units",
+        "eps-share",
+        "adam-eps",
+        "odd-block",
+        "gain-drift",
+        "no-progress",
     )
 
     def __init__(self) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.depth import Growth, backward_growth, growth
 from omninorm.monitor.rules.numbers import Streaks
+from omninorm.record.alarm import Alarm
 
 WARN, FAIL = 0.05, 0.2
 WARN_TOTAL, FAIL_TOTAL = 100.0, 1e4

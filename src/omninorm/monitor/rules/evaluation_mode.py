@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.checks.facts import Setup
 from omninorm.monitor.history import History, Step
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
+from omninorm.record.alarm import Alarm
 
 STEPS, PASSES = 3, 2
 
@@ -26,6 +26,7 @@ class EvaluationMode(Rule):
 
     name = "evaluation-mode"
     source = "exact: the modules' own flags; the number of steps is omninorm's own"
+    explains = LOSS_ALARMS
 
     def __init__(self) -> None:
         self._off = self._steps = self._with = self._passes = 0

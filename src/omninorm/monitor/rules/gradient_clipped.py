@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, factor
+from omninorm.record.alarm import Alarm
 
 SHARE, SAME = 0.01, 0.01
 SAMPLES, STEPS = 3, 20

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import factor, finite
 from omninorm.monitor.rules.rolling import Rolling
+from omninorm.record.alarm import Alarm
 
 SIGMAS = 6.0
 FACTOR = 3.0
@@ -51,6 +51,7 @@ class GradientSpike(Rule):
 
     name = "gradient-spike"
     source = "6σ over 128 steps is OLMo-core's limit; 3-fold and recurrence are omninorm's own; see docs/watching.md"
+    symptom = True
 
     def __init__(self) -> None:
         self._norms, self._losses = Rolling(), Rolling()

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
-from omninorm.monitor.rules.base import Rule, layer_names
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule, layer_names
 from omninorm.monitor.rules.numbers import earlier, finite, fold, known, median, value_at, values_of
+from omninorm.record.alarm import Alarm
 
 JUMP, HUGE, OTHERS = 5.0, 20.0, 2.0
 OWN = 0.5  # updates per step × steps per sample; from here on the optimizer itself can move a layer this far
@@ -46,16 +46,18 @@ class LayerJump(Rule):
     name = "layer-jump"
     source = "the thresholds, 5-fold and 20-fold, are omninorm's own; see docs/watching.md"
     explains = (
+        *LOSS_ALARMS,
         "learning-rate",
         "depth-growth",
         "attention-logits",
         "attention-entropy",
-        "unrecovered-spike",
         "massive-activation",
         "branch-silent",
         "adam-eps",
         "odd-block",
-        "loss-rising",
+        "gradient-clipped",
+        "logz",
+        "nonfinite",
     )
 
     def __init__(self) -> None:

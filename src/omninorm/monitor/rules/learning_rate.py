@@ -28,10 +28,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample, Step
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
 from omninorm.monitor.rules.numbers import Streaks, finite, fold, known, quantile, values_of
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
 LIMIT, POST_LIMIT, SGD_LIMIT = 0.3, 0.05, 0.012  # of the initial weights, per step
@@ -54,14 +54,11 @@ class LearningRate(Rule):
     name = "learning-rate"
     source = "the limits of 30, 5 and 1.2 % of the initial weights per step are omninorm's own measurement"
     explains = (
+        *LOSS_ALARMS,
         "depth-growth",
         "layer-jump",
         "attention-logits",
         "attention-entropy",
-        "unrecovered-spike",
-        "loss-spike",
-        "loss-rising",
-        "gradient-spike",
         "no-progress",
         "dead-units",
         "adam-eps",
@@ -70,6 +67,9 @@ class LearningRate(Rule):
         "eps-share",
         "odd-block",
         "weights-vanish",
+        "gradient-clipped",
+        "logz",
+        "nonfinite",
     )
 
     def __init__(self) -> None:

@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import finite
 from omninorm.monitor.rules.rolling import Rolling
+from omninorm.record.alarm import Alarm
 
 NEWEST, WINDOW = 10, 500
 RISE, ERRORS = 0.08, 6.0
@@ -41,6 +41,7 @@ class LossRising(Rule):
 
     name = "loss-rising"
     source = "the thresholds, 8 % and 6 standard errors for 25 steps, are omninorm's own; see docs/watching.md"
+    symptom = True
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=NEWEST)

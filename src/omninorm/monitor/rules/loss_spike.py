@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import finite, fold, known, median, values_of
 from omninorm.monitor.rules.rolling import Rolling
+from omninorm.record.alarm import Alarm
 
 SIGMAS = 6.0
 RISE = 0.2
@@ -30,6 +30,8 @@ class LossSpike(Rule):
 
     name = "loss-spike"
     source = "6σ over 128 steps is OLMo-core's limit; the 20 % are calibrated on a healthy GPT-2 124M"
+    symptom = True
+    explains = ("gradient-spike", "unrecovered-spike", "loss-rising")
 
     def __init__(self) -> None:
         self._losses = Rolling()

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, NonFinite, Sample, Step
 from omninorm.monitor.rules.base import Rule
+from omninorm.record.alarm import Alarm
 
 _NAMES = {"nan": "NaN", "inf": "infinity", "-inf": "infinity"}
 _WHERE = {
@@ -36,6 +36,7 @@ class NonFiniteRule(Rule):
 
     name = "nonfinite"
     source = "IEEE 754: NaNs and infinities propagate"
+    symptom = True
     final = True
 
     def __init__(self) -> None:

@@ -15,10 +15,10 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Facts, History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, factor, known, values_of
+from omninorm.record.alarm import Alarm
 
 ORDER, SIZE_ORDER, ENTROPY_ORDER, SPREADS = 10.0, 5.0, 4.0, 6.0
 FEWEST = 4

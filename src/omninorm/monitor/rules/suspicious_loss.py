@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.no_progress import began_untrained
 from omninorm.monitor.rules.numbers import finite
+from omninorm.record.alarm import Alarm
 
 SHARE, WITHIN, NEWEST = 0.1, 200, 5
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import factor, finite
+from omninorm.record.alarm import Alarm
 
 FACTOR = 2.0
 WARN_STEPS, FAIL_STEPS = 4, 64
@@ -29,6 +29,8 @@ class UnrecoveredSpike(Rule):
 
     name = "unrecovered-spike"
     source = "twice the mean for more than 4 steps is llm-foundry's limit; more than 64 steps is omninorm's own"
+    symptom = True
+    explains = ("loss-rising",)
 
     def __init__(self) -> None:
         self._ordinary: deque[float] = deque(maxlen=WINDOW)
