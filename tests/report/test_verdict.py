@@ -22,7 +22,11 @@ def faulty(tmp_path_factory) -> RunStory:
 @pytest.mark.parametrize(
     ("scene", "status", "sentence"),
     [
-        ("healthy", "healthy", "No alarm in 200 steps; the loss fell from 7.008 to 3.322."),
+        (
+            "healthy",
+            "healthy",
+            "No alarm in 200 steps; the loss fell from 7.008 to 3.322 (means of the first and last 20 steps).",
+        ),
         (
             "warnings",
             "warnings",
@@ -38,7 +42,8 @@ def faulty(tmp_path_factory) -> RunStory:
 )
 def test_verdict_follows_from_the_alarms(tmp_path, scene, status, sentence):
     verdict = judge(story_of(tmp_path, scene=scene, samples=20))
-    assert (verdict.status, verdict.sentence) == (status, sentence)
+    means = f" (means of the first and last {len(losses) // 10} steps)."
+    assert (verdict.status, verdict.sentence) == (status, sentence.format(means=means))
     assert (verdict.alarm is None) == (scene == "healthy")
 
 
@@ -85,6 +90,11 @@ def test_verdict_without_alarms_follows_from_the_end_of_the_run(faulty):
         judge(bad).sentence
         == "Failing: the first infinity appeared in blocks.3.attention, in the backward pass of step 4 on rank 2."
     )
+    after = judge(replace(calm, bad=[Bad(4, "forward", "blocks.0.attention", "nan", after="embedding")]))
+    assert after.sentence == (
+        "Failing: the first NaN appeared in blocks.0.attention, in the forward pass of step 4, "
+        "after a finite output of embedding."
+    )
     diverged = judge(replace(calm, ending=Ending(7, "diverged")))
     assert diverged.sentence == "Failing: the run diverged at step 7."
     stopped = judge(replace(calm, ending=Ending(600, "error", "ValueError: \x1b[31mno")))
@@ -98,13 +108,13 @@ def test_verdict_without_alarms_follows_from_the_end_of_the_run(faulty):
     ("losses", "status", "sentence"),
     [
         ([5.0], "quiet", "No alarm in 10 steps."),
-        ([3.0] * 60, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, 3 at the end."),
-        ([3.0] * 30 + [3.5] * 30, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, 3.5 at the end."),
-        ([3.0] * 30 + [2.98] * 30, "quiet", "No alarm in 60 steps. The loss has barely fallen: 3 initially, 2.98 at the end."),
-        ([3.0] * 30 + [2.96] * 30, "healthy", "No alarm in 60 steps; the loss fell from 3 to 2.96."),
-        ([3.0] * 20 + [2.0] * 20, "quiet", "No alarm in 40 steps. The loss fell from 3 to 2."),
-        ([3.0] * 30 + [math.nan] * 30, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, NaN at the end."),
-        ([-2.0] * 30 + [-3.0] * 30, "healthy", "No alarm in 60 steps; the loss fell from -2 to -3."),
+        ([3.0] * 60, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, 3 at the end{means}"),
+        ([3.0] * 30 + [3.5] * 30, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, 3.5 at the end{means}"),
+        ([3.0] * 30 + [2.98] * 30, "quiet", "No alarm in 60 steps. The loss has barely fallen: 3 initially, 2.98 at the end{means}"),
+        ([3.0] * 30 + [2.96] * 30, "healthy", "No alarm in 60 steps; the loss fell from 3 to 2.96{means}"),
+        ([3.0] * 20 + [2.0] * 20, "quiet", "No alarm in 40 steps. The loss fell from 3 to 2{means}"),
+        ([3.0] * 30 + [math.nan] * 30, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, NaN at the end{means}"),
+        ([-2.0] * 30 + [-3.0] * 30, "healthy", "No alarm in 60 steps; the loss fell from -2 to -3{means}"),
         ([], "quiet", "No alarm in 10 steps."),
     ],
 )  # fmt: skip

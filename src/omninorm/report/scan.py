@@ -167,7 +167,8 @@ class Scan:
 
     def _on_nonfinite(self, event: dict[str, Any]) -> None:
         layer, value = text_or_none(event.get("layer")), text(event.get("value"), "nan")
-        self.bad = self.bad or Bad(event["step"], text(event.get("phase"), "unknown"), layer, value, self.rank)
+        phase, after = text(event.get("phase"), "unknown"), text_or_none(event.get("after"))
+        self.bad = self.bad or Bad(event["step"], phase, layer, value, self.rank, after)
 
     def _void(self, step: int) -> int:
         """Discard everything after a step, and any end; return the last step discarded, 0 if there was none."""

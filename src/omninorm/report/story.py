@@ -78,13 +78,15 @@ class StoryAlarm(Alarm):
 
 @dataclass(frozen=True)
 class Bad:
-    """The first NaN or infinity: where in the step ("forward", "loss", "backward", "optimizer") and in which module."""
+    """The first NaN or infinity: where in the step ("forward", "loss", "backward", "optimizer"), in which module, and
+    which module's output, the last one checked before, was finite."""
 
     step: int
     phase: str
     layer: str | None
     value: str
     rank: int = 0
+    after: str | None = None
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,9 @@ def describe_bad(bad: Bad) -> str:
     value = _BAD_VALUES.get(bad.value, plain(bad.value, 20))
     phase = _PHASES.get(bad.phase, plain(bad.phase, 40))
     place = phase if bad.layer is None or bad.phase == "loss" else f"{plain(bad.layer, 200)}, in {phase}"
+    since = f", after a finite output of {plain(bad.after, 200)}" if bad.after else ""
     rank = f" on rank {bad.rank}" if bad.rank else ""
-    return f"the first {value} appeared in {place} of step {bad.step:,}{rank}"
+    return f"the first {value} appeared in {place} of step {bad.step:,}{since}{rank}"
 
 
 def describe_end(story: RunStory) -> str:
@@ -155,9 +156,10 @@ def _loss(story: RunStory) -> tuple[bool, str]:
     if len(values) < FEW_STEPS:
         return False, ""
     first, last = _mean(values[:tenth]), _mean(values[-tenth:])
-    limits = f"{short(first)} initially, {short(last)} at the end."
+    smoothed = f"means of the first and last {tenth:,} steps" if tenth > 1 else "first and last step"
+    limits = f"{short(first)} initially, {short(last)} at the end ({smoothed})."
     if first - last >= FALL * abs(first):
-        text = f"the loss fell from {short(first)} to {short(last)}"
+        text = f"the loss fell from {short(first)} to {short(last)} ({smoothed})"
         # A few steps are not enough for the status "healthy", but the text mentions them.
         return (True, text) if len(values) >= ENOUGH_STEPS else (False, f"{_capital(text)}.")
     return False, f"The loss has {'barely' if last < first else 'not'} fallen: {limits}"
@@ -227,7 +229,7 @@ def _further(story: RunStory, lead: StoryAlarm | None) -> str:
     counted = [(fails, "failure"), (warnings, "warning")]
     parts = [plural(number, f"{'further ' if lead else ''}{noun}") for number, noun in counted if number]
     sentences = [f"{' and '.join(parts)} in {plural(story.last_step, 'step')}."] if parts else []
-    if story.bad and lead:
+    if story.bad and lead and lead.rule != "nonfinite":
         sentences.append(f"T{describe_bad(story.bad[0])[1:]}.")
     if story.ending.status in ("diverged", "error", "interrupted"):
         sentences.append(_stopped(story))

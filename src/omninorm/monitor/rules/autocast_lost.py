@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from omninorm.monitor.history import History, Step
-from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
+from omninorm.monitor.rules.base import Rule
 from omninorm.record.alarm import Alarm
 
 STEPS = 3
@@ -21,7 +21,6 @@ class AutocastLost(Rule):
 
     name = "autocast-lost"
     source = "exact: the state of autocast; the number of steps is omninorm's own"
-    explains = LOSS_ALARMS
 
     def __init__(self) -> None:
         self._with = self._without = 0

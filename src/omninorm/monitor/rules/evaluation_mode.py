@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from omninorm.monitor.checks.facts import Setup
 from omninorm.monitor.history import History, Step
-from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
+from omninorm.monitor.rules.base import Rule
 from omninorm.record.alarm import Alarm
 
 STEPS, PASSES = 3, 2
@@ -26,7 +26,6 @@ class EvaluationMode(Rule):
 
     name = "evaluation-mode"
     source = "exact: the modules' own flags; the number of steps is omninorm's own"
-    explains = LOSS_ALARMS
 
     def __init__(self) -> None:
         self._off = self._steps = self._with = self._passes = 0
