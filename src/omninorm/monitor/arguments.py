@@ -50,8 +50,11 @@ def check_places(folder: object, scaler: object, sinks: Sequence[object]) -> Non
             raise ConfigError("Every sink must have the methods log, alarm and close", repr(sink), remedy)
 
 
-def read_facts(config: Mapping[str, Any] | None, name: str | None) -> dict[str, Any]:
+def read_facts(config: Mapping[str, Any] | None, name: str | None, otherwise: str | None = None) -> dict[str, Any]:
     """Return the run's name and settings for the record's first event. Values without a form in JSON become text.
+
+    Args:
+        otherwise: the name of a run without one, whose page is not named after its folder.
 
     Raises:
         ConfigError: config is not a dictionary with text as keys, or name is not text.
@@ -65,6 +68,7 @@ def read_facts(config: Mapping[str, Any] | None, name: str | None) -> dict[str, 
         settings = json.loads(json.dumps(dict(config or {}), default=str, skipkeys=True))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"config cannot be recorded ({error})", "", "pass numbers and text") from error
+    name = name or otherwise
     return {**({"name": name} if name else {}), **({"config": settings} if settings else {})}
 
 

@@ -88,7 +88,7 @@ class Watch:
         self._every, self._folder, self._scaler, self._sinks = every, folder, scaler, tuple(sinks)
         self._done, self._replicas = step, replicas
         self._judge = Judge(rules)
-        self._given = read_facts(config, name)
+        self._given = read_facts(config, name, f"Run of {type(self._model).__name__}" if folder is None else None)
         self.alarms: list[Alarm] = []
         self.history = History()
         self._output: Output | None = None

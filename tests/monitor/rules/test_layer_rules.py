@@ -256,6 +256,21 @@ def test_depth_growth_needs_a_large_exponent_total_and_an_exponential(
             assert "pre-norm" in reports[-1][0].evidence
 
 
+@pytest.mark.parametrize(
+    ("ratio", "placement", "steps", "severity"),
+    [(101.0, "pre", 20, "warn"), (101.0, "post", 80, "warn"), (9e-3, "post", 20, "warn"), (1.1e4, "post", 20, "fail")],
+)
+def test_shrinking_gradient_of_a_post_norm_model_warns_after_80_steps(
+    ratio: float, placement: str, steps: int, severity: str
+) -> None:
+    """Only its last blocks learn at first. A gradient that grows, or nearly vanishes, is reported as elsewhere."""
+    signals = {"stream_grad": over_depth(ratio, 24)}
+    reports = give_samples(DepthGrowth(), [signals] * 12, History(facts=facts(24), placement=placement))
+    begins = first(reports)
+    assert begins == 1 + steps // 10
+    assert [alarm.severity for alarm in reports[begins - 1]] == [severity]
+
+
 def test_no_norm_needs_a_large_exponent_and_blocks_without_norms() -> None:
     def report(ratio: float, placement: str | None = "none", blocks: int = 8) -> list[str]:
         history = History(facts=facts(blocks), placement=placement)
