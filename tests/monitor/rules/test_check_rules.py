@@ -292,6 +292,13 @@ def test_clipping_without_adam_is_explained_by_the_size_of_the_updates() -> None
     assert numbers_in(alarm.remedy) == [5, 500]
 
 
+def test_gradient_that_has_grown_is_not_a_matter_of_the_clipping() -> None:
+    for norm, grown in ((11.0, True), (9.9, False)):
+        (alarm,) = judge(GradientClipped(), [GOOD] * 40, SampleChecks(norms=(norm, 0.05)))
+        assert ("11 times as large as it was until step 20" in alarm.remedy) == grown
+        assert ("Raise max_norm" in alarm.remedy) != grown
+
+
 def test_histories_without_checks_raise_nothing() -> None:
     """As those of a record that another version wrote."""
     rules = [rule for rule, *_ in CASES.values()]

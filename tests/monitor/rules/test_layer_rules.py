@@ -27,8 +27,14 @@ pytestmark = pytest.mark.usefixtures("words")
 
 def test_dead_units_do_not_presume_an_activation() -> None:
     """Other activations can be 0 as well, so the remedy for a ReLU is a condition."""
-    (alarm,) = give_samples(DeadUnits(), [{"dead_units": layers(0.0, 0.6)}] * 5)[-1]
+    (alarm,) = give_samples(DeadUnits(), [{"dead_units": layers(0.0, share)} for share in (0.1, *[0.6] * 4)])[-1]
     assert "if the activation is a relu" in alarm.remedy.lower()
+
+
+def test_units_that_were_dead_at_the_first_sample_are_a_matter_of_the_initialization() -> None:
+    (alarm,) = give_samples(DeadUnits(), [{"dead_units": layers(0.0, 0.6)}] * 5)[-1]
+    assert "It was 60 % at step 1." in alarm.evidence
+    assert "initialization" in alarm.remedy
 
 
 # Jumps ----------------------------------------------------------------------------------------------------------------
@@ -268,7 +274,7 @@ def test_shrinking_gradient_of_a_post_norm_model_warns_after_80_steps(
     reports = give_samples(DepthGrowth(), [signals] * 12, History(facts=facts(24), placement=placement))
     begins = first(reports)
     assert begins == 1 + steps // 10
-    assert [alarm.severity for alarm in reports[begins - 1]] == [severity]
+    assert [alarm.severity for alarm in reports[begins]] == [severity]
 
 
 def test_no_norm_needs_a_large_exponent_and_blocks_without_norms() -> None:

@@ -79,7 +79,7 @@ def test_jump_of_the_learning_rate_is_named(at: int, factor: float, named: bool)
     lrs = [1e-3] * (at - 1) + [factor * 1e-3] * (41 - at)
     (alarm,) = judge([rates(0.15, 0.1), *[rates(0.1, 0.1)] * 3], STUCK, lrs)[-1]
     assert (f"from 0.001 to {factor / 1000:.3g} at step {at}." in alarm.evidence) == named
-    assert (f"undo the jump at step {at}" in alarm.remedy) == named
+    assert (f"Undo the jump of the schedule at step {at}" in alarm.remedy) == named
 
 
 def test_late_updates_are_not_compared_with_the_initial_weights() -> None:

@@ -47,7 +47,10 @@ def test_loss_spike_names_the_batch_unless_the_gradient_was_unusual_before() -> 
     update = give_steps(LossSpike(), [*noise(100), 6.0], [*ordinary[:-1], 9.0, 9.0])[0]
     assert update.evidence.startswith("Harmful update")
     assert numbers_in(update.evidence)[-1] == 100, "the step of the unusual gradient"
-    assert "Clip" in update.remedy
+    assert update.remedy.startswith("Check the batch of step 100. If it is ordinary, clip")
+    assert "β₂" in update.remedy
+    sgd = History(facts=facts(adam_eps=None))
+    assert "β₂" not in give_steps(LossSpike(), [*noise(100), 6.0], [*ordinary[:-1], 9.0, 9.0], history=sgd)[0].remedy
 
 
 def test_loss_spike_after_a_jump_of_the_learning_rate_names_the_learning_rate() -> None:

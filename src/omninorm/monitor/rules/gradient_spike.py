@@ -104,7 +104,10 @@ class GradientSpike(Rule):
         return f"the loss rose from {mean:.4g} to {loss:.4g}" if loss > mean + HARM * sigma else None
 
     def _explain(self, step: Step, cause: str, evidence: str) -> Alarm:
-        remedy = "Make sure that gradients are clipped (for example at norm 1), and check the batches of these steps."
+        remedy = (
+            "Check the batches of these steps. If other batches have such gradients at the same weights, make sure "
+            "that gradients are clipped (for example at norm 1), and lower the learning rate."
+        )
         if self._passes > 1:
             remedy += f" Make sure that the loss is divided by the {self._passes} accumulation steps."
         return self.alarm(step.step, "warn", None, f"{cause}: {evidence}", remedy)

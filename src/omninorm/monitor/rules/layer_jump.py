@@ -140,8 +140,10 @@ class LayerJump(Rule):
                 )
                 remedy += "writes to these weights."
             return self.alarm(sample.step, "fail", layer, evidence, remedy)
-        remedy = f"Compare the weights and inputs of {layer} with a checkpoint from before step {step}, "
-        remedy += "and lower its learning rate."
+        remedy = (
+            f"Run {layer} on the same input with the weights of a checkpoint from before step {step}. If its output is "
+            "as large, look at the input and the code (scales, masks, norms); if not, lower its learning rate."
+        )
         update = _largest_update(history, step)
         if update > LARGE:  # then the weights did change, and the learning rate is the cause
             evidence += f" Updates changed the weights by up to {100 * update:.2g} % per step."

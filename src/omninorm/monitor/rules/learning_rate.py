@@ -198,7 +198,7 @@ class LearningRate(Rule):
         if self._jump:
             at, before, after = self._jump
             evidence += f" It jumped from {before:.3g} to {after:.3g} at step {at}."
-            remedy = f"Look at the schedule, and undo the jump at step {at}. Otherwise: {remedy}"
+            remedy = f"Undo the jump of the schedule at step {at}. If it is intended, d{remedy[1:]}"
         return self.alarm(sample.step, "fail" if harm else "warn", None, evidence, remedy)
 
 

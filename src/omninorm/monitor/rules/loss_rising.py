@@ -98,7 +98,11 @@ class LossRising(Rule):
                 f"Loss rose and recovered: between steps {best.step} and {mean.step} its mean over {NEWEST} steps "
             )
             evidence += f"rose from {best.value:.4g} to {peak.value:.4g} and fell to {mean.value:.4g}."
-            remedy = f"Look at the data of steps {best.step} to {mean.step}: labels, order, and preprocessing."
+            remedy = (
+                f"Look at the data of steps {best.step} to {mean.step}: labels, order, and preprocessing. If a "
+                f"checkpoint from before step {best.step} has an ordinary loss on it, an update was too large: "
+                "lower the learning rate."
+            )
         else:
             evidence = f"Loss rising: its mean over {NEWEST} steps rose from {best.value:.4g} at step {best.step} to "
             evidence += f"{mean.value:.4g}."

@@ -122,8 +122,10 @@ class NoProgress(Rule):
         if self._start == 1 and is_noise and (small := self._slow(history, step)):
             return small
         if self._start == 1 and is_noise:
-            remedy = "Expected when fine-tuning. Otherwise check the labels, the learning rate and the parameters that "
-            remedy += "the optimizer holds."
+            remedy = (
+                "Expected when fine-tuning. Otherwise train on a single batch: if its loss falls, check the data and "
+            )
+            remedy += "labels; if not, the learning rate and the parameters that the optimizer holds."
             return "The loss has not fallen", remedy
         return None
 

@@ -25,7 +25,7 @@ _WHERE = {
 _REMEDIES = {
     "loss": "Check the loss for log(0) or a division by 0, labels out of range, or a batch without targets.",
     "backward": "Look for a square root, division or norm at 0 in the graph around {layer}. In fp16, scale the loss.",
-    "optimizer": "Raise the optimizer's ε, keep its state in fp32, or lower the learning rate.",
+    "optimizer": "Check that the learning rate is finite. If it is, raise the optimizer's ε or keep its state in fp32.",
 }
 RECOVERED = 3
 """Consecutive finite steps after which the run has recovered, and non-finite ones after which it has relapsed."""

@@ -45,7 +45,8 @@ class SuspiciousLoss(Rule):
         if began_untrained(history, self._first):
             evidence = f"Suspiciously good: the loss fell from {self._first:.4g} to {mean:.2g} in {step.step} steps."
             remedy = (
-                "Unless you overfit a few batches on purpose, check that the labels are shifted by one token, that the "
+                "Unless you overfit a few batches on purpose, change the last token of an input: if the logits of "
+                "earlier positions change, the attention is not causal and sees future tokens. Otherwise check that "
+                "the loss compares each position with the next token, shifted once, and that the batches differ."
             )
-            remedy += "attention is causal, and that the batches differ."
             yield self.alarm(step.step, "warn", None, evidence, remedy)

@@ -67,7 +67,8 @@ class UnrecoveredSpike(Rule):
             f"{factor(loss / mean)} times its earlier mean ({mean:.4g})."
         )
         if self._high > FAIL_STEPS:
-            remedy = f"Resume from a checkpoint before step {since} and skip its data, or halve the learning rate."
+            remedy = f"Resume from a checkpoint before step {since} and skip the data of that step. If the loss rises "
+            remedy += "again on other data, halve the learning rate."
             return self.alarm(step, "fail", None, evidence + " It has not recovered.", remedy)
         remedy = f"Check the batches from step {since} on. If the loss stays high, resume from an earlier checkpoint."
         return self.alarm(step, "warn", None, evidence, remedy)
