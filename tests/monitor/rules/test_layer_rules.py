@@ -73,6 +73,13 @@ def test_slow_growth_and_initialization_to_zero_are_no_jump() -> None:
     assert first(give_samples(LayerJump(), start)) is None
 
 
+@pytest.mark.parametrize(("last", "jumps"), [(34.0, False), (36.0, True)])
+def test_branch_that_grows_sevenfold_per_sample_jumps_only_if_it_grows_much_faster(last: float, jumps: bool) -> None:
+    """The feed-forward of a healthy OLMo-2 does so in the first steps."""
+    grown = [{"feed_forward_ratio": layers(0.3, value)} for value in (0.02 / 7, 0.02 / 7, 0.02, 0.02 * last)]
+    assert bool(give_samples(LayerJump(), [*grown, grown[-1]])[-1]) == jumps
+
+
 @pytest.mark.parametrize(("after", "severity"), [(2.9, "warn"), (3.14, "warn"), (3.16, "fail"), (math.nan, "warn")])
 def test_jump_of_a_block_and_its_part_is_one_alarm(after: float, severity: str) -> None:
     before = {"branch_ratio": layers(0.3), "feed_forward_ratio": layers(0.2), "weight_rms": layers(0.1, count=5)}
