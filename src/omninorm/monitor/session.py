@@ -161,6 +161,7 @@ class Watch:
             done=self._done,
             scaler=self._scaler,
             replicas=self._replicas,
+            dropout=self._hooks.dropout,
         )
         self._hooks.attach()
         self._handles += self._gradients.attach()

@@ -367,10 +367,21 @@ def test_large_dropout_names_its_layer() -> None:
     model.blocks[1].dropout.p = 0.9
     (alarm,) = run(model)
     assert summary([alarm]) == [("dropout", "warn", "blocks.1.dropout", 1)]
-    assert "90 % of the input" in alarm.evidence
+    assert "removes 90 % of its input" in alarm.evidence
     model = decoder(dropout=0.7)
     (alarm,) = run(model)
     assert "2 other layers" in alarm.evidence
+
+
+@pytest.mark.parametrize("p", [0.5, 0.7])
+def test_functional_dropout_names_its_block_if_it_is_large(p: float) -> None:
+    model = decoder()
+    model.blocks[2].attention.register_forward_hook(
+        lambda module, _, y: torch.nn.functional.dropout(y, p, module.training)
+    )
+    expected = [("dropout", "warn", "blocks.2", 1)] if p > 0.6 else []
+    assert summary(run(model)) == expected
+    assert run(model.eval()) == []
 
 
 def test_usual_dropout_is_silent() -> None:

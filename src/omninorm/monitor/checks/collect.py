@@ -54,6 +54,7 @@ class Checks:
         done: the number of steps done before.
         scaler: the GradScaler, if there is one.
         replicas: whether all processes should have equal weights.
+        dropout: the largest probability of F.dropout in each block, which hooks write in sampled steps.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Checks:
         done: int = 0,
         scaler: Any = None,
         replicas: bool = True,
+        dropout: dict[str, float] | None = None,
     ) -> None:
+        self._dropout = {} if dropout is None else dropout
         self._structure, self._groups, self._buffer, self._optimizers = structure, groups, buffer, optimizers
         self._names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self._sentinels, self._failed, self._scaler, self._gradients = sentinels[0], failed, scaler, gradients
@@ -101,7 +104,7 @@ class Checks:
         handles = [model.register_forward_pre_hook(hook, with_kwargs=True)] if seen else []
         inner = self._structure.blocks[0].module if self._structure.blocks else next(model.children(), None)
         self._setup = SetupWatch(
-            model, self._parameters, self._scaler, None if compiled else inner, self._done > 0, self._failed
+            model, self._parameters, self._scaler, None if compiled else inner, self._done > 0, self._dropout, self._failed
         )
         handles += self._setup.attach()
         for optimizer in self._optimizers:

@@ -71,6 +71,7 @@ class SetupWatch:
     Args:
         inner: the module inside the model at whose input autocast is looked up as well; None if it is compiled.
         resumed: whether the optimizers have made steps before.
+        functional: the largest probability of F.dropout in each block of a sampled step, which hooks write; cleared.
         failed: called with a monitoring error.
     """
 
@@ -81,9 +82,11 @@ class SetupWatch:
         scaler: Any,
         inner: nn.Module | None,
         resumed: bool,
+        functional: dict[str, float],
         failed: Callable[[Exception], None],
     ) -> None:
         self._parts, self._inner, self._failed = parts_of(model), inner, failed
+        self._functional = functional
         self._device, self._ids = parameters[0].device.type, {id(parameter) for parameter in parameters}
         enabled = scaler is not None and bool(getattr(scaler, "is_enabled", lambda: True)())
         # Whether a compiled model enters autocast inside its forward is unknown.
@@ -155,10 +158,20 @@ class SetupWatch:
             autocast=self._autocast,
             betas=self._betas,
             restart=self._states.take(),
-            dropout=self._high,
+            dropout=(*self._high, *self._functional_dropout()),
         )
         self._begin()
         return setup
+
+    def _functional_dropout(self) -> list[tuple[str, float]]:
+        """Return the blocks with F.dropout, without those where an nn.Dropout has called it."""
+        found = [
+            (block, p)
+            for block, p in self._functional.items()
+            if not any(name.startswith(f"{block}.") and p <= known for name, known in self._high)
+        ]
+        self._functional.clear()
+        return found
 
 
 class States:

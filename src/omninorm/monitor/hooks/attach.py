@@ -97,6 +97,8 @@ class Hooks:
         self.padding = Padding(structure.model)
         self.dtype: torch.dtype | None = None
         self.running: list[Running] = []
+        self.dropout: dict[str, float] = {}
+        """The largest probability of F.dropout in each block, of the last sampled step."""
         self._handles: list[RemovableHandle] = []
         self._attention = [AttentionProbe(buffer, index) for index in range(len(structure.blocks))]
         self._blocks = BlockHooks(self, buffer)
@@ -116,7 +118,13 @@ class Hooks:
         structure, buffer, norms = self._structure, self._buffer, self.norms
         wanted = bool(structure.blocks) and norms.are_missing
         listener = Listener(
-            self._before_attention, self._before_softmax, norms.function, norms.root, wanted, self._before_loss
+            self._before_attention,
+            self._before_softmax,
+            norms.function,
+            norms.root,
+            wanted,
+            self._before_loss,
+            self._before_dropout,
         )
         self._open.enter_context(listening(listener))
         place = 0
@@ -171,6 +179,11 @@ class Hooks:
     def _before_loss(self, logits: Any) -> None:
         if self._buffer.sampling and self.is_own_thread() and self.gate.is_open():
             self.safely(lambda: see_loss(self._buffer, logits))
+
+    def _before_dropout(self, p: float) -> None:
+        if self._buffer.sampling and self.running and self.is_own_thread() and self.gate.is_open():
+            name = self._structure.blocks[self.running[-1].block].name
+            self.dropout[name] = max(p, self.dropout.get(name, 0.0))
 
     def _put_attention(
         self, site: CompiledProbe, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None
