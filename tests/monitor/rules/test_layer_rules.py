@@ -19,6 +19,7 @@ from omninorm.monitor.rules.layer_jump import LayerJump
 from omninorm.monitor.rules.logz import LogZ
 from omninorm.monitor.rules.no_norm import NoNorm
 from omninorm.monitor.rules.post_norm_depth import PostNormDepth
+from omninorm.monitor.rules.stream_growth import StreamGrowth
 
 pytestmark = pytest.mark.usefixtures("words")
 
@@ -29,6 +30,30 @@ def test_dead_units_do_not_presume_an_activation() -> None:
     """Other activations can be 0 as well, so the remedy for a ReLU is a condition."""
     (alarm,) = give_samples(DeadUnits(), [{"dead_units": layers(0.0, 0.6)}] * 5)[-1]
     assert "if the activation is a relu" in alarm.remedy.lower()
+
+
+# Growth of the residual stream ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "now", "severity"),
+    [(1.0, 0.99e4, None), (1.0, 1.01e4, "warn"), (1.0, 0.99e6, "warn"), (1.0, 1.01e6, "fail"), (1e-6, 9e3, None),
+     (1e3, 9e6, None)],
+)  # fmt: skip
+def test_exploded_stream_names_the_first_such_block(first: float, now: float, severity: str | None) -> None:
+    before = {"stream_rms": [first, first, first, first]}
+    after = {"stream_rms": [2 * first, now, now, now]}
+    reports = give_samples(StreamGrowth(), [before, after, after, before])
+    severities = [[alarm.severity for alarm in alarms] for alarms in reports]
+    assert severities == [[], [], [severity] if severity else [], []], "after two samples"
+    assert not severity or reports[2][0].layer == "blocks.1"
+
+
+def test_branches_in_an_exploded_stream_are_not_called_silent() -> None:
+    quiet = {"attention_ratio": layers(1e-7), "stream_rms": layers(1.0)}
+    assert give_samples(BranchSilent(), [quiet] * 8)[-1]
+    grown = {"attention_ratio": layers(1e-7), "stream_rms": layers(2e4)}
+    assert not any(give_samples(BranchSilent(), [{"stream_rms": layers(1.0)}, *[grown] * 8]))
 
 
 # Jumps ----------------------------------------------------------------------------------------------------------------

@@ -104,7 +104,13 @@ class Checks:
         handles = [model.register_forward_pre_hook(hook, with_kwargs=True)] if seen else []
         inner = self._structure.blocks[0].module if self._structure.blocks else next(model.children(), None)
         self._setup = SetupWatch(
-            model, self._parameters, self._scaler, None if compiled else inner, self._done > 0, self._dropout, self._failed
+            model,
+            self._parameters,
+            self._scaler,
+            None if compiled else inner,
+            self._done > 0,
+            self._dropout,
+            self._failed,
         )
         handles += self._setup.attach()
         for optimizer in self._optimizers:

@@ -1,8 +1,8 @@
 """dropout: a dropout layer removes most of its input.
 
-Signal: the probability of each active nn.Dropout, and the largest of F.dropout in each block. Threshold: p > 0.6 [ours]; usual are 0 to 0.5, and p = 0.9 often
-means that the probability to keep a value was given. Persistence: none. It is a warning: classifier heads have been
-trained with 0.7.
+Signal: the probability of each active nn.Dropout, and the largest of F.dropout in each block. Threshold: p > 0.6
+[ours]; usual are 0 to 0.5, and p = 0.9 often means that the probability to keep a value was given. Persistence: none.
+It is a warning: classifier heads have been trained with 0.7.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ class LayerJump(Rule):
         "adam-eps",
         "odd-block",
         "loss-rising",
+        "stream-growth",
     )
 
     def __init__(self) -> None:
