@@ -161,6 +161,7 @@ class Watch:
             done=self._done,
             scaler=self._scaler,
             replicas=self._replicas,
+            dropout=self._hooks.dropout,
         )
         self._hooks.attach()
         self._handles += self._gradients.attach()
@@ -339,8 +340,7 @@ class Watch:
         for alarm in alarms:
             level = logging.ERROR if alarm.severity == "fail" else logging.WARNING
             where = f" {alarm.layer}:" if alarm.layer and alarm.layer not in alarm.evidence else ""
-            text = f"step {alarm.step}, {alarm.rule}:{where} {alarm.linked_evidence} {alarm.remedy}"
-            LOG.log(level, "%s", printable(text))
+            LOG.log(level, "%s", printable(f"step {alarm.step}, {alarm.rule}:{where} {alarm.text}"))
             self._to_sinks(lambda sink, alarm=alarm: sink.alarm(alarm))  # type: ignore[misc]
 
     def _to_sinks(self, call: Callable[[Sink], None]) -> None:

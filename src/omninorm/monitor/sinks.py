@@ -184,7 +184,7 @@ class MLflow:
 def sentence(alarm: Alarm) -> str:
     """Format an alarm as text."""
     where = f", {alarm.layer}" if alarm.layer else ""
-    return f"{alarm.severity} at step {alarm.step}{where}: {alarm.linked_evidence} {alarm.remedy}"
+    return f"{alarm.severity} at step {alarm.step}{where}: {alarm.text}"
 
 
 def load(module: str, sink: str, package: str) -> Any:

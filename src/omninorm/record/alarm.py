@@ -62,6 +62,11 @@ class Alarm:
             parts.append(f"It probably explains {' and '.join(map(str, self.explains))}.")
         return " ".join(parts)
 
+    @property
+    def text(self) -> str:
+        """The evidence with its links, and the remedy."""
+        return f"{self.linked_evidence} {self.remedy}"
+
     def to_record(self) -> dict[str, Any]:
         """Return the alarm as an item of the event "alarms" in record.jsonl, without links that it does not have."""
         stored = asdict(self)

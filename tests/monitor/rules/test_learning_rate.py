@@ -118,6 +118,14 @@ def test_collapsed_attention_is_harm() -> None:
             assert numbers_in(report[0].evidence)[-2:] == [0.29, 0.9]
 
 
+@pytest.mark.parametrize(("now", "fails"), [(0.9e3, False), (1.1e3, True)])
+def test_exploded_residual_stream_is_harm(now: float, fails: bool) -> None:
+    first, second = ({**rates(0.6, 0.1), "stream_rms": [value] * 2} for value in (1.0, now))
+    (*_, report) = judge([first, second], [])
+    assert [alarm.severity for alarm in report] == ["fail"] * fails
+    assert not fails or "the residual stream has grown 1,100-fold" in report[0].evidence
+
+
 def test_learning_rate_is_judged_by_the_quiet_blocks() -> None:
     """One of ten blocks does not change; the embedding does not count, because PyTorch initializes it with std 1."""
     loud = {"update_ratio": [*[0.6] * 18, *[0.01] * 3], "weight_rms": [0.1] * 21}

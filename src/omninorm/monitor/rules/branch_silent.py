@@ -8,6 +8,7 @@ Signals: RMS(F(x))/RMS(x) of the block and of its two parts; RMS of its output; 
   part of the median block fell less than 2-fold, is a "fail". Persistence: 3 samples over 10 steps.
 - Weak: a block below 0.01, or a part below 0.01 that is a tenth of the median block's, is a warning, unless it has
   doubled meanwhile: branches that begin at 0 grow. Persistence: 3 samples over 50 steps.
+- A block whose stream has exploded (see stream-growth) is not judged: its branches are small only relative to that.
 - Gains whose largest fell 10-fold from one sample to the next, while those of the median norm fell less than 2-fold,
   are a "fail" at once: training changes them by about the learning rate per step. [ours]
 """
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from omninorm.monitor.history import Facts, History, Sample
 from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
 from omninorm.monitor.rules.numbers import Streaks, earlier, fold, known, median, value_at, values_of
+from omninorm.monitor.rules.stream_growth import StreamStart
 from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
@@ -48,7 +50,7 @@ class BranchSilent(Rule):
     )
 
     def __init__(self) -> None:
-        self._streaks = Streaks()
+        self._streaks, self._stream = Streaks(), StreamStart()
         self._alive: set[Key] = set()
         self._before: dict[Key, float] = {}  # the level before a fall
         self._weak: dict[Key, float] = {}  # the value when a weak branch was first seen
@@ -63,10 +65,11 @@ class BranchSilent(Rule):
         dead: list[Finding] = []
         fallen: list[Finding] = []
         weak: list[Finding] = []
+        exploded = self._stream.exploded(sample)
         for signal in SIGNALS:
             values = values_of(sample, signal)
             for index, value in enumerate(values[: len(history.facts.blocks)]):
-                if value is None:
+                if value is None or index in exploded:
                     continue
                 if self._is_dead((index, signal), value, sample.step):
                     dead.append((index, signal, value))
