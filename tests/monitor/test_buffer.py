@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from omninorm.monitor import stats_buffer, tensors, watch
+from omninorm.monitor.probes.optimizer import any_some
 from omninorm.monitor.stats_buffer import StatsBuffer
 
 
@@ -164,3 +166,39 @@ def test_flush_within_a_step_keeps_what_the_step_has_added() -> None:
     it.end_row(None)
     (row,) = it.take()[1]
     assert row.facts["kept"] == 5.0
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.randn(300, 200),
+        torch.randn(300, 200).t(),
+        torch.randn(8, 16, 3, 3).to(memory_format=torch.channels_last),
+        torch.randn(40, 40)[10:],
+        torch.tensor(3.0),
+    ],
+)
+def test_some_weights_are_a_view_in_any_layout(weight: Tensor) -> None:
+    few = any_some(weight)
+    assert few.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    assert set(few.tolist()) <= set(weight.flatten().tolist())
+    assert len(set(few.tolist())) == len(few) >= min(weight.numel(), 60)
+
+
+def test_some_weights_with_gaps_in_memory_are_copied() -> None:
+    weight = torch.randn(40, 40)[:, :10]
+    assert set(any_some(weight).tolist()) <= set(weight.flatten().tolist())
+
+
+def test_watch_does_not_keep_the_memory_of_weights_that_have_moved() -> None:
+    model = Decoder()
+    optimizer = adamw(model)
+    with watch(model, optimizer, every=2, rules=[]) as watched:
+        for step in (1, 2, 3):
+            token_loss(model, some_tokens(step)).backward()
+            optimizer.step()
+            watched.step()
+        memory = weakref.ref(model.head.weight.untyped_storage())
+        model.head.weight.data = model.head.weight.detach().clone()
+        optimizer.zero_grad()
+        assert memory() is None
