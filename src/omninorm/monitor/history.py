@@ -75,6 +75,16 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Load:
+    """The load of a block's experts: for each the share of the tokens that chose it, the number of tokens, and how many
+    experts each token chooses."""
+
+    shares: tuple[float, ...]
+    tokens: int
+    choices: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """The signals of a sampled step, by the names of `omninorm.record.signals.SIGNALS`.
 
@@ -84,7 +94,7 @@ class Sample:
     decay of the optimizer, the share that decoupled weight decay removes per step: the largest of each group's
     matrices. `gain_decay` is the same for the gain of each norm. Both are empty if no optimizer is known.
     `probabilities` is 1 if each row that cross entropy received is a probability distribution, 0 if not, and None if no
-    such call was measured.
+    such call was measured. `loads` has the load of each block's experts, or None, if there are any.
     """
 
     step: int
@@ -94,6 +104,7 @@ class Sample:
     decay: Sequence[float | None] = ()
     gain_decay: Sequence[float | None] = ()
     probabilities: float | None = None
+    loads: Sequence[Load | None] = ()
 
 
 @dataclass(frozen=True)

@@ -250,14 +250,16 @@ class Watch:
             values = dict(zip(names, numbers, strict=True))
             checked = self._checks.of_sample(self._done, rows[-1], values)
             sample = self._builder.build(self._done, cells, rows[-1], self._gains(values), values)
-            sample = self._builder.with_decay(replace(sample, checks=checked), self._parameters, self._optimizers)
+            sample = replace(sample, checks=checked, loads=self._hooks.routers.read(values))
+            sample = self._builder.with_decay(sample, self._parameters, self._optimizers)
             self._write_sample(sample, steps[-1])
             alarms += self._judge.judge_sample(self.history)
         self._report_alarms(alarms)
 
     def _measure(self) -> tuple[list[Tensor], list[str]]:
         """Return a sample's statistics of parameters and optimizers: tensors, and their names."""
-        others = (self._optimizer_watch.take, self._checks.measure)
+        assert self._hooks is not None
+        others = (self._optimizer_watch.take, self._checks.measure, self._hooks.routers.take)
         found = measure_all(self._structure.norms, self._parameters, self._buffer.device, others, self._failed)
         return list(found.values()), list(found)
 

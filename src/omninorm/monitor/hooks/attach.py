@@ -21,6 +21,7 @@ from omninorm.monitor.hooks.compiled import CompiledProbe
 from omninorm.monitor.hooks.hook import Hook, QuietHook
 from omninorm.monitor.hooks.intercept import Listener, listening
 from omninorm.monitor.hooks.norms import NormHooks
+from omninorm.monitor.hooks.routers import RouterHooks
 from omninorm.monitor.hooks.training_pass import Gate, in_backward, safely
 from omninorm.monitor.model_map.parts import Block
 from omninorm.monitor.model_map.placement import Placements
@@ -109,6 +110,7 @@ class Hooks:
         self._open = ExitStack()
         self._vocabularies = {embedding.num_embeddings for _, embedding in structure.embeddings}
         self.norms = NormHooks(self, structure, buffer)
+        self.routers = RouterHooks(self, structure, buffer)
 
     # Attaching --------------------------------------------------------------------------------------------------------
 
@@ -116,7 +118,13 @@ class Hooks:
         structure, buffer, norms = self._structure, self._buffer, self.norms
         wanted = bool(structure.blocks) and norms.are_missing
         listener = Listener(
-            self._before_attention, self._before_softmax, norms.function, norms.root, wanted, self._before_loss
+            self._before_attention,
+            self._before_softmax,
+            norms.function,
+            norms.root,
+            wanted,
+            self._before_loss,
+            self.routers.choose if self.routers.exist else None,
         )
         self._open.enter_context(listening(listener))
         place = 0
@@ -130,6 +138,7 @@ class Hooks:
             place += 3
         for index, norm in enumerate(structure.norms):
             norms.attach(norm, NormProbe(buffer, norm, index, self.padding))
+        self.routers.attach()
 
     def detach(self) -> None:
         """Remove every hook."""

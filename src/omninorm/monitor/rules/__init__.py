@@ -9,6 +9,7 @@ from omninorm.monitor.rules.attention_logits import AttentionLogits
 from omninorm.monitor.rules.autocast_lost import AutocastLost
 from omninorm.monitor.rules.base import Rule, Threshold
 from omninorm.monitor.rules.branch_silent import BranchSilent
+from omninorm.monitor.rules.dead_experts import DeadExperts
 from omninorm.monitor.rules.dead_units import DeadUnits
 from omninorm.monitor.rules.depth_growth import DepthGrowth
 from omninorm.monitor.rules.double_softmax import DoubleSoftmax
@@ -38,6 +39,7 @@ from omninorm.monitor.rules.odd_block import OddBlock
 from omninorm.monitor.rules.post_norm_depth import PostNormDepth
 from omninorm.monitor.rules.replicas_differ import ReplicasDiffer
 from omninorm.monitor.rules.residual_missing import ResidualMissing
+from omninorm.monitor.rules.router_collapse import RouterCollapse
 from omninorm.monitor.rules.saturation import Saturation
 from omninorm.monitor.rules.stale_parameters import StaleParameters
 from omninorm.monitor.rules.steps_skipped import StepsSkipped
@@ -65,6 +67,8 @@ def default_rules() -> list[Rule]:
         NormMissing(),
         ResidualMissing(),
         LayerJump(),
+        RouterCollapse(),
+        DeadExperts(),
         WeightsVanish(),
         GainDrift(),
         BranchSilent(),
