@@ -16,6 +16,7 @@ from omninorm.monitor.checks.cleared import Cleared
 from omninorm.monitor.checks.clipping import Clipping, totals
 from omninorm.monitor.checks.facts import NoGradient, Replica, SampleChecks, Setup, StepChecks
 from omninorm.monitor.checks.identity import Identity
+from omninorm.monitor.checks.inputs import rms_of, sizes_of
 from omninorm.monitor.checks.missing import Missing, Ran
 from omninorm.monitor.checks.replicas import Replicas, are_replicated
 from omninorm.monitor.checks.rounding import Rounding
@@ -74,7 +75,8 @@ class Checks:
     ) -> None:
         self._structure, self._groups, self._buffer, self._optimizers = structure, groups, buffer, optimizers
         self._names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
-        self._sentinels, self._failed, self._scaler, self._gradients = sentinels[0], failed, scaler, gradients
+        self._sentinels, self._outside = sentinels
+        self._failed, self._scaler, self._gradients = failed, scaler, gradients
         gains = {id(norm.gain) for norm in structure.norms if norm.gain is not None}
         self._gains = [at for at, parameter in enumerate(self._parameters) if id(parameter) in gains]
         self._missing = Missing(structure, self._names, self._parameters, sentinels[0][: sentinels[1]])
@@ -86,6 +88,7 @@ class Checks:
         self._held: dict[int, frozenset[int]] = {}
         self._versions: list[int] = []
         self._passes = 0  # backward passes before the optimizer step
+        self._float_inputs = True
         self._now, self._steps = _Raw(), list[_Raw]()
         self._done, self._every, self._sampled, self._samples = done, every, done, 0
         gradients.on_begin, gradients.on_end = self._backward_begins, self._backward_ends
@@ -116,11 +119,22 @@ class Checks:
             return
         training = torch.is_grad_enabled()
         safely(lambda: self._setup.see_root(module, training, self._buffer.sampling), self._failed)
-        if not self._structure.blocks or not self._is_due() or in_backward() or not training:
+        if not self._structure.blocks or in_backward() or not training:
+            return
+        if self._float_inputs and not is_transformed():
+            safely(lambda: self._see_sizes(args, kwargs), self._failed)
+        if not self._is_due():
             return
         tensors = [] if is_transformed() else list(tensors_in([args, kwargs]))
         if tensors:
             safely(lambda: self._buffer.add_fact("batch", checksum(tensors)), self._failed)
+
+    def _see_sizes(self, args: Any, kwargs: Any) -> None:
+        """Measure the size of the inputs of the first forward pass of a step, if they are floating-point numbers."""
+        found = sizes_of(args, kwargs)
+        self._float_inputs = bool(found)
+        if found and not self._buffer.has_fact("input"):
+            self._buffer.add_fact("input", rms_of(found))
 
     def _is_due(self) -> bool:
         """Return whether the inputs of this step are checked: in sampled steps, in those after them, and in one whose
@@ -224,6 +238,8 @@ class Checks:
             rates=raw.rates,
             moved=raw.moved,
             batch=row.facts["batch"],
+            input=row.facts["input"],
+            before_blocks=self._before_blocks(row),
             setup=raw.setup,
         )
 
@@ -249,6 +265,13 @@ class Checks:
             if all(row.gradients[at] in (0.0, UNSEEN) for at in self._groups[block.name])
             and any(row.gradients[at] == 0.0 for at in self._groups[block.name])
         )
+
+    def _before_blocks(self, row: Row) -> tuple[tuple[str, float], ...]:
+        """Return the largest |x| of the modules that ran before the first block."""
+        outside, order = self._outside, self._buffer.order
+        first = min((place for at, place in order.items() if at >= outside), default=0)
+        early = [at for at, place in order.items() if at < outside and place < first and row.sentinels[at] != UNSEEN]
+        return tuple((self._sentinels[at], row.sentinels[at]) for at in early)
 
     def _ran(self, row: Row) -> Ran:
         order: dict[str, int] = {}

@@ -86,6 +86,8 @@ class StepChecks:
         rates: the learning rates of the groups of the optimizers that made a step.
         moved: whether weights were changed although none of the optimizers made a step.
         batch: a checksum of the model's input tensors; None if it was not computed.
+        input: the RMS of the model's floating-point inputs in the first forward pass; None without any.
+        before_blocks: name and largest |x| of the modules outside the blocks that ran before the first block.
         setup: how training was set up.
     """
 
@@ -100,6 +102,8 @@ class StepChecks:
     rates: tuple[float, ...] = ()
     moved: bool = False
     batch: float | None = None
+    input: float | None = None
+    before_blocks: tuple[tuple[str, float], ...] = ()
     setup: Setup = field(default_factory=Setup)
 
 

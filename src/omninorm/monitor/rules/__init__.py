@@ -14,6 +14,7 @@ from omninorm.monitor.rules.dead_units import DeadUnits
 from omninorm.monitor.rules.depth_growth import DepthGrowth
 from omninorm.monitor.rules.double_softmax import DoubleSoftmax
 from omninorm.monitor.rules.dropout import DropoutRule
+from omninorm.monitor.rules.embedding_scale import EmbeddingScale
 from omninorm.monitor.rules.eps_share import EpsShare
 from omninorm.monitor.rules.evaluation_mode import EvaluationMode
 from omninorm.monitor.rules.gain_drift import GainDrift
@@ -23,6 +24,7 @@ from omninorm.monitor.rules.gradients_not_cleared import GradientsNotCleared
 from omninorm.monitor.rules.headroom import Headroom
 from omninorm.monitor.rules.held_out_rising import HeldOutRising
 from omninorm.monitor.rules.identical_batches import IdenticalBatches
+from omninorm.monitor.rules.input_scale import InputScale
 from omninorm.monitor.rules.layer_jump import LayerJump
 from omninorm.monitor.rules.learning_rate import LearningRate
 from omninorm.monitor.rules.learning_rate_zero import LearningRateZero
@@ -64,6 +66,8 @@ def default_rules() -> list[Rule]:
         UpdatesLost(),
         ReplicasDiffer(),
         DoubleSoftmax(),
+        InputScale(),
+        EmbeddingScale(),
         NormMissing(),
         ResidualMissing(),
         LayerJump(),
