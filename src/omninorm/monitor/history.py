@@ -44,6 +44,7 @@ class Facts:
         every: steps between samples.
         width: the width of the blocks: the median of the smaller sides of their matrices, or None.
         alike: a number for each block, equal for blocks of the same class with the same matrices.
+        fresh: whether the weights look like a random initialization; None if unknown.
     """
 
     model: str = ""
@@ -60,6 +61,7 @@ class Facts:
     every: int = 1
     width: float | None = None
     alike: tuple[int, ...] = ()
+    fresh: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ class History:
     """How padding was recognized, so that it does not count: "attention mask", "zero rows", or None without any."""
     dtype: str | None = None
     """The dtype of the residual stream, such as "float16", measured at the first sample."""
+    classes: int | None = None
+    """The number of classes that cross entropy received at the first sample, such as the vocabulary."""
     nonfinite: NonFinite | None = None
     evaluations: deque[Evaluation] = field(default_factory=lambda: deque(maxlen=SAMPLES_KEPT))
     passes: int = 1

@@ -30,6 +30,7 @@ from omninorm.monitor.arguments import (
     uncovered,
 )
 from omninorm.monitor.checks.collect import Checks
+from omninorm.monitor.checks.weights import frozen, shifted_gains
 from omninorm.monitor.facts import facts_of
 from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.hooks.attach import Hooks, cell_sizes, leaves, sentinel_names
@@ -137,6 +138,7 @@ class Watch:
             self._attach()
             _watched.add(self._model)
             self._report_alarms(uncovered(named, self._optimizers, self._done))
+            self._report_alarms(frozen(structure, self._done) + shifted_gains(structure, self._done))
             self._begin_step()
             undo.pop_all()
         return self
@@ -244,6 +246,7 @@ class Watch:
             self.history.no_residual = placements.without_residual()
             if self._hooks.padding.used or any(cells["zero_rows"]):
                 self.history.padding = MASK if self._hooks.padding.used else ZERO_ROWS
+            self.history.classes = self._hooks.classes
             self.history.dtype = None if self._hooks.dtype is None else str(self._hooks.dtype).removeprefix("torch.")
         alarms = list(self._judge.judge_steps(self.history, steps))
         if sampled:

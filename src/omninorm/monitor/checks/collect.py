@@ -15,6 +15,7 @@ from omninorm.monitor.checks.checksum import checksum, tensors_in
 from omninorm.monitor.checks.cleared import Cleared
 from omninorm.monitor.checks.clipping import Clipping, totals
 from omninorm.monitor.checks.facts import NoGradient, Replica, SampleChecks, Setup, StepChecks
+from omninorm.monitor.checks.grids import Grids
 from omninorm.monitor.checks.identity import Identity
 from omninorm.monitor.checks.inputs import rms_of, sizes_of
 from omninorm.monitor.checks.missing import Missing, Ran
@@ -82,6 +83,8 @@ class Checks:
         self._missing = Missing(structure, self._names, self._parameters, sentinels[0][: sentinels[1]])
         self._identity = Identity(structure.model, named, optimizers)
         self._clipping = Clipping(self._parameters, buffer.device)
+        inside = {at for block in structure.blocks for at in groups.get(block.name, ())}
+        self._grids = Grids(self._names, self._parameters, inside)
         self._rounding = Rounding(self._parameters)
         self._cleared = Cleared([], buffer.device)
         self._replicas = Replicas(structure.model, named, groups) if replicas and are_replicated() else None
@@ -172,6 +175,7 @@ class Checks:
             now.emptied = all(p.grad is None for p in self._parameters if id(p) in held)
         if self._buffer.sampling:
             self._clipping.before_step(held)
+            self._grids.before_step(held)
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         held, now = self._ids(optimizer), self._now
@@ -285,7 +289,7 @@ class Checks:
 
     def measure(self) -> dict[str, Tensor]:
         """Return the tensors of a sampled step, to be copied to the host."""
-        found = self._rounding.take()
+        found = self._rounding.take() | self._grids.take()
         clipped = self._clipping.take()
         sums = None if self._replicas is None else self._replicas.measure()
         extra = {"at_step": clipped, "replicas": sums, "scale": self._buffer.scale}
@@ -293,6 +297,7 @@ class Checks:
 
     def of_sample(self, step: int, row: Row, numbers: dict[str, list[float]]) -> SampleChecks:
         """Return the facts of a sampled step, from its row and the numbers of `measure`, which are removed."""
+        grids = self._grids.result({"grids": numbers.pop("grids", [])})
         names = ("stayed", "live", "at_step", "replicas", "scale")
         stayed, live, at_step, sums, scale = (numbers.pop(name, None) for name in names)
         lost = (
@@ -304,7 +309,16 @@ class Checks:
             lost=lost,
             replicas=() if self._replicas is None or sums is None else self._exchange(self._replicas, step, sums),
             scale=None if scale is None else scale[0],
+            grids=grids,
+            zeroed=() if at_step is None else self._zeroed(row.gradients, at_step),
         )
+
+    def _zeroed(self, before: Sequence[float], after: Sequence[float]) -> tuple[str, ...]:
+        """Return the groups whose gradients became 0 after the backward pass, while others did not."""
+        if not any(norm > 0.0 for norm in after):
+            return ()
+        had = {name: [at for at in places if before[at] > 0.0] for name, places in self._groups.items()}
+        return tuple(name for name, places in had.items() if places and all(after[at] == 0.0 for at in places))
 
     def _exchange(self, replicas: Replicas, step: int, sums: Sequence[float]) -> tuple[Replica, ...]:
         """Compare the replicas. The store is on another machine; if it is gone, only this check is lost."""

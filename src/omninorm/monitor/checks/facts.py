@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from omninorm.monitor.checks.grids import Grid
+
 
 @dataclass(frozen=True)
 class NoGradient:
@@ -171,6 +173,8 @@ class SampleChecks:
         lost: weights that have not changed.
         replicas: processes that differ from rank 0.
         scale: the factor of the GradScaler.
+        grids: what the gradients of a few matrices look like at the optimizer's step.
+        zeroed: groups whose gradient is exactly 0 at the optimizer's step although the backward pass left one.
     """
 
     norms: tuple[float, float] | None = None
@@ -178,3 +182,5 @@ class SampleChecks:
     lost: Lost | None = None
     replicas: tuple[Replica, ...] = ()
     scale: float | None = None
+    grids: tuple[Grid, ...] = ()
+    zeroed: tuple[str, ...] = ()

@@ -97,6 +97,7 @@ class Hooks:
         self.placements = Placements(structure)
         self.padding = Padding(structure.model)
         self.dtype: torch.dtype | None = None
+        self.classes: int | None = None
         self.running: list[Running] = []
         self._handles: list[RemovableHandle] = []
         self._attention = [AttentionProbe(buffer, index) for index in range(len(structure.blocks))]
@@ -180,6 +181,8 @@ class Hooks:
     def _before_loss(self, logits: Any) -> None:
         if self._buffer.sampling and self.is_own_thread() and self.gate.is_open():
             self.safely(lambda: see_loss(self._buffer, logits))
+            if isinstance(logits, Tensor) and logits.requires_grad and logits.ndim > 0:
+                self.classes = max(self.classes or 0, logits.shape[min(1, logits.ndim - 1)])
 
     def _put_attention(
         self, site: CompiledProbe, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None

@@ -19,11 +19,15 @@ from omninorm.monitor.rules.eps_share import EpsShare
 from omninorm.monitor.rules.evaluation_mode import EvaluationMode
 from omninorm.monitor.rules.gain_drift import GainDrift
 from omninorm.monitor.rules.gradient_clipped import GradientClipped
+from omninorm.monitor.rules.gradient_jump import GradientJump
+from omninorm.monitor.rules.gradient_noise import GradientNoise
 from omninorm.monitor.rules.gradient_spike import GradientSpike
+from omninorm.monitor.rules.gradient_underflow import GradientUnderflow
 from omninorm.monitor.rules.gradients_not_cleared import GradientsNotCleared
 from omninorm.monitor.rules.headroom import Headroom
 from omninorm.monitor.rules.held_out_rising import HeldOutRising
 from omninorm.monitor.rules.identical_batches import IdenticalBatches
+from omninorm.monitor.rules.initialization import Initialization
 from omninorm.monitor.rules.input_scale import InputScale
 from omninorm.monitor.rules.layer_jump import LayerJump
 from omninorm.monitor.rules.learning_rate import LearningRate
@@ -66,6 +70,7 @@ def default_rules() -> list[Rule]:
         UpdatesLost(),
         ReplicasDiffer(),
         DoubleSoftmax(),
+        Initialization(),
         InputScale(),
         EmbeddingScale(),
         NormMissing(),
@@ -79,6 +84,9 @@ def default_rules() -> list[Rule]:
         EpsShare(),
         PostNormDepth(),
         LearningRate(),
+        GradientUnderflow(),
+        GradientNoise(),
+        GradientJump(),
         AdamEps(),
         OddBlock(),
         DepthGrowth(),
