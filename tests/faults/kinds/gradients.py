@@ -65,7 +65,12 @@ def everything_frozen(training: Training) -> None:
         parameter.requires_grad_(parameter.ndim == 1)
 
 
-@fault("gradient vanishes in a block", FAMILY, {"gradient-jump", "depth-growth", "adam-eps", "odd-block", "no-gradient"}, layered=True)
+@fault(
+    "gradient vanishes in a block",
+    FAMILY,
+    {"gradient-jump", "depth-growth", "adam-eps", "odd-block", "no-gradient"},
+    layered=True,
+)
 def gradient_vanishes(training: Training) -> None:
     """The gradient is multiplied by 1e-8 on its way through one block."""
     block, name = block_of(training)

@@ -1,7 +1,7 @@
 """Measures the gradients of a few matrices at the optimizer's step: elements that are 0, and whether they look random.
 
-The gradient of a linear layer is a sum of outer products over tokens. So an element is 0 only if its whole row or column
-is, unless it underflows; and rows and columns differ in size, unless the elements are independent noise.
+The gradient of a linear layer is a sum of outer products over tokens. So an element is 0 only if its whole row or
+column is, unless it underflows; and rows and columns differ in size, unless the elements are independent noise.
 """
 
 from __future__ import annotations

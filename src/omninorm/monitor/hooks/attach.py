@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from omninorm.monitor.hooks.blocks import BlockHooks, Running
 from omninorm.monitor.hooks.compiled import CompiledProbe
+from omninorm.monitor.hooks.dropout import FunctionalDropout
 from omninorm.monitor.hooks.hook import Hook, QuietHook
 from omninorm.monitor.hooks.intercept import Listener, listening
 from omninorm.monitor.hooks.norms import NormHooks
@@ -99,6 +100,7 @@ class Hooks:
         self.dtype: torch.dtype | None = None
         self.classes: int | None = None
         self.running: list[Running] = []
+        self.dropout = FunctionalDropout()
         self._handles: list[RemovableHandle] = []
         self._attention = [AttentionProbe(buffer, index) for index in range(len(structure.blocks))]
         self._blocks = BlockHooks(self, buffer)
@@ -125,6 +127,7 @@ class Hooks:
             norms.root,
             wanted,
             self._before_loss,
+            self._before_dropout,
             self.routers.choose if self.routers.exist else None,
         )
         self._open.enter_context(listening(listener))
@@ -183,6 +186,10 @@ class Hooks:
             self.safely(lambda: see_loss(self._buffer, logits))
             if isinstance(logits, Tensor) and logits.requires_grad and logits.ndim > 0:
                 self.classes = max(self.classes or 0, logits.shape[min(1, logits.ndim - 1)])
+
+    def _before_dropout(self, p: float, training: bool) -> None:
+        if self._buffer.sampling and self.running and self.is_own_thread() and self.gate.is_open():
+            self.dropout.see(self._structure.blocks[self.running[-1].block], p, training)
 
     def _put_attention(
         self, site: CompiledProbe, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None

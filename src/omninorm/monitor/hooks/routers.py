@@ -30,7 +30,8 @@ class RouterHooks:
             for index, block in enumerate(structure.blocks)
             if block.router is not None
         }
-        self._returns: set[int] = set()  # blocks whose router returns its choices
+        self._inside: int | None = None  # the block whose router is running
+        self._held: Tensor | None = None  # its choices, in case it does not return them
         self._taken: list[int] = []
 
     @property
@@ -39,6 +40,7 @@ class RouterHooks:
         return bool(self._probes)
 
     def attach(self) -> None:
+        """Register the hooks."""
         for index in self._probes:
             self._on_router(self._structure.blocks[index], index)
 
@@ -47,19 +49,22 @@ class RouterHooks:
         hooks, probe = self._hooks, self._probes[index]
         traced = hooks.trace(probe.see)
 
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if not is_compiling() and not (self._buffer.sampling and hooks.gate.is_open()):
-                return
-            chosen = choices_in(output, probe.experts)
-            if chosen is None:
-                return
-            if is_compiling():
-                hooks.put(traced, chosen)
-                return
-            self._returns.add(index)
-            hooks.safely(lambda: probe.see(chosen))
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not is_compiling() and self._buffer.sampling:
+                self._inside, self._held = index, None
 
-        hooks.register(block.router[1], None, after, with_kwargs=True)
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            chosen = choices_in(output, probe.experts)
+            if is_compiling():
+                if chosen is not None:
+                    hooks.put(traced, chosen)
+                return
+            chosen = self._held if chosen is None else chosen
+            self._inside = self._held = None
+            if chosen is not None and self._buffer.sampling and hooks.gate.is_open():
+                hooks.safely(lambda: probe.see(chosen))
+
+        hooks.register(block.router[1], before, after, with_kwargs=True)
 
     def choose(self, x: Any, chosen: Any) -> None:
         """Count the choices that the running block makes from x, its router's output: by topk or argmax."""
@@ -68,13 +73,17 @@ class RouterHooks:
             return
         index = hooks.running[-1].block
         probe = self._probes.get(index)
-        if probe is None or index in self._returns or type(x) is not Tensor or type(chosen) is not Tensor:
+        if probe is None or type(x) is not Tensor or type(chosen) is not Tensor:
             return
         if x.ndim < 2 or x.shape[-1] != probe.experts:
             return
         if chosen.shape == x.shape[:-1]:
             chosen = chosen.unsqueeze(-1)
-        if chosen.shape[:-1] == x.shape[:-1] and chosen.shape[-1] < probe.experts:
+        if chosen.shape[:-1] != x.shape[:-1] or chosen.shape[-1] >= probe.experts:
+            return
+        if self._inside == index:
+            self._held = chosen
+        else:
             hooks.safely(lambda: probe.see(chosen))
 
     def take(self) -> dict[str, Tensor]:

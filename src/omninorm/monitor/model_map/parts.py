@@ -23,8 +23,8 @@ READERS = ("gate", "up", "gate_proj", "up_proj", "w1", "w3", "fc1")
 class Block:
     """A transformer block, with its attention, its feed-forward and their writers to the stream, where identified.
 
-    `router` is the name and module of the layer that assigns tokens to the `experts`. `parts` are the modules that are called
-    in order if the block is a list, which is never called itself.
+    `router` is the name and module of the layer that assigns tokens to the `experts`. `parts` are the modules that are
+    called in order if the block is a list, which is never called itself.
     """
 
     name: str

@@ -49,6 +49,7 @@ from omninorm.monitor.rules.router_collapse import RouterCollapse
 from omninorm.monitor.rules.saturation import Saturation
 from omninorm.monitor.rules.stale_parameters import StaleParameters
 from omninorm.monitor.rules.steps_skipped import StepsSkipped
+from omninorm.monitor.rules.stream_growth import StreamGrowth
 from omninorm.monitor.rules.suspicious_loss import SuspiciousLoss
 from omninorm.monitor.rules.unrecovered_spike import UnrecoveredSpike
 from omninorm.monitor.rules.updates_lost import UpdatesLost
@@ -84,6 +85,7 @@ def default_rules() -> list[Rule]:
         EpsShare(),
         PostNormDepth(),
         LearningRate(),
+        StreamGrowth(),
         GradientUnderflow(),
         GradientNoise(),
         GradientJump(),

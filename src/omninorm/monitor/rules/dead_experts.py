@@ -1,8 +1,8 @@
 """dead-experts: no token chooses some experts of a block.
 
 Signal: the share of the tokens that choose an expert. Threshold: below 1 % of its fair share, choices/experts. It is a
-warning: the model trains without these experts, and in a pretrained model they may serve other data. Persistence: 3
-samples over 20 steps, in which a balanced load would have given the expert 50 tokens or more: an expert with a tenth of
+warning: the model trains without these experts, and in a pretrained model they may serve other data. Persistence: 4
+samples over 30 steps, in which a balanced load would have given the expert 50 tokens or more: an expert with a tenth of
 its fair share is then missed by all of them in 0.7 % of the cases. [ours] Unequal load early in training is normal.
 Blocks whose router has collapsed are left to router-collapse.
 """
@@ -20,7 +20,7 @@ from omninorm.monitor.rules.router_collapse import WARN, collapsed_share
 
 DEAD = 0.01
 EXPECTED = 50.0
-SAMPLES, STEPS = 3, 20
+SAMPLES, STEPS = 4, 30
 
 
 class DeadExperts(Rule):

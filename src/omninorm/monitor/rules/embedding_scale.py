@@ -41,8 +41,7 @@ class EmbeddingScale(Rule):
             return
         layer, jump = found
         evidence = (
-            f"The output of {layer} is on another scale since step {jump.since}: "
-            f"{jump.words('its largest element')}."
+            f"The output of {layer} is on another scale since step {jump.since}: {jump.words('its largest element')}."
         )
         remedy = (
             f"Look at what changed in or right after {layer} at step {jump.since}: a factor such as √d_model that is "

@@ -9,6 +9,7 @@ because the gradient at its input is not measured. Persistence: 3 samples over 1
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from omninorm.monitor.rules.numbers import Streaks, factor, values_of
 
 WARN, FAIL, OTHERS = 30.0, 100.0, 10.0
 SAMPLES, STEPS = 3, 10
+MOST = 700.0  # the largest logarithm of a number
 
 
 class Passage(NamedTuple):
@@ -33,8 +35,8 @@ class Passage(NamedTuple):
 
     @property
     def size(self) -> float:
-        """The smaller of both factors, at least 1; 1 if they have opposite directions."""
-        return math.exp(min(abs(self.alone), abs(self.relative))) if self.alone * self.relative > 0.0 else 1.0
+        """The smaller of both, without its sign; 0 if they have opposite directions."""
+        return min(abs(self.alone), abs(self.relative)) if self.alone * self.relative > 0.0 else 0.0
 
 
 class GradientJump(Rule):
@@ -42,7 +44,10 @@ class GradientJump(Rule):
 
     name = "gradient-jump"
     source = "the thresholds, 30-fold and 100-fold, are omninorm's own"
-    explains = ("gradient-clipped", "depth-growth", "adam-eps", "odd-block", "no-progress", "learning-rate", "no-gradient")
+    explains = (
+        *("gradient-clipped", "depth-growth", "adam-eps", "odd-block"),
+        *("no-progress", "learning-rate", "no-gradient"),
+    )
 
     def __init__(self) -> None:
         self._streaks = Streaks()
@@ -51,31 +56,32 @@ class GradientJump(Rule):
         for chain in history.facts.chains or [tuple(range(len(history.facts.blocks)))]:
             found = list(_passages(sample, chain))
             for passage in found:
-                limit = OTHERS * _usual(found)
-                lasts = {
-                    severity: self._streaks.lasts(
-                        (passage.block, severity), passage.size >= max(fold, limit), sample.step, SAMPLES, STEPS
+                usual = math.log(OTHERS) + _usual(found)
+                warned, failed = (
+                    self._streaks.lasts(
+                        (passage.block, fold), passage.size >= max(math.log(fold), usual), sample.step, SAMPLES, STEPS
                     )
-                    for severity, fold in (("warn", WARN), ("fail", FAIL))
-                }
-                if lasts["warn"]:
-                    yield self._explain(history.facts, sample, passage, "fail" if lasts["fail"] else "warn")
+                    for fold in (WARN, FAIL)
+                )
+                if warned:
+                    yield self._explain(history.facts, sample, passage, "fail" if failed else "warn")
 
     def _explain(self, facts: Facts, sample: Sample, passage: Passage, severity: str) -> Alarm:
         block, before = facts.blocks[passage.block], facts.blocks[passage.block - 1]
         grows = passage.alone > 0.0
-        times = f"{factor(math.exp(abs(passage.alone)))} times {'larger' if grows else 'smaller'}"
+        times = f"{factor(math.exp(min(abs(passage.alone), MOST)))} times {'larger' if grows else 'smaller'}"
         evidence = (
-            f"Gradient {'explodes' if grows else 'vanishes'} in {block}: it is {times} before this block than after it, "
-            "although the residual stream is not on another scale."
+            f"Gradient {'explodes' if grows else 'vanishes'} in {block}: it is {times} before this block than after "
+            "it, although the residual stream is not on another scale."
         )
         remedy = (
             f"Look for code that scales gradients in {block} or between it and {before}: a custom autograd function, a "
             "hook on a tensor, or a division by a tiny number. "
         )
-        remedy += "Clipping hides it: it then shrinks the gradients of all other blocks." if grows else (
-            f"{before} and everything before it hardly train."
-        )
+        if grows:
+            remedy += "Clipping hides it: it then shrinks the gradients of all other blocks."
+        else:
+            remedy += f"{before} and everything before it hardly train."
         return self.alarm(sample.step, severity, block, evidence, remedy)
 
 
@@ -83,7 +89,7 @@ def _passages(sample: Sample, chain: Iterable[int]) -> Iterator[Passage]:
     """Yield the change of the gradient through each block of a chain but the first."""
     gradients, streams = values_of(sample, "stream_grad"), values_of(sample, "stream_rms")
     places = [at for at in chain if at < min(len(gradients), len(streams))]
-    for before, block in zip(places, places[1:], strict=False):
+    for before, block in itertools.pairwise(places):
         numbers = gradients[before], gradients[block], streams[before], streams[block]
         if any(number is None or number <= 0.0 for number in numbers):
             continue
@@ -92,5 +98,5 @@ def _passages(sample: Sample, chain: Iterable[int]) -> Iterator[Passage]:
 
 
 def _usual(found: list[Passage]) -> float:
-    """Return the change in the median block, at least 1; 1 if there is nothing to compare with."""
-    return math.exp(statistics.median_low([abs(passage.alone) for passage in found])) if len(found) > 1 else 1.0
+    """Return the logarithm of the change in the median block; 0 if there is nothing to compare with."""
+    return statistics.median_low([abs(passage.alone) for passage in found]) if len(found) > 1 else 0.0

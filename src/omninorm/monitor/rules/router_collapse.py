@@ -2,8 +2,9 @@
 
 Signal: the share of all choices that the most loaded experts get, as many as each token chooses. It is choices/experts
 if the load is balanced. Threshold: above 95 % is a warning, above 99 % a "fail" [ours]. Only blocks with at least twice
-as many experts as choices are judged, and samples of 16 tokens or more. Persistence: 3 samples over 20 steps for a
-warning and 6 over 100 for a "fail", because a router may collapse early and recover.
+as many experts as choices are judged, and samples of 16 tokens or more. Persistence, with the same experts: 4 samples
+over 30 steps for a warning and 6 over 100 for a "fail". With SGD, routers of healthy models collapsed for 20 of the
+first 40 steps and recovered, and some sent each batch to other experts.
 Source: Shazeer et al. describe the collapse, which reinforces itself: experts that are chosen train faster.
 """
 
@@ -19,7 +20,7 @@ from omninorm.monitor.rules.numbers import Streaks
 
 WARN, FAIL = 0.95, 0.99
 FEWEST_TOKENS = 16
-SAMPLES, STEPS = 3, 20
+SAMPLES, STEPS = 4, 30
 FAIL_SAMPLES, FAIL_STEPS = 6, 100
 
 
@@ -32,13 +33,18 @@ class RouterCollapse(Rule):
 
     def __init__(self) -> None:
         self._streaks = Streaks()
+        self._chosen: dict[int, list[int]] = {}
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         for block in range(len(history.facts.blocks)):
             load = load_at(sample, block)
             if load is None:
                 continue
-            share = collapsed_share(load)
+            share, chosen = collapsed_share(load), largest(load)
+            if self._chosen.get(block) != chosen:
+                self._streaks.end((block, WARN))
+                self._streaks.end((block, FAIL))
+            self._chosen[block] = chosen
             warned = self._streaks.lasts((block, WARN), share > WARN, sample.step, SAMPLES, STEPS)
             failed = self._streaks.lasts((block, FAIL), share > FAIL, sample.step, FAIL_SAMPLES, FAIL_STEPS)
             if warned:
