@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 _WIDE = 200
+DEVICE_HELP = "Device: auto (a GPU if PyTorch sees one), cpu, cuda, cuda:N or mps."
 
 
 def console() -> Console:

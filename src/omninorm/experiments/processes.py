@@ -25,6 +25,7 @@ from omninorm.experiments.sharding import shard
 from omninorm.monitor.tensors import reshard
 
 PARALLEL = ("ddp", "fsdp")
+_CPU = torch.device("cpu")
 _Value = TypeVar("_Value")
 
 
@@ -46,7 +47,7 @@ class Processes:
     rank: int = 0
     count: int = 1
     parallel: str = "ddp"
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
     @property
     def first(self) -> bool:

@@ -35,7 +35,7 @@ class Reading:
         self._values: list[float] | None = None
         if self._both.is_cuda:  # to pinned memory
             self._both = self._both.to("cpu", non_blocking=True)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
     @property
