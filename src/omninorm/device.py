@@ -82,6 +82,11 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Return the free memory of a GPU in bytes, None where it is not known."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def widest(device: torch.device) -> torch.dtype:
     """Return the widest floating-point dtype of a device: float64, but float32 on Apple GPUs."""
     return torch.float32 if device.type == "mps" else torch.float64

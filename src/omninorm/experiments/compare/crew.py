@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from omninorm.device import free_memory
 from omninorm.experiments.compare.cells import Cell
 from omninorm.experiments.compare.plan import needed_bytes
 
@@ -21,7 +22,7 @@ def usual_workers(cores: int, devices: Sequence[torch.device], cells: Iterable[C
     if devices[0].type != "cuda":
         return cores if devices[0].type == "cpu" else 1
     needed = _CONTEXT + _MARGIN * max(map(needed_bytes, cells), default=0)
-    return min(cores, sum(max(1, torch.cuda.mem_get_info(device)[0] // needed) for device in devices))
+    return min(cores, sum(max(1, (free_memory(device) or 0) // needed) for device in devices))
 
 
 def only_visible(device: torch.device) -> dict[str, str]:
