@@ -46,9 +46,9 @@ def step_does_not_fit(config: TrainConfig, device: torch.device) -> ConfigError:
     where = "memory" if device.type == "cpu" else f"the memory of {device}"
     received = f"batch_size={batch}, seq_len={config.seq_len}"
     if batch == 1:
-        remedy = "use a shorter seq_len or a smaller model, in another folder"
+        remedy = "start a new run with a shorter seq_len or a smaller model"
     else:
-        remedy = f"start again in another folder with batch_size={batch // 2} and grad_accumulation={2 * parts}"
+        remedy = f"start a new run with batch_size={batch // 2} and grad_accumulation={2 * parts}"
     return ConfigError(f"A training step must fit in {where}", received, remedy)
 
 

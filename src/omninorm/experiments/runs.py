@@ -125,19 +125,24 @@ class Run:
         """Train to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`.
 
         Raises:
-            ConfigError: a step does not fit in the memory of the device.
+            ConfigError: a step does not fit in the memory of the device. The folder of a new run is removed.
         """
         too_large = step_does_not_fit(self.plan.train, self.processes.device)
-        with fitting(too_large), Interrupt(patient=self.processes.count > 1) as interrupt:
-            return train(
-                self.model.to(self.processes.device),
-                self.data,
-                self.plan.train,
-                run=self.folder,
-                on_event=on_event,
-                stopped_by=lambda: interrupt.signal,
-                processes=self.processes,
-            )
+        try:
+            with fitting(too_large), Interrupt(patient=self.processes.count > 1) as interrupt:
+                return train(
+                    self.model.to(self.processes.device),
+                    self.data,
+                    self.plan.train,
+                    run=self.folder,
+                    on_event=on_event,
+                    stopped_by=lambda: interrupt.signal,
+                    processes=self.processes,
+                )
+        except ConfigError:
+            if self.processes.count == 1:
+                self.folder.discard()
+            raise
 
     def __enter__(self) -> Run:
         return self
