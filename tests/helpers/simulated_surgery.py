@@ -68,7 +68,9 @@ def operate(norm: str, device: torch.device) -> dict[str, Any]:
 
 
 def operated() -> dict[str, Any]:
-    return {f"{norm} {device.type}": operate(norm, device) for norm in ("rmsnorm", "layernorm") for device in (CPU, GPU)}
+    return {
+        f"{norm} {device.type}": operate(norm, device) for norm in ("rmsnorm", "layernorm") for device in (CPU, GPU)
+    }
 
 
 def proved_on_the_device() -> dict[str, Any]:
