@@ -125,7 +125,8 @@ def test_damaged_pickles_are_read_or_refused(source: Path, tmp_path: Path, zippe
     torch.save(load_file(folder / "model.safetensors"), folder / name, _use_new_zipfile_serialization=zipped)
     (folder / "model.safetensors").unlink()
     assert refuses_or_reads(folded, folder), "the intact file"
-    good, count = (folder / name).read_bytes(), cases(20)  # addresses are part of it, so that no two runs damage it alike
+    # Addresses are part of the bytes, so no two runs damage them alike.
+    good, count = (folder / name).read_bytes(), cases(20)
     assert count / 5 < fuzz(folded, folder, name, count, lambda case: mutated_bytes(good, case))
 
 

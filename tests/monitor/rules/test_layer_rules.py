@@ -19,6 +19,7 @@ from omninorm.monitor.rules.layer_jump import LayerJump
 from omninorm.monitor.rules.logz import LogZ
 from omninorm.monitor.rules.no_norm import NoNorm
 from omninorm.monitor.rules.post_norm_depth import PostNormDepth
+from omninorm.monitor.rules.stream_growth import StreamGrowth
 
 pytestmark = pytest.mark.usefixtures("words")
 
@@ -27,8 +28,38 @@ pytestmark = pytest.mark.usefixtures("words")
 
 def test_dead_units_do_not_presume_an_activation() -> None:
     """Other activations can be 0 as well, so the remedy for a ReLU is a condition."""
-    (alarm,) = give_samples(DeadUnits(), [{"dead_units": layers(0.0, 0.6)}] * 5)[-1]
+    (alarm,) = give_samples(DeadUnits(), [{"dead_units": layers(0.0, share)} for share in (0.1, *[0.6] * 4)])[-1]
     assert "if the activation is a relu" in alarm.remedy.lower()
+
+
+def test_units_that_were_dead_at_the_first_sample_are_a_matter_of_the_initialization() -> None:
+    (alarm,) = give_samples(DeadUnits(), [{"dead_units": layers(0.0, 0.6)}] * 5)[-1]
+    assert "It was 60 % at step 1." in alarm.evidence
+    assert "initialization" in alarm.remedy
+
+
+# Growth of the residual stream ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "now", "severity"),
+    [(1.0, 0.99e4, None), (1.0, 1.01e4, "warn"), (1.0, 0.99e6, "warn"), (1.0, 1.01e6, "fail"), (1e-6, 9e3, None),
+     (1e3, 9e6, None)],
+)  # fmt: skip
+def test_exploded_stream_names_the_first_such_block(first: float, now: float, severity: str | None) -> None:
+    before = {"stream_rms": [first, first, first, first]}
+    after = {"stream_rms": [2 * first, now, now, now]}
+    reports = give_samples(StreamGrowth(), [before, after, after, before])
+    severities = [[alarm.severity for alarm in alarms] for alarms in reports]
+    assert severities == [[], [], [severity] if severity else [], []], "after two samples"
+    assert not severity or reports[2][0].layer == "blocks.1"
+
+
+def test_branches_in_an_exploded_stream_are_not_called_silent() -> None:
+    quiet = {"attention_ratio": layers(1e-7), "stream_rms": layers(1.0)}
+    assert give_samples(BranchSilent(), [quiet] * 8)[-1]
+    grown = {"attention_ratio": layers(1e-7), "stream_rms": layers(2e4)}
+    assert not any(give_samples(BranchSilent(), [{"stream_rms": layers(1.0)}, *[grown] * 8]))
 
 
 # Jumps ----------------------------------------------------------------------------------------------------------------
@@ -71,6 +102,13 @@ def test_slow_growth_and_initialization_to_zero_are_no_jump() -> None:
     assert first(give_samples(LayerJump(), slow)) is None
     start = [{"weight_rms": layers(0.1, 1e-3 * count, count=5)} for count in range(20)]
     assert first(give_samples(LayerJump(), start)) is None
+
+
+@pytest.mark.parametrize(("last", "jumps"), [(34.0, False), (36.0, True)])
+def test_branch_that_grows_sevenfold_per_sample_jumps_only_if_it_grows_much_faster(last: float, jumps: bool) -> None:
+    """The feed-forward of a healthy OLMo-2 does so in the first steps."""
+    grown = [{"feed_forward_ratio": layers(0.3, value)} for value in (0.02 / 7, 0.02 / 7, 0.02, 0.02 * last)]
+    assert bool(give_samples(LayerJump(), [*grown, grown[-1]])[-1]) == jumps
 
 
 @pytest.mark.parametrize(("after", "severity"), [(2.9, "warn"), (3.14, "warn"), (3.16, "fail"), (math.nan, "warn")])
@@ -254,6 +292,21 @@ def test_depth_growth_needs_a_large_exponent_total_and_an_exponential(
         if expected:
             assert [(alarm.severity, alarm.layer) for alarm in reports[-1]] == [(expected, None)]
             assert "pre-norm" in reports[-1][0].evidence
+
+
+@pytest.mark.parametrize(
+    ("ratio", "placement", "steps", "severity"),
+    [(101.0, "pre", 20, "warn"), (101.0, "post", 80, "warn"), (9e-3, "post", 20, "warn"), (1.1e4, "post", 20, "fail")],
+)
+def test_shrinking_gradient_of_a_post_norm_model_warns_after_80_steps(
+    ratio: float, placement: str, steps: int, severity: str
+) -> None:
+    """Only its last blocks learn at first. A gradient that grows, or nearly vanishes, is reported as elsewhere."""
+    signals = {"stream_grad": over_depth(ratio, 24)}
+    reports = give_samples(DepthGrowth(), [signals] * 12, History(facts=facts(24), placement=placement))
+    begins = first(reports)
+    assert begins == 1 + steps // 10
+    assert [alarm.severity for alarm in reports[begins]] == [severity]
 
 
 def test_no_norm_needs_a_large_exponent_and_blocks_without_norms() -> None:

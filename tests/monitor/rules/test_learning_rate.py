@@ -73,6 +73,15 @@ def test_updates_at_the_full_learning_rate_follow_from_the_warm_up() -> None:
     assert "at least 3-fold" in judge(sgd, STUCK, warm_up, optimizer="SGD")[-1][0].evidence
 
 
+@pytest.mark.parametrize(("at", "factor", "named"), [(12, 5.1, True), (12, 4.9, False), (9, 5.1, False)])
+def test_jump_of_the_learning_rate_is_named(at: int, factor: float, named: bool) -> None:
+    """A sudden rise after the first steps; before that, it may be a warm-up."""
+    lrs = [1e-3] * (at - 1) + [factor * 1e-3] * (41 - at)
+    (alarm,) = judge([rates(0.15, 0.1), *[rates(0.1, 0.1)] * 3], STUCK, lrs)[-1]
+    assert (f"from 0.001 to {factor / 1000:.3g} at step {at}." in alarm.evidence) == named
+    assert (f"Undo the jump of the schedule at step {at}" in alarm.remedy) == named
+
+
 def test_late_updates_are_not_compared_with_the_initial_weights() -> None:
     early, late = [rates(0.01, 0.1)] * 6, [rates(0.02, 3.0)] * 4  # steps 1 to 50, and 60 to 90
     assert judge([*early, *late], [5.0] * 90)[-1] == []
@@ -107,6 +116,14 @@ def test_collapsed_attention_is_harm() -> None:
         assert [alarm.severity for alarm in report] == ["fail"] * fails
         if fails:
             assert numbers_in(report[0].evidence)[-2:] == [0.29, 0.9]
+
+
+@pytest.mark.parametrize(("now", "fails"), [(0.9e3, False), (1.1e3, True)])
+def test_exploded_residual_stream_is_harm(now: float, fails: bool) -> None:
+    first, second = ({**rates(0.6, 0.1), "stream_rms": [value] * 2} for value in (1.0, now))
+    (*_, report) = judge([first, second], [])
+    assert [alarm.severity for alarm in report] == ["fail"] * fails
+    assert not fails or "the residual stream has grown 1,100-fold" in report[0].evidence
 
 
 def test_learning_rate_is_judged_by_the_quiet_blocks() -> None:

@@ -60,6 +60,18 @@ def test_first_and_last_block_are_judged_by_their_weights_only(at: int) -> None:
     assert len(judge({"weight_rms": [*layers(0.02, 0.2, at, COUNT), 0.02]})) == 1
 
 
+@pytest.mark.parametrize(
+    ("ratios", "layer"),
+    [
+        ([35.0, 0.5, 15.1, 0.03], "blocks.2"), ([35.0, 0.5, 14.9, 0.03], None), ([35.0, 16.0, 0.5, 0.6], "blocks.1"),
+        ([35.0, 3.0, 15.1, 0.6], "blocks.2"), ([35.0, 3.0, 15.1, 2.0], None), ([35.0, 0.5, 0.4, 16.0], None),
+    ],
+)  # fmt: skip
+def test_among_four_blocks_one_that_overwrites_the_stream_is_odd(ratios: list[float], layer: str | None) -> None:
+    """The first block of a healthy model writes 35 times its input, so four blocks have a large spread."""
+    assert [alarm.layer for alarm in judge({"branch_ratio": ratios}, blocks=4)] == ([layer] if layer else [])
+
+
 def test_blocks_that_vary_anyway_are_not_odd() -> None:
     spread = [1.0, 0.1, 30.0, 1.0, 3.0, 0.3]  # the median block is 3-fold away, 6 times that is 700-fold
     assert judge({"branch_ratio": spread}) == []

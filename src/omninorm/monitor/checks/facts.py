@@ -54,7 +54,7 @@ class Setup:
         autocast: whether autocast was active in a pass with gradients; None if there was none.
         betas: Adam's coefficients, for each group of the optimizers that made a step.
         restart: the loss of Adam's state.
-        dropout: name and probability of each active nn.Dropout, in sampled steps.
+        dropout: name and probability of each active nn.Dropout, and of blocks that call F.dropout, in sampled steps.
     """
 
     trained: bool = False

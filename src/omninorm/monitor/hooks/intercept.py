@@ -1,4 +1,4 @@
-"""Intercepts functions of torch while a watch is open: attention, softmax, cross entropy, functional norms and roots.
+"""Intercepts functions of torch while a watch is open: attention, softmax, dropout, cross entropy, norms and roots.
 
 The arguments of attention are what it really uses, after position encoding, norms and scale, in any architecture. A
 torch-function mode would intercept every other use of a tensor as well, and Dynamo cannot trace through one. All open
@@ -21,7 +21,7 @@ from torch.jit import _builtins
 
 class Listener(NamedTuple):
     """Callbacks: `attention(query, key, mask, is_causal, scale)` and `norm(x, node, y)`, also while tracing;
-    `softmax(logits, dim)`, `root(x)` and `loss(logits)`, the input of cross entropy.
+    `softmax(logits, dim)`, `root(x)`, `loss(logits)`, the input of cross entropy, and `dropout(p, training)`.
 
     `node` is the autograd node of x before the call. `norms`: whether `norm` and `root` are called at all; functional
     norms are of interest only in models some of whose blocks contain no norm module.
@@ -33,6 +33,7 @@ class Listener(NamedTuple):
     root: Callable[[Tensor], None]
     norms: bool = False
     loss: Callable[[Any], None] | None = None
+    dropout: Callable[[float, bool], None] | None = None
 
 
 class _Wrapped(NamedTuple):
@@ -91,6 +92,7 @@ def _wrap() -> None:
     for owner in _SOFTMAX:
         _put(owner, "softmax", _intercepted_softmax)
     _put(F, "cross_entropy", _intercepted_cross_entropy)
+    _put(F, "dropout", _intercepted_dropout)
 
 
 def _wrap_norms() -> None:
@@ -181,6 +183,19 @@ def _intercepted_cross_entropy(original: Any, period: int) -> Any:
         return original(*args, **kwargs)
 
     return cross_entropy
+
+
+def _intercepted_dropout(original: Any, period: int) -> Any:
+    def dropout(*args: Any, **kwargs: Any) -> Any:
+        if not is_compiling() and not _is_idle(period):
+            given = {**dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}
+            p, training = given.get("p", 0.5), given.get("training", True)
+            for listener in _listeners:
+                if listener.dropout is not None and isinstance(p, (int, float)) and isinstance(training, bool):
+                    listener.dropout(float(p), training)
+        return original(*args, **kwargs)
+
+    return dropout
 
 
 def _intercepted_norm(original: Any, period: int) -> Any:

@@ -41,6 +41,7 @@ from omninorm.monitor.rules.residual_missing import ResidualMissing
 from omninorm.monitor.rules.saturation import Saturation
 from omninorm.monitor.rules.stale_parameters import StaleParameters
 from omninorm.monitor.rules.steps_skipped import StepsSkipped
+from omninorm.monitor.rules.stream_growth import StreamGrowth
 from omninorm.monitor.rules.suspicious_loss import SuspiciousLoss
 from omninorm.monitor.rules.unrecovered_spike import UnrecoveredSpike
 from omninorm.monitor.rules.updates_lost import UpdatesLost
@@ -71,6 +72,7 @@ def default_rules() -> list[Rule]:
         EpsShare(),
         PostNormDepth(),
         LearningRate(),
+        StreamGrowth(),
         AdamEps(),
         OddBlock(),
         DepthGrowth(),

@@ -1,17 +1,17 @@
 """dropout: a dropout layer removes most of its input.
 
-Signal: the probability of each active nn.Dropout. Threshold: p > 0.6 [ours]; usual are 0 to 0.5, and p = 0.9 often
-means that the probability to keep a value was given. Persistence: none. It is a warning: classifier heads have been
-trained with 0.7.
+Signal: the probability of each active nn.Dropout, and the largest of F.dropout in each block. Threshold: p > 0.6
+[ours]; usual are 0 to 0.5, and p = 0.9 often means that the probability to keep a value was given. Persistence: none.
+It is a warning: classifier heads have been trained with 0.7.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
+from omninorm.record.alarm import Alarm
 
 LARGEST = 0.6
 
@@ -29,7 +29,7 @@ class DropoutRule(Rule):
             return
         probability, name = max(high, key=lambda item: item[0])
         others = f", and {len(high) - 1} other layers are above {LARGEST:g}" if len(high) > 1 else ""
-        evidence = f"Dropout removes {100 * probability:.3g} % of the input of {name}: p = {probability:g}{others}."
+        evidence = f"Dropout in {name} removes {100 * probability:.3g} % of its input: p = {probability:g}{others}."
         remedy = f"Lower p to 0.5 or less. It is the probability to remove a value; if {probability:g} of them should "
         remedy += f"stay, use p = {1 - probability:.2g}."
         yield self.alarm(step.step, "warn", name, evidence, remedy)

@@ -2,7 +2,8 @@
 
 Signals: RMS of a group's weights and the largest gain of a norm; then a block's branch, attention and feed-forward
 ratios and its stream. Threshold: at least 5 times both the previous sample and the median of up to 8 samples before
-that, while the median layer changes less than 2-fold. [ours] Training cannot do this to weights, so it is an immediate
+that, while the median layer changes less than 2-fold; what grew k-fold between the two samples before, as branches
+do in the first steps, has to grow 5 k-fold. [ours] Training cannot do this to weights, so it is an immediate
 "fail". It can do it to activations, especially in the first steps, so a jump of less than 20-fold counts only if the
 loss is at least 5 % higher than before, and is a warning, as is a larger one without that; both together are a "fail",
 unless updates above 5 % of the weights are the cause. If the layer's own updates
@@ -14,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
-from omninorm.monitor.rules.base import Rule, layer_names
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule, layer_names
 from omninorm.monitor.rules.numbers import earlier, finite, fold, known, median, value_at, values_of
+from omninorm.record.alarm import Alarm
 
 JUMP, HUGE, OTHERS = 5.0, 20.0, 2.0
 OWN = 0.5  # updates per step × steps per sample; from here on the optimizer itself can move a layer this far
@@ -46,16 +47,19 @@ class LayerJump(Rule):
     name = "layer-jump"
     source = "the thresholds, 5-fold and 20-fold, are omninorm's own; see docs/watching.md"
     explains = (
+        *LOSS_ALARMS,
         "learning-rate",
         "depth-growth",
         "attention-logits",
         "attention-entropy",
-        "unrecovered-spike",
         "massive-activation",
         "branch-silent",
         "adam-eps",
         "odd-block",
-        "loss-rising",
+        "gradient-clipped",
+        "logz",
+        "nonfinite",
+        "stream-growth",
     )
 
     def __init__(self) -> None:
@@ -107,13 +111,14 @@ class LayerJump(Rule):
     def _new_jumps(self, history: History, signal: str, values: list[float | None]) -> dict[tuple[str, int], float]:
         if len(history.samples) <= FEWEST:
             return {}
-        pairs = enumerate(zip(values, values_of(history.samples[-2], signal), strict=False))
-        ratios = {index: now / then for index, (now, then) in pairs if now is not None and then and then > 0.0}
+        before, earlier_still = (values_of(history.samples[at], signal) for at in (-2, -3))
+        ratios = _ratios(values, before)
         if not ratios or max(ratios.values()) < JUMP or median(list(ratios.values())) >= OTHERS:
             return {}
-        jumps = {}
+        jumps, growth = dict[tuple[str, int], float](), _ratios(before, earlier_still)
         for index, ratio in ratios.items():
-            past = earlier(history, signal, index, SAMPLES) if ratio >= JUMP else []
+            abrupt = ratio >= JUMP * max(1.0, growth.get(index, 1.0))
+            past = earlier(history, signal, index, SAMPLES) if abrupt else []
             value = values[index]
             if len(past) >= FEWEST and value is not None and 0.0 < JUMP * median(past) <= value:
                 jumps[signal, index] = median(past)
@@ -138,8 +143,10 @@ class LayerJump(Rule):
                 )
                 remedy += "writes to these weights."
             return self.alarm(sample.step, "fail", layer, evidence, remedy)
-        remedy = f"Compare the weights and inputs of {layer} with a checkpoint from before step {step}, "
-        remedy += "and lower its learning rate."
+        remedy = (
+            f"Run {layer} on the same input with the weights of a checkpoint from before step {step}. If its output is "
+            "as large, look at the input and the code (scales, masks, norms); if not, lower its learning rate."
+        )
         update = _largest_update(history, step)
         if update > LARGE:  # then the weights did change, and the learning rate is the cause
             evidence += f" Updates changed the weights by up to {100 * update:.2g} % per step."
@@ -148,6 +155,12 @@ class LayerJump(Rule):
         if worse:
             return self.alarm(sample.step, "fail", layer, f"{evidence} The loss rose {worse}.", remedy)
         return self.alarm(sample.step, "warn", layer, evidence, remedy)
+
+
+def _ratios(now: list[float | None], then: list[float | None]) -> dict[int, float]:
+    """Return now/then by index, where both are known and then > 0."""
+    pairs = enumerate(zip(now, then, strict=False))
+    return {index: new / old for index, (new, old) in pairs if new is not None and old and old > 0.0}
 
 
 def _largest_update(history: History, jump: int) -> float:

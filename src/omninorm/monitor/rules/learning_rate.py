@@ -1,8 +1,8 @@
 """learning-rate: the optimizer's steps are so large that they replace the weights instead of improving them.
 
 Signals: RMS(Δw)/RMS(w) of a step and RMS(w), by group of parameters; the learning rate; and whether the updates do
-harm: the loss is not below its initial value, has stopped falling (mean of 15 steps against the 15 before), or the
-attention of a block has collapsed.
+harm: the loss is not below its initial value, has stopped falling (mean of 15 steps against the 15 before), the
+attention of a block has collapsed, or the residual stream has exploded (1,000 times its first RMS, and above 1,000).
 Threshold, each a "fail" only together with harm:
 - In the first 50 steps, or for as long as the learning rate rises, the updates of nine of ten blocks are 1.5 times the
   largest that train, relative to the *initial* weights: 30 % per step at width 64 or less, and 1/√width of that for
@@ -28,15 +28,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample, Step
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
 from omninorm.monitor.rules.numbers import Streaks, finite, fold, known, quantile, values_of
+from omninorm.monitor.rules.stream_growth import StreamStart
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
 LIMIT, POST_LIMIT, SGD_LIMIT = 0.3, 0.05, 0.012  # of the initial weights, per step
 WIDTH = 64.0  # up to which the first limit holds
 EARLY, FIRST = 50, 1
+JUMP, WARM_UP = 5.0, 10  # a rise above the largest learning rate so far that no schedule has after the first steps
 TOO_HIGH, WARN = 1.5, 2.0  # times the limit
 FROM_ZERO = 100.0  # a larger ratio at the first step means that the weights were initialized to 0
 LARGE = 0.05
@@ -44,6 +46,7 @@ DOUBLED, WITHIN = 2.0, 50
 QUIET = 0.1  # share of the blocks that may change less than the one that counts
 ENOUGH = 8  # losses, of which the first four are compared with the newest five
 STALL = 15  # the mean loss of this many steps is compared with that of as many before
+EXPLODED = 1e3  # of the residual stream, relative to its first sample
 COLLAPSED = 0.3  # share of the maximal attention entropy, in runs that began above twice this value
 SAMPLES, STEPS = 3, 20
 
@@ -54,14 +57,11 @@ class LearningRate(Rule):
     name = "learning-rate"
     source = "the limits of 30, 5 and 1.2 % of the initial weights per step are omninorm's own measurement"
     explains = (
+        *LOSS_ALARMS,
         "depth-growth",
         "layer-jump",
         "attention-logits",
         "attention-entropy",
-        "unrecovered-spike",
-        "loss-spike",
-        "loss-rising",
-        "gradient-spike",
         "no-progress",
         "dead-units",
         "adam-eps",
@@ -70,16 +70,21 @@ class LearningRate(Rule):
         "eps-share",
         "odd-block",
         "weights-vanish",
+        "gradient-clipped",
+        "logz",
+        "nonfinite",
+        "stream-growth",
     )
 
     def __init__(self) -> None:
-        self._streaks = Streaks()
+        self._streaks, self._stream = Streaks(), StreamStart()
         self._first_loss: list[float] = []
         self._initial: dict[int, float] = {}  # RMS of each group's initial weights
         self._entropy: float | None = None
         self._early = (0.0, 0)  # the largest early update relative to the initial weights, and its step
         self._per_rate = 0.0  # the same, divided by the learning rate
         self._rate, self._rising = 0.0, 0  # the largest learning rate, and the last step at which it rose
+        self._jump: tuple[int, float, float] | None = None  # the step of a jump, and the learning rates
         self._peak: tuple[float, int] | None = None  # the largest ratio after the first step, and its step
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
@@ -87,6 +92,8 @@ class LearningRate(Rule):
         if loss is not None and len(self._first_loss) < 4:
             self._first_loss.append(loss)
         if rate is not None and rate > self._rate:
+            if step.step > WARM_UP and 0.0 < JUMP * self._rate < rate:
+                self._jump = step.step, self._rate, rate
             self._rate, self._rising = rate, step.step
         return ()
 
@@ -98,6 +105,7 @@ class LearningRate(Rule):
         )
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
+        exploded = self._stream.exploded(sample, EXPLODED)
         ratios = _of_blocks(history, values_of(sample, "update_ratio"))
         if not ratios:
             return
@@ -110,7 +118,7 @@ class LearningRate(Rule):
         since, growth = _weight_growth(history, sample)
         late = since >= EARLY or not self._initial
         doubled = late and growth >= DOUBLED and self._peak is not None and self._peak[0] > LARGE
-        harm = self._harm(history, sample) if doubled or times >= TOO_HIGH else None
+        harm = self._harm(history, sample, exploded) if doubled or times >= TOO_HIGH else None
         if harm or large:
             grown = f"; nearly all weights have grown {growth:.2g}-fold since step {since}" if doubled else ""
             yield self._explain(history, sample, max(times, ratio / limit if large else 0.0), grown, harm)
@@ -154,7 +162,7 @@ class LearningRate(Rule):
         """Return how many times too large the early updates were, or those at the largest learning rate so far."""
         return max(self._early[0], self._per_rate * self._rate) / self._limit(history)
 
-    def _harm(self, history: History, sample: Sample) -> str | None:
+    def _harm(self, history: History, sample: Sample, exploded: dict[int, float]) -> str | None:
         losses = _newest_losses(history, 2 * STALL)
         if len(losses) >= ENOUGH:
             first, last = sum(self._first_loss) / len(self._first_loss), sum(losses[-5:]) / len(losses[-5:])
@@ -162,6 +170,8 @@ class LearningRate(Rule):
                 return f"the loss ({last:.3g}) is not below its initial value ({first:.3g})"
         if not _has_trainable_blocks(history, sample):
             return None
+        if exploded:
+            return f"the residual stream has grown {fold(max(exploded.values()))}"
         if len(losses) == 2 * STALL:
             before, after = sum(losses[:STALL]) / STALL, sum(losses[STALL:]) / STALL
             if after >= before:
@@ -191,6 +201,10 @@ class LearningRate(Rule):
         if history.passes > 1:
             remedy += f" If the loss is not divided by the {history.passes} accumulation steps, divide it first."
         evidence += f"{grown}; {harm}." if harm else f"{grown}."
+        if self._jump:
+            at, before, after = self._jump
+            evidence += f" It jumped from {before:.3g} to {after:.3g} at step {at}."
+            remedy = f"Undo the jump of the schedule at step {at}. If it is intended, d{remedy[1:]}"
         return self.alarm(sample.step, "fail" if harm else "warn", None, evidence, remedy)
 
 

@@ -5,7 +5,9 @@ Signals: attention entropy and logits; branch, attention and feed-forward ratios
 the blocks: at least 10 times the median of the blocks or a tenth of it (weights and gains: 5 times, because siblings
 begin alike; entropy: a quarter), and 6 times as far from it as the median block. [ours] At least 4 blocks are needed.
 The first and the last block legitimately differ (the first reads a small embedding, the last writes for the head): they
-are judged by their weights and gains only, and do not count for the others' spread. Logits count only if they are too
+are judged by their weights and gains only, and do not count for the others' spread. With fewer than 4 blocks between
+them, the spread says little; then a block other than the first that writes 15 times its input, and 10 times as much as
+the blocks after the first on average (median), is reported as well. Logits count only if they are too
 large. Persistence: 3 samples over 20 steps. It is a warning.
 """
 
@@ -15,13 +17,14 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Facts, History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, factor, known, values_of
+from omninorm.record.alarm import Alarm
 
 ORDER, SIZE_ORDER, ENTROPY_ORDER, SPREADS = 10.0, 5.0, 4.0, 6.0
 FEWEST = 4
+OVERWRITES = 15.0  # times its input
 SAMPLES, STEPS = 3, 20
 # In the order of causes: the weights, then what they do.
 SIZES = ("weight_rms", "gain_max")
@@ -142,7 +145,17 @@ def _odd_ones(values: list[float | None], signal: str) -> list[Odd]:
             continue
         if abs(distance) >= max(math.log(limit), SPREADS * spread):
             odd.append(Odd(block, signal, value, math.exp(middle)))
+        elif signal == "branch_ratio" and len(inner) < FEWEST:
+            odd += _overwriting(values, block, value)
     return odd
+
+
+def _overwriting(values: list[float | None], block: int, value: float) -> list[Odd]:
+    """Return the block if it writes far more than its input, and than the blocks after the first."""
+    others = sorted(math.log(other) for at, other in enumerate(values) if at not in (0, block) and other is not None)
+    if len(others) < 2 or value < max(OVERWRITES, ORDER * math.exp(_middle(others))):
+        return []
+    return [Odd(block, "branch_ratio", value, math.exp(_middle(others)))]
 
 
 def _middle(ordered: list[float]) -> float:
