@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -190,15 +191,12 @@ def train(
     every process, and fsdp shards it. A run can be resumed with any number of processes and either way of sharing.
     """
     from omninorm.cli.progress import show_progress
-    from omninorm.experiments.processes import SilentExit, joined
+    from omninorm.experiments.processes import joined
 
     given = _given(context.params)
-    with joined(parallel, _device(device, resume)) as processes:
+    with _ended_by_others(), joined(parallel, _device(device, resume)) as processes:
         if not processes.first:
-            try:
-                _follow(processes, text)
-            except SilentExit:
-                raise typer.Exit(2) from None
+            _follow(processes, text)
             return
         opened = _open_for_all(processes, context, given)
         if opened is None:
@@ -213,6 +211,17 @@ def train(
                 give_up(run)
             page = report(run)
     conclude(result, run, page)
+
+
+@contextlib.contextmanager
+def _ended_by_others() -> Iterator[None]:
+    """End this process with code 2 if another one reports why all of them end."""
+    from omninorm.experiments.processes import SilentExit
+
+    try:
+        yield
+    except SilentExit:
+        raise typer.Exit(2) from None
 
 
 def _open_for_all(processes: Processes, context: typer.Context, given: dict[str, Any]) -> Run | None:

@@ -119,7 +119,7 @@ def _save_sharded(
     for name, tensor in weights.items():
         value = whole(tensor)
         if processes.first:
-            gathered[name] = value
+            gathered[name] = value.cpu()
     try:
         save_parts(partial / _PARTS, moments)
     except OSError as error:

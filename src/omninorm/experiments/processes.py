@@ -186,19 +186,23 @@ def own_device(name: str, number: int) -> torch.device:
     """Return the device of the process with this number among those of its machine.
 
     Raises:
-        ConfigError: there are more processes than GPUs, or a device that they would share.
+        ConfigError: the device cannot be used, they would share it, or there are more processes than GPUs.
+        SilentExit: another process raises that error.
     """
-    devices = find_devices(name)
-    if devices[0].type == "cpu":
-        return devices[0]
-    if ":" in name or devices[0].index is None:
-        remedy = "leave the number of the GPU out, or use the device cpu"
-        raise ConfigError("The processes under torchrun need a GPU each", f"the device {name} for all", remedy)
-    if number >= len(devices):
-        invariant = f"The processes under torchrun need a GPU each, and this machine has {len(devices)}"
-        remedy = f"start torchrun with --nproc-per-node {len(devices)}, or use the device cpu"
-        raise ConfigError(invariant, f"process {number + 1}", remedy)
-    return devices[number]
+    try:
+        devices = find_devices(name)
+        if devices[0].type == "cpu":
+            return devices[0]
+        if ":" in name or devices[0].index is None:
+            remedy = "leave the number of the GPU out, or use the device cpu"
+            raise ConfigError("The processes under torchrun need a GPU each", f"the device {name} for all", remedy)
+    except ConfigError as error:
+        raise (SilentExit if number else error) from None
+    if number < len(devices):
+        return devices[number]
+    invariant = f"The processes under torchrun need a GPU each, and this machine has {len(devices)}"
+    remedy = f"start torchrun with --nproc-per-node {len(devices)}, or use the device cpu"
+    raise ConfigError(invariant, f"{number + 1} processes", remedy) if number == len(devices) else SilentExit
 
 
 def _is_lost(error: RuntimeError) -> bool:
