@@ -6,6 +6,7 @@ python examples/lora_saturated_attention.py [FOLDER]        # needs pip install 
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,8 @@ def main(folder: Path) -> None:
             train(model, optimizer, text.flip(0), STEPS, w.step)
         losses, norms = zip(*((step.loss, step.grad_norm) for step in w.history.steps), strict=True)
         alarms = ", ".join(f"{alarm.rule} at step {alarm.step}" for alarm in w.alarms) or "no alarm"
-        print(f"logits {deviation}: loss {sum(losses[-10:]) / 10:.2f}, largest gradient {max(norms):.1f}, {alarms}")
+        gradients = f"gradient norm at most {max(norms):.1f}, median {median(norms):.1f}"
+        print(f"logits {deviation}: loss {sum(losses[-10:]) / 10:.2f}, {gradients}, {alarms}")
 
 
 if __name__ == "__main__":

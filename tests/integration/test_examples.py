@@ -143,6 +143,26 @@ def test_example_of_a_stalled_run_prints_what_the_page_quotes(run: Run, tmp_path
 
 
 @pytest.mark.slow
+def test_example_of_a_high_learning_rate_is_cured_by_qk_norm(run: Run, tmp_path: Path) -> None:
+    lines = run("high_learning_rate.py", tmp_path).splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        without, cured = map(float, re.search(r"loss ([\d.]+), with qk-norm ([\d.]+);", line).groups())
+        assert without > cured + 0.2, line
+        assert re.search(r"; attention-(logits|entropy) in blocks\.\d at step \d+, losses 0\.1 apart", line), line
+        assert line.endswith("alarms with qk-norm: 0"), line
+
+
+@pytest.mark.slow
+def test_example_of_lora_on_saturated_attention_has_steep_gradients(run: Run, tmp_path: Path) -> None:
+    lines = run("lora_saturated_attention.py", tmp_path).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["logits 1", "logits 16", "logits 32"]
+    largest = [float(re.search(r"gradient norm at most ([\d.]+)", line)[1]) for line in lines]
+    assert min(largest[1:]) > 5 * largest[0]
+    assert lines[0].endswith("no alarm")
+
+
+@pytest.mark.slow
 def test_example_of_surgery_on_real_weights_is_exact_and_undone(run: Run, smollm2: Path) -> None:
     output = run("surgery_smollm2.py", smollm2)
     assert re.search(r"61 norms folded, .*, 0 refused", output)
@@ -193,7 +213,7 @@ def test_example_of_folding_before_quantizing_saves_the_model(run: Run, smollm2:
 def test_every_example_is_tested_and_short() -> None:
     tested = Path(__file__).read_text()
     found = sorted(EXAMPLES.glob("*.py"))
-    assert len(found) == 11
+    assert len(found) == 13
     for path in found:
         assert path.name in tested
         assert len(path.read_text().splitlines()) < 90
