@@ -10,6 +10,7 @@ from omninorm.errors import ConfigError
 from omninorm.monitor import Alarm, Facts, History, Sample, Step
 from omninorm.monitor.alarms import CLEAR_STEPS, Judge
 from omninorm.monitor.rules import Rule
+from omninorm.record.alarm import AlarmRef, leading, link
 
 
 class Says(Rule):
@@ -85,7 +86,8 @@ def test_causes_come_first_and_consequences_are_warnings() -> None:
     assert short(alarms) == [
         (5, "fail", "cause", "a"), (5, "fail", "other", None), (5, "warn", "effect", "b"), (9, "warn", "effect", "c"),
     ]  # fmt: skip
-    assert alarms[2].evidence == "effect at b. Probably a consequence of cause in a at step 5."
+    assert [alarm.cause for alarm in alarms] == [None, None, AlarmRef(5, "cause", "a"), AlarmRef(5, "cause", "a")]
+    assert alarms[2].linked_evidence == "effect at b. Probably a consequence of cause in a at step 5."
 
 
 def test_later_alarm_does_not_explain_an_earlier_one() -> None:
@@ -177,3 +179,87 @@ def test_disabled_rule_is_no_longer_a_cause() -> None:
         (1, "fail", "cause", "a"),
         (3, "fail", "other", "b"),
     ]
+
+
+# Links ----------------------------------------------------------------------------------------------------------------
+
+
+def reported(*rules: Rule, steps: int = 100, every: int = 10) -> list[Alarm]:
+    """Return the alarms as a watch reports them: those of `every` steps at a time, linked."""
+    history, judge, alarms = History(facts=Facts(every=every)), Judge(rules), list[Alarm]()
+    for last in range(every, steps + 1, every):
+        history.steps.extend(Step(number, 3.0, 1.0, 1e-3) for number in range(last - every + 1, last + 1))
+        found = judge.judge_steps(history, list(history.steps)[-every:])
+        alarms = link([*alarms, *judge.link(history, found)])
+    return alarms
+
+
+def symptom(step: int, severity: str = "warn", name: str = "effect", explains: tuple[str, ...] = ()) -> Says:
+    rule = Says({step: [(severity, None)]}, name, explains)
+    rule.symptom = True  # type: ignore[misc]
+    return rule
+
+
+def test_symptom_follows_from_a_cause_of_the_same_report() -> None:
+    alarms = reported(Says({30: [("fail", "a")]}, "cause", ("effect",)), symptom(23, "fail"))
+    assert short(alarms) == [(30, "fail", "cause", "a"), (23, "warn", "effect", None)]
+    assert alarms[1].cause == alarms[0].ref
+    assert not alarms[0].explains, "the consequence names its cause itself"
+
+
+@pytest.mark.parametrize(("step", "linked"), [(40, True), (43, True), (44, False)])
+def test_symptom_that_was_reported_follows_from_a_cause_of_the_next_two_samples(step: int, linked: bool) -> None:
+    alarms = reported(Says({step: [("fail", "a")]}, "cause", ("effect",)), symptom(23))
+    assert short(alarms) == [(23, "warn", "effect", None), (step, "fail", "cause", "a")]
+    assert alarms[0].cause == (alarms[1].ref if linked else None)
+    assert ("It probably explains effect at step 23." in alarms[1].linked_evidence) == linked
+
+
+def test_only_symptoms_follow_from_a_later_alarm() -> None:
+    alarms = reported(Says({30: [("fail", "a")]}, "cause", ("effect",)), Says({23: [("warn", "b")]}, "effect"))
+    assert [alarm.cause for alarm in alarms] == [None, None]
+    assert [alarm.step for alarm in alarms] == [23, 30]
+
+
+def test_symptoms_of_a_symptom_come_after_the_cause_of_both() -> None:
+    spike = symptom(23, name="spike", explains=("effect",))
+    alarms = reported(Says({30: [("warn", "a")]}, "cause", ("spike",)), spike, symptom(25))
+    assert [alarm.rule for alarm in alarms] == ["cause", "spike", "effect"]
+    assert [alarm.cause for alarm in alarms] == [None, alarms[0].ref, alarms[1].ref]
+    assert leading(alarms) is alarms[0]
+
+
+def test_active_warning_is_a_cause_but_leaves_a_failure_its_severity() -> None:
+    cause = Says({step: [("warn", "a")] for step in range(20, 31)}, "cause", ("effect",))
+    alarms = reported(cause, Says({50: [("fail", "b")], 51: [("fail", "c")]}, "effect"))
+    assert short(alarms) == [(20, "warn", "cause", "a"), (50, "fail", "effect", "b"), (51, "fail", "effect", "c")]
+    assert [alarm.cause for alarm in alarms] == [None, alarms[0].ref, None], "after two samples it is no longer active"
+    assert leading(alarms) is alarms[0]
+
+
+def test_warning_does_not_explain_an_alarm_that_can_explain_it() -> None:
+    first = Says({20: [("warn", "a")]}, "first", ("second",))
+    alarms = reported(first, Says({25: [("fail", "b")]}, "second", ("first",)))
+    assert [alarm.cause for alarm in alarms] == [None, None]
+    assert leading(alarms) is alarms[1]
+
+
+def test_final_alarm_with_a_cause_stays_a_failure() -> None:
+    last = Says({25: [("fail", "b")]}, "last")
+    last.final = True  # type: ignore[misc]
+    alarms = reported(Says({20: [("fail", "a")]}, "cause", ("last",)), last)
+    assert short(alarms) == [(20, "fail", "cause", "a"), (25, "fail", "last", "b")]
+    assert alarms[1].cause == alarms[0].ref
+    assert leading(alarms) is alarms[0]
+
+
+def test_leading_alarm_is_what_the_first_failure_follows_from() -> None:
+    def alarm(step: int, severity: str, rule: str, cause: AlarmRef | None = None) -> Alarm:
+        return Alarm(step, severity, rule, None, "", "", cause=cause)
+
+    warning, root = alarm(3, "warn", "early"), alarm(9, "warn", "root")
+    follows = alarm(5, "fail", "effect", root.ref)
+    assert leading([warning, root, alarm(7, "fail", "other"), follows]) is root
+    assert leading([warning, root]) is warning
+    assert leading([alarm(5, "fail", "effect", AlarmRef(4, "unknown"))]).rule == "effect"  # type: ignore[union-attr]
+    assert leading([]) is None

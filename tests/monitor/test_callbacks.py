@@ -12,6 +12,7 @@ import pytorch_lightning as lightning
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
@@ -115,6 +116,33 @@ def test_trainer_writes_a_record_and_a_report_into_its_folder(tmp_path: Path) ->
     assert kinds(tmp_path)[0] == "watch"
     assert last_reason(tmp_path) == "done"
     assert "LlamaForCausalLM" in (tmp_path / "report.html").read_text()
+
+
+def opened(folder: Path) -> dict:
+    """The record's first event."""
+    return read_history(folder / "record.jsonl")[0]
+
+
+def test_trainer_callback_records_the_settings_and_the_name_of_the_run(tmp_path: Path) -> None:
+    callback = TrainerCallback(config={"corpus": "mine", "seed": 3}, replicas=False, report=False)
+    trainer(tmp_path / "named", callback, run_name="a run", max_steps=1, lr_scheduler_type="cosine").train()
+    event = opened(tmp_path / "named")
+    assert event["name"] == "a run"
+    expected = {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "lr_scheduler_type": "cosine", "max_steps": 1}
+    assert event["config"].items() >= (expected | {"corpus": "mine", "seed": 3}).items()
+    assert callback.watch._replicas is False
+    trainer(tmp_path / "plain", TrainerCallback(report=False), max_steps=1).train()
+    assert "name" not in opened(tmp_path / "plain"), "the folder's name is the title"
+    trainer(tmp_path / "both", TrainerCallback(report=False, name="mine"), run_name="a run", max_steps=1).train()
+    assert opened(tmp_path / "both")["name"] == "mine"
+
+
+@pytest.mark.parametrize("wrong", [{"config": 3}, {"config": {1: 2}}, {"name": 7}])
+def test_wrong_config_and_name_are_refused_before_training(wrong: dict[str, object]) -> None:
+    of_accelerate = lambda **given: in_accelerate.watch(Accelerator(cpu=True), llama(), **given)  # noqa: E731
+    for make in (TrainerCallback, LightningCallback, of_accelerate):
+        with pytest.raises(ConfigError):
+            make(**wrong)
 
 
 @pytest.mark.slow
@@ -326,6 +354,21 @@ def test_lightning_callback_raises_alarms(tmp_path: Path) -> None:
 
 
 @quiet_lightning
+def test_lightning_callback_records_the_settings_and_the_name_of_the_run(tmp_path: Path) -> None:
+    callback = LightningCallback(config={"corpus": "mine"}, replicas=False, report=False, folder=tmp_path)
+    model = Lit()
+    model.save_hyperparameters({"rate": 0.01, "widths": (16, 32)})
+    fit(tmp_path, callback, model, logger=CSVLogger(tmp_path, name="a run"), max_epochs=1, log_every_n_steps=1)
+    event = opened(tmp_path)
+    assert event["name"] == "a run"
+    expected = {"max_epochs": 1, "precision": "32-true", "rate": 0.01, "widths": [16, 32], "corpus": "mine"}
+    assert event["config"].items() >= expected.items()
+    assert callback.watch._replicas is False
+    fit(tmp_path / "plain", LightningCallback(report=False, folder=tmp_path / "plain"), max_epochs=1)
+    assert "name" not in opened(tmp_path / "plain")
+
+
+@quiet_lightning
 def test_lightning_exception_closes_the_record(tmp_path: Path) -> None:
     callback = LightningCallback(every=2)
     model = Lit(fails_at=4)
@@ -411,6 +454,15 @@ def test_accelerate_watch_counts_optimizer_steps(accumulated: int, precision: st
     assert w.history.facts.optimizer == "AdamW"
     assert {"update_ratio", "adam_ratio", "grad_norm"} <= set(w.history.samples[0].signals)
     assert same(bare, model)
+
+
+def test_accelerate_watch_records_the_settings_and_the_name_of_the_run(tmp_path: Path) -> None:
+    _, _, w = loop(2, watched=True, folder=tmp_path, config={"corpus": "mine"}, name="a run", replicas=False)
+    event = opened(tmp_path)
+    assert event["name"] == "a run"
+    expected = {"mixed_precision": "no", "gradient_accumulation_steps": 2, "num_processes": 1, "corpus": "mine"}
+    assert event["config"] == expected
+    assert w._replicas is False
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ def trained(model: nn.Module, spoil: Any, every: int = 10, steps: int = 12, opti
         "phase": found.phase,
         "layer": found.layer,
         "value": found.value,
+        "after": found.after,
     }
     return watched
 
@@ -60,15 +61,15 @@ def test_nan_in_a_batch_is_located_at_the_embedding(every: int) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 10])
-@pytest.mark.parametrize(("part", "name"), [("attention", "attention"), ("feed_forward", "feed_forward")])
-def test_fp16_overflow_is_located(every: int, part: str, name: str) -> None:
+@pytest.mark.parametrize(("part", "after"), [("attention", "blocks.0"), ("feed_forward", "blocks.1.attention")])
+def test_fp16_overflow_is_located(every: int, part: str, after: str) -> None:
     """One layer's weights are too large for its dtype."""
     model = Decoder(blocks=3)
     layer = model.blocks[1].attention.out if part == "attention" else model.blocks[1].feed_forward.down
     factor = torch.ones(())
     layer.register_forward_hook(lambda module, args, y: (y * factor).half().float())
     watched = trained(model, lambda now: factor.fill_(1e7) if now else None, every)
-    assert watched.history.nonfinite == NonFinite(BAD, "forward", f"blocks.1.{name}", "inf")
+    assert watched.history.nonfinite == NonFinite(BAD, "forward", f"blocks.1.{part}", "inf", after)
 
 
 def test_infinity_inside_a_block_is_located() -> None:
@@ -76,7 +77,15 @@ def test_infinity_inside_a_block_is_located() -> None:
     model, factor = Decoder(), torch.ones(())
     model.blocks[1].register_forward_hook(lambda module, args, y: y / factor)
     watched = trained(model, lambda now: factor.fill_(0.0 if now else 1.0))
-    assert watched.history.nonfinite == NonFinite(BAD, "forward", "blocks.1", "inf")
+    assert watched.history.nonfinite == NonFinite(BAD, "forward", "blocks.1", "inf", "blocks.1.feed_forward")
+
+
+def test_nan_between_the_embedding_and_the_first_block_names_both() -> None:
+    """No module computes it: the code between them does, as where embeddings are scaled or dropped."""
+    model, noise = Decoder(), torch.zeros(())
+    model.blocks[0].register_forward_pre_hook(lambda module, args: (args[0] + noise, *args[1:]))
+    watched = trained(model, lambda now: noise.fill_(math.nan if now else 0.0))
+    assert watched.history.nonfinite == NonFinite(BAD, "forward", "blocks.0.attention", "nan", "embedding")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -154,7 +163,7 @@ def test_nan_in_a_model_without_blocks_is_located() -> None:
     model = Recurrent()
     model.rnn.register_forward_hook(lambda module, args, y: (y[0] * model.factor, y[1]))
     watched = trained(model, lambda now: setattr(model, "factor", math.inf if now else 1.0))
-    assert watched.history.nonfinite == NonFinite(BAD, "forward", "rnn", "inf")
+    assert watched.history.nonfinite == NonFinite(BAD, "forward", "rnn", "inf", "embedding")
 
 
 def test_overflow_in_an_evaluation_is_ignored() -> None:

@@ -225,14 +225,34 @@ def test_parameters_in_no_optimizer_raise_a_warning() -> None:
     with watch(model, optimizer, rules=[]) as watched:
         watched.step(step(model, optimizer))
     (alarm,) = watched.alarms
-    assert (alarm.rule, alarm.severity, alarm.layer) == ("optimizer-coverage", "warn", "head.weight")
+    assert (alarm.rule, alarm.severity, alarm.layer) == ("optimizer-coverage", "warn", "head")
     assert numbers_in(alarm.evidence) == [2, 12]
+    assert alarm.evidence.endswith("in no optimizer: all of head.")
     with watch(model, torch.optim.SGD(Model().parameters(), lr=0.01), rules=[]) as watched:
         pass
     assert "holds any parameter of this model" in watched.alarms[0].evidence
     with watch(model, rules=[]) as watched:
         pass
     assert watched.alarms == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "text"),
+    [
+        (("h.0.", "h.1.norm.weight"), "all of h.0, h.1.norm.weight"),
+        (("h.",), "all of h"),
+        (("h.0.norm", "h.1.norm", "h.1.up", "h.1.out.bias"), "all of h.0.norm, all of h.1.norm, all of h.1.up and 1 more"),
+        (("head.weight",), "head.weight"),
+    ],
+)  # fmt: skip
+def test_parameters_in_no_optimizer_are_named_by_whole_modules(missing: tuple[str, ...], text: str) -> None:
+    part = lambda: nn.ModuleDict({"norm": nn.LayerNorm(4), "up": nn.Linear(4, 4), "out": nn.Linear(4, 4)})  # noqa: E731
+    model = nn.ModuleDict({"h": nn.ModuleList([part(), part()]), "head": nn.Linear(4, 4, bias=False)})
+    model["h"][0]["out"].requires_grad_(False)  # type: ignore[index]
+    optimizer = torch.optim.SGD(p for name, p in model.named_parameters() if not name.startswith(missing))
+    with watch(model, optimizer, rules=[]) as watched:
+        pass
+    assert watched.alarms[0].evidence.endswith(f"in no optimizer: {text}.")
 
 
 @pytest.mark.parametrize("wrong", [{"folder": 3}, {"scaler": "x"}, {"sinks": "tb"}, {"sinks": [None]}])

@@ -6,10 +6,8 @@ import base64
 import hashlib
 import json
 import re
-import tempfile
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from helpers import synthetic_run as synthetic
@@ -202,16 +200,6 @@ def test_page_of_a_large_run_is_smaller_than_three_megabytes(tmp_path):
     size = len(render(story).encode())
     assert 2_000_000 < size < 3_000_000
     assert samples(story) == "every 4th of 1,200 samples shown (one every step), plus those at alarms"
-
-
-def test_a_page_without_a_folder_is_named_after_the_model(faulty):
-    source = Path(tempfile.gettempdir()) / "tmpab12_x9z" / "record.jsonl"
-    assert faulty.watched.model
-    page = render(replace(faulty, source=source))
-    assert f"<title>Run of {faulty.watched.model}: " in page
-    assert "tmpab12_x9z" not in page
-    assert "<title>Run: " in render(replace(faulty, source=source, watched=replace(faulty.watched, model="")))
-    assert "<title>tmpab12_x9z: " in render(replace(faulty, source=Path("runs/tmpab12_x9z")))
 
 
 def test_failed_write_leaves_the_old_page(tmp_path, faulty, monkeypatch):

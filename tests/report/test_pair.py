@@ -60,6 +60,39 @@ def test_nan_in_both_runs_is_equal_and_in_one_it_is_where_they_part(tmp_path):
     assert compare(pair[1], pair[1]).unequal is None
 
 
+def test_gradient_that_is_missing_in_one_run_comes_before_what_differs(tmp_path):
+    """Detached below block 4: the earlier blocks get no gradient, and the loss of later steps differs as well."""
+
+    def detach(event):
+        if event["kind"] == "sample":
+            signals = event["signals"]
+            signals["grad_norm"] = [None if row < 4 else value for row, value in enumerate(signals["grad_norm"])]
+            signals["eps_share"][2] *= 1000.0
+        if event["kind"] == "steps":
+            event["loss"] = [2 * loss for loss in event["loss"]]
+
+    first, second = runs(tmp_path, detach)
+    found, layer = compare(first, second), first.watched.groups[3]
+    assert found.lead == found.layers[0]
+    assert (found.lead.name, found.lead.layer, found.lead.second) == ("grad_norm", layer, None)
+    assert [each.name for each in found.layers if each.is_missing] == ["grad_norm"] * 4
+    title, sentences = describe(found, ("one", "two"))
+    assert title.endswith(f": gradient norm in {layer} is missing in two")
+    assert f": gradient norm in {layer} is missing in two and" in sentences[0]
+    assert f"{layer} is missing in one" in describe(compare(second, first), ("one", "two"))[0]
+    assert "is missing in two" in render_pair(first, second)
+
+
+def test_signal_that_a_run_lacks_completely_is_not_a_parting(tmp_path):
+    """Another optimizer has no second moments; without gradients, nothing is trained."""
+
+    def without(*names):
+        return lambda event: [event.get("signals", {}).pop(name, None) for name in names]
+
+    assert compare(*runs(tmp_path / "adam", without("adam_ratio", "attention_logit"))).step is None
+    assert compare(*runs(tmp_path / "gradients", without("grad_norm"))).lead.name == "grad_norm"
+
+
 @pytest.mark.parametrize(("signal", "row"), [("weight_rms", 5), ("attention_logit", 11), ("gain_max", 3)])
 def test_layer_that_changes_is_named_with_its_step(tmp_path, signal, row):
     first, second = runs(tmp_path, from_step(210, signal, row, 100.0))

@@ -13,14 +13,15 @@ from helpers import synthetic_run as synthetic
 from torch import nn
 
 import omninorm
-from omninorm.errors import ConfigError
+from omninorm.errors import ConfigError, RunError
+from omninorm.record import Record
 from omninorm.report import read_run, render
 from omninorm.report.facts import facts
 from omninorm.report.story import RunStory
 
 
-def watched(folder: Path, **options) -> str:
-    """The page of a run of two steps."""
+def watched(folder: Path | None, page: Path | None = None, **options) -> str:
+    """The page of a run of two steps: read from its folder, or written by the watch to `page`."""
     model = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with omninorm.watch(model, optimizer, folder=folder, **options) as w:
@@ -29,7 +30,7 @@ def watched(folder: Path, **options) -> str:
             optimizer.step()
             optimizer.zero_grad()
             w.step(1.0)
-    return render(read_run(folder))
+    return render(read_run(folder)) if page is None else w.report(page).read_text(encoding="utf-8")
 
 
 def test_config_and_name_are_shown_and_escaped(tmp_path):
@@ -54,6 +55,25 @@ def test_config_and_name_are_shown_and_escaped(tmp_path):
 
 def test_without_config_and_name_the_page_has_the_name_of_the_folder(tmp_path):
     assert "<title>mine: " in watched(tmp_path / "mine")
+
+
+def test_page_of_a_run_without_a_folder_is_named_after_the_model(tmp_path):
+    assert "<title>Run of Sequential: " in watched(None, page=tmp_path / "page.html")
+    assert "<title>mine: " in watched(None, page=tmp_path / "page.html", name="mine")
+
+
+def test_page_is_named_after_the_folder_even_if_its_disk_was_full(tmp_path, monkeypatch):
+    """Then some events are in memory, and the page is written from a copy."""
+    append = Record.append
+
+    def fails(record, event):
+        if record.path == tmp_path / "mine" / "record.jsonl" and event["kind"] == "steps":
+            raise RunError("No space left on device", "", "")
+        append(record, event)
+
+    monkeypatch.setattr(Record, "append", fails)
+    with pytest.warns(UserWarning, match="stopped recording"):
+        assert "<title>mine: " in watched(tmp_path / "mine", page=tmp_path / "page.html")
 
 
 @pytest.mark.parametrize(

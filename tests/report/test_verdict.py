@@ -22,7 +22,11 @@ def faulty(tmp_path_factory) -> RunStory:
 @pytest.mark.parametrize(
     ("scene", "status", "sentence"),
     [
-        ("healthy", "healthy", "No alarm in 200 steps; the loss fell from 7.008 to 3.322."),
+        (
+            "healthy",
+            "healthy",
+            "No alarm in 200 steps; the loss fell from 7.008 to 3.322 (means of the first and last 20 steps).",
+        ),
         (
             "warnings",
             "warnings",
@@ -54,13 +58,28 @@ def test_verdict_without_alarms_says_what_was_checked(tmp_path):
     assert judge(replace(calm, not_seen=missing)).more.endswith("saturation, output normalizer and 2 more.")
 
 
-def test_first_failure_that_names_a_layer_leads(faulty):
-    alarms = [alarm(3, "warn"), alarm(5, layer=None), alarm(5, layer="blocks.4"), alarm(9)]
+def test_first_failure_leads(faulty):
+    alarms = [alarm(3, "warn"), alarm(5, layer="blocks.4"), alarm(5, layer=None), alarm(9)]
     verdict = judge(replace(faulty, alarms=alarms))
     assert verdict.sentence == "Failing: blocks.4: it was too large (step 5)."
     assert verdict.remedy == "less"
     assert verdict.more == "2 further failures and 1 further warning in 600 steps."
-    assert verdict.alarm == alarms[2]
+    assert verdict.alarm == alarms[1]
+
+
+def test_cause_of_the_first_failure_leads(faulty):
+    root = alarm(7, "warn", "blocks.4", rule="root")
+    alarms = [alarm(5, cause=root.ref), root, alarm(9)]
+    verdict = judge(replace(faulty, alarms=alarms))
+    assert (verdict.status, verdict.alarm) == ("failing", root)
+    assert verdict.sentence == "Failing: blocks.4: it was too large (step 7)."
+    assert verdict.more == "2 further failures in 600 steps."
+
+
+def test_warning_that_follows_from_another_does_not_lead(faulty):
+    root = alarm(7, "warn", rule="root")
+    verdict = judge(replace(faulty, alarms=[alarm(5, "warn", cause=root.ref), root]))
+    assert (verdict.status, verdict.alarm) == ("warnings", root)
 
 
 def test_verdict_without_alarms_follows_from_the_end_of_the_run(faulty):
@@ -69,6 +88,11 @@ def test_verdict_without_alarms_follows_from_the_end_of_the_run(faulty):
     assert (
         judge(bad).sentence
         == "Failing: the first infinity appeared in blocks.3.attention, in the backward pass of step 4 on rank 2."
+    )
+    after = judge(replace(calm, bad=[Bad(4, "forward", "blocks.0.attention", "nan", after="embedding")]))
+    assert after.sentence == (
+        "Failing: the first NaN appeared in blocks.0.attention, in the forward pass of step 4, "
+        "after a finite output of embedding."
     )
     diverged = judge(replace(calm, ending=Ending(7, "diverged")))
     assert diverged.sentence == "Failing: the run diverged at step 7."
@@ -83,19 +107,20 @@ def test_verdict_without_alarms_follows_from_the_end_of_the_run(faulty):
     ("losses", "status", "sentence"),
     [
         ([5.0], "quiet", "No alarm in 10 steps."),
-        ([3.0] * 60, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, 3 at the end."),
-        ([3.0] * 30 + [3.5] * 30, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, 3.5 at the end."),
-        ([3.0] * 30 + [2.98] * 30, "quiet", "No alarm in 60 steps. The loss has barely fallen: 3 initially, 2.98 at the end."),
-        ([3.0] * 30 + [2.96] * 30, "healthy", "No alarm in 60 steps; the loss fell from 3 to 2.96."),
-        ([3.0] * 20 + [2.0] * 20, "quiet", "No alarm in 40 steps. The loss fell from 3 to 2."),
-        ([3.0] * 30 + [math.nan] * 30, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, NaN at the end."),
-        ([-2.0] * 30 + [-3.0] * 30, "healthy", "No alarm in 60 steps; the loss fell from -2 to -3."),
+        ([3.0] * 60, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, 3 at the end{means}"),
+        ([3.0] * 30 + [3.5] * 30, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, 3.5 at the end{means}"),
+        ([3.0] * 30 + [2.98] * 30, "quiet", "No alarm in 60 steps. The loss has barely fallen: 3 initially, 2.98 at the end{means}"),
+        ([3.0] * 30 + [2.96] * 30, "healthy", "No alarm in 60 steps; the loss fell from 3 to 2.96{means}"),
+        ([3.0] * 20 + [2.0] * 20, "quiet", "No alarm in 40 steps. The loss fell from 3 to 2{means}"),
+        ([3.0] * 30 + [math.nan] * 30, "quiet", "No alarm in 60 steps. The loss has not fallen: 3 initially, NaN at the end{means}"),
+        ([-2.0] * 30 + [-3.0] * 30, "healthy", "No alarm in 60 steps; the loss fell from -2 to -3{means}"),
         ([], "quiet", "No alarm in 10 steps."),
     ],
 )  # fmt: skip
 def test_run_without_alarms_is_healthy_only_if_its_loss_falls(faulty, losses, status, sentence):
     verdict = judge(of_losses(faulty, *losses))
-    assert (verdict.status, verdict.sentence) == (status, sentence)
+    means = f" (means of the first and last {len(losses) // 10} steps)."
+    assert (verdict.status, verdict.sentence) == (status, sentence.format(means=means))
     assert f'<div class="verdict {status}">' in render(of_losses(faulty, *losses))
 
 

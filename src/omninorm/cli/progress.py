@@ -91,7 +91,7 @@ def alarm_text(event: AlarmEvent) -> str:
     """Return an alarm as a paragraph: the layer, the evidence and the remedy."""
     alarm = event.alarm
     where = f" {alarm.layer}:" if alarm.layer else ""
-    text = f"step {alarm.step:>6}  {alarm.severity.upper()} {alarm.rule}:{where} {alarm.evidence}\n"
+    text = f"step {alarm.step:>6}  {alarm.severity.upper()} {alarm.rule}:{where} {alarm.linked_evidence}\n"
     return harmless(f"{text}             {alarm.remedy}")
 
 

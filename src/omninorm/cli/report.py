@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -189,12 +190,11 @@ def _count(story: RunStory) -> str:
 
 
 def _summary(run: Path, story: RunStory, verdict: Verdict, page: Path) -> dict[str, Any]:
-    fields = ("step", "severity", "rule", "layer", "evidence", "remedy", "source", "ranks")
     return {
         "run": str(run),
         "page": str(page),
         "verdict": {"status": verdict.status, "sentence": verdict.sentence, "remedy": verdict.remedy},
-        "alarms": [{field: getattr(alarm, field) for field in fields} for alarm in story.alarms],
+        "alarms": [asdict(alarm) for alarm in story.alarms],
         "steps": story.last_step,
         "samples": story.samples,
         "notes": list(story.notes),

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from omninorm.monitor.alarm import Alarm
     from omninorm.monitor.history import Facts, History, NonFinite, NormFacts, Sample, Step
     from omninorm.monitor.rules import Rule, default_rules
     from omninorm.monitor.session import Watch
     from omninorm.monitor.sinks import Sink
     from omninorm.record import Record
+    from omninorm.record.alarm import Alarm
 
 __all__ = [
     "Alarm",
@@ -37,18 +37,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Alarm": "alarm",
-    **dict.fromkeys(("Facts", "History", "NonFinite", "NormFacts", "Sample", "Step"), "history"),
-    **dict.fromkeys(("Rule", "default_rules"), "rules"),
-    "Sink": "sinks",
-    "Watch": "session",
+    "Alarm": "omninorm.record.alarm",
+    **dict.fromkeys(("Facts", "History", "NonFinite", "NormFacts", "Sample", "Step"), f"{__name__}.history"),
+    **dict.fromkeys(("Rule", "default_rules"), f"{__name__}.rules"),
+    "Sink": f"{__name__}.sinks",
+    "Watch": f"{__name__}.session",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def watch(

@@ -1,4 +1,4 @@
-"""Runs the rules and deduplicates their alarms, causes before consequences."""
+"""Runs the rules, deduplicates their alarms, and links consequences to their causes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from omninorm.errors import ConfigError
-from omninorm.monitor.alarm import SEVERITIES, Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules import Rule, default_rules
+from omninorm.record.alarm import SEVERITIES, Alarm, roots
 
 CLEAR_STEPS, CLEAR_SAMPLES = 128, 10
 """An alarm may be raised again once its rule has not reported the layer for this many steps and samples."""
+NEAR_STEPS, NEAR_SAMPLES = 10, 2
+"""A warning explains alarms, and a cause explains earlier symptoms, within this many steps or samples."""
 NAMED = 3
 """The number of other layers that a merged alarm lists by name."""
 
@@ -30,10 +32,12 @@ class Judge:
 
     - the first time a rule reports a layer, and again when it gets more severe or returns after a clear period;
     - once for all layers, about the worst one, if a rule reports more layers than its `most_layers` (three);
-    - as a warning that names the cause, if another rule that explains it has an active "fail";
+    - with its cause, if another rule that explains it has an active alarm. If that is a "fail", it becomes a warning;
     - in order: fails before warnings, then in the order of the rules, which by default is causes before consequences.
 
-    While a `final` rule reports (a NaN or an infinity) no other alarm is raised, because the rest follows from it.
+    The losses of all steps are judged, but most causes are measured in samples. So a symptom, such as a loss spike, is
+    often raised before its cause: `link` names the cause afterwards. While a `final` rule reports (a NaN or an
+    infinity) no other alarm is raised, because the rest follows from it.
 
     Args:
         rules: the rules, with fresh state; None means `default_rules()`.
@@ -51,7 +55,8 @@ class Judge:
         self._check_rules()
         self._order = {rule.name: place for place, rule in enumerate(self.rules)}
         self._raised: dict[str, dict[str | None, _Raised]] = {}
-        self._standing: dict[str, tuple[Rule, Alarm]] = {}  # active fails that no other active fail explains
+        self._roots: dict[str, Alarm] = {}  # by rule: an active alarm without a cause, a "fail" if there is one
+        self._symptoms: list[Alarm] = []  # the latest ones without a cause
 
     def judge_steps(self, history: History, new_steps: Sequence[Step]) -> list[Alarm]:
         """Return the alarms about steps that are new in the history, oldest first."""
@@ -68,6 +73,42 @@ class Judge:
         """Return the alarms about the history's newest evaluation. Judge the steps up to it first."""
         newest = history.evaluations[-1]
         return self._raise(history, newest.step, lambda rule: rule.on_evaluation(history, newest))
+
+    def link(self, history: History, alarms: Sequence[Alarm]) -> list[Alarm]:
+        """Return alarms that are to be reported together, causes before consequences.
+
+        A symptom among them gets its cause, if that is among them as well. If it has been reported already, the cause
+        refers to it.
+        """
+        found = list(alarms)
+        for place, cause in enumerate(found):
+            if cause.cause is not None:
+                continue
+            explained = [each for each in (*self._symptoms, *found) if self._explains_symptom(history, cause, each)]
+            for symptom in explained:
+                if self._roots.get(symptom.rule) == symptom:
+                    del self._roots[symptom.rule]
+                if symptom in found:
+                    found[found.index(symptom)] = self._follow(symptom, cause)
+            reported = [symptom.ref for symptom in explained if symptom in self._symptoms]
+            self._symptoms = [symptom for symptom in self._symptoms if symptom not in explained]
+            found[place] = replace(cause, explains=tuple(reported))
+        new = [alarm for alarm in found if alarm.cause is None and self._is_symptom(alarm)]
+        newest = history.steps[-1].step if history.steps else 0
+        self._symptoms = [alarm for alarm in (*self._symptoms, *new) if newest - alarm.step <= _near(history)]
+        return _causes_first(found)
+
+    def _explains_symptom(self, history: History, cause: Alarm, alarm: Alarm) -> bool:
+        """Return whether a symptom without a cause, raised shortly before `cause`, is its consequence."""
+        near = 0 <= cause.step - alarm.step <= _near(history)
+        return near and alarm.cause is None and self._is_symptom(alarm) and self._explains(cause, alarm.rule)
+
+    def _is_symptom(self, alarm: Alarm) -> bool:
+        rule = self._rule(alarm.rule)
+        return rule is not None and rule.symptom
+
+    def _rule(self, name: str) -> Rule | None:
+        return next((rule for rule in self.rules if rule.name == name), None)
 
     def _judge_step(self, history: History, step: Step) -> list[Alarm]:
         return self._raise(history, step.step, lambda rule: rule.on_step(history, step))
@@ -91,12 +132,13 @@ class Judge:
         alarms: list[Alarm] = []
         for rule in list(self.rules):
             reports = self._check(rule, check)
+            if not reports and rule.name not in self._raised:
+                continue
+            self._forget(rule, step - clear)
+            reports = [self._attribute(history, rule, alarm) for alarm in reports[: 1 if rule.final else None]]
+            alarms += self._new_alarms(rule, step, reports)
             if reports and rule.final:
-                self._forget(rule, step - clear)
-                return [*alarms, *self._new_alarms(rule, step, reports[:1])]
-            if reports or rule.name in self._raised:
-                self._forget(rule, step - clear)
-                alarms += self._new_alarms(rule, step, [self._attribute(rule, alarm) for alarm in reports])
+                return alarms
         return sorted(alarms, key=lambda alarm: (-SEVERITIES.index(alarm.severity), self._order[alarm.rule]))
 
     def _check(self, rule: Rule, check: Callable[[Rule], Iterable[Alarm]]) -> list[Alarm]:
@@ -106,29 +148,51 @@ class Judge:
         except Exception as error:
             self.rules = [other for other in self.rules if other is not rule]
             self._raised.pop(rule.name, None)
-            self._standing.pop(rule.name, None)  # it can no longer say whether it still explains others
+            self._roots.pop(rule.name, None)  # it can no longer report whether it still explains others
             text = f"The rule {rule.name!r} failed and has been disabled: {type(error).__name__}: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
             return []
 
-    def _attribute(self, rule: Rule, alarm: Alarm) -> Alarm:
-        """Return the alarm, as a warning that names its cause if there is one. Record a fail without a cause as one."""
-        for cause, found in self._standing.values():
-            if rule.name in cause.explains and cause is not rule:
-                layer = f" in {found.layer}" if found.layer else ""
-                evidence = f"{alarm.evidence} Probably a consequence of {cause.name}{layer} at step {found.step}."
-                return replace(alarm, severity="warn", evidence=evidence)
-        if alarm.severity == "fail":
-            self._standing.setdefault(rule.name, (rule, alarm))
+    def _attribute(self, history: History, rule: Rule, alarm: Alarm) -> Alarm:
+        """Return the alarm with its cause, if an active one explains it. Otherwise remember it as a possible cause."""
+        causes = [root for root in self._roots.values() if self._is_active(history, root, alarm.step)]
+        causes = [root for root in causes if self._explains(root, rule.name)]
+        if causes:
+            return self._follow(alarm, min(causes, key=lambda root: root.severity != "fail"))
+        known = self._roots.get(rule.name)
+        if known is None or (alarm.severity == "fail" and known.severity != "fail"):
+            self._roots[rule.name] = alarm
         return alarm
+
+    def _explains(self, cause: Alarm, name: str) -> bool:
+        """Return whether an alarm explains those of the rule `name`. If each rule explains the other, only a "fail"
+        does."""
+        rule, other = self._rule(cause.rule), self._rule(name)
+        if rule is None or other is None or rule is other or name not in rule.explains:
+            return False
+        return cause.severity == "fail" or rule.name not in other.explains
+
+    def _is_active(self, history: History, root: Alarm, step: int) -> bool:
+        """Return whether an alarm can be a cause at `step`: a "fail" until it is forgotten, a warning for less long."""
+        reported = [state.reported for state in self._raised.get(root.rule, {}).values()]
+        return root.severity == "fail" or max(reported, default=0) >= step - _near(history)
+
+    def _follow(self, alarm: Alarm, cause: Alarm) -> Alarm:
+        """Return the alarm as a consequence: a warning if the cause is a "fail", except for the alarms of final rules,
+        after which nothing can be trained."""
+        rule = self._rule(alarm.rule)
+        final = rule is not None and rule.final
+        severity = "warn" if cause.severity == "fail" and not final else alarm.severity
+        return replace(alarm, severity=severity, cause=cause.ref)
 
     def _forget(self, rule: Rule, before: int) -> None:
         """Drop the layers that the rule has not reported since step `before`."""
         raised = self._raised.get(rule.name, {})
         kept = {layer: state for layer, state in raised.items() if state.reported >= before}
         self._raised[rule.name] = kept
-        if not any(state.severity == SEVERITIES.index("fail") for state in kept.values()):
-            self._standing.pop(rule.name, None)
+        root, worst = self._roots.get(rule.name), max((state.severity for state in kept.values()), default=-1)
+        if root is not None and worst < SEVERITIES.index(root.severity):
+            del self._roots[rule.name]
 
     def _new_alarms(self, rule: Rule, step: int, reports: list[Alarm]) -> list[Alarm]:
         """Return the reports to be raised now, merged into one if they are many. Remember all of them."""
@@ -147,6 +211,18 @@ class Judge:
     @staticmethod
     def _is_news(state: _Raised | None, alarm: Alarm) -> bool:
         return state is None or SEVERITIES.index(alarm.severity) > state.severity
+
+
+def _near(history: History) -> int:
+    return max(NEAR_STEPS, NEAR_SAMPLES * history.facts.every)
+
+
+def _causes_first(alarms: list[Alarm]) -> list[Alarm]:
+    """Return the alarms in their order, except that those with a cause among them come after it."""
+    places = {alarm.ref: place for place, alarm in enumerate(alarms)}
+    causes = [places[root.ref] for root in roots(alarms)]
+    order = sorted(range(len(alarms)), key=lambda place: (max(place, causes[place]), place != causes[place], place))
+    return [alarms[place] for place in order]
 
 
 def _checked(alarm: Alarm) -> Alarm:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from omninorm.config import read_count
 from omninorm.errors import ConfigError, InputError
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Evaluation
 from omninorm.record import Record
+from omninorm.record.alarm import Alarm
+
+NAMED = 3
+"""The number of parameters and modules without an optimizer that are listed by name."""
 
 
 def read_optimizers(
@@ -47,8 +50,11 @@ def check_places(folder: object, scaler: object, sinks: Sequence[object]) -> Non
             raise ConfigError("Every sink must have the methods log, alarm and close", repr(sink), remedy)
 
 
-def read_facts(config: Mapping[str, Any] | None, name: str | None) -> dict[str, Any]:
+def read_facts(config: Mapping[str, Any] | None, name: str | None, otherwise: str | None = None) -> dict[str, Any]:
     """Return the run's name and settings for the record's first event. Values without a form in JSON become text.
+
+    Args:
+        otherwise: the name of a run without one, whose page is not named after its folder.
 
     Raises:
         ConfigError: config is not a dictionary with text as keys, or name is not text.
@@ -62,6 +68,7 @@ def read_facts(config: Mapping[str, Any] | None, name: str | None) -> dict[str, 
         settings = json.loads(json.dumps(dict(config or {}), default=str, skipkeys=True))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"config cannot be recorded ({error})", "", "pass numbers and text") from error
+    name = name or otherwise
     return {**({"name": name} if name else {}), **({"config": settings} if settings else {})}
 
 
@@ -75,13 +82,32 @@ def uncovered(
     missing = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in held]
     if not optimizers or not missing:
         return []
-    found = f"{len(missing)} of {len(named)} parameters are trainable but in no optimizer, the first is {missing[0]}"
+    trainable = [name for name, parameter in named if parameter.requires_grad]
+    places = whole_modules(missing, trainable)
+    listed = ", ".join(place if place in trainable else f"all of {place}" for place in places[:NAMED])
+    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
+    found = f"{len(missing)} of {len(named)} parameters are trainable but in no optimizer: {listed}{more}"
     if len(missing) == len(named):
         found = "no optimizer holds any parameter of this model"
     evidence = f"Weights without an optimizer: {found}."
     remedy = "Pass every optimizer to watch and add these parameters to one of them, or freeze them."
     source = "every trainable parameter needs an optimizer"
-    return [Alarm(step, "warn", "optimizer-coverage", missing[0], evidence, remedy, source)]
+    return [Alarm(step, "warn", "optimizer-coverage", places[0], evidence, remedy, source)]
+
+
+def whole_modules(names: Sequence[str], among: Sequence[str]) -> list[str]:
+    """Return the names of parameters, with those of the largest modules that have no other parameter `among` these and
+    several of `names` replaced by the module's name."""
+    others = set(among) - set(names)
+
+    def place(name: str) -> str:
+        parts = name.split(".")
+        for owner in (f"{'.'.join(parts[:count])}." for count in range(1, len(parts))):
+            if not any(other.startswith(owner) for other in others):
+                return owner[:-1] if sum(each.startswith(owner) for each in names) > 1 else name
+        return name
+
+    return list(dict.fromkeys(map(place, names)))
 
 
 def read_loss(loss: Tensor | float | None) -> Tensor | None:

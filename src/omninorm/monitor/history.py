@@ -115,12 +115,15 @@ class NonFinite:
             finite) or "optimizer" (weights that the step's finite gradients made non-finite).
         layer: the module, or the parameter for "backward" and "optimizer"; None for "loss".
         value: "nan" or "inf".
+        after: for "forward", the module whose output, the last checked one before it, was finite; None if there is
+            none. The value appeared in the module or between the two.
     """
 
     step: int
     phase: str
     layer: str | None
     value: str
+    after: str | None = None
 
 
 @dataclass

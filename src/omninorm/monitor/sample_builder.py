@@ -40,9 +40,12 @@ def first_nonfinite(
     Args:
         order: for each sentinel that has run, its place in the order of execution.
     """
+    after = None
     for at in sorted(order, key=lambda index: order[index]):
         if not math.isfinite(row.sentinels[at]):
-            return NonFinite(step, "forward", sentinels[at], kind(row.sentinels[at]))
+            return NonFinite(step, "forward", sentinels[at], kind(row.sentinels[at]), after)
+        if row.sentinels[at] != UNSEEN:
+            after = sentinels[at]
     if row.loss is not None and not math.isfinite(row.loss):
         return NonFinite(step, "loss", None, kind(row.loss))
     # Backward runs through the last layers first, and all earlier gradients are then non-finite as well.

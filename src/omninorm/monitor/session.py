@@ -18,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 
 from omninorm.config import read_count
 from omninorm.errors import ConfigError, RunError
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.alarms import Judge
 from omninorm.monitor.arguments import (
     check_places,
@@ -48,6 +47,7 @@ from omninorm.monitor.stats_buffer import UNSEEN, Row, StatsBuffer
 from omninorm.monitor.tensors import reshard
 from omninorm.monitor.writer import Output, rank, short, world_size
 from omninorm.record import Record
+from omninorm.record.alarm import Alarm, link
 
 FORMAT = 1
 # Largest ring buffer; with more steps between samples it is emptied earlier.
@@ -60,7 +60,7 @@ class Watch:
     """The object that `watch` returns. Open it with `with` or `open`, and end it with `close`.
 
     Attributes:
-        alarms: the alarms so far, oldest first.
+        alarms: the alarms so far, in the order in which they were reported.
         history: the steps and samples that rules read.
     """
 
@@ -88,7 +88,7 @@ class Watch:
         self._every, self._folder, self._scaler, self._sinks = every, folder, scaler, tuple(sinks)
         self._done, self._replicas = step, replicas
         self._judge = Judge(rules)
-        self._given = read_facts(config, name)
+        self._given = read_facts(config, name, f"Run of {type(self._model).__name__}" if folder is None else None)
         self.alarms: list[Alarm] = []
         self.history = History()
         self._output: Output | None = None
@@ -334,13 +334,13 @@ class Watch:
     def _report_alarms(self, alarms: Sequence[Alarm]) -> None:
         if not alarms:
             return
-        self.alarms += alarms
+        alarms = self._judge.link(self.history, alarms)
+        self.alarms[:] = link([*self.alarms, *alarms])
         self._append({"kind": "alarms", "step": self._done, "alarms": [alarm.to_record() for alarm in alarms]})
         for alarm in alarms:
             level = logging.ERROR if alarm.severity == "fail" else logging.WARNING
             where = f" {alarm.layer}:" if alarm.layer and alarm.layer not in alarm.evidence else ""
-            text = f"step {alarm.step}, {alarm.rule}:{where} {alarm.evidence} {alarm.remedy}"
-            LOG.log(level, "%s", printable(text))
+            LOG.log(level, "%s", printable(f"step {alarm.step}, {alarm.rule}:{where} {alarm.text}"))
             self._to_sinks(lambda sink, alarm=alarm: sink.alarm(alarm))  # type: ignore[misc]
 
     def _to_sinks(self, call: Callable[[Sink], None]) -> None:
@@ -350,8 +350,7 @@ class Watch:
                 call(sink)
             except Exception as error:
                 self._sinks = tuple(other for other in self._sinks if other is not sink)
-                kind = type(sink).__name__
-                text = f"The sink {kind} failed and has been disabled: {type(error).__name__}: {error}"
+                text = f"The sink {type(sink).__name__} failed and has been disabled: {type(error).__name__}: {error}"
                 warnings.warn(text, stacklevel=3)
 
     @property

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from omninorm.errors import ConfigError, MissingExtraError
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Facts, Sample
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import SIGNALS
 
 NAMESPACE = "omninorm"
@@ -184,7 +184,7 @@ class MLflow:
 def sentence(alarm: Alarm) -> str:
     """Format an alarm as text."""
     where = f", {alarm.layer}" if alarm.layer else ""
-    return f"{alarm.severity} at step {alarm.step}{where}: {alarm.evidence} {alarm.remedy}"
+    return f"{alarm.severity} at step {alarm.step}{where}: {alarm.text}"
 
 
 def load(module: str, sink: str, package: str) -> Any:

@@ -89,8 +89,11 @@ class Output:
         if self._path is not None and not self._kept:
             yield self._path
             return
-        with tempfile.TemporaryDirectory() as folder:
-            record = Record(Path(folder) / RECORD_FILE)
+        with tempfile.TemporaryDirectory() as temporary:
+            # The page of a run without a name is named after the folder.
+            folder = Path(temporary) / (self.folder.resolve().name if self.folder else "")
+            folder.mkdir(exist_ok=True)
+            record = Record(folder / RECORD_FILE)
             for event in self.events:
                 record.append(event)
             record.close()

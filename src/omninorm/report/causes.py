@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from omninorm.record.alarm import AlarmRef, roots
 from omninorm.report.story import StoryAlarm
 from omninorm.report.verdict import explain
 
-# As omninorm.monitor.alarms writes it at the end of an alarm's evidence.
-_CONSEQUENCE = re.compile(r" ?Probably a consequence of ([^ ]{1,80})(?: in (.{1,300}?))? at step (\d{1,15})\.$")
 _NUMBER = re.compile(r"\d[\d.,]*(?:e[-+]?\d+)?")
 
 
@@ -21,7 +20,7 @@ class Cause:
     Args:
         rule: the name of the rule.
         title: the cause in a few words.
-        parent: the rule of which this one reports a consequence, or None.
+        parent: the alarm of which these are consequences, or None.
         evidence: the rest of the evidence of the alarm to quote.
         alarms: numbers and alarms, oldest first.
         consequences: the causes that follow from this one.
@@ -29,7 +28,7 @@ class Cause:
 
     rule: str
     title: str
-    parent: str | None
+    parent: AlarmRef | None
     evidence: str = ""
     alarms: list[tuple[int, StoryAlarm]] = field(default_factory=list)
     consequences: list[Cause] = field(default_factory=list)
@@ -66,38 +65,25 @@ class Cause:
 def causes(alarms: Sequence[StoryAlarm]) -> list[Cause]:
     """Return the causes, failures before warnings, then by step; consequences are in the list of their cause."""
     found: dict[tuple[str, str, str | None], Cause] = {}
-    for number, alarm in enumerate(alarms):
-        parent = consequence_of(alarm)
+    homes: dict[AlarmRef, Cause] = {}
+    for number, (alarm, root) in enumerate(zip(alarms, roots(alarms), strict=True)):
+        parent = None if root is alarm else root.ref
         title, _ = explain(alarm)
-        key = (alarm.rule, _without_details(title, alarm.layer), parent)
-        found.setdefault(key, Cause(alarm.rule, title, parent)).alarms.append((number, alarm))
+        key = (alarm.rule, _without_details(title, alarm.layer), parent and parent.rule)
+        home = homes[alarm.ref] = found.setdefault(key, Cause(alarm.rule, title, parent))
+        home.alarms.append((number, alarm))
     for cause in found.values():
-        cause.title, cause.evidence = explain(_without_parent(cause.lead), several=len(cause.layers) > 1)
-    return _nest(sorted(found.values(), key=lambda cause: (cause.severity != "fail", cause.first)))
+        cause.title, cause.evidence = explain(cause.lead, several=len(cause.layers) > 1)
+        if cause.parent:
+            homes[cause.parent].consequences.append(cause)
+    for cause in found.values():
+        cause.consequences.sort(key=_gravest)
+    return sorted((cause for cause in found.values() if cause.parent is None), key=_gravest)
 
 
-def consequence_of(alarm: StoryAlarm) -> str | None:
-    """Return the rule that the alarm names as its probable cause."""
-    match = _CONSEQUENCE.search(alarm.evidence)
-    return match[1] if match else None
-
-
-def _without_parent(alarm: StoryAlarm) -> StoryAlarm:
-    """Return the alarm without the sentence about the cause that it follows."""
-    return replace(alarm, evidence=_CONSEQUENCE.sub("", alarm.evidence))
-
-
-def _nest(ordered: Sequence[Cause]) -> list[Cause]:
-    """Move consequences to the earliest cause of their rule that is none itself; without one they stay."""
-    roots: dict[str, Cause] = {}
-    for cause in ordered:
-        if cause.parent is None:
-            roots.setdefault(cause.rule, cause)
-    top: list[Cause] = []
-    for cause in ordered:
-        owner = roots.get(cause.parent or "")
-        (top if owner is None else owner.consequences).append(cause)
-    return top
+def _gravest(cause: Cause) -> tuple[bool, int]:
+    """Sort a cause by the severity of its alarms and of those that follow from it, then by step."""
+    return all(each.severity != "fail" for each in (cause, *cause.consequences)), cause.first
 
 
 def _without_details(title: str, layer: str | None) -> str:

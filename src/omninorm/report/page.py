@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from omninorm.report.story import RunStory
 from omninorm.report.text import escape, plain
 from omninorm.report.verdict import Verdict, judge
 
-_TEMPORARY = r"tmp[a-z0-9_]{8}"  # the names that tempfile gives
 _MARKS = {"failing": "▲", "warnings": "○", "healthy": "✓", "quiet": "–", "unjudged": "–"}
 _SECTIONS = {
     "training": "Training",
@@ -162,7 +159,4 @@ def name_of(story: RunStory) -> str:
     if story.watched and story.watched.name.strip():
         return story.watched.name
     source = story.source if story.source.suffix != ".jsonl" else story.source.parent
-    # A watch without a folder writes its events to a temporary one for its page, whose name means nothing to a reader.
-    if source.parent == Path(tempfile.gettempdir()) and re.fullmatch(_TEMPORARY, source.name):
-        return f"Run of {story.watched.model}" if story.watched and story.watched.model else "Run"
     return source.name or source.resolve().name

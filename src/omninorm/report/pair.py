@@ -76,10 +76,13 @@ def describe(found: Parting, names: tuple[str, str]) -> tuple[str, list[str]]:
     before = _before(found.unequal)
     if found.step is None:
         return f"The runs differ by no more than their noise in {steps}", [before]
-    sentences = [f"{_named(each, names)}." for each in (found.curve, *found.layers[:1]) if each]
-    lead = min((each for each in (found.curve, *found.layers[:1]) if each), key=lambda each: each.step)
+    lead = found.lead
+    assert lead is not None
+    others = [each for each in (found.curve, *found.layers[:1]) if each and each is not lead]
     place = f" in {plain(lead.layer, 120)}" if lead.layer else ""
-    return f"The runs part at step {found.step:,}: {_title(lead.name)}{place}", [*sentences, before]
+    missing = f" is missing in {names[lead.second is None]}" if lead.is_missing else ""
+    title = f"The runs part at step {found.step:,}: {_title(lead.name)}{place}{missing}"
+    return title, [*(f"{_named(each, names)}." for each in (lead, *others)), before]
 
 
 def _before(first: Difference) -> str:
@@ -87,7 +90,8 @@ def _before(first: Difference) -> str:
 
 
 def _named(found: Difference, names: tuple[str, str]) -> str:
-    text = f"{_where(found)} is {short(found.second)} in {names[1]} and {short(found.first)} in {names[0]}"
+    second, first = ("missing" if value is None else short(value) for value in (found.second, found.first))
+    text = f"{_where(found)} is {second} in {names[1]} and {first} in {names[0]}"
     return f"Step {found.step:,}: {text}"
 
 

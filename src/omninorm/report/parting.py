@@ -3,13 +3,14 @@
 A difference counts if it exceeds a tolerance that follows from the noise before it: the changes from one step to the
 next, in the calmer of the two runs. Runs that are equal in their first step have the same data, so noise cancels and
 one standard deviation is enough; otherwise it takes six. A difference must last for three steps of a curve, or for two
-samples. The learning rate has no noise.
+samples. The learning rate has no noise. A layer's value that is missing in one of the runs, such as a gradient that
+does not arrive, is found first: the differences of other values may follow from it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from omninorm.report.story import RunStory, Values
 WINDOW = 128
 _WITHOUT_NOISE = ("lr",)
 _OF_PARAMETERS = ("weight_rms", "gain_max", "gain_ratio", "gain_small")
+_OF_GRADIENTS = ("grad_norm", "stream_grad")
 
 
 class _Tolerance(NamedTuple):
@@ -50,9 +52,9 @@ class Difference(NamedTuple):
         step: the step.
         name: the signal, or "loss", "grad_norm" or "lr".
         layer: the layer; None for the whole run.
-        first: the value in the first run.
-        second: the value in the second run.
-        excess: how many times the tolerance the difference is.
+        first: the value in the first run; None if it is missing.
+        second: the value in the second run; None if it is missing.
+        excess: how many times the tolerance the difference is; ∞ if one is missing.
     """
 
     step: int
@@ -61,6 +63,10 @@ class Difference(NamedTuple):
     first: float | None
     second: float | None
     excess: float
+
+    @property
+    def is_missing(self) -> bool:
+        return self.first is None or self.second is None
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Parting:
         samples: the number of samples compared, taken at the same steps.
         unequal: the first value that differs at all; None if all are equal.
         curve: where the first curve parts beyond its noise; None if none does.
-        layers: the signals of the first sample in which any parts beyond its noise, largest excess first.
+        layers: the signals of the first sample in which any parts beyond its noise: missing ones, largest excess first.
     """
 
     steps: int
@@ -80,6 +86,12 @@ class Parting:
     unequal: Difference | None
     curve: Difference | None
     layers: Sequence[Difference] = ()
+
+    @property
+    def lead(self) -> Difference | None:
+        """The difference to name: a missing value, or else the earliest; None if the runs do not part."""
+        found = [each for each in (self.curve, *self.layers[:1]) if each]
+        return min(found, key=lambda each: (not each.is_missing, each.step), default=None)
 
     @property
     def step(self) -> int | None:
@@ -106,13 +118,14 @@ def compare(first: RunStory, second: RunStory) -> Parting:
     begin = min((pair.steps[0] for pair in (*curves, *cells)), default=0)
     equal = all(each.step > begin for each in unequal)
     of_curves, of_signals = _EQUAL if equal else _OTHER
+    missing = _missing(first, second)
     parted = [found for pair in curves if (found := _part(pair, of_curves))]
-    layers = [found for pair in cells if (found := _part(pair, of_signals))]
+    layers = [*missing, *(found for pair in cells if (found := _part(pair, of_signals)))]
     earliest = min((each.step for each in layers), default=0)
     return Parting(
         steps=max((len(pair.steps) for pair in curves), default=0),
         samples=len(common_steps(first, second)),
-        unequal=min(unequal, key=lambda each: (each.step, -each.excess), default=None),
+        unequal=min([*missing, *unequal], key=lambda each: (each.step, -each.excess), default=None),
         curve=min(parted, key=lambda each: (each.step, -each.excess), default=None),
         layers=sorted((each for each in layers if each.step == earliest), key=_rank),
     )
@@ -139,9 +152,11 @@ def values_at(story: RunStory, name: str, steps: Sequence[int], layers: Sequence
     return [[None if row is None else row[places[layer]] for layer in layers] for row in rows]
 
 
-def _rank(found: Difference) -> tuple[float, bool, int]:
-    """Sort by excess; of equal ones parameters come first, and then signals in the order of the forward pass."""
-    return -found.excess, found.name not in _OF_PARAMETERS, list(SIGNALS).index(found.name)
+def _rank(found: Difference) -> tuple[bool, float, bool, int]:
+    """Sort by excess after missing values, gradients first; of equal ones parameters come first, and then signals in
+    the order of the forward pass."""
+    first = _OF_GRADIENTS if found.is_missing else _OF_PARAMETERS
+    return not found.is_missing, -found.excess, found.name not in first, list(SIGNALS).index(found.name)
 
 
 def _curve(first: RunStory, second: RunStory, name: str) -> _Pair:
@@ -152,18 +167,42 @@ def _curve(first: RunStory, second: RunStory, name: str) -> _Pair:
     return _Pair(name, None, steps, [one[step] for step in steps], [two[step] for step in steps])
 
 
-def _cells(first: RunStory, second: RunStory) -> list[_Pair]:
+def _columns(first: RunStory, second: RunStory) -> Iterator[_Pair]:
+    """Yield each layer's values at the steps that both runs sampled, with None for missing ones."""
     steps = common_steps(first, second)
-    pairs = []
     for name, signal in SIGNALS.items() if first.watched and second.watched else ():
         layers = common_layers(first, second, signal.axis)
         rows = [values_at(story, name, steps, layers) for story in (first, second)]
         for place, layer in enumerate(layers):
             one, two = ([row[place] for row in each] for each in rows)
-            both = [i for i in range(len(steps)) if one[i] is not None and two[i] is not None]
-            chosen = [steps[i] for i in both], [one[i] for i in both], [two[i] for i in both]
-            pairs += [_Pair(name, layer if signal.axis != "run" else None, *chosen)] if both else []
-    return pairs
+            yield _Pair(name, layer if signal.axis != "run" else None, steps, one, two)
+
+
+def _cells(first: RunStory, second: RunStory) -> Iterator[_Pair]:
+    """Yield the columns without samples that lack a value in either run."""
+    for pair in _columns(first, second):
+        known = [i for i, values in enumerate(zip(pair.first, pair.second, strict=True)) if None not in values]
+        if known:
+            steps, one, two = ([row[i] for i in known] for row in pair[2:])
+            yield _Pair(pair.name, pair.layer, steps, one, two)
+
+
+def _missing(first: RunStory, second: RunStory) -> list[Difference]:
+    """Return the values of layers that are missing in one of the runs for two samples, the last layers first: gradients
+    flow back from them. A signal that a run lacks completely is a matter of its settings, unless it is a gradient."""
+    found = []
+    for pair in reversed([pair for pair in _columns(first, second) if pair.layer]):
+        lacks = [(one is None) != (two is None) for one, two in zip(pair.first, pair.second, strict=True)]
+        for i, step in enumerate(pair.steps):
+            if lacks[i : i + 2] == [True, True] and (pair.name in _OF_GRADIENTS or _has_both(first, second, pair.name)):
+                found.append(Difference(step, pair.name, pair.layer, pair.first[i], pair.second[i], math.inf))
+                break
+    return found
+
+
+def _has_both(first: RunStory, second: RunStory, name: str) -> bool:
+    """Return whether both runs have measured a signal in any layer."""
+    return all(any(column.signals.get(name) for column in story.columns) for story in (first, second))
 
 
 def _first_unequal(pair: _Pair) -> Difference | None:

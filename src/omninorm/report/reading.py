@@ -13,6 +13,7 @@ from typing import Any
 
 from omninorm.errors import RunError
 from omninorm.record import RECORD_FILE
+from omninorm.record.alarm import link
 from omninorm.record.signals import SIGNALS
 from omninorm.report.scan import Scan
 from omninorm.report.story import Bad, Column, RunStory, Series, StoryAlarm, Watched
@@ -102,7 +103,7 @@ def _merge(scans: Sequence[Scan]) -> tuple[list[StoryAlarm], list[Bad]]:
     """Return alarms by step, with equal alarms of several ranks merged, and the first non-finite values."""
     alarms: dict[tuple[int, str, str, str | None], StoryAlarm] = {}
     for scan in scans:
-        for alarm in scan.alarms:
+        for alarm in link(scan.alarms):
             key = (alarm.step, alarm.severity, alarm.rule, alarm.layer)
             earlier = alarms.get(key)
             ranks = (*earlier.ranks, scan.rank) if earlier and scan.rank not in earlier.ranks else None

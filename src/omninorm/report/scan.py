@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -161,23 +162,13 @@ class Scan:
         alarms = event.get("alarms")
         if not isinstance(alarms, list):
             raise DamageError("alarms is not a list")
-        self.alarms += [self._alarm(each, event["step"]) for each in alarms if isinstance(each, dict)]
-
-    def _alarm(self, stored: dict[str, Any], step: int) -> StoryAlarm:
-        return StoryAlarm(
-            step=count(stored.get("step", step)),
-            severity="fail" if stored.get("severity") == "fail" else "warn",
-            rule=text(stored.get("rule"), "unnamed"),
-            layer=text_or_none(stored.get("layer")),
-            evidence=text(stored.get("evidence")),
-            remedy=text(stored.get("remedy")),
-            source=text(stored.get("source")),
-            ranks=(self.rank,),
-        )
+        found = [StoryAlarm.from_record(each, event["step"]) for each in alarms if isinstance(each, dict)]
+        self.alarms += [replace(alarm, ranks=(self.rank,)) for alarm in found]
 
     def _on_nonfinite(self, event: dict[str, Any]) -> None:
         layer, value = text_or_none(event.get("layer")), text(event.get("value"), "nan")
-        self.bad = self.bad or Bad(event["step"], text(event.get("phase"), "unknown"), layer, value, self.rank)
+        phase, after = text(event.get("phase"), "unknown"), text_or_none(event.get("after"))
+        self.bad = self.bad or Bad(event["step"], phase, layer, value, self.rank, after)
 
     def _void(self, step: int) -> int:
         """Discard everything after a step, and any end; return the last step discarded, 0 if there was none."""

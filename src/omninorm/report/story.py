@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
 Values = list[float | None]
@@ -69,28 +70,23 @@ class Column(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StoryAlarm:
+class StoryAlarm(Alarm):
     """An alarm as it was recorded, on one or more ranks of a distributed run."""
 
-    step: int
-    severity: str
-    rule: str
-    layer: str | None
-    evidence: str
-    remedy: str
-    source: str
     ranks: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
 class Bad:
-    """The first NaN or infinity: where in the step ("forward", "loss", "backward", "optimizer") and in which module."""
+    """The first NaN or infinity: where in the step ("forward", "loss", "backward", "optimizer"), in which module, and
+    which module's output, the last one checked before, was finite."""
 
     step: int
     phase: str
     layer: str | None
     value: str
     rank: int = 0
+    after: str | None = None
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def _alarm_row(number: int, alarm: StoryAlarm, several: bool) -> str:
 def _details(alarm: StoryAlarm) -> str:
     remedy = plain(alarm.remedy).removeprefix("try ")
     parts = [
-        f"<p>{escape(alarm.evidence)}</p>",
+        f"<p>{escape(alarm.linked_evidence)}</p>",
         f'<p class="remedy"><b>What to try</b> {escape(remedy)}</p>' if remedy else "",
         f'<p class="source">Source: {escape(alarm.source)}</p>' if alarm.source else "",
     ]

@@ -6,6 +6,7 @@ import math
 import re
 from typing import NamedTuple
 
+from omninorm.record.alarm import leading
 from omninorm.record.signals import SIGNALS
 from omninorm.report.story import Bad, RunStory, StoryAlarm
 from omninorm.report.text import plain, plural, short
@@ -60,19 +61,17 @@ class Verdict(NamedTuple):
 
 
 def judge(story: RunStory) -> Verdict:
-    """Return the verdict. The first failure counts as the cause, because later ones are mostly its consequences."""
-    fails = [alarm for alarm in story.alarms if alarm.severity == "fail"]
-    warnings = [alarm for alarm in story.alarms if alarm.severity != "fail"]
-    lead = _lead(fails)
-    if story.bad and (lead is None or story.bad[0].step < lead.step):
+    """Return the verdict, about the leading alarm."""
+    lead, fails = leading(story.alarms), story.count("fail")
+    if story.bad and (lead is None or not fails or story.bad[0].step < lead.step):
         return _about_bad(story, story.bad[0])
-    if lead:
+    if lead and fails:
         return _about_alarm(story, lead, "failing", "Failing")
     if story.ending.status == "diverged":
         sentence = f"Failing: the run diverged at step {story.ending.step:,}."
         return Verdict("failing", sentence, _further(story, None), title=sentence[:-1])
-    if warnings:
-        return _about_alarm(story, warnings[0], "warnings", f"{plural(len(warnings), 'warning')}, no failures")
+    if lead:
+        return _about_alarm(story, lead, "warnings", f"{plural(story.count('warn'), 'warning')}, no failures")
     return _calm(story)
 
 
@@ -97,8 +96,9 @@ def describe_bad(bad: Bad) -> str:
     value = _BAD_VALUES.get(bad.value, plain(bad.value, 20))
     phase = _PHASES.get(bad.phase, plain(bad.phase, 40))
     place = phase if bad.layer is None or bad.phase == "loss" else f"{plain(bad.layer, 200)}, in {phase}"
+    since = f", after a finite output of {plain(bad.after, 200)}" if bad.after else ""
     rank = f" on rank {bad.rank}" if bad.rank else ""
-    return f"the first {value} appeared in {place} of step {bad.step:,}{rank}"
+    return f"the first {value} appeared in {place} of step {bad.step:,}{since}{rank}"
 
 
 def describe_end(story: RunStory) -> str:
@@ -156,9 +156,10 @@ def _loss(story: RunStory) -> tuple[bool, str]:
     if len(values) < FEW_STEPS:
         return False, ""
     first, last = _mean(values[:tenth]), _mean(values[-tenth:])
-    limits = f"{short(first)} initially, {short(last)} at the end."
+    smoothed = f"means of the first and last {tenth:,} steps" if tenth > 1 else "first and last step"
+    limits = f"{short(first)} initially, {short(last)} at the end ({smoothed})."
     if first - last >= FALL * abs(first):
-        text = f"the loss fell from {short(first)} to {short(last)}"
+        text = f"the loss fell from {short(first)} to {short(last)} ({smoothed})"
         # A few steps are not enough for the status "healthy", but the text mentions them.
         return (True, text) if len(values) >= ENOUGH_STEPS else (False, f"{_capital(text)}.")
     return False, f"The loss has {'barely' if last < first else 'not'} fallen: {limits}"
@@ -178,12 +179,6 @@ def _stopped(story: RunStory) -> str:
 def _advice(alarm: StoryAlarm) -> str:
     """Return the remedy, to follow "What to try"."""
     return plain(alarm.remedy).removeprefix("try ")
-
-
-def _lead(alarms: list[StoryAlarm]) -> StoryAlarm | None:
-    """Return one of the earliest alarms, preferably one that names a layer."""
-    earliest = [alarm for alarm in alarms if alarm.step == alarms[0].step]
-    return next((alarm for alarm in earliest if alarm.layer), earliest[0] if earliest else None)
 
 
 def _about_bad(story: RunStory, bad: Bad) -> Verdict:
@@ -234,7 +229,7 @@ def _further(story: RunStory, lead: StoryAlarm | None) -> str:
     counted = [(fails, "failure"), (warnings, "warning")]
     parts = [plural(number, f"{'further ' if lead else ''}{noun}") for number, noun in counted if number]
     sentences = [f"{' and '.join(parts)} in {plural(story.last_step, 'step')}."] if parts else []
-    if story.bad and lead:
+    if story.bad and lead and lead.rule != "nonfinite":
         sentences.append(f"T{describe_bad(story.bad[0])[1:]}.")
     if story.ending.status in ("diverged", "error", "interrupted"):
         sentences.append(_stopped(story))

@@ -292,6 +292,13 @@ def test_clipping_without_adam_is_explained_by_the_size_of_the_updates() -> None
     assert numbers_in(alarm.remedy) == [5, 500]
 
 
+def test_gradient_that_has_grown_is_not_a_matter_of_the_clipping() -> None:
+    for norm, grown in ((11.0, True), (9.9, False)):
+        (alarm,) = judge(GradientClipped(), [GOOD] * 40, SampleChecks(norms=(norm, 0.05)))
+        assert ("11 times as large as it was until step 20" in alarm.remedy) == grown
+        assert ("Raise max_norm" in alarm.remedy) != grown
+
+
 def test_histories_without_checks_raise_nothing() -> None:
     """As those of a record that another version wrote."""
     rules = [rule for rule, *_ in CASES.values()]
@@ -305,7 +312,7 @@ def test_missing_gradient_explains_a_loss_that_does_not_fall() -> None:
     for number in range(1, 80):
         history.steps.append(Step(number, 3.0, 1.0, 0.0, replace(GOOD, rates=(0.0,))))
         alarms += judge_all.judge_steps(history, [history.steps[-1]])
-    found = {alarm.rule: (alarm.severity, alarm.evidence) for alarm in alarms}
-    assert found["learning-rate-zero"][0] == "fail"
-    assert found["no-progress"][0] == "warn"
-    assert "Probably a consequence of learning-rate-zero" in found["no-progress"][1]
+    found = {alarm.rule: alarm for alarm in alarms}
+    assert found["learning-rate-zero"].severity == "fail"
+    assert found["no-progress"].severity == "warn"
+    assert found["no-progress"].cause == found["learning-rate-zero"].ref

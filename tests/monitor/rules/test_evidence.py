@@ -58,9 +58,10 @@ CASES: dict[str, tuple[type[Rule], list[Signals], dict[str, Any], list[float], l
         [{"attention_logit": layers(10.0, value)} for value in (50.0, 40.0, 80.0, 120.0, 160.0, 200.0)],
         {}, [200, 5, 8], [],
     ),
-    "branch-silent, weak": (BranchSilent, [{"branch_ratio": layers(0.3, 0.0091)}] * 8, {}, [0.0091], [1]),
+    "branch-silent, weak": (BranchSilent, [{"branch_ratio": layers(0.05, 0.0091)}] * 8, {}, [0.0091], [1]),
+    "branch-silent, weaker": (BranchSilent, [{"branch_ratio": layers(0.3, 0.0091)}] * 8, {}, [0.0091], []),
     "branch-silent, dead": (BranchSilent, [{"attention_ratio": layers(0.3, 2e-7)}] * 8, {}, [2e-7], [0]),
-    "dead-units": (DeadUnits, [{"dead_units": layers(0.0, 0.754)}] * 4, {}, [75, 0], []),
+    "dead-units": (DeadUnits, [{"dead_units": layers(0.0, 0.754)}] * 4, {}, [75, 0, 75, 1], []),
     # ln(200)/24 = 0.22
     "depth-growth": (
         DepthGrowth, [{"stream_rms": powers(200.0, 24)}] * 5, {"facts": facts(24)}, [200, 24, 0.22], [2],

@@ -28,8 +28,14 @@ pytestmark = pytest.mark.usefixtures("words")
 
 def test_dead_units_do_not_presume_an_activation() -> None:
     """Other activations can be 0 as well, so the remedy for a ReLU is a condition."""
-    (alarm,) = give_samples(DeadUnits(), [{"dead_units": layers(0.0, 0.6)}] * 5)[-1]
+    (alarm,) = give_samples(DeadUnits(), [{"dead_units": layers(0.0, share)} for share in (0.1, *[0.6] * 4)])[-1]
     assert "if the activation is a relu" in alarm.remedy.lower()
+
+
+def test_units_that_were_dead_at_the_first_sample_are_a_matter_of_the_initialization() -> None:
+    (alarm,) = give_samples(DeadUnits(), [{"dead_units": layers(0.0, 0.6)}] * 5)[-1]
+    assert "It was 60 % at step 1." in alarm.evidence
+    assert "initialization" in alarm.remedy
 
 
 # Growth of the residual stream ------------------------------------------------------------------------------------------
@@ -286,6 +292,21 @@ def test_depth_growth_needs_a_large_exponent_total_and_an_exponential(
         if expected:
             assert [(alarm.severity, alarm.layer) for alarm in reports[-1]] == [(expected, None)]
             assert "pre-norm" in reports[-1][0].evidence
+
+
+@pytest.mark.parametrize(
+    ("ratio", "placement", "steps", "severity"),
+    [(101.0, "pre", 20, "warn"), (101.0, "post", 80, "warn"), (9e-3, "post", 20, "warn"), (1.1e4, "post", 20, "fail")],
+)
+def test_shrinking_gradient_of_a_post_norm_model_warns_after_80_steps(
+    ratio: float, placement: str, steps: int, severity: str
+) -> None:
+    """Only its last blocks learn at first. A gradient that grows, or nearly vanishes, is reported as elsewhere."""
+    signals = {"stream_grad": over_depth(ratio, 24)}
+    reports = give_samples(DepthGrowth(), [signals] * 12, History(facts=facts(24), placement=placement))
+    begins = first(reports)
+    assert begins == 1 + steps // 10
+    assert [alarm.severity for alarm in reports[begins]] == [severity]
 
 
 def test_no_norm_needs_a_large_exponent_and_blocks_without_norms() -> None:

@@ -73,6 +73,15 @@ def test_updates_at_the_full_learning_rate_follow_from_the_warm_up() -> None:
     assert "at least 3-fold" in judge(sgd, STUCK, warm_up, optimizer="SGD")[-1][0].evidence
 
 
+@pytest.mark.parametrize(("at", "factor", "named"), [(12, 5.1, True), (12, 4.9, False), (9, 5.1, False)])
+def test_jump_of_the_learning_rate_is_named(at: int, factor: float, named: bool) -> None:
+    """A sudden rise after the first steps; before that, it may be a warm-up."""
+    lrs = [1e-3] * (at - 1) + [factor * 1e-3] * (41 - at)
+    (alarm,) = judge([rates(0.15, 0.1), *[rates(0.1, 0.1)] * 3], STUCK, lrs)[-1]
+    assert (f"from 0.001 to {factor / 1000:.3g} at step {at}." in alarm.evidence) == named
+    assert (f"Undo the jump of the schedule at step {at}" in alarm.remedy) == named
+
+
 def test_late_updates_are_not_compared_with_the_initial_weights() -> None:
     early, late = [rates(0.01, 0.1)] * 6, [rates(0.02, 3.0)] * 4  # steps 1 to 50, and 60 to 90
     assert judge([*early, *late], [5.0] * 90)[-1] == []

@@ -191,7 +191,7 @@ def test_small_updates_from_the_beginning_are_named_as_the_cause() -> None:
 
 def test_accumulated_losses_are_named_at_gradient_spikes() -> None:
     for passes in (1, 4):
-        norms = [*[1.0] * 80, 10.0, *[1.0] * 10, 10.0]
+        norms = [*[1.0] * 80, 10.0, *[1.0] * 10, 10.0, 10.0, 10.0]
         history = History(facts=facts(), passes=passes)
         (alarm,) = give_steps(GradientSpike(), [3.0] * len(norms), norms, history=history)
         assert ("4 accumulation steps" in alarm.remedy) is (passes == 4)

@@ -25,6 +25,13 @@ def test_adam_eps_names_the_tensor() -> None:
     assert give_samples(AdamEps(), [{"adam_eps_ratio": layers(10.1, count=5)}] * 15)[-1] == []
 
 
+def test_usual_eps_above_the_gradients_asks_for_the_reason_of_their_size_first() -> None:
+    for eps, ratio, begin in ((1e-8, 0.5, "Find out first"), (1.1e-8, 0.5, "Set ε"), (1e-3, 0.9e-3, "Find out first")):
+        history = History(facts=facts(adam_eps=eps))
+        (alarm,) = give_samples(AdamEps(), [{"adam_eps_ratio": [ratio] * 5}] * 4, history)[-1]
+        assert alarm.remedy.startswith(begin)
+
+
 def test_adam_eps_keeps_naming_the_same_tensor() -> None:
     samples = [{"adam_eps_ratio": layers(1e4, 0.5, at=count % 5, count=5)} for count in range(15)]
     named = [alarm.layer for alarms in give_samples(AdamEps(), samples) for alarm in alarms]

@@ -381,7 +381,24 @@ def test_functional_dropout_names_its_block_if_it_is_large(p: float) -> None:
     )
     expected = [("dropout", "warn", "blocks.2", 1)] if p > 0.6 else []
     assert summary(run(model)) == expected
-    assert run(model.eval()) == []
+
+
+def test_functional_dropout_that_is_off_is_reported_as_evaluation_mode() -> None:
+    def dropped(frozen: bool) -> Decoder:
+        model = decoder()
+        model.blocks[2].attention.register_forward_hook(
+            lambda module, _, y: torch.nn.functional.dropout(y, 0.1, module.training)
+        )
+        model.blocks[2].requires_grad_(not frozen)
+        return model
+
+    (alarm,) = run(dropped(frozen=False).eval())
+    assert summary([alarm]) == [("evaluation-mode", "warn", None, 3)]
+    assert "dropout is off" in alarm.evidence
+    assert run(dropped(frozen=True).eval()) == []
+    half = dropped(frozen=False)
+    half.blocks.eval()
+    assert run(half) == [], "the model itself is in training mode"
 
 
 def test_usual_dropout_is_silent() -> None:

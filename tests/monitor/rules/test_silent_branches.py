@@ -32,6 +32,15 @@ def test_part_that_falls_tenfold_fails_after_ten_steps() -> None:
     assert first(give_samples(BranchSilent(), [*[parts(0.6)] * 4, *[parts(0.051)] * 4])) is None
 
 
+def test_part_that_falls_because_the_stream_before_it_grows_is_not_to_blame() -> None:
+    """The square of the stream's growth must reach the fall: then it is most of the reason."""
+    for growth, explains in ((9.0, True), (3.0, False)):
+        before, after = ({**parts(value), "stream_rms": layers(size)} for value, size in ((0.4, 1.0), (0.04, growth)))
+        (alarm,) = give_samples(BranchSilent(), [*[before] * 4, *[after] * 3])[-1]
+        assert (f"The residual stream before it has grown {growth:g}-fold" in alarm.evidence) == explains
+        assert ("in the blocks before blocks.2.feed_forward" in alarm.remedy) == explains
+
+
 def test_part_that_falls_with_all_others_is_not_named() -> None:
     """The stream has grown, so every branch is smaller relative to it."""
     everywhere = [{"feed_forward_ratio": [0.4] * 4}] * 4 + [{"feed_forward_ratio": [0.04] * 4}] * 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.errors import ConfigError, MissingExtraError
-from omninorm.monitor.arguments import read_loss
+from omninorm.monitor.arguments import read_facts, read_loss
 from omninorm.monitor.callbacks.driver import Total
 from omninorm.monitor.rules import Rule
 from omninorm.monitor.session import Watch
@@ -24,6 +24,9 @@ except ImportError as error:
     remedy = "Install it with pip install accelerate"
     raise MissingExtraError("Watching an Accelerate loop needs the package accelerate", "", remedy) from error
 
+SETTINGS = ("mixed_precision", "gradient_accumulation_steps", "num_processes")
+"""The attributes of the Accelerator that the report page shows."""
+
 
 def watch(
     accelerator: Accelerator,
@@ -35,6 +38,9 @@ def watch(
     step: int = 0,
     sinks: Sequence[Sink] = (),
     rules: Sequence[Rule] | None = None,
+    replicas: bool = True,
+    config: Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> AcceleratedWatch:
     """Monitor a loop whose model and optimizer were returned by `accelerator.prepare`, as `omninorm.watch` does.
 
@@ -46,8 +52,8 @@ def watch(
         accelerator: the Accelerator of the loop.
         model: as returned by `prepare`. Shards of FullyShardedDataParallel and DeepSpeed are not supported.
         optimizer: as returned by `prepare`; one, several, or None.
-        every, folder, step, sinks, rules: as for `omninorm.watch`; steps are optimizer steps. Only the first process
-            writes to sinks.
+        every, folder, step, sinks, rules, replicas, config, name: as for `omninorm.watch`; steps are optimizer steps.
+            Only the first process writes to sinks. The accelerator's settings are added to `config`.
 
     Raises:
         ConfigError: an argument has the wrong type, or the model is already being watched.
@@ -58,7 +64,20 @@ def watch(
     given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
     found = [inner for one in given if (inner := inner_optimizer(one)) is not None]
     own_sinks = tuple(sinks) if rank() == 0 else ()
-    return AcceleratedWatch(accelerator, model, found, every, folder, step=step, sinks=own_sinks, rules=rules)
+    read_facts(config, name)
+    return AcceleratedWatch(
+        accelerator,
+        model,
+        found,
+        every,
+        folder,
+        step=step,
+        sinks=own_sinks,
+        rules=rules,
+        replicas=replicas,
+        config={**{setting: getattr(accelerator, setting) for setting in SETTINGS}, **(config or {})},
+        name=name,
+    )
 
 
 class AcceleratedWatch(Watch):

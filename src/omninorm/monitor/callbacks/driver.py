@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from omninorm.config import read_count
 from omninorm.errors import OmninormError
 from omninorm.monitor import watch
-from omninorm.monitor.alarm import Alarm
+from omninorm.monitor.arguments import read_facts
 from omninorm.monitor.rules import Rule
 from omninorm.monitor.session import Watch
 from omninorm.monitor.sinks import Sink
 from omninorm.monitor.writer import rank
+from omninorm.record.alarm import Alarm
 from omninorm.record.jsonl import REPORT_FILE
 from omninorm.report import write_report
 
@@ -60,12 +61,15 @@ class Driver:
         sinks: further loggers, see `omninorm.monitor.sinks`.
         rules: the alarm rules; None means `default_rules()`.
         report: whether report.html is written into the folder at the end.
+        replicas: see `omninorm.watch`.
+        config: facts about the run for the report page, next to the trainer's own settings.
+        name: the title of the report page; None means the name of the trainer's run, or else of the folder.
 
     Attributes:
         watch: the Watch of the latest training; None before the first.
 
     Raises:
-        ConfigError: `every` is not a whole number ≥ 1.
+        ConfigError: `every` is not a whole number ≥ 1, `config` not a dictionary with text as keys, or `name` not text.
     """
 
     def __init__(
@@ -76,9 +80,14 @@ class Driver:
         sinks: Sequence[Sink] = (),
         rules: Sequence[Rule] | None = None,
         report: bool = True,
+        replicas: bool = True,
+        config: Mapping[str, Any] | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         every = read_count("every", every)
+        read_facts(config, name)
+        self._replicas, self._config, self._name = replicas, config or {}, name
         self._every, self._given_folder, self._sinks, self._rules = every, folder, sinks, rules
         self._with_report = report
         self.watch: Watch | None = None
@@ -100,16 +109,33 @@ class Driver:
         self._end("done" if error is None else f"{type(error).__name__}: {error}")
 
     def _begin(
-        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], folder: str | Path, step: int, scaler: Any
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        folder: str | Path,
+        step: int,
+        scaler: Any,
+        settings: Mapping[str, Any],
+        name: str | None,
     ) -> None:
-        """Open a watch, closing one that an earlier training left open."""
+        """Open a watch, closing one that an earlier training left open. `settings` and `name` are the trainer's."""
         self._end("the previous training did not end")
         folder = Path(folder if self._given_folder is None else self._given_folder)
         first = rank() == 0
         self._report = folder / REPORT_FILE if self._with_report and first else None
         sinks = self._sinks if first else ()
         self.watch = watch(
-            model, optimizers or None, self._every, folder, step=step, scaler=scaler, sinks=sinks, rules=self._rules
+            model,
+            optimizers or None,
+            self._every,
+            folder,
+            step=step,
+            scaler=scaler,
+            sinks=sinks,
+            rules=self._rules,
+            replicas=self._replicas,
+            config={**settings, **self._config},
+            name=self._name or name,
         ).open()
         self._running = True
 

@@ -12,6 +12,10 @@ from omninorm.errors import MissingExtraError
 from omninorm.monitor.callbacks.driver import Driver, Total
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+SETTINGS = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
+"""The attributes of the Trainer that the report page shows, with the module's hyperparameters."""
+DEFAULT_NAME = "lightning_logs"
+"""The name of a logger that was not given any."""
 
 
 def _callback_class() -> Any:
@@ -33,7 +37,8 @@ class WatchCallback(Driver, _callback_class()):  # type: ignore[misc]
     optimization it is known only if `training_step` returns it.
 
     Args:
-        every, folder, sinks, rules, report: see `Driver`; the folder is `trainer.log_dir` unless given.
+        every, folder, sinks, rules, report, replicas, config, name: see `Driver`. The folder is `trainer.log_dir` and
+            the name that of the logger, unless given; the module's `hparams` are among the settings.
 
     Example:
         ::
@@ -53,7 +58,11 @@ class WatchCallback(Driver, _callback_class()):  # type: ignore[misc]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         folder = trainer.log_dir or trainer.default_root_dir
         self._losses.take()
-        self._begin(pl_module, trainer.optimizers, folder, self._done, scaler)
+        settings = {name: value for name in SETTINGS if (value := getattr(trainer, name, None)) is not None}
+        settings |= {str(name): value for name, value in pl_module.hparams.items()}
+        named = trainer.logger and trainer.logger.name
+        name = named if isinstance(named, str) and named != DEFAULT_NAME else None
+        self._begin(pl_module, trainer.optimizers, folder, self._done, scaler, settings, name)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs

@@ -18,6 +18,13 @@ except ImportError as error:
     remedy = 'Install both with pip install "transformers[torch]"'
     raise MissingExtraError("WatchCallback needs the packages transformers and accelerate", "", remedy) from error
 
+SETTINGS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "seed"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
+    *("bf16", "fp16", "label_smoothing_factor", "gradient_checkpointing", "torch_compile"),
+)
+"""The TrainingArguments that the report page shows."""
+
 
 class WatchCallback(Driver, TrainerCallback):
     """Monitors a `transformers.Trainer`: a record in its output folder, alarms in the log, a report at the end.
@@ -28,7 +35,8 @@ class WatchCallback(Driver, TrainerCallback):
     (`compute_loss_func`, `label_smoothing_factor`) or compiles the model: then call `follow(trainer)`.
 
     Args:
-        every, folder, sinks, rules, report: see `Driver`; the folder is `args.output_dir` unless given.
+        every, folder, sinks, rules, report, replicas, config, name: see `Driver`. The folder is `args.output_dir` and
+            the name `args.run_name`, unless given.
 
     Example:
         ::
@@ -69,7 +77,10 @@ class WatchCallback(Driver, TrainerCallback):
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         inner = None if optimizer is None else inner_optimizer(optimizer)
         scaler = getattr(optimizer, "scaler", None)
-        self._begin(model, [] if inner is None else [inner], args.output_dir, state.global_step, scaler)
+        settings = {name: value for name in SETTINGS if (value := getattr(args, name, None)) is not None}
+        name = None if args.run_name == args.output_dir else args.run_name  # its default in some versions
+        optimizers = [] if inner is None else [inner]
+        self._begin(model, optimizers, args.output_dir, state.global_step, scaler, settings, name)
         self._losses.take()
         if not self._followed:
             self._handle = self._read_losses(model, scaler)

@@ -20,6 +20,7 @@ from omninorm.monitor.checks.missing import Missing, Ran
 from omninorm.monitor.checks.replicas import Replicas, are_replicated
 from omninorm.monitor.checks.rounding import Rounding
 from omninorm.monitor.checks.setup import SetupWatch
+from omninorm.monitor.hooks.dropout import FunctionalDropout
 from omninorm.monitor.hooks.hook import Hook, QuietHook
 from omninorm.monitor.hooks.training_pass import in_backward, is_transformed, safely
 from omninorm.monitor.model_map.structure import Structure
@@ -54,7 +55,7 @@ class Checks:
         done: the number of steps done before.
         scaler: the GradScaler, if there is one.
         replicas: whether all processes should have equal weights.
-        dropout: the largest probability of F.dropout in each block, which hooks write in sampled steps.
+        dropout: the calls of F.dropout inside blocks.
     """
 
     def __init__(
@@ -72,9 +73,9 @@ class Checks:
         done: int = 0,
         scaler: Any = None,
         replicas: bool = True,
-        dropout: dict[str, float] | None = None,
+        dropout: FunctionalDropout | None = None,
     ) -> None:
-        self._dropout = {} if dropout is None else dropout
+        self._dropout = dropout or FunctionalDropout()
         self._structure, self._groups, self._buffer, self._optimizers = structure, groups, buffer, optimizers
         self._names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self._sentinels, self._failed, self._scaler, self._gradients = sentinels[0], failed, scaler, gradients

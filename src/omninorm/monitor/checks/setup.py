@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from omninorm.monitor.checks.facts import Restart, Setup
+from omninorm.monitor.hooks.dropout import FunctionalDropout
 from omninorm.monitor.hooks.hook import Hook
 from omninorm.monitor.hooks.training_pass import in_backward, safely
 
@@ -71,7 +72,7 @@ class SetupWatch:
     Args:
         inner: the module inside the model at whose input autocast is looked up as well; None if it is compiled.
         resumed: whether the optimizers have made steps before.
-        functional: the largest probability of F.dropout in each block of a sampled step, which hooks write; cleared.
+        functional: the calls of F.dropout inside blocks, which are cleared after each step.
         failed: called with a monitoring error.
     """
 
@@ -82,11 +83,11 @@ class SetupWatch:
         scaler: Any,
         inner: nn.Module | None,
         resumed: bool,
-        functional: dict[str, float],
+        functional: FunctionalDropout,
         failed: Callable[[Exception], None],
     ) -> None:
         self._parts, self._inner, self._failed = parts_of(model), inner, failed
-        self._functional = functional
+        self._functional, self._functional_off = functional, False
         self._device, self._ids = parameters[0].device.type, {id(parameter) for parameter in parameters}
         enabled = scaler is not None and bool(getattr(scaler, "is_enabled", lambda: True)())
         # Whether a compiled model enters autocast inside its forward is unknown.
@@ -148,6 +149,10 @@ class SetupWatch:
 
     def take(self) -> Setup:
         """Return the setup of the step that ends."""
+        off = self._functional.is_off
+        self._functional_off = not self._kept and (self._functional_off if off is None else off)
+        if self._functional_off and DROPOUT not in self._off:
+            self._off = f"{DROPOUT} and {BATCH_NORM}" if self._off else DROPOUT
         setup = Setup(
             trained=self._trained,
             off="" if self._kept else self._off,
@@ -167,7 +172,7 @@ class SetupWatch:
         """Return the blocks with F.dropout, without those where an nn.Dropout has called it."""
         found = [
             (block, p)
-            for block, p in self._functional.items()
+            for block, p in self._functional.active.items()
             if not any(name.startswith(f"{block}.") and p <= known for name, known in self._high)
         ]
         self._functional.clear()

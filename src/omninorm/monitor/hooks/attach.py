@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from omninorm.monitor.hooks.blocks import BlockHooks, Running
 from omninorm.monitor.hooks.compiled import CompiledProbe
+from omninorm.monitor.hooks.dropout import FunctionalDropout
 from omninorm.monitor.hooks.hook import Hook, QuietHook
 from omninorm.monitor.hooks.intercept import Listener, listening
 from omninorm.monitor.hooks.norms import NormHooks
@@ -97,8 +98,7 @@ class Hooks:
         self.padding = Padding(structure.model)
         self.dtype: torch.dtype | None = None
         self.running: list[Running] = []
-        self.dropout: dict[str, float] = {}
-        """The largest probability of F.dropout in each block, of the last sampled step."""
+        self.dropout = FunctionalDropout()
         self._handles: list[RemovableHandle] = []
         self._attention = [AttentionProbe(buffer, index) for index in range(len(structure.blocks))]
         self._blocks = BlockHooks(self, buffer)
@@ -180,10 +180,9 @@ class Hooks:
         if self._buffer.sampling and self.is_own_thread() and self.gate.is_open():
             self.safely(lambda: see_loss(self._buffer, logits))
 
-    def _before_dropout(self, p: float) -> None:
+    def _before_dropout(self, p: float, training: bool) -> None:
         if self._buffer.sampling and self.running and self.is_own_thread() and self.gate.is_open():
-            name = self._structure.blocks[self.running[-1].block].name
-            self.dropout[name] = max(p, self.dropout.get(name, 0.0))
+            self.dropout.see(self._structure.blocks[self.running[-1].block], p, training)
 
     def _put_attention(
         self, site: CompiledProbe, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None

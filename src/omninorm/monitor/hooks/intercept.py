@@ -21,7 +21,7 @@ from torch.jit import _builtins
 
 class Listener(NamedTuple):
     """Callbacks: `attention(query, key, mask, is_causal, scale)` and `norm(x, node, y)`, also while tracing;
-    `softmax(logits, dim)`, `root(x)`, `loss(logits)`, the input of cross entropy, and `dropout(p)` if it is active.
+    `softmax(logits, dim)`, `root(x)`, `loss(logits)`, the input of cross entropy, and `dropout(p, training)`.
 
     `node` is the autograd node of x before the call. `norms`: whether `norm` and `root` are called at all; functional
     norms are of interest only in models some of whose blocks contain no norm module.
@@ -33,7 +33,7 @@ class Listener(NamedTuple):
     root: Callable[[Tensor], None]
     norms: bool = False
     loss: Callable[[Any], None] | None = None
-    dropout: Callable[[float], None] | None = None
+    dropout: Callable[[float, bool], None] | None = None
 
 
 class _Wrapped(NamedTuple):
@@ -189,11 +189,10 @@ def _intercepted_dropout(original: Any, period: int) -> Any:
     def dropout(*args: Any, **kwargs: Any) -> Any:
         if not is_compiling() and not _is_idle(period):
             given = {**dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}
-            p = given.get("p", 0.5)
-            if given.get("training", True) and isinstance(p, float):
-                for listener in _listeners:
-                    if listener.dropout is not None:
-                        listener.dropout(p)
+            p, training = given.get("p", 0.5), given.get("training", True)
+            for listener in _listeners:
+                if listener.dropout is not None and isinstance(p, (int, float)) and isinstance(training, bool):
+                    listener.dropout(float(p), training)
         return original(*args, **kwargs)
 
     return dropout

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
+from omninorm.record.alarm import Alarm
 
 SMALLEST = 0.8
 
@@ -21,6 +21,10 @@ class AdamBetas(Rule):
     """Reports the whole run."""
 
     name = "adam-betas"
+    explains = (
+        *("layer-jump", "learning-rate", "depth-growth", "attention-logits", "attention-entropy", "dead-units"),
+        *("loss-spike", "unrecovered-spike", "loss-rising", "gradient-spike", "no-progress"),
+    )
     source = "β₁ < √β₂: Zhang et al. 2022, arXiv 2208.09632; the smallest β₂ is omninorm's own"
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:

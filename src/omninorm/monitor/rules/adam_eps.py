@@ -13,17 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.adam_underestimation import worst_tensor
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, values_of
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
 SIGNAL = "adam_eps_ratio"
 WARN, FAIL = 10.0, 1.0
 FAIL_SHARE = 0.5
 CLIPPED = 1e-3  # gradients this far below ε suggest another cause as well
+USUAL = 1e-8  # an ε of this size or less suits ordinary gradients
 SAMPLES, STEPS = 3, 10
 WARN_SAMPLES, WARN_STEPS = 5, 100
 
@@ -77,7 +78,10 @@ class AdamEps(Rule):
         )
         target = "1e-15" if eps is None else f"{max(eps * value / 100, 1e-15):.0e}"
         remedy = f"Set ε to {target} or less. At present ε, not the learning rate, determines the size of the updates."
-        if value < CLIPPED:
-            remedy += " Check first that gradients are not clipped or scaled to almost nothing."
+        if value < CLIPPED or (eps is not None and eps <= USUAL):
+            remedy = (
+                "Find out first why the gradients are so small: clipping, a loss that is scaled down, or gradients "
+                f"that shrink on the way to the first blocks (stream_grad). If that is intended, set ε to {target}."
+            )
         layer = self._named.setdefault(failed, tensor)  # which tensor is the worst changes from sample to sample
         return self.alarm(sample.step, "fail" if failed else "warn", layer, evidence, remedy)

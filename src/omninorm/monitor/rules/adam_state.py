@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.checks.facts import Restart
 from omninorm.monitor.history import History, Step
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
+from omninorm.record.alarm import Alarm
 
 OPTIMIZERS = 3
 
@@ -23,6 +23,7 @@ class AdamState(Rule):
 
     name = "adam-state"
     source = "exact: the state of the optimizers; the number of new optimizers is omninorm's own"
+    explains = LOSS_ALARMS
 
     def __init__(self) -> None:
         self._new = 0

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
-from omninorm.monitor.rules.base import Rule, layer_names
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule, layer_names
 from omninorm.monitor.rules.numbers import Streaks, earlier, factor, finite
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
 SIGNAL = "attention_logit"
@@ -29,7 +29,7 @@ class AttentionLogits(Rule):
 
     name = "attention-logits"
     source = "the limits 1e3 and 1e4 are from Wortsman et al., arXiv 2309.14322; the growth criterion is omninorm's own"
-    explains = ("attention-entropy", "layer-jump", "learning-rate", "loss-rising", "odd-block", "unrecovered-spike")
+    explains = (*LOSS_ALARMS, "attention-entropy", "layer-jump", "learning-rate", "odd-block", "nonfinite")
 
     def __init__(self) -> None:
         self._streaks = Streaks()

@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Evaluation, Facts, History, Sample, Step
 from omninorm.monitor.rules.numbers import Streaks, finite
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import SIGNALS, Limit
 
+LOSS_ALARMS = ("loss-spike", "unrecovered-spike", "loss-rising", "gradient-spike")
+"""Rules about the curves of the loss and the gradient norm, which anything that harms the training can cause."""
 EXTREME_SPAN = 4
 """Steps by which parameters initialized to 0 on purpose have changed, even with a sample at every step."""
 
@@ -41,8 +43,10 @@ class Rule(ABC):
     source: ClassVar[str] = ""
     """Origin of its thresholds, copied into alarms."""
     explains: ClassVar[tuple[str, ...]] = ()
-    """Names of the rules that report consequences of this one. While this rule has an active "fail", their alarms
-    become warnings that refer to it, so that the cause is read first."""
+    """Names of the rules that report consequences of this one. While this rule has an active alarm, theirs refer to it
+    as their cause, so that the cause is read first."""
+    symptom: ClassVar[bool] = False
+    """Whether it reports that training got worse, but not why: a cause that is measured soon afterwards explains it."""
 
     most_layers: ClassVar[int] = 3
     """If a rule reports more layers than this at once, they become one alarm about the worst."""

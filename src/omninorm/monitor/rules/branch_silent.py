@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Facts, History, Sample
-from omninorm.monitor.rules.base import Rule
-from omninorm.monitor.rules.numbers import Streaks, earlier, fold, known, median, values_of
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
+from omninorm.monitor.rules.numbers import Streaks, earlier, fold, known, median, value_at, values_of
 from omninorm.monitor.rules.stream_growth import StreamStart
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
 WARN, DEAD, SMALL = 0.01, 1e-6, 0.05
@@ -39,8 +39,14 @@ class BranchSilent(Rule):
     name = "branch-silent"
     source = "the thresholds, shares of 0.01 and 1e-6 and a 10-fold fall, are omninorm's own; see docs/watching.md"
     explains = (
-        *("depth-growth", "dead-units", "eps-share", "adam-eps", "odd-block", "gain-drift"),
-        *("loss-spike", "unrecovered-spike", "loss-rising", "no-progress"),
+        *LOSS_ALARMS,
+        "depth-growth",
+        "dead-units",
+        "eps-share",
+        "adam-eps",
+        "odd-block",
+        "gain-drift",
+        "no-progress",
     )
 
     def __init__(self) -> None:
@@ -89,9 +95,13 @@ class BranchSilent(Rule):
                 layer, what = _named(history.facts, index, signal)
                 evidence = f"{what} {layer} changes the residual stream by only {value:.2g} of its RMS."
                 remedy = "It contributes almost nothing. Scale the norms by 1/√depth (lns), or use fewer blocks."
-                if signal in PARTS:
-                    remedy = "The same part of the other blocks contributes more. Compare the initialization and the "
-                    remedy += f"input norm of {layer} with theirs."
+                if signal in PARTS or FELL * value <= median(known(values_of(sample, signal))):
+                    part = (
+                        "The same part of the other blocks contributes"
+                        if signal in PARTS
+                        else "The other blocks contribute"
+                    )
+                    remedy = f"{part} more. Compare the initialization and the input norm of {layer} with theirs."
                 yield self.alarm(sample.step, "warn", layer, evidence, remedy)
 
     def _is_dead(self, key: Key, value: float, step: int) -> bool:
@@ -150,7 +160,18 @@ class BranchSilent(Rule):
             was = f" It fell {fold(before / value)} from {before:.2g}, while the other blocks hardly changed."
         evidence = f"{what} {layer} is silent: the RMS of its output{unit} is {value:.2g}.{was}"
         remedy = f"Check {layer} for a gain, a mask or weights equal to 0, or for a product that underflows."
+        grown = _stream_growth(history, sample, index)
+        if before is not None and value > DEAD and grown * grown >= before / value:
+            evidence += f" The residual stream before it has grown {fold(grown)} meanwhile."
+            remedy = f"Find out why the stream has grown, in the blocks before {layer}: its own output may be ordinary."
         return self.alarm(sample.step, "fail", layer, evidence, remedy)
+
+
+def _stream_growth(history: History, sample: Sample, index: int) -> float:
+    """Return how many times as large as before the residual stream is that a block reads; 1 if it is unknown."""
+    now = value_at(sample, "stream_rms", index - 1) if index > 0 else None
+    past = earlier(history, "stream_rms", index - 1, PAST) if now else []
+    return now / median(past) if now and past and median(past) > 0.0 else 1.0
 
 
 def _others_stayed(history: History, sample: Sample, signal: str, index: int) -> bool:

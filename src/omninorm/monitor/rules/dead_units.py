@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Threshold
+from omninorm.monitor.rules.numbers import value_at
 
 
 class DeadUnits(Threshold):
@@ -23,6 +24,10 @@ class DeadUnits(Threshold):
     def explain(self, history: History, sample: Sample, index: int, value: float) -> tuple[str, str]:
         block = history.facts.blocks[index]
         evidence = f"{100 * value:.0f} % of the hidden units in the feed-forward of {block} are 0 for every token."
+        first = value_at(history.samples[0], self.signal, index)
+        if first is not None and first > self.warn:
+            evidence += f" It was {100 * first:.0f} % at step {history.samples[0].step}."
+            return evidence, "Check the initialization of its weights and biases, and the norm before it."
         return (
             evidence,
             "Lower the learning rate or lengthen the warm-up. If the activation is a ReLU, try a smooth one.",

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, finite
+from omninorm.record.alarm import Alarm
 
 SAMPLES = 2
 FIRST, NEWEST, UNCHANGED = 5, 20, 0.02

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Facts, History, Sample
 from omninorm.monitor.rules.base import EXTREME_SPAN, Rule
 from omninorm.monitor.rules.numbers import Streaks, median, value_at, values_of
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
 HALF, SEVERE = 0.5, 0.9

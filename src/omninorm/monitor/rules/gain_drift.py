@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
 from omninorm.monitor.rules.numbers import Streaks, factor, values_of
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
 RATIO, DRIFT = 10.0, 3.0
@@ -27,7 +27,7 @@ class GainDrift(Rule):
 
     name = "gain-drift"
     source = "the threshold, 10-fold, is omninorm's own; see docs/watching.md"
-    explains = ("branch-silent", "dead-units", "adam-eps", "depth-growth")
+    explains = (*LOSS_ALARMS, "branch-silent", "dead-units", "adam-eps", "depth-growth", "no-progress")
 
     def __init__(self) -> None:
         self._streaks = Streaks()

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule
-from omninorm.monitor.rules.numbers import Streaks, factor
+from omninorm.monitor.rules.numbers import Streaks, factor, finite, known, median
+from omninorm.record.alarm import Alarm
 
 SHARE, SAME = 0.01, 0.01
 SAMPLES, STEPS = 3, 20
+EARLY, GROWN = 20, 10.0
+"""A gradient this many times as large as in that many first steps is a fault of its own."""
 
 
 class GradientClipped(Rule):
@@ -45,12 +47,24 @@ class GradientClipped(Rule):
     @staticmethod
     def _remedy(history: History, after: float, before: float) -> str:
         eps = history.facts.adam_eps
+        first = known(finite(step.grad_norm) for step in list(history.steps)[:EARLY])
+        if first and before > GROWN * median(first):
+            return (
+                f"Find out why the gradient is {factor(before / median(first))} times as large as it was until step "
+                f"{history.steps[min(EARLY, len(history.steps)) - 1].step}. Raising max_norm would not help."
+            )
         if eps is None:
             return (
-                f"Raise max_norm to about {before:.1g}, the usual norm. Without Adam's normalization the updates are "
-                f"{factor(before / after)} times smaller than the learning rate suggests."
+                f"Raise max_norm to about {_rounded(before)}, the usual norm. Without Adam's normalization the updates "
+                f"are {factor(before / after)} times smaller than the learning rate suggests."
             )
         return (
-            f"Raise max_norm to about {before:.1g}, the usual norm. Adam undoes a constant factor, so this does little "
-            f"harm while the gradient's elements stay far above its ε of {eps:.0e}; but every batch counts the same."
+            f"Raise max_norm to about {_rounded(before)}, the usual norm. Adam undoes a constant factor, so this does "
+            f"little harm while the gradient's elements stay far above its ε of {eps:.0e}; but every batch counts the "
+            "same."
         )
+
+
+def _rounded(norm: float) -> str:
+    """Return a norm of one digit without an exponent, such as "600"."""
+    return f"{float(f'{norm:.1g}'):,g}"

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
+from omninorm.record.alarm import Alarm
 
 STEPS = 2
 
@@ -23,10 +23,8 @@ class GradientsNotCleared(Rule):
     name = "gradients-not-cleared"
     source = "exact: the same tensor with the same version as after the previous step"
     explains = (
+        *LOSS_ALARMS,
         "learning-rate",
-        "gradient-spike",
-        "loss-spike",
-        "unrecovered-spike",
         "no-progress",
         "adam-underestimation",
         "gradient-clipped",
@@ -36,6 +34,7 @@ class GradientsNotCleared(Rule):
         "layer-jump",
         "weights-vanish",
         "logz",
+        "nonfinite",
     )
 
     def __init__(self) -> None:

@@ -17,6 +17,7 @@ class Headroom(Threshold):
 
     name = "headroom"
     source = "the largest fp16 number is 65504; warning at a tenth of it is omninorm's own"
+    explains = ("nonfinite",)
     signal = "stream_max"
     warn = 0.1 * LARGEST
     fail = LARGEST * (1 - 1e-3)

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Evaluation, History
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import finite, known
+from omninorm.record.alarm import Alarm
 
 RISE, RISES, NEWEST = 0.02, 3, 20
 

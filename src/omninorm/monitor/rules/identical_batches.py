@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
+from omninorm.record.alarm import Alarm
 
 ONE, TWO = 5, 10
 REPEATED, FEWEST, PAIRS = 3, 4, 8
@@ -26,6 +26,7 @@ class IdenticalBatches(Rule):
 
     name = "identical-batches"
     source = "exact: checksums of the inputs' bits; the number of steps is omninorm's own"
+    explains = ("suspicious-loss", "held-out-rising")
 
     def __init__(self) -> None:
         self._checked: deque[tuple[int, float]] = deque(maxlen=TWO)

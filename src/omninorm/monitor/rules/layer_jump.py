@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
-from omninorm.monitor.rules.base import Rule, layer_names
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule, layer_names
 from omninorm.monitor.rules.numbers import earlier, finite, fold, known, median, value_at, values_of
+from omninorm.record.alarm import Alarm
 
 JUMP, HUGE, OTHERS = 5.0, 20.0, 2.0
 OWN = 0.5  # updates per step × steps per sample; from here on the optimizer itself can move a layer this far
@@ -47,16 +47,18 @@ class LayerJump(Rule):
     name = "layer-jump"
     source = "the thresholds, 5-fold and 20-fold, are omninorm's own; see docs/watching.md"
     explains = (
+        *LOSS_ALARMS,
         "learning-rate",
         "depth-growth",
         "attention-logits",
         "attention-entropy",
-        "unrecovered-spike",
         "massive-activation",
         "branch-silent",
         "adam-eps",
         "odd-block",
-        "loss-rising",
+        "gradient-clipped",
+        "logz",
+        "nonfinite",
         "stream-growth",
     )
 
@@ -141,8 +143,10 @@ class LayerJump(Rule):
                 )
                 remedy += "writes to these weights."
             return self.alarm(sample.step, "fail", layer, evidence, remedy)
-        remedy = f"Compare the weights and inputs of {layer} with a checkpoint from before step {step}, "
-        remedy += "and lower its learning rate."
+        remedy = (
+            f"Run {layer} on the same input with the weights of a checkpoint from before step {step}. If its output is "
+            "as large, look at the input and the code (scales, masks, norms); if not, lower its learning rate."
+        )
         update = _largest_update(history, step)
         if update > LARGE:  # then the weights did change, and the learning rate is the cause
             evidence += f" Updates changed the weights by up to {100 * update:.2g} % per step."

@@ -28,16 +28,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample, Step
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
 from omninorm.monitor.rules.numbers import Streaks, finite, fold, known, quantile, values_of
 from omninorm.monitor.rules.stream_growth import StreamStart
+from omninorm.record.alarm import Alarm
 from omninorm.record.signals import Limit
 
 LIMIT, POST_LIMIT, SGD_LIMIT = 0.3, 0.05, 0.012  # of the initial weights, per step
 WIDTH = 64.0  # up to which the first limit holds
 EARLY, FIRST = 50, 1
+JUMP, WARM_UP = 5.0, 10  # a rise above the largest learning rate so far that no schedule has after the first steps
 TOO_HIGH, WARN = 1.5, 2.0  # times the limit
 FROM_ZERO = 100.0  # a larger ratio at the first step means that the weights were initialized to 0
 LARGE = 0.05
@@ -56,14 +57,11 @@ class LearningRate(Rule):
     name = "learning-rate"
     source = "the limits of 30, 5 and 1.2 % of the initial weights per step are omninorm's own measurement"
     explains = (
+        *LOSS_ALARMS,
         "depth-growth",
         "layer-jump",
         "attention-logits",
         "attention-entropy",
-        "unrecovered-spike",
-        "loss-spike",
-        "loss-rising",
-        "gradient-spike",
         "no-progress",
         "dead-units",
         "adam-eps",
@@ -72,6 +70,9 @@ class LearningRate(Rule):
         "eps-share",
         "odd-block",
         "weights-vanish",
+        "gradient-clipped",
+        "logz",
+        "nonfinite",
         "stream-growth",
     )
 
@@ -83,6 +84,7 @@ class LearningRate(Rule):
         self._early = (0.0, 0)  # the largest early update relative to the initial weights, and its step
         self._per_rate = 0.0  # the same, divided by the learning rate
         self._rate, self._rising = 0.0, 0  # the largest learning rate, and the last step at which it rose
+        self._jump: tuple[int, float, float] | None = None  # the step of a jump, and the learning rates
         self._peak: tuple[float, int] | None = None  # the largest ratio after the first step, and its step
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
@@ -90,6 +92,8 @@ class LearningRate(Rule):
         if loss is not None and len(self._first_loss) < 4:
             self._first_loss.append(loss)
         if rate is not None and rate > self._rate:
+            if step.step > WARM_UP and 0.0 < JUMP * self._rate < rate:
+                self._jump = step.step, self._rate, rate
             self._rate, self._rising = rate, step.step
         return ()
 
@@ -197,6 +201,10 @@ class LearningRate(Rule):
         if history.passes > 1:
             remedy += f" If the loss is not divided by the {history.passes} accumulation steps, divide it first."
         evidence += f"{grown}; {harm}." if harm else f"{grown}."
+        if self._jump:
+            at, before, after = self._jump
+            evidence += f" It jumped from {before:.3g} to {after:.3g} at step {at}."
+            remedy = f"Undo the jump of the schedule at step {at}. If it is intended, d{remedy[1:]}"
         return self.alarm(sample.step, "fail" if harm else "warn", None, evidence, remedy)
 
 

@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import finite
 from omninorm.monitor.rules.rolling import Rolling
+from omninorm.record.alarm import Alarm
 
 NEWEST, WINDOW = 10, 500
 RISE, ERRORS = 0.08, 6.0
@@ -41,6 +41,7 @@ class LossRising(Rule):
 
     name = "loss-rising"
     source = "the thresholds, 8 % and 6 standard errors for 25 steps, are omninorm's own; see docs/watching.md"
+    symptom = True
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=NEWEST)
@@ -97,7 +98,11 @@ class LossRising(Rule):
                 f"Loss rose and recovered: between steps {best.step} and {mean.step} its mean over {NEWEST} steps "
             )
             evidence += f"rose from {best.value:.4g} to {peak.value:.4g} and fell to {mean.value:.4g}."
-            remedy = f"Look at the data of steps {best.step} to {mean.step}: labels, order, and preprocessing."
+            remedy = (
+                f"Look at the data of steps {best.step} to {mean.step}: labels, order, and preprocessing. If a "
+                f"checkpoint from before step {best.step} has an ordinary loss on it, an update was too large: "
+                "lower the learning rate."
+            )
         else:
             evidence = f"Loss rising: its mean over {NEWEST} steps rose from {best.value:.4g} at step {best.step} to "
             evidence += f"{mean.value:.4g}."

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import finite, fold, known, median, values_of
 from omninorm.monitor.rules.rolling import Rolling
+from omninorm.record.alarm import Alarm
 
 SIGMAS = 6.0
 RISE = 0.2
@@ -30,6 +30,8 @@ class LossSpike(Rule):
 
     name = "loss-spike"
     source = "6σ over 128 steps is OLMo-core's limit; the 20 % are calibrated on a healthy GPT-2 124M"
+    symptom = True
+    explains = ("gradient-spike", "unrecovered-spike", "loss-rising")
 
     def __init__(self) -> None:
         self._losses = Rolling()
@@ -67,7 +69,9 @@ class LossSpike(Rule):
         mean, sigma = expected
         height = f"{(loss - mean) / sigma:.1f}σ" if sigma > 0.0 else f"{100 * (loss / mean - 1):.0f} %"
         rise = f"the loss is {loss:.4g}, {height} above its mean over the last {self._losses.before} steps ({mean:.4g})"
-        cause, detail, remedy = self._rate(step) or _updates(history, step) or self._gradient_or_batch(step, expected)
+        cause, detail, remedy = (
+            self._rate(step) or _updates(history, step) or self._gradient_or_batch(history, step, expected)
+        )
         return self.alarm(step, "warn", None, f"{cause}: {rise}. {detail}", remedy)
 
     def _rate(self, step: int) -> tuple[str, str, str] | None:
@@ -85,7 +89,7 @@ class LossSpike(Rule):
                 )
         return None
 
-    def _gradient_or_batch(self, step: int, expected: tuple[float, float]) -> tuple[str, str, str]:
+    def _gradient_or_batch(self, history: History, step: int, expected: tuple[float, float]) -> tuple[str, str, str]:
         mean, sigma = expected
         at_once = self._before is not None and self._before <= mean + ORDINARY * sigma
         recent = self._unusual is not None and step - self._unusual <= 4
@@ -99,7 +103,9 @@ class LossSpike(Rule):
         cause = (
             f"the gradient norm was unusual at step {self._unusual}" if recent else "the loss rose over several steps"
         )
-        remedy = "Clip gradients at norm 1.0, lower the learning rate, or lower Adam's β₂ to 0.95."
+        remedy = f"Check the batch of step {self._unusual}. If it is ordinary, clip" if recent else "Clip"
+        remedy += " gradients at norm 1.0, or lower the learning rate"
+        remedy += "." if history.facts.adam_eps is None else " or Adam's β₂ to 0.95."
         return "Harmful update", f"The model changed first: {cause}.", remedy
 
 

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.checks.facts import NoGradient
 from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.rules.base import Rule
+from omninorm.record.alarm import Alarm
 
 NONE_STEPS, EMPTIED = 3, 2
 PERSISTENCE = {"blocks": 2, "part": 2, "most": 2, "stack": 5, "last blocks": 5, "outside": 5, "leaf": 20, "zero": 10}

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample, Step
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
 from omninorm.monitor.rules.depth import backward_growth, growth, has_no_norm
+from omninorm.record.alarm import Alarm
 
 EXPONENT = 0.2
 WARN_TOTAL, FAIL_TOTAL = 8.0, 100.0
@@ -24,15 +24,7 @@ class NoNorm(Rule):
 
     name = "no-norm"
     source = "the thresholds, an exponent of 0.2 and 100-fold, are omninorm's own; see docs/watching.md"
-    explains = (
-        "depth-growth",
-        "loss-spike",
-        "gradient-spike",
-        "unrecovered-spike",
-        "no-progress",
-        "massive-activation",
-        "adam-eps",
-    )
+    explains = (*LOSS_ALARMS, "depth-growth", "no-progress", "massive-activation", "adam-eps", "logz", "nonfinite")
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
         found = history.nonfinite

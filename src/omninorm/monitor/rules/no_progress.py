@@ -18,11 +18,11 @@ import math
 from collections import deque
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import finite, fold, known, median, value_at, values_of
 from omninorm.monitor.rules.rolling import Rolling
+from omninorm.record.alarm import Alarm
 
 FEWEST, FIRST, NEWEST = 60, 5, 20
 LEARNED = 0.01
@@ -38,6 +38,7 @@ class NoProgress(Rule):
 
     name = "no-progress"
     source = "the thresholds, 1 % within 60 steps and updates of 1e-6, are omninorm's own; see docs/watching.md"
+    symptom = True
 
     def __init__(self) -> None:
         self._first: list[float] = []
@@ -121,8 +122,10 @@ class NoProgress(Rule):
         if self._start == 1 and is_noise and (small := self._slow(history, step)):
             return small
         if self._start == 1 and is_noise:
-            remedy = "Expected when fine-tuning. Otherwise check the labels, the learning rate and the parameters that "
-            remedy += "the optimizer holds."
+            remedy = (
+                "Expected when fine-tuning. Otherwise train on a single batch: if its loss falls, check the data and "
+            )
+            remedy += "labels; if not, the learning rate and the parameters that the optimizer holds."
             return "The loss has not fallen", remedy
         return None
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, NonFinite, Sample, Step
 from omninorm.monitor.rules.base import Rule
+from omninorm.record.alarm import Alarm
 
 _NAMES = {"nan": "NaN", "inf": "infinity", "-inf": "infinity"}
 _WHERE = {
@@ -25,7 +25,7 @@ _WHERE = {
 _REMEDIES = {
     "loss": "Check the loss for log(0) or a division by 0, labels out of range, or a batch without targets.",
     "backward": "Look for a square root, division or norm at 0 in the graph around {layer}. In fp16, scale the loss.",
-    "optimizer": "Raise the optimizer's ε, keep its state in fp32, or lower the learning rate.",
+    "optimizer": "Check that the learning rate is finite. If it is, raise the optimizer's ε or keep its state in fp32.",
 }
 RECOVERED = 3
 """Consecutive finite steps after which the run has recovered, and non-finite ones after which it has relapsed."""
@@ -36,6 +36,7 @@ class NonFiniteRule(Rule):
 
     name = "nonfinite"
     source = "IEEE 754: NaNs and infinities propagate"
+    symptom = True
     final = True
 
     def __init__(self) -> None:
@@ -90,6 +91,8 @@ class NonFiniteRule(Rule):
         where = _WHERE.get(found.phase, "in {layer}").format(layer=layer)
         name = _NAMES.get(found.value, found.value)
         evidence = f"The first {name} of the run appeared at step {found.step} {where}."
+        if found.after:
+            evidence += f" The output of {found.after}, the last one checked before it, was finite."
         remedy = self._forward_remedy(found, history) if found.phase == "forward" else _REMEDIES.get(found.phase, "")
         return self.alarm(found.step, "fail", found.layer, evidence, remedy.format(layer=layer))
 
@@ -97,15 +100,16 @@ class NonFiniteRule(Rule):
     def _forward_remedy(found: NonFinite, history: History) -> str:
         if found.value != "nan":
             return (
-                "{layer} exceeded the range of its dtype (the largest fp16 number is 65504). Run it in bf16 or fp32, "
-                "or make its weights smaller."
+                "If {layer} computes in fp16, whose largest number is 65504, run it in bf16 or fp32. In another dtype, "
+                "look for a division by 0, a logarithm of 0, or weights that have grown."
             )
         if history.placement == "none":
             return "The blocks have no norm. Add pre-norms, or scale down the initial output of each block."
         inside = found.layer is not None and any(found.layer.startswith(block) for block in history.facts.blocks)
-        if inside:
-            return (
-                "Check {layer} for a square root or logarithm of a negative number, 0/0, ∞ − ∞, "
-                "or a fully masked attention row."
-            )
-        return f"Check the batch of step {found.step} and {{layer}}: the NaN did not come from a block."
+        if found.after is None and not inside:
+            return f"Check the batch of step {found.step}, and the weights of {{layer}}: nothing checked ran before it."
+        between = f", and what runs between {found.after} and it," if found.after else ""
+        return (
+            f"Check {{layer}}{between} for a square root or logarithm of a negative number, 0/0, ∞ − ∞, "
+            "or a fully masked attention row."
+        )

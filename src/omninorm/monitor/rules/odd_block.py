@@ -17,10 +17,10 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Facts, History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, factor, known, values_of
+from omninorm.record.alarm import Alarm
 
 ORDER, SIZE_ORDER, ENTROPY_ORDER, SPREADS = 10.0, 5.0, 4.0, 6.0
 FEWEST = 4
@@ -65,7 +65,7 @@ class OddBlock(Rule):
 
     name = "odd-block"
     source = "the thresholds, 10-fold and 6 times the median deviation, are omninorm's own; see docs/watching.md"
-    explains = ("attention-entropy", "attention-logits", "dead-units")
+    explains = ("attention-entropy", "attention-logits", "dead-units", "depth-growth", "massive-activation")
 
     def __init__(self) -> None:
         self._streaks = Streaks()

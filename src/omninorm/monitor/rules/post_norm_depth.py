@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample, Step
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
 from omninorm.monitor.rules.depth import backward_growth
 from omninorm.monitor.rules.numbers import Streaks, finite, fold
+from omninorm.record.alarm import Alarm
 
 DEPTH = 12
 VANISHED = 0.01
@@ -29,7 +29,7 @@ class PostNormDepth(Rule):
 
     name = "post-norm-depth"
     source = "why post-norm needs a warm-up: Xiong et al., arXiv 2002.04745; the limit of a hundredth is omninorm's own"
-    explains = ("depth-growth", "adam-eps", "adam-underestimation", "learning-rate", "unrecovered-spike", "no-progress")
+    explains = (*LOSS_ALARMS, "depth-growth", "adam-eps", "adam-underestimation", "learning-rate", "no-progress")
 
     def __init__(self) -> None:
         self._streaks = Streaks()

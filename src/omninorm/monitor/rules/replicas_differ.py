@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
+from omninorm.record.alarm import Alarm
 
 
 class ReplicasDiffer(Rule):
@@ -19,7 +19,7 @@ class ReplicasDiffer(Rule):
 
     name = "replicas-differ"
     source = "exact: checksums of the weights' bits"
-    explains = ("no-progress", "unrecovered-spike")
+    explains = (*LOSS_ALARMS, "no-progress")
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         replicas = sample.checks.replicas

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, known, median, value_at, values_of
+from omninorm.record.alarm import Alarm
 
 LOW, HIGH = 0.35, 0.65
 OTHERS, SHARE = 0.25, 0.5

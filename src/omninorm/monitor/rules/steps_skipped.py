@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import factor
+from omninorm.record.alarm import Alarm
 
 SEARCH, WARN, FAIL = 12, 3, 20
 PAUSE, LONG_PAUSE = 20, 100

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
 from omninorm.monitor.rules.numbers import Streaks, factor, values_of
+from omninorm.record.alarm import Alarm
 
 WARN, FAIL = 1e4, 1e6
 SAMPLES = 2
@@ -40,7 +40,16 @@ class StreamGrowth(Rule):
 
     name = "stream-growth"
     source = "the thresholds, 10,000-fold and a million-fold, are omninorm's own; see docs/watching.md"
-    explains = ("branch-silent", "dead-units", "depth-growth", "eps-share", "massive-activation", "odd-block")
+    explains = (
+        *LOSS_ALARMS,
+        "branch-silent",
+        "dead-units",
+        "depth-growth",
+        "eps-share",
+        "massive-activation",
+        "odd-block",
+        "nonfinite",
+    )
 
     def __init__(self) -> None:
         self._start, self._streaks = StreamStart(), Streaks()

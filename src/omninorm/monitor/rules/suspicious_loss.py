@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.no_progress import began_untrained
 from omninorm.monitor.rules.numbers import finite
+from omninorm.record.alarm import Alarm
 
 SHARE, WITHIN, NEWEST = 0.1, 200, 5
 
@@ -45,7 +45,8 @@ class SuspiciousLoss(Rule):
         if began_untrained(history, self._first):
             evidence = f"Suspiciously good: the loss fell from {self._first:.4g} to {mean:.2g} in {step.step} steps."
             remedy = (
-                "Unless you overfit a few batches on purpose, check that the labels are shifted by one token, that the "
+                "Unless you overfit a few batches on purpose, change the last token of an input: if the logits of "
+                "earlier positions change, the attention is not causal and sees future tokens. Otherwise check that "
+                "the loss compares each position with the next token, shifted once, and that the batches differ."
             )
-            remedy += "attention is causal, and that the batches differ."
             yield self.alarm(step.step, "warn", None, evidence, remedy)

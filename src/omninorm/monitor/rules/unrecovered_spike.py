@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import factor, finite
+from omninorm.record.alarm import Alarm
 
 FACTOR = 2.0
 WARN_STEPS, FAIL_STEPS = 4, 64
@@ -29,6 +29,8 @@ class UnrecoveredSpike(Rule):
 
     name = "unrecovered-spike"
     source = "twice the mean for more than 4 steps is llm-foundry's limit; more than 64 steps is omninorm's own"
+    symptom = True
+    explains = ("loss-rising",)
 
     def __init__(self) -> None:
         self._ordinary: deque[float] = deque(maxlen=WINDOW)
@@ -65,7 +67,8 @@ class UnrecoveredSpike(Rule):
             f"{factor(loss / mean)} times its earlier mean ({mean:.4g})."
         )
         if self._high > FAIL_STEPS:
-            remedy = f"Resume from a checkpoint before step {since} and skip its data, or halve the learning rate."
+            remedy = f"Resume from a checkpoint before step {since} and skip the data of that step. If the loss rises "
+            remedy += "again on other data, halve the learning rate."
             return self.alarm(step, "fail", None, evidence + " It has not recovered.", remedy)
         remedy = f"Check the batches from step {since} on. If the loss stays high, resume from an earlier checkpoint."
         return self.alarm(step, "warn", None, evidence, remedy)

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.checks.facts import Lost
 from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import known, median
+from omninorm.record.alarm import Alarm
 
 WARN, FAIL = 0.5, 0.9
 STEPS = 15

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
-from omninorm.monitor.rules.base import EXTREME_SPAN, Rule
+from omninorm.monitor.rules.base import EXTREME_SPAN, LOSS_ALARMS, Rule
 from omninorm.monitor.rules.numbers import Streaks, fold, known, values_of
+from omninorm.record.alarm import Alarm
 
 FALL, SEVERE, UNEXPLAINED = 1.5, 2.0, 3.0
 WITHIN, FEWEST = 50, 3  # steps, and samples in them
@@ -51,14 +51,13 @@ class WeightsVanish(Rule):
     name = "weights-vanish"
     source = "the thresholds, 1.5-fold and 3-fold within 50 steps, are omninorm's own; see docs/watching.md"
     explains = (
+        *LOSS_ALARMS,
         "gain-drift",
         "branch-silent",
         "eps-share",
         "learning-rate",
         "adam-eps",
         "depth-growth",
-        "unrecovered-spike",
-        "loss-rising",
         "no-progress",
         "dead-units",
         "odd-block",

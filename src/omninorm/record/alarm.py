@@ -1,0 +1,130 @@
+"""Alarm: one report of a rule, as it is raised, recorded and read again; and which alarms follow from which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+SEVERITIES = ("warn", "fail")
+Raised = TypeVar("Raised", bound="Alarm")
+
+
+@dataclass(frozen=True)
+class AlarmRef:
+    """What identifies an alarm in a run: its step, its rule and its layer."""
+
+    step: int
+    rule: str
+    layer: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.rule}{f' in {self.layer}' if self.layer else ''} at step {self.step}"
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A problem that a rule has found, persistent enough to report.
+
+    Args:
+        step: the step at which it was raised, counted from 1.
+        severity: "warn", which a healthy run may raise, or "fail": the run will not succeed unless something changes.
+        rule: the rule's name, such as "attention-logits".
+        layer: the module or parameter concerned; None for the whole run.
+        evidence: what was measured, with numbers, in one or two sentences.
+        remedy: what to try, in one or two sentences.
+        source: the origin of the threshold.
+        cause: the alarm of which this one is probably a consequence; None if it is none, or not that is known.
+        explains: alarms that were raised before this one and are probably its consequences.
+    """
+
+    step: int
+    severity: str
+    rule: str
+    layer: str | None
+    evidence: str
+    remedy: str
+    source: str = ""
+    cause: AlarmRef | None = None
+    explains: tuple[AlarmRef, ...] = ()
+
+    @property
+    def ref(self) -> AlarmRef:
+        return AlarmRef(self.step, self.rule, self.layer)
+
+    @property
+    def linked_evidence(self) -> str:
+        """The evidence, and the alarms that this one follows from or explains."""
+        parts = [self.evidence]
+        if self.cause:
+            parts.append(f"Probably a consequence of {self.cause}.")
+        if self.explains:
+            parts.append(f"It probably explains {' and '.join(map(str, self.explains))}.")
+        return " ".join(parts)
+
+    @property
+    def text(self) -> str:
+        """The evidence with its links, and the remedy."""
+        return f"{self.linked_evidence} {self.remedy}"
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the alarm as an item of the event "alarms" in record.jsonl, without links that it does not have."""
+        stored = asdict(self)
+        return {name: value for name, value in stored.items() if value or name not in ("cause", "explains")}
+
+    @classmethod
+    def from_record(cls: type[Raised], stored: Mapping[str, Any], step: int) -> Raised:
+        """Return a recorded alarm; values of the wrong type are replaced. `step` is that of its event."""
+        texts = {name: _text(stored.get(name)) or "" for name in ("evidence", "remedy", "source")}
+        ref, cause, explains = _ref(stored, step), stored.get("cause"), stored.get("explains")
+        explained = explains if isinstance(explains, list) else ()
+        return cls(
+            ref.step,
+            "fail" if stored.get("severity") == "fail" else "warn",
+            ref.rule,
+            ref.layer,
+            **texts,
+            cause=_ref(cause, step) if isinstance(cause, dict) else None,
+            explains=tuple(_ref(each, step) for each in explained if isinstance(each, dict)),
+        )
+
+
+def link(alarms: Sequence[Raised]) -> list[Raised]:
+    """Return the alarms in their order, those that another one explains with it as their cause."""
+    causes = {explained: alarm.ref for alarm in alarms for explained in alarm.explains}
+    return [
+        replace(alarm, cause=alarm.cause or causes[alarm.ref]) if alarm.ref in causes else alarm for alarm in alarms
+    ]
+
+
+def roots(alarms: Sequence[Raised]) -> list[Raised]:
+    """Return for each alarm the one that it finally follows from, itself if it follows from none of them."""
+    known = {alarm.ref: alarm for alarm in reversed(alarms)}
+    return [_root(alarm, known) for alarm in alarms]
+
+
+def leading(alarms: Sequence[Raised]) -> Raised | None:
+    """Return the alarm to read first: what the first "fail" follows from, or without one the first warning."""
+    places = range(len(alarms))
+    first = min(places, key=lambda place: (alarms[place].severity != "fail", alarms[place].step), default=None)
+    return None if first is None else roots(alarms)[first]
+
+
+def _root(alarm: Raised, known: Mapping[AlarmRef, Raised]) -> Raised:
+    root, passed = alarm, {alarm.ref}
+    while root.cause in known:
+        root = known[root.cause]
+        if root.ref in passed:  # only a damaged record has a circle
+            return alarm
+        passed.add(root.ref)
+    return root
+
+
+def _ref(stored: Mapping[str, Any], step: int) -> AlarmRef:
+    given = stored.get("step")
+    known = isinstance(given, int) and not isinstance(given, bool) and 0 <= given < 2**53
+    return AlarmRef(given if known else step, _text(stored.get("rule")) or "unnamed", _text(stored.get("layer")))
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
