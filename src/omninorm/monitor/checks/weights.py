@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from omninorm.kernels.distributed import is_distributed
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.checks.grids import grid_of, measure
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.rules.numbers import quantile
+from omninorm.record.alarm import Alarm
 
 MOST_MATRICES, LEAST, MOST = 8, 32, 256
 # Rows and columns of independent elements differ by about 1 in these units. In the models of our tests, three quarters

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks
+from omninorm.record.alarm import Alarm
 
 ZEROS, MATRICES = 0.1, 0.5
 FEWEST = 2

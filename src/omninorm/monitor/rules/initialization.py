@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import finite, value_at, values_of
+from omninorm.record.alarm import Alarm
 
 LOSS, LOG_Z = 1.5, 1.0
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.jumps import Jumps
+from omninorm.record.alarm import Alarm
 
 WARN, FAIL = 10.0, 50.0
 
