@@ -159,7 +159,6 @@ def test_example_of_lora_on_saturated_attention_has_steep_gradients(run: Run, tm
     assert [line.split(":")[0] for line in lines] == ["logits 1", "logits 16", "logits 32"]
     largest = [float(re.search(r"gradient norm at most ([\d.]+)", line)[1]) for line in lines]
     assert min(largest[1:]) > 5 * largest[0]
-    assert lines[0].endswith("no alarm")
 
 
 @pytest.mark.slow
