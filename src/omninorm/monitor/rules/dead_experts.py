@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Load, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.expert_load import BALANCE, fair_share, listed, load_at, router_of
 from omninorm.monitor.rules.numbers import Streaks
 from omninorm.monitor.rules.router_collapse import WARN, collapsed_share
+from omninorm.record.alarm import Alarm
 
 DEAD = 0.01
 EXPECTED = 50.0

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Step
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.jumps import Jump, Jumps
+from omninorm.record.alarm import Alarm
 
 WARN, FAIL = 20.0, 100.0
 

@@ -15,10 +15,10 @@ import statistics
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import Facts, History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, factor, values_of
+from omninorm.record.alarm import Alarm
 
 WARN, FAIL, OTHERS = 30.0, 100.0, 10.0
 SAMPLES, STEPS = 3, 10

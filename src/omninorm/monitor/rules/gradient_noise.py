@@ -13,10 +13,10 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks
+from omninorm.record.alarm import Alarm
 
 RANDOM, ORDERED = 1.6, 5.0
 FEWEST_MATRICES, FEWEST, KEPT = 3, 3, 16

@@ -1,9 +1,9 @@
 """gradient-underflow: many elements of the gradients are exactly 0 because they are too small for their dtype.
 
-Signal: the share of zeros among 32 × 32 elements of up to 8 matrices in the blocks, without rows and columns of nothing
-but zeros: those belong to dead units. Threshold: 10 % in at least half of the matrices that have a gradient, not all of
-which are 0. It is 0 in all healthy runs of our tests, because each element is a sum over tokens. [ours] It is a warning:
-the elements that are left still train. Persistence: 3 samples over 20 steps.
+Signal: the share of zeros among 32 × 32 elements of up to 8 matrices in the blocks, without rows and columns that are
+0 as a whole: those belong to dead units. Threshold: 10 % in at least half of the matrices that have a gradient, not all
+of which are 0. It is 0 in all healthy runs of our tests, because each element is a sum over tokens. [ours] It is a
+warning: the elements that are left still train. Persistence: 3 samples over 20 steps.
 Source: Micikevicius et al. describe how gradients underflow in fp16, and loss scaling as the remedy.
 """
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks
+from omninorm.record.alarm import Alarm
 
 ZEROS, MATRICES = 0.1, 0.5
 FEWEST = 2
@@ -40,8 +40,8 @@ class GradientUnderflow(Rule):
         worst = max((grid for grid in sparse if grid.zeros < 1.0), key=lambda grid: grid.zeros, default=sparse[0])
         evidence = (
             f"Gradients underflow: in {len(sparse)} of {len(grids)} matrices, {100 * ZEROS:.0f} % of the elements or "
-            f"more are exactly 0 at the optimizer's step ({100 * worst.zeros:.2g} % in {worst.name}), although the rest "
-            "of their rows and columns is not."
+            f"more are exactly 0 at the optimizer's step ({100 * worst.zeros:.2g} % in {worst.name}), although their "
+            "rows and columns are not."
         )
         remedy = "Use bf16 instead of fp16, or a GradScaler, "
         if sample.checks.scale is not None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from omninorm.monitor.alarm import Alarm
 from omninorm.monitor.history import History, Load, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.expert_load import BALANCE, fair_share, largest, listed, load_at, router_of, share_of
 from omninorm.monitor.rules.numbers import Streaks
+from omninorm.record.alarm import Alarm
 
 WARN, FAIL = 0.95, 0.99
 FEWEST_TOKENS = 16
