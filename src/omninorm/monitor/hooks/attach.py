@@ -154,6 +154,7 @@ class Hooks:
 
     def rest(self) -> None:
         """End a step; clear what an exception in a forward pass may have left."""
+        self.safely(self._buffer.measure)
         self.gate.inside = None
         self.running = []
         self._blocks.clear()
@@ -163,7 +164,12 @@ class Hooks:
 
     def trace(self, see: Callable[..., None]) -> CompiledProbe:
         """Return a probe for compiled graphs, whose errors do not reach the training either."""
-        site = CompiledProbe(lambda *tensors: self.safely(lambda: see(*tensors)))
+
+        def measure(*tensors: Tensor) -> None:
+            see(*tensors)
+            self._buffer.measure_peaks()  # the graph may write to the same memory next
+
+        site = CompiledProbe(lambda *tensors: self.safely(lambda: measure(*tensors)))
         self._traced.append(site)
         return site
 
@@ -249,6 +255,8 @@ class Hooks:
             self._blocks.end(None)
             if self._buffer.sampling and self.gate.is_open():
                 self.safely(lambda: self._see_logits(site, output))
+            if self.gate.is_open():
+                self.safely(self._buffer.measure)
             self.gate.inside = None
             self.padding.clear()
 
