@@ -19,7 +19,7 @@ from torch import Tensor
 from omninorm.monitor.tensors import by_kind, constant, holds_numbers, stack, widest
 from omninorm.monitor.waiting import Batches, Peaks
 
-FACTS = ("kept", "batch")
+FACTS = ("kept", "batch", "input")
 """Numbers that only some steps have: see `omninorm.monitor.checks.facts.StepChecks`."""
 UNSEEN = -1.0  # in the ring buffer: measured values are ≥ 0 or not finite
 # Values that may wait before they are written, for loops that never end a step.
@@ -183,6 +183,10 @@ class StatsBuffer:
         value = value.detach().to(cell.dtype)
         cell.copy_(value + cell if name in self._written else value, non_blocking=True)
         self._written.add(name)
+
+    def has_fact(self, name: str) -> bool:
+        """Return whether one of the FACTS of this step has been added."""
+        return name in self._written
 
     def end_row(self, loss: Tensor | None) -> None:
         """End the row of this step. It ends in any case: rows without a step would shift all later steps."""
