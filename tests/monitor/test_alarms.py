@@ -263,3 +263,13 @@ def test_leading_alarm_is_what_the_first_failure_follows_from() -> None:
     assert leading([warning, root]) is warning
     assert leading([alarm(5, "fail", "effect", AlarmRef(4, "unknown"))]).rule == "effect"  # type: ignore[union-attr]
     assert leading([]) is None
+
+
+def test_alarm_whose_cause_has_expired_is_named_with_the_step_at_which_it_was_raised() -> None:
+    """It is reported all the time, first as a consequence; later alarms must refer to one that was raised."""
+    cause = Says({5: [("fail", None)]}, "cause", ("effect",))
+    effect = Says({step: [("warn", "a")] for step in range(6, 300)}, "effect", ("other",))
+    alarms = judge(cause, effect, Says({250: [("warn", "b")]}, "other"))
+    refs = {alarm.ref for alarm in alarms}
+    assert [alarm.rule for alarm in alarms] == ["cause", "effect", "other"]
+    assert all(alarm.cause is None or alarm.cause in refs for alarm in alarms)

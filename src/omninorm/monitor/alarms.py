@@ -136,7 +136,9 @@ class Judge:
                 continue
             self._forget(rule, step - clear)
             reports = [self._attribute(history, rule, alarm) for alarm in reports[: 1 if rule.final else None]]
-            alarms += self._new_alarms(rule, step, reports)
+            raised = self._new_alarms(rule, step, reports)
+            self._remember(rule, raised)
+            alarms += raised
             if reports and rule.final:
                 return alarms
         return sorted(alarms, key=lambda alarm: (-SEVERITIES.index(alarm.severity), self._order[alarm.rule]))
@@ -154,15 +156,17 @@ class Judge:
             return []
 
     def _attribute(self, history: History, rule: Rule, alarm: Alarm) -> Alarm:
-        """Return the alarm with its cause, if an active one explains it. Otherwise remember it as a possible cause."""
-        causes = [root for root in self._roots.values() if self._is_active(history, root, alarm.step)]
-        causes = [root for root in causes if self._explains(root, rule.name)]
-        if causes:
-            return self._follow(alarm, min(causes, key=lambda root: root.severity != "fail"))
-        known = self._roots.get(rule.name)
-        if known is None or (alarm.severity == "fail" and known.severity != "fail"):
-            self._roots[rule.name] = alarm
-        return alarm
+        """Return the alarm with its cause, if an active one explains it: a "fail" rather than a warning."""
+        active = [root for root in self._roots.values() if self._is_active(history, root, alarm.step)]
+        causes = [root for root in active if self._explains(root, rule.name)]
+        return self._follow(alarm, min(causes, key=lambda root: root.severity != "fail")) if causes else alarm
+
+    def _remember(self, rule: Rule, raised: Iterable[Alarm]) -> None:
+        """Remember an alarm without a cause as a possible cause of others."""
+        for alarm in raised:
+            known = self._roots.get(rule.name)
+            if alarm.cause is None and (known is None or (known.severity, alarm.severity) == ("warn", "fail")):
+                self._roots[rule.name] = alarm
 
     def _explains(self, cause: Alarm, name: str) -> bool:
         """Return whether an alarm explains those of the rule `name`. If each rule explains the other, only a "fail"
