@@ -96,6 +96,11 @@ def test_later_alarm_does_not_explain_an_earlier_one() -> None:
     assert short(judge(cause, effect)) == [(5, "fail", "effect", "b"), (9, "warn", "cause", "a")]
 
 
+def test_consequence_is_not_a_cause_itself() -> None:
+    cause, effect = Says({5: [("fail", "a")]}, "cause", ("effect",)), Says({6: [("fail", "b")]}, "effect", ("other",))
+    assert judge(cause, effect, Says({7: [("fail", "c")]}, "other"))[2].cause is None
+
+
 def test_rule_does_not_explain_itself() -> None:
     alarms = judge(Says({1: [("fail", "a")], 2: [("fail", "b")]}, "says", ("says",)))
     assert short(alarms) == [(1, "fail", "says", "a"), (2, "fail", "says", "b")]
