@@ -15,6 +15,7 @@ SOURCE = Path(omninorm.__file__).parent
 ORDER = [
     "errors",
     "memory",
+    "device",
     "record",
     "timing",
     "config",
@@ -33,7 +34,7 @@ ASIDE = {
     "report": ["errors", "record"],
     "monitor": [*CORE, "report"],
     "surgery": CORE,
-    "inspection": ["errors", "record"],
+    "inspection": ["errors", "device", "record"],
     "onnx": ["errors", "kernels"],
 }
 FACADES = {"__init__", "__main__"}

@@ -51,7 +51,7 @@ def _refused(outcome, *parts: str) -> None:
         (["--norm", "batchnorm"], ["--norm must", "rmsnorm, layernorm", "'batchnorm'"]),
         (["--placement", "middle"], ["--placement must", "none, post, pre", "'middle'"]),
         (["--norm", "none", "--qk-norm"], ["--qk-norm needs", "--norm none", "--no-qk-norm"]),
-        (["--precision", "fp64"], ["--precision must", "fp32, bf16", "'fp64'"]),
+        (["--precision", "fp64"], ["--precision must", "float32, bfloat16", "'fp64'"]),
         (["--parallel", "zero3"], ["--parallel must", "ddp, fsdp", "'zero3'"]),
         (["--tokenizer", "words"], ["--tokenizer must", "byte, bpe", "'words'"]),
         (["--vocab-size", "300"], ["256 tokens", "--vocab-size 300", "--tokenizer bpe"]),

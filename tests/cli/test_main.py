@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def test_the_help_shows_no_type_for_flags_and_one_for_each_of_several_values(com
     for name in COMMAND_NAMES:
         assert "bool" not in command(name, "--help").out
     assert "bool" not in command("--help").out
-    assert "--betas                    <float> <float>" in command("train", "--help").out
+    assert re.search(r"--betas +<float> <float> ", command("train", "--help").out)
 
 
 def test_the_choices_and_defaults_of_train_are_those_of_the_library():

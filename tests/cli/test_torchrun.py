@@ -163,6 +163,16 @@ def test_a_batch_that_cannot_be_divided_is_refused_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_device_that_is_not_here_is_refused_by_one_process_only(tmp_path: Path) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has a GPU")
+    arguments = command(2, "--device", "cuda", "--out", tmp_path / "run")
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("omninorm:")]
+    assert "The device cuda is not available" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_without_a_run_is_refused_by_one_process_only(tmp_path: Path) -> None:
     done = subprocess.run(command(2, "--resume", tmp_path / "none"), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0

@@ -51,7 +51,7 @@ def test_options_reach_the_run_and_its_config(command, small, tmp_path):
     train = plan.train
     assert (train.lr, train.warmup_steps, train.schedule, train.weight_decay) == (0.01, 1, "constant", 0.0)
     assert (train.betas, train.grad_clip, train.grad_accumulation) == ((0.8, 0.9), None, 2)
-    assert (train.precision, train.seed, train.adam_eps, train.min_lr_ratio) == ("bf16", 7, 1e-6, 0.5)
+    assert (train.precision, train.seed, train.adam_eps, train.min_lr_ratio) == ("bfloat16", 7, 1e-6, 0.5)
     assert plan.held_out == 0.2
     assert [e["step"] for e in read_record(run / "record.jsonl") if e["kind"] == "step"] == [2, 4]
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))

@@ -91,7 +91,7 @@ def test_accumulated_gradients_are_one_big_batch(data, small):
     for parts in (1, 4):
         model = build_model(SHAPE, 0)
         settings = replace(small, batch_size=8 // parts, grad_accumulation=parts)
-        _accumulate(model, data, settings, 1, Processes())
+        _accumulate(model, data, settings, 1, Processes(), torch.amp.GradScaler("cpu", enabled=False))
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     largest = gradients[0].abs().max()
     assert (gradients[0] - gradients[1]).abs().max() <= 128 * 2**-24 * largest

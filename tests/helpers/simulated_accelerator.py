@@ -49,6 +49,8 @@ class Counts:
 
 counts = Counts()
 _library: torch.library.Library | None = None
+_autocast: torch.library.Library | None = None
+_AUTOCAST = "AutocastPrivateUse1"
 
 
 class _Backend(_DummyBackendModule):
@@ -148,6 +150,12 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Te
     return SimulatedTensor(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
 
 
+def _arange(*limits: Any, dtype: Any = None, **_: Any) -> Tensor:
+    """Return torch.arange's result, whose own implementation would resize a wrapper of no elements."""
+    counts.launches["arange"] += 1
+    return SimulatedTensor(torch.arange(*limits, dtype=dtype, device="cpu"))
+
+
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     """Copy where PyTorch calls the back end directly, as `torch.tensor(values, device=…)` does."""
     if not isinstance(source, SimulatedTensor):
@@ -159,15 +167,28 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
     return target
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute a linear layer in autocast's dtype; other operators keep the dtypes of their inputs."""
+    dtype = torch.get_autocast_dtype(NAME)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _AUTOCAST))):
+        bias = None if bias is None else bias.to(dtype)
+        return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+
+
 def install() -> None:
     """Register the device. A second call does nothing."""
-    global _library
+    global _library, _autocast
     if _library is None:
         _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
         _library = torch.library.Library("aten", "IMPL")
         _library.impl("empty.memory_format", _empty, "PrivateUse1")
         _library.impl("empty_strided", _empty_strided, "PrivateUse1")
         _library.impl("_copy_from", _copy_from, "PrivateUse1")
+        _library.impl("linear", _linear, _AUTOCAST)
+        _autocast = torch.library.Library("_", "IMPL", _AUTOCAST)
+        _autocast.fallback(torch.library.fallthrough_kernel)
+        for overload in ("arange", "arange.start", "arange.start_step"):
+            _library.impl(overload, _arange, "PrivateUse1")
 
 
 def to_simulated(module: nn.Module) -> nn.Module:

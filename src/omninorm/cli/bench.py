@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from omninorm.cli.console import console
+from omninorm.cli.console import CPU_HELP, check_on_cpu, console
 from omninorm.cli.counting import Counting
 from omninorm.errors import ConfigError
 
@@ -46,6 +46,7 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Output folder for results.json and bench.png.", show_default="runs/bench-N")
     ] = None,
+    device: Annotated[str, typer.Option(help=CPU_HELP)] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object on stdout; write files only with --out.")
     ] = False,
@@ -55,6 +56,7 @@ def bench(
     Takes about eight minutes on two cores, or one minute with --quick. GPUs are not measured. Missed targets are
     printed and do not change the exit code.
     """
+    check_on_cpu("bench", device, "it measures the CPU operators")
     from omninorm.bench import measure_all  # here, like the next, because they import torch
     from omninorm.bench.figure import load_matplotlib
     from omninorm.bench.files import to_json, write

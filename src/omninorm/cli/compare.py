@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from omninorm.cli.console import console
+from omninorm.cli.console import DEVICE_HELP, console
 from omninorm.config import check_choice, check_count, check_number
 
 _DEFAULT = "quick"
@@ -45,8 +45,14 @@ def compare(
     engine: Annotated[
         str, typer.Option(help="local; or ray, which uses the cluster in RAY_ADDRESS, or else this machine.")
     ] = "local",
+    device: Annotated[
+        str, typer.Option(help=f"{DEVICE_HELP} The workers share all GPUs, or one if it is numbered.")
+    ] = "auto",
     workers: Annotated[
-        int | None, typer.Option(help="Number of parallel single-threaded workers.", show_default="cores")
+        int | None,
+        typer.Option(
+            help="Number of parallel single-threaded workers.", show_default="cores; on GPUs, as many as fit in memory"
+        ),
     ] = None,
     time_limit: Annotated[float, typer.Option(help="Time limit for one run, in seconds.")] = 1800.0,
     dry_run: Annotated[
@@ -63,20 +69,25 @@ def compare(
     """
     from omninorm.bench.config import all_threads  # here, like the next, because it imports torch
     from omninorm.cli import comparing  # needs packages that the other commands do not
+    from omninorm.device import find_devices
+    from omninorm.experiments.compare.crew import usual_workers
 
-    count = all_threads() if workers is None else workers
-    check_count("workers", count)
+    if workers is not None:
+        check_count("workers", workers)
     check_number("time_limit", time_limit, above=0.0)
     check_choice("engine", engine, ("local", "ray"))
     if engine == "ray":
         importlib.import_module("omninorm.experiments.compare.on_ray")  # fails without Ray, before a folder is made
+    devices = find_devices("cpu" if engine == "ray" else device)
     screen = Console(file=sys.stderr, soft_wrap=True, markup=False) if as_json else console()
     if resume is None:
         job = comparing.begin(plan, preset or (None if plan else _DEFAULT), text, model, out)
     else:
         others = {"PLAN": plan, "--preset": preset, "--text": text, "--model": model, "--out": out}
         job = comparing.resume_job(resume, others)
-    todo = job.introduce(screen, engine, count, time_limit)
+    count = usual_workers(all_threads(), devices, job.plan.cells().values()) if workers is None else workers
+    crew = comparing.Crew(engine, count, time_limit, device, devices)
+    todo = job.introduce(screen, crew)
     if not dry_run:
-        job.run(screen, todo, engine, count, time_limit)
+        job.run(screen, todo, crew)
         job.conclude(screen, as_json)

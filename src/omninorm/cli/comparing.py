@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
+import torch
 import typer
 from rich.console import Console
 
@@ -15,7 +16,7 @@ from omninorm.cli.compare_cards import show_cards
 from omninorm.cli.console import program
 from omninorm.cli.counting import Counting
 from omninorm.cli.harmless import harmless
-from omninorm.cli.train import REPORT_FILE
+from omninorm.cli.training import REPORT_FILE
 from omninorm.errors import ConfigError
 from omninorm.experiments.compare import Cell, ComparePlan, read_plan
 from omninorm.experiments.compare import preset as named_plan
@@ -35,6 +36,31 @@ from omninorm.report.text import plural
 
 
 @dataclass(frozen=True)
+class Crew:
+    """Who runs a comparison.
+
+    Args:
+        engine: "local" or "ray".
+        workers: the number of parallel runs.
+        time_limit: seconds per run.
+        device: the device as it is named on the command line.
+        devices: those of this machine that the workers share.
+    """
+
+    engine: str
+    workers: int
+    time_limit: float
+    device: str
+    devices: Sequence[torch.device]
+
+    def where(self) -> str:
+        """Return the GPUs as the end of a phrase; an empty text for the CPU."""
+        if self.devices[0].type == "cpu":
+            return ""
+        return f" on {', '.join(map(str, self.devices))} (not yet measured on a GPU)"
+
+
+@dataclass(frozen=True)
 class Job:
     """A comparison that is about to run. is_new: whether its folder has yet to be created."""
 
@@ -43,7 +69,7 @@ class Job:
     corpus: Corpus
     is_new: bool
 
-    def introduce(self, screen: Console, engine: str, workers: int, time_limit: float) -> list[Cell]:
+    def introduce(self, screen: Console, crew: Crew) -> list[Cell]:
         """Print the plan and the estimated duration; return the runs that are still to do.
 
         Raises:
@@ -58,13 +84,13 @@ class Job:
             repeated = "" if each.cell in done else " and the run repeated"
             screen.print(f"{harmless(each.fault, one_line=True)}. The file will be set aside{repeated}.")
         todo = longest_first(cell for name, cell in cells.items() if name not in done)
-        if engine == "local":
+        if crew.engine == "local":
             for cell in todo:
                 check_memory(cell)
-        screen.print(self._workload(todo, workers, time_limit))
+        screen.print(self._workload(todo, crew))
         return todo
 
-    def _workload(self, todo: Sequence[Cell], workers: int, time_limit: float) -> str:
+    def _workload(self, todo: Sequence[Cell], crew: Crew) -> str:
         """Return the number of runs and their estimated duration as a sentence."""
         model = self.plan.model
         if not todo:
@@ -72,16 +98,16 @@ class Job:
         if not all(map(fits_memory, todo)):  # nothing can be timed here, but Ray's machines may be larger
             seconds = None
         elif model:
-            seconds = probe_in_subprocess(model, todo, workers, time_limit)
+            seconds = probe_in_subprocess(model, todo, crew.workers, crew.time_limit, crew.devices[0])
         else:
-            seconds = estimate_seconds(todo, workers)
-        runs, crew = plural(len(todo), "run"), plural(workers, "worker")
+            seconds = estimate_seconds(todo, crew.workers, crew.devices[0])
+        runs, workers = plural(len(todo), "run"), f"{plural(crew.workers, 'worker')}{crew.where()}"
         if seconds is None:
-            return f"{runs}, {crew}; duration unknown."
-        return f"{runs}, about {tables.duration(seconds)} with {crew}."
+            return f"{runs}, {workers}; duration unknown."
+        return f"{runs}, about {tables.duration(seconds)} with {workers}."
 
-    def run(self, screen: Console, todo: Sequence[Cell], engine: str, workers: int, time_limit: float) -> None:
-        """Run the cells with the engine "local" or "ray".
+    def run(self, screen: Console, todo: Sequence[Cell], crew: Crew) -> None:
+        """Run the cells.
 
         Raises:
             Exit: Ctrl-C or SIGTERM stopped it; the command that resumes it has been printed.
@@ -97,7 +123,7 @@ class Job:
                 progress(_status(running, failed), done + failed, len(todo))
                 return interrupt.signal is None
 
-            _engine(engine, self.store, workers, time_limit).run(todo, look)
+            _engine(crew, self.store).run(todo, look)
         if interrupt.signal is not None:
             screen.print(f"Stopped. Resume with:\n  {program()} compare --resume {quote(str(self.store.path))}")
             raise typer.Exit(128 + interrupt.signal)
@@ -116,12 +142,12 @@ class Job:
         tables.where(screen, self.store.path, page)
 
 
-def _engine(name: str, store: Store, workers: int, time_limit: float) -> Runner:
-    if name == "local":
-        return Engine(store, workers, time_limit)
+def _engine(crew: Crew, store: Store) -> Runner:
+    if crew.engine == "local":
+        return Engine(store, crew.workers, crew.time_limit, crew.devices)
     from omninorm.experiments.compare.on_ray import RayEngine  # it needs Ray
 
-    return RayEngine(store, workers, time_limit)
+    return RayEngine(store, crew.workers, crew.time_limit, crew.device)
 
 
 def begin(path: Path | None, preset: str | None, text: str | None, model: str | None, out: Path | None) -> Job:

@@ -10,7 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from omninorm.errors import ConfigError
+
 _WIDE = 200
+CPU_HELP = "Device: auto or cpu; this command does not use GPUs."
+DEVICE_HELP = "Device: auto (a GPU if PyTorch sees one), cpu, cuda, cuda:N or mps."
 
 
 def console() -> Console:
@@ -38,6 +42,16 @@ def generate_command(folder: Path, prompt: str | None = "In the beginning") -> s
     """Return the command that generates text from a run; the prompt should suit the text that it was trained on."""
     option = "" if prompt is None else f" --prompt {shlex.quote(prompt)}"
     return f"{program()} generate {shlex.quote(str(folder))}{option}"
+
+
+def check_on_cpu(command: str, device: str, reason: str) -> None:
+    """Raise ConfigError for a device that a command does not use, or that is not here."""
+    if device in ("auto", "cpu"):
+        return
+    from omninorm.device import find_device  # here, because it imports torch
+
+    found = find_device(device)
+    raise ConfigError(f"omninorm {command} runs on the CPU only, because {reason}", str(found), "use --device cpu")
 
 
 def resume_command(folder: Path) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from omninorm.cli.console import console
+from omninorm.cli.console import CPU_HELP, check_on_cpu, console
 from omninorm.cli.counting import Counting
 from omninorm.cli.harmless import harmless
 from omninorm.errors import ConfigError
@@ -48,6 +48,7 @@ def convert(
     keep_delta: Annotated[
         bool, typer.Option("--delta/--no-delta", help="Save the original values of changed weights for --undo.")
     ] = True,
+    device: Annotated[str, typer.Option(help=CPU_HELP)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Rewrite a checkpoint into an equivalent one, verified in float64. The original is never modified.
@@ -56,6 +57,7 @@ def convert(
 
     The new folder loads in transformers like the old one. docs/surgery.md explains when a conversion is exact.
     """
+    check_on_cpu("convert", device, "it reads each weight from disk a few times and computes little with it")
     chosen = [name for name, given in (("swap", swap), ("fold", fold), ("center", center), ("undo", undone)) if given]
     if chosen == ["fold", "center"]:
         chosen = ["fold+center"]

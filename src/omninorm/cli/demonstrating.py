@@ -18,8 +18,9 @@ from rich.table import Table
 from omninorm.cli.console import console, generate_command, program
 from omninorm.cli.demo import DEPTH, STEPS
 from omninorm.cli.harmless import harmless
-from omninorm.cli.train import REPORT_FILE
+from omninorm.cli.training import REPORT_FILE
 from omninorm.config import check_count
+from omninorm.device import AUTO, find_devices
 from omninorm.errors import ConfigError, RunError
 from omninorm.experiments import demo as library
 from omninorm.experiments.corpus import load_corpus
@@ -38,7 +39,13 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 def run(
-    out: Path | None, resume: Path | None, depth: int | None, steps: int | None, text: str | None, workers: int
+    out: Path | None,
+    resume: Path | None,
+    depth: int | None,
+    steps: int | None,
+    text: str | None,
+    device: str | None,
+    workers: int,
 ) -> None:
     """Run the demo, new or resumed, and print its results.
 
@@ -47,6 +54,7 @@ def run(
         resume: the folder of an interrupted demo, whose settings are then used.
         depth, steps: the number of blocks and of optimizer steps; None means the defaults.
         text: a file or a folder; None means the default text.
+        device: the name of the device or, for all GPUs, of their type; None means that of the runs.
         workers: the number of parallel single-threaded workers.
 
     Raises:
@@ -57,10 +65,11 @@ def run(
     load_matplotlib()  # fail now rather than after the training
     torch.set_num_threads(1)
     screen = console()
+    devices = find_devices(device or AUTO)
     folder, plans = _plans(out, resume, depth, steps, text)
-    library.prepare(folder, plans)
+    library.prepare(folder, plans, str(devices[0]))
     _introduce(screen, folder, plans, workers)
-    _train(screen, folder, plans, workers)
+    _train(screen, folder, plans, workers, [] if resume is not None and device is None else devices)
     screen.print("Computing the baselines")
     outcomes, baselines = _judge(folder, plans)
     _conclude(screen, folder, outcomes, baselines)
@@ -97,9 +106,11 @@ def _introduce(screen: Console, folder: Path, plans: Mapping[str, Plan], count: 
     screen.print(f"Parallel workers: {min(count, len(plans))}, one thread each\nOutput folder: {folder}\n")
 
 
-def _train(screen: Console, folder: Path, plans: Mapping[str, Plan], count: int) -> None:
+def _train(
+    screen: Console, folder: Path, plans: Mapping[str, Plan], count: int, devices: Sequence[torch.device]
+) -> None:
     waiting = [folder / name for name in plans if final_status(folder / name / RECORD_FILE) is None]
-    with Interrupt() as interrupt, _Progress(screen, plans) as progress, Workers(waiting, count) as workers:
+    with Interrupt() as interrupt, _Progress(screen, plans) as progress, Workers(waiting, count, devices) as workers:
         while workers.advance() and interrupt.signal is None:
             time.sleep(_SECONDS_BETWEEN_UPDATES)
             progress.update(folder)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from omninorm.cli.console import DEVICE_HELP
 from omninorm.cli.harmless import harmless
 from omninorm.errors import ConfigError, RunError
 
@@ -39,13 +40,19 @@ def generate(
     step: Annotated[
         int | None, typer.Option(help="Step of the run's checkpoint to use.", show_default="the newest")
     ] = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
     """Continue a text with the model of a run, or with a Llama or Qwen3 model from Hugging Face or in GGUF format."""
+    from omninorm.device import find_device
+    from omninorm.experiments.memory import fitting
     from omninorm.experiments.sample import stream_text
 
+    place = find_device(device)
     loaded, tokenizer, chosen = _load(model, step)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop or ()}
+    with fitting(ConfigError("The model must fit in the memory of the device", str(place), "use --device cpu")):
+        loaded = loaded.to(place)
     pieces = stream_text(loaded, tokenizer, prompt, max_new_tokens, **sampling)  # type: ignore[arg-type]
     if as_json:
         values = {"run": str(model), "step": chosen, "prompt": prompt, "text": "".join(pieces), **sampling}

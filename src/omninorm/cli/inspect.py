@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from omninorm.cli.console import console
+from omninorm.cli.console import CPU_HELP, check_on_cpu, console
 from omninorm.cli.harmless import harmless
 from omninorm.config import check_count
 
@@ -37,12 +37,14 @@ def inspect(
     ],
     top: Annotated[int, typer.Option(help="Maximum number of findings to show.")] = 10,
     norms: Annotated[bool, typer.Option("--norms", help="Also show a table of every norm's gains.")] = False,
+    device: Annotated[str, typer.Option(help=CPU_HELP)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all measurements.")] = False,
 ) -> None:
     """Check a checkpoint's weights: non-finite values, gains, dead and massive weights, unusual blocks.
 
     Exits with 1 if a finding is a failure.
     """
+    check_on_cpu("inspect", device, "it reads each weight from disk once and computes little with it")
     check_count("top", top, at_least=0)
     from omninorm.inspection import inspect_checkpoint  # here, because it imports torch
 

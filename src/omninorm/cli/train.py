@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from omninorm.cli.console import console, generate_command, resume_command
-from omninorm.cli.harmless import harmless
+from omninorm.cli.console import DEVICE_HELP
+from omninorm.cli.training import conclude, give_up, introduce, print_finished, report
 from omninorm.config import NORMALIZATIONS, PLACEMENTS, check_count
 from omninorm.errors import ConfigError
 from omninorm.thinker.config import FEED_FORWARDS
 
 if TYPE_CHECKING:
-    from omninorm.experiments.corpus import Corpus
-    from omninorm.experiments.events import TrainResult
     from omninorm.experiments.processes import Processes
     from omninorm.experiments.runs import Plan, Run
 
-REPORT_FILE = "report.html"
-_SHOWN = 5
 _MOST_THREADS = 4096
 # The library's choices and defaults, repeated here because importing them would import torch. A test compares them.
-TOKENIZERS, SCHEDULES, PRECISIONS, PARALLEL = ("byte", "bpe"), ("cosine", "constant"), ("fp32", "bf16"), ("ddp", "fsdp")
+TOKENIZERS, SCHEDULES, PARALLEL = ("byte", "bpe"), ("cosine", "constant"), ("ddp", "fsdp")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 DEFAULTS: dict[str, object] = {
     "held_out": 0.1, "tokenizer": "byte", "d_model": 128, "n_layers": 4, "n_heads": 4, "feed_forward": "swiglu",
     "normalization": "rmsnorm", "norm_placement": "pre", "norm_eps": 1e-6, "steps": 600, "batch_size": 16,
     "seq_len": 128, "lr": 0.003, "schedule": "cosine", "min_lr_ratio": 0.1, "weight_decay": 0.1, "adam_eps": 1e-8,
-    "grad_clip": 1.0, "grad_accumulation": 1, "precision": "fp32", "seed": 0, "eval_every": 100, "eval_bytes": 65536,
+    "grad_clip": 1.0, "grad_accumulation": 1, "precision": "auto", "seed": 0, "eval_every": 100, "eval_bytes": 65536,
     "checkpoint_every": 100, "keep_checkpoints": 2, "log_every": 1, "watch_every": 10,
 }  # fmt: skip
 # Options that are not settings of the run, so that they need no comparison with it when it is resumed.
-_APART = ("text", "out", "resume", "threads", "parallel", "no_grad_clip", "no_watch")
+_APART = ("text", "out", "resume", "device", "threads", "parallel", "no_grad_clip", "no_watch")
 
 
 def _option(name: str, flag: str, panel: str, text: str, default: str | None = None, metavar: str | None = None) -> Any:
@@ -80,6 +77,10 @@ def train(
     out: Annotated[Path | None, _option("", "--out", "Run", "Folder of the run, new or empty.", "runs/NAME-N")] = None,
     resume: Annotated[
         Path | None, _option("", "--resume", "Run", "Resume the run in this folder; --steps may extend it.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        _option("", "--device", "Run", DEVICE_HELP, "auto; with --resume, that of the run"),
     ] = None,
     threads: Annotated[
         int | None, _option("", "--threads", "Run", "Number of CPU threads.", "PyTorch's default")
@@ -148,7 +149,18 @@ def train(
     grad_accumulation: Annotated[
         int | None, _train("grad_accumulation", "--grad-accumulation", "Micro-batches per step.")
     ] = None,
-    precision: Annotated[str | None, _train("precision", "--precision", f"Precision: {_one_of(PRECISIONS)}")] = None,
+    precision: Annotated[
+        str | None,
+        _train(
+            "precision",
+            "--precision",
+            f"Precision: {_one_of(PRECISIONS)} auto: bfloat16 on GPUs that have it, else float16; float32 on the CPU.",
+        ),
+    ] = None,
+    compile: Annotated[bool | None, _train("", "--compile/--no-compile", "Compile the model.", "no-compile")] = None,
+    tf32: Annotated[
+        bool | None, _train("", "--tf32/--no-tf32", "Allow TF32 in float32 matrix products on GPUs.", "no-tf32")
+    ] = None,
     seed: Annotated[int | None, _train("seed", "--seed", "Random seed for weights and batches.")] = None,
     eval_every: Annotated[int | None, _train("eval_every", "--eval-every", "Steps between evaluations.")] = None,
     eval_bytes: Annotated[
@@ -168,39 +180,48 @@ def train(
 ) -> None:
     """Train a small transformer on real text, on bytes or BPE tokens.
 
-    Runs on the CPU. Ctrl-C stops after the current step, saves a checkpoint and prints the command to resume.
+    Runs on a GPU if PyTorch sees one, and on the CPU otherwise. Training is not yet measured on a GPU. Ctrl-C stops
+    after the current step, saves a checkpoint and prints the command to resume.
 
-    --resume continues a run with its own settings. With a larger --steps it extends the run, finished or not: from
-    the resumed step on, the learning rate follows the schedule for the new number of steps; the warm-up stays as it
-    was. A smaller number shortens the run, but not below its newest checkpoint.
+    --resume continues a run with its own settings, on any device. With a larger --steps it extends the run, finished
+    or not: from the resumed step on, the learning rate follows the schedule for the new number of steps; the warm-up
+    stays as it was. A smaller number shortens the run, but not below its newest checkpoint.
 
-    Under torchrun, --parallel ddp replicates the model in every process, and fsdp shards it. A run can be resumed with
-    any number of processes and either way of sharing.
+    Under torchrun, each process has a GPU of its own, or all share the CPU. --parallel ddp replicates the model in
+    every process, and fsdp shards it. A run can be resumed with any number of processes and either way of sharing.
     """
     from omninorm.cli.progress import show_progress
-    from omninorm.experiments.processes import SilentExit, joined
+    from omninorm.experiments.processes import joined
 
     given = _given(context.params)
-    with joined(parallel) as processes:
+    with _ended_by_others(), joined(parallel, _device(device, resume)) as processes:
         if not processes.first:
-            try:
-                _follow(processes, text)
-            except SilentExit:
-                raise typer.Exit(2) from None
+            _follow(processes, text)
             return
         opened = _open_for_all(processes, context, given)
         if opened is None:
             assert resume is not None
-            _print_finished(resume)
+            print_finished(resume)
             return
         with opened as run:
-            _introduce(run)
+            introduce(run)
             try:
                 result = show_progress(run)
             except KeyboardInterrupt:
-                _give_up(run)
-            page = _report(run)
-    _conclude(result, run, page)
+                give_up(run)
+            page = report(run)
+    conclude(result, run, page)
+
+
+@contextlib.contextmanager
+def _ended_by_others() -> Iterator[None]:
+    """End this process with code 2 if another one reports why all of them end."""
+    from omninorm.experiments.processes import SilentExit
+
+    try:
+        yield
+    except SilentExit:
+        raise typer.Exit(2) from None
 
 
 def _open_for_all(processes: Processes, context: typer.Context, given: dict[str, Any]) -> Run | None:
@@ -220,13 +241,21 @@ def _open_for_all(processes: Processes, context: typer.Context, given: dict[str,
                     load_text(resume, text)  # only checks it, since nothing is left to train
                 return None
         processes.check_batch(given.get("batch_size", plan.train.batch_size))  # before there is a folder
-        opened.append(_open(context, given))
+        opened.append(_open(context, given, processes))
         return str(opened[0].folder.path)
 
-    if processes.from_first(open_and_send) is None:
-        return None
-    opened[0].processes = processes
-    return opened[0]
+    return None if processes.from_first(open_and_send) is None else opened[0]
+
+
+def _device(given: str | None, resume: Path | None) -> str:
+    """Return the name of the device. Under torchrun each process chooses one of the same type."""
+    from omninorm.experiments.processes import launched
+    from omninorm.experiments.runs import usual_device
+
+    if given is not None or resume is None:
+        return given or "auto"
+    name = usual_device(resume)
+    return name.split(":")[0] if launched() else name
 
 
 def _follow(processes: Processes, text: str | None) -> None:
@@ -259,31 +288,34 @@ def _given(params: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _open(context: typer.Context, given: dict[str, Any]) -> Run:
+def _open(context: typer.Context, given: dict[str, Any], processes: Processes) -> Run:
     from omninorm.experiments.run_folder import read_config
     from omninorm.experiments.runs import Plan, create_run, open_run
 
     text, resume, threads = (context.params[name] for name in ("text", "resume", "threads"))
     if resume is None:
         _use_threads(threads)
-        return create_run(
-            Plan().change(**given, **({} if text is None else {"text": text})), context.params["out"], context.obj
-        )
+        plan = Plan().change(**given, **({} if text is None else {"text": text}))
+        return create_run(plan, context.params["out"], context.obj, processes)
     _use_threads(read_config(resume).get("threads"))
-    return open_run(resume, text, steps=given.get("steps"), command=context.obj)
+    return open_run(resume, text, processes, steps=given.get("steps"), command=context.obj)
 
 
 def _check_same(context: typer.Context, plan: Plan, given: Mapping[str, Any]) -> None:
     """Raise ConfigError if an option differs from the setting of the run that is resumed. `open_run` checks --steps."""
+    from omninorm.experiments.precision import SHORT as SHORT_PRECISIONS
     from omninorm.experiments.run_folder import read_config
     from omninorm.experiments.tokenizer import DEFAULT_VOCABULARY
 
     resume, out, threads = (context.params[name] for name in ("resume", "out", "threads"))
     theirs = plan.settings()
+    if given.get("precision") in SHORT_PRECISIONS:
+        given = {**given, "precision": SHORT_PRECISIONS[given["precision"]]}
     # A short text may give fewer BPE tokens than were requested.
     requested = DEFAULT_VOCABULARY if plan.vocab_size is None and plan.tokenizer == "bpe" else plan.vocab_size
     for name, value in given.items():
         accepted = name == "steps" or (name == "vocab_size" and value == requested)
+        accepted |= name == "precision" and value == "auto"
         if value != theirs[name] and not accepted:
             _refuse(context, name, theirs[name], value)
     recorded = read_config(resume).get("threads")
@@ -320,82 +352,3 @@ def _use_threads(threads: int | None) -> None:
             invariant = f"threads must be at most {_MOST_THREADS}"
             raise ConfigError(invariant, str(threads), "use as many threads as there are cores")
         torch.set_num_threads(threads)
-
-
-def _introduce(run: Run) -> None:
-    import torch
-
-    corpus, screen = run.corpus, console()
-    files = "" if corpus.files == 1 else f"{corpus.files} files, "
-    size = f"{len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held out"
-    screen.print(f"Text   {corpus.source}: {files}{size}")
-    for skipped in corpus.skipped[:_SHOWN]:
-        screen.print(f"       skipped: {harmless(skipped, one_line=True)}")
-    if len(corpus.skipped) > _SHOWN:
-        screen.print(f"       skipped: {len(corpus.skipped) - _SHOWN} more")
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    norm = run.plan.model.norm
-    blocks = _count(run.plan.model.n_layers, "block")
-    shape = f"{blocks} of width {run.plan.model.d_model}, {parameters:,} parameters"
-    screen.print(f"Model  {shape}, {norm.normalization}, placement {norm.norm_placement}")
-    screen.print(f"Run    {run.folder.path}, {_count(torch.get_num_threads(), 'thread')}")
-    for notice in run.notices:
-        screen.print(f"Note   {harmless(notice, one_line=True)}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _print_finished(folder: Path) -> None:
-    from omninorm.experiments.runs import read_plan
-
-    steps, screen = read_plan(folder).train.steps, console()
-    screen.print(
-        f"The run in {folder} is finished: it has done its {_count(steps, 'step')}. Extend it with a larger --steps:"
-    )
-    screen.print(f"  {resume_command(folder)} --steps {2 * steps}")
-    screen.print(f"Generate text with:\n  {generate_command(folder, None)}")
-
-
-def _give_up(run: Run) -> NoReturn:
-    """End after a second Ctrl-C, which came before the step was done."""
-    step = run.folder.newest() or 0
-    console().print(f"Stopped immediately; progress after step {step} is lost. Resume with:")
-    console().print(f"  {resume_command(run.folder.path)}")
-    raise typer.Exit(128 + signal.SIGINT)
-
-
-def _report(run: Run) -> Path | None:
-    """Write the run's report.html, if it was monitored."""
-    from omninorm.report import write_report
-
-    if run.plan.train.watch_every is None:
-        return None
-    return write_report(run.folder.path, run.folder.path / REPORT_FILE)
-
-
-def _conclude(result: TrainResult, run: Run, page: Path | None) -> None:
-    screen, folder = console(), run.folder.path
-    if page is not None:
-        screen.print(f"Report: {page}")
-    if result.status == "interrupted":
-        screen.print(
-            f"Stopped after step {result.steps}; a checkpoint was saved. Resume with:\n  {resume_command(folder)}"
-        )
-        raise typer.Exit(128 + (result.signal or signal.SIGINT))
-    if result.status == "diverged":
-        screen.print(f"Diverged at step {result.steps}: the loss, the gradient or the weights are no longer finite.")
-        screen.print("Try a smaller learning rate, gradient clipping, or another norm or placement.")
-        screen.print(f"Output folder: {folder}")
-        raise typer.Exit(1)
-    speed = f"{result.tokens_per_second:,.0f} tokens/s"
-    screen.print(f"Done: {result.bits_per_byte:.3f} bits per byte on held-out text, {speed}.")
-    screen.print(f"Output folder: {folder}")
-    screen.print(f"Generate text with:\n  {generate_command(folder, _prompt(run.corpus))}")
-
-
-def _prompt(corpus: Corpus) -> str | None:
-    """Return the first words of the text, which suit a model that was trained on it; None if they are no plain text."""
-    words = " ".join(corpus.train[:400].decode(errors="ignore").split()[:3])
-    return words if words.isprintable() and 0 < len(words) <= 60 else None

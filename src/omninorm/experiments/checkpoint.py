@@ -4,11 +4,13 @@ A checkpoint is the folder checkpoints/step-N/:
 
 
 model.safetensors      parameters and buffers, whole
-optimizer.safetensors  AdamW's moments and step counters by parameter name, and torch's random state
+optimizer.safetensors  AdamW's moments and step counters by parameter name, torch's random state, and with float16 the
+                       state of the loss's scaler
 state.json             format, step, and size and SHA-256 of the other files; nothing is unpickled
 
 Processes that share a model (FSDP2) write format 2, which has a folder optimizer/ instead of optimizer.safetensors. It
-holds one file per process in the layout of torch.distributed.checkpoint. Any number of processes can read both formats.
+holds one file per process in the layout of torch.distributed.checkpoint. Any number of processes can read both formats,
+on any device.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ FORMAT, SHARDED_FORMAT = 1, 2
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _PARTS = "optimizer"
 _RANDOM_STATE = "random_state"
+_SCALER = {"scale": ("loss_scale", torch.float64), "_growth_tracker": ("loss_scale_steps", torch.int64)}
 _FOREIGN = "use the checkpoint with the config.json that it was trained with"
 _ALONE = Processes()
 
@@ -56,6 +59,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep: int,
     processes: Processes = _ALONE,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Path:
     """Write `folder`/step-N, then delete all but the newest `keep` checkpoints. All processes must call this.
 
@@ -63,7 +67,7 @@ def save_checkpoint(
         RunError: the disk is full or not writable; nothing half-written is left, earlier checkpoints are intact.
     """
     path = folder / f"step-{step}"
-    weights, moments = _model_tensors(model), _optimizer_tensors(model, optimizer)
+    weights, moments = _model_tensors(model), _optimizer_tensors(model, optimizer, scaler)
     if processes.sharded:
         _save_sharded(path, step, weights, moments, processes)
     elif processes.first:
@@ -115,7 +119,7 @@ def _save_sharded(
     for name, tensor in weights.items():
         value = whole(tensor)
         if processes.first:
-            gathered[name] = value
+            gathered[name] = value.cpu()
     try:
         save_parts(partial / _PARTS, moments)
     except OSError as error:
@@ -154,10 +158,16 @@ def check_packages() -> None:
     _safetensors()
 
 
-def load_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Restore the model and, if an optimizer is given, the optimizer and torch's random state.
+def load_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Restore the model and, if they are given, the optimizer with torch's random state, and the scaler of the loss.
 
-    Everything is checked before a weight is changed.
+    Everything is checked before a weight is changed. The tensors stay on the devices that they are on.
 
     Raises:
         RunError: a file is missing or damaged, or belongs to another model or format. The message names the file,
@@ -173,7 +183,7 @@ def load_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
     moments: dict[str, Tensor] = {}
     if optimizer is not None:
         _create_state(model, optimizer, content.moments)
-        moments = _optimizer_tensors(model, optimizer)
+        moments = _optimizer_tensors(model, optimizer, scaler)
         _check_match(content.parts or path / _OPTIMIZER, moments, content.moments)
     with torch.no_grad():
         for name, tensor in weights.items():
@@ -185,6 +195,9 @@ def load_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
             load_parts(content.parts, moments)
     if optimizer is not None:
         torch.set_rng_state(moments[_RANDOM_STATE])
+    if scaler is not None and scaler.is_enabled():
+        restored = {key: moments[name].item() for key, (name, _) in _SCALER.items()}
+        scaler.load_state_dict({**scaler.state_dict(), **restored})
 
 
 def check_sizes(folder: Path, step: int, config: ThinkerConfig) -> None:
@@ -221,8 +234,13 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {_RANDOM_STATE: torch.get_rng_state()}
+    if scaler is not None and scaler.is_enabled():
+        state = scaler.state_dict()
+        tensors |= {name: torch.tensor(state[key], dtype=dtype) for key, (name, dtype) in _SCALER.items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}.{key}"] = value
@@ -240,7 +258,7 @@ def _create_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Map
 
 
 def _serialize(tensors: Mapping[str, Tensor]) -> bytes:
-    content: bytes = _safetensors().save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    content: bytes = _safetensors().save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     return content
 
 

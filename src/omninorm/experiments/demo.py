@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omninorm.config import NormConfig
+from omninorm.device import AUTO
 from omninorm.experiments.corpus import Corpus
 from omninorm.experiments.evaluate import unigram_bits_per_byte, xz_bits_per_byte
 from omninorm.experiments.run_folder import CONFIG_FILE
@@ -99,8 +100,8 @@ def demo_plans(depth: int, steps: int, text: str | None = None, seed: int = 0) -
     return {name: Plan(model=replace(model, norm=norm), train=train, text=text) for name, (_, norm) in VARIANTS.items()}
 
 
-def prepare(folder: Path, plans: Mapping[str, Plan]) -> None:
-    """Create the run folder of every variant that has none yet. Each run can be resumed on its own.
+def prepare(folder: Path, plans: Mapping[str, Plan], device: str = AUTO) -> None:
+    """Create the run folder of every variant that has none yet. Each run can be resumed on its own, on any device.
 
     Raises:
         DataError, ConfigError, RunError: the text, a setting or the folder can't be used.
@@ -108,7 +109,7 @@ def prepare(folder: Path, plans: Mapping[str, Plan]) -> None:
     for name, plan in plans.items():
         path = folder / name
         if not (path / CONFIG_FILE).exists():
-            create_run(plan, path, ["omninorm", "train", "--resume", str(path)]).folder.close()
+            create_run(plan, path, ["omninorm", "train", "--resume", str(path)], device=device).folder.close()
 
 
 def read_outcome(path: Path, unigram: float) -> Outcome:

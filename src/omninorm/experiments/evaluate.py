@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import lzma
 import math
 from collections.abc import Iterator
@@ -11,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omninorm.device import widest
 from omninorm.experiments.corpus import TokenData
+from omninorm.experiments.precision import autocast
 
 
 def bits_per_byte(
-    model: nn.Module, data: TokenData, *, seq_len: int, batch_size: int, precision: str = "fp32"
+    model: nn.Module, data: TokenData, *, seq_len: int, batch_size: int, precision: str = "float32"
 ) -> float:
     """Return total nats / ln 2 / bytes over the held-out tokens.
 
@@ -30,22 +31,33 @@ def bits_per_byte(
         data: the tokens.
         seq_len: tokens per window.
         batch_size: windows per forward pass; changes the result by rounding only.
-        precision: "fp32" or "bf16" (autocast).
+        precision: "float32", or "bfloat16" or "float16" (autocast).
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    nats, count = 0.0, 0
+    losses: list[Tensor] = []
+    count = 0
     try:
         with torch.no_grad(), autocast(precision, device):
             for inputs, targets in _held_out_batches(data.held_out, seq_len, batch_size):
-                logits = model(inputs.to(device))
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none")
-                nats += float(loss.double().sum())
+                logits = model(to_device(inputs, device))
+                expected = to_device(targets, device).flatten()
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), expected, reduction="none")
+                losses.append(loss.to(widest(device)).sum())
                 count += int(data.byte_lengths[targets].sum())
     finally:
         model.train(was_training)
+    nats = 0.0
+    for each in torch.stack(losses).tolist():  # the host waits for a GPU only here
+        nats += each
     return nats / math.log(2.0) / count
+
+
+def to_device(tokens: Tensor, device: torch.device) -> Tensor:
+    """Copy tokens from the host to the device; to a GPU of NVIDIA or AMD from pinned memory, without waiting."""
+    pinned = tokens.pin_memory() if device.type == "cuda" else tokens
+    return pinned.to(device, non_blocking=device.type != "mps")
 
 
 def unigram_bits_per_byte(train: bytes, held_out: bytes) -> float:
@@ -62,13 +74,6 @@ def xz_bits_per_byte(train: bytes, held_out: bytes) -> float:
     """Return the xz baseline: the growth of the compressed training text when the held-out text is appended."""
     alone = len(lzma.compress(train, preset=6))
     return (len(lzma.compress(train + held_out, preset=6)) - alone) * 8.0 / len(held_out)
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Return bf16 autocast for precision "bf16", and a context that does nothing for "fp32"."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def _held_out_batches(tokens: Tensor, seq_len: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

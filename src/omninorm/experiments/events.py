@@ -15,7 +15,8 @@ from omninorm.monitor import Alarm
 @dataclass(frozen=True)
 class StepEvent:
     """An optimizer step, counted from 1. `loss` is the mean cross entropy in nats per token before the step, over all
-    micro-batches; `grad_norm` the total gradient norm before clipping; `seconds` the step's duration."""
+    micro-batches; `grad_norm` the total gradient norm before clipping, infinite or NaN if the scaler of float16 skipped
+    the step; `seconds` the step's duration."""
 
     step: int
     loss: float

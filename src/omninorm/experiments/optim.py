@@ -10,6 +10,6 @@ from omninorm.layers import param_groups
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over `param_groups`, fused into one kernel because small deep models have many small tensors."""
+    """Return AdamW over `param_groups`, fused into one kernel, because small deep models have many small tensors."""
     groups = param_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.adam_eps, fused=True)

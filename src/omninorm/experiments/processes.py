@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from omninorm.config import check_choice
+from omninorm.device import find_device, find_devices
 from omninorm.errors import ConfigError, OmninormError, RunError
 from omninorm.experiments.sharding import shard
 from omninorm.monitor.tensors import reshard
 
 PARALLEL = ("ddp", "fsdp")
+_CPU = torch.device("cpu")
 _Value = TypeVar("_Value")
 
 
@@ -39,11 +41,13 @@ class Processes:
         rank: the number of this process, from 0.
         count: the number of processes; with 1 nothing is communicated, and the model is whole.
         parallel: "ddp" replicates the model, "fsdp" shards every tensor.
+        device: where this process trains; on GPUs, each process of a machine has one of its own.
     """
 
     rank: int = 0
     count: int = 1
     parallel: str = "ddp"
+    device: torch.device = _CPU
 
     @property
     def first(self) -> bool:
@@ -58,10 +62,13 @@ class Processes:
         """Return the model to call, with gradients averaged over the processes. Call it before making the optimizer."""
         if self.sharded:
             return shard(model)
-        return DistributedDataParallel(model) if self.count > 1 else model
+        if self.count == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=None if self.device.type == "cpu" else [self.device])
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
         """Return a context for a micro-batch: gradients are averaged in the last one of a step."""
+        model = getattr(model, "_orig_mod", model)  # of a compiled model
         if self.sharded:
             model.set_requires_gradient_sync(last)  # type: ignore[operator]
         elif isinstance(model, DistributedDataParallel) and not last:
@@ -72,12 +79,13 @@ class Processes:
         """Return the rows of this process."""
         return batch.chunk(self.count)[self.rank]
 
-    def mean(self, value: float) -> float:
-        """Return the mean over the processes, the same number on each."""
-        return sum(self._all(value)) / self.count
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean over the processes, the same number on each. The host does not wait for a GPU."""
+        return sum(self._all(value), torch.zeros_like(value)) / self.count
 
     def largest(self, value: int) -> int:
-        return int(max(self._all(float(value))))
+        """Return the largest of the processes' numbers, which are exchanged on the host."""
+        return int(max(float(each) for each in self._all(torch.tensor(float(value), dtype=torch.float64))))
 
     def from_first(self, compute: Callable[[], _Value]) -> _Value:
         """Return on all processes what the first one computes, a JSON value. Its OmninormError ends all of them."""
@@ -121,13 +129,12 @@ class Processes:
         received: dict[str, Any] = json.loads(bytes(content.tolist()))
         return received
 
-    def _all(self, value: float) -> list[float]:
+    def _all(self, value: Tensor) -> list[Tensor]:
         if self.count == 1:
             return [value]
-        mine = torch.tensor([value], dtype=torch.float64)
-        everyone = [torch.empty_like(mine) for _ in range(self.count)]
-        dist.all_gather(everyone, mine)
-        return [float(each) for each in everyone]
+        everyone = [torch.empty_like(value) for _ in range(self.count)]
+        dist.all_gather(everyone, value)
+        return everyone
 
 
 def launched() -> bool:
@@ -136,25 +143,36 @@ def launched() -> bool:
 
 
 @contextmanager
-def joined(parallel: str = "ddp") -> Iterator[Processes]:
+def joined(parallel: str = "ddp", device: str = "cpu") -> Iterator[Processes]:
     """Join the other processes, if there are any, and leave the group at the end.
 
+    Tensors on GPUs are exchanged by NCCL (RCCL on AMD), and those on the host by gloo.
+
+    Args:
+        parallel: "ddp" or "fsdp".
+        device: a name as in `find_devices`; "auto" and "cuda" give each process of a machine a GPU of its own.
+
     Raises:
-        ConfigError: `parallel` is unknown.
+        ConfigError: `parallel` is unknown, or there is no such device for this process.
         RunError: the other processes can't be reached, or one of them is gone.
     """
     check_choice("parallel", parallel, PARALLEL)
     if not launched():
-        yield Processes()
+        yield Processes(device=find_device(device))
         return
+    own = own_device(device, int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
+    on_cpu = own.type == "cpu"
+    if not on_cpu:
+        torch.accelerator.set_device_index(own.index)
     try:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo" if on_cpu else f"cpu:gloo,{own.type}:nccl")
     except (RuntimeError, ValueError) as error:
         remedy = "start the command with torchrun: torchrun --nproc-per-node 2 -m omninorm train …"
         raise RunError(f"The processes of this run can't reach each other ({_short(error)})", "", remedy) from error
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), parallel)
-        dist.barrier()  # keep the group alive until all processes are done
+        processes = Processes(dist.get_rank(), dist.get_world_size(), parallel, own)
+        yield processes
+        processes.largest(0)  # keep the group alive until all processes are done
     except RuntimeError as error:
         if not _is_lost(error):
             raise
@@ -164,11 +182,34 @@ def joined(parallel: str = "ddp") -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
+def own_device(name: str, number: int) -> torch.device:
+    """Return the device of the process with this number among those of its machine.
+
+    Raises:
+        ConfigError: the device cannot be used, they would share it, or there are more processes than GPUs.
+        SilentExit: another process raises that error.
+    """
+    try:
+        devices = find_devices(name)
+        if devices[0].type == "cpu":
+            return devices[0]
+        if ":" in name or devices[0].index is None:
+            remedy = "leave the number of the GPU out, or use the device cpu"
+            raise ConfigError("The processes under torchrun need a GPU each", f"the device {name} for all", remedy)
+    except ConfigError as error:
+        raise (SilentExit if number else error) from None
+    if number < len(devices):
+        return devices[number]
+    invariant = f"The processes under torchrun need a GPU each, and this machine has {len(devices)}"
+    remedy = f"start torchrun with --nproc-per-node {len(devices)}, or use the device cpu"
+    raise ConfigError(invariant, f"{number + 1} processes", remedy) if number == len(devices) else SilentExit
+
+
 def _is_lost(error: RuntimeError) -> bool:
     """Return whether the other side of a connection is gone."""
     text = str(error)
     return isinstance(error, dist.DistError) or any(
-        word in text for word in ("gloo", "Connection closed", "reset by peer")
+        word in text for word in ("gloo", "NCCL", "Connection closed", "reset by peer")
     )
 
 

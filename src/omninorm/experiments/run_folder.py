@@ -20,6 +20,7 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 FORMAT = 1
 _LOCK = ".lock"
+_OWN = (CONFIG_FILE, RECORD_FILE, _LOCK)
 
 __all__ = ["RunFolder", "fresh_folder", "list_checkpoints", "load_checkpoint", "save_checkpoint"]
 
@@ -33,6 +34,8 @@ class RunFolder:
 
     The lock is the kernel's (flock), so it ends with the process, however the process ends.
     """
+
+    _created: tuple[tuple[str, ...], bool] | None = None
 
     def __init__(self, path: Path) -> None:
         """Open a folder that has a config.json: lock it and clean up after a killed process.
@@ -81,8 +84,9 @@ class RunFolder:
                 run._open(stack)
                 run._write(config, files)
             except BaseException:
-                _undo(path, (*files, CONFIG_FILE, RECORD_FILE, _LOCK), made)
+                _undo(path, (*files, *_OWN), made)
                 raise
+            run._created = (*files, *_OWN), made
             run._resources = stack.pop_all()
         return run
 
@@ -119,6 +123,11 @@ class RunFolder:
         """Return the step of the newest checkpoint, or None."""
         steps = list_checkpoints(self.checkpoints)
         return steps[-1] if steps else None
+
+    def discard(self) -> None:
+        """Remove what `create` wrote, for a run that cannot get a first checkpoint. Other runs are left alone."""
+        if self._created is not None and self.newest() is None:
+            _undo(self.path, *self._created)
 
     def close(self) -> None:
         """Close the record and release the lock."""

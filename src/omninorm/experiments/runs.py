@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,14 @@ from typing import Any
 import torch
 
 from omninorm.config import NormConfig, check_choice, check_keys, read_count, store_python_numbers
+from omninorm.device import AUTO, device_name, find_device
 from omninorm.errors import ConfigError, DataError, OmninormError, RunError
 from omninorm.experiments.checkpoint import check_packages, check_sizes, list_checkpoints, load_checkpoint
 from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
 from omninorm.experiments.events import Callback, TrainResult
 from omninorm.experiments.interrupt import Interrupt
-from omninorm.experiments.memory import check_model, does_not_fit
+from omninorm.experiments.memory import check_model, does_not_fit, fitting, step_does_not_fit
+from omninorm.experiments.precision import choose_precision
 from omninorm.experiments.processes import Processes
 from omninorm.experiments.provenance import git_commit, versions
 from omninorm.experiments.run_folder import (
@@ -39,7 +39,6 @@ from omninorm.thinker import Thinker, ThinkerConfig
 _SECTIONS = ("model", "train", "tokenizer", "data", "versions")
 _MOST_SKIPPED = 20  # entries in config.json
 _AFTER_DIVERGENCE = "start a new run with a smaller learning rate, gradient clipping, or another norm or placement"
-_NO_MEMORY = "allocate|overflow|out of memory"
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,10 @@ class Plan:
 
 @dataclass
 class Run:
-    """A run that is ready to train. Close it, or use it as a context manager, to release its folder."""
+    """A run that is ready to train. Close it, or use it as a context manager, to release its folder.
+
+    Its model is on the CPU until it is trained, on the device of `processes`.
+    """
 
     plan: Plan
     folder: RunFolder
@@ -120,20 +122,27 @@ class Run:
     processes: Processes = field(default_factory=Processes)
 
     def train(self, on_event: Callback | None = None) -> TrainResult:
-        """Train to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`."""
-        received = f"batch_size={self.plan.train.batch_size}, seq_len={self.plan.train.seq_len}"
-        remedy = "use a smaller batch_size and a larger grad_accumulation, in another folder"
-        too_large = ConfigError("A training step must fit in memory", received, remedy)
-        with _fitting(too_large), Interrupt(patient=self.processes.count > 1) as interrupt:
-            return train(
-                self.model,
-                self.data,
-                self.plan.train,
-                run=self.folder,
-                on_event=on_event,
-                stopped_by=lambda: interrupt.signal,
-                processes=self.processes,
-            )
+        """Train to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`.
+
+        Raises:
+            ConfigError: a step does not fit in the memory of the device. The folder of a new run is removed.
+        """
+        too_large = step_does_not_fit(self.plan.train, self.processes.device)
+        try:
+            with fitting(too_large), Interrupt(patient=self.processes.count > 1) as interrupt:
+                return train(
+                    self.model.to(self.processes.device),
+                    self.data,
+                    self.plan.train,
+                    run=self.folder,
+                    on_event=on_event,
+                    stopped_by=lambda: interrupt.signal,
+                    processes=self.processes,
+                )
+        except ConfigError:
+            if self.processes.count == 1:
+                self.folder.discard()
+            raise
 
     def __enter__(self) -> Run:
         return self
@@ -142,33 +151,45 @@ class Run:
         self.folder.close()
 
 
-def create_run(plan: Plan, path: Path | None = None, command: Sequence[str] = ()) -> Run:
+def create_run(
+    plan: Plan,
+    path: Path | None = None,
+    command: Sequence[str] = (),
+    processes: Processes | None = None,
+    *,
+    device: str = AUTO,
+) -> Run:
     """Read the text, build tokenizer and model, and create the run's folder last, when nothing else can fail.
 
     Args:
         plan: what to run.
         path: a new or empty folder; None means a new runs/NAME-N, named after the text.
         command: how the run was started, for config.json.
+        processes: those that will train together, with their devices; None means this one alone, on `device`.
+        device: a name as in `omninorm.device.find_devices`. It also decides what precision "auto" is.
 
     Raises:
-        DataError, ConfigError, RunError: the text, a setting or the folder is unusable; then nothing was written.
+        DataError, ConfigError, RunError: the text, a setting, the device or the folder is unusable; then nothing was
+            written.
         MissingExtraError: a package that this or the checkpoints need is not installed.
     """
     check_packages()
     check_model(plan.model)
+    processes = processes or Processes(device=find_device(device))
     corpus = load_corpus(plan.text, plan.held_out)
     tokenizer = build_tokenizer(plan.tokenizer, plan.vocab_size, corpus.train)
     plan = replace(
         plan,
         text=None if plan.text is None else corpus.source,
         model=replace(plan.model, vocab_size=tokenizer.vocab_size),
+        train=replace(plan.train, precision=choose_precision(plan.train.precision, processes.device)),
     )
     data = tokenize(corpus, tokenizer, plan.train.seq_len, plan.train.eval_bytes)
     model = build_model(plan.model, plan.train.seed)
     serialized = tokenizer.to_json()
     files = {} if serialized is None else {TOKENIZER_FILE: serialized.encode()}
-    folder = _create_folder(path, corpus.name, _describe(plan, corpus, files, command), files)
-    return Run(plan, folder, corpus, tokenizer, data, model)
+    folder = _create_folder(path, corpus.name, _describe(plan, corpus, files, command, processes.device), files)
+    return Run(plan, folder, corpus, tokenizer, data, model, processes=processes)
 
 
 def _create_folder(path: Path | None, name: str, config: Mapping[str, Any], files: Mapping[str, bytes]) -> RunFolder:
@@ -187,8 +208,9 @@ def open_run(
     *,
     steps: int | None = None,
     command: Sequence[str] = (),
+    device: str | None = None,
 ) -> Run:
-    """Open a run to continue it from its newest checkpoint, with its own settings.
+    """Open a run to continue it from its newest checkpoint, with its own settings, on any device.
 
     A larger number of steps extends the run, finished or not; a smaller one shortens it, but not below the newest
     checkpoint. From the resumed step on, the learning rate follows the schedule for the new number of steps; the
@@ -200,10 +222,11 @@ def open_run(
         processes: those that train together, of which the first has opened the run already; None means this one alone.
         steps: the new number of optimizer steps; None keeps the run's.
         command: how the run was extended or shortened, for config.json.
+        device: where to continue it alone, a name as in `omninorm.device.find_devices`; None means `usual_device`.
 
     Raises:
-        ConfigError: `steps` is below the newest checkpoint or the warm-up, or above 10¹², or the model is too large for
-            this machine.
+        ConfigError: the device cannot be used, `steps` is below the newest checkpoint or the warm-up, or above 10¹²,
+            or the model is too large for this machine.
         RunError: no run, a damaged one, one that another process is writing, one that diverged, or the text is not
             the one that the run was started with.
         DataError: the text is no longer there, or no text any more.
@@ -212,6 +235,7 @@ def open_run(
     check_packages()
     config = read_config(path)
     plan = read_plan(path)
+    processes = processes or Processes(device=find_device(usual_device(path) if device is None else device))
     if final_status(path / RECORD_FILE) == "diverged":
         raise RunError(f"The run in {path} has diverged and can't be resumed", "", _AFTER_DIVERGENCE)
     try:
@@ -226,9 +250,8 @@ def open_run(
     if steps_saved:
         check_sizes(path / CHECKPOINTS, steps_saved[-1], plan.model)
     model = build_model(plan.model, plan.train.seed)
-    processes = processes or Processes()
     folder = RunFolder(path) if processes.first else RunFolder.follow(path, processes.rank)
-    notices = _changes(config)
+    notices = _changes(config, processes.device)
     try:
         extended = plan if steps is None else _extended(plan, steps, path, folder.newest() or 0)
         if extended != plan:
@@ -237,6 +260,19 @@ def open_run(
         folder.close()
         raise
     return Run(extended, folder, corpus, tokenizer, data, model, notices, processes)
+
+
+def usual_device(path: Path) -> str:
+    """Return the name of the device to resume a run on: where it was started, or "auto" if that is not here.
+
+    A run from before devices were recorded was started on the CPU.
+    """
+    try:
+        name = read_config(path).get("device", "cpu")
+        find_device(name if isinstance(name, str) else AUTO)
+    except OmninormError:  # `open_run` reports what is wrong with config.json
+        return AUTO
+    return name if isinstance(name, str) else AUTO
 
 
 def _extended(plan: Plan, steps: int, path: Path, done: int) -> Plan:
@@ -364,25 +400,13 @@ def build_model(config: ThinkerConfig, seed: int) -> Thinker:
     """
     check_model(config)
     torch.manual_seed(seed)
-    with _fitting(does_not_fit(config)):
+    with fitting(does_not_fit(config)):
         return Thinker(config)
 
 
-@contextmanager
-def _fitting(otherwise: ConfigError) -> Iterator[None]:
-    """Raise `otherwise` in place of a failed allocation."""
-    try:
-        yield
-    except OmninormError:
-        raise
-    except (MemoryError, RuntimeError, TypeError, OverflowError) as error:
-        # On a CPU torch raises a plain RuntimeError, and other types for sizes beyond 64 bits.
-        if not isinstance(error, (MemoryError, OverflowError)) and not re.search(_NO_MEMORY, str(error), re.IGNORECASE):
-            raise
-        raise otherwise from error
-
-
-def _describe(plan: Plan, corpus: Corpus, files: Mapping[str, bytes], command: Sequence[str]) -> dict[str, Any]:
+def _describe(
+    plan: Plan, corpus: Corpus, files: Mapping[str, bytes], command: Sequence[str], device: torch.device
+) -> dict[str, Any]:
     """Return the content of config.json."""
     digest = {"sha256": hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()} if TOKENIZER_FILE in files else {}
     return {
@@ -399,6 +423,8 @@ def _describe(plan: Plan, corpus: Corpus, files: Mapping[str, bytes], command: S
             "held_out_bytes": len(corpus.held_out),
             "sha256": corpus.sha256,
         },
+        "device": str(device),
+        "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "git_commit": git_commit(),
@@ -416,7 +442,7 @@ def _shorten(skipped: Sequence[str]) -> list[str]:
     return [*skipped[:_MOST_SKIPPED], *([f"and {more} more"] if more > 0 else [])]
 
 
-def _changes(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _changes(config: Mapping[str, Any], device: torch.device) -> tuple[str, ...]:
     """Return notices of changes since the start of the run that can affect its arithmetic."""
     then, now = config.get("versions", {}), versions()
     notices = [
@@ -428,6 +454,10 @@ def _changes(config: Mapping[str, Any]) -> tuple[str, ...]:
     if config.get("threads") != torch.get_num_threads():
         threads = f"threads={config.get('threads')!s:.40} and continues with {torch.get_num_threads()}"
         notices.append(f"the run was started with {threads}: results may differ in the last bits")
+    before, here = config.get("device_name", "cpu"), device_name(device)
+    if before != here:
+        devices = f"{before!s:.80} and continues on {here}"
+        notices.append(f"the run was started on {devices}: results are equal up to rounding")
     return tuple(notices)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from omninorm.config import check_choice, check_count, check_keys, check_number, store_python_numbers
 from omninorm.errors import ConfigError
+from omninorm.experiments.precision import PRECISIONS, SHORT
 
 SCHEDULES = ("cosine", "constant")
-PRECISIONS = ("fp32", "bf16")
 # The range of float32, the dtype of the weights: beyond it a number becomes 0 or infinite.
 _SMALLEST, _LARGEST = 1e-38, 3e38
 _MOST_STEPS = 10**12
@@ -35,7 +35,11 @@ class TrainConfig:
         grad_clip: clip the total gradient norm to this, in [1e-38, 3e38]; None disables clipping.
         grad_accumulation: micro-batches per step. It changes the memory, not the mathematics: a step has the same
             sequences however they are divided.
-        precision: "fp32", or "bf16" for autocast (parameters, moments and the loss stay in fp32).
+        precision: "float32", or "bfloat16" or "float16" for autocast: parameters, moments and the loss stay in float32,
+            and with float16 the loss is scaled. "auto" is chosen by the device, see `choose_precision`. The short
+            names "fp32", "bf16" and "fp16" are accepted.
+        compile: train the model compiled by torch.compile.
+        tf32: round the factors of float32 matrix products to TF32, on NVIDIA GPUs.
         seed: random seed for weights and batches, ≥ 0.
         eval_every: steps between evaluations on the held-out text; step 0 and the last step are always evaluated.
         eval_bytes: bytes of the held-out text to evaluate, from its start; None means all.
@@ -60,7 +64,9 @@ class TrainConfig:
     adam_eps: float = 1e-8
     grad_clip: float | None = 1.0
     grad_accumulation: int = 1
-    precision: str = "fp32"
+    precision: str = "auto"
+    compile: bool = False
+    tf32: bool = False
     seed: int = 0
     eval_every: int = 100
     eval_bytes: int | None = 65536
@@ -83,7 +89,12 @@ class TrainConfig:
         if self.eval_bytes is not None:
             check_count("eval_bytes", self.eval_bytes, at_least=2)
         check_choice("schedule", self.schedule, SCHEDULES)
+        if isinstance(self.precision, str):
+            object.__setattr__(self, "precision", SHORT.get(self.precision, self.precision))
         check_choice("precision", self.precision, PRECISIONS)
+        for name in ("compile", "tf32"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False", f"{getattr(self, name)!r:.60}", "choose one of them")
         self._check_numbers()
         self._check_warmup()
 

@@ -6,14 +6,16 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from omninorm.device import widest
 from omninorm.errors import RunError
 from omninorm.experiments.corpus import TokenData, windows
-from omninorm.experiments.evaluate import autocast, bits_per_byte
+from omninorm.experiments.evaluate import bits_per_byte, to_device
 from omninorm.experiments.events import (
     AlarmEvent,
     Callback,
@@ -27,12 +29,16 @@ from omninorm.experiments.events import (
     to_record,
 )
 from omninorm.experiments.optim import build_optimizer
+from omninorm.experiments.precision import autocast, build_scaler, choose_precision, tensor_cores
 from omninorm.experiments.processes import Processes
+from omninorm.experiments.readings import Reading, Readings
 from omninorm.experiments.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from omninorm.experiments.settings import TrainConfig, learning_rate
 from omninorm.monitor import Watch, watch
 from omninorm.monitor.tensors import here, whole
 from omninorm.record import RECORD_FILE, read_record
+
+_OF_EVALUATION = ("seq_len", "batch_size", "precision")
 
 
 def train(
@@ -45,15 +51,16 @@ def train(
     stopped_by: Callable[[], int | None] = lambda: None,
     processes: Processes | None = None,
 ) -> TrainResult:
-    """Train a model, from the newest checkpoint of `run` if there is one.
+    """Train a model on the device of its parameters, from the newest checkpoint of `run` if there is one.
 
     A step: set the learning rate, accumulate the gradients of its micro-batches, measure and clip them, step; then
-    log, evaluate, checkpoint. A resumed run is bit-identical to an uninterrupted one on the same machine with the same
-    number of threads.
+    log, evaluate, checkpoint. A resumed run is bit-identical to an uninterrupted one on the same CPU with the same
+    number of threads, and on the same GPU if its operators are deterministic; on another device it is equal up to
+    rounding. On a GPU the host waits once per step, for the loss and the gradient norm of the step before.
 
     Args:
         model: maps int64 tokens (batch, sequence) to logits (batch, sequence, vocabulary); trained in place.
-        data: training and held-out tokens, see `tokenize`.
+        data: training and held-out tokens on the CPU, see `tokenize`.
         config: the settings.
         run: where to record and to write checkpoints; None keeps everything in memory, without monitoring.
         on_event: called with every event as it happens.
@@ -63,7 +70,8 @@ def train(
 
     Returns:
         The status and the recorded events. A non-finite loss or gradient, or non-finite weights when a checkpoint is
-        due, end the run as "diverged", which is a result and not an error.
+        due, end the run as "diverged", which is a result and not an error. On a GPU this is noticed one step later,
+        but before anything is written.
 
     Raises:
         RunError: the run's folder can't be written, its newest checkpoint can't be used, or a process is gone.
@@ -71,89 +79,117 @@ def train(
     """
     processes = processes or Processes()
     processes.check_batch(config.batch_size)
+    device = next(model.parameters()).device
+    config = replace(config, precision=choose_precision(config.precision, device))
     wrapped = processes.wrap(model)
-    optimizer = build_optimizer(model, config)
+    called = torch.compile(wrapped) if config.compile else wrapped
+    assert isinstance(called, nn.Module)
+    job = _Job(model, called, build_optimizer(model, config), build_scaler(config.precision, device), data, config)
     log = _Log(run, on_event, processes)
-    done = log.restore(model, optimizer)
+    done = log.restore(job)
     model.train()
-    if done == 0 and not log.evaluate(0, model, data, config):
-        return log.stop(StopEvent(0, "diverged"))
-    if done == config.steps and not log.evaluated(done) and not log.evaluate(done, model, data, config):
-        return log.stop(StopEvent(done, "diverged"))
-    with log.watching(wrapped, optimizer, done, config):
-        end = _steps(model, wrapped, optimizer, data, config, done, log, stopped_by)
+    with tensor_cores(config.tf32, device):
+        if done == 0 and not log.evaluate(0, job):
+            return log.stop(StopEvent(0, "diverged"))
+        if done == config.steps and not log.evaluated(done) and not log.evaluate(done, job):
+            return log.stop(StopEvent(done, "diverged"))
+        with log.watching(job, done):
+            end = _steps(job, done, log, stopped_by)
     return log.stop(end)
 
 
-def _steps(
-    model: nn.Module,
-    wrapped: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: TokenData,
-    config: TrainConfig,
-    done: int,
-    log: _Log,
-    stopped_by: Callable[[], int | None],
-) -> StopEvent:
-    """Run the steps after `done` and return how they ended; `wrapped` is the model to call."""
-    processes = log.processes
-    for step in range(done + 1, config.steps + 1):
-        started = time.perf_counter()
-        rate = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = _accumulate(wrapped, data, config, step, processes)
-        grad_norm = _clip(model, config.grad_clip)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            log.watch_step(loss)
-            return StopEvent(step, "diverged", loss, grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        log.watch_step(loss)
-        seconds = time.perf_counter() - started
+@dataclass(frozen=True)
+class _Job:
+    """What is trained, and how. `called` is the model to call: wrapped for several processes, and perhaps compiled."""
 
-        if _due(step, config.log_every, config):
-            log.emit(StepEvent(step, loss, grad_norm, rate, seconds, config.tokens_per_step / seconds))
-        if _due(step, config.eval_every, config) and not log.evaluate(step, model, data, config):
-            return StopEvent(step, "diverged", loss, grad_norm)
+    model: nn.Module
+    called: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    data: TokenData
+    config: TrainConfig
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def _steps(job: _Job, done: int, log: _Log, stopped_by: Callable[[], int | None]) -> StopEvent:
+    """Run the steps after `done` and return how they ended."""
+    config, processes = job.config, log.processes
+    readings = Readings(late=job.device.type != "cpu", scaled=job.scaler.is_enabled(), report=log.step_done(config))
+    for step in range(done + 1, config.steps + 1):
+        started, rate = time.perf_counter(), learning_rate(step, config)
+        for group in job.optimizer.param_groups:
+            group["lr"] = rate
+        loss = _accumulate(job.called, job.data, config, step, processes, job.scaler)
+        job.scaler.unscale_(job.optimizer)
+        reading = Reading(step, rate, started, loss, _clip(job.model, config.grad_clip))
+        if end := readings.check_at_once(reading):
+            log.watch_step(reading.loss)
+            return end
+        job.scaler.step(job.optimizer)
+        job.scaler.update()
+        job.optimizer.zero_grad(set_to_none=True)
+        log.watch_step(loss if readings.late else reading.loss)
+
+        end = readings.add(reading)
+        evaluates, checkpoints = (_due(step, every, config) for every in (config.eval_every, config.checkpoint_every))
+        if end is None and (evaluates or checkpoints):
+            end = readings.settle()
+        if end is not None:
+            return end
+        if evaluates and not log.evaluate(step, job):
+            return reading.end()
         signal = (processes.largest(stopped_by() or 0) or None) if step < config.steps else None
-        if signal is not None or _due(step, config.checkpoint_every, config):
-            if processes.largest(not _is_finite(model)):  # such a checkpoint must not replace a good one
-                return StopEvent(step, "diverged", loss, grad_norm)
-            log.checkpoint(step, model, optimizer, config)
+        if signal is not None or checkpoints:
+            if (end := readings.settle()) is not None:
+                return end
+            if processes.largest(not _is_finite(job.model)):  # such a checkpoint must not replace a good one
+                return reading.end()
+            log.checkpoint(step, job)
         if signal is not None:
             return StopEvent(step, "interrupted", signal=signal)
     return StopEvent(config.steps, "finished")
 
 
-def _accumulate(model: nn.Module, data: TokenData, config: TrainConfig, step: int, processes: Processes) -> float:
-    """Accumulate the gradients of the step's mean loss by micro-batches; return that loss in nats per token."""
+def _accumulate(
+    model: nn.Module,
+    data: TokenData,
+    config: TrainConfig,
+    step: int,
+    processes: Processes,
+    scaler: torch.amp.GradScaler,
+) -> Tensor:
+    """Accumulate the gradients of the step's mean loss by micro-batches, scaled by the scaler; return that loss in nats
+    per token, on the device."""
     device = next(model.parameters()).device
     count = config.batch_size * config.grad_accumulation
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=widest(device), device=device)
     batches = windows(data.train, config.seed, step, count, config.seq_len)
     for number, batch in enumerate(batches.view(config.grad_accumulation, config.batch_size, -1), start=1):
-        tokens = processes.share(batch).to(device)
+        tokens = to_device(processes.share(batch), device)
         with processes.accumulating(model, last=number == config.grad_accumulation):
             with autocast(config.precision, device):
                 logits = model(tokens[:, :-1])
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-            (loss / config.grad_accumulation).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach().double().cpu() / config.grad_accumulation
-    return processes.mean(float(total))
+            scaler.scale(loss / config.grad_accumulation).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach().to(total.dtype) / config.grad_accumulation
+    return processes.mean(total)
 
 
-def _clip(model: nn.Module, limit: float | None) -> float:
+def _clip(model: nn.Module, limit: float | None) -> Tensor:
     """Clip gradients to the total norm `limit`, unless it is None; return the norm before clipping."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = whole(nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return float(norm)
+    return norm
 
 
 def _is_finite(model: nn.Module) -> bool:
-    return all(bool(here(parameter.detach()).isfinite().all()) for parameter in model.parameters())
+    """Return whether all parameters are finite. The host waits for a GPU once."""
+    return bool(torch.stack([here(parameter.detach()).isfinite().all() for parameter in model.parameters()]).all())
 
 
 def _due(step: int, every: int, config: TrainConfig) -> bool:
@@ -175,13 +211,13 @@ class _Log:
         self._watch: Watch | None = None
         self._alarms_emitted = 0
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    def restore(self, job: _Job) -> int:
         """Load the newest checkpoint and the events up to it; return its step, 0 if there is none."""
         if self._run is None:
             return 0
         step = self.processes.from_first(self._run.newest)
         if step is not None:
-            load_checkpoint(self._run.checkpoints, step, model, optimizer)
+            load_checkpoint(self._run.checkpoints, step, job.model, job.optimizer, job.scaler)
         path = self._run.path / RECORD_FILE
         if self.processes.from_first(lambda: bool(read_record(path))):
             self._run.record.append({"kind": "resume", "step": step or 0})
@@ -190,18 +226,28 @@ class _Log:
         return step or 0
 
     @contextmanager
-    def watching(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, done: int, config: TrainConfig
-    ) -> Iterator[None]:
+    def watching(self, job: _Job, done: int) -> Iterator[None]:
         """Monitor the run, if it has a record to write to."""
-        if self._run is None or config.watch_every is None:
+        every = job.config.watch_every
+        if self._run is None or every is None:
             yield
             return
-        with watch(model, optimizer, config.watch_every, self._run.record, step=done) as self._watch:
+        scaler = job.scaler if job.scaler.is_enabled() else None
+        with watch(job.called, job.optimizer, every, self._run.record, step=done, scaler=scaler) as self._watch:
             yield
         self._emit_alarms()
 
-    def watch_step(self, loss: float) -> None:
+    def step_done(self, config: TrainConfig) -> Callable[[Reading, float], None]:
+        """Return what to call with each step and its duration."""
+
+        def report(reading: Reading, seconds: float) -> None:
+            step, speed = reading.step, config.tokens_per_step / seconds
+            if _due(step, config.log_every, config):
+                self.emit(StepEvent(step, reading.loss, reading.grad_norm, reading.lr, seconds, speed))
+
+        return report
+
+    def watch_step(self, loss: Tensor | float) -> None:
         if self._watch is not None:
             self._watch.step(loss)
             self._emit_alarms()
@@ -220,15 +266,10 @@ class _Log:
         if self._on_event is not None:
             self._on_event(event)
 
-    def evaluate(self, step: int, model: nn.Module, data: TokenData, config: TrainConfig) -> bool:
+    def evaluate(self, step: int, job: _Job) -> bool:
         """Measure held-out bits per byte; return whether they are finite."""
-        started = time.perf_counter()
-        bits = self.processes.evaluate(
-            model,
-            lambda: bits_per_byte(
-                model, data, seq_len=config.seq_len, batch_size=config.batch_size, precision=config.precision
-            ),
-        )
+        started, settings = time.perf_counter(), {name: getattr(job.config, name) for name in _OF_EVALUATION}
+        bits = self.processes.evaluate(job.model, lambda: bits_per_byte(job.model, job.data, **settings))
         self.emit(EvalEvent(step, bits, time.perf_counter() - started))
         return math.isfinite(bits)
 
@@ -236,14 +277,13 @@ class _Log:
         """Return whether a step has been evaluated. A run that was shortened may end at one that was not."""
         return self.processes.from_first(lambda: step in self._evals)
 
-    def checkpoint(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
+    def checkpoint(self, step: int, job: _Job) -> None:
         if self._run is not None:
             if self._watch is not None:
                 self._watch.flush()
             self._run.record.sync()
-            path = save_checkpoint(
-                self._run.checkpoints, step, model, optimizer, config.keep_checkpoints, self.processes
-            )
+            folder, keep = self._run.checkpoints, job.config.keep_checkpoints
+            path = save_checkpoint(folder, step, job.model, job.optimizer, keep, self.processes, job.scaler)
             if self.processes.first:
                 self.emit(CheckpointEvent(step, path))
 

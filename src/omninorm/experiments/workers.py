@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from omninorm.errors import RunError
 from omninorm.record import RECORD_FILE, final_status
@@ -31,11 +34,14 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 class Workers:
     """Train runs in processes of `omninorm train --resume`, at most `count` at a time, in the order given.
 
+    The runs take turns with `devices`; if these are empty, each run stays on its own device.
+
     Use it as a context manager: when it is left early, running processes are stopped and save a checkpoint.
     """
 
-    def __init__(self, runs: Sequence[Path], count: int) -> None:
+    def __init__(self, runs: Sequence[Path], count: int, devices: Sequence[torch.device] = ()) -> None:
         self._waiting = list(runs)
+        self._devices = itertools.cycle(devices)
         self._count = count
         self._working: dict[Path, subprocess.Popen[bytes]] = {}
 
@@ -57,7 +63,9 @@ class Workers:
         return bool(self._working)
 
     def _start(self, run: Path) -> None:
-        arguments = [str(os.getpid()), "train", "--resume", str(run)]
+        device = next(self._devices, None)
+        place = [] if device is None else ["--device", str(device)]
+        arguments = [str(os.getpid()), "train", "--resume", str(run), *place]
         # A session of its own, so that Ctrl-C reaches it only once, from this process.
         with open(run / LOG_FILE, "ab") as log:
             self._working[run] = subprocess.Popen(

@@ -199,7 +199,7 @@ def _center(model: nn.Module, module: nn.Module, parameters: Sequence[tuple[str,
     for name, dim in parameters:
         parameter = module.get_parameter(name)
         done.keep(parameter)
-        values = parameter.detach().double()
+        values = parameter.detach().cpu().double()
         with torch.no_grad():
             parameter.copy_(values - values.mean(dim, keepdim=True))
 

@@ -143,8 +143,8 @@ def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery, mea
     assert isinstance(identity, Identity)
     gain = None if identity.gain is None else norm.get_parameter(identity.gain)
     bias = None if identity.bias is None else norm.get_parameter(identity.bias)
-    factor = None if gain is None else gain.detach().double().cpu() + identity.gain_offset
-    shift = None if bias is None else bias.detach().double().cpu()
+    factor = None if gain is None else gain.detach().cpu().double() + identity.gain_offset
+    shift = None if bias is None else bias.detach().cpu().double()
     for reader in readers:
         module = model.get_submodule(reader)
         untie(model, module, done)
@@ -198,7 +198,7 @@ def untie_head(model: nn.Module, done: Surgery) -> None:
 def _scale(found: LinearMap, factor: Tensor | None, shift: Tensor | None, done: Surgery) -> None:
     """Set W ← W·diag(factor), b ← b + W·shift, computed in float64."""
     weight, bias = found.weight, found.bias
-    matrix = weight.detach().double().cpu()
+    matrix = weight.detach().cpu().double()
     matrix = matrix.T if found.transposed else matrix  # (outputs, inputs)
     with torch.no_grad():
         if shift is not None and bool(shift.any()):
@@ -208,7 +208,7 @@ def _scale(found: LinearMap, factor: Tensor | None, shift: Tensor | None, done: 
                 done.set_parameter(found.module, "bias", new)
             else:
                 done.keep(bias)
-                bias.copy_(bias.double().cpu() + moved)
+                bias.copy_(bias.cpu().double() + moved)
         if factor is not None:
             done.keep(weight)
             scaled = matrix * factor

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omninorm.device import free_memory
 from omninorm.errors import InputError
 from omninorm.surgery.report import check_model
 from omninorm.surgery.swap import swap_norms
@@ -18,6 +19,9 @@ from omninorm.surgery.swap import swap_norms
 # Rounding in float64 is 2e-16; a model of a hundred layers stays far below this limit.
 EXACT = 1e-10
 _TOKENS = (2, 16)
+_CPU = torch.device("cpu")
+# The largest activations, and a second copy while the first is made, in multiples of the copy.
+_MARGIN = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Verification:
         blocks: the relative difference after every block that both have, by name.
         exact: whether `relative` is at most `limit`.
         limit: see `EXACT`.
+        device: where they were compared.
     """
 
     largest: float
@@ -37,12 +42,15 @@ class Verification:
     blocks: Mapping[str, float]
     exact: bool
     limit: float
+    device: str = "cpu"
 
 
 def verify(
     before: nn.Module, after: nn.Module, inputs: Sequence[Any] | None = None, limit: float = EXACT
 ) -> Verification:
     """Compare two models in float64; neither is changed.
+
+    They are compared on their GPU if its free memory is enough for copies in float64, and on the CPU otherwise.
 
     Args:
         before, after: the models. Their copies in float64 are compared, with omninorm's norms in place of others that
@@ -54,8 +62,10 @@ def verify(
         InputError: no inputs, or none for a model without an embedding; a model that cannot be called with them; or
             two models with outputs of different shapes.
     """
+    places = {proving_device(model, copies=2) for model in (before, after)}
+    place = places.pop() if len(places) == 1 else _CPU
     with torch.no_grad():
-        one, other = shadow(before), shadow(after)
+        one, other = shadow(before, place), shadow(after, place)
     probes = read_probes(one, inputs)
     blocks: dict[str, float] = {}
     largest = size = 0.0
@@ -74,11 +84,24 @@ def verify(
                 blocks[name] = max(blocks.get(name, 0.0), distance(our_blocks[name], their_blocks[name]))
     relative = largest / size if size else largest
     ordered = {name: blocks[name] for name, _ in one.named_modules() if name in blocks}
-    return Verification(largest, relative, ordered, relative <= limit, limit)
+    return Verification(largest, relative, ordered, relative <= limit, limit, str(place))
 
 
-def shadow(model: nn.Module) -> nn.Module:
-    """Return a copy in float64 on the CPU, with omninorm's norms in place of those that it can replace.
+def proving_device(model: nn.Module, copies: int = 1) -> torch.device:
+    """Return where copies of a model in float64 run: on its GPU if they fit in its free memory, else on the CPU."""
+    check_model(model)
+    devices = {parameter.device for parameter in model.parameters()}
+    free = free_memory(next(iter(devices))) if len(devices) == 1 else None
+    needed = copies * _MARGIN * 8 * sum(parameter.numel() for parameter in model.parameters())
+    return _CPU if free is None or free < needed else devices.pop()
+
+
+def shadow(model: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """Return a copy in float64, with omninorm's norms in place of those that it can replace.
+
+    Args:
+        model: the original.
+        device: where the copy runs; None means `proving_device`.
 
     Raises:
         InputError: the weights have no values, or are quantized.
@@ -92,7 +115,8 @@ def shadow(model: nn.Module) -> nn.Module:
         if not parameter.is_floating_point():
             remedy = "dequantize the model first"
             raise InputError(f"The parameter {name!r} must be floating-point for surgery", str(parameter.dtype), remedy)
-    made = copy.deepcopy(model).eval().to("cpu", torch.float64)
+    place = proving_device(model) if device is None else device
+    made = copy.deepcopy(model).eval().to(place).to(torch.float64)
     swap_norms(made)
     return made
 
@@ -117,8 +141,9 @@ def read_probes(model: nn.Module, inputs: Sequence[Any] | None) -> list[Any]:
     Raises:
         InputError: there are none, or one is neither a tensor nor a dictionary.
     """
+    place = next((parameter.device for parameter in model.parameters()), _CPU)
     if inputs is None:
-        return list(probe_inputs(model))
+        return [probe.to(place) for probe in probe_inputs(model)]
     remedy = "pass a list of tensors, or of dictionaries of keyword arguments"
     if isinstance(inputs, (Tensor, Mapping)) or not len(inputs):
         received = "an empty list" if isinstance(inputs, Sequence) else f"a {type(inputs).__name__}"
@@ -126,14 +151,15 @@ def read_probes(model: nn.Module, inputs: Sequence[Any] | None) -> list[Any]:
     for probe in inputs:
         if not isinstance(probe, (Tensor, Mapping)):
             raise InputError("Each of inputs must be a tensor or a dictionary", f"a {type(probe).__name__}", remedy)
-    return [in_double(probe) for probe in inputs]
+    return [in_double(probe, place) for probe in inputs]
 
 
-def in_double(probe: Any) -> Any:
-    """Convert floating-point inputs to float64, like the weights of the copy."""
+def in_double(probe: Any, device: torch.device) -> Any:
+    """Move inputs to the device of the copy, and convert floating-point ones to float64, like its weights."""
     if isinstance(probe, Tensor):
-        return probe.double() if probe.is_floating_point() else probe
-    return {name: in_double(value) if isinstance(value, Tensor) else value for name, value in probe.items()}
+        moved = probe.to(device)
+        return moved.double() if moved.is_floating_point() else moved
+    return {name: in_double(value, device) if isinstance(value, Tensor) else value for name, value in probe.items()}
 
 
 def outputs(model: nn.Module, probe: Any) -> Tensor:

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterable
 
+import torch
+
 from omninorm.errors import ConfigError, OmninormError
 from omninorm.experiments.compare.cells import Cell
 from omninorm.experiments.compare.estimate import estimate_seconds
-from omninorm.experiments.compare.factory import check_factory
+from omninorm.experiments.compare.factory import CPU, check_factory
 
 # As in experiments.workers: not `-m`, which would put the current folder before the installed packages.
 _START = """
@@ -23,7 +25,9 @@ respond()
 """
 
 
-def probe_in_subprocess(name: str, cells: Iterable[Cell], workers: int, time_limit: float) -> float | None:
+def probe_in_subprocess(
+    name: str, cells: Iterable[Cell], workers: int, time_limit: float, device: torch.device = CPU
+) -> float | None:
     """Check the factory and estimate the duration of the cells, in seconds.
 
     Returns None if the subprocess crashed or took too long. The cells then fail one by one and are reported.
@@ -31,7 +35,8 @@ def probe_in_subprocess(name: str, cells: Iterable[Cell], workers: int, time_lim
     Raises:
         ConfigError: as `check_factory`.
     """
-    request = json.dumps({"name": name, "cells": [cell.to_dict() for cell in cells], "workers": workers})
+    asked = {"name": name, "workers": workers, "device": str(device)}
+    request = json.dumps({**asked, "cells": [cell.to_dict() for cell in cells]})
     command, environment = [sys.executable, "-c", _START], {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
@@ -57,7 +62,7 @@ def respond() -> None:
         try:
             check_factory(request["name"], cells)
             with contextlib.suppress(OmninormError):  # the factory fails for some settings
-                seconds = estimate_seconds(cells, request["workers"])
+                seconds = estimate_seconds(cells, request["workers"], torch.device(request["device"]))
         except ConfigError as error:
             wrong = [error.invariant, error.received, error.remedy]
     print(json.dumps({"wrong": wrong, "seconds": seconds}))

@@ -10,11 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, Protocol
 
+import torch
+
 from omninorm.experiments.compare.cells import Cell
+from omninorm.experiments.compare.crew import name_alone, only_visible
+from omninorm.experiments.compare.factory import CPU
 from omninorm.experiments.compare.store import Store
 
 # As in experiments.workers: not `-m`, which would put the current folder before the installed packages.
@@ -22,7 +26,7 @@ _START = """
 import sys
 sys.path = [path for path in sys.path if path]
 from omninorm.experiments.compare.work import main
-main(int(sys.argv[1]), sys.argv[2])
+main(int(sys.argv[1]), *sys.argv[2:])
 """
 TRIES = 2
 Look = Callable[[dict[str, float], int, int], bool]
@@ -42,14 +46,14 @@ class Runner(Protocol):
 
 
 class Engine:
-    """Runs cells in the given order, at most `workers` at a time.
+    """Runs cells in the given order, at most `workers` at a time, which share the devices out.
 
     A cell that fails or takes longer than `time_limit` seconds is retried once. After a second failure, the reason is
     recorded and the other cells continue.
     """
 
-    def __init__(self, store: Store, workers: int, time_limit: float) -> None:
-        self._store, self._count, self._limit = store, workers, time_limit
+    def __init__(self, store: Store, workers: int, time_limit: float, devices: Sequence[torch.device] = (CPU,)) -> None:
+        self._store, self._count, self._limit, self._devices = store, workers, time_limit, devices
         self._done = self._failed = 0
 
     def run(self, cells: Iterable[Cell], look: Look) -> None:
@@ -99,7 +103,7 @@ class Engine:
 
     @contextmanager
     def _workers(self, count: int) -> Iterator[list[_Worker]]:
-        workers = [_Worker(self._store) for _ in range(count)]
+        workers = [_Worker(self._store, self._devices[each % len(self._devices)]) for each in range(count)]
         try:
             yield workers
         finally:
@@ -108,10 +112,10 @@ class Engine:
 
 
 class _Worker:
-    """A worker process and its current cell."""
+    """A worker process and its current cell. The process sees no other GPU than its own."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, device: torch.device) -> None:
+        self._store, self._device = store, device
         self.cell: Cell | None = None
         self._tries = 0
         self._since = 0.0
@@ -121,12 +125,12 @@ class _Worker:
         self.is_ready = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in `end`
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, str(os.getpid()), str(self._store.path)],
+            [sys.executable, "-c", _START, str(os.getpid()), str(self._store.path), name_alone(self._device)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             start_new_session=True,  # Ctrl-C must reach only the parent process
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **only_visible(self._device)},
         )
 
     @property

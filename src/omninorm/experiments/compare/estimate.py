@@ -8,16 +8,22 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
+from omninorm.device import synchronize
 from omninorm.experiments.compare.cells import Cell
-from omninorm.experiments.compare.factory import build_cell
+from omninorm.experiments.compare.factory import CPU, build_cell
 from omninorm.experiments.compare.protocols.speed import SECONDS as TIMED
+from omninorm.experiments.memory import fitting, step_does_not_fit
 
 _TIMED_CASES = 4
 _START_SECONDS = 4.0  # of a worker, which imports torch and reads the text
 
 
-def estimate_seconds(cells: Iterable[Cell], workers: int) -> float:
-    """Return the estimated duration in seconds, from a timed single-threaded step of each model size."""
+def estimate_seconds(cells: Iterable[Cell], workers: int, device: torch.device = CPU) -> float:
+    """Return the estimated duration in seconds, from a timed single-threaded step of each model size.
+
+    Raises:
+        ConfigError: a step does not fit in the memory of the device.
+    """
     todo = list(cells)
     if not todo:
         return 0.0
@@ -29,7 +35,7 @@ def estimate_seconds(cells: Iterable[Cell], workers: int) -> float:
             continue
         size = _size(cell)
         if size not in seconds:
-            seconds[size] = _step_seconds(cell)
+            seconds[size] = _step_seconds(cell, device)
         total += seconds[size] * _steps(cell)
     return total / min(workers, len(todo)) + _START_SECONDS
 
@@ -50,20 +56,22 @@ def _size(cell: Cell) -> tuple[object, ...]:
     return cell.depth, model.d_model, model.n_heads, model.feed_forward, train.batch_size, train.seq_len
 
 
-def _step_seconds(cell: Cell) -> float:
+def _step_seconds(cell: Cell, device: torch.device) -> float:
     """Return the shorter of two forward and backward passes; the optimizer's time is negligible."""
     plan = cell.plan
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = build_cell(cell)
-        tokens = torch.zeros((plan.train.batch_size, plan.train.seq_len + 1), dtype=torch.long)
-        taken = []
-        for _ in range(2):
-            started = time.perf_counter()
-            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-            loss.backward()  # type: ignore[no-untyped-call]
-            taken.append(time.perf_counter() - started)
+        with fitting(step_does_not_fit(plan.train, device)):
+            model = build_cell(cell, device=device)
+            tokens = torch.zeros((plan.train.batch_size, plan.train.seq_len + 1), dtype=torch.long, device=device)
+            taken = []
+            for _ in range(2):
+                started = time.perf_counter()
+                loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+                loss.backward()  # type: ignore[no-untyped-call]
+                synchronize(device)
+                taken.append(time.perf_counter() - started)
     finally:
         torch.set_num_threads(threads)
     return min(taken) * plan.train.grad_accumulation

@@ -22,12 +22,13 @@ from omninorm.experiments.runs import build_model
 
 Factory = Callable[[NormConfig, int, int], nn.Module]
 VOCABULARY = 256  # bytes
+CPU = torch.device("cpu")
 _PROBED_DEPTH = 4  # with one or two blocks some placements are equal
 _PROBED_TOKENS = 8
 
 
-def build_cell(cell: Cell, norm: NormConfig | None = None) -> nn.Module:
-    """Build the cell's model, or the same with another norm. Its weights depend only on the seed.
+def build_cell(cell: Cell, norm: NormConfig | None = None, device: torch.device = CPU) -> nn.Module:
+    """Build the cell's model, or the same with another norm, on a device. Its weights depend only on the seed.
 
     Raises:
         ConfigError: the factory can't be found or does not build a valid model.
@@ -36,8 +37,8 @@ def build_cell(cell: Cell, norm: NormConfig | None = None) -> nn.Module:
     if cell.model is None:
         plan = cell.plan
         config = plan.model if norm is None else plan.change(**chosen.to_dict()).model
-        return build_model(config, cell.seed)
-    return call(cell.model, chosen, cell.depth, cell.seed)
+        return build_model(config, cell.seed).to(device)
+    return call(cell.model, chosen, cell.depth, cell.seed).to(device)
 
 
 def check_factory_name(name: str) -> None:
@@ -145,10 +146,12 @@ def _same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _logits(model: nn.Module) -> Tensor:
+    """Return the logits of a few tokens, on the device on which the factory has built the model."""
+    place = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        logits = model(torch.arange(_PROBED_TOKENS)[None])
+        logits = model(torch.arange(_PROBED_TOKENS, device=place)[None])
     model.train(was_training)
     if not isinstance(logits, Tensor):
         raise TypeError(f"the model returned a {type(logits).__name__} instead of a tensor of logits")

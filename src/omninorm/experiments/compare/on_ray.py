@@ -7,6 +7,7 @@ outcomes are sent back: only this process writes to the comparison's folder.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -16,10 +17,11 @@ from typing import Any
 
 import torch
 
+from omninorm.device import find_device
 from omninorm.errors import MissingExtraError, OmninormError, RunError
 from omninorm.experiments.compare.cells import Cell, Measurement
 from omninorm.experiments.compare.engine import TRIES, Look
-from omninorm.experiments.compare.protocols import MEASURE
+from omninorm.experiments.compare.protocols import measure as measure_cell
 from omninorm.experiments.compare.store import Store
 from omninorm.experiments.corpus import Corpus, load_corpus
 
@@ -36,12 +38,12 @@ except ImportError as missing:
 _LOOK_EVERY = 0.5
 
 
-def measure(values: Mapping[str, Any], corpus: Corpus) -> dict[str, Any]:
+def measure(values: Mapping[str, Any], corpus: Corpus, device: str) -> dict[str, Any]:
     """Return a cell's outcome and clock, or the reason why it has none. Runs on a node."""
     torch.set_num_threads(1)
     cell = Cell.from_dict(values)
     try:
-        measured = MEASURE[cell.protocol](cell, corpus)
+        measured = measure_cell(cell, corpus, find_device(device))
         return {"outcome": dict(measured.outcome), "clock": dict(measured.clock)}
     except OmninormError as error:
         return {"why": str(error)}
@@ -63,10 +65,17 @@ class _Task:
 
 
 class RayEngine:
-    """Like `engine.Engine`, on Ray. workers: the number of parallel cells, each on one CPU of the cluster."""
+    """Like `engine.Engine`, on Ray.
 
-    def __init__(self, store: Store, workers: int, time_limit: float) -> None:
-        self._store, self._count, self._limit = store, workers, time_limit
+    Args:
+        store: where outcomes are saved.
+        workers: the number of parallel cells, each on one CPU of the cluster. More cells than GPUs share the GPUs.
+        time_limit: seconds per cell.
+        device: "auto" for the cluster's GPUs, or its CPUs if it has none; "cpu" or "cuda".
+    """
+
+    def __init__(self, store: Store, workers: int, time_limit: float, device: str = "auto") -> None:
+        self._store, self._count, self._limit, self._device = store, workers, time_limit, device
         self._done = self._failed = 0
 
     def run(self, cells: Iterable[Cell], look: Look) -> None:
@@ -90,13 +99,14 @@ class RayEngine:
 
     def _run(self, cells: list[Cell], count: int, look: Look) -> bool:
         """Run cells; return False if `look` stopped it."""
-        remote = ray.remote(num_cpus=1, max_retries=0)(measure)
+        share, device = self._share(count)
+        remote = ray.remote(num_cpus=1, num_gpus=share, max_retries=0)(measure)
         waiting = [(cell, 1) for cell in reversed(cells)]
         running: dict[Any, _Task] = {}
         while waiting or running:
             while waiting and len(running) < count:
                 cell, tries = waiting.pop()
-                reference = remote.remote(cell.to_dict(), self._texts[cell.text])
+                reference = remote.remote(cell.to_dict(), self._texts[cell.text], device)
                 running[reference] = _Task(cell, tries, time.monotonic())
             ready, _ = ray.wait(list(running), num_returns=len(running), timeout=_LOOK_EVERY)
             late = [each for each, task in running.items() if each not in ready and task.seconds > self._limit]
@@ -113,6 +123,20 @@ class RayEngine:
             if not look({task.cell.id: task.seconds for task in running.values()}, self._done, self._failed):
                 return False
         return True
+
+    def _share(self, workers: int) -> tuple[float, str]:
+        """Return the fraction of a GPU that each cell requests, and the name of its device.
+
+        Raises:
+            RunError: GPUs are requested, and the cluster has none.
+        """
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        gpus = resources.get("GPU", 0.0) if self._device != "cpu" else 0.0
+        if gpus:
+            return min(1.0, math.floor(1e4 * gpus / workers) / 1e4), "cuda"
+        if self._device.startswith("cuda"):
+            raise RunError("Ray's cluster has no GPU", "", "add a node with one, or use --device cpu")
+        return 0.0, "cpu"
 
     def _take(self, reference: Any, cell: Cell, late: bool) -> str | None:
         """Store an outcome; return the reason if there is none."""

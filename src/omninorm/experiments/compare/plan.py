@@ -317,7 +317,7 @@ def _expanded(node: yaml.Node, sizes: dict[int, int]) -> int:
 def fits_memory(cell: Cell) -> bool:
     """Return False for a run that certainly needs more memory than this process may use."""
     available = memory_limit()
-    return available is None or _needed_bytes(cell) <= available
+    return available is None or needed_bytes(cell) <= available
 
 
 def check_memory(cell: Cell) -> None:
@@ -328,14 +328,14 @@ def check_memory(cell: Cell) -> None:
     """
     available = memory_limit()
     if available is not None and not fits_memory(cell):
-        plan, needed = cell.plan, _needed_bytes(cell)
+        plan, needed = cell.plan, needed_bytes(cell)
         what = f"batch_size {_shown(plan.train.batch_size)}, seq_len {_shown(plan.train.seq_len)}, {cell.depth} blocks"
         received = f"{what} (at least {needed / 2**30:,.0f} GiB)" if needed < 2**100 else what
         invariant = f"A run must fit into the available memory of {available / 2**30:.3g} GiB"
         raise ConfigError(invariant, received, "choose a smaller model or fewer tokens per step")
 
 
-def _needed_bytes(cell: Cell) -> int:
+def needed_bytes(cell: Cell) -> int:
     """Return a lower bound: weights, gradients and two moments; one activation per block and the logits."""
     plan = cell.plan
     tokens = plan.train.batch_size * plan.train.seq_len

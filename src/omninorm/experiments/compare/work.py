@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from omninorm.device import find_device
 from omninorm.errors import OmninormError
 from omninorm.experiments.compare.cells import Cell
-from omninorm.experiments.compare.protocols import MEASURE
+from omninorm.experiments.compare.factory import CPU
+from omninorm.experiments.compare.protocols import measure
 from omninorm.experiments.compare.store import Store
 from omninorm.experiments.corpus import Corpus, load_corpus
 from omninorm.experiments.workers import end_with_parent
@@ -20,23 +22,23 @@ from omninorm.experiments.workers import end_with_parent
 READY = {"ready": True}  # sent once, after all imports
 
 
-def main(parent: int, folder: str) -> None:
-    """Run cells until stdin or the parent process ends."""
+def main(parent: int, folder: str, device: str) -> None:
+    """Run cells on a device until stdin or the parent process ends."""
     end_with_parent(parent)
     torch.set_num_threads(1)
-    store, texts = Store(Path(folder)), _Texts()
+    store, texts, place = Store(Path(folder)), _Texts(), find_device(device)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries may print to stdout
     print(json.dumps(READY), file=answers, flush=True)
     for line in sys.stdin:
         cell = Cell.from_dict(json.loads(line))
-        print(json.dumps(run(cell, store, texts.read)), file=answers, flush=True)
+        print(json.dumps(run(cell, store, texts.read, place)), file=answers, flush=True)
 
 
-def run(cell: Cell, store: Store, read: Any = load_corpus) -> dict[str, str]:
+def run(cell: Cell, store: Store, read: Any = load_corpus, device: torch.device = CPU) -> dict[str, str]:
     """Run a cell and store its outcome; return {"done": id} or {"failed": id, "why": …}."""
     try:
-        store.save(cell, MEASURE[cell.protocol](cell, read(cell.text)))
+        store.save(cell, measure(cell, read(cell.text), device))
         return {"done": cell.id}
     except OmninormError as error:
         return {"failed": cell.id, "why": str(error)}

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import time
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omninorm.device import widest
 from omninorm.errors import ConfigError
 from omninorm.experiments.compare.cells import Cell, Measurement
-from omninorm.experiments.compare.factory import build_cell
+from omninorm.experiments.compare.factory import CPU, build_cell
 from omninorm.experiments.compare.protocols.common import plain, tokens_of
 from omninorm.experiments.corpus import Corpus, windows
+from omninorm.experiments.evaluate import to_device
 from omninorm.monitor.model_map.structure import find_structure
 
 
-def measure(cell: Cell, corpus: Corpus) -> Measurement:
+def measure(cell: Cell, corpus: Corpus, device: torch.device = CPU) -> Measurement:
     """Run one forward and backward pass on the first batch.
 
     The outcome, block 1 first: "stream_rms", RMS(x) of each block's output; "grad_norms" of each block's parameters;
@@ -25,24 +28,25 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
     plan = cell.plan
     config = plan.train
     started = time.perf_counter()
-    model = build_cell(cell)
+    model = build_cell(cell, device=device)
     blocks = [block.module for block in find_structure(model).blocks]
     if not blocks:
         remedy = "keep the blocks in an nn.ModuleList or an nn.Sequential, or do not use the protocol init"
         raise ConfigError(f"The protocol init needs a model with blocks, but {cell.model} has none", "", remedy)
-    tokens = windows(tokens_of(cell, corpus).train, config.seed, 1, config.batch_size, config.seq_len)
+    batch = windows(tokens_of(cell, corpus).train, config.seed, 1, config.batch_size, config.seq_len)
+    tokens = to_device(batch, device)
     streams: list[float] = []
 
     def look(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         stream = output[0] if isinstance(output, tuple) else output  # the placement "residual" returns two tensors
-        streams.append(float(stream.detach().double().square().mean().sqrt()))
+        streams.append(float(stream.detach().to(widest(device)).square().mean().sqrt()))
 
     for block in blocks:
         block.register_forward_hook(look)
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()  # type: ignore[no-untyped-call]
     norms = [
-        float(nn.utils.get_total_norm([p.grad.double() for p in block.parameters() if p.grad is not None]))
+        float(nn.utils.get_total_norm([p.grad.to(widest(device)) for p in block.parameters() if p.grad is not None]))
         for block in blocks
     ]
     outcome = {"loss": float(loss.detach()), "stream_rms": streams, "grad_norms": norms, "growth": growth(streams)}

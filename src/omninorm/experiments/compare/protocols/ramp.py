@@ -6,9 +6,11 @@ import math
 import time
 from dataclasses import replace
 
+import torch
+
 from omninorm.experiments.compare.cells import Cell, Measurement
 from omninorm.experiments.compare.divergence import find_divergence
-from omninorm.experiments.compare.factory import build_cell
+from omninorm.experiments.compare.factory import CPU, build_cell
 from omninorm.experiments.compare.protocols.common import plain, tokens_of
 from omninorm.experiments.corpus import Corpus
 from omninorm.experiments.evaluate import unigram_bits_per_byte
@@ -16,7 +18,7 @@ from omninorm.experiments.settings import learning_rate
 from omninorm.experiments.train import train
 
 
-def measure(cell: Cell, corpus: Corpus) -> Measurement:
+def measure(cell: Cell, corpus: Corpus, device: torch.device = CPU) -> Measurement:
     """Train with a learning rate that rises linearly from 0 to the cell's `lr` over all steps.
 
     The outcome: "largest_rate", the learning rate at the last step with progress; "sign" of divergence, None if the run
@@ -26,7 +28,7 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
     config = replace(plan.train, warmup_steps=plan.train.steps, eval_every=plan.train.steps)
     data = tokens_of(cell, corpus)
     started = time.perf_counter()
-    result = train(build_cell(cell), data, config)
+    result = train(build_cell(cell, device=device), data, config)
     seconds = time.perf_counter() - started
     losses = [loss / math.log(2.0) for loss in result.losses]
     unigram = unigram_bits_per_byte(corpus.train, corpus.held_out)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omninorm.device import synchronize
 from omninorm.experiments.compare.cells import Cell, Measurement
-from omninorm.experiments.compare.factory import VOCABULARY, build_cell
+from omninorm.experiments.compare.factory import CPU, VOCABULARY, build_cell
 from omninorm.experiments.compare.protocols.common import plain
 from omninorm.experiments.compare.protocols.operations import count_operations
 from omninorm.experiments.corpus import Corpus
@@ -33,7 +34,7 @@ _TORCH = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
 Call = Callable[[int], object]
 
 
-def measure(cell: Cell, corpus: Corpus) -> Measurement:
+def measure(cell: Cell, corpus: Corpus, device: torch.device = CPU) -> Measurement:
     """Time the cell's norm and LayerNorm in the same places.
 
     The outcome: "operations", of each norm's forward pass. The clock: "ratios", LayerNorm's time over the norm's, so
@@ -42,32 +43,42 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
     """
     started = time.perf_counter()
     torch.manual_seed(cell.seed)
-    pairs = {"norm": _norms(cell, ours=True), "norm, torch.nn": _norms(cell, ours=False), "block": _blocks(cell)}
-    pairs["step"] = _steps(cell)
+    pairs = {"norm": _norms(cell, True, device), "norm, torch.nn": _norms(cell, False, device)}
+    pairs |= {"block": _blocks(cell, device), "step": _steps(cell, device)}
     ratios, micros = {}, {}
     for name, pair in pairs.items():
         if pair is not None:
             inputs = _INPUTS if name.startswith("norm") else 1
-            ratios[name], micros[name] = _time(pair, inputs, cell.seed)
+            ratios[name], micros[name] = _time(pair, inputs, cell.seed, device)
     kinds = [kind for kind in (cell.norm.normalization, BASELINE) if kind in _TORCH]
     operations = {kind: count_operations(kind) for kind in kinds}
     clock = {"ratios": ratios, "microseconds": micros, "seconds": time.perf_counter() - started}
     return Measurement(plain({"operations": operations}), plain(clock))
 
 
-def _time(calls: tuple[Call, Call], inputs: int, seed: int) -> tuple[float, float]:
-    """Return LayerNorm's time over ours, and ours in microseconds."""
-    contestants = [Contestant(OURS, calls[0], "ours"), Contestant(BASELINE, calls[1], "other")]
+def _time(calls: tuple[Call, Call], inputs: int, seed: int, device: torch.device) -> tuple[float, float]:
+    """Return LayerNorm's time over ours, and ours in microseconds, until the device has done the work."""
+    ours, other = (_finished(call, device) for call in calls)
+    contestants = [Contestant(OURS, ours, "ours"), Contestant(BASELINE, other, "other")]
     samples = time_case(Case("speed", contestants, inputs, grad=True), SECONDS, seed=seed)
     ratio = statistics.median(paired_ratios(samples[BASELINE], samples[OURS]))
     return ratio, statistics.median(samples[OURS]) / 1000
 
 
-def _norms(cell: Cell, ours: bool) -> tuple[Call, Call] | None:
+def _finished(call: Call, device: torch.device) -> Call:
+    def finished(turn: int) -> object:
+        result = call(turn)
+        synchronize(device)
+        return result
+
+    return call if device.type == "cpu" else finished
+
+
+def _norms(cell: Cell, ours: bool, device: torch.device) -> tuple[Call, Call] | None:
     """Return calls of the two norms alone: omninorm's, or torch.nn's if it has both."""
     plan = cell.plan
     width, rows = plan.model.d_model, plan.train.batch_size * plan.train.seq_len
-    xs = [torch.randn(rows, width, requires_grad=True) for _ in range(_INPUTS)]
+    xs = [torch.randn(rows, width, device=device, requires_grad=True) for _ in range(_INPUTS)]
     if ours:
         other = replace(cell.norm, normalization=BASELINE, gain_offset=0.0, cast="fp32")
         norms: list[nn.Module] = [build_norm(cell.norm, width), build_norm(other, width)]
@@ -75,19 +86,20 @@ def _norms(cell: Cell, ours: bool) -> tuple[Call, Call] | None:
         norms = [_TORCH[kind](width, eps=cell.norm.norm_eps) for kind in (cell.norm.normalization, BASELINE)]
     else:
         return None
-    dy = torch.randn(rows, width)
+    dy = torch.randn(rows, width, device=device)
+    norms = [norm.to(device) for norm in norms]
     return _backward(norms[0], xs, dy), _backward(norms[1], xs, dy)
 
 
-def _blocks(cell: Cell) -> tuple[Call, Call] | None:
+def _blocks(cell: Cell, device: torch.device) -> tuple[Call, Call] | None:
     """Return calls of the first block of two Thinkers."""
     if cell.model is not None:
         return None
     calls = []
     train = cell.plan.train
-    x = torch.randn(train.batch_size, train.seq_len, cell.plan.model.d_model)
+    x = torch.randn(train.batch_size, train.seq_len, cell.plan.model.d_model, device=device)
     for norm in (cell.norm, replace(cell.norm, normalization=BASELINE, gain_offset=0.0, cast="fp32")):
-        model = build_cell(cell, norm)
+        model = build_cell(cell, norm, device)
         assert isinstance(model, Thinker)
         stream = enter(norm, x)
         rotation = model.rotary(0, train.seq_len, None)
@@ -101,13 +113,13 @@ def _blocks(cell: Cell) -> tuple[Call, Call] | None:
     return calls[0], calls[1]
 
 
-def _steps(cell: Cell) -> tuple[Call, Call]:
+def _steps(cell: Cell, device: torch.device) -> tuple[Call, Call]:
     """Return training steps of two models: forward, backward, optimizer."""
     config = cell.plan.train
-    tokens = torch.randint(0, VOCABULARY, (config.batch_size, config.seq_len + 1))
+    tokens = torch.randint(0, VOCABULARY, (config.batch_size, config.seq_len + 1), device=device)
     calls = []
     for norm in (cell.norm, replace(cell.norm, normalization=BASELINE, gain_offset=0.0, cast="fp32")):
-        model = build_cell(cell, norm)
+        model = build_cell(cell, norm, device)
         optimizer = build_optimizer(model, replace(config, lr=1e-5))
 
         def step(turn: int, model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:

@@ -7,10 +7,11 @@ import statistics
 import time
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from omninorm.experiments.compare.cells import Cell, Measurement
-from omninorm.experiments.compare.factory import build_cell
+from omninorm.experiments.compare.factory import CPU, build_cell
 from omninorm.experiments.compare.protocols.common import plain, tokens_of
 from omninorm.experiments.compare.protocols.undo import measure_undo
 from omninorm.experiments.corpus import Corpus, TokenData
@@ -21,7 +22,7 @@ UNIFORM_BITS = 8.0
 SPIKE_SIGMA, SPIKE_WINDOW, SPIKE_HISTORY = 7.0, 1000, 32
 
 
-def measure(cell: Cell, corpus: Corpus) -> Measurement:
+def measure(cell: Cell, corpus: Corpus, device: torch.device = CPU) -> Measurement:
     """Train the cell's model.
 
     The outcome: "status"; "bits_per_byte" of the held-out text at the end, None for a diverged run; "initial_bits"
@@ -33,7 +34,7 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
     plan = cell.plan
     data = tokens_of(cell, corpus)
     started = time.perf_counter()
-    model = build_cell(cell)
+    model = build_cell(cell, device=device)
     result = train(model, data, plan.train)
     seconds = time.perf_counter() - started
     initial = result.eval_events[0].bits_per_byte
@@ -48,7 +49,7 @@ def measure(cell: Cell, corpus: Corpus) -> Measurement:
         "largest_grad_norm": result.largest_grad_norm,
         "spike_score": spike_score(result.grad_norms),
         "losses": [loss / math.log(2.0) for loss in result.losses],
-        "undo": measure_undo(model, _probe(data, plan.train)) if finished else None,
+        "undo": measure_undo(model, _probe(data, plan.train).to(device)) if finished else None,
     }
     speed = (
         statistics.median(event.tokens_per_second for event in result.step_events) if result.step_events else math.nan

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from omninorm import functional
+from omninorm.device import widest
 from omninorm.monitor.model_map.norms import find_gain
 
 
@@ -29,9 +30,10 @@ def measure_undo(model: nn.Module, tokens: Tensor) -> dict[str, float] | None:
     learned: list[float] = []
 
     def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = args[0].detach().double()
+        wide = widest(args[0].device)
+        x = args[0].detach().to(wide)
         if x.ndim == 3:
-            rows, normed = x.flatten(0, 1), output.detach().double().flatten(0, 1)
+            rows, normed = x.flatten(0, 1), output.detach().to(wide).flatten(0, 1)
             best.append(remainder(rows, isinstance(module, nn.LayerNorm), float(module.eps or 0.0)))  # type: ignore[arg-type]
             learned.append(float((rows - normed).square().sum() / rows.square().sum()))
 
@@ -52,7 +54,7 @@ def measure_undo(model: nn.Module, tokens: Tensor) -> dict[str, float] | None:
 
 
 def remainder(x: Tensor, centred: bool, eps: float) -> float:
-    """Return the share of Σx² that the best γ (and β, for a LayerNorm) leave; x is float64, (tokens, features)."""
+    """Return the share of Σx² that the best γ (and β, for a LayerNorm) leave; x is (tokens, features)."""
     normed = functional.layer_norm(x, eps=eps) if centred else functional.rms_norm(x, eps=eps)
     target, power = x, x.square().sum()
     if centred:
