@@ -96,9 +96,20 @@ def test_later_alarm_does_not_explain_an_earlier_one() -> None:
     assert short(judge(cause, effect)) == [(5, "fail", "effect", "b"), (9, "warn", "cause", "a")]
 
 
-def test_consequence_is_not_a_cause_itself() -> None:
-    cause, effect = Says({5: [("fail", "a")]}, "cause", ("effect",)), Says({6: [("fail", "b")]}, "effect", ("other",))
-    assert judge(cause, effect, Says({7: [("fail", "c")]}, "other"))[2].cause is None
+@pytest.mark.parametrize(("severity", "last"), [("fail", "warn"), ("warn", "fail")])
+def test_consequence_explains_others_with_the_severity_of_its_own_cause(severity: str, last: str) -> None:
+    cause, effect = Says({5: [(severity, "a")]}, "cause", ("effect",)), Says({6: [("fail", "b")]}, "effect", ("other",))
+    alarms = judge(cause, effect, Says({7: [("fail", "c")]}, "other"))
+    assert [alarm.cause for alarm in alarms] == [None, alarms[0].ref, alarms[1].ref]
+    assert alarms[2].severity == last
+    assert leading(alarms) is alarms[0]
+
+
+def test_cause_of_its_own_is_preferred_to_a_consequence() -> None:
+    effect = Says({6: [("fail", "b")]}, "effect", ("other",))
+    cause = Says({5: [("fail", "a")]}, "cause", ("effect", "other"))
+    alarms = judge(effect, cause, Says({7: [("fail", "c")]}, "other"))
+    assert [alarm.cause for alarm in alarms] == [None, alarms[0].ref, alarms[0].ref]
 
 
 def test_rule_does_not_explain_itself() -> None:
