@@ -247,10 +247,19 @@ def test_symptoms_of_a_symptom_come_after_the_cause_of_both() -> None:
 
 def test_active_warning_is_a_cause_but_leaves_a_failure_its_severity() -> None:
     cause = Says({step: [("warn", "a")] for step in range(20, 31)}, "cause", ("effect",))
-    alarms = reported(cause, Says({50: [("fail", "b")], 51: [("fail", "c")]}, "effect"))
-    assert short(alarms) == [(20, "warn", "cause", "a"), (50, "fail", "effect", "b"), (51, "fail", "effect", "c")]
-    assert [alarm.cause for alarm in alarms] == [None, alarms[0].ref, None], "after two samples it is no longer active"
+    alarms = reported(cause, Says({40: [("fail", "b")], 41: [("fail", "c")]}, "effect"))
+    assert short(alarms) == [(20, "warn", "cause", "a"), (40, "fail", "effect", "b"), (41, "fail", "effect", "c")]
+    assert [alarm.cause for alarm in alarms] == [None, alarms[0].ref, None], "it was raised more than two samples before"
     assert leading(alarms) is alarms[0]
+
+
+@pytest.mark.parametrize(("severity", "is_symptom"), [("warn", False), ("fail", True), ("fail", False)])
+def test_lasting_warning_explains_warnings_and_symptoms_but_no_other_failure(severity: str, is_symptom: bool) -> None:
+    cause = Says({step: [("warn", "a")] for step in range(10, 100)}, "cause", ("effect",))
+    effect = Says({80: [(severity, "b")]}, "effect")
+    effect.symptom = is_symptom  # type: ignore[misc]
+    alarms = reported(cause, effect)
+    assert alarms[1].cause == (None if severity == "fail" and not is_symptom else alarms[0].ref)
 
 
 def test_warning_does_not_explain_an_alarm_that_can_explain_it() -> None:

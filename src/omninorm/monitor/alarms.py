@@ -159,7 +159,7 @@ class Judge:
     def _attribute(self, history: History, rule: Rule, alarm: Alarm) -> Alarm:
         """Return the alarm with its cause, if an active one explains it: if possible, one without a cause of its own,
         and a "fail"."""
-        active = [cause for cause in self._active.values() if self._is_active(history, cause, alarm.step)]
+        active = [cause for cause in self._active.values() if self._is_active(history, cause, alarm)]
         causes = [cause for cause in active if self._explains(cause, rule.name)]
         return self._follow(alarm, min(causes, key=_rank)) if causes else alarm
 
@@ -178,10 +178,13 @@ class Judge:
             return False
         return cause.severity == "fail" or rule.name not in other.explains
 
-    def _is_active(self, history: History, cause: Alarm, step: int) -> bool:
-        """Return whether an alarm can be a cause at `step`: a "fail" until it is forgotten, a warning for less long."""
+    def _is_active(self, history: History, cause: Alarm, alarm: Alarm) -> bool:
+        """Return whether an alarm can be the cause of a new one: a "fail" until it is forgotten, a warning while it is
+        reported. A warning that has lasted longer does not explain a "fail", unless that is a symptom."""
         reported = [state.reported for state in self._raised.get(cause.rule, {}).values()]
-        return cause.severity == "fail" or max(reported, default=0) >= step - _near(history)
+        lasting = alarm.severity == "warn" or self._is_symptom(alarm)
+        since = max(reported, default=0) if lasting else cause.step
+        return cause.severity == "fail" or since >= alarm.step - _near(history)
 
     def _follow(self, alarm: Alarm, cause: Alarm) -> Alarm:
         """Return the alarm as a consequence: a warning if the first cause is a "fail", except for the alarms of final
