@@ -249,7 +249,9 @@ def test_active_warning_is_a_cause_but_leaves_a_failure_its_severity() -> None:
     cause = Says({step: [("warn", "a")] for step in range(20, 31)}, "cause", ("effect",))
     alarms = reported(cause, Says({40: [("fail", "b")], 41: [("fail", "c")]}, "effect"))
     assert short(alarms) == [(20, "warn", "cause", "a"), (40, "fail", "effect", "b"), (41, "fail", "effect", "c")]
-    assert [alarm.cause for alarm in alarms] == [None, alarms[0].ref, None], "it was raised more than two samples before"
+    assert [alarm.cause for alarm in alarms] == [None, alarms[0].ref, None], (
+        "it was raised more than two samples before"
+    )
     assert leading(alarms) is alarms[0]
 
 
