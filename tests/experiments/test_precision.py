@@ -12,6 +12,7 @@ from omninorm.device import find_devices
 from omninorm.errors import ConfigError
 from omninorm.experiments import TrainConfig, build_model, train
 from omninorm.experiments import processes as processes_module
+from omninorm.experiments import readings as readings_module
 from omninorm.experiments.precision import autocast, choose_precision, tensor_cores
 from omninorm.experiments.processes import SilentExit, own_device
 from omninorm.experiments.readings import MOST_SKIPPED, Reading, Readings
@@ -103,6 +104,30 @@ def test_late_readings_report_the_step_before() -> None:
     end = readings.add(reading(5, 2.0, 1.0))
     assert end is not None
     assert (end.step, end.status) == (4, "diverged")
+
+
+@pytest.mark.parametrize(("host", "device"), [(1.0, 5.0), (5.0, 1.0)])
+def test_the_time_of_a_step_is_that_of_the_slower_of_host_and_device(
+    monkeypatch: pytest.MonkeyPatch, host: float, device: float
+) -> None:
+    now, idle, done = 0.0, 0.0, {}
+    monkeypatch.setattr(readings_module.time, "perf_counter", lambda: now)
+    seconds: list[float] = []
+    readings = Readings(late=True, scaled=False, report=lambda each, took: seconds.append(took))
+
+    class Slow(Reading):
+        def _read(self) -> list[float]:
+            nonlocal now
+            now = max(now, done[self.step])
+            return [1.0, 1.0]
+
+    for step in range(1, 6):
+        each = Slow(step, 0.1, now, torch.tensor(1.0), torch.tensor(1.0))
+        now += host
+        idle = done[step] = max(now if host > device else now - host, idle) + (0.0 if host > device else device)
+        readings.add(each)
+    readings.settle()
+    assert seconds == pytest.approx([max(host, device)] * 5)
 
 
 def test_a_scaled_run_diverges_only_if_its_loss_does_or_steps_are_skipped_for_long() -> None:

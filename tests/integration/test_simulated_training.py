@@ -107,3 +107,16 @@ def test_generating_on_the_device_gives_the_text_of_the_cpu(scenario: Callable[[
     assert found["batch simgpu"] == found["batch cpu"]
     assert [len(row) for row in found["batch cpu"]] == [20, 20]
     assert found["waits"] == 0
+
+
+def test_commands_prefer_the_device_and_name_it(scenario: Callable[[str], Any]) -> None:
+    found = scenario("commanded")
+    assert [found[name]["code"] for name in ("train", "resume", "moved", "generate")] == [0] * 4
+    line = "Device simgpu:0, float32, not yet measured on a GPU\n"
+    assert line in found["train"]["out"]
+    assert line in found["resume"]["out"]
+    assert line not in found["moved"]["out"]
+    assert "started on simgpu:0 and continues on cpu: results are equal up to rounding" in found["moved"]["out"]
+    assert found["absent"]["code"] == 2
+    assert "must be one of the GPUs that PyTorch sees, simgpu:0, got simgpu:7" in found["absent"]["err"]
+    assert not found["written"]
