@@ -33,6 +33,20 @@ def thinker() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
     return model, lambda model: F.cross_entropy(model(data[:, :-1]).flatten(0, 1), data[:, 1:].flatten())
 
 
+def small() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    """4 blocks of width 128 on 4 windows of 64 bytes: a step of about 20 ms."""
+    data = torch.randint(0, 256, (4, 65))
+    model = Thinker(ThinkerConfig(d_model=128, n_layers=4, n_heads=4, max_seq_len=64))
+    return model, lambda model: F.cross_entropy(model(data[:, :-1]).flatten(0, 1), data[:, 1:].flatten())
+
+
+def medium() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    """8 blocks of width 192 on 4 windows of 96 bytes: a step of about 100 ms."""
+    data = torch.randint(0, 256, (4, 97))
+    model = Thinker(ThinkerConfig(d_model=192, n_layers=8, n_heads=4, max_seq_len=96))
+    return model, lambda model: F.cross_entropy(model(data[:, :-1]).flatten(0, 1), data[:, 1:].flatten())
+
+
 def qwen3() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
     """transformers' Qwen3, 6 layers of width 1024, on 512 tokens, bfloat16, its own norms."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -49,6 +63,9 @@ def qwen3() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
     )
     tokens = torch.randint(0, 4096, (1, 512))
     return Qwen3ForCausalLM(config).to(torch.bfloat16), lambda model: model(input_ids=tokens, labels=tokens).loss
+
+
+MODELS = {"small": small, "medium": medium, "thinker": thinker, "qwen3": qwen3}
 
 
 def stepper(build: Callable[[], tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]], every: int | None):
@@ -94,6 +111,7 @@ def measure(build, rounds: int) -> dict[str, float]:
     medians = {name: statistics.median(found) for name, found in ratios.items()}
     return {
         "seconds": statistics.median(seconds),
+        "unsampled": medians["unsampled"],
         "every=10": 0.9 * medians["unsampled"] + 0.1 * medians["sampled"],
         "every=1": medians["sampled"],
         "noise: off again / off": medians["off again"],
@@ -104,16 +122,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", choices=["thinker", "qwen3"])
+    parser.add_argument("--only", choices=list(MODELS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     random.seed(0)
     results = {}
-    for name, build in (("thinker", thinker), ("qwen3", qwen3)):
+    for name, build in MODELS.items():
         if arguments.only in (None, name):
             results[name] = measure(build, arguments.rounds)
-            told = ", ".join(f"{key} {value:.4f}" for key, value in results[name].items())
-            print(f"{name}: {told}", flush=True)
+            text = ", ".join(f"{key} {value:.4f}" for key, value in results[name].items())
+            print(f"{name}: {text}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
 

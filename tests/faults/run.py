@@ -20,6 +20,7 @@ from faults.training import EVERY, VARIANTS, Training, snapshot
 from torch import Tensor
 
 from omninorm import watch
+from omninorm.record.alarm import Alarm, link
 
 TAIL = 20
 """The number of last steps whose mean loss is compared."""
@@ -112,11 +113,17 @@ def train(case: Case) -> Outcome:
                 training.run(watched)
         except Exception as raised:  # an error that ends the training is a result, too
             error = f"{type(raised).__name__}: {raised}"[:200]
-        alarms = [[a.step, a.severity, a.rule, a.layer, a.evidence[:EVIDENCE]] for a in watched.alarms]
+        alarms = [as_row(alarm) for alarm in link(watched.alarms)]
     line = {**describe(case, training), "alarms": alarms, "seconds": round(time.process_time() - start, 2)}
     if error:
         line["error"] = error
     return Outcome(line, training, snapshot(training.model))
+
+
+def as_row(alarm: Alarm) -> list[Any]:
+    """Return an alarm as a list: step, severity, rule, layer, evidence, and those three of its cause if there is one."""
+    cause = [] if alarm.cause is None else [[alarm.cause.step, alarm.cause.rule, alarm.cause.layer]]
+    return [alarm.step, alarm.severity, alarm.rule, alarm.layer, alarm.evidence[:EVIDENCE], *cause]
 
 
 def describe(case: Case, training: Training) -> Line:

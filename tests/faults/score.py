@@ -1,7 +1,8 @@
 """Scoring: whether the alarms of a run report its fault, its cause and its layer.
 
 An alarm counts if it is raised after the fault has begun and the healthy twin does not raise it by then: a false alarm
-detects nothing. The leading alarm, which decides about the cause, is the first "fail"; without one, the first warning.
+detects nothing. The leading alarm, which decides about the cause, is the one that the page shows first: what the first
+"fail" follows from; without a fail, the first warning.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any
 
 from faults.faults import Fault, load_faults
 
+from omninorm.record.alarm import Alarm, AlarmRef, leading
+
 Line = dict[str, Any]
 SOON = 20
 """Faults that are visible at once should be detected within this many steps."""
-STEP, SEVERITY, RULE, LAYER, EVIDENCE = range(5)
+STEP, SEVERITY, RULE, LAYER, EVIDENCE, CAUSE = range(6)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def judge(line: Line, twin: Line | None) -> Verdict:
     """Return the verdict on a faulty run."""
     fault = load_faults()[line["fault"]]
     alarms = new_alarms(line, twin)
-    leading = next((a for a in alarms if a[SEVERITY] == "fail"), alarms[0] if alarms else None)
+    leading = leading_alarm(alarms)
     naming = [alarm for alarm in alarms if names_cause(alarm, fault)]
     layer = None
     if naming and fault.layered and line["layers"]:
@@ -69,6 +72,14 @@ def judge(line: Line, twin: Line | None) -> Verdict:
         layer,
         None if leading is None else leading[RULE],
     )
+
+
+def leading_alarm(alarms: Sequence[Sequence[Any]]) -> Sequence[Any] | None:
+    """Return the alarm that a user reads first."""
+    causes = [AlarmRef(*alarm[CAUSE]) if len(alarm) > CAUSE else None for alarm in alarms]
+    found = [Alarm(*alarm[:CAUSE], "", cause=cause) for alarm, cause in zip(alarms, causes, strict=True)]
+    first = leading(found)
+    return None if first is None else alarms[found.index(first)]
 
 
 def names_cause(alarm: Sequence[Any], fault: Fault) -> bool:

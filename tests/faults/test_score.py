@@ -63,6 +63,15 @@ def test_first_fail_leads_even_after_a_warning() -> None:
     assert verdict.steps == 2
 
 
+def test_warning_from_which_the_first_fail_follows_leads() -> None:
+    right = alarm(40, "branch-silent", "model.layers.2", "warn")
+    follows = [*alarm(50, "depth-growth"), [40, "branch-silent", "model.layers.2"]]
+    verdict = judge(line(alarm(35, "loss-spike", severity="warn"), right, follows), None)
+    assert verdict.leading == "branch-silent"
+    assert verdict.cause
+    assert judge(line(right, [*follows[:5], [40, "loss-spike", None]]), None).leading == "depth-growth"
+
+
 def test_wrong_fail_is_not_excused_by_a_right_warning() -> None:
     verdict = judge(line(alarm(40, "branch-silent", "model.layers.2", "warn"), alarm(50, "learning-rate")), None)
     assert not verdict.cause

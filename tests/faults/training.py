@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from faults.architectures import Architecture, cross_entropy
+from faults.balance import Balance
 from faults.tasks import HELD_OUT, Batch, padded
 from torch import Tensor, nn
 
@@ -85,6 +86,7 @@ class Training:
         if self.options.dropout:
             for block in self.model.get_submodule(self.architecture.layout.blocks).children():
                 block.register_forward_hook(self._drop)
+        self.balance = Balance(self._routers())
         self.optimizers: list[torch.optim.Optimizer] = []
         self.trained: Callable[[str, nn.Parameter], bool] = lambda name, parameter: True
         self.preprocess: Callable[[Batch], Batch] = lambda batch: batch  # also in evaluations
@@ -111,6 +113,12 @@ class Training:
     def set(self, **options: Any) -> None:
         """Change options; for faults, before the optimizers are built."""
         self.options = replace(self.options, **options)
+
+    def _routers(self) -> list[nn.Module]:
+        path = self.architecture.layout.router
+        blocks = self.model.get_submodule(self.architecture.layout.blocks).children()
+        modules = [dict(block.named_modules()).get(path) for block in blocks if path is not None]
+        return [module for module in modules if module is not None]
 
     def _drop(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         """Apply dropout to a block's output."""
@@ -219,7 +227,7 @@ class Training:
         """Return the loss of a batch."""
         with self._precision():
             logits = self.architecture.forward(self.model, batch)
-        return self.criterion(logits, batch.labels)
+        return self.balance.add_to(self.criterion(logits, batch.labels))
 
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:

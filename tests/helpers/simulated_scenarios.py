@@ -6,12 +6,14 @@ Prints its result as JSON.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -71,7 +73,75 @@ def watched() -> dict[str, Any]:
     return {"plain": dict(plain.waits), "steps": steps, "signals": signals, "losses": len(w.history.steps)}
 
 
+class Scaled(nn.Module):
+    """Multiplies its input in place by a factor, if it has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor: float | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.factor is None else x.mul_(self.factor)
+
+
+def peaks(factors: list[float | None], on_device: bool) -> dict[str, Any]:
+    """Return the peaks of three linear layers in each step, and the first NaN. The first layer's output is multiplied
+    in place by that step's factor."""
+    import omninorm
+    from omninorm.monitor.stats_buffer import StatsBuffer
+
+    torch.manual_seed(0)
+    scaled = Scaled()
+    model: nn.Module = nn.Sequential(nn.Linear(4, 8), scaled, nn.Linear(8, 8), nn.Linear(8, 1))
+    inputs = torch.randn(len(factors), 5, 4)
+    if on_device:
+        model = to_simulated(model)
+    rows: list[list[float]] = []
+    take = StatsBuffer.take
+
+    def noting(buffer: StatsBuffer, *args: Any) -> Any:
+        found = take(buffer, *args)
+        rows.extend(row.sentinels for row in found[1])
+        return found
+
+    StatsBuffer.take = noting  # type: ignore[method-assign]
+    with omninorm.watch(model, every=100, rules=[]) as w:
+        for factor, x in zip(factors, inputs, strict=True):
+            scaled.factor = factor
+            loss = model(SimulatedTensor(x) if on_device else x).mean()
+            loss.backward()
+            w.step(loss)
+    StatsBuffer.take = take  # type: ignore[method-assign]
+    found = w.history.nonfinite
+    return {"rows": rows, "first": None if found is None else [found.step, found.layer]}
+
+
+def outputs() -> dict[str, Any]:
+    """Compare the peaks of outputs with those on the CPU, where outputs do not wait."""
+    from omninorm.monitor import waiting
+
+    always, later = [0.5, 0.5, math.nan, 0.5], [None, None, 0.5, 0.5]
+    found = {
+        name: [peaks(factors, on_device) for on_device in (True, False)]
+        for name, factors in {"never": [None] * 4, "always": always, "later": later}.items()
+    }
+    waiting.MOST_BYTES = 0
+    return found | {"no memory": [peaks(later, on_device) for on_device in (True, False)]}
+
+
+def kept() -> list[int]:
+    """Return how many bytes wait after each of five outputs of 4,000 bytes, of which 10,000 may wait."""
+    from omninorm.monitor import waiting
+
+    waiting.MOST_BYTES = 10_000
+    them, found = waiting.Peaks(), []
+    for _ in range(5):
+        them.add(0, SimulatedTensor(torch.randn(10, 100)))
+        found.append(sum(each.y.untyped_storage().nbytes() for each in them._waiting))
+    return found
+
+
 if __name__ == "__main__":
     install()
     torch.manual_seed(0)
-    print(json.dumps({"devices": devices, "watched": watched}[sys.argv[1]]()))
+    print(json.dumps({"devices": devices, "watched": watched, "outputs": outputs, "kept": kept}[sys.argv[1]]()))

@@ -115,6 +115,53 @@ def test_example_of_a_faulty_run_is_fixed_by_the_remedy(run: Run, tmp_path: Path
         check_run(tmp_path / name, 60)
 
 
+PAGE = (Path(__file__).parents[2] / "docs" / "watching.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_example_of_a_stalled_run_prints_what_the_page_quotes(run: Run, tmp_path: Path) -> None:
+    """Words and steps are those of the page; losses and degrees depend a little on the processor."""
+    output = run("find_a_fault.py", tmp_path)
+    quoted = re.findall(r"^    (stalled|fixed), step (\d+): loss ([\d.]+)$", PAGE, re.MULTILINE)
+    printed = re.findall(r"^(stalled|fixed), step (\d+): loss ([\d.]+)$", output, re.MULTILINE)
+    assert [line[:2] for line in printed] == [line[:2] for line in quoted]
+    for line, expected in zip(printed, quoted, strict=True):
+        assert float(line[2]) == pytest.approx(float(expected[2]), abs=0.1), line
+    alarms = [
+        alarm
+        for event in read_history(tmp_path / "stalled" / "record.jsonl")
+        if event["kind"] == "alarms"
+        for alarm in event["alarms"]
+    ]
+    first = alarms[0]
+    text = f"step {first['step']}, {first['rule']}: {first['evidence']} {first['remedy']}"
+    without_degrees = [re.sub(r"\d+°", "°", " ".join(part.split())) for part in (text, PAGE)]
+    assert without_degrees[0] in without_degrees[1]
+    assert not [event for event in read_history(tmp_path / "fixed" / "record.jsonl") if event["kind"] == "alarms"]
+    for name in ("stalled", "fixed"):
+        check_run(tmp_path / name, 160)
+
+
+@pytest.mark.slow
+def test_example_of_a_high_learning_rate_is_cured_by_qk_norm(run: Run, tmp_path: Path) -> None:
+    lines = run("high_learning_rate.py", tmp_path).splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        without, cured = map(float, re.search(r"loss ([\d.]+), with qk-norm ([\d.]+);", line).groups())
+        assert without > cured + 0.2, line
+        assert re.search(r"; attention-(logits|entropy) in blocks\.\d at step \d+, losses 0\.1 apart", line), line
+        assert line.endswith("alarms with qk-norm: 0"), line
+
+
+@pytest.mark.slow
+def test_example_of_lora_on_saturated_attention_has_steep_gradients(run: Run, tmp_path: Path) -> None:
+    lines = run("lora_saturated_attention.py", tmp_path).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["logits 1", "logits 16", "logits 32"]
+    largest = [float(re.search(r"gradient norm at most ([\d.]+)", line)[1]) for line in lines]
+    assert min(largest[1:]) > 5 * largest[0]
+    assert lines[0].endswith("no alarm")
+
+
 @pytest.mark.slow
 def test_example_of_surgery_on_real_weights_is_exact_and_undone(run: Run, smollm2: Path) -> None:
     output = run("surgery_smollm2.py", smollm2)
@@ -166,8 +213,8 @@ def test_example_of_folding_before_quantizing_saves_the_model(run: Run, smollm2:
 def test_every_example_is_tested_and_short() -> None:
     tested = Path(__file__).read_text()
     found = sorted(EXAMPLES.glob("*.py"))
-    assert len(found) == 10
+    assert len(found) == 13
     for path in found:
         assert path.name in tested
-        assert len(path.read_text().splitlines()) < 60
+        assert len(path.read_text().splitlines()) < 90
         assert path.read_text().startswith('"""')

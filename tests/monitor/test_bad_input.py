@@ -231,10 +231,12 @@ def test_internal_error_warns_once_and_training_continues(monkeypatch: pytest.Mo
 
     places = [
         (block.BlockProbe, "see"),
+        (block.BlockProbe, "measure"),
         (block.BlockProbe, "see_gradient"),
         (attention.AttentionProbe, "see"),
-        (norm.NormProbe, "see_examples"),
-        (norm.NormProbe, "_add"),
+        (attention, "_add"),
+        (norm.NormProbe, "measure_examples"),
+        (norm, "_measure"),
         (gradients.Gradients, "norms"),
         (optimizer.OptimizerWatch, "_measure_adam"),
         (optimizer.OptimizerWatch, "_some_weights"),

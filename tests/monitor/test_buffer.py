@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from helpers.watched_models import Decoder, adamw, some_tokens, token_loss
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from omninorm.monitor import tensors, watch
+from omninorm.monitor import stats_buffer, tensors, watch
+from omninorm.monitor.probes.optimizer import any_some
 from omninorm.monitor.stats_buffer import StatsBuffer
 
 
@@ -43,20 +45,28 @@ def test_values_without_numbers_are_left_out(make) -> None:  # type: ignore[no-u
         add(key, 0, torch.tensor(2.0))
         add(key, 0, make())
         add(key, 1, make())
-    it.sentinel(0, torch.tensor(-3.0), torch.tensor(1.0))
-    it.sentinel(1, make(), make())
+    it.sentinel(0, torch.tensor([-3.0, 1.0]))
+    it.sentinel(1, make())
+    it.measure()
     it.end_row(torch.tensor(5.0))
     cells, (row,), _ = it.take()
     assert cells == {"stream_ms": [2.0, None], "stream_max": [2.0, None]}
     assert (row.sentinels, row.loss) == ([3.0, -1.0, -1.0], 5.0)
 
 
-def test_row_ends_although_a_value_cannot_be_written() -> None:
+def test_row_ends_although_a_value_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise RuntimeError("out of memory")
+
     it = buffer()
-    it.sentinel(0, torch.zeros(2), torch.zeros(3))
-    with pytest.raises(RuntimeError):
-        it.end_row(torch.tensor(1.0))
-    it.sentinel(0, torch.tensor(-3.0), torch.tensor(1.0))
+    it.sentinel(0, torch.zeros(2))
+    it.measure()
+    with monkeypatch.context() as patch:
+        patch.setattr(stats_buffer, "stack", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            it.end_row(torch.tensor(1.0))
+    it.sentinel(0, torch.tensor([-3.0, 1.0]))
+    it.measure()
     it.end_row(torch.tensor(2.0))
     rows = it.take()[1]
     assert [(row.loss, row.sentinels[0]) for row in rows] == [(1.0, -1.0), (2.0, 3.0)]
@@ -90,13 +100,15 @@ def test_constant_made_with_fake_tensors_is_not_kept() -> None:
 
 def test_peaks_of_modules_that_run_several_times_or_in_several_dtypes() -> None:
     it = buffer(4)
-    it.sentinel(0, torch.tensor(-1.0), torch.tensor(2.0))
-    it.sentinel(2, torch.tensor(-7.0, dtype=torch.bfloat16), torch.tensor(-6.0, dtype=torch.bfloat16))
-    it.sentinel(3, torch.tensor(0.0), torch.tensor(0.0))
-    it.sentinel(0, torch.tensor(-0.5), torch.tensor(0.25))
+    it.sentinel(0, torch.tensor([-1.0, 2.0]))
+    it.sentinel(2, torch.tensor([-7.0, -6.0], dtype=torch.bfloat16))
+    it.sentinel(3, torch.tensor([0.0, 0.0]))
+    it.sentinel(0, torch.tensor([-0.5, 0.25]))
+    it.measure()
     it.end_row(None)
-    it.sentinel(0, torch.tensor(torch.nan), torch.tensor(torch.nan))
-    it.sentinel(0, torch.tensor(1.0), torch.tensor(2.0))
+    it.sentinel(0, torch.tensor([torch.nan, 0.0]))
+    it.sentinel(0, torch.tensor([1.0, 2.0]))
+    it.measure()
     it.end_row(None)
     first, second = it.take()[1]
     assert first.sentinels == [2.0, -1.0, 7.0, 0.0]
@@ -154,3 +166,39 @@ def test_flush_within_a_step_keeps_what_the_step_has_added() -> None:
     it.end_row(None)
     (row,) = it.take()[1]
     assert row.facts["kept"] == 5.0
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.randn(300, 200),
+        torch.randn(300, 200).t(),
+        torch.randn(8, 16, 3, 3).to(memory_format=torch.channels_last),
+        torch.randn(40, 40)[10:],
+        torch.tensor(3.0),
+    ],
+)
+def test_some_weights_are_a_view_in_any_layout(weight: Tensor) -> None:
+    few = any_some(weight)
+    assert few.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    assert set(few.tolist()) <= set(weight.flatten().tolist())
+    assert len(set(few.tolist())) == len(few) >= min(weight.numel(), 60)
+
+
+def test_some_weights_with_gaps_in_memory_are_copied() -> None:
+    weight = torch.randn(40, 40)[:, :10]
+    assert set(any_some(weight).tolist()) <= set(weight.flatten().tolist())
+
+
+def test_watch_does_not_keep_the_memory_of_weights_that_have_moved() -> None:
+    model = Decoder()
+    optimizer = adamw(model)
+    with watch(model, optimizer, every=2, rules=[]) as watched:
+        for step in (1, 2, 3):
+            token_loss(model, some_tokens(step)).backward()
+            optimizer.step()
+            watched.step()
+        memory = weakref.ref(model.head.weight.untyped_storage())
+        model.head.weight.data = model.head.weight.detach().clone()
+        optimizer.zero_grad()
+        assert memory() is None

@@ -6,7 +6,7 @@ import copy
 import gc
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -367,8 +367,8 @@ def test_forward_passes_repeated_by_checkpointing_are_not_counted(how: str, monk
     counted: list[str] = []
     add = StatsBuffer.add
 
-    def counting(buffer: StatsBuffer, key: str, index: int, value: Tensor) -> None:
-        counted.append(key)
+    def counting(buffer: StatsBuffer, key: str, index: int | Sequence[int], value: Tensor) -> None:
+        counted.extend([key] * value.numel())
         add(buffer, key, index, value)
 
     monkeypatch.setattr(StatsBuffer, "add", counting)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from omninorm.monitor.checks.weights import look_random, matrices_of
 from omninorm.monitor.history import Facts
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.optimizer import adam_eps
@@ -29,6 +30,7 @@ def facts_of(structure: Structure, optimizers: Sequence[torch.optim.Optimizer], 
         every=every,
         width=typical_width(structure),
         alike=alike(structure),
+        fresh=look_random(matrices_of(structure)),
     )
 
 

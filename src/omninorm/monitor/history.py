@@ -44,6 +44,7 @@ class Facts:
         every: steps between samples.
         width: the width of the blocks: the median of the smaller sides of their matrices, or None.
         alike: a number for each block, equal for blocks of the same class with the same matrices.
+        fresh: whether the weights look like a random initialization; None if unknown.
     """
 
     model: str = ""
@@ -60,6 +61,7 @@ class Facts:
     every: int = 1
     width: float | None = None
     alike: tuple[int, ...] = ()
+    fresh: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,16 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Load:
+    """The load of a block's experts: for each the share of the tokens that chose it, the number of tokens, and how many
+    experts each token chooses."""
+
+    shares: tuple[float, ...]
+    tokens: int
+    choices: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """The signals of a sampled step, by the names of `omninorm.record.signals.SIGNALS`.
 
@@ -84,7 +96,7 @@ class Sample:
     decay of the optimizer, the share that decoupled weight decay removes per step: the largest of each group's
     matrices. `gain_decay` is the same for the gain of each norm. Both are empty if no optimizer is known.
     `probabilities` is 1 if each row that cross entropy received is a probability distribution, 0 if not, and None if no
-    such call was measured.
+    such call was measured. `loads` has the load of each block's experts, or None, if there are any.
     """
 
     step: int
@@ -94,6 +106,7 @@ class Sample:
     decay: Sequence[float | None] = ()
     gain_decay: Sequence[float | None] = ()
     probabilities: float | None = None
+    loads: Sequence[Load | None] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,8 @@ class History:
     """How padding was recognized, so that it does not count: "attention mask", "zero rows", or None without any."""
     dtype: str | None = None
     """The dtype of the residual stream, such as "float16", measured at the first sample."""
+    classes: int | None = None
+    """The number of classes that cross entropy received at the first sample, such as the vocabulary."""
     nonfinite: NonFinite | None = None
     evaluations: deque[Evaluation] = field(default_factory=lambda: deque(maxlen=SAMPLES_KEPT))
     passes: int = 1

@@ -29,6 +29,7 @@ from omninorm.monitor.arguments import (
     uncovered,
 )
 from omninorm.monitor.checks.collect import Checks
+from omninorm.monitor.checks.weights import frozen, shifted_gains
 from omninorm.monitor.facts import facts_of
 from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.hooks.attach import Hooks, cell_sizes, leaves, sentinel_names
@@ -137,6 +138,7 @@ class Watch:
             self._attach()
             _watched.add(self._model)
             self._report_alarms(uncovered(named, self._optimizers, self._done))
+            self._report_alarms(frozen(structure, self._done) + shifted_gains(structure, self._done))
             self._begin_step()
             undo.pop_all()
         return self
@@ -245,20 +247,23 @@ class Watch:
             self.history.no_residual = placements.without_residual()
             if self._hooks.padding.used or any(cells["zero_rows"]):
                 self.history.padding = MASK if self._hooks.padding.used else ZERO_ROWS
+            self.history.classes = self._hooks.classes
             self.history.dtype = None if self._hooks.dtype is None else str(self._hooks.dtype).removeprefix("torch.")
         alarms = list(self._judge.judge_steps(self.history, steps))
         if sampled:
             values = dict(zip(names, numbers, strict=True))
             checked = self._checks.of_sample(self._done, rows[-1], values)
             sample = self._builder.build(self._done, cells, rows[-1], self._gains(values), values)
-            sample = self._builder.with_decay(replace(sample, checks=checked), self._parameters, self._optimizers)
+            sample = replace(sample, checks=checked, loads=self._hooks.routers.read(values))
+            sample = self._builder.with_decay(sample, self._parameters, self._optimizers)
             self._write_sample(sample, steps[-1])
             alarms += self._judge.judge_sample(self.history)
         self._report_alarms(alarms)
 
     def _measure(self) -> tuple[list[Tensor], list[str]]:
         """Return a sample's statistics of parameters and optimizers: tensors, and their names."""
-        others = (self._optimizer_watch.take, self._checks.measure)
+        assert self._hooks is not None
+        others = (self._optimizer_watch.take, self._checks.measure, self._hooks.routers.take)
         found = measure_all(self._structure.norms, self._parameters, self._buffer.device, others, self._failed)
         return list(found.values()), list(found)
 

@@ -9,16 +9,17 @@ an infinity in a row shows the step and the place where it appeared, without syn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omninorm.monitor.tensors import by_kind, constant, holds_numbers, stack
+from omninorm.monitor.tensors import by_kind, constant, holds_numbers, stack, widest
+from omninorm.monitor.waiting import Batches, Peaks
 
-FACTS = ("kept", "batch")
+FACTS = ("kept", "batch", "input")
 """Numbers that only some steps have: see `omninorm.monitor.checks.facts.StepChecks`."""
 UNSEEN = -1.0  # in the ring buffer: measured values are ≥ 0 or not finite
 # Values that may wait before they are written, for loops that never end a step.
@@ -54,8 +55,8 @@ class StatsBuffer:
             starts[key] = total
             total += count
         self._starts = starts
-        # Squares of exploding activations need the range of float64, which some devices do not have.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        # Squares of exploding activations need the range of float64.
+        dtype = widest(device)
         self._values = torch.zeros(total, device=device, dtype=dtype)
         self._counts = [0] * total
         self._sentinels, self._parameters = sentinels, parameters
@@ -65,8 +66,10 @@ class StatsBuffer:
         # Values that wait to be written together, by place: one operator for all of them costs less than one for each.
         self._terms: list[tuple[int, Tensor]] = []
         self._peaks: list[tuple[int, Tensor]] = []
-        self._least: list[tuple[int, Tensor]] = []
-        self._most: list[tuple[int, Tensor]] = []
+        self._outputs: list[tuple[int, Tensor]] = []
+        self._peaks_of_outputs, self._batches = Peaks(), Batches()
+        self.streams: dict[int, int] = {}  # the block of each sentinel whose peak is also that of the residual stream
+        self.batch = self._batches.add
         self.sampling = False
         self.order: dict[int, int] = {}  # sentinels, numbered in the order in which they first ran
         self.row = 0
@@ -83,28 +86,33 @@ class StatsBuffer:
 
     # Writing, on the device -----------------------------------------------------------------------------------------
 
-    def add(self, key: str, index: int, value: Tensor) -> None:
-        """Add a term of a mean."""
-        if not holds_numbers(value):
-            return
-        place = self._starts[key] + index
-        self._terms.append((place, value))
-        self._counts[place] += 1
+    def add(self, key: str, index: int | Sequence[int], value: Tensor) -> None:
+        """Add a term of a mean, or one for each of several indices."""
+        found = self._placed(key, index, value)
+        self._terms += found
+        for place, _ in found:
+            self._counts[place] += 1
         if len(self._terms) > MOST_WAITING:
             self._write_cells()
 
-    def peak(self, key: str, index: int, value: Tensor) -> None:
-        """Update a maximum of values ≥ 0."""
-        if not holds_numbers(value):
-            return
-        place = self._starts[key] + index
-        self._peaks.append((place, value))
-        self._counts[place] = 1
+    def peak(self, key: str, index: int | Sequence[int], value: Tensor) -> None:
+        """Update a maximum of values ≥ 0, or one for each of several indices."""
+        found = self._placed(key, index, value)
+        self._peaks += found
+        for place, _ in found:
+            self._counts[place] = 1
         if len(self._peaks) > MOST_WAITING:
             self._write_cells()
 
-    def add_gradient(self, key: str, index: int, square: Tensor) -> None:
-        """Add a term of a mean of squared gradients, after removing the factor of a GradScaler."""
+    def _placed(self, key: str, index: int | Sequence[int], value: Tensor) -> list[tuple[int, Tensor]]:
+        """Return the values with their places."""
+        if not holds_numbers(value):
+            return []
+        indices, values = ([index], [value]) if isinstance(index, int) else (index, value.unbind())
+        return [(self._starts[key] + at, each) for at, each in zip(indices, values, strict=True)]
+
+    def add_gradient(self, key: str, index: int | Sequence[int], square: Tensor) -> None:
+        """Add terms of means of squared gradients, after removing the factor of a GradScaler."""
         scale = self.scale
         self.add(key, index, square if scale is None else square / scale.to(square).square())
 
@@ -114,45 +122,52 @@ class StatsBuffer:
         scale = getattr(self._scaler, "_scale", None)
         return scale if isinstance(scale, Tensor) else None
 
-    def sentinel(self, index: int, least: Tensor, most: Tensor) -> None:
-        """Record the smallest and the largest element of a module's output in this step."""
-        if not (holds_numbers(least) and holds_numbers(most)):
+    def sentinel(self, index: int, y: Tensor) -> None:
+        """Record the largest |y| of a module's output in this step."""
+        if not holds_numbers(y):
             return
         self.order.setdefault(index, len(self.order))
-        self._least.append((index, least))
-        self._most.append((index, most))
-        if len(self._most) > MOST_WAITING:
+        self._peaks_of_outputs.add(index, y)
+
+    def measure_peaks(self) -> None:
+        """Measure the outputs that wait, before they are overwritten."""
+        found = self._peaks_of_outputs.take()
+        for sentinel, value in found if self.sampling else ():
+            if sentinel in self.streams:
+                self.peak("stream_max", self.streams[sentinel], value)
+        self._outputs += found
+        if len(self._outputs) > MOST_WAITING:
             self._write_sentinels()
 
+    def measure(self) -> None:
+        """Measure what waits: at the end of a forward or backward pass, and before a row ends."""
+        with torch._C.DisableTorchFunction():
+            try:
+                self.measure_peaks()
+            finally:
+                self._batches.measure()
+
     def _write_sentinels(self) -> None:
-        self._write_peaks(self._most, UNSEEN)
-        # The negative of what was not seen must not exceed |x| either.
-        self._write_peaks(self._least, -UNSEEN)
+        """Update the row's peaks |x|.
 
-    def _write_peaks(self, waiting: list[tuple[int, Tensor]], unseen: float) -> None:
-        """Update the row's peaks |x| with smallest or largest elements.
-
-        All sentinels are written, with `unseen` for those that have not run: a list of those that have, which may
-        differ in every step, would have to be copied to the device.
+        All sentinels are written, with UNSEEN for those that have not run: a list of those that have, which may differ
+        in every step, would have to be copied to the device.
         """
-        for values in in_rounds(waiting):
+        for values in in_rounds(self._outputs):
             for (device, dtype), places in by_kind(values).items():
-                neutral = fill(unseen, device, dtype)
+                neutral = fill(UNSEEN, device, dtype)
                 found = stack([values[at] if at in places else neutral for at in range(self._sentinels)], self.device)
-                found = found if unseen < 0 else -found
                 torch.maximum(self._row_sentinels, found, out=self._row_sentinels)
 
     def _write_cells(self) -> None:
-        self._write(self._values, self._terms, torch.add)
-        self._write(self._values, self._peaks, torch.maximum)
-
-    def _write(
-        self, target: Tensor, waiting: list[tuple[int, Tensor]], combine: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
-        """Combine the waiting values with those at their places in `target`: each place once per round."""
-        for values in in_rounds(waiting):
-            index = constant(tuple(values), self.device)
-            target[index] = combine(target[index], stack(list(values.values()), self.device))
+        """Combine the values that wait with those at their places."""
+        if self._terms:
+            places, values = zip(*self._terms, strict=True)
+            self._terms.clear()
+            self._values.index_put_((constant(places, self.device),), stack(values, self.device), accumulate=True)
+        for peaks in in_rounds(self._peaks):
+            index = constant(tuple(peaks), self.device)
+            self._values[index] = torch.maximum(self._values[index], stack(list(peaks.values()), self.device))
 
     def set_gradients(self, norms: Tensor) -> None:
         """Record ‖gradient‖ of every parameter; UNSEEN where there is none."""
@@ -169,6 +184,10 @@ class StatsBuffer:
         cell.copy_(value + cell if name in self._written else value, non_blocking=True)
         self._written.add(name)
 
+    def has_fact(self, name: str) -> bool:
+        """Return whether one of the FACTS of this step has been added."""
+        return name in self._written
+
     def end_row(self, loss: Tensor | None) -> None:
         """End the row of this step. It ends in any case: rows without a step would shift all later steps."""
         given = False
@@ -178,8 +197,7 @@ class StatsBuffer:
                 given = True
             self._write_sentinels()
         finally:
-            self._most.clear()
-            self._least.clear()
+            self._outputs.clear()
             self._losses.append(given)
             self.row += 1
             if self.row < self.rows:

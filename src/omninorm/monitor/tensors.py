@@ -78,6 +78,11 @@ def holds_numbers(x: Tensor) -> bool:
     return not (x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 where the device does not support it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def by_kind(values: Mapping[int, Tensor]) -> dict[tuple[torch.device, torch.dtype], set[int]]:
     """Return the keys of the tensors of each device and dtype."""
     kinds: dict[tuple[torch.device, torch.dtype], set[int]] = {}
@@ -88,7 +93,7 @@ def by_kind(values: Mapping[int, Tensor]) -> dict[tuple[torch.device, torch.dtyp
 
 def stack(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
     """Stack scalars of any device and precision into one tensor, in float64 where the device supports it."""
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    wide = widest(device)
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for at, scalar in enumerate(scalars):
         kinds.setdefault((scalar.device, scalar.dtype), []).append(at)

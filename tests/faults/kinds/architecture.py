@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ from faults.faults import (
     once,
     part_of,
 )
+from faults.plain_models import SPREAD
 from faults.training import Training
 from torch import Tensor, nn
 
 FAMILY = "architecture"
 ODD = {"odd-block", "layer-jump"}
+ZERO_CENTRED = ("gemma2", "gemma3", "qwen3-next")
+"""Architectures whose norms multiply by 1 + weight."""
 
 
 def _has_residual(architecture: object) -> bool:
@@ -103,7 +107,7 @@ def gain_zero(training: Training) -> None:
     """In the middle of the run the gains of one norm become 0 and stay there."""
     norm, name = part_of(training, "norm")
     training.layers = (name, block_of(training)[1])
-    offset = -1.0 if training.architecture.name in ("gemma2", "gemma3", "qwen3-next") else 0.0
+    offset = -1.0 if training.architecture.name in ZERO_CENTRED else 0.0
 
     @torch.no_grad()
     def reset() -> None:
@@ -132,7 +136,26 @@ def norm_too_large(training: Training) -> None:
 def gains_twice(training: Training) -> None:
     """Every norm adds 1 to gains that are 1 already, as after a wrong conversion."""
     for _, norm in norms_of(training.model):
-        change_output(norm, lambda y: 2.0 * y)
+        if training.architecture.name in ZERO_CENTRED:  # they add 1 anyway
+            nn.init.ones_(norm.weight)  # type: ignore[arg-type]
+        else:
+            norm.__class__ = _shifted(type(norm))
+
+
+@functools.cache
+def _shifted(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a norm that multiplies by 1 + weight instead of by weight."""
+
+    def forward(self: nn.Module, *inputs: Tensor) -> Tensor:
+        weight = self._parameters["weight"]
+        self._parameters["weight"] = weight + 1.0  # type: ignore[assignment, operator]
+        try:
+            output: Tensor = kind.forward(self, *inputs)
+        finally:
+            self._parameters["weight"] = weight
+        return output
+
+    return type(f"Shifted{kind.__name__}", (kind,), {"forward": forward})
 
 
 @fault("norm missing in a block", FAMILY, {"no-norm", "odd-block", "norm-missing"}, layered=True, needs=("norm",))
@@ -197,8 +220,10 @@ def weights_jump(training: Training) -> None:
     {"initialization", "attention-logits", "attention-entropy", "logz", "massive-activation"},
 )
 def initialization(training: Training) -> None:
-    """All matrices start 10 times too large."""
-    multiply(training.model, 10.0)
+    """All matrices start 10 times larger than is customary."""
+    matrices = [p.detach().square().mean().sqrt() for p in training.model.parameters() if p.ndim > 1]
+    customary = SPREAD / (training.options.width or training.architecture.width) ** 0.5
+    multiply(training.model, 10.0 * max(1.0, customary / float(torch.stack(matrices).median())))
 
 
 @fault("one block's initialization × 20", FAMILY, {*ODD, "attention-logits", "attention-entropy"}, layered=True)

@@ -58,14 +58,19 @@ def detached_later(training: Training) -> None:
     training.layers = (name,)
 
 
-@fault("everything important frozen", FAMILY, {"no-gradient", "optimizer-coverage"}, at_once=True)
+@fault("everything important frozen", FAMILY, {"no-gradient", "optimizer-coverage", "frozen-weights"}, at_once=True)
 def everything_frozen(training: Training) -> None:
     """All parameters but the norms' gains have requires_grad=False (a case of TrainCheck)."""
     for parameter in training.model.parameters():
         parameter.requires_grad_(parameter.ndim == 1)
 
 
-@fault("gradient vanishes in a block", FAMILY, {"depth-growth", "adam-eps", "odd-block", "no-gradient"}, layered=True)
+@fault(
+    "gradient vanishes in a block",
+    FAMILY,
+    {"gradient-jump", "depth-growth", "adam-eps", "odd-block", "no-gradient"},
+    layered=True,
+)
 def gradient_vanishes(training: Training) -> None:
     """The gradient is multiplied by 1e-8 on its way through one block."""
     block, name = block_of(training)
@@ -75,7 +80,7 @@ def gradient_vanishes(training: Training) -> None:
     training.layers = (*(f"{blocks}.{each}" for each in range(index + 1)), *_before(training))
 
 
-@fault("gradient explodes in a block", FAMILY, {"depth-growth", "odd-block"}, layered=True)
+@fault("gradient explodes in a block", FAMILY, {"gradient-jump", "depth-growth", "odd-block"}, layered=True)
 def gradient_explodes(training: Training) -> None:
     """The gradient is multiplied by 1,000 on its way through one block."""
     block, name = block_of(training)

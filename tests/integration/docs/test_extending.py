@@ -99,5 +99,14 @@ def test_the_commands_of_a_chapter_pass_after_its_edits(title: str, copy: Path) 
         assert int(re.search(r"(\d+) passed", process.stdout)[1]) >= 2
 
 
-def test_the_page_has_all_four_chapters() -> None:
-    assert [title.split(":")[0] for title in CHAPTERS] == ["A placement", "A norm", "A rule", "A back end"]
+def test_the_page_has_all_five_chapters() -> None:
+    expected = ["A placement", "A norm", "A signal", "A rule", "A back end"]
+    assert [title.split(":")[0] for title in CHAPTERS] == expected
+
+
+@pytest.mark.parametrize("title", [title for title in CHAPTERS if title.startswith(("A signal", "A rule"))])
+def test_a_signal_or_rule_changes_two_source_files_besides_its_registration(title: str) -> None:
+    registrations = {"src/omninorm/record/signals.py", "src/omninorm/monitor/rules/__init__.py"}
+    sources = {edit.path for edit in CHAPTERS[title][0] if edit.path.startswith("src/")}
+    assert len(sources & registrations) == 1
+    assert len(sources - registrations) <= 2

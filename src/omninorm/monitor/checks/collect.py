@@ -15,7 +15,9 @@ from omninorm.monitor.checks.checksum import checksum, tensors_in
 from omninorm.monitor.checks.cleared import Cleared
 from omninorm.monitor.checks.clipping import Clipping, totals
 from omninorm.monitor.checks.facts import NoGradient, Replica, SampleChecks, Setup, StepChecks
+from omninorm.monitor.checks.grids import Grids
 from omninorm.monitor.checks.identity import Identity
+from omninorm.monitor.checks.inputs import rms_of, sizes_of
 from omninorm.monitor.checks.missing import Missing, Ran
 from omninorm.monitor.checks.replicas import Replicas, are_replicated
 from omninorm.monitor.checks.rounding import Rounding
@@ -78,18 +80,22 @@ class Checks:
         self._dropout = dropout or FunctionalDropout()
         self._structure, self._groups, self._buffer, self._optimizers = structure, groups, buffer, optimizers
         self._names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
-        self._sentinels, self._failed, self._scaler, self._gradients = sentinels[0], failed, scaler, gradients
+        self._sentinels, self._outside = sentinels
+        self._failed, self._scaler, self._gradients = failed, scaler, gradients
         gains = {id(norm.gain) for norm in structure.norms if norm.gain is not None}
         self._gains = [at for at, parameter in enumerate(self._parameters) if id(parameter) in gains]
         self._missing = Missing(structure, self._names, self._parameters, sentinels[0][: sentinels[1]])
         self._identity = Identity(structure.model, named, optimizers)
         self._clipping = Clipping(self._parameters, buffer.device)
+        inside = {at for block in structure.blocks for at in groups.get(block.name, ())}
+        self._grids = Grids(self._names, self._parameters, inside)
         self._rounding = Rounding(self._parameters)
         self._cleared = Cleared([], buffer.device)
         self._replicas = Replicas(structure.model, named, groups) if replicas and are_replicated() else None
         self._held: dict[int, frozenset[int]] = {}
         self._versions: list[int] = []
         self._passes = 0  # backward passes before the optimizer step
+        self._float_inputs = True
         self._now, self._steps = _Raw(), list[_Raw]()
         self._done, self._every, self._sampled, self._samples = done, every, done, 0
         gradients.on_begin, gradients.on_end = self._backward_begins, self._backward_ends
@@ -126,11 +132,22 @@ class Checks:
             return
         training = torch.is_grad_enabled()
         safely(lambda: self._setup.see_root(module, training, self._buffer.sampling), self._failed)
-        if not self._structure.blocks or not self._is_due() or in_backward() or not training:
+        if not self._structure.blocks or in_backward() or not training:
+            return
+        if self._float_inputs and not is_transformed():
+            safely(lambda: self._see_sizes(args, kwargs), self._failed)
+        if not self._is_due():
             return
         tensors = [] if is_transformed() else list(tensors_in([args, kwargs]))
         if tensors:
             safely(lambda: self._buffer.add_fact("batch", checksum(tensors)), self._failed)
+
+    def _see_sizes(self, args: Any, kwargs: Any) -> None:
+        """Measure the size of the inputs of the first forward pass of a step, if they are floating-point numbers."""
+        found = sizes_of(args, kwargs)
+        self._float_inputs = bool(found)
+        if found and not self._buffer.has_fact("input"):
+            self._buffer.add_fact("input", rms_of(found))
 
     def _is_due(self) -> bool:
         """Return whether the inputs of this step are checked: in sampled steps, in those after them, and in one whose
@@ -168,6 +185,7 @@ class Checks:
             now.emptied = all(p.grad is None for p in self._parameters if id(p) in held)
         if self._buffer.sampling:
             self._clipping.before_step(held)
+            self._grids.before_step(held)
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         held, now = self._ids(optimizer), self._now
@@ -234,6 +252,8 @@ class Checks:
             rates=raw.rates,
             moved=raw.moved,
             batch=row.facts["batch"],
+            input=row.facts["input"],
+            before_blocks=self._before_blocks(row),
             setup=raw.setup,
         )
 
@@ -260,6 +280,13 @@ class Checks:
             and any(row.gradients[at] == 0.0 for at in self._groups[block.name])
         )
 
+    def _before_blocks(self, row: Row) -> tuple[tuple[str, float], ...]:
+        """Return the largest |x| of the modules that ran before the first block."""
+        outside, order = self._outside, self._buffer.order
+        first = min((place for at, place in order.items() if at >= outside), default=0)
+        early = [at for at, place in order.items() if at < outside and place < first and row.sentinels[at] != UNSEEN]
+        return tuple((self._sentinels[at], row.sentinels[at]) for at in early)
+
     def _ran(self, row: Row) -> Ran:
         order: dict[str, int] = {}
         for sentinel, place in self._buffer.order.items():
@@ -272,7 +299,7 @@ class Checks:
 
     def measure(self) -> dict[str, Tensor]:
         """Return the tensors of a sampled step, to be copied to the host."""
-        found = self._rounding.take()
+        found = self._rounding.take() | self._grids.take()
         clipped = self._clipping.take()
         sums = None if self._replicas is None else self._replicas.measure()
         extra = {"at_step": clipped, "replicas": sums, "scale": self._buffer.scale}
@@ -280,6 +307,7 @@ class Checks:
 
     def of_sample(self, step: int, row: Row, numbers: dict[str, list[float]]) -> SampleChecks:
         """Return the facts of a sampled step, from its row and the numbers of `measure`, which are removed."""
+        grids = self._grids.result({"grids": numbers.pop("grids", [])})
         names = ("stayed", "live", "at_step", "replicas", "scale")
         stayed, live, at_step, sums, scale = (numbers.pop(name, None) for name in names)
         lost = (
@@ -291,7 +319,16 @@ class Checks:
             lost=lost,
             replicas=() if self._replicas is None or sums is None else self._exchange(self._replicas, step, sums),
             scale=None if scale is None else scale[0],
+            grids=grids,
+            zeroed=() if at_step is None else self._zeroed(row.gradients, at_step),
         )
+
+    def _zeroed(self, before: Sequence[float], after: Sequence[float]) -> tuple[str, ...]:
+        """Return the groups whose gradients became 0 after the backward pass, while others did not."""
+        if not any(norm > 0.0 for norm in after):
+            return ()
+        had = {name: [at for at in places if before[at] > 0.0] for name, places in self._groups.items()}
+        return tuple(name for name, places in had.items() if places and all(after[at] == 0.0 for at in places))
 
     def _exchange(self, replicas: Replicas, step: int, sums: Sequence[float]) -> tuple[Replica, ...]:
         """Compare the replicas. The store is on another machine; if it is gone, only this check is lost."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from omninorm.monitor.checks.grids import Grid
+
 
 @dataclass(frozen=True)
 class NoGradient:
@@ -86,6 +88,8 @@ class StepChecks:
         rates: the learning rates of the groups of the optimizers that made a step.
         moved: whether weights were changed although none of the optimizers made a step.
         batch: a checksum of the model's input tensors; None if it was not computed.
+        input: the RMS of the model's floating-point inputs in the first forward pass; None without any.
+        before_blocks: name and largest |x| of the modules outside the blocks that ran before the first block.
         setup: how training was set up.
     """
 
@@ -100,6 +104,8 @@ class StepChecks:
     rates: tuple[float, ...] = ()
     moved: bool = False
     batch: float | None = None
+    input: float | None = None
+    before_blocks: tuple[tuple[str, float], ...] = ()
     setup: Setup = field(default_factory=Setup)
 
 
@@ -167,6 +173,8 @@ class SampleChecks:
         lost: weights that have not changed.
         replicas: processes that differ from rank 0.
         scale: the factor of the GradScaler.
+        grids: what the gradients of a few matrices look like at the optimizer's step.
+        zeroed: groups whose gradient is exactly 0 at the optimizer's step although the backward pass left one.
     """
 
     norms: tuple[float, float] | None = None
@@ -174,3 +182,5 @@ class SampleChecks:
     lost: Lost | None = None
     replicas: tuple[Replica, ...] = ()
     scale: float | None = None
+    grids: tuple[Grid, ...] = ()
+    zeroed: tuple[str, ...] = ()

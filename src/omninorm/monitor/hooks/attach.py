@@ -22,6 +22,7 @@ from omninorm.monitor.hooks.dropout import FunctionalDropout
 from omninorm.monitor.hooks.hook import Hook, QuietHook
 from omninorm.monitor.hooks.intercept import Listener, listening
 from omninorm.monitor.hooks.norms import NormHooks
+from omninorm.monitor.hooks.routers import RouterHooks
 from omninorm.monitor.hooks.training_pass import Gate, in_backward, safely
 from omninorm.monitor.model_map.parts import Block
 from omninorm.monitor.model_map.placement import Placements
@@ -97,6 +98,7 @@ class Hooks:
         self.placements = Placements(structure)
         self.padding = Padding(structure.model)
         self.dtype: torch.dtype | None = None
+        self.classes: int | None = None
         self.running: list[Running] = []
         self.dropout = FunctionalDropout()
         self._handles: list[RemovableHandle] = []
@@ -111,6 +113,7 @@ class Hooks:
         self._open = ExitStack()
         self._vocabularies = {embedding.num_embeddings for _, embedding in structure.embeddings}
         self.norms = NormHooks(self, structure, buffer)
+        self.routers = RouterHooks(self, structure, buffer)
 
     # Attaching --------------------------------------------------------------------------------------------------------
 
@@ -125,6 +128,7 @@ class Hooks:
             wanted,
             self._before_loss,
             self._before_dropout,
+            self.routers.choose if self.routers.exist else None,
         )
         self._open.enter_context(listening(listener))
         place = 0
@@ -138,6 +142,7 @@ class Hooks:
             place += 3
         for index, norm in enumerate(structure.norms):
             norms.attach(norm, NormProbe(buffer, norm, index, self.padding))
+        self.routers.attach()
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -149,6 +154,7 @@ class Hooks:
 
     def rest(self) -> None:
         """End a step; clear what an exception in a forward pass may have left."""
+        self.safely(self._buffer.measure)
         self.gate.inside = None
         self.running = []
         self._blocks.clear()
@@ -158,7 +164,12 @@ class Hooks:
 
     def trace(self, see: Callable[..., None]) -> CompiledProbe:
         """Return a probe for compiled graphs, whose errors do not reach the training either."""
-        site = CompiledProbe(lambda *tensors: self.safely(lambda: see(*tensors)))
+
+        def measure(*tensors: Tensor) -> None:
+            see(*tensors)
+            self._buffer.measure_peaks()  # the graph may write to the same memory next
+
+        site = CompiledProbe(lambda *tensors: self.safely(lambda: measure(*tensors)))
         self._traced.append(site)
         return site
 
@@ -179,6 +190,8 @@ class Hooks:
     def _before_loss(self, logits: Any) -> None:
         if self._buffer.sampling and self.is_own_thread() and self.gate.is_open():
             self.safely(lambda: see_loss(self._buffer, logits))
+            if isinstance(logits, Tensor) and logits.requires_grad and logits.ndim > 0:
+                self.classes = max(self.classes or 0, logits.shape[min(1, logits.ndim - 1)])
 
     def _before_dropout(self, p: float, training: bool) -> None:
         if self._buffer.sampling and self.running and self.is_own_thread() and self.gate.is_open():
@@ -242,6 +255,8 @@ class Hooks:
             self._blocks.end(None)
             if self._buffer.sampling and self.gate.is_open():
                 self.safely(lambda: self._see_logits(site, output))
+            if self.gate.is_open():
+                self.safely(self._buffer.measure)
             self.gate.inside = None
             self.padding.clear()
 

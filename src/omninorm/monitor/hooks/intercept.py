@@ -21,7 +21,8 @@ from torch.jit import _builtins
 
 class Listener(NamedTuple):
     """Callbacks: `attention(query, key, mask, is_causal, scale)` and `norm(x, node, y)`, also while tracing;
-    `softmax(logits, dim)`, `root(x)`, `loss(logits)`, the input of cross entropy, and `dropout(p, training)`.
+    `softmax(logits, dim)`, `root(x)`, `loss(logits)`, the input of cross entropy, `dropout(p, training)`, and
+    `choice(x, indices)` after topk or argmax.
 
     `node` is the autograd node of x before the call. `norms`: whether `norm` and `root` are called at all; functional
     norms are of interest only in models some of whose blocks contain no norm module.
@@ -34,6 +35,7 @@ class Listener(NamedTuple):
     norms: bool = False
     loss: Callable[[Any], None] | None = None
     dropout: Callable[[float, bool], None] | None = None
+    choice: Callable[[Any, Any], None] | None = None
 
 
 class _Wrapped(NamedTuple):
@@ -65,6 +67,7 @@ _ROOTS: tuple[tuple[Any, str], ...] = (
     (Tensor, "sqrt"),
     (Tensor, "norm"),
 )
+_CHOICES: tuple[tuple[Any, str], ...] = ((torch, "topk"), (Tensor, "topk"), (torch, "argmax"), (Tensor, "argmax"))
 _listeners: list[Listener] = []
 _wrapped: list[_Wrapped] = []
 _period = 0  # wrappers from an earlier period, which other wrappers may still call, do nothing
@@ -78,6 +81,9 @@ def listening(listener: Listener) -> Iterator[None]:
         _wrap()
     if listener.norms and not any(each.norms for each in _listeners):
         _wrap_norms()
+    if listener.choice and not any(each.name == "topk" for each in _wrapped):
+        for owner, name in _CHOICES:
+            _put(owner, name, _intercepted_choice)
     _listeners.append(listener)
     try:
         yield
@@ -240,3 +246,16 @@ def _intercepted_root(original: Any, period: int) -> Any:
         return y
 
     return root
+
+
+def _intercepted_choice(original: Any, period: int) -> Any:
+    def choice(*args: Any, **kwargs: Any) -> Any:
+        y = original(*args, **kwargs)
+        if not is_compiling() and not _is_idle(period):
+            x = args[0] if args else kwargs.get("input")
+            for listener in _listeners:
+                if listener.choice is not None:
+                    listener.choice(x, y[1] if isinstance(y, tuple) else y)
+        return y
+
+    return choice

@@ -23,8 +23,8 @@ READERS = ("gate", "up", "gate_proj", "up_proj", "w1", "w3", "fc1")
 class Block:
     """A transformer block, with its attention, its feed-forward and their writers to the stream, where identified.
 
-    `router` is the name and module of the layer that assigns tokens to experts. `parts` are the modules that are called
-    in order if the block is a list, which is never called itself.
+    `router` is the name and module of the layer that assigns tokens to the `experts`. `parts` are the modules that are
+    called in order if the block is a list, which is never called itself.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Block:
     feed_forward: str | None = None
     feed_forward_writer: nn.Module | None = None
     router: tuple[str, nn.Module] | None = None
+    experts: int = 0
     parts: list[nn.Module] = field(default_factory=list)
 
 
@@ -51,7 +52,7 @@ def find_parts(name: str, block: nn.Module, norm_width: int | None = None) -> Bl
         width = _set_attention(parts, *attention) or width
     mixture = find_mixture(block)
     if mixture is not None:
-        owner, router = mixture
+        owner, router, parts.experts = mixture
         parts.router = f"{name}.{router}", block.get_submodule(router)
         parts.feed_forward, parts.feed_forward_writer = f"{name}.{owner}", block.get_submodule(owner)
         return parts
@@ -83,18 +84,18 @@ def attention_in(block: nn.Module, width: int | None = None) -> tuple[str, nn.Mo
     return named or next((part for part in inside if _is_built_like_attention(part[1], width)), None)
 
 
-def find_mixture(block: nn.Module) -> tuple[str, str] | None:
-    """Return the names of a mixture of experts in a block and of its router; None without one.
+def find_mixture(block: nn.Module) -> tuple[str, str, int] | None:
+    """Return the names of a mixture of experts in a block and of its router, and the number of experts; None without.
 
-    The router is next to the experts and has one output for each: a matrix (experts, width).
+    The router is next to the experts and has one output for each: its last matrix is (experts, width).
     """
     for name, module in block.named_modules():
         for part, experts in module.named_children() if name else ():
             count = _count_experts(experts)
             for other, router in module.named_children() if count > 1 else ():
-                weight = getattr(router, "weight", None)
-                if other != part and isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == count:
-                    return name, f"{name}.{other}"
+                matrices = [weight for weight in router.parameters() if weight.ndim > 1]
+                if other != part and matrices and matrices[-1].ndim == 2 and matrices[-1].shape[0] == count:
+                    return name, f"{name}.{other}", count
     return None
 
 

@@ -29,22 +29,38 @@ class AttentionProbe:
         """Measure q (batch, heads, queries, d) and k (batch, kv_heads, keys, d); the mask is PyTorch's."""
         if q.ndim != 4 or k.ndim != 4 or q.is_nested or q.numel() == 0 or k.numel() == 0:
             return
-        queries, keys = q.shape[-2], k.shape[-2]
-        chosen = slice(queries - 1, None, None) if queries == 1 else slice(0, queries, max(1, queries // MOST_QUERIES))
+        queries, chosen = q.shape[-2], some_queries(q.shape[-2])
         few, all_keys = q.detach()[0, :, chosen].float(), k.detach()[0].float()
         if few.shape[0] != all_keys.shape[0]:
             all_keys = all_keys.repeat_interleave(few.shape[0] // all_keys.shape[0], dim=0)
         with torch.autocast(q.device.type, enabled=False):  # autocast would round the products to 16 bits
-            logits = few @ all_keys.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-        hidden = torch.zeros((), dtype=torch.bool, device=q.device)
-        if causal:
-            positions = torch.arange(queries, device=q.device)[chosen]
-            hidden = positions.unsqueeze(-1) < torch.arange(keys, device=q.device)
+            logits = few @ all_keys.transpose(-1, -2)
+        part = None
         if mask is not None:
-            part = mask.detach().expand(*q.shape[:2], queries, keys)[0, :, chosen]
-            hidden = hidden | (~part if part.dtype == torch.bool else part < HIDDEN_BELOW)
-            logits = logits if part.dtype == torch.bool else logits + part.float()
-        self._add(logits, hidden.expand_as(logits))
+            part = mask.detach().expand(*mask.shape[:-2], queries, k.shape[-2])
+            part = part.reshape((1,) * (4 - part.ndim) + part.shape)[0, :, chosen].clone()
+        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        self.buffer.batch(self.measure, self, logits, part, arguments=(factor, queries if causal else None))
+
+    @staticmethod
+    def measure(
+        sites: Sequence[AttentionProbe], logits: Tensor, mask: Tensor | None, scale: float, causal: int | None
+    ) -> None:
+        """Measure the products (n, heads, queries, keys) of n blocks.
+
+        Args:
+            mask: the mask of the same queries.
+            causal: the number of all queries, if later keys are hidden.
+        """
+        logits = logits * scale
+        hidden = torch.zeros((), dtype=torch.bool, device=logits.device)
+        if causal is not None:
+            positions = torch.arange(causal, device=logits.device)[some_queries(causal)]
+            hidden = positions.unsqueeze(-1) < torch.arange(logits.shape[-1], device=logits.device)
+        if mask is not None:
+            hidden = hidden | (~mask if mask.dtype == torch.bool else mask < HIDDEN_BELOW)
+            logits = logits if mask.dtype == torch.bool else logits + mask.float()
+        _add(sites, logits, hidden.expand_as(logits))
 
     def see_some(self, q: Tensor, k: Tensor, constants: Tensor, mask: Tensor | None = None) -> None:
         """Call `see` from a graph in sampled steps. `constants` holds the scale, twice if attention is causal."""
@@ -57,20 +73,31 @@ class AttentionProbe:
         if logits.ndim != 4 or logits.numel() == 0:
             return
         queries = logits.shape[-2]
-        few = logits.detach()[0, :, :: max(1, queries // MOST_QUERIES)].float()
-        self._add(few, few < HIDDEN_BELOW)
+        self.buffer.batch(self.measure_logits, self, logits.detach()[0, :, :: max(1, queries // MOST_QUERIES)].clone())
 
-    def _add(self, logits: Tensor, hidden: Tensor) -> None:
-        """Add the logits and which of them are hidden, both (heads, queries, keys)."""
-        in_sight = (~hidden).sum(dim=-1)
-        self.buffer.peak("attention_logit", self.index, logits.masked_fill(hidden, 0).abs().amax())
-        log_p = logits.masked_fill(hidden, -math.inf).log_softmax(dim=-1)
-        entropy = -(log_p.exp() * log_p.masked_fill(hidden, 0)).sum(dim=-1)
-        choice = in_sight >= 2  # with a single visible key the entropy is always 0
-        share = torch.where(choice, entropy / in_sight.clamp_min(2).log(), 0)
-        # Without such queries the mean would be 0/0. That is attention over one key, not collapsed attention.
-        mean = torch.where(choice.any(), share.sum() / choice.sum().clamp_min(1), 1.0)
-        self.buffer.add("attention_entropy", self.index, mean)
+    @staticmethod
+    def measure_logits(sites: Sequence[AttentionProbe], logits: Tensor) -> None:
+        logits = logits.float()
+        _add(sites, logits, logits < HIDDEN_BELOW)
+
+
+def some_queries(queries: int) -> slice:
+    """Return which queries are measured."""
+    return slice(0, queries, max(1, queries // MOST_QUERIES))
+
+
+def _add(sites: Sequence[AttentionProbe], logits: Tensor, hidden: Tensor) -> None:
+    """Add the logits and which of them are hidden, both (n, heads, queries, keys)."""
+    buffer, blocks = sites[0].buffer, [site.index for site in sites]
+    in_sight = (~hidden).sum(dim=-1)
+    buffer.peak("attention_logit", blocks, logits.masked_fill(hidden, 0).abs().flatten(1).amax(dim=1))
+    log_p = logits.masked_fill(hidden, -math.inf).log_softmax(dim=-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(hidden, 0)).sum(dim=-1)
+    choice = in_sight >= 2  # with a single visible key the entropy is always 0
+    share = torch.where(choice, entropy / in_sight.clamp_min(2).log(), 0).flatten(1).sum(dim=1)
+    count = choice.flatten(1).sum(dim=1)
+    # Without such queries the mean would be 0/0. That is attention over one key, not collapsed attention.
+    buffer.add("attention_entropy", blocks, torch.where(count > 0, share / count.clamp_min(1), 1.0))
 
 
 def see_multihead(

@@ -1,12 +1,14 @@
 """Probes of embeddings, blocks, the layers that write to the residual stream, and the logits.
 
 Each has a method `see`, which takes the tensors that a hook received and writes to the buffers. In every step a
-sentinel records the largest |x|; in sampled steps the statistics are computed from at most a few hundred rows.
+sentinel records the largest |x|. In sampled steps at most a few hundred rows are copied, from which the statistics of
+several probes are computed together.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from omninorm.monitor.probes.padding import Padding, mean_over
 from omninorm.monitor.stats_buffer import StatsBuffer
+from omninorm.monitor.tensors import here, widest
 
 MOST_ROWS = 256
 # A hidden unit is dead if it stays below this share of the layer's RMS for all of this many tokens.
@@ -37,10 +40,20 @@ def stride(count: int, most: int) -> int:
 
 
 def some_rows(x: Tensor, most: int = MOST_ROWS) -> Tensor:
-    """Return at most about `most` evenly spaced rows of x (…, d), in float32 (float64 is kept): (rows, d)."""
-    rows = x.detach().reshape(-1, x.shape[-1])
-    rows = rows[:: stride(rows.shape[0], most)]
-    return rows if rows.dtype == torch.float64 else rows.float()
+    """Return at most about `most` evenly spaced rows of x (…, d): (rows, d), a view if possible."""
+    x = here(x.detach())
+    rows = x.reshape(-1, x.shape[-1])
+    return rows[:: stride(rows.shape[0], most)]
+
+
+def copied_rows(x: Tensor, most: int = MOST_ROWS) -> Tensor:
+    """Return a copy of `some_rows`, which may be measured later."""
+    return some_rows(x, most).clone(memory_format=torch.contiguous_format)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return x in float32; float64 is kept."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def some_of(values: Tensor | None, most: int = MOST_ROWS) -> Tensor | None:
@@ -48,28 +61,19 @@ def some_of(values: Tensor | None, most: int = MOST_ROWS) -> Tensor | None:
     return None if values is None else values[:: stride(values.shape[0], most)]
 
 
-def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return min x and max x; NaN if there is one, 0 for an empty tensor."""
-    if x.numel() == 0:
-        zero = x.new_zeros(())
-        return zero, zero
-    least, most = torch.aminmax(x.detach())
-    return least, most
-
-
-def mean_square(rows: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Return mean(x²), in float64 where supported: the squares of an exploding stream overflow float32.
+def mean_squares(rows: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Return mean(x²) of each of n tensors (n, rows, d), in float64 where supported: the squares of an exploding stream
+    overflow float32.
 
     Args:
-        counts: which rows count; None means all.
+        counts: which rows (n, rows) count; None means all.
     """
-    dtype = torch.float32 if rows.device.type == "mps" else torch.float64
     if counts is not None:
         rows = rows.masked_fill(~counts.unsqueeze(-1), 0)
-    norm: Tensor = torch.linalg.vector_norm(rows, dtype=dtype)
+    squares = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=widest(rows.device)).square()
     if counts is None:
-        return norm.square() / max(1, rows.numel())
-    return norm.square() / (counts.sum() * rows.shape[-1]).clamp_min(1)
+        return squares / max(1, rows[0].numel())
+    return squares / (counts.sum(dim=1) * rows.shape[-1]).clamp_min(1)
 
 
 class Sentinel:
@@ -80,7 +84,7 @@ class Sentinel:
 
     def see(self, y: Tensor) -> None:
         # For logits over a large vocabulary, some rows are enough.
-        self.buffer.sentinel(self.sentinel, *extremes(y if y.numel() <= LARGE else some_rows(y)))
+        self.buffer.sentinel(self.sentinel, y if y.numel() <= LARGE else some_rows(y))
 
 
 class BlockProbe:
@@ -88,30 +92,41 @@ class BlockProbe:
 
     def __init__(self, buffer: StatsBuffer, sentinel: int, index: int, padding: Padding) -> None:
         self.buffer, self.sentinel, self.index, self.padding = buffer, sentinel, index, padding
+        buffer.streams[sentinel] = index
 
     def see(self, y: Tensor, x: Tensor | None = None) -> None:
         """Measure the block's output y and its input x; None if it is unknown or was overwritten."""
-        buffer, index = self.buffer, self.index
-        least, most = extremes(y)
-        buffer.sentinel(self.sentinel, least, most)
+        buffer = self.buffer
+        buffer.sentinel(self.sentinel, y)
         if not buffer.sampling or y.numel() == 0:
             return
-        buffer.peak("stream_max", index, torch.maximum(most, -least))
-        after, counts = some_rows(y), some_of(self.padding.rows(y.shape[:-1]))
-        buffer.add("stream_ms", index, mean_square(after, counts))
+        before = None if x is None or x.shape != y.shape else copied_rows(x)
+        buffer.batch(self.measure, self, copied_rows(y), before, some_of(self.padding.rows(y.shape[:-1])))
+
+    @staticmethod
+    def measure(sites: Sequence[BlockProbe], after: Tensor, before: Tensor | None, counts: Tensor | None) -> None:
+        """Measure rows (n, rows, d) of n blocks' outputs and inputs, of which those count that `counts` (n, rows)
+        selects."""
+        buffer, blocks, after = sites[0].buffer, [site.index for site in sites], wide(after)
+        buffer.add("stream_ms", blocks, mean_squares(after, counts))
         flat = after if counts is None else after.masked_fill(~counts.unsqueeze(-1), math.nan)
-        flat = flat.flatten()
-        buffer.add("stream_median", index, flat[:: stride(flat.numel(), MEDIAN_OF)].abs().nanmedian())
-        if x is None or x.shape != y.shape:
+        flat = flat.flatten(1)
+        few = flat[:, :: stride(flat.shape[1], MEDIAN_OF)].abs()
+        buffer.add("stream_median", blocks, few.nanmedian(dim=1).values)
+        if before is None:
             return
-        before = some_rows(x)
-        buffer.add("input_ms", index, mean_square(before, counts))
-        buffer.add("difference_ms", index, mean_square(after - before, counts))
+        before = wide(before)
+        buffer.add("input_ms", blocks, mean_squares(before, counts))
+        buffer.add("difference_ms", blocks, mean_squares(after - before, counts))
         angles = F.cosine_similarity(after, before, dim=-1).clamp(-1, 1).arccos()
-        buffer.add("angle", index, (angles.mean() if counts is None else mean_over(angles, counts)) / math.pi)
+        buffer.add("angle", blocks, (angles.mean(dim=1) if counts is None else mean_over(angles, counts)) / math.pi)
 
     def see_gradient(self, dy: Tensor) -> None:
-        self.buffer.add_gradient("stream_grad_ms", self.index, mean_square(some_rows(dy)))
+        self.buffer.batch(self.measure_gradients, self, copied_rows(dy))
+
+    @staticmethod
+    def measure_gradients(sites: Sequence[BlockProbe], rows: Tensor) -> None:
+        sites[0].buffer.add_gradient("stream_grad_ms", [site.index for site in sites], mean_squares(rows))
 
     def see_gradient_if_sampled(self, dy: Tensor) -> None:
         if self.buffer.sampling:
@@ -127,14 +142,25 @@ class WriterProbe:
     def see(self, y: Tensor, hidden: Tensor | None = None) -> None:
         """Measure the output y, and the hidden units: the input of a feed-forward's last layer."""
         buffer = self.buffer
-        buffer.sentinel(self.sentinel, *extremes(y))
+        buffer.sentinel(self.sentinel, y)
         if not buffer.sampling or y.numel() == 0:
             return
-        buffer.add(f"{self.role}_ms", self.index, mean_square(some_rows(y), some_of(self.padding.rows(y.shape[:-1]))))
+        counts = some_of(self.padding.rows(y.shape[:-1]))
+        buffer.batch(self.measure, self, copied_rows(y), counts, arguments=(f"{self.role}_ms",))
         if hidden is not None and self.role == "feed_forward":
-            rows = some_rows(hidden, SILENT_ROWS)
-            silent = rows.abs().amax(0) <= SILENT * torch.linalg.vector_norm(rows) / max(1, rows.numel()) ** 0.5
-            buffer.add("dead_units", self.index, silent.to(torch.float32).mean())
+            buffer.batch(self.measure_hidden, self, copied_rows(hidden, SILENT_ROWS))
+
+    @staticmethod
+    def measure(sites: Sequence[WriterProbe], rows: Tensor, counts: Tensor | None, key: str) -> None:
+        sites[0].buffer.add(key, [site.index for site in sites], mean_squares(rows, counts))
+
+    @staticmethod
+    def measure_hidden(sites: Sequence[WriterProbe], rows: Tensor) -> None:
+        """Measure the share of dead units in (n, rows, d)."""
+        rows = wide(rows)
+        sizes = torch.linalg.vector_norm(rows.flatten(1), dim=1, keepdim=True) / max(1, rows[0].numel()) ** 0.5
+        silent = rows.abs().amax(dim=1) <= SILENT * sizes
+        sites[0].buffer.add("dead_units", [site.index for site in sites], silent.to(torch.float32).mean(dim=1))
 
 
 class LogitsProbe:
@@ -146,6 +172,6 @@ class LogitsProbe:
     def see(self, logits: Tensor) -> None:
         if not self.buffer.sampling or logits.numel() == 0:
             return
-        z = some_rows(logits, 64).logsumexp(dim=-1)
+        z = wide(some_rows(logits, 64)).logsumexp(dim=-1)
         self.buffer.add("logz_mean", 0, z.mean())
         self.buffer.add("logz", 0, z.gather(0, z.abs().argmax(0, keepdim=True)).squeeze(0))

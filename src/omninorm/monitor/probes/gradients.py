@@ -83,6 +83,8 @@ class Gradients:
         _at_the_end(lambda: _at_the_end(lambda: self._measure(pending)))
 
     def _measure(self, pending: Pending | None = None) -> None:
+        safely(self._buffer.measure, self._failed)  # before a GradScaler changes its scale
+
         def work() -> None:
             self._buffer.set_gradients(self.norms())
             self.measured = True

@@ -18,10 +18,10 @@ from omninorm.layers.pointwise import Pointwise
 from omninorm.layers.recognize import ACTIVATIONS
 from omninorm.monitor.hooks.training_pass import in_backward
 from omninorm.monitor.model_map.norms import Norm
-from omninorm.monitor.probes.block import some_of, some_rows
+from omninorm.monitor.probes.block import copied_rows, some_of, some_rows
 from omninorm.monitor.probes.padding import Padding, weights_of
-from omninorm.monitor.stats_buffer import StatsBuffer
-from omninorm.monitor.tensors import constant, whole
+from omninorm.monitor.stats_buffer import StatsBuffer, fill
+from omninorm.monitor.tensors import whole, widest
 
 # Kinds of gates whose effect on the norm's input is known.
 GATES = ("after", *ACTIVATIONS)
@@ -31,7 +31,9 @@ SATURATED = 2.0  # for larger |αx|, tanh is above 0.96 and its slope below 0.07
 
 
 class NormProbe:
-    """One norm: `see` takes its input, `see_scale` the operators' statistics, `see_examples` γ's gradients."""
+    """One norm: `see` takes its input, `see_scale` the operators' statistics, `see_examples` γ's gradients.
+
+    The methods `measure_…` measure what several norms have received."""
 
     def __init__(self, buffer: StatsBuffer, norm: Norm, index: int, padding: Padding) -> None:
         self.buffer, self.norm, self.index, self.padding = buffer, norm, index, padding
@@ -59,22 +61,29 @@ class NormProbe:
         if x.numel() == 0 or not self.norm.measured or (gate is not None and form.gate not in GATES):
             return
         x, gate = self._rows_last(x), None if gate is None else self._rows_last(gate)
-        rows = some_rows(x)
-        # In float32 the squares of an exploding stream overflow, and a small variance is lost next to a large mean.
-        rows = rows if rows.device.type == "mps" else rows.double()
+        rows, wide = copied_rows(x), widest(x.device)
         if gate is not None and form.gate != "after":
-            rows = rows * ACTIVATIONS[str(form.gate)](some_rows(gate).to(rows.dtype))
+            rows = rows.to(wide) * ACTIVATIONS[str(form.gate)](some_rows(gate).to(wide))
         module = self.norm.module
         if isinstance(module, Pointwise):
-            saturated = (rows * module.alpha.detach().to(rows.dtype)).abs() > SATURATED
+            saturated = (rows.to(wide) * module.alpha.detach().to(wide)).abs() > SATURATED
             self.buffer.add("saturation", self.index, saturated.to(torch.float32).mean())
         counts = some_of(self.padding.rows(x.shape[:-1], self.norm.batch_dim))
         if form.groups > 1:
             rows = rows.reshape(rows.shape[0], form.groups, -1)
             counts = None if counts is None else counts.unsqueeze(-1).expand(rows.shape[:2])
-        square = rows.square().mean(dim=-1)
-        mean = rows.mean(dim=-1) if self.norm.centred else None
-        self._add(square, mean, square == 0, counts)
+        self.buffer.batch(self.measure_rows, self, rows, counts, arguments=(self.norm.centred, self.eps))
+
+    @staticmethod
+    def measure_rows(
+        sites: Sequence[NormProbe], rows: Tensor, counts: Tensor | None, centred: bool, eps: float
+    ) -> None:
+        """Measure n norms' inputs (n, rows, d), or (n, rows, groups, d)."""
+        # In float32 the squares of an exploding stream overflow, and a small variance is lost next to a large mean.
+        wide = widest(rows.device)
+        square = torch.linalg.vector_norm(rows, dim=-1, dtype=wide).square() / rows.shape[-1]
+        mean = rows.mean(dim=-1, dtype=wide) if centred else None
+        _measure(sites, square, mean, square == 0, counts, eps)
 
     def _rows_last(self, x: Tensor) -> Tensor:
         """Return x with all features of a row in its last dimension."""
@@ -88,62 +97,54 @@ class NormProbe:
             self.see(x, gate)
 
     def see_scale(self, scale: Tensor, mean: Tensor | None, shape: Sequence[int] = ()) -> None:
-        """Measure scale (rows,), r of every row, and for a LayerNorm mean (rows,). `shape` is the rows' shape."""
-        spread = scale.double().pow(-2) - self.eps
-        spread = spread.clamp_min(0)
-        zero = spread <= ROUNDING * self.eps
-        zero = zero if mean is None else zero & (mean == 0)
-        counts = self.padding.rows(shape, self.norm.batch_dim) if shape else None
-        self._add(spread if mean is None else spread + mean.double().square(), mean, zero, counts)
+        """Measure scale (rows,), r of every row, and for a LayerNorm mean (rows,). `shape` is the rows' shape.
 
-    def _add(self, square: Tensor, mean: Tensor | None, zero: Tensor, counts: Tensor | None) -> None:
-        """Add the means over rows that count and are not zero; over all rows if none is left."""
-        if not self.norm.facts.block:  # the zero embeddings of padding reach the first block
-            self.buffer.add("zero_rows", 0, zero.to(torch.float32).mean())
-        mean_over = self._means(~zero if counts is None else counts & ~zero, square.dtype, counts is not None)
-        self.buffer.add("norm_ms", self.index, mean_over(square))
-        spread = square
-        if mean is not None:
-            of_mean = mean.to(square.dtype).square()
-            spread = (square - of_mean).clamp_min(0)
-            self.buffer.add("mean_share", self.index, mean_over(of_mean / square.clamp_min(1e-30)))
-        if self.eps:
-            self.buffer.add("eps_share", self.index, mean_over(self.eps / (spread + self.eps)))
+        They are kept for the backward pass anyway, and never changed.
+        """
+        counts = self.padding.rows(shape, self.norm.batch_dim) if shape else None
+        self.buffer.batch(self.measure_scales, self, scale, mean, counts, arguments=(self.eps,))
 
     @staticmethod
-    def _means(counts: Tensor, dtype: torch.dtype, masked: bool) -> Callable[[Tensor], Tensor]:
-        """Return a function for the mean over rows that count. Rows of zeros are finite; masked rows may be NaN."""
-        counts = counts.flatten()
-        weights = weights_of(counts, dtype)
-
-        def mean(values: Tensor) -> Tensor:
-            values = values.flatten()
-            return torch.dot(torch.where(counts, values, 0) if masked else values, weights)
-
-        return mean
+    def measure_scales(
+        sites: Sequence[NormProbe], scale: Tensor, mean: Tensor | None, counts: Tensor | None, eps: float
+    ) -> None:
+        """Measure r of n norms, (n, rows)."""
+        spread = (scale.to(widest(scale.device)).pow(-2) - eps).clamp_min(0)
+        zero = spread <= ROUNDING * eps
+        zero = zero if mean is None else zero & (mean == 0)
+        _measure(sites, spread if mean is None else spread + mean.to(spread.dtype).square(), mean, zero, counts, eps)
 
     def see_examples(self, gradients: Tensor) -> None:
         """Measure gradients (examples, d), each example's part of dγ. Their sum is the batch's gradient."""
-        count = gradients.shape[0]
-        if count < 2:
+        if gradients.shape[0] < 2:
             return
-        gradients = gradients.float() if gradients.device.type == "mps" else gradients.double()
-        small = gradients.square().sum(dim=-1).mean() * count * count
-        big = gradients.sum(dim=0).square().sum()
-        self.buffer.add_gradient("noise_small", self.index, small)
-        self.buffer.add_gradient("noise_big", self.index, big)
-        self.buffer.add("examples", self.index, constant((float(count),), gradients.device, gradients.dtype)[0])
+        self.buffer.batch(self.measure_examples, self, gradients)
+
+    @staticmethod
+    def measure_examples(sites: Sequence[NormProbe], gradients: Tensor) -> None:
+        """Measure the gradients (n, examples, d) of n norms."""
+        buffer, norms, count = sites[0].buffer, [site.index for site in sites], gradients.shape[1]
+        gradients = gradients.to(widest(gradients.device))
+        buffer.add_gradient("noise_small", norms, gradients.square().sum(dim=(1, 2)) * count)
+        buffer.add_gradient("noise_big", norms, gradients.sum(dim=1).square().sum(dim=1))
+        examples = fill(float(count), gradients.device, gradients.dtype)
+        buffer.add("examples", norms, examples.expand(len(norms)))
 
     def see_output(self, dy: Tensor, y: Tensor) -> None:
         """Measure the output's gradient dy and the output y, both (examples, …, d). x̂ is (y − β)/γ where γ is not 0."""
         gain = self.norm.gain
         assert gain is not None
-        effective = (whole(gain.detach()) + self.norm.offset).float()
-        effective = effective.flatten()
+        effective = (whole(gain.detach()).flatten() + self.norm.offset).float()
         bias = self.norm.bias
         scaled = y if bias is None else y - bias.detach().flatten()
         sums = self.per_example(dy * scaled.to(dy.dtype))
-        self.see_examples(torch.where(effective == 0, 0, sums / effective))
+        self.buffer.batch(self.measure_scaled_examples, self, sums, effective)
+
+    @staticmethod
+    def measure_scaled_examples(sites: Sequence[NormProbe], sums: Tensor, gains: Tensor) -> None:
+        """Measure the gradients (n, examples, d) of n norms, times their gains (n, d)."""
+        gains = gains.unsqueeze(1)
+        NormProbe.measure_examples(sites, torch.where(gains == 0, 0, sums / gains))
 
     def see_output_if_sampled(self, dy: Tensor, y: Tensor) -> None:
         if self.buffer.sampling and self.has_examples(y.shape):
@@ -158,6 +159,45 @@ class NormProbe:
         by_example = products.movedim(self.norm.batch_dim, 0).flatten(1, -2)
         wide = torch.promote_types(products.dtype, torch.float32)
         return by_example.sum(dim=1, dtype=wide)
+
+
+def _measure(
+    sites: Sequence[NormProbe], square: Tensor, mean: Tensor | None, zero: Tensor, counts: Tensor | None, eps: float
+) -> None:
+    """Add the means over each norm's rows that count and are not zero; over all rows if none is left.
+
+    Args:
+        square: the mean squares of the rows of n norms (n, rows), or (n, rows, groups) like all others.
+        mean: the means of the rows.
+        zero: which rows are zero.
+        counts: which rows count.
+    """
+    buffer, norms = sites[0].buffer, [site.index for site in sites]
+    zeros = zero.flatten(1).to(torch.float32).mean(dim=1)
+    for site, share in zip(sites, zeros.unbind(), strict=True):
+        if not site.norm.facts.block:  # the zero embeddings of padding reach the first block
+            buffer.add("zero_rows", 0, share)
+    mean_of = _means(~zero if counts is None else counts & ~zero, square.dtype, counts is not None)
+    buffer.add("norm_ms", norms, mean_of(square))
+    spread = square
+    if mean is not None:
+        of_mean = mean.to(square.dtype).square()
+        spread = (square - of_mean).clamp_min(0)
+        buffer.add("mean_share", norms, mean_of(of_mean / square.clamp_min(1e-30)))
+    if eps:
+        buffer.add("eps_share", norms, mean_of(eps / (spread + eps)))
+
+
+def _means(counts: Tensor, dtype: torch.dtype, masked: bool) -> Callable[[Tensor], Tensor]:
+    """Return a function for the means over rows that count. Rows of zeros are finite; masked rows may be NaN."""
+    counts = counts.flatten(1)
+    weights = weights_of(counts, dtype)
+
+    def means(values: Tensor) -> Tensor:
+        values = values.flatten(1)
+        return ((torch.where(counts, values, 0) if masked else values) * weights).sum(dim=1)
+
+    return means
 
 
 class Kept:

@@ -6,6 +6,7 @@ At most about a thousand evenly spaced elements of each tensor are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +28,24 @@ def some(x: Tensor, most: int = SAMPLED) -> Tensor:
     local shard: each process monitors its own part."""
     flat = here(x.detach()).reshape(-1)
     return flat[:: stride(flat.numel(), most)]
+
+
+def any_some(x: Tensor, most: int = EVERY_STEP) -> Tensor:
+    """Return a view of at most about `most` elements of x, evenly spaced in memory; of a DTensor, the local shard."""
+    x = here(x.detach())
+    step = memory_stride(tuple(x.shape), x.stride(), most)
+    return some(x, most) if step is None else x.as_strided((-(-x.numel() // step),), (step,))
+
+
+@lru_cache(maxsize=4096)
+def memory_stride(shape: tuple[int, ...], strides: tuple[int, ...], most: int) -> int | None:
+    """Return the stride that selects about `most` elements in memory; None if they are not next to each other."""
+    count = 1
+    for size, distance in sorted(zip(shape, strides, strict=True), key=lambda each: each[1]):
+        if size != 1 and distance != count:
+            return None
+        count *= size
+    return stride(count, most)
 
 
 class OptimizerWatch:
@@ -54,8 +73,6 @@ class OptimizerWatch:
         self._found: dict[str, Tensor] = {}
         self._rates: list[float] = []
         self._stepped = False
-        self._few: list[Tensor] = []
-        self._addresses: list[int] = []
 
     def attach(self) -> list[RemovableHandle]:
         """Register hooks before and after each optimizer step."""
@@ -98,13 +115,9 @@ class OptimizerWatch:
         ]
 
     def _some_weights(self) -> list[Tensor]:
-        """Return views of some elements of every trainable parameter, renewed only if a parameter has moved."""
-        parameters = [here(self._parameters[at]) for at in self._learning]
-        addresses = [parameter.data_ptr() for parameter in parameters]
-        if addresses != self._addresses or not all(parameter.is_contiguous() for parameter in parameters):
-            self._addresses = addresses
-            self._few = [some(parameter, EVERY_STEP) for parameter in parameters]
-        return self._few
+        """Return views of some elements of every trainable parameter. They are not kept, because they would keep the
+        memory of a model that is moved."""
+        return [any_some(self._parameters[at]) for at in self._learning]
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._note_rate(optimizer)

@@ -102,12 +102,12 @@ def _without_causal(counts: Tensor) -> Tensor:
 
 
 def mean_over(values: Tensor, counts: Tensor) -> Tensor:
-    """Return the mean of the values (rows,) of rows that count."""
-    return torch.dot(torch.where(counts, values, 0), weights_of(counts, values.dtype))
+    """Return the means of the values (n, rows) of rows that count."""
+    return (torch.where(counts, values, 0) * weights_of(counts, values.dtype)).sum(dim=1)
 
 
 def weights_of(counts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weights (rows,) of a mean over the rows that count, or over all if none does."""
+    """Return the weights (n, rows) of means over the rows that count, or over all if none does."""
     # The small term is far below rounding, and what is left if no row counts.
     weights = counts.to(dtype).add_(1e-30)
-    return weights / weights.sum()
+    return weights / weights.sum(dim=1, keepdim=True)

@@ -51,10 +51,9 @@ def measure_gains(norms: Sequence[Norm], device: torch.device) -> list[Tensor]:
         if norm.gain is not None and norm.gain.numel() > 0 and not norm.gain.is_meta:
             by_width.setdefault(norm.gain.numel(), []).append(place)
     for places in by_width.values():
-        gains = [
-            whole(norms[at].gain).detach().reshape(-1).to(device, torch.float32) + norms[at].offset for at in places
-        ]
-        sizes = torch.stack(gains).abs()
+        gains = [whole(norms[at].gain).detach().reshape(-1).to(device, torch.float32) for at in places]
+        offsets = constant(tuple(norms[at].offset for at in places), device, torch.float32)
+        sizes = (torch.stack(gains) + offsets.unsqueeze(1)).abs()
         most = sizes.amax(dim=1)
         index = constant(tuple(places), device)
         found[0][index] = most

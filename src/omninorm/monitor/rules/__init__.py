@@ -9,19 +9,26 @@ from omninorm.monitor.rules.attention_logits import AttentionLogits
 from omninorm.monitor.rules.autocast_lost import AutocastLost
 from omninorm.monitor.rules.base import Rule, Threshold
 from omninorm.monitor.rules.branch_silent import BranchSilent
+from omninorm.monitor.rules.dead_experts import DeadExperts
 from omninorm.monitor.rules.dead_units import DeadUnits
 from omninorm.monitor.rules.depth_growth import DepthGrowth
 from omninorm.monitor.rules.double_softmax import DoubleSoftmax
 from omninorm.monitor.rules.dropout import DropoutRule
+from omninorm.monitor.rules.embedding_scale import EmbeddingScale
 from omninorm.monitor.rules.eps_share import EpsShare
 from omninorm.monitor.rules.evaluation_mode import EvaluationMode
 from omninorm.monitor.rules.gain_drift import GainDrift
 from omninorm.monitor.rules.gradient_clipped import GradientClipped
+from omninorm.monitor.rules.gradient_jump import GradientJump
+from omninorm.monitor.rules.gradient_noise import GradientNoise
 from omninorm.monitor.rules.gradient_spike import GradientSpike
+from omninorm.monitor.rules.gradient_underflow import GradientUnderflow
 from omninorm.monitor.rules.gradients_not_cleared import GradientsNotCleared
 from omninorm.monitor.rules.headroom import Headroom
 from omninorm.monitor.rules.held_out_rising import HeldOutRising
 from omninorm.monitor.rules.identical_batches import IdenticalBatches
+from omninorm.monitor.rules.initialization import Initialization
+from omninorm.monitor.rules.input_scale import InputScale
 from omninorm.monitor.rules.layer_jump import LayerJump
 from omninorm.monitor.rules.learning_rate import LearningRate
 from omninorm.monitor.rules.learning_rate_zero import LearningRateZero
@@ -38,6 +45,7 @@ from omninorm.monitor.rules.odd_block import OddBlock
 from omninorm.monitor.rules.post_norm_depth import PostNormDepth
 from omninorm.monitor.rules.replicas_differ import ReplicasDiffer
 from omninorm.monitor.rules.residual_missing import ResidualMissing
+from omninorm.monitor.rules.router_collapse import RouterCollapse
 from omninorm.monitor.rules.saturation import Saturation
 from omninorm.monitor.rules.stale_parameters import StaleParameters
 from omninorm.monitor.rules.steps_skipped import StepsSkipped
@@ -63,9 +71,14 @@ def default_rules() -> list[Rule]:
         UpdatesLost(),
         ReplicasDiffer(),
         DoubleSoftmax(),
+        Initialization(),
+        InputScale(),
+        EmbeddingScale(),
         NormMissing(),
         ResidualMissing(),
         LayerJump(),
+        RouterCollapse(),
+        DeadExperts(),
         WeightsVanish(),
         GainDrift(),
         BranchSilent(),
@@ -73,6 +86,9 @@ def default_rules() -> list[Rule]:
         PostNormDepth(),
         LearningRate(),
         StreamGrowth(),
+        GradientUnderflow(),
+        GradientNoise(),
+        GradientJump(),
         AdamEps(),
         OddBlock(),
         DepthGrowth(),

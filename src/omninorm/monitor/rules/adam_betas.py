@@ -21,6 +21,10 @@ class AdamBetas(Rule):
     """Reports the whole run."""
 
     name = "adam-betas"
+    explains = (
+        *("layer-jump", "learning-rate", "depth-growth", "attention-logits", "attention-entropy", "dead-units"),
+        *("loss-spike", "unrecovered-spike", "loss-rising", "gradient-spike", "no-progress"),
+    )
     source = "β₁ < √β₂: Zhang et al. 2022, arXiv 2208.09632; the smallest β₂ is omninorm's own"
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:

@@ -3,7 +3,8 @@
 Signals: after each backward pass, the trainable parameters of the optimizer whose `grad` is None, as modules: see
 `omninorm.monitor.checks.missing`. There is no threshold. Persistence [ours]:
 - no parameter has a gradient in 3 steps: a "fail", or a warning if no optimizer is known;
-- gradients are cleared before the optimizer's step: 2 steps, or 2 samples if they are set to 0, a "fail";
+- gradients are cleared before the optimizer's step: 2 steps, or 2 samples if they are set to 0, a "fail", also if this
+  happens to some blocks only;
 - blocks, the attention or feed-forward of a block, or half of a model without blocks: 2 steps, a "fail";
 - the last blocks of a stack, one of several stacks, or a module before the blocks: 5 steps, a warning, because their
   output may be unused on purpose;
@@ -49,7 +50,7 @@ class NoGradientRule(Rule):
     )
 
     def __init__(self) -> None:
-        self._none = self._emptied = self._zeroed = 0
+        self._none = self._emptied = self._zeroed = self._some_zeroed = 0
         self._since: dict[NoGradient, int] = {}
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
@@ -76,6 +77,18 @@ class NoGradientRule(Rule):
         self._zeroed = self._zeroed + 1 if before > 0.0 == after else 0
         if self._zeroed >= EMPTIED:
             yield self._explain_emptied(sample.step, "it is 0 there")
+        zeroed = sample.checks.zeroed
+        self._some_zeroed = self._some_zeroed + 1 if zeroed else 0
+        if self._some_zeroed >= EMPTIED:
+            evidence = (
+                f"The gradient of {listed(zeroed)} is exactly 0 at optimizer.step(), although the backward pass leaves "
+                "one that is not, and other gradients are not 0."
+            )
+            remedy = (
+                "Look for code between loss.backward() and optimizer.step() that writes to these gradients, or converts "
+                "them to a dtype in which they underflow."
+            )
+            yield self.alarm(sample.step, "fail", zeroed[-1], evidence, remedy)
 
     def _explain_emptied(self, step: int, how: str) -> Alarm:
         evidence = f"No gradient reaches the optimizer: the backward pass leaves one, but at optimizer.step() {how}."

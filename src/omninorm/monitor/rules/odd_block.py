@@ -65,7 +65,7 @@ class OddBlock(Rule):
 
     name = "odd-block"
     source = "the thresholds, 10-fold and 6 times the median deviation, are omninorm's own; see docs/watching.md"
-    explains = ("attention-entropy", "attention-logits", "dead-units")
+    explains = ("attention-entropy", "attention-logits", "dead-units", "depth-growth", "massive-activation")
 
     def __init__(self) -> None:
         self._streaks = Streaks()

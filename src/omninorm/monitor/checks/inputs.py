@@ -1,0 +1,27 @@
+"""Measures the size of the model's floating-point inputs, such as images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omninorm.monitor.checks.checksum import tensors_in
+from omninorm.monitor.probes.gradients import norms_of
+from omninorm.monitor.probes.optimizer import some
+from omninorm.monitor.tensors import stack
+
+
+def sizes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return some elements of each floating-point tensor in a model's arguments, without masks and labels."""
+    named = [value for name, value in kwargs.items() if "mask" not in name and "label" not in name]
+    tensors = [tensor for tensor in tensors_in([list(args), named]) if tensor.is_floating_point() and tensor.ndim > 1]
+    return [some(tensor) for tensor in tensors]
+
+
+def rms_of(parts: Sequence[Tensor]) -> Tensor:
+    """Return the RMS of all elements."""
+    norms = stack(norms_of(parts), parts[0].device)
+    return torch.linalg.vector_norm(norms) / max(1, sum(part.numel() for part in parts)) ** 0.5

@@ -1,0 +1,147 @@
+"""Tensors that wait, within a step, to be measured together: one operator for many costs less than one for each.
+
+Until then they take at most about 32 MB of an accelerator's memory each for `Peaks` and `Batches`, or one tensor more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from omninorm.monitor.tensors import by_kind, here, holds_numbers, version_of
+
+MOST_BYTES = 2**25
+# On a CPU a call costs less, and a batch should fit into the cache.
+MOST_BYTES_CPU = 2**20
+
+
+class _Output(NamedTuple):
+    """A module's output, the version that it had, and whether it has been measured already."""
+
+    place: int
+    y: Tensor
+    version: int
+    measured: bool
+
+
+class Peaks:
+    """The largest |x| of modules' outputs, by place.
+
+    On an accelerator, outputs are kept until the forward pass ends or too many bytes wait. An output that is changed in
+    place before that is measured at once in later steps. This is known in advance for most: every output is measured
+    at once when its module runs for the first time, and checked for changes at the end.
+
+    On a CPU, where an output is still in the cache, it is measured at once.
+    """
+
+    def __init__(self) -> None:
+        self._extremes: list[tuple[int, Tensor, Tensor]] = []
+        self._waiting: list[_Output] = []
+        self._bytes = 0
+        self._overwritten: dict[int, bool] = {}
+        self._found: list[tuple[int, Tensor]] = []
+
+    def add(self, place: int, y: Tensor) -> None:
+        """Measure y now or later."""
+        y = here(y.detach())
+        if not holds_numbers(y):
+            return
+        if y.is_cpu or y.numel() == 0:
+            self._extremes.append((place, *extremes(y)))
+            return
+        overwritten = self._overwritten.get(place)
+        if overwritten is not False:
+            self._measure([(place, y)])
+        if overwritten is not True:
+            self._waiting.append(_Output(place, y, version_of(y), overwritten is None))
+            self._bytes += y.untyped_storage().nbytes()
+            if self._bytes > MOST_BYTES:
+                self.measure()
+
+    def measure(self) -> None:
+        """Measure the outputs that wait."""
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        for each in waiting:
+            self._overwritten[each.place] = self._overwritten.get(each.place, False) or _is_overwritten(each)
+        left = [(each.place, each.y) for each in waiting if not each.measured]
+        # FSDP frees the memory of gathered parameters, of which an output may be a view.
+        self._measure([(place, y) for place, y in left if y.untyped_storage().nbytes() > 0])
+
+    def _measure(self, outputs: Sequence[tuple[int, Tensor]]) -> None:
+        for chosen in by_kind({at: y for at, (_, y) in enumerate(outputs)}).values():
+            places = [outputs[at][0] for at in chosen]
+            self._found += zip(places, torch._foreach_norm([outputs[at][1] for at in chosen], math.inf), strict=True)
+
+    def take(self) -> list[tuple[int, Tensor]]:
+        """Return the places and peaks since the last call."""
+        self.measure()
+        found, self._found = self._found, []
+        extremes, self._extremes = self._extremes, []
+        if extremes:
+            places, least, most = zip(*extremes, strict=True)
+            found += zip(places, torch._foreach_maximum(most, torch._foreach_neg(least)), strict=True)
+        return found
+
+
+def _is_overwritten(output: _Output) -> bool:
+    return version_of(output.y) != output.version or output.y.untyped_storage().nbytes() == 0
+
+
+def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return min x and max x; NaN if there is one, 0 for an empty tensor."""
+    if x.numel() == 0:
+        zero = x.new_zeros(())
+        return zero, zero
+    least, most = torch.aminmax(x)
+    return least, most
+
+
+Site = Any  # a probe
+Kind = tuple[Callable[..., None], tuple[Any, ...], Hashable]  # a function, its arguments, and the tensors' shapes
+
+
+class Batches:
+    """Rows of a sampled step. Those of one kind, of equal shape and dtype, are stacked and measured together."""
+
+    def __init__(self) -> None:
+        self._groups: dict[Kind, list[tuple[Site, tuple[Tensor | None, ...]]]] = {}
+        self._bytes = 0
+
+    def add(
+        self, measure: Callable[..., None], site: Site, *tensors: Tensor | None, arguments: tuple[Any, ...] = ()
+    ) -> None:
+        """Call `measure(sites, *stacked, *arguments)` later, with the tensors of several sites stacked.
+
+        The tensors must be copies, or never be changed in place.
+        """
+        given = [tensor for tensor in tensors if tensor is not None]
+        if not all(map(holds_numbers, given)):
+            return
+        kinds = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in tensors)
+        self._groups.setdefault((measure, arguments, kinds), []).append((site, tensors))
+        self._bytes += sum(tensor.nbytes for tensor in given)
+        if self._bytes > (MOST_BYTES_CPU if given[0].is_cpu else MOST_BYTES):
+            self.measure()
+
+    def measure(self) -> None:
+        """Measure everything that waits. An error loses only its own kind; the first is raised at the end."""
+        groups, self._groups, self._bytes = self._groups, {}, 0
+        errors = []
+        for (measure, arguments, _), members in groups.items():
+            try:
+                sites, columns = [site for site, _ in members], zip(*(tensors for _, tensors in members), strict=True)
+                stacked = [None if column[0] is None else _stacked(column) for column in columns]
+                members.clear()
+                measure(sites, *stacked, *arguments)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
