@@ -88,7 +88,11 @@ def test_a_watch_measures_the_same_on_the_device(resumed: Any) -> None:
     ours, theirs = resumed["gpu"]["signals"], resumed["cpu"]["signals"]
     assert ours.keys() == theirs.keys() >= {"stream_rms", "stream_grad", "update_ratio", "attention_logit"}
     for name in ("stream_rms", "stream_grad", "update_ratio", "attention_logit"):
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+        # None where a sample has no value: the record has four digits.
+        assert [each is None for each in ours[name]] == [each is None for each in theirs[name]], name
+        measured = [each for each in theirs[name] if each is not None]
+        assert len(measured) >= 2
+        assert [each for each in ours[name] if each is not None] == pytest.approx(measured, rel=1e-3), name
 
 
 def test_a_diverged_run_ends_at_the_same_step_without_a_bad_checkpoint(scenario: Callable[[str], Any]) -> None:
