@@ -60,8 +60,8 @@ def test_watched_step_calls_no_more_operators_than_its_budget(watched: Any) -> N
     launches = [step["launches"] for step in watched["steps"]]
     assert max(count for at, count in enumerate(launches) if at not in SAMPLED) <= 32
     # In the first step each output is measured at once.
-    assert launches[0] <= 520
-    assert max(launches[at] for at in SAMPLED - {0}) <= 465
+    assert launches[0] <= 550
+    assert max(launches[at] for at in SAMPLED - {0}) <= 500
 
 
 def test_outputs_are_measured_as_they_were_before_changes_in_place() -> None:

@@ -96,6 +96,22 @@ def test_later_alarm_does_not_explain_an_earlier_one() -> None:
     assert short(judge(cause, effect)) == [(5, "fail", "effect", "b"), (9, "warn", "cause", "a")]
 
 
+@pytest.mark.parametrize(("severity", "last"), [("fail", "warn"), ("warn", "fail")])
+def test_consequence_explains_others_with_the_severity_of_its_own_cause(severity: str, last: str) -> None:
+    cause, effect = Says({5: [(severity, "a")]}, "cause", ("effect",)), Says({6: [("fail", "b")]}, "effect", ("other",))
+    alarms = judge(cause, effect, Says({7: [("fail", "c")]}, "other"))
+    assert [alarm.cause for alarm in alarms] == [None, alarms[0].ref, alarms[1].ref]
+    assert alarms[2].severity == last
+    assert leading(alarms) is alarms[0]
+
+
+def test_cause_of_its_own_is_preferred_to_a_consequence() -> None:
+    effect = Says({6: [("fail", "b")]}, "effect", ("other",))
+    cause = Says({5: [("fail", "a")]}, "cause", ("effect", "other"))
+    alarms = judge(effect, cause, Says({7: [("fail", "c")]}, "other"))
+    assert [alarm.cause for alarm in alarms] == [None, alarms[0].ref, alarms[0].ref]
+
+
 def test_rule_does_not_explain_itself() -> None:
     alarms = judge(Says({1: [("fail", "a")], 2: [("fail", "b")]}, "says", ("says",)))
     assert short(alarms) == [(1, "fail", "says", "a"), (2, "fail", "says", "b")]
@@ -231,10 +247,19 @@ def test_symptoms_of_a_symptom_come_after_the_cause_of_both() -> None:
 
 def test_active_warning_is_a_cause_but_leaves_a_failure_its_severity() -> None:
     cause = Says({step: [("warn", "a")] for step in range(20, 31)}, "cause", ("effect",))
-    alarms = reported(cause, Says({50: [("fail", "b")], 51: [("fail", "c")]}, "effect"))
-    assert short(alarms) == [(20, "warn", "cause", "a"), (50, "fail", "effect", "b"), (51, "fail", "effect", "c")]
-    assert [alarm.cause for alarm in alarms] == [None, alarms[0].ref, None], "after two samples it is no longer active"
+    alarms = reported(cause, Says({40: [("fail", "b")], 41: [("fail", "c")]}, "effect"))
+    assert short(alarms) == [(20, "warn", "cause", "a"), (40, "fail", "effect", "b"), (41, "fail", "effect", "c")]
+    assert [alarm.cause for alarm in alarms] == [None, alarms[0].ref, None], "it was raised more than two samples before"
     assert leading(alarms) is alarms[0]
+
+
+@pytest.mark.parametrize(("severity", "is_symptom"), [("warn", False), ("fail", True), ("fail", False)])
+def test_lasting_warning_explains_warnings_and_symptoms_but_no_other_failure(severity: str, is_symptom: bool) -> None:
+    cause = Says({step: [("warn", "a")] for step in range(10, 100)}, "cause", ("effect",))
+    effect = Says({80: [(severity, "b")]}, "effect")
+    effect.symptom = is_symptom  # type: ignore[misc]
+    alarms = reported(cause, effect)
+    assert alarms[1].cause == (None if severity == "fail" and not is_symptom else alarms[0].ref)
 
 
 def test_warning_does_not_explain_an_alarm_that_can_explain_it() -> None:
@@ -263,3 +288,13 @@ def test_leading_alarm_is_what_the_first_failure_follows_from() -> None:
     assert leading([warning, root]) is warning
     assert leading([alarm(5, "fail", "effect", AlarmRef(4, "unknown"))]).rule == "effect"  # type: ignore[union-attr]
     assert leading([]) is None
+
+
+def test_alarm_whose_cause_has_expired_is_named_with_the_step_at_which_it_was_raised() -> None:
+    """It is reported all the time, first as a consequence; later alarms must refer to one that was raised."""
+    cause = Says({5: [("fail", None)]}, "cause", ("effect",))
+    effect = Says({step: [("warn", "a")] for step in range(6, 300)}, "effect", ("other",))
+    alarms = judge(cause, effect, Says({250: [("warn", "b")]}, "other"))
+    refs = {alarm.ref for alarm in alarms}
+    assert [alarm.rule for alarm in alarms] == ["cause", "effect", "other"]
+    assert all(alarm.cause is None or alarm.cause in refs for alarm in alarms)

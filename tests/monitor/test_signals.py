@@ -434,7 +434,8 @@ def groups_of(model: nn.Module, watched: Watch) -> list[list[tuple[str, nn.Param
 def test_gradient_norms_are_measured_before_clipping(scaled: bool) -> None:
     model = perturbed(Decoder())
     optimizer = adamw(model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+    # The scale grows before the step ends.
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1, enabled=scaled)
     with watch(model, optimizer, every=1, scaler=scaler, rules=[]) as watched:
         for step in range(1, 4):
             truth = Forward(model, some_tokens(step))

@@ -278,3 +278,20 @@ def test_models_of_tokens_have_no_input_size() -> None:
     assert [tuple(name for name, _ in step.checks.before_blocks) for step in watched.history.steps if step.checks] == [
         ("embedding",)
     ] * 8
+
+
+def test_fp16_autocast_without_a_scaler_is_reported() -> None:
+    model = wide()
+    optimizer = adamw(model, 1e-3)
+    with watch(model, optimizer, every=2) as watched:
+        for step in range(1, 25):
+            tokens = some_tokens(step, 4, 16)
+            with torch.autocast("cpu", torch.float16):
+                # The mean over 64 tokens divides gradients by 64, as one over a batch of usual size by 1e5 to 1e6.
+                loss = 1e-4 * token_loss(model, tokens)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            watched.step(loss)
+    found = [alarm for alarm in watched.alarms if alarm.rule == "gradient-underflow"]
+    assert [alarm.severity for alarm in found] == ["warn"]

@@ -68,6 +68,7 @@ def test_gradient_that_is_missing_in_one_run_comes_before_what_differs(tmp_path)
             signals = event["signals"]
             signals["grad_norm"] = [None if row < 4 else value for row, value in enumerate(signals["grad_norm"])]
             signals["eps_share"][2] *= 1000.0
+            signals["weight_rms"][5], signals["attention_entropy"][7] = "nan", None
         if event["kind"] == "steps":
             event["loss"] = [2 * loss for loss in event["loss"]]
 
@@ -75,7 +76,7 @@ def test_gradient_that_is_missing_in_one_run_comes_before_what_differs(tmp_path)
     found, layer = compare(first, second), first.watched.groups[3]
     assert found.lead == found.layers[0]
     assert (found.lead.name, found.lead.layer, found.lead.second) == ("grad_norm", layer, None)
-    assert [each.name for each in found.layers if each.is_missing] == ["grad_norm"] * 4
+    assert [each.name for each in found.layers][:6] == [*["grad_norm"] * 4, "attention_entropy", "weight_rms"]
     title, sentences = describe(found, ("one", "two"))
     assert title.endswith(f": gradient norm in {layer} is missing in two")
     assert f": gradient norm in {layer} is missing in two and" in sentences[0]

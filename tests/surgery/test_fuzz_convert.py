@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from omninorm.errors import ConfigError, OmninormError, RunError
 from omninorm.surgery.build import _check_counts, _check_planned
 from omninorm.surgery.convert import convert, undo
+from omninorm.surgery.weight_files import PickledFile
 
 
 def build() -> hf.PreTrainedModel:
@@ -196,6 +197,16 @@ def test_count_that_no_model_has_is_refused_with_its_exact_value(
 )  # fmt: skip
 def test_large_numbers_that_count_nothing_are_no_fault(name: str) -> None:
     _check_counts({name: 2**31, "nested": [{name: 10**18}]}, "")
+
+
+def test_size_larger_than_an_old_pickle_is_refused_before_allocation(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(77)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    file, good = PickledFile(tmp_path / "old.bin"), (tmp_path / "old.bin").read_bytes()
+    assert torch.equal(file.tensor("w"), torch.ones(77))
+    assert good.count(b"KM") == 2, "77 as the elements of the storage, and as the size of the tensor"
+    file.path.write_bytes(good.replace(b"KM", b"J" + (2**31 - 1).to_bytes(4, "little")))
+    with bounded(len(good)), pytest.raises(RunError, match="a size in it is larger than the file"):
+        file.entries()
 
 
 def test_large_unknown_settings_do_not_keep_a_model_from_being_folded(source: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class Judge:
         self._check_rules()
         self._order = {rule.name: place for place, rule in enumerate(self.rules)}
         self._raised: dict[str, dict[str | None, _Raised]] = {}
-        self._roots: dict[str, Alarm] = {}  # by rule: an active alarm without a cause, a "fail" if there is one
+        self._active: dict[str, Alarm] = {}  # by rule: an alarm that may explain others, the first of the gravest ones
         self._symptoms: list[Alarm] = []  # the latest ones without a cause
 
     def judge_steps(self, history: History, new_steps: Sequence[Step]) -> list[Alarm]:
@@ -86,10 +86,11 @@ class Judge:
                 continue
             explained = [each for each in (*self._symptoms, *found) if self._explains_symptom(history, cause, each)]
             for symptom in explained:
-                if self._roots.get(symptom.rule) == symptom:
-                    del self._roots[symptom.rule]
+                linked = self._follow(symptom, cause)
+                if self._active.get(symptom.rule) == symptom:
+                    self._active[symptom.rule] = linked
                 if symptom in found:
-                    found[found.index(symptom)] = self._follow(symptom, cause)
+                    found[found.index(symptom)] = linked
             reported = [symptom.ref for symptom in explained if symptom in self._symptoms]
             self._symptoms = [symptom for symptom in self._symptoms if symptom not in explained]
             found[place] = replace(cause, explains=tuple(reported))
@@ -136,7 +137,9 @@ class Judge:
                 continue
             self._forget(rule, step - clear)
             reports = [self._attribute(history, rule, alarm) for alarm in reports[: 1 if rule.final else None]]
-            alarms += self._new_alarms(rule, step, reports)
+            raised = self._new_alarms(rule, step, reports)
+            self._remember(rule, raised)
+            alarms += raised
             if reports and rule.final:
                 return alarms
         return sorted(alarms, key=lambda alarm: (-SEVERITIES.index(alarm.severity), self._order[alarm.rule]))
@@ -148,21 +151,24 @@ class Judge:
         except Exception as error:
             self.rules = [other for other in self.rules if other is not rule]
             self._raised.pop(rule.name, None)
-            self._roots.pop(rule.name, None)  # it can no longer report whether it still explains others
+            self._active.pop(rule.name, None)  # it can no longer report whether it still explains others
             text = f"The rule {rule.name!r} failed and has been disabled: {type(error).__name__}: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
             return []
 
     def _attribute(self, history: History, rule: Rule, alarm: Alarm) -> Alarm:
-        """Return the alarm with its cause, if an active one explains it. Otherwise remember it as a possible cause."""
-        causes = [root for root in self._roots.values() if self._is_active(history, root, alarm.step)]
-        causes = [root for root in causes if self._explains(root, rule.name)]
-        if causes:
-            return self._follow(alarm, min(causes, key=lambda root: root.severity != "fail"))
-        known = self._roots.get(rule.name)
-        if known is None or (alarm.severity == "fail" and known.severity != "fail"):
-            self._roots[rule.name] = alarm
-        return alarm
+        """Return the alarm with its cause, if an active one explains it: if possible, one without a cause of its own,
+        and a "fail"."""
+        active = [cause for cause in self._active.values() if self._is_active(history, cause, alarm)]
+        causes = [cause for cause in active if self._explains(cause, rule.name)]
+        return self._follow(alarm, min(causes, key=_rank)) if causes else alarm
+
+    def _remember(self, rule: Rule, raised: Iterable[Alarm]) -> None:
+        """Remember the alarm that is the likeliest cause of others."""
+        for alarm in raised:
+            known = self._active.get(rule.name)
+            if known is None or _rank(alarm) < _rank(known):
+                self._active[rule.name] = alarm
 
     def _explains(self, cause: Alarm, name: str) -> bool:
         """Return whether an alarm explains those of the rule `name`. If each rule explains the other, only a "fail"
@@ -172,17 +178,21 @@ class Judge:
             return False
         return cause.severity == "fail" or rule.name not in other.explains
 
-    def _is_active(self, history: History, root: Alarm, step: int) -> bool:
-        """Return whether an alarm can be a cause at `step`: a "fail" until it is forgotten, a warning for less long."""
-        reported = [state.reported for state in self._raised.get(root.rule, {}).values()]
-        return root.severity == "fail" or max(reported, default=0) >= step - _near(history)
+    def _is_active(self, history: History, cause: Alarm, alarm: Alarm) -> bool:
+        """Return whether an alarm can be the cause of a new one: a "fail" until it is forgotten, a warning while it is
+        reported. A warning that has lasted longer does not explain a "fail", unless that is a symptom."""
+        reported = [state.reported for state in self._raised.get(cause.rule, {}).values()]
+        lasting = alarm.severity == "warn" or self._is_symptom(alarm)
+        since = max(reported, default=0) if lasting else cause.step
+        return cause.severity == "fail" or since >= alarm.step - _near(history)
 
     def _follow(self, alarm: Alarm, cause: Alarm) -> Alarm:
-        """Return the alarm as a consequence: a warning if the cause is a "fail", except for the alarms of final rules,
-        after which nothing can be trained."""
+        """Return the alarm as a consequence: a warning if the first cause is a "fail", except for the alarms of final
+        rules, after which nothing can be trained."""
         rule = self._rule(alarm.rule)
         final = rule is not None and rule.final
-        severity = "warn" if cause.severity == "fail" and not final else alarm.severity
+        (root, *_) = roots([cause, *self._active.values()])
+        severity = "warn" if root.severity == "fail" and not final else alarm.severity
         return replace(alarm, severity=severity, cause=cause.ref)
 
     def _forget(self, rule: Rule, before: int) -> None:
@@ -190,9 +200,9 @@ class Judge:
         raised = self._raised.get(rule.name, {})
         kept = {layer: state for layer, state in raised.items() if state.reported >= before}
         self._raised[rule.name] = kept
-        root, worst = self._roots.get(rule.name), max((state.severity for state in kept.values()), default=-1)
-        if root is not None and worst < SEVERITIES.index(root.severity):
-            del self._roots[rule.name]
+        cause, worst = self._active.get(rule.name), max((state.severity for state in kept.values()), default=-1)
+        if cause is not None and worst < SEVERITIES.index(cause.severity):
+            del self._active[rule.name]
 
     def _new_alarms(self, rule: Rule, step: int, reports: list[Alarm]) -> list[Alarm]:
         """Return the reports to be raised now, merged into one if they are many. Remember all of them."""
@@ -215,6 +225,11 @@ class Judge:
 
 def _near(history: History) -> int:
     return max(NEAR_STEPS, NEAR_SAMPLES * history.facts.every)
+
+
+def _rank(cause: Alarm) -> tuple[bool, bool]:
+    """Sort causes: those without a cause of their own first, then a "fail"."""
+    return cause.cause is not None, cause.severity != "fail"
 
 
 def _causes_first(alarms: list[Alarm]) -> list[Alarm]:

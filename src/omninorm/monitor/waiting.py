@@ -1,6 +1,7 @@
 """Tensors that wait, within a step, to be measured together: one operator for many costs less than one for each.
 
-Until then they take at most about 32 MB of an accelerator's memory each for `Peaks` and `Batches`, or one tensor more.
+Until then they take at most about 32 MB of an accelerator's memory each in `Peaks` and `Batches`, or one tensor more.
+Measuring a batch takes a few times as much for a moment.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class _Output(NamedTuple):
 class Peaks:
     """The largest |x| of modules' outputs, by place.
 
-    On an accelerator, outputs are kept until the forward pass ends or too many bytes wait. An output that is changed in
-    place before that is measured at once in later steps. This is known in advance for most: every output is measured
-    at once when its module runs for the first time, and checked for changes at the end.
+    On an accelerator, outputs are kept until the forward pass ends or too many bytes wait. Those that are changed in
+    place before that must be measured at once. So every output is, when its module runs for the first time, and later
+    only if it had been changed by the end. If the changes begin later, one step's peak is that of the changed output.
 
     On a CPU, where an output is still in the cache, it is measured at once.
     """
@@ -48,8 +49,6 @@ class Peaks:
     def add(self, place: int, y: Tensor) -> None:
         """Measure y now or later."""
         y = here(y.detach())
-        if not holds_numbers(y):
-            return
         if y.is_cpu or y.numel() == 0:
             self._extremes.append((place, *extremes(y)))
             return
@@ -143,5 +142,5 @@ class Batches:
             raise errors[0]
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+def _stacked(tensors: tuple[Tensor, ...]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)

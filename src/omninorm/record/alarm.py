@@ -112,7 +112,7 @@ def leading(alarms: Sequence[Raised]) -> Raised | None:
 
 def _root(alarm: Raised, known: Mapping[AlarmRef, Raised]) -> Raised:
     root, passed = alarm, {alarm.ref}
-    while root.cause in known:
+    while root.cause is not None and root.cause in known:
         root = known[root.cause]
         if root.ref in passed:  # only a damaged record has a circle
             return alarm
@@ -122,8 +122,9 @@ def _root(alarm: Raised, known: Mapping[AlarmRef, Raised]) -> Raised:
 
 def _ref(stored: Mapping[str, Any], step: int) -> AlarmRef:
     given = stored.get("step")
-    known = isinstance(given, int) and not isinstance(given, bool) and 0 <= given < 2**53
-    return AlarmRef(given if known else step, _text(stored.get("rule")) or "unnamed", _text(stored.get("layer")))
+    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < 2**53:
+        step = given
+    return AlarmRef(step, _text(stored.get("rule")) or "unnamed", _text(stored.get("layer")))
 
 
 def _text(value: Any) -> str | None:

@@ -69,7 +69,7 @@ def causes(alarms: Sequence[StoryAlarm]) -> list[Cause]:
     for number, (alarm, root) in enumerate(zip(alarms, roots(alarms), strict=True)):
         parent = None if root is alarm else root.ref
         title, _ = explain(alarm)
-        key = (alarm.rule, _without_details(title, alarm.layer), parent and parent.rule)
+        key = (alarm.rule, _without_details(title, alarm.layer), parent.rule if parent else None)
         home = homes[alarm.ref] = found.setdefault(key, Cause(alarm.rule, title, parent))
         home.alarms.append((number, alarm))
     for cause in found.values():

@@ -183,8 +183,8 @@ def _cells(first: RunStory, second: RunStory) -> Iterator[_Pair]:
     for pair in _columns(first, second):
         known = [i for i, values in enumerate(zip(pair.first, pair.second, strict=True)) if None not in values]
         if known:
-            steps, one, two = ([row[i] for i in known] for row in pair[2:])
-            yield _Pair(pair.name, pair.layer, steps, one, two)
+            one, two = ([row[i] for i in known] for row in (pair.first, pair.second))
+            yield _Pair(pair.name, pair.layer, [pair.steps[i] for i in known], one, two)
 
 
 def _missing(first: RunStory, second: RunStory) -> list[Difference]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Protocol
+from pickletools import genops
+from typing import IO, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -96,8 +98,25 @@ class PickledFile:
     def _unpickle(self) -> object:
         try:
             return torch.load(self.path, "cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # of a torch before 1.6, which can't be mapped
-            return torch.load(self.path, "cpu", weights_only=True)
+        except RuntimeError:  # of a torch before 1.6, whose tensors can't be mapped
+            with open(self.path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+                stream = cast(IO[bytes], content)
+                _check_sizes(stream, content.size())
+                return torch.load(stream, "cpu", weights_only=True)
+
+
+def _check_sizes(stream: IO[bytes], size: int) -> None:
+    """Refuse a damaged number in a file of a torch before 1.6, for which torch would allocate that much memory.
+
+    Three pickles with the format come before the one of the tensors, in which no number is larger than the file.
+    """
+    for _ in range(3):
+        for _ in genops(stream):
+            pass
+    sizes = (argument for _, argument, _ in genops(stream) if isinstance(argument, int))
+    if max(sizes, default=0) > size:
+        raise ValueError("a size in it is larger than the file")
+    stream.seek(0)
 
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

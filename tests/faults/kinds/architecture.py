@@ -54,7 +54,7 @@ def branch_too_large(training: Training) -> None:
     change_branch(block, lambda x, y: x + 30.0 * (y - x))
 
 
-@fault("block does nothing", FAMILY, {"branch-silent", "odd-block"}, layered=True, only=_has_residual)
+@fault("block does nothing", FAMILY, {"branch-silent", "odd-block", "no-gradient"}, layered=True, only=_has_residual)
 def block_skipped(training: Training) -> None:
     """One block returns its input."""
     block, name = block_of(training)

@@ -51,6 +51,17 @@ def test_half_of_the_matrices_with_zeros_are_underflow(zeros: Sequence[float], e
     assert severities(give(GradientUnderflow(), [grids(zeros)] * 4)) == expected
 
 
+def test_matrices_whose_whole_gradient_is_0_are_underflow_if_others_are_not() -> None:
+    history = History(facts=facts())
+    rule, reports = GradientUnderflow(), []
+    for count in range(4):
+        sample = Sample(10 * count, {"grad_norm": [0.0, 0.0, 0.0, 0.0, 0.3]}, checks=grids((1.0, 1.0, 1.0)))
+        history.samples.append(sample)
+        reports.append(list(rule.on_sample(history, sample)))
+    assert severities(reports) == "--ww"
+    assert numbers_in(reports[-1][0].evidence) == pytest.approx([3, 3, 10, 0, 100])
+
+
 def test_underflow_names_the_worst_matrix_and_the_scale() -> None:
     checks = SampleChecks(grids=grids((0.11, 0.3, 1.0, 0.0)).grids, scale=1024.0)
     (alarm,) = give(GradientUnderflow(), [checks] * 4)[-1]

@@ -107,6 +107,7 @@ def test_loss_above_its_initial_value_is_harm() -> None:
 def test_stalled_loss_is_harm_and_is_reported_with_its_newest_mean() -> None:
     (alarm,) = judge([rates(0.6, 0.1), rates(0.1, 0.1)], [*[5.0] * 4, *[3.0] * 21, *[3.25] * 15])[-1]
     assert numbers_in(alarm.evidence)[-1] == 3.25
+    assert alarm.severity == "warn", "a loss on a plateau may fall again"
     assert judge([rates(0.6, 0.1), rates(0.1, 0.1)], [*[5.0] * 4, *[3.0] * 21, *[2.9] * 15])[-1] == []
 
 

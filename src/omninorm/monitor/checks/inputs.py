@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,4 +25,5 @@ def sizes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
 def rms_of(parts: Sequence[Tensor]) -> Tensor:
     """Return the RMS of all elements."""
     norms = stack(norms_of(parts), parts[0].device)
-    return torch.linalg.vector_norm(norms) / max(1, sum(part.numel() for part in parts)) ** 0.5
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total / math.sqrt(max(1, sum(part.numel() for part in parts)))

@@ -9,7 +9,6 @@ from torch import Tensor
 from omninorm.kernels.distributed import is_distributed
 from omninorm.monitor.checks.grids import grid_of, measure
 from omninorm.monitor.model_map.structure import Structure
-from omninorm.monitor.rules.numbers import quantile
 from omninorm.record.alarm import Alarm
 
 MOST_MATRICES, LEAST, MOST = 8, 32, 256
@@ -36,7 +35,7 @@ def look_random(matrices: Sequence[Tensor]) -> bool | None:
     chosen = fitting[:: -(-len(fitting) // MOST_MATRICES) or 1]
     pairs = [measure(grid_of(tensor, min(MOST, *tensor.shape)).unsqueeze(0))[0].tolist() for tensor in chosen]
     found = [unevenness for zeros, unevenness in pairs if zeros < 1.0 and unevenness >= 0.0]
-    return quantile(found, QUARTILE) < RANDOM if found else None
+    return sorted(found)[min(int(QUARTILE * len(found)), len(found) - 1)] < RANDOM if found else None
 
 
 def frozen(structure: Structure, step: int) -> list[Alarm]:

@@ -70,7 +70,7 @@ def mean_squares(rows: Tensor, counts: Tensor | None = None) -> Tensor:
     """
     if counts is not None:
         rows = rows.masked_fill(~counts.unsqueeze(-1), 0)
-    squares = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=widest(rows.device)).square()
+    squares: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=widest(rows.device)).square()
     if counts is None:
         return squares / max(1, rows[0].numel())
     return squares / (counts.sum(dim=1) * rows.shape[-1]).clamp_min(1)

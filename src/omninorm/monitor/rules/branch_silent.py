@@ -47,6 +47,7 @@ class BranchSilent(Rule):
         "odd-block",
         "gain-drift",
         "no-progress",
+        "no-gradient",
     )
 
     def __init__(self) -> None:

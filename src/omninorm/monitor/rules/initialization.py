@@ -2,8 +2,9 @@
 
 Signals: the loss of step 1, and the mean of log Z. Threshold: the loss is 1.5 above ln(classes), and log Z is 1 above
 it [ours]. With logits of standard deviation σ the first is about σ²/2 to σ²: healthy initializations start with σ < 1.
-It is a warning, because many runs recover, at a cost. Only cross entropy called by its function is seen, and only
-weights that look like a random initialization are judged: a pretrained model may be wrong about new data.
+It is a warning, because many runs recover, at a cost. Only calls of F.cross_entropy are seen, and only weights that
+look like a random initialization are judged: a pretrained model may be wrong about new data. Persistence: none, because
+there is only one first step.
 """
 
 from __future__ import annotations

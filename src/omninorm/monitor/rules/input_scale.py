@@ -1,8 +1,8 @@
 """input-scale: the model's floating-point inputs became much larger or smaller from one step to the next.
 
-Signal: the RMS of the inputs in each step. Threshold: 10 times the median of up to 32 steps before, or a tenth of it, is
-a warning; 50 times is a "fail" [ours]: images in 0 to 255 are 100 to 255 times larger than normalized ones. Persistence:
-2 steps, because a single batch may be an outlier. Models that read tokens have no such inputs.
+Signal: the RMS of the inputs in each step. Threshold: 10 times the median of up to 32 steps before, or a tenth of it,
+is a warning; 50 times is a "fail" [ours]: images in 0 to 255 are 100 to 255 times larger than normalized ones.
+Persistence: 2 steps, because a single batch may be an outlier. Models that read tokens have no such inputs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Signals: RMS(Δw)/RMS(w) of a step and RMS(w), by group of parameters; the learning rate; and whether the updates do
 harm: the loss is not below its initial value, has stopped falling (mean of 15 steps against the 15 before), the
 attention of a block has collapsed, or the residual stream has exploded (1,000 times its first RMS, and above 1,000).
-Threshold, each a "fail" only together with harm:
+Threshold, each only together with harm, and a "fail" unless the only harm is that the loss has stopped falling for 30
+steps, which noise or a plateau can do as well:
 - In the first 50 steps, or for as long as the learning rate rises, the updates of nine of ten blocks are 1.5 times the
   largest that train, relative to the *initial* weights: 30 % per step at width 64 or less, and 1/√width of that for
   wider models, because one update is nearly of rank one: relative to random weights, its effect on the output grows
@@ -45,6 +46,7 @@ LARGE = 0.05
 DOUBLED, WITHIN = 2.0, 50
 QUIET = 0.1  # share of the blocks that may change less than the one that counts
 ENOUGH = 8  # losses, of which the first four are compared with the newest five
+STALLED = "the loss has stopped falling"
 STALL = 15  # the mean loss of this many steps is compared with that of as many before
 EXPLODED = 1e3  # of the residual stream, relative to its first sample
 COLLAPSED = 0.3  # share of the maximal attention entropy, in runs that began above twice this value
@@ -172,13 +174,13 @@ class LearningRate(Rule):
             return None
         if exploded:
             return f"the residual stream has grown {fold(max(exploded.values()))}"
-        if len(losses) == 2 * STALL:
-            before, after = sum(losses[:STALL]) / STALL, sum(losses[STALL:]) / STALL
-            if after >= before:
-                return f"the loss has stopped falling at {after:.3g}"
         entropy = _least_entropy(sample)
         if entropy is not None and self._entropy is not None and entropy < COLLAPSED < self._entropy / 2:
             return f"attention has collapsed onto single tokens (entropy {entropy:.2g}, initially {self._entropy:.2g})"
+        if len(losses) == 2 * STALL:
+            before, after = sum(losses[:STALL]) / STALL, sum(losses[STALL:]) / STALL
+            if after >= before:
+                return f"{STALLED} at {after:.3g}"
         return None
 
     def _explain(self, history: History, sample: Sample, times: float, grown: str, harm: str | None) -> Alarm:
@@ -205,7 +207,8 @@ class LearningRate(Rule):
             at, before, after = self._jump
             evidence += f" It jumped from {before:.3g} to {after:.3g} at step {at}."
             remedy = f"Undo the jump of the schedule at step {at}. If it is intended, d{remedy[1:]}"
-        return self.alarm(sample.step, "fail" if harm else "warn", None, evidence, remedy)
+        severe = harm is not None and not harm.startswith(STALLED)
+        return self.alarm(sample.step, "fail" if severe else "warn", None, evidence, remedy)
 
 
 def _rounded(value: float) -> str:

@@ -85,8 +85,8 @@ class NoGradientRule(Rule):
                 "one that is not, and other gradients are not 0."
             )
             remedy = (
-                "Look for code between loss.backward() and optimizer.step() that writes to these gradients, or converts "
-                "them to a dtype in which they underflow."
+                "Look for code between loss.backward() and optimizer.step() that writes to these gradients, or "
+                "converts them to a dtype in which they underflow."
             )
             yield self.alarm(sample.step, "fail", zeroed[-1], evidence, remedy)
 
