@@ -188,7 +188,7 @@ def test_runs_for_ray_need_not_fit_this_machine(command, tmp_path: Path, monkeyp
 def test_a_damaged_run_is_reported_set_aside_and_repeated(
     command, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def here(name: str, store: Store, workers: int, time_limit: float) -> object:
+    def here(crew: comparing.Crew, store: Store) -> object:
         return SimpleNamespace(run=lambda cells, look: [work.run(cell, store) for cell in cells])
 
     monkeypatch.setattr(comparing, "_engine", here)

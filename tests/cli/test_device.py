@@ -85,3 +85,9 @@ def test_generate_takes_a_device(command, small: list[str], tmp_path: Path) -> N
     code, out, _ = command("generate", tmp_path / "run", "--device", "cpu", "--max-new-tokens", 5, "--seed", 1)
     assert code == 0
     assert out.startswith("\n")
+
+
+def test_a_comparison_on_ray_takes_no_gpu_by_number(command, text_file: Path) -> None:
+    code, _, err = command("compare", "--text", text_file, "--engine", "ray", "--device", "cuda:1", "--dry-run")
+    assert code == 2
+    assert "--device must be one of auto, cpu, cuda, got 'cuda:1'" in err

@@ -8,12 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from omninorm.device import find_devices
-from omninorm.errors import ConfigError
 from omninorm.experiments import TrainConfig, build_model, train
-from omninorm.experiments import processes as processes_module
+from omninorm.experiments import readings as readings_module
 from omninorm.experiments.precision import autocast, choose_precision, tensor_cores
-from omninorm.experiments.processes import SilentExit, own_device
 from omninorm.experiments.readings import MOST_SKIPPED, Reading, Readings
 from omninorm.thinker import ThinkerConfig
 
@@ -105,6 +102,30 @@ def test_late_readings_report_the_step_before() -> None:
     assert (end.step, end.status) == (4, "diverged")
 
 
+@pytest.mark.parametrize(("host", "device"), [(1.0, 5.0), (5.0, 1.0)])
+def test_the_time_of_a_step_is_that_of_the_slower_of_host_and_device(
+    monkeypatch: pytest.MonkeyPatch, host: float, device: float
+) -> None:
+    now, idle, done = 0.0, 0.0, {}
+    monkeypatch.setattr(readings_module.time, "perf_counter", lambda: now)
+    seconds: list[float] = []
+    readings = Readings(late=True, scaled=False, report=lambda each, took: seconds.append(took))
+
+    class Slow(Reading):
+        def _read(self) -> list[float]:
+            nonlocal now
+            now = max(now, done[self.step])
+            return [1.0, 1.0]
+
+    for step in range(1, 6):
+        each = Slow(step, 0.1, now, torch.tensor(1.0), torch.tensor(1.0))
+        now += host
+        idle = done[step] = max(now if host > device else now - host, idle) + (0.0 if host > device else device)
+        readings.add(each)
+    readings.settle()
+    assert seconds == pytest.approx([max(host, device)] * 5)
+
+
 def test_a_scaled_run_diverges_only_if_its_loss_does_or_steps_are_skipped_for_long() -> None:
     readings = Readings(late=False, scaled=True, report=lambda each, seconds: None)
     for step in range(1, MOST_SKIPPED + 1):
@@ -124,18 +145,3 @@ def test_a_compiled_run_trains_as_an_eager_one(data, small, monkeypatch: pytest.
     eager = train(build_model(SHAPE, 0), data, small)
     result = train(build_model(SHAPE, 0), data, replace(small, compile=True))
     assert result.losses == pytest.approx(eager.losses, rel=1e-5)
-
-
-def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus = [torch.device("cuda", index) for index in range(2)]
-    monkeypatch.setattr(processes_module, "find_devices", lambda name: gpus if name != "cpu" else find_devices(name))
-    assert [own_device("auto", number) for number in (0, 1)] == gpus
-    assert own_device("cpu", 7) == CPU
-    with pytest.raises(ConfigError, match="need a GPU each, and this machine has 2, got 3 processes"):
-        own_device("cuda", 2)
-    with pytest.raises(ConfigError, match="need a GPU each, got the device cuda:1 for all"):
-        own_device("cuda:1", 0)
-    # Of several processes with the same error, one reports it.
-    for name, number in (("cuda:1", 1), ("cuda", 3)):
-        with pytest.raises(SilentExit):
-            own_device(name, number)

@@ -58,7 +58,8 @@ def operate(norm: str, device: torch.device) -> dict[str, Any]:
     return {
         "changed": sorted(report.changed),
         "exact": found.exact,
-        "where": found.device,
+        "where": [found.device, report.device],
+        "summary": str(report),
         "weights": operated,
         "undone": weights(made) == weights(before),
         "swapped": sorted(swapped.changed),

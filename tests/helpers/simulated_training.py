@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers.cli import SENTENCE
+from helpers.cli import SENTENCE, SMALL
 from helpers.simulated_accelerator import NAME, counting, counts, install
 
+from omninorm.cli import main
 from omninorm.experiments import TrainConfig, build_model, create_run, open_run, stream_text, train
 from omninorm.experiments.corpus import Corpus, tokenize
 from omninorm.experiments.runs import Plan, load_run
@@ -150,9 +153,30 @@ def generated(folder: Path) -> dict[str, Any]:
     return found
 
 
+def commanded(folder: Path) -> dict[str, Any]:
+    """Train, resume and generate on the command line, which prefers the accelerator."""
+    text, out = plan(folder).text, folder / "run"
+    options = ["--text", text, *SMALL, "--precision", "float32"]
+    found: dict[str, Any] = {}
+    commands = {
+        "train": ["train", *options, "--steps", 4, "--out", out],
+        "resume": ["train", "--resume", out, "--steps", 6],
+        "moved": ["train", "--resume", out, "--steps", 8, "--device", "cpu"],
+        "generate": ["generate", out, "--temperature", 0, "--max-new-tokens", 5],
+        "absent": ["train", *options, "--device", f"{NAME}:7", "--out", folder / "none"],
+    }
+    for name, arguments in commands.items():
+        with redirect_stdout(StringIO()) as printed, redirect_stderr(StringIO()) as errors:
+            try:
+                main([str(each) for each in arguments])
+            except SystemExit as end:
+                found[name] = {"code": end.code or 0, "out": printed.getvalue(), "err": errors.getvalue()}
+    return {**found, "written": (folder / "none").exists()}
+
+
 if __name__ == "__main__":
     install()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    scenarios = {each.__name__: each for each in (trained, waits, resumed, diverged, late, generated)}
+    scenarios = {each.__name__: each for each in (trained, waits, resumed, diverged, late, generated, commanded)}
     print(json.dumps(scenarios[sys.argv[1]](Path(sys.argv[2]))))

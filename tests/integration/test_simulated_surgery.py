@@ -24,7 +24,10 @@ def test_surgery_changes_the_same_wherever_the_model_and_the_proof_are(scenario:
     found = run(scenario)
     for norm, count in (("rmsnorm", 5), ("layernorm", 10)):
         ours, theirs = found[f"{norm} simgpu"], found[f"{norm} cpu"]
-        assert (ours["where"], theirs["where"]) == (where, "cpu")
+        assert (ours["where"], theirs["where"]) == ([where] * 2, ["cpu"] * 2)
+        assert ours["summary"].endswith("0 refused")
+        assert ("in float64 on simgpu:0," in ours["summary"]) == (where != "cpu")
+        assert "in float64," in theirs["summary"]
         assert (ours["devices"], theirs["devices"]) == (["simgpu:0"], ["cpu"])
         assert ours["weights"] == pytest.approx(theirs["weights"], rel=1e-14)
         assert ours["changed"] == theirs["changed"]

@@ -56,7 +56,7 @@ def bench(
     Takes about eight minutes on two cores, or one minute with --quick. GPUs are not measured. Missed targets are
     printed and do not change the exit code.
     """
-    check_on_cpu("bench", device, "it measures the CPU operators")
+    check_on_cpu("bench", device, "it measures the CPU operators; python benchmarks/gpu.py measures the norms on a GPU")
     from omninorm.bench import measure_all  # here, like the next, because they import torch
     from omninorm.bench.figure import load_matplotlib
     from omninorm.bench.files import to_json, write

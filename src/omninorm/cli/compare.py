@@ -77,6 +77,7 @@ def compare(
     check_number("time_limit", time_limit, above=0.0)
     check_choice("engine", engine, ("local", "ray"))
     if engine == "ray":
+        check_choice("device", device, ("auto", "cpu", "cuda"))  # the GPUs are the cluster's
         importlib.import_module("omninorm.experiments.compare.on_ray")  # fails without Ray, before a folder is made
     devices = find_devices("cpu" if engine == "ray" else device)
     screen = Console(file=sys.stderr, soft_wrap=True, markup=False) if as_json else console()

@@ -16,6 +16,8 @@ from omninorm.experiments.events import StopEvent
 
 # After as many skipped steps in a row the scale of the loss is below 2⁻⁸, so that overflow is not the scale's fault.
 MOST_SKIPPED = 24
+# A read that takes longer has waited for the device.
+_WAITED = 1e-4
 
 
 class Reading:
@@ -26,7 +28,12 @@ class Reading:
         lr: its learning rate.
         started: when it began, by time.perf_counter.
         loss, grad_norm: scalars on the device.
+
+    Attributes:
+        submitted: when the host had submitted the whole step; set by `Readings.add`.
     """
+
+    submitted: float
 
     def __init__(self, step: int, lr: float, started: float, loss: Tensor, grad_norm: Tensor) -> None:
         self.step, self.lr, self.started = step, lr, started
@@ -88,6 +95,7 @@ class Readings:
 
     def add(self, reading: Reading) -> StopEvent | None:
         """Report the step, or if it is read later, the one before; return the end of the run if that diverged."""
+        reading.submitted = time.perf_counter()
         self._waiting.append(reading)
         return self._finish(1 if self.late else 0)
 
@@ -97,14 +105,19 @@ class Readings:
 
     def _finish(self, left: int) -> StopEvent | None:
         while len(self._waiting) > left:
-            reading = self._waiting.pop(0)
+            reading, before = self._waiting.pop(0), time.perf_counter()
             if self._diverges(reading):
                 return reading.end()
             self._skipped = 0 if math.isfinite(reading.grad_norm) else self._skipped + 1
-            now = time.perf_counter()
-            self._report(reading, now - max(reading.started, self._last))
-            self._last = now
+            end = self._end(reading, before, time.perf_counter())
+            self._report(reading, end - max(reading.started, self._last))
+            self._last = end
         return None
+
+    def _end(self, reading: Reading, before: float, now: float) -> float:
+        """Return when the step ended: now if the host has waited for it, and when it was submitted if the device keeps
+        pace with the host."""
+        return now if now - before > _WAITED or reading.submitted <= self._last else reading.submitted
 
     def _diverges(self, reading: Reading) -> bool:
         if not math.isfinite(reading.loss):

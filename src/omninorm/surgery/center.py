@@ -47,8 +47,8 @@ def center(
 
     Returns, raises: as `fold_gains`.
     """
-    done = Surgery(operation="centered")
     before = probe(model, inputs)
+    done = Surgery(operation="centered", device=before.device)
     with undone_by_errors(done):
         untie_head(model, done)
         center_all(before, model, done, new_biases, replace)

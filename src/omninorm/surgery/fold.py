@@ -41,8 +41,8 @@ def fold_gains(model: nn.Module, inputs: Sequence[Any] | None = None, *, new_bia
     Raises:
         InputError: weights that are quantized or have no values, or inputs that the model does not take.
     """
-    done = Surgery()
     before = probe(model, inputs)
+    done = Surgery(device=before.device)
     with undone_by_errors(done):
         untie_head(model, done)
         fold_all(before, model, done, new_biases)

@@ -50,10 +50,12 @@ class Surgery(Report):
     Args:
         error: the largest difference of float64 outputs before and after, relative to the largest output; see `verify`.
         operation: "folded" or "centered".
+        device: where the outputs were compared.
     """
 
     error: float = 0.0
     operation: str = "folded"
+    device: str = "cpu"
     _steps: list[Callable[[], None]] = field(default_factory=list, repr=False)
     _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _places: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict, repr=False)
@@ -67,7 +69,10 @@ class Surgery(Report):
         counted = [numbered(len(norms), "norm", self.operation)]
         if weights := len(self.changed) - len(norms):
             counted.append(numbered(weights, "weight", "centered"))
-        return [*counted, f"maximum relative difference {self.error:.0e} in float64"] if self.changed else counted
+        where = "" if self.device == "cpu" else f" on {self.device}"
+        return (
+            [*counted, f"maximum relative difference {self.error:.0e} in float64{where}"] if self.changed else counted
+        )
 
     def undo(self) -> None:
         """Restore every weight, and every module that was replaced.

@@ -26,6 +26,11 @@ class Probed:
             remedy = "find the faulty weights with `omninorm inspect`, and restore an earlier checkpoint"
             raise InputError("The model's outputs contain NaN, so they cannot be compared", "", remedy)
 
+    @property
+    def device(self) -> str:
+        """Where the outputs are compared."""
+        return str(self.before[0].device)
+
     def forget_model(self) -> None:
         """Release the model and keep its outputs."""
         del self.model

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from omninorm.config import NormConfig
+from omninorm.errors import RunError
 from omninorm.experiments.compare import crew
 from omninorm.experiments.compare.cells import Cell
 from omninorm.experiments.compare.crew import name_alone, only_visible, usual_workers
@@ -48,3 +51,27 @@ def test_a_worker_sees_its_own_gpu_only(
     assert only_visible(GPUS[1]) == expected
     assert only_visible(CPU) == {}
     assert [name_alone(device) for device in (GPUS[1], CPU)] == ["cuda:0", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "workers", "expected"),
+    [
+        (2, "auto", 8, (0.25, "cuda")),
+        (4, "cuda", 3, (1.0, "cuda")),
+        (2, "cpu", 8, (0, "cpu")),
+        (0, "auto", 8, (0, "cpu")),
+    ],
+)
+def test_runs_on_ray_request_fractions_of_gpus(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, device: str, workers: int, expected: tuple[float, str]
+) -> None:
+    on_ray = pytest.importorskip("omninorm.experiments.compare.on_ray")
+    monkeypatch.setattr(on_ray, "ray", SimpleNamespace(cluster_resources=lambda: {"CPU": 64, "GPU": gpus}))
+    assert on_ray.RayEngine(None, workers, 1.0, device)._share(workers) == expected
+
+
+def test_a_cluster_without_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_ray = pytest.importorskip("omninorm.experiments.compare.on_ray")
+    monkeypatch.setattr(on_ray, "ray", SimpleNamespace(cluster_resources=lambda: {"CPU": 64}))
+    with pytest.raises(RunError, match="Ray's cluster has no GPU"):
+        on_ray.RayEngine(None, 2, 1.0, "cuda")._share(2)

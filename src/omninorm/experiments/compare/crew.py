@@ -1,4 +1,4 @@
-"""How the workers of a comparison share GPUs."""
+"""Sharing of GPUs among the workers of a comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omninorm.device import free_memory
 from omninorm.experiments.compare.cells import Cell
 from omninorm.experiments.compare.plan import needed_bytes
 
-# Of each worker, in bytes: the driver's context with PyTorch's kernels. Activations and temporary tensors make a step
+# Bytes per worker for the driver's context with PyTorch's kernels. Activations and temporary tensors make a step
 # larger than the lower bound of `needed_bytes`.
 _CONTEXT, _MARGIN = 2**30, 4
 _VISIBLE = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
