@@ -47,7 +47,7 @@ def test_a_healthy_range_matches_the_measurements(name: str) -> None:
 
 def test_the_rules_named_on_the_page_exist() -> None:
     rules = {rule.name for rule in default_rules()}
-    named = set(re.findall(r"`([a-z]+(?:-[a-z]+)+|headroom|saturation|logz)`", PAGE)) - {"qk-norm"}
+    named = set(re.findall(r"`([a-z]+(?:-[a-z]+)+|headroom|saturation|logz|initialization)`", PAGE)) - {"qk-norm"}
     assert named <= rules, named - rules
     # Rules about the loss and about NaN have no signal, and neither have exact checks of the training loop.
     assert rules - named == {"nonfinite"} | LOSS | EXACT | NOT_DRAWN
