@@ -24,10 +24,12 @@ from omninorm.experiments.compare.protocols import measure
 from omninorm.experiments.corpus import Corpus
 from omninorm.surgery import flow
 
-install()  # before the device has a name
-CPU, GPU = torch.device("cpu"), torch.device(NAME, 0)
 TEXT = (SENTENCE * 80).encode()
 SMALL = {"d_model": 16, "n_heads": 2, "steps": 4, "seq_len": 16, "batch_size": 2, "eval_bytes": 200, "warmup_steps": 1}
+
+
+def devices() -> tuple[torch.device, torch.device]:
+    return torch.device("cpu"), torch.device(NAME, 0)
 
 
 def model(norm: str) -> Thinker:
@@ -54,7 +56,7 @@ def operate(norm: str, device: torch.device) -> dict[str, Any]:
     report.undo()
     torch_norms = nn.Sequential(nn.Embedding(16, 8), nn.RMSNorm(8), nn.Linear(8, 8)).to(device)
     swapped = surgery.swap_norms(torch_norms)
-    devices = {str(parameter.device) for parameter in (*made.parameters(), *torch_norms.parameters())}
+    places = {str(parameter.device) for parameter in (*made.parameters(), *torch_norms.parameters())}
     return {
         "changed": sorted(report.changed),
         "exact": found.exact,
@@ -63,15 +65,13 @@ def operate(norm: str, device: torch.device) -> dict[str, Any]:
         "weights": operated,
         "undone": weights(made) == weights(before),
         "swapped": sorted(swapped.changed),
-        "devices": sorted(devices),
+        "devices": sorted(places),
         "largest": surgery.verify(before, made).largest,
     }
 
 
 def operated() -> dict[str, Any]:
-    return {
-        f"{norm} {device.type}": operate(norm, device) for norm in ("rmsnorm", "layernorm") for device in (CPU, GPU)
-    }
+    return {f"{norm} {device.type}": operate(norm, device) for norm in ("rmsnorm", "layernorm") for device in devices()}
 
 
 def proved_on_the_device() -> dict[str, Any]:
@@ -98,7 +98,7 @@ def compared() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for protocol in ("train", "ramp", "init"):
         cell = Cell(protocol, NormConfig("rmsnorm", "pre"), 2, 0, None if protocol == "init" else 3e-3, SMALL)
-        for device in (CPU, GPU):
+        for device in devices():
             measured = measure(cell, corpus, device)
             found[f"{protocol} {device.type}"] = measured.outcome
             found[f"{protocol} {device.type} on"] = measured.clock["device"]
@@ -106,11 +106,12 @@ def compared() -> dict[str, Any]:
     settings = {key: value for key, value in SMALL.items() if key not in ("d_model", "n_heads")}
     own = replace(cell, protocol="train", lr=3e-3, settings=settings, model="simulated_factory:build")
     check_factory("simulated_factory:build", [own, replace(own, norm=NormConfig("layernorm", "pre"))])
-    found["factory"] = [measure(own, corpus, device).outcome["losses"] for device in (CPU, GPU)]
+    found["factory"] = [measure(own, corpus, device).outcome["losses"] for device in devices()]
     return found
 
 
 if __name__ == "__main__":
+    install()
     torch.set_num_threads(1)
     scenarios = {each.__name__: each for each in (operated, proved_on_the_device, compared)}
     print(json.dumps(scenarios[sys.argv[1]]()))
