@@ -157,7 +157,14 @@ class SampleBuilder:
                 signals[name] = self._per_group(decisive, choice)
                 worst[name] = [self._worst(places, decisive, choice) for places in self._places.values()]
         seen = {name: values for name, values in signals.items() if any(value is not None for value in values)}
-        return Sample(step, seen, worst, probabilities=cells["probabilities"][0])
+        return Sample(
+            step,
+            seen,
+            worst,
+            probabilities=cells["probabilities"][0],
+            next_tokens=cells["next_tokens"][0],
+            visible_future=cells["visible_future"],
+        )
 
     def with_decay(
         self, sample: Sample, parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]

@@ -21,7 +21,7 @@ EXACT = {
     *("no-gradient", "stale-parameters", "learning-rate-zero", "gradients-not-cleared", "steps-skipped"),
     *("updates-lost", "replicas-differ", "gradient-clipped", "identical-batches"),
     *("evaluation-mode", "adam-betas", "adam-state", "autocast-lost", "dropout"),
-    *("double-softmax", "norm-missing"),
+    *("double-softmax", "norm-missing", "attention-not-causal"),
 }
 # What they measure is not drawn: the load of experts, the scale of inputs and embeddings, and parts of gradients.
 NOT_DRAWN = {

@@ -30,6 +30,7 @@ from omninorm.monitor.model_map.residual import Node, node_of
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.attention import UNKNOWN, AttentionProbe, see_multihead
 from omninorm.monitor.probes.block import BlockProbe, LogitsProbe, Sentinel, WriterProbe
+from omninorm.monitor.probes.causality import Causality
 from omninorm.monitor.probes.loss import see_loss
 from omninorm.monitor.probes.norm import NormProbe
 from omninorm.monitor.probes.padding import Padding
@@ -52,9 +53,10 @@ BLOCK_CELLS = (
     "attention_logit",
     "attention_entropy",
     "dead_units",
+    "visible_future",
 )
 NORM_CELLS = ("norm_ms", "eps_share", "mean_share", "saturation", "noise_small", "noise_big", "examples")
-RUN_CELLS = ("logz", "logz_mean", "zero_rows", "probabilities")
+RUN_CELLS = ("logz", "logz_mean", "zero_rows", "probabilities", "next_tokens")
 
 
 def cell_sizes(structure: Structure) -> dict[str, int]:
@@ -97,12 +99,13 @@ class Hooks:
         self.gate = Gate()
         self.placements = Placements(structure)
         self.padding = Padding(structure.model)
+        self.causality = Causality(buffer)
         self.dtype: torch.dtype | None = None
         self.classes: int | None = None
         self.running: list[Running] = []
         self.dropout = FunctionalDropout()
         self._handles: list[RemovableHandle] = []
-        self._attention = [AttentionProbe(buffer, index) for index in range(len(structure.blocks))]
+        self._attention = [AttentionProbe(buffer, index, self.causality) for index in range(len(structure.blocks))]
         self._blocks = BlockHooks(self, buffer)
         # For compiled graphs: the probes that they call, and the attention probe of the block that is being traced.
         self._compiled = compiled
@@ -159,6 +162,7 @@ class Hooks:
         self.running = []
         self._blocks.clear()
         self.padding.clear()
+        self.causality.clear()
         self.placements.clear()
         self.norms.clear()
 
@@ -187,9 +191,10 @@ class Hooks:
         if site is not None and isinstance(logits, Tensor) and dim in (-1, logits.ndim - 1):
             self.safely(lambda: site.see_logits(logits))
 
-    def _before_loss(self, logits: Any) -> None:
+    def _before_loss(self, logits: Any, labels: Any) -> None:
         if self._buffer.sampling and self.is_own_thread() and self.gate.is_open():
             self.safely(lambda: see_loss(self._buffer, logits))
+            self.safely(lambda: self.causality.see_labels(labels))
             if isinstance(logits, Tensor) and logits.requires_grad and logits.ndim > 0:
                 self.classes = max(self.classes or 0, logits.shape[min(1, logits.ndim - 1)])
 
@@ -243,6 +248,7 @@ class Hooks:
                 self._blocks.clear()
                 if self._buffer.sampling and self.gate.is_open():
                     self.safely(lambda: self.padding.read(args, kwargs))
+                    self.safely(lambda: self.causality.read(args, kwargs))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if is_compiling():

@@ -21,7 +21,7 @@ from torch.jit import _builtins
 
 class Listener(NamedTuple):
     """Callbacks: `attention(query, key, mask, is_causal, scale)` and `norm(x, node, y)`, also while tracing;
-    `softmax(logits, dim)`, `root(x)`, `loss(logits)`, the input of cross entropy, `dropout(p, training)`, and
+    `softmax(logits, dim)`, `root(x)`, `loss(logits, labels)`, the input of cross entropy, `dropout(p, training)`, and
     `choice(x, indices)` after topk or argmax.
 
     `node` is the autograd node of x before the call. `norms`: whether `norm` and `root` are called at all; functional
@@ -33,7 +33,7 @@ class Listener(NamedTuple):
     norm: Callable[[Tensor, Any, Tensor], None]
     root: Callable[[Tensor], None]
     norms: bool = False
-    loss: Callable[[Any], None] | None = None
+    loss: Callable[[Any, Any], None] | None = None
     dropout: Callable[[float, bool], None] | None = None
     choice: Callable[[Any, Any], None] | None = None
 
@@ -183,9 +183,10 @@ def _intercepted_cross_entropy(original: Any, period: int) -> Any:
         if is_compiling() or _period != period:
             return original(*args, **kwargs)
         logits = args[0] if args else kwargs.get("input")
+        labels = args[1] if len(args) > 1 else kwargs.get("target")
         for listener in _listeners:
             if listener.loss is not None:
-                listener.loss(logits)
+                listener.loss(logits, labels)
         return original(*args, **kwargs)
 
     return cross_entropy

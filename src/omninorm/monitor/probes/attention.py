@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omninorm.monitor.probes.causality import Causality, visible_future
 from omninorm.monitor.stats_buffer import StatsBuffer
 
 MOST_QUERIES = 32
@@ -22,8 +23,12 @@ UNKNOWN = -1.0
 class AttentionProbe:
     """The attention of one block."""
 
-    def __init__(self, buffer: StatsBuffer, index: int) -> None:
-        self.buffer, self.index = buffer, index
+    def __init__(self, buffer: StatsBuffer, index: int, causality: Causality | None = None) -> None:
+        self.buffer, self.index, self._causality = buffer, index, causality
+
+    def _is_over_tokens(self, queries: int, keys: int) -> bool:
+        """Return whether queries and keys are the model's tokens."""
+        return self._causality is not None and queries == keys == self._causality.length
 
     def see(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
         """Measure q (batch, heads, queries, d) and k (batch, kv_heads, keys, d); the mask is PyTorch's."""
@@ -40,17 +45,24 @@ class AttentionProbe:
             part = mask.detach().expand(*mask.shape[:-2], queries, k.shape[-2])
             part = part.reshape((1,) * (4 - part.ndim) + part.shape)[0, :, chosen].clone()
         factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        self.buffer.batch(self.measure, self, logits, part, arguments=(factor, queries if causal else None))
+        length = queries if not causal and self._is_over_tokens(queries, k.shape[-2]) else None
+        self.buffer.batch(self.measure, self, logits, part, arguments=(factor, queries if causal else None, length))
 
     @staticmethod
     def measure(
-        sites: Sequence[AttentionProbe], logits: Tensor, mask: Tensor | None, scale: float, causal: int | None
+        sites: Sequence[AttentionProbe],
+        logits: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: int | None,
+        length: int | None,
     ) -> None:
         """Measure the products (n, heads, queries, keys) of n blocks.
 
         Args:
             mask: the mask of the same queries.
             causal: the number of all queries, if later keys are hidden.
+            length: the same, if later keys may be visible and both are the model's tokens.
         """
         logits = logits * scale
         hidden = torch.zeros((), dtype=torch.bool, device=logits.device)
@@ -60,7 +72,7 @@ class AttentionProbe:
         if mask is not None:
             hidden = hidden | (~mask if mask.dtype == torch.bool else mask < HIDDEN_BELOW)
             logits = logits if mask.dtype == torch.bool else logits + mask.float()
-        _add(sites, logits, hidden.expand_as(logits))
+        _add(sites, logits, hidden.expand_as(logits), length)
 
     def see_some(self, q: Tensor, k: Tensor, constants: Tensor, mask: Tensor | None = None) -> None:
         """Call `see` from a graph in sampled steps. `constants` holds the scale, twice if attention is causal."""
@@ -73,12 +85,14 @@ class AttentionProbe:
         if logits.ndim != 4 or logits.numel() == 0:
             return
         queries = logits.shape[-2]
-        self.buffer.batch(self.measure_logits, self, logits.detach()[0, :, :: max(1, queries // MOST_QUERIES)].clone())
+        length = queries if self._is_over_tokens(queries, logits.shape[-1]) else None
+        few = logits.detach()[0, :, some_queries(queries)].clone()
+        self.buffer.batch(self.measure_logits, self, few, arguments=(length,))
 
     @staticmethod
-    def measure_logits(sites: Sequence[AttentionProbe], logits: Tensor) -> None:
+    def measure_logits(sites: Sequence[AttentionProbe], logits: Tensor, length: int | None) -> None:
         logits = logits.float()
-        _add(sites, logits, logits < HIDDEN_BELOW)
+        _add(sites, logits, logits < HIDDEN_BELOW, length)
 
 
 def some_queries(queries: int) -> slice:
@@ -86,9 +100,11 @@ def some_queries(queries: int) -> slice:
     return slice(0, queries, max(1, queries // MOST_QUERIES))
 
 
-def _add(sites: Sequence[AttentionProbe], logits: Tensor, hidden: Tensor) -> None:
-    """Add the logits and which of them are hidden, both (n, heads, queries, keys)."""
+def _add(sites: Sequence[AttentionProbe], logits: Tensor, hidden: Tensor, length: int | None) -> None:
+    """Add the logits and which of them are hidden, (n, heads, queries, keys), and the future if there is a length."""
     buffer, blocks = sites[0].buffer, [site.index for site in sites]
+    if length is not None:
+        buffer.add("visible_future", blocks, visible_future(hidden, some_queries(length)))
     in_sight = (~hidden).sum(dim=-1)
     buffer.peak("attention_logit", blocks, logits.masked_fill(hidden, 0).abs().flatten(1).amax(dim=1))
     log_p = logits.masked_fill(hidden, -math.inf).log_softmax(dim=-1)

@@ -6,6 +6,7 @@ from omninorm.monitor.rules.adam_state import AdamState
 from omninorm.monitor.rules.adam_underestimation import AdamUnderestimation
 from omninorm.monitor.rules.attention_entropy import AttentionEntropy
 from omninorm.monitor.rules.attention_logits import AttentionLogits
+from omninorm.monitor.rules.attention_not_causal import AttentionNotCausal
 from omninorm.monitor.rules.autocast_lost import AutocastLost
 from omninorm.monitor.rules.base import Rule, Threshold
 from omninorm.monitor.rules.branch_silent import BranchSilent
@@ -71,6 +72,7 @@ def default_rules() -> list[Rule]:
         UpdatesLost(),
         ReplicasDiffer(),
         DoubleSoftmax(),
+        AttentionNotCausal(),
         Initialization(),
         InputScale(),
         EmbeddingScale(),
