@@ -53,6 +53,7 @@ class Fault:
         only: a further condition on the architecture.
         frozen: whether it applies to models in which most weights are frozen.
         variant: the variant of its run and of its healthy twin.
+        first: the first step in which a fault acts that is early, but waits for the first evaluation.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Fault:
     only: Callable[[Architecture], bool] = lambda architecture: True
     frozen: bool = False
     variant: str = "plain"
+    first: int = 1
 
     @property
     def description(self) -> str:
@@ -74,7 +76,7 @@ class Fault:
 
     def begins(self, seed: int) -> int:
         """Return the first step at which it acts."""
-        return 1 if self.early else middle_of(seed)
+        return self.first if self.early else middle_of(seed)
 
     def applies(self, architecture: Architecture) -> bool:
         """Return whether the fault can be injected into the architecture."""

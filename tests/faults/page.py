@@ -8,7 +8,7 @@ from typing import Any
 
 from faults.architectures import ARCHITECTURES, CALIBRATION, HELD_OUT
 from faults.faults import load_faults
-from faults.score import Health, Line, Verdict, detector_recall, health, outlier_recall, score, verdicts
+from faults.score import Health, Line, Verdict, detector_recall, health, healthy_runs, outlier_recall, score, verdicts
 
 HEAD = """# How many faults the monitor finds
 
@@ -108,7 +108,7 @@ def _scores(found: Sequence[Verdict], lines: Sequence[Line]) -> Iterator[str]:
 
 
 def _baselines(found: Sequence[Verdict], lines: Sequence[Line]) -> Iterator[str]:
-    healthy = [line for line in lines if line["fault"] is None]
+    healthy = healthy_runs(lines)
     outliers = sum(line["outlier"] is not None for line in healthy)
     finite = [v for v in found if "nonfinite" in v.fault.causes]
     ours = score(finite).recall
@@ -131,8 +131,8 @@ def _healthy(lines: Sequence[Line]) -> Iterator[str]:
         for (severity, rule), count in found.rules.most_common():
             names = Counter(
                 line["architecture"] + ("" if line["variant"] == "plain" else f" ({line['variant']})")
-                for line in part
-                if line["fault"] is None and any(a[1] == severity and a[2] == rule for a in line["alarms"])
+                for line in healthy_runs(part)
+                if any(a[1] == severity and a[2] == rule for a in line["alarms"])
             )
             yield f"| {split} | {severity} | `{rule}` | {count} | {_some(names)} |"
 

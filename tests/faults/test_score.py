@@ -136,7 +136,8 @@ def test_health_counts_runs_not_alarms() -> None:
         line(alarm(10, "logz", severity="warn"), fault=None),
         line(alarm(10, "logz")),
     ]
-    found = health(healthy)
+    low = line(alarm(60, "no-progress", severity="warn"), fault=None, variant="tiny learning rate")
+    found = health([*healthy, low])
     assert (found.runs, found.fails, found.warnings) == (3, 1, 1)
     assert found.rules == {("fail", "eps-share"): 1, ("warn", "logz"): 2}
 

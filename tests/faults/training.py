@@ -181,8 +181,9 @@ class Training:
         inside = {id(p) for name, p in self.model.named_parameters() if name.startswith(blocks) and p.ndim == 2}
         matrices = [p for group in groups for p in group["params"] if id(p) in inside]
         rest = [{**group, "params": [p for p in group["params"] if id(p) not in inside]} for group in groups]
-        adamw = torch.optim.AdamW([group for group in rest if group["params"]], lr=self.lr, betas=self.options.betas)
-        return [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0), adamw] if matrices else [adamw]
+        others = [group for group in rest if group["params"]]
+        muon = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)] if matrices else []
+        return [*muon, *([torch.optim.AdamW(others, lr=self.lr, betas=self.options.betas)] if others else [])]
 
     def run(self, watched: Any = None) -> None:
         """Train to the last step; `watched` is the open Watch, or None."""

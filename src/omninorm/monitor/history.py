@@ -96,9 +96,9 @@ class Sample:
     decay of the optimizer, the share that decoupled weight decay removes per step: the largest of each group's
     matrices. `gain_decay` is the same for the gain of each norm. Both are empty if no optimizer is known.
     `probabilities` is 1 if each row that cross entropy received is a probability distribution, 0 if not, and None if no
-    such call was measured. `loads` has the load of each block's experts, or None, if there are any. `next_tokens` is the
-    share of labels that are the next token of the input, and `visible_future` the share of later tokens that attention
-    shows to a token, for each block; both None if unknown.
+    such call was measured. `loads` has the load of each block's experts, or None, if there are any. `next_tokens` is
+    the share of labels that are the next token of the input, and `visible_future` the share of later tokens that
+    attention shows to a token, for each block; both None if unknown.
     """
 
     step: int

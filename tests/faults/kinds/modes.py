@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from faults.faults import change_output, fault, part_of
-from faults.training import Training
+from faults.training import EVERY, Training
 from torch import Tensor
 
 FAMILY = "training mode"
@@ -27,13 +27,20 @@ def strong_dropout(training: Training) -> None:
     _drop(training, 0.8)
 
 
-@fault("dropout active in evaluation", FAMILY, {"evaluation-mode", "held-out-rising"}, at_once=True, variant="dropout")
+@fault(
+    "dropout active in evaluation",
+    FAMILY,
+    {"evaluation-mode", "held-out-rising"},
+    at_once=True,
+    variant="dropout",
+    first=2 * EVERY,
+)
 def dropout_in_evaluation(training: Training) -> None:
     """The model is not put into evaluation mode, so dropout disturbs it (a case of TrainCheck)."""
     training.evaluating = lambda: None
 
 
-@fault("left in evaluation mode", FAMILY, {"evaluation-mode"}, at_once=True, variant="dropout")
+@fault("left in evaluation mode", FAMILY, {"evaluation-mode"}, at_once=True, variant="dropout", first=2 * EVERY + 1)
 def left_in_evaluation(training: Training) -> None:
     """After the first evaluation the model stays in evaluation mode, so dropout no longer acts."""
     training.resuming = lambda: None

@@ -401,6 +401,23 @@ def test_functional_dropout_that_is_off_is_reported_as_evaluation_mode() -> None
     assert run(half) == [], "the model itself is in training mode"
 
 
+def test_functional_dropout_in_an_evaluation_is_reported() -> None:
+    model = decoder()
+    model.blocks[2].attention.register_forward_hook(
+        lambda module, _, y: torch.nn.functional.dropout(y, 0.1, module.training)
+    )
+    (alarm,) = run(model, after=lambda step: evaluate(model) if step == 6 else None)
+    assert summary([alarm])[0][:2] == ("evaluation-mode", "warn")
+    assert "dropout is active in 2 passes without gradients" in alarm.evidence
+
+    def properly(step: int) -> None:
+        model.eval()
+        evaluate(model)
+        model.train()
+
+    assert run(model, after=properly) == []
+
+
 def test_usual_dropout_is_silent() -> None:
     assert run(decoder(dropout=0.5)) == []
 

@@ -100,6 +100,7 @@ class SetupWatch:
     def _begin(self) -> None:
         self._trained = self._inside = self._kept = False
         self._off, self._on, self._evaluated, self._proper = "", "", 0, False
+        self._training_passes = 0  # without gradients
         self._autocast: bool | None = None
         self._betas: tuple[tuple[float, float], ...] = ()
         self._high: tuple[tuple[str, float], ...] = ()
@@ -121,6 +122,7 @@ class SetupWatch:
         elif training:
             self._see_training(model, sampling)
         elif model.training:
+            self._training_passes += 1
             self._on = self._on or kinds(part for part in self._parts if part.module.training and part.is_active())
             self._evaluated += bool(self._on)
         else:
@@ -149,6 +151,8 @@ class SetupWatch:
 
     def take(self) -> Setup:
         """Return the setup of the step that ends."""
+        if self._functional.evaluated and not self._on:
+            self._on, self._evaluated = DROPOUT, self._training_passes
         off = self._functional.is_off
         self._functional_off = not self._kept and (self._functional_off if off is None else off)
         if self._functional_off and DROPOUT not in self._off:

@@ -199,7 +199,11 @@ class Hooks:
                 self.classes = max(self.classes or 0, logits.shape[min(1, logits.ndim - 1)])
 
     def _before_dropout(self, p: float, training: bool) -> None:
-        if self._buffer.sampling and self.running and self.is_own_thread() and self.gate.is_open():
+        if not self.is_own_thread():
+            return
+        if self.gate.inside is False and training and p > 0.0 and not in_backward():
+            self.dropout.evaluated = True
+        elif self._buffer.sampling and self.running and self.gate.is_open():
             self.dropout.see(self._structure.blocks[self.running[-1].block], p, training)
 
     def _put_attention(

@@ -11,6 +11,7 @@ class FunctionalDropout:
     Attributes:
         active: the largest probability in each block that trains with dropout, by name.
         is_off: whether trainable blocks have called it, and all of them in evaluation mode; None without a call.
+        evaluated: whether it was active in a pass of the model without gradients, in any step.
     """
 
     def __init__(self) -> None:
@@ -19,7 +20,7 @@ class FunctionalDropout:
 
     def clear(self) -> None:
         self.active: dict[str, float] = {}
-        self._on = self._off = False
+        self._on = self._off = self.evaluated = False
 
     @property
     def is_off(self) -> bool | None:

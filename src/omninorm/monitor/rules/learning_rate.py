@@ -21,8 +21,8 @@ post-norm Thinker; 20 and 54 % with Lion, 100 % or more with Muon; with SGD 0.4 
 width 128, 256 or 512. Of 65 runs at 3 to 500 times these rates, the factor was within a factor of 3 in 61, and 1 was
 missed. OLMo-2 trains at any of them, which is why harm is required. The quietest tenth of the blocks counts, so that
 matrices initialized to 0 (LoRA) do not: relative to their size, their first updates are infinite. Parts outside the
-blocks count only where no block is trainable (a new head on a frozen model), and then only a loss that is not below its
-initial value is harm.
+blocks count only where no block is trainable (a new head on a frozen model), and then only a loss that is 20 % above
+its initial value is harm: the weights of a head begin small, and so does its loss's fall.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ QUIET = 0.1  # share of the blocks that may change less than the one that counts
 ENOUGH = 8  # losses, of which the first four are compared with the newest five
 STALLED = "the loss has stopped falling"
 STALL = 15  # the mean loss of this many steps is compared with that of as many before
+HEAD_RISE = 1.2  # of the loss, where only a head is trained
 EXPLODED = 1e3  # of the residual stream, relative to its first sample
 COLLAPSED = 0.3  # share of the maximal attention entropy, in runs that began above twice this value
 SAMPLES, STEPS = 3, 20
@@ -168,7 +169,7 @@ class LearningRate(Rule):
         losses = _newest_losses(history, 2 * STALL)
         if len(losses) >= ENOUGH:
             first, last = sum(self._first_loss) / len(self._first_loss), sum(losses[-5:]) / len(losses[-5:])
-            if last >= first:
+            if last >= first * (1.0 if _has_trainable_blocks(history, sample) else HEAD_RISE):
                 return f"the loss ({last:.3g}) is not below its initial value ({first:.3g})"
         if not _has_trainable_blocks(history, sample):
             return None
