@@ -87,7 +87,8 @@ class Judge:
             explained = [each for each in (*self._symptoms, *found) if self._explains_symptom(history, cause, each)]
             for symptom in explained:
                 linked = self._follow(symptom, cause)
-                if self._active.get(symptom.rule) == symptom:
+                active = self._active.get(symptom.rule)
+                if active is not None and active.ref == symptom.ref:
                     self._active[symptom.rule] = linked
                 if symptom in found:
                     found[found.index(symptom)] = linked
@@ -142,7 +143,9 @@ class Judge:
             alarms += raised
             if reports and rule.final:
                 return alarms
-        return sorted(alarms, key=lambda alarm: (-SEVERITIES.index(alarm.severity), self._order[alarm.rule]))
+        return sorted(
+            alarms, key=lambda alarm: (-SEVERITIES.index(alarm.severity), self._order.get(alarm.rule, len(self._order)))
+        )
 
     def _check(self, rule: Rule, check: Callable[[Rule], Iterable[Alarm]]) -> list[Alarm]:
         """Return a rule's reports. A rule that raises is disabled with a warning: monitoring must not end training."""

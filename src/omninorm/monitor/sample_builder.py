@@ -163,7 +163,7 @@ class SampleBuilder:
             worst,
             probabilities=cells["probabilities"][0],
             next_tokens=cells["next_tokens"][0],
-            visible_future=cells["visible_future"],
+            visible_future=[None if hidden is None else 1.0 - hidden for hidden in cells["hidden_future"]],
         )
 
     def with_decay(

@@ -128,6 +128,8 @@ class StatsBuffer:
             return
         self.order.setdefault(index, len(self.order))
         self._peaks_of_outputs.add(index, y)
+        if self._peaks_of_outputs.count > MOST_WAITING:  # in loops that never end a forward pass or a step
+            self.measure_peaks()
 
     def measure_peaks(self) -> None:
         """Measure the outputs that wait, before they are overwritten."""

@@ -46,6 +46,11 @@ class Peaks:
         self._overwritten: dict[int, bool] = {}
         self._found: list[tuple[int, Tensor]] = []
 
+    @property
+    def count(self) -> int:
+        """The number of results and outputs that wait."""
+        return len(self._extremes) + len(self._waiting) + len(self._found)
+
     def add(self, place: int, y: Tensor) -> None:
         """Measure y now or later."""
         y = here(y.detach())

@@ -35,6 +35,26 @@ def by_masked_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
 
+def by_large_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(hidden, -1e4).softmax(-1) @ v
+
+
+def by_additive_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.full((LENGTH, LENGTH), -1e4).triu(1))
+
+
+def with_cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over as many other items as tokens follows the causal one."""
+    return causal(q, k, v) + unmasked(q, torch.ones_like(k), torch.ones_like(v))
+
+
+def with_features(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Linear attention takes the softmax over features, here as many as tokens."""
+    features = F.linear(q, torch.ones(LENGTH, q.shape[-1])).softmax(-1)
+    return causal(q, k, v) + 0.0 * features.sum()
+
+
 def by_prefix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The first four tokens see each other, and the others see what came before."""
     seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
@@ -114,13 +134,16 @@ def train(loss: Callable[[Tensor, Tensor], Tensor], *attends: Attend | None) -> 
 @pytest.mark.parametrize("attend", [unmasked, by_softmax, None])
 def test_block_without_a_causal_mask_is_named(attend: Attend | None, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     (alarm,) = train(loss, causal, attend, by_masked_softmax)
-    assert (alarm.severity, alarm.step) == ("fail", 2)
+    assert (alarm.severity, alarm.step) == ("warn", 2)
     assert alarm.layer is not None
     assert alarm.layer.startswith("h.1")
     assert numbers_in(alarm.evidence.partition(alarm.layer)[2]) == [100]
 
 
-@pytest.mark.parametrize("attend", [causal, by_masked_softmax, by_prefix])
+@pytest.mark.parametrize(
+    "attend",
+    [causal, by_masked_softmax, by_prefix, by_large_mask, by_additive_mask, with_cross_attention, with_features],
+)
 def test_masked_attention_is_silent(attend: Attend) -> None:
     assert train(shifted, attend, attend) == []
 
@@ -129,14 +152,31 @@ def test_labels_that_are_not_the_next_tokens_may_be_seen() -> None:
     assert train(same_tokens, by_softmax, unmasked) == []
 
 
+def test_labels_of_another_watched_model_do_not_count() -> None:
+    """A text encoder that reads the same tokens as a language model sees all of them."""
+    torch.manual_seed(0)
+    decoder, encoder = Decoder(causal, causal), Decoder(unmasked, unmasked)
+    with watch(decoder, every=1) as first, watch(encoder, every=1) as second:
+        for _ in range(3):
+            ids = torch.randint(0, WORDS, (3, LENGTH))
+            logits, features = decoder(ids), encoder(ids)
+            value = one_fewer(logits, ids) + features.square().mean()
+            value.backward()
+            first.step(value.detach())
+            second.step(value.detach())
+    assert not [alarm for alarm in (*first.alarms, *second.alarms) if alarm.rule == "attention-not-causal"]
+    assert first.history.samples[-1].next_tokens == 1.0
+    assert second.history.samples[-1].next_tokens is None
+
+
 @pytest.mark.parametrize(
     ("share", "visible", "chains", "severities"),
     [
-        (0.99, 0.5, (), ["fail"]), (0.98, 0.5, (), []), (None, 1.0, (), []), (1.0, 0.49, (), []),
+        (0.99, 0.5, (), ["warn"]), (0.98, 0.5, (), []), (None, 1.0, (), []), (1.0, 0.49, (), []),
         (1.0, None, (), []), (1.0, 1.0, ((0, 1), (2, 3)), []),
     ],
 )  # fmt: skip
-def test_next_tokens_that_half_of_the_pairs_see_fail_in_a_single_stack(
+def test_next_tokens_that_half_of_the_pairs_see_are_reported_in_a_single_stack(
     share: float | None, visible: float | None, chains: tuple[tuple[int, ...], ...], severities: list[str]
 ) -> None:
     rule, history = AttentionNotCausal(), History(facts=facts(4, chains=chains))

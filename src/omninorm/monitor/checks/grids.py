@@ -57,7 +57,8 @@ class Grids:
         """Measure the gradients of the parameters with these ids."""
         places = [at for at in self._places if id(self._parameters[at]) in held and self._is_large(at)]
         if places and self._found is None:
-            grids = [grid_of(here(self._parameters[at].grad)) for at in places]
+            first = here(self._parameters[places[0]].grad).device  # a model may be split over devices
+            grids = [grid_of(here(self._parameters[at].grad)).to(first, non_blocking=True) for at in places]
             self._found = places, measure(torch.stack(grids))
 
     def _is_large(self, at: int) -> bool:

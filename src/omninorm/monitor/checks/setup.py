@@ -119,6 +119,7 @@ class SetupWatch:
         self._inside = False
         if in_backward():
             self._evaluated, self._on = 0, ""  # activation checkpointing around the whole model
+            self._functional.evaluated = False
         elif training:
             self._see_training(model, sampling)
         elif model.training:

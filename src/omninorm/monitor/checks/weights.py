@@ -61,12 +61,17 @@ def frozen(structure: Structure, step: int) -> list[Alarm]:
     return [Alarm(step, "warn", "frozen-weights", None, evidence, remedy, source)]
 
 
+def _all_one(gain: Tensor) -> bool:
+    """Return whether all gains are 1; a process may hold none of them."""
+    return gain.numel() > 0 and bool((gain == 1.0).all())
+
+
 def shifted_gains(structure: Structure, step: int) -> list[Alarm]:
     """Return a warning about norms that add 1 to gains that are all 1 already."""
     names = [
         norm.facts.name
         for norm in structure.norms
-        if norm.measured and norm.offset == 1.0 and norm.gain is not None and bool((norm.gain == 1.0).all())
+        if norm.measured and norm.offset == 1.0 and norm.gain is not None and _all_one(norm.gain)
     ]
     if not names:
         return []

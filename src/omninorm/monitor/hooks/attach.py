@@ -53,7 +53,7 @@ BLOCK_CELLS = (
     "attention_logit",
     "attention_entropy",
     "dead_units",
-    "visible_future",
+    "hidden_future",
 )
 NORM_CELLS = ("norm_ms", "eps_share", "mean_share", "saturation", "noise_small", "noise_big", "examples")
 RUN_CELLS = ("logz", "logz_mean", "zero_rows", "probabilities", "next_tokens")
@@ -194,7 +194,8 @@ class Hooks:
     def _before_loss(self, logits: Any, labels: Any) -> None:
         if self._buffer.sampling and self.is_own_thread() and self.gate.is_open():
             self.safely(lambda: see_loss(self._buffer, logits))
-            self.safely(lambda: self.causality.see_labels(labels))
+            inside = bool(self.gate.inside)
+            self.safely(lambda: self.causality.see_labels(logits, labels, inside))
             if isinstance(logits, Tensor) and logits.requires_grad and logits.ndim > 0:
                 self.classes = max(self.classes or 0, logits.shape[min(1, logits.ndim - 1)])
 
@@ -280,6 +281,7 @@ class Hooks:
 
     def _see_logits(self, site: LogitsProbe, output: Any) -> None:
         logits = find_logits(output, self._vocabularies)
+        self.causality.end(logits)
         if logits is not None:
             site.see(logits)
 

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omninorm.monitor.probes.causality import Causality, visible_future
+from omninorm.monitor.probes.causality import Causality, hidden_future, is_product
 from omninorm.monitor.stats_buffer import StatsBuffer
 
 MOST_QUERIES = 32
 # Additive masks hide a key with −∞ or a large negative number.
-HIDDEN_BELOW = -1e4
+HIDDEN_BELOW = -5e3  # some masks add −10,000
 # A value that stands for the default scale, 1/√d.
 UNKNOWN = -1.0
 
@@ -45,7 +45,7 @@ class AttentionProbe:
             part = mask.detach().expand(*mask.shape[:-2], queries, k.shape[-2])
             part = part.reshape((1,) * (4 - part.ndim) + part.shape)[0, :, chosen].clone()
         factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        length = queries if not causal and self._is_over_tokens(queries, k.shape[-2]) else None
+        length = queries if self._is_over_tokens(queries, k.shape[-2]) else None
         self.buffer.batch(self.measure, self, logits, part, arguments=(factor, queries if causal else None, length))
 
     @staticmethod
@@ -62,7 +62,7 @@ class AttentionProbe:
         Args:
             mask: the mask of the same queries.
             causal: the number of all queries, if later keys are hidden.
-            length: the same, if later keys may be visible and both are the model's tokens.
+            length: the same, if queries and keys are the model's tokens.
         """
         logits = logits * scale
         hidden = torch.zeros((), dtype=torch.bool, device=logits.device)
@@ -85,7 +85,7 @@ class AttentionProbe:
         if logits.ndim != 4 or logits.numel() == 0:
             return
         queries = logits.shape[-2]
-        length = queries if self._is_over_tokens(queries, logits.shape[-1]) else None
+        length = queries if self._is_over_tokens(queries, logits.shape[-1]) and is_product(logits) else None
         few = logits.detach()[0, :, some_queries(queries)].clone()
         self.buffer.batch(self.measure_logits, self, few, arguments=(length,))
 
@@ -103,11 +103,12 @@ def some_queries(queries: int) -> slice:
 def _add(sites: Sequence[AttentionProbe], logits: Tensor, hidden: Tensor, length: int | None) -> None:
     """Add the logits and which of them are hidden, (n, heads, queries, keys), and the future if there is a length."""
     buffer, blocks = sites[0].buffer, [site.index for site in sites]
-    if length is not None:
-        buffer.add("visible_future", blocks, visible_future(hidden, some_queries(length)))
     in_sight = (~hidden).sum(dim=-1)
     buffer.peak("attention_logit", blocks, logits.masked_fill(hidden, 0).abs().flatten(1).amax(dim=1))
     log_p = logits.masked_fill(hidden, -math.inf).log_softmax(dim=-1)
+    if length is not None:
+        # The largest share of a block's calls: a decoder's cross-attention may see everything.
+        buffer.peak("hidden_future", blocks, hidden_future(log_p, some_queries(length)))
     entropy = -(log_p.exp() * log_p.masked_fill(hidden, 0)).sum(dim=-1)
     choice = in_sight >= 2  # with a single visible key the entropy is always 0
     share = torch.where(choice, entropy / in_sight.clamp_min(2).log(), 0).flatten(1).sum(dim=1)

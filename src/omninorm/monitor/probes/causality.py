@@ -10,6 +10,9 @@ from torch import Tensor
 
 from omninorm.monitor.stats_buffer import StatsBuffer
 
+FAR = 8  # operations
+INVISIBLE = -50.0  # of the logarithm of a probability
+
 
 class Causality:
     """The tokens of the current forward pass (batch, length): the first such tensor of integers that the model reads.
@@ -24,6 +27,7 @@ class Causality:
 
     def clear(self) -> None:
         self._tokens: Tensor | None = None
+        self._end: Any = None
         self.length: int | None = None
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -33,10 +37,20 @@ class Causality:
         self._tokens = next((each for each in (*args, *inputs) if _are_tokens(each)), None)
         self.length = None if self._tokens is None else self._tokens.shape[1]
 
-    def see_labels(self, labels: Any) -> None:
-        """Measure the share of labels that are the next token, of those that are not ignored (negative)."""
-        tokens, self._tokens = self._tokens, None
-        if tokens is None or not isinstance(labels, Tensor) or labels.dtype != torch.long:
+    def end(self, logits: Any) -> None:
+        """Note the autograd node of the model's output, to recognize a loss of it."""
+        self._end = getattr(logits, "grad_fn", None)
+
+    def see_labels(self, logits: Any, labels: Any, inside: bool) -> None:
+        """Measure the share of labels that are the next token, of those that are not ignored (negative).
+
+        Args:
+            inside: whether the model itself computes the loss. Otherwise the logits may be another model's.
+        """
+        if self._tokens is None or not (inside or comes_from(logits, self._end)):
+            return
+        tokens, self._tokens, self._end = self._tokens, None, None
+        if not isinstance(labels, Tensor) or labels.dtype != torch.long:
             return
         batch, length = tokens.shape
         if labels.numel() == batch * length:
@@ -46,21 +60,46 @@ class Causality:
         else:
             return
         counts = labels >= 0
+        tokens = tokens.to(labels.device, non_blocking=True)
         share = ((labels == tokens[:, 1:]) & counts).sum() / counts.sum().clamp_min(1)
         self._buffer.peak("next_tokens", 0, share)
 
 
-def visible_future(hidden: Tensor, queries: slice) -> Tensor:
-    """Return the share of pairs of a token and a later one that attention does not hide, for each block.
+def hidden_future(log_p: Tensor, queries: slice) -> Tensor:
+    """Return the share of pairs of a token and a later one that attention hides, for each block.
 
     Args:
-        hidden: which keys are hidden (n, heads, queries, keys), of the chosen queries and all keys.
+        log_p: log-probabilities (n, heads, queries, keys) of the chosen queries and all keys. They show any kind of
+            mask.
         queries: which of the keys' tokens the queries are.
     """
-    positions = torch.arange(hidden.shape[-1], device=hidden.device)
+    positions = torch.arange(log_p.shape[-1], device=log_p.device)
     later = positions[queries].unsqueeze(-1) < positions
-    seen = (~hidden & later).flatten(1).sum(dim=1)
-    return seen / (hidden.shape[1] * later.sum()).clamp_min(1)
+    hidden = ((log_p < INVISIBLE) & later).flatten(1).sum(dim=1)
+    return hidden / (log_p.shape[1] * later.sum()).clamp_min(1)
+
+
+def is_product(logits: Tensor) -> bool:
+    """Return whether logits come from a batched product, as those of queries and keys do. A softmax over features, as
+    in linear attention, has the output of a linear layer as its input."""
+    node: Any = logits.grad_fn
+    for _ in range(FAR):
+        if node is None:
+            return False
+        if node.name() in ("BmmBackward0", "BaddbmmBackward0"):
+            return True
+        node = next((before for before, _ in node.next_functions if before is not None), None)
+    return False
+
+
+def comes_from(logits: Any, end: Any) -> bool:
+    """Return whether the autograd node `end` is at most a few operations before logits: views, slices and casts."""
+    node = getattr(logits, "grad_fn", None)
+    for _ in range(FAR):
+        if node is None or node is end:
+            break
+        node = next((before for before, _ in node.next_functions if before is not None), None)
+    return node is not None and node is end
 
 
 def _are_tokens(x: Any) -> bool:

@@ -1,8 +1,9 @@
 """gradient-noise: the gradients have become random numbers.
 
 Signal: how much the rows and columns of a gradient differ in size, for 32 × 32 elements of up to 8 matrices in the
-blocks, relative to independent normal elements, for which it is about 1. Threshold: the median matrix below 1.6, after
-its median over at least 3 samples was above 5 [ours]: gradients are sums of outer products, and in healthy runs of our
+blocks, relative to independent normal elements, for which it is about 1. Threshold: the median matrix below 1.6, but
+above 0.4 (signs and clipped values are more equal than that), after its median over at least 3 samples was above 5
+[ours]: gradients are sums of outer products, and in healthy runs of our
 tests the median matrix is never below 10. Only a change counts, because differentially private training adds such noise
 on purpose. Noise that keeps the sizes of rows and columns is not detected. Persistence: 2 samples. It is a "fail".
 """
@@ -18,7 +19,7 @@ from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks
 from omninorm.record.alarm import Alarm
 
-RANDOM, ORDERED = 1.6, 5.0
+EQUAL, RANDOM, ORDERED = 0.4, 1.6, 5.0
 FEWEST_MATRICES, FEWEST, KEPT = 3, 3, 16
 SAMPLES = 2
 
@@ -40,7 +41,7 @@ class GradientNoise(Rule):
             return
         value = statistics.median(found)
         usual = statistics.median(self._before) if len(self._before) >= FEWEST else 0.0
-        holds = value < RANDOM and usual > ORDERED
+        holds = EQUAL < value < RANDOM and usual > ORDERED
         if not holds:
             self._before.append(value)
         if self._streaks.lasts("", holds, sample.step, SAMPLES):

@@ -31,7 +31,7 @@ class LossSpike(Rule):
     name = "loss-spike"
     source = "6σ over 128 steps is OLMo-core's limit; the 20 % are calibrated on a healthy GPT-2 124M"
     symptom = True
-    explains = ("gradient-spike", "unrecovered-spike", "loss-rising")
+    explains = ("unrecovered-spike", "loss-rising")
 
     def __init__(self) -> None:
         self._losses = Rolling()

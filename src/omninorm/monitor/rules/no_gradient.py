@@ -50,7 +50,8 @@ class NoGradientRule(Rule):
     )
 
     def __init__(self) -> None:
-        self._none = self._emptied = self._zeroed = self._some_zeroed = 0
+        self._none = self._emptied = self._zeroed = 0
+        self._zeroed_in: dict[str, int] = {}
         self._since: dict[NoGradient, int] = {}
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
@@ -77,9 +78,9 @@ class NoGradientRule(Rule):
         self._zeroed = self._zeroed + 1 if before > 0.0 == after else 0
         if self._zeroed >= EMPTIED:
             yield self._explain_emptied(sample.step, "it is 0 there")
-        zeroed = sample.checks.zeroed
-        self._some_zeroed = self._some_zeroed + 1 if zeroed else 0
-        if self._some_zeroed >= EMPTIED:
+        self._zeroed_in = {name: self._zeroed_in.get(name, 0) + 1 for name in sample.checks.zeroed}
+        zeroed = tuple(name for name, count in self._zeroed_in.items() if count >= EMPTIED)
+        if zeroed:
             evidence = (
                 f"The gradient of {listed(zeroed)} is exactly 0 at optimizer.step(), although the backward pass leaves "
                 "one that is not, and other gradients are not 0."
@@ -88,7 +89,8 @@ class NoGradientRule(Rule):
                 "Look for code between loss.backward() and optimizer.step() that writes to these gradients, or "
                 "converts them to a dtype in which they underflow."
             )
-            yield self.alarm(sample.step, "fail", zeroed[-1], evidence, remedy)
+            remedy += " Parts that are frozen like this on purpose are better frozen by requires_grad=False."
+            yield self.alarm(sample.step, "warn", zeroed[-1], evidence, remedy)
 
     def _explain_emptied(self, step: int, how: str) -> Alarm:
         evidence = f"No gradient reaches the optimizer: the backward pass leaves one, but at optimizer.step() {how}."

@@ -29,7 +29,7 @@ class RouterCollapse(Rule):
 
     name = "router-collapse"
     source = "Shazeer et al., arXiv 1701.06538, section 4; the limits of 95 % and 99 % are omninorm's own"
-    explains = ("dead-experts", "odd-block", "branch-silent", "no-gradient")
+    explains = ("dead-experts", "odd-block", "branch-silent", "no-gradient", "gradient-underflow")
 
     def __init__(self) -> None:
         self._streaks = Streaks()
