@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -123,6 +124,16 @@ def test_warning_explains_nothing_and_a_cause_expires() -> None:
     assert [(alarm.layer, alarm.severity) for alarm in judge(cause, effect) if alarm.rule == "effect"] == [
         ("b", "fail"), ("c", "warn"), ("d", "fail"),
     ]  # fmt: skip
+
+
+def test_alarm_in_the_name_of_another_rule_is_reported_last() -> None:
+    class Foreign(Says):
+        def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
+            for alarm in super().on_step(history, step):
+                yield replace(alarm, rule="somebody's")
+
+    alarms = judge(Foreign({1: [("warn", "a")]}, "foreign"), Says({1: [("warn", "b")]}))
+    assert short(alarms) == [(1, "warn", "says", "b"), (1, "warn", "somebody's", "a")]
 
 
 def test_final_rule_suppresses_other_alarms_while_it_reports() -> None:

@@ -176,7 +176,7 @@ def test_gradients_that_become_0_after_the_backward_pass_are_reported() -> None:
             parameter.grad.zero_()
 
     (alarm,) = [alarm for alarm in train(model, spoil).alarms if alarm.rule == "no-gradient"]
-    assert (alarm.step, alarm.severity, alarm.layer) == (6, "fail", "blocks.1")
+    assert (alarm.step, alarm.severity, alarm.layer) == (6, "warn", "blocks.1")
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
@@ -222,10 +222,15 @@ def test_norms_that_add_1_to_gains_of_1_are_reported() -> None:
     for block in doubled.blocks:
         for norm in (block.norm1, block.norm2):
             nn.init.ones_(norm.weight)  # type: ignore[arg-type, union-attr]
-    (alarm,) = shifted_gains(find_structure(doubled), 0)
+    structure = find_structure(doubled)
+    (alarm,) = shifted_gains(structure, 0)
     assert (alarm.rule, alarm.layer) == ("gain-scale", "blocks.0.norm1")
     assert "6 norms" in alarm.evidence
     assert shifted_gains(find_structure(wide()), 0) == []
+    for parameter in doubled.parameters():  # as on a process of FSDP that holds no part of it
+        if parameter.ndim == 1:
+            parameter.data = parameter.data[:0]
+    assert shifted_gains(structure, 0) == []
 
 
 # Inputs ---------------------------------------------------------------------------------------------------------------

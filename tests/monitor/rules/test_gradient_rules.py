@@ -79,7 +79,8 @@ def test_gradients_that_become_random_fail_at_the_second_sample() -> None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(20.0, 1.7), (4.0, 1.1), (1.0, 1.0)],  # still uneven; never was; noise from the start, as in private training
+    # Still uneven; never was; noise from the start, as in private training; elements of equal size, such as signs.
+    [(20.0, 1.7), (4.0, 1.1), (1.0, 1.0), (20.0, 0.3)],
 )
 def test_other_gradients_are_not_noise(before: float, after: float) -> None:
     checks = [grids([0.0] * 4, before)] * 5 + [grids([0.0] * 4, after)] * 5
@@ -91,9 +92,11 @@ def test_few_matrices_are_no_evidence_of_noise() -> None:
     assert severities(give(GradientNoise(), checks)) == "-" * 10
 
 
-def test_gradients_of_some_blocks_set_to_0_fail_at_the_second_sample() -> None:
+def test_gradients_of_some_blocks_set_to_0_are_reported_at_the_second_sample() -> None:
     zeroed = SampleChecks(zeroed=("blocks.1", "blocks.2"))
     reports = give(NoGradientRule(), [SampleChecks(), zeroed, SampleChecks(), zeroed, zeroed])
-    assert severities(reports) == "----f"
+    assert severities(reports) == "----w"
     assert reports[-1][0].layer == "blocks.2"
     assert "blocks.1 and blocks.2" in reports[-1][0].evidence
+    others = [SampleChecks(zeroed=("blocks.1",)), SampleChecks(zeroed=("blocks.2",))]
+    assert severities(give(NoGradientRule(), others * 3)) == "-" * 6, "a part that trains now and then"
