@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 import omninorm
 from omninorm import backends, functional, use_backend
-from omninorm.errors import InputError
+from omninorm.errors import ConfigError, InputError
 
 COMPUTE = [backend.name for backend in backends() if backend.available and backend.name != "triton"]
 
@@ -177,6 +177,13 @@ def test_a_whole_error_reads_as_sentences() -> None:
         functional.rms_norm(X, eps=-1.0)
     expected = "eps must be a finite number ≥ 0, or None, got -1.0. Use a small positive value such as 1e-6."
     assert str(caught.value) == expected
+
+
+def test_a_problem_of_any_length_becomes_a_short_message() -> None:
+    message = str(ConfigError("act must be known", "ß" * 10_000, "use silu"))
+    assert message.startswith("act must be known, got ßßß")
+    assert message.endswith("ß …. Use silu.")
+    assert len(message) < 1100
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 
+LONGEST = 1000  # characters of a problem in a message: a damaged file may hold a name of any length
+
+
 class OmninormError(Exception):
     """Base class of all errors that omninorm raises on purpose.
 
@@ -27,6 +30,7 @@ class OmninormError(Exception):
     def __str__(self) -> str:
         received = "" if self.received is None else str(self.received)
         problem = f"{self.invariant}, got {received}" if received else self.invariant
+        problem = problem if len(problem) <= LONGEST else f"{problem[:LONGEST]} …"
         return " ".join(_sentence(part) for part in (problem, _capitalized(self.remedy)) if part)
 
 

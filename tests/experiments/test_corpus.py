@@ -62,6 +62,11 @@ def test_gzip_is_unpacked(tmp_path):
     assert corpus.name == "enwik8"
 
 
+def test_a_name_with_a_null_character_is_refused():
+    with pytest.raises(DataError, match="null character"):
+        load_corpus("text\0.txt")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

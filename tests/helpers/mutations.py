@@ -101,7 +101,7 @@ def refuses_or_reads(read: Callable[..., object], *arguments: Any) -> bool:
         read(*arguments)
     except OmninormError as error:
         message = str(error)
-    assert message is None or 0 < len(message) < 2000, f"a message of {len(message)} characters"
+    assert message is None or 0 < len(message) < 2000, f"a message of {len(message)} characters: {message[:200]}"
     return message is None
 
 

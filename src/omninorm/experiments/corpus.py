@@ -78,6 +78,8 @@ def load_corpus(text: str | os.PathLike[str] | None = None, held_out: float = 0.
     check_number("held_out", held_out, above=0.0, at_most=0.9, example=0.1)
     if text is None:
         return _split("kjv", KJV, _read_kjv(), held_out)
+    if "\0" in str(text):
+        raise DataError("A file's name cannot contain a null character", repr(str(text))[:80], "choose a text file")
     path = _absolute(text)
     name = path.name.split(".")[0] or "text"
     if os.path.isdir(path):
