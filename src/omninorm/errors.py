@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-
 LONGEST = 1000  # characters of a problem in a message: a damaged file may hold a name of any length
 
 
