@@ -32,6 +32,8 @@ class Mixture(nn.Module):
         logits = self.router(x)
         if isinstance(logits, tuple):
             logits, chosen = logits
+            if chosen.is_floating_point():
+                chosen = self.choose(chosen)
         else:
             chosen = self.choose(logits)
         self.chosen.append(chosen.reshape(x.shape[0] * x.shape[1], -1))
@@ -123,6 +125,27 @@ def test_choices_of_plain_code_are_counted(choose: Callable[[Tensor], Tensor], c
     router = "blocks.1.mixture.router"
     assert watched.history.facts.routers[1] == router
     assert_loads(loads_of(watched), model.shares(), choices, tokens=32)
+
+
+class Probabilities(nn.Module):
+    """Returns logits and the probabilities of all experts, from which the block chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, WIDTH))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = x @ self.weight.T
+        return logits, logits.softmax(-1)
+
+
+def test_choices_from_a_routers_probabilities_replace_them() -> None:
+    torch.manual_seed(0)
+    model = MixtureDecoder(by_topk)
+    for block in model.blocks:
+        block.mixture.router = Probabilities()  # type: ignore[union-attr]
+    watched = train(model, lambda step: token_loss(model, some_tokens(step, 4, 8)))
+    assert_loads(loads_of(watched), model.shares(), 2, tokens=32)
 
 
 def test_padding_is_not_counted() -> None:

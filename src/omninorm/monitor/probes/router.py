@@ -30,7 +30,8 @@ class RouterProbe:
     def __init__(self, buffer: StatsBuffer, experts: int, padding: Padding) -> None:
         self.buffer, self.experts, self.padding = buffer, experts, padding
         self.choices = 0  # experts for each token; 0 if unknown
-        self._counts: Tensor | None = None
+        # Those of indices or masks, and those of scores, which may be dense: then the block chooses from them.
+        self._counts: dict[bool, Tensor] = {}
 
     def see(self, chosen: Tensor) -> None:
         """Count the tokens of each expert.
@@ -52,13 +53,13 @@ class RouterProbe:
         found = torch.cat([mask, tokens], dim=1)
         if counts is not None:
             found = found & counts.unsqueeze(-1)
-        total = found.sum(0, dtype=torch.float32)
-        self._counts = total if self._counts is None else self._counts + total
+        total, exact = found.sum(0, dtype=torch.float32), not chosen.is_floating_point()
+        self._counts[exact] = self._counts[exact] + total if exact in self._counts else total
 
     def take(self) -> Tensor | None:
         """Return the tokens of each expert and the number of all tokens since the last call: (experts + 1,)."""
-        found, self._counts = self._counts, None
-        return found
+        found, self._counts = self._counts, {}
+        return found.get(True, found.get(False))
 
 
 def choices_in(output: Any, experts: int) -> Tensor | None:
