@@ -110,6 +110,18 @@ def test_damaged_runs_are_named_or_harmless(comparison: tuple[Store, ComparePlan
     assert cases(48) / 4 < refused < cases(48)
 
 
+def test_unknown_number_of_a_clock_that_is_not_finite_becomes_null(comparison: tuple[Store, ComparePlan]) -> None:
+    store, plan = comparison
+    cell = next(iter(plan.cells().values()))
+    path = store.path / "clock" / f"{cell.id}.json"
+    good = path.read_bytes()
+    try:
+        path.write_text('{"seconds": 1.0, "device": NaN}')
+        assert collect_timings(plan, store)["cells"][cell.id] == {"seconds": 1.0, "device": None}
+    finally:
+        path.write_bytes(good)
+
+
 def results_are_json(read: Callable[[], dict[str, Any]]) -> None:
     json.dumps(read(), allow_nan=False)
 

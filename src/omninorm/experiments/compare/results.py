@@ -66,7 +66,7 @@ def collect_timings(plan: ComparePlan, store: Store) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "claims": plain(_cards(plan, gather(plan, store, 0.0), timed=True)),
-        "cells": {cell.id: dict(store.clock(cell)) for cell in plan.cells().values()},
+        "cells": {cell.id: plain(dict(store.clock(cell))) for cell in plan.cells().values()},
     }
 
 
