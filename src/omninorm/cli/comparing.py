@@ -37,7 +37,7 @@ from omninorm.report.text import plural
 
 @dataclass(frozen=True)
 class Crew:
-    """Who runs a comparison.
+    """The workers of a comparison, and their devices.
 
     Args:
         engine: "local" or "ray".

@@ -1,4 +1,4 @@
-"""What `omninorm train` prints about a run, before and after its training."""
+"""Output of `omninorm train` about a run, before and after its training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What calls of torch.nn.functional.dropout inside blocks show: F.dropout has no module that a hook could be put on."""
+"""Calls of torch.nn.functional.dropout inside blocks, which no module hook sees."""
 
 from __future__ import annotations
 

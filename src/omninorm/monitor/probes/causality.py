@@ -1,8 +1,8 @@
-"""Whether the labels are the next tokens of the input, and whether attention can see them there."""
+"""Probe of causality: whether labels are the next tokens of the input, and whether attention shows these."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,24 +82,22 @@ def hidden_future(log_p: Tensor, queries: slice) -> Tensor:
 def is_product(logits: Tensor) -> bool:
     """Return whether logits come from a batched product, as those of queries and keys do. A softmax over features, as
     in linear attention, has the output of a linear layer as its input."""
-    node: Any = logits.grad_fn
-    for _ in range(FAR):
-        if node is None:
-            return False
-        if node.name() in ("BmmBackward0", "BaddbmmBackward0"):
-            return True
-        node = next((before for before, _ in node.next_functions if before is not None), None)
-    return False
+    return any(node.name() in ("BmmBackward0", "BaddbmmBackward0") for node in _last_operations(logits))
 
 
 def comes_from(logits: Any, end: Any) -> bool:
     """Return whether the autograd node `end` is at most a few operations before logits: views, slices and casts."""
-    node = getattr(logits, "grad_fn", None)
+    return end is not None and any(node is end for node in _last_operations(logits))
+
+
+def _last_operations(x: Any) -> Iterator[Any]:
+    """Yield the autograd nodes of the last operations that made x, the last one first, along their first inputs."""
+    node = getattr(x, "grad_fn", None)
     for _ in range(FAR):
-        if node is None or node is end:
-            break
+        if node is None:
+            return
+        yield node
         node = next((before for before, _ in node.next_functions if before is not None), None)
-    return node is not None and node is end
 
 
 def _are_tokens(x: Any) -> bool:

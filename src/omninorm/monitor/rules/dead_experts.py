@@ -28,6 +28,7 @@ class DeadExperts(Rule):
 
     name = "dead-experts"
     source = "the limits, 1 % of the fair share and 50 expected tokens, are omninorm's own"
+    explains = ("gradient-underflow",)
 
     def __init__(self) -> None:
         self._streaks = Streaks()

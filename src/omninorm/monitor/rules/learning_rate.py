@@ -28,6 +28,7 @@ its initial value is harm: the weights of a head begin small, and so does its lo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
@@ -46,12 +47,18 @@ LARGE = 0.05
 DOUBLED, WITHIN = 2.0, 50
 QUIET = 0.1  # share of the blocks that may change less than the one that counts
 ENOUGH = 8  # losses, of which the first four are compared with the newest five
-STALLED = "the loss has stopped falling"
 STALL = 15  # the mean loss of this many steps is compared with that of as many before
 HEAD_RISE = 1.2  # of the loss, where only a head is trained
 EXPLODED = 1e3  # of the residual stream, relative to its first sample
 COLLAPSED = 0.3  # share of the maximal attention entropy, in runs that began above twice this value
 SAMPLES, STEPS = 3, 20
+
+
+class Harm(NamedTuple):
+    """What too large updates did, in words. A plateau of the loss is not severe: it may fall again."""
+
+    words: str
+    severe: bool = True
 
 
 class LearningRate(Rule):
@@ -165,26 +172,27 @@ class LearningRate(Rule):
         """Return how many times too large the early updates were, or those at the largest learning rate so far."""
         return max(self._early[0], self._per_rate * self._rate) / self._limit(history)
 
-    def _harm(self, history: History, sample: Sample, exploded: dict[int, float]) -> str | None:
+    def _harm(self, history: History, sample: Sample, exploded: dict[int, float]) -> Harm | None:
         losses = _newest_losses(history, 2 * STALL)
         if len(losses) >= ENOUGH:
             first, last = sum(self._first_loss) / len(self._first_loss), sum(losses[-5:]) / len(losses[-5:])
             if last >= first * (1.0 if _has_trainable_blocks(history, sample) else HEAD_RISE):
-                return f"the loss ({last:.3g}) is not below its initial value ({first:.3g})"
+                return Harm(f"the loss ({last:.3g}) is not below its initial value ({first:.3g})")
         if not _has_trainable_blocks(history, sample):
             return None
         if exploded:
-            return f"the residual stream has grown {fold(max(exploded.values()))}"
+            return Harm(f"the residual stream has grown {fold(max(exploded.values()))}")
         entropy = _least_entropy(sample)
         if entropy is not None and self._entropy is not None and entropy < COLLAPSED < self._entropy / 2:
-            return f"attention has collapsed onto single tokens (entropy {entropy:.2g}, initially {self._entropy:.2g})"
+            words = f"(entropy {entropy:.2g}, initially {self._entropy:.2g})"
+            return Harm(f"attention has collapsed onto single tokens {words}")
         if len(losses) == 2 * STALL:
             before, after = sum(losses[:STALL]) / STALL, sum(losses[STALL:]) / STALL
             if after >= before:
-                return f"{STALLED} at {after:.3g}"
+                return Harm(f"the loss has stopped falling at {after:.3g}", severe=False)
         return None
 
-    def _explain(self, history: History, sample: Sample, times: float, grown: str, harm: str | None) -> Alarm:
+    def _explain(self, history: History, sample: Sample, times: float, grown: str, harm: Harm | None) -> Alarm:
         limit = self._limit(history)
         if times >= TOO_HIGH:
             size = "current" if harm is None else "initial"
@@ -203,13 +211,12 @@ class LearningRate(Rule):
             remedy = f"Divide the learning rate by about {_rounded(max(peak / 0.01, 2.0))} and use a warm-up."
         if history.passes > 1:
             remedy += f" If the loss is not divided by the {history.passes} accumulation steps, divide it first."
-        evidence += f"{grown}; {harm}." if harm else f"{grown}."
+        evidence += f"{grown}; {harm.words}." if harm else f"{grown}."
         if self._jump:
             at, before, after = self._jump
             evidence += f" It jumped from {before:.3g} to {after:.3g} at step {at}."
             remedy = f"Undo the jump of the schedule at step {at}. If it is intended, d{remedy[1:]}"
-        severe = harm is not None and not harm.startswith(STALLED)
-        return self.alarm(sample.step, "fail" if severe else "warn", None, evidence, remedy)
+        return self.alarm(sample.step, "fail" if harm and harm.severe else "warn", None, evidence, remedy)
 
 
 def _rounded(value: float) -> str:

@@ -3,8 +3,8 @@
 Signals: after each backward pass, the trainable parameters of the optimizer whose `grad` is None, as modules: see
 `omninorm.monitor.checks.missing`. There is no threshold. Persistence [ours]:
 - no parameter has a gradient in 3 steps: a "fail", or a warning if no optimizer is known;
-- gradients are cleared before the optimizer's step: 2 steps, or 2 samples if they are set to 0, a "fail", also if this
-  happens to some blocks only;
+- gradients are cleared before the optimizer's step: 2 steps, or 2 samples if they are set to 0, a "fail"; a warning if
+  this happens to the same blocks only, because some code freezes blocks like this;
 - blocks, the attention or feed-forward of a block, or half of a model without blocks: 2 steps, a "fail";
 - the last blocks of a stack, one of several stacks, or a module before the blocks: 5 steps, a warning, because their
   output may be unused on purpose;
