@@ -74,6 +74,7 @@ def train(rank: int, fault: str) -> dict[str, Any]:
     FAULTS[fault](replica)
     optimizer = torch.optim.AdamW(replica.model.parameters(), lr=3e-3)
     with quiet(), watch(replica.wrapped, optimizer, every=EVERY) as watched:
+        dist.barrier()
         for step in range(1, STEPS + 1):
             batch = architecture.task(rank, step, 4, 16)
             loss = cross_entropy(replica.called(batch.inputs), batch.labels)
@@ -84,6 +85,7 @@ def train(rank: int, fault: str) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
             watched.step(loss)
+            dist.barrier()  # without the wrapper nothing else keeps the processes at the same step
     weights = sum(float(p.detach().double().sum()) for p in replica.model.parameters())
     alarms = [[a.step, a.severity, a.rule, a.layer] for a in watched.alarms]
     return {"rank": rank, "alarms": alarms, "weights": weights}

@@ -61,7 +61,7 @@ def test_faults_make_replicas_drift_apart(fault: str) -> None:
     [("without_wrapper", 1, 2), ("clipped_on_one_rank", 1, 1), ("gain_on_one_rank", BEGINS, 1)],
 )
 def test_replicas_that_differ_are_reported_by_the_next_sample(fault: str, begins: int, samples: int) -> None:
-    """Without the wrapper nothing makes a rank wait for the other, so the first may be a sample ahead of it."""
+    """In its first two samples rank 0 does not wait for a process that it has not heard of."""
     steps = [alarm[0] for result in both_ranks(fault) for alarm in result["alarms"] if alarm[2] == RULE]
     assert steps
     assert begins <= min(steps) <= begins + samples * EVERY

@@ -33,6 +33,7 @@ def train(how: str, folder: str) -> None:
     watched = watch(model, optimizer, every=EVERY, replicas=how != "turned off")
     if how != "one rank watches" or rank == 0:
         watched.open()
+    dist.barrier()
     for step in range(1, STEPS + 1):
         called = inner if how == "wrapper skipped" and step >= FAULTY else model
         loss = token_loss(called, some_tokens(100 * step + rank))
@@ -44,6 +45,7 @@ def train(how: str, folder: str) -> None:
                 inner.blocks[1].norm2.weight += 1e-3
         if watched.record:
             watched.step(loss)
+        dist.barrier()  # without a wrapper nothing else keeps the processes at the same step
     watched.close()
     alarms = [alarm.to_record() for alarm in watched.alarms]
     (Path(folder) / f"{how}-{rank}.json").write_text(json.dumps(alarms))
