@@ -24,6 +24,7 @@ PLACEMENTS = (
     "residual",
     "keel",
     "normformer",
+    "x0",
 )
 CASTS = ("fp32", "llama")
 # What float32, in which constants are used, can hold.
@@ -50,6 +51,8 @@ class NormConfig:
             (True for "reordered" and "hybrid").
         residual_scale: α of "deepnorm" and "keel"; None means the paper's formula for the model's depth.
         mix_fraction: fraction of the blocks, counted from the input, to which "mix" gives post-norm.
+        v_norm: whether values are normalized per head; None means as the placement prescribes (True for "hybrid").
+        embedding_norm: whether the embeddings are normalized before the first block, as nanochat and BLOOM do.
 
     Numbers may be NumPy scalars or 0-d tensors; they are stored as Python numbers.
 
@@ -59,7 +62,7 @@ class NormConfig:
     Example:
         >>> NormConfig.from_dict({"normalization": "rmsnorm", "norm_placement": "pre", "norm_eps": 1e-6})
         NormConfig(normalization='rmsnorm', norm_placement='pre', norm_eps=1e-06, gain_offset=0.0, cast='fp32', \
-qk_norm=None, residual_scale=None, mix_fraction=0.25)
+qk_norm=None, residual_scale=None, mix_fraction=0.25, v_norm=None, embedding_norm=False)
     """
 
     normalization: str = "rmsnorm"
@@ -70,6 +73,8 @@ qk_norm=None, residual_scale=None, mix_fraction=0.25)
     qk_norm: bool | None = None
     residual_scale: float | None = None
     mix_fraction: float = 0.25
+    v_norm: bool | None = None
+    embedding_norm: bool = False
 
     def __post_init__(self) -> None:
         store_python_numbers(self)
@@ -82,22 +87,31 @@ qk_norm=None, residual_scale=None, mix_fraction=0.25)
         check_number("mix_fraction", self.mix_fraction, at_least=0.0, at_most=1.0)
         if self.residual_scale is not None:
             check_number("residual_scale", self.residual_scale, above=0.0)
-        if self.qk_norm is not None and not isinstance(self.qk_norm, bool):
-            remedy = "leave it out for the placement's default"
-            raise ConfigError("qk_norm must be True, False or None", repr(self.qk_norm), remedy)
+        self._check_switches()
         self._check_combinations()
+
+    def _check_switches(self) -> None:
+        for name in ("qk_norm", "v_norm"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                remedy = "leave it out for the placement's default"
+                raise ConfigError(f"{name} must be True, False or None", repr(value), remedy)
+        if not isinstance(self.embedding_norm, bool):
+            raise ConfigError("embedding_norm must be True or False", repr(self.embedding_norm), "pass one of them")
+        for name in ("qk_norm", "v_norm", "embedding_norm"):
+            if getattr(self, name) and self.normalization == "none":
+                remedy = f"choose a normalization, or set {name}=False"
+                raise ConfigError(f"{name}=True needs a normalization", "normalization='none'", remedy)
+            if getattr(self, name) is False and self.norm_placement == "hybrid" and name != "embedding_norm":
+                remedy = f"leave {name} out, or choose another placement"
+                invariant = "norm_placement 'hybrid' normalizes queries, keys and values"
+                raise ConfigError(invariant, f"{name}=False", remedy)
 
     def _check_combinations(self) -> None:
         if self.normalization != "rmsnorm" and (self.gain_offset != 0.0 or self.cast != "fp32"):
             received = f"gain_offset={self.gain_offset} and cast={self.cast!r} with {self.normalization!r}"
             invariant = "gain_offset and cast can only be set for normalization 'rmsnorm'"
             raise ConfigError(invariant, received, "leave both out, or choose 'rmsnorm'")
-        if self.qk_norm and self.normalization == "none":
-            remedy = "choose a normalization, or set qk_norm=False"
-            raise ConfigError("qk_norm=True needs a normalization", "normalization='none'", remedy)
-        if self.qk_norm is False and self.norm_placement == "hybrid":
-            remedy = "leave qk_norm out, or choose another placement"
-            raise ConfigError("norm_placement 'hybrid' normalizes queries, keys and values", "qk_norm=False", remedy)
         if self.residual_scale is not None and self.norm_placement not in ("deepnorm", "keel"):
             received = f"residual_scale={self.residual_scale} with norm_placement={self.norm_placement!r}"
             invariant = "residual_scale can only be set for placements 'deepnorm' and 'keel'"

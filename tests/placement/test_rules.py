@@ -59,7 +59,7 @@ def transcribe(name: str, kind: str, model: Stack, x: Tensor) -> Tensor:
         y = v / torch.sqrt((v**2).mean(-1, keepdim=True) + EPS) * values.pop(f"{where}.weight")
         return y + values.pop(f"{where}.bias") if kind == "layernorm" else y
 
-    s = x
+    s = x0 = x
     for l in range(1, L + 1):  # noqa: E741 the formula's own letter
         for sublayer in ("attention", "feed_forward"):
             block = model.blocks[l - 1]
@@ -100,6 +100,11 @@ def transcribe(name: str, kind: str, model: Stack, x: Tensor) -> Tensor:
                 x = x + N(f"{at}.rule.norm_out", F(N(f"{at}.rule.norm_in", x)))
             elif name == "normformer":
                 x = x + F(N(f"{at}.rule.norm", x))
+            elif name == "x0":
+                if sublayer == "attention":
+                    kept, recalled = values.pop(f"{at}.lambdas")
+                    x = kept * x + recalled * x0
+                x = x + F(N(f"{at}.norm", x))
             else:
                 raise AssertionError(name)
     if name == "residual":
@@ -199,6 +204,8 @@ def test_inner_norms() -> None:
     assert inner_norms(NormConfig("none", "hybrid")) == set()
     assert inner_norms(NormConfig("none", "normformer")) == {"heads"}
     assert inner_norms(NormConfig(qk_norm=True)) == {"q", "k"}
+    assert inner_norms(NormConfig(v_norm=True)) == {"v"}
+    assert inner_norms(NormConfig(norm_placement="reordered", v_norm=True)) == {"q", "k", "v"}
     assert inner_norms(NormConfig(norm_placement="reordered", qk_norm=False)) == set()
     assert inner_norms(NormConfig(norm_placement="normformer", qk_norm=True)) == {"q", "k", "heads", "hidden"}
 
@@ -218,6 +225,8 @@ def test_a_sublayer_without_its_inner_norms_is_refused() -> None:
         build(NormConfig(norm_placement="normformer"), bend, plain)
     with pytest.raises(ConfigError, match=r"qk_norm=True needs the norms k, q inside attention"):
         build(NormConfig(qk_norm=True), plain, plain)
+    with pytest.raises(ConfigError, match=r"v_norm=True needs the norms v inside attention"):
+        build(NormConfig(v_norm=True), plain, plain)
     build(NormConfig(norm_placement="normformer"), bend, bend)
 
 

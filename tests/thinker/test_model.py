@@ -1,10 +1,12 @@
 """Thinker: its formula, causality, gradients, dtypes, state dict, and every refusal."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from omninorm.config import NORMALIZATIONS, PLACEMENTS
 from omninorm.errors import InputError
@@ -20,7 +22,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("feed_forward", ["swiglu", "gelu"])
+@pytest.mark.parametrize("feed_forward", ["swiglu", "gelu", "relu2"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_placement_computes_and_trains_every_parameter(make, tokens, placement, feed_forward):
     model = make(placement, feed_forward=feed_forward)
@@ -146,3 +148,17 @@ def test_bad_tokens_are_refused(make, tokens, received):
     with pytest.raises(InputError) as caught:
         make()(tokens)
     assert str(caught.value.received) == received
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_checkpointed_blocks_give_the_same_logits_and_gradients(make, tokens, placement):
+    model, checkpointed = make(placement), make(placement)
+    for block in checkpointed.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    logits = [each(tokens) for each in (model, checkpointed)]
+    assert torch.equal(*logits)
+    for each in logits:
+        F.cross_entropy(each.flatten(0, 1), tokens.flatten()).backward()
+    expected = dict(model.named_parameters())
+    for name, parameter in checkpointed.named_parameters():
+        assert torch.equal(parameter.grad, expected[name].grad), name

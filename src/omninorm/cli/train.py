@@ -101,7 +101,7 @@ def train(
     ] = None,
     d_ff: Annotated[
         int | None,
-        _model("", "--d-ff", "Hidden width of the feed-forward layer.", "8/3 d_model for swiglu, 4 d_model for gelu"),
+        _model("", "--d-ff", "Hidden width of the feed-forward layer.", "8/3 d_model for swiglu, else 4 d_model"),
     ] = None,
     tied_head: Annotated[
         bool | None,
@@ -115,6 +115,11 @@ def train(
     qk_norm: Annotated[
         bool | None,
         _norm("", "--qk-norm/--no-qk-norm", "Normalize queries and keys.", "only for reordered and hybrid"),
+    ] = None,
+    v_norm: Annotated[bool | None, _norm("", "--v-norm/--no-v-norm", "Normalize values.", "only for hybrid")] = None,
+    embedding_norm: Annotated[
+        bool | None,
+        _norm("", "--embedding-norm/--no-embedding-norm", "Normalize the embeddings.", "no-embedding-norm"),
     ] = None,
     steps: Annotated[
         int | None,

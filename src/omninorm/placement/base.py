@@ -15,7 +15,7 @@ from omninorm.layers.tracing import Proxy
 
 Sublayer = Callable[[Tensor], Tensor]
 
-# One tensor (..., width); placement "residual" carries two.
+# One tensor (..., width); some placements carry several.
 Stream = Any
 
 ROLES = ("attention", "feed_forward")
@@ -74,7 +74,7 @@ class Placement(nn.Module, ABC):
             raise InputError("The residual stream must be a tensor", f"a {type(stream).__name__}", remedy)
 
     @staticmethod
-    def enter(x: Tensor) -> Stream:
+    def enter(x: Tensor, config: NormConfig) -> Stream:
         """Return the stream for the first block, from the embeddings x (..., width)."""
         return x
 
@@ -88,3 +88,11 @@ class Placement(nn.Module, ABC):
     def init_gain(blocks: int, role: str) -> float:
         """Return the factor on a projection's initial weights; role is "q", "k", "v", "out" or "feed_forward"."""
         return 1.0
+
+
+def refuse_stream(placement: str, form: str, stream: object) -> InputError:
+    """Return the error for a stream that is not the `form` which this placement carries."""
+    remedy = "call omninorm.placement.enter(config, x) before the first block, and FinalNorm after the last"
+    invariant = f"The stream of placement {placement!r} must be {form}"
+    received = f"shape {tuple(stream.shape)}" if isinstance(stream, Tensor) and "shape" in form else None
+    return InputError(invariant, received or f"a {type(stream).__name__}", remedy)

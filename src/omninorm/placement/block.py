@@ -13,6 +13,7 @@ from omninorm.layers.tracing import Proxy
 from omninorm.placement.base import Placement, Position, Stream
 from omninorm.placement.normed import DeepNorm, HybridNorm, Keel, MixNorm, PostNorm, ResiDual
 from omninorm.placement.plain import LayerNormScaling, NoNorm, NormFormer, PreNorm, Reordered, Sandwich
+from omninorm.placement.recall import X0
 
 PLACEMENT_TYPES: dict[str, type[Placement]] = {
     "none": NoNorm,
@@ -27,6 +28,7 @@ PLACEMENT_TYPES: dict[str, type[Placement]] = {
     "residual": ResiDual,
     "keel": Keel,
     "normformer": NormFormer,
+    "x0": X0,
 }
 
 # The inner norms that each sublayer has to implement.
@@ -112,11 +114,11 @@ class FinalNorm(nn.Module):
 
 def enter(config: NormConfig, x: Tensor) -> Stream:
     """Return the stream for the first block, from the embeddings x (..., width)."""
-    return PLACEMENT_TYPES[config.norm_placement].enter(x)
+    return PLACEMENT_TYPES[config.norm_placement].enter(x, config)
 
 
 def inner_norms(config: NormConfig) -> frozenset[str]:
-    """Return the names of the norms inside the sublayers: the placement's own, adjusted by qk_norm.
+    """Return the names of the norms inside the sublayers: the placement's own, adjusted by qk_norm and v_norm.
 
     Names: "q", "k", "v" (per head, on the projection), "heads" (a gain per head on the attention's output),
     "hidden" (on the feed-forward's hidden features).
@@ -124,9 +126,10 @@ def inner_norms(config: NormConfig) -> frozenset[str]:
     inner = PLACEMENT_TYPES[config.norm_placement].inner
     if config.normalization == "none":
         return inner & {"heads"}  # gains, not norms
-    if config.qk_norm is None:
-        return inner
-    return inner | {"q", "k"} if config.qk_norm else inner - {"q", "k"}
+    for switch, names in ((config.qk_norm, {"q", "k"}), (config.v_norm, {"v"})):
+        if switch is not None:
+            inner = inner | names if switch else inner - names
+    return inner
 
 
 def init_gain(config: NormConfig, blocks: int, role: str) -> float:
@@ -159,7 +162,8 @@ def check_sublayer(config: NormConfig, name: str, sublayer: nn.Module, realizabl
     wanted = inner_norms(config) & realizable
     missing = wanted - frozenset(getattr(sublayer, "inner_norms", frozenset()))
     if missing:
-        what = f"Placement {config.norm_placement!r} with qk_norm={config.qk_norm}"
+        values = "" if config.v_norm is None else f" and v_norm={config.v_norm}"
+        what = f"Placement {config.norm_placement!r} with qk_norm={config.qk_norm}{values}"
         invariant = f"{what} needs the norms {', '.join(sorted(wanted))} inside {name}"
         received = f"a {type(sublayer).__name__} without {', '.join(sorted(missing))}"
         remedy = f"add them to {name} and list their names in its attribute inner_norms"

@@ -8,9 +8,8 @@ from typing import final
 from torch import Tensor, nn
 
 from omninorm.config import NormConfig
-from omninorm.errors import InputError
 from omninorm.layers import build_norm
-from omninorm.placement.base import Placement, Position, Sublayer
+from omninorm.placement.base import Placement, Position, Sublayer, refuse_stream
 from omninorm.placement.plain import PreNorm
 
 
@@ -102,12 +101,10 @@ class ResiDual(Placement):
     def check_stream(self, stream: tuple[Tensor, Tensor]) -> None:
         """Raise InputError unless `stream` is a pair of tensors."""
         if not isinstance(stream, tuple) or len(stream) != 2:
-            remedy = "call omninorm.placement.enter(config, x) before the first block, and FinalNorm after the last"
-            invariant = "The stream of placement 'residual' must be a pair of tensors"
-            raise InputError(invariant, f"a {type(stream).__name__}", remedy)
+            raise refuse_stream("residual", "a pair of tensors", stream)
 
     @staticmethod
-    def enter(x: Tensor) -> tuple[Tensor, Tensor]:
+    def enter(x: Tensor, config: NormConfig) -> tuple[Tensor, Tensor]:
         """Both streams start as the embeddings."""
         return x, x
 

@@ -9,7 +9,7 @@ from typing import Any
 from omninorm.config import NormConfig, check_choice, check_count, check_keys, check_number, store_python_numbers
 from omninorm.errors import ConfigError
 
-FEED_FORWARDS = ("swiglu", "gelu")
+FEED_FORWARDS = ("swiglu", "gelu", "relu2")
 INITS = ("xavier", "normal")
 
 _HIDDEN_MULTIPLE = 16
@@ -28,8 +28,8 @@ class ThinkerConfig:
         max_seq_len: the longest context, in tokens.
         norm: the norm and its placement.
         d_ff: hidden width of the feed-forward layer; None means 8/3 · d_model rounded up to a multiple of 16 for
-            "swiglu" and 4 · d_model for "gelu", which gives both about as many weights.
-        feed_forward: "swiglu", down(silu(gate(x)) · up(x)), or "gelu", down(gelu(up(x))).
+            "swiglu" and 4 · d_model for "gelu" and "relu2", which gives all about as many weights.
+        feed_forward: "swiglu", down(silu(gate(x)) · up(x)); "gelu", down(gelu(up(x))); or "relu2", down(relu(up(x))²).
         head_dim: width of a head, even because RoPE rotates pairs; None means d_model / n_heads.
         rope_theta: base of RoPE's frequencies.
         tied_head: the output head is the embedding matrix; False gives it a matrix of its own.
@@ -118,7 +118,7 @@ class ThinkerConfig:
         """Hidden width of the feed-forward layer, with the default filled in."""
         if self.d_ff is not None:
             return self.d_ff
-        if self.feed_forward == "gelu":
+        if self.feed_forward != "swiglu":
             return 4 * self.d_model
         return -(-8 * self.d_model // (3 * _HIDDEN_MULTIPLE)) * _HIDDEN_MULTIPLE
 

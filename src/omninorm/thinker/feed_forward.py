@@ -1,4 +1,4 @@
-"""The two feed-forward layers: gated with SiLU, and plain with GELU."""
+"""The feed-forward layers: gated with SiLU, and plain with GELU or squared ReLU."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ class GELU(FeedForward):
         return output
 
 
+class ReLU2(FeedForward):
+    """down(relu(up(x))²), So et al. 2021 (arXiv 2109.08668); nanochat. Shapes (…, d_model) → (…, d_model)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(self.hidden_norm(F.relu(self.up(x)).square()))
+        return output
+
+
 def build_feed_forward(config: ThinkerConfig) -> FeedForward:
     """Return the feed-forward layer that the config names."""
-    return {"swiglu": SwiGLU, "gelu": GELU}[config.feed_forward](config)
+    return {"swiglu": SwiGLU, "gelu": GELU, "relu2": ReLU2}[config.feed_forward](config)

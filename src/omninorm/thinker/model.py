@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omninorm.errors import InputError
+from omninorm.layers import build_norm
 from omninorm.placement import Block, FinalNorm, enter
 from omninorm.thinker.attention import Attention
 from omninorm.thinker.cache import KVCache
@@ -40,6 +41,7 @@ class Thinker(nn.Module):
         # The constructors' own draws are overwritten. In a forked generator they do not shift the draws that count.
         with torch.random.fork_rng(devices=[]):
             self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.embedding_norm = build_norm(config.norm, config.d_model) if config.norm.embedding_norm else None
             self.rotary = Rotary(config.head_width, config.max_seq_len, config.rope_theta)
             self.blocks = nn.ModuleList(self._block(number) for number in range(1, config.n_layers + 1))
             self.final_norm = FinalNorm(config.norm, config.d_model)
@@ -72,12 +74,16 @@ class Thinker(nn.Module):
         start, count = (0 if cache is None else cache.used), tokens.shape[1]
         rotation = self.rotary(start, start + count, None if cache is None else cache.padding)
         mask = None if cache is None else cache.mask(count)
-        stream = enter(self.config.norm, self.embedding(tokens))
+        stream = enter(self.config.norm, self._embed(tokens))
         for index, block in enumerate(self.blocks):
             stream = block(stream, rotation, mask, None if cache is None else cache.layer(index))
         if cache is not None:
             cache.advance(count)
         return self._logits(self.final_norm(stream))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embedding(tokens)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def untie_head(self) -> Callable[[], None]:
         """Give the head a weight of its own, equal to the embedding's; return a function that ties it again.
