@@ -25,8 +25,20 @@ PLACEMENTS = (
     "keel",
     "normformer",
     "x0",
+    "ngpt",
+    "mhc",
+    "hyper",
+    "attention_residual",
 )
 CASTS = ("fp32", "llama")
+# Settings that only some placements have.
+_OF_PLACEMENTS = {
+    "residual_scale": ("deepnorm", "keel"),
+    "mix_fraction": ("mix",),
+    "streams": ("mhc", "hyper"),
+    "gate_rank": ("hyper",),
+    "residual_groups": ("attention_residual",),
+}
 # What float32, in which constants are used, can hold.
 LARGEST = 3.4e38
 
@@ -53,6 +65,10 @@ class NormConfig:
         mix_fraction: fraction of the blocks, counted from the input, to which "mix" gives post-norm.
         v_norm: whether values are normalized per head; None means as the placement prescribes (True for "hybrid").
         embedding_norm: whether the embeddings are normalized before the first block, as nanochat and BLOOM do.
+        streams: number of parallel residual streams of "mhc" and "hyper", ≥ 2.
+        gate_rank: rank of the gates that read the streams of "hyper"; None means 5/32 of the width, rounded up.
+        residual_groups: number of groups of sublayers that "attention_residual" attends to; each sublayer is a group if
+            there are no more of them.
 
     Numbers may be NumPy scalars or 0-d tensors; they are stored as Python numbers.
 
@@ -62,7 +78,8 @@ class NormConfig:
     Example:
         >>> NormConfig.from_dict({"normalization": "rmsnorm", "norm_placement": "pre", "norm_eps": 1e-6})
         NormConfig(normalization='rmsnorm', norm_placement='pre', norm_eps=1e-06, gain_offset=0.0, cast='fp32', \
-qk_norm=None, residual_scale=None, mix_fraction=0.25, v_norm=None, embedding_norm=False)
+qk_norm=None, residual_scale=None, mix_fraction=0.25, v_norm=None, embedding_norm=False, \
+streams=4, gate_rank=None, residual_groups=8)
     """
 
     normalization: str = "rmsnorm"
@@ -75,6 +92,9 @@ qk_norm=None, residual_scale=None, mix_fraction=0.25, v_norm=None, embedding_nor
     mix_fraction: float = 0.25
     v_norm: bool | None = None
     embedding_norm: bool = False
+    streams: int = 4
+    gate_rank: int | None = None
+    residual_groups: int = 8
 
     def __post_init__(self) -> None:
         store_python_numbers(self)
@@ -87,6 +107,10 @@ qk_norm=None, residual_scale=None, mix_fraction=0.25, v_norm=None, embedding_nor
         check_number("mix_fraction", self.mix_fraction, at_least=0.0, at_most=1.0)
         if self.residual_scale is not None:
             check_number("residual_scale", self.residual_scale, above=0.0)
+        check_count("streams", self.streams, at_least=2)
+        check_count("residual_groups", self.residual_groups)
+        if self.gate_rank is not None:
+            check_count("gate_rank", self.gate_rank)
         self._check_switches()
         self._check_combinations()
 
@@ -112,13 +136,23 @@ qk_norm=None, residual_scale=None, mix_fraction=0.25, v_norm=None, embedding_nor
             received = f"gain_offset={self.gain_offset} and cast={self.cast!r} with {self.normalization!r}"
             invariant = "gain_offset and cast can only be set for normalization 'rmsnorm'"
             raise ConfigError(invariant, received, "leave both out, or choose 'rmsnorm'")
-        if self.residual_scale is not None and self.norm_placement not in ("deepnorm", "keel"):
-            received = f"residual_scale={self.residual_scale} with norm_placement={self.norm_placement!r}"
-            invariant = "residual_scale can only be set for placements 'deepnorm' and 'keel'"
-            raise ConfigError(invariant, received, "leave it out, or choose one of these placements")
-        if self.mix_fraction != _default("mix_fraction") and self.norm_placement != "mix":
-            received = f"mix_fraction={self.mix_fraction} with norm_placement={self.norm_placement!r}"
-            raise ConfigError("mix_fraction can only be set for placement 'mix'", received, "leave it out")
+        for name, placements in _OF_PLACEMENTS.items():
+            value = getattr(self, name)
+            if value != _default(name) and self.norm_placement not in placements:
+                names = " and ".join(map(repr, placements))
+                invariant = f"{name} can only be set for placement{'s' * (len(placements) > 1)} {names}"
+                received = f"{name}={value} with norm_placement={self.norm_placement!r}"
+                remedy = "leave it out" if len(placements) == 1 else "leave it out, or choose one of these placements"
+                raise ConfigError(invariant, received, remedy)
+        if self.norm_placement == "ngpt":
+            self._check_unit()
+
+    def _check_unit(self) -> None:
+        for name in ("normalization", "gain_offset", "cast", "qk_norm", "v_norm", "embedding_norm"):
+            if getattr(self, name) != _default(name):
+                received = f"{name}={getattr(self, name)!r}"
+                invariant = "norm_placement 'ngpt' gives the stream, queries, keys and matrices unit length by itself"
+                raise ConfigError(invariant, received, f"leave {name} out, or choose another placement")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NormConfig:

@@ -28,7 +28,7 @@ def _thinker(**settings) -> Thinker:
 
 
 @pytest.mark.parametrize("kind", NORMALIZATIONS)
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", [name for name in PLACEMENTS if name != "ngpt"])
 def test_only_the_matrices_of_linear_layers_are_decayed(kind, placement):
     model = _thinker(norm=NormConfig(kind, placement), tied_head=False)
     decayed, excluded = param_groups(model, 0.1)
@@ -38,6 +38,11 @@ def test_only_the_matrices_of_linear_layers_are_decayed(kind, placement):
     assert _named(model, decayed) | _named(model, excluded) == {name for name, _ in model.named_parameters()}
     assert (decayed["weight_decay"], excluded["weight_decay"]) == (0.1, 0.0)
     assert "embedding.weight" in _named(model, excluded)
+
+
+def test_no_weight_of_ngpt_is_decayed_because_its_length_has_no_effect():
+    (excluded,) = param_groups(_thinker(norm=NormConfig(norm_placement="ngpt"), tied_head=False), 0.1)
+    assert excluded["weight_decay"] == 0.0
 
 
 def test_a_tied_head_is_excluded_as_an_embedding():

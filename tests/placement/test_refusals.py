@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from omninorm import Block, NormConfig
+from omninorm import Block, NormConfig, ThinkerConfig
 from omninorm.errors import OmninormError
 from omninorm.placement import Position
 
@@ -54,6 +54,58 @@ REFUSALS: dict[str, tuple[Callable[[], object], str, str, str]] = {
     "one stream": (
         lambda: block(NormConfig(norm_placement="residual"))(torch.ones(2, 4)),
         "'residual' must be a pair of tensors", "a Tensor", "omninorm.placement.enter(config, x)",
+    ),
+    "one stream where x0 needs the embeddings too": (
+        lambda: block(NormConfig(norm_placement="x0"))(torch.ones(2, 4)),
+        "'x0' must be a pair of tensors", "a Tensor", "omninorm.placement.enter(config, x)",
+    ),
+    "streams of the wrong number": (
+        lambda: block(NormConfig(norm_placement="mhc"))(torch.ones(2, 3, 4)),
+        "'mhc' must be a tensor of shape (..., 4, 4)", "shape (2, 3, 4)", "omninorm.placement.enter(config, x)",
+    ),
+    "streams of another width": (
+        lambda: block(NormConfig(norm_placement="hyper", streams=2))(torch.ones(7, 2, 5)),
+        "'hyper' must be a tensor of shape (..., 2, 4)", "shape (7, 2, 5)", "omninorm.placement.enter(config, x)",
+    ),
+    "no streams": (
+        lambda: block(NormConfig(norm_placement="hyper"))(None),
+        "'hyper' must be a tensor of shape (..., 4, 4)", "a NoneType", "omninorm.placement.enter(config, x)",
+    ),
+    "too many groups": (
+        lambda: block(NormConfig(norm_placement="attention_residual"))((torch.ones(2, 4), torch.ones(2, 4))),
+        "'attention_residual' must be a tuple of 1 tensor here", "2 tensors", "omninorm.placement.enter(config, x)",
+    ),
+    "no group": (
+        lambda: block(NormConfig(norm_placement="attention_residual"))(torch.ones(2, 4)),
+        "'attention_residual' must be a tuple of 1 tensor here", "a Tensor", "omninorm.placement.enter(config, x)",
+    ),
+    "a single stream": (
+        lambda: NormConfig(norm_placement="mhc", streams=1), "streams must be an integer ≥ 2", "1", "2 or more",
+    ),
+    "streams without a placement that has them": (
+        lambda: NormConfig(streams=2),
+        "streams can only be set for placements 'mhc' and 'hyper'", "streams=2 with norm_placement='pre'", "leave it out",
+    ),
+    "a gate rank of zero": (
+        lambda: NormConfig(norm_placement="hyper", gate_rank=0), "gate_rank must be an integer ≥ 1", "0", "1 or more",
+    ),
+    "groups without a placement that has them": (
+        lambda: NormConfig(residual_groups=2),
+        "residual_groups can only be set for placement 'attention_residual'",
+        "residual_groups=2 with norm_placement='pre'", "leave it out",
+    ),
+    "another norm for ngpt": (
+        lambda: NormConfig("layernorm", "ngpt"),
+        "'ngpt' gives the stream, queries, keys and matrices unit length by itself", "normalization='layernorm'",
+        "leave normalization out",
+    ),
+    "qk-norm for ngpt": (
+        lambda: NormConfig(norm_placement="ngpt", qk_norm=False),
+        "'ngpt' gives the stream, queries, keys and matrices unit length by itself", "qk_norm=False", "leave qk_norm out",
+    ),
+    "scaled initialization for ngpt": (
+        lambda: ThinkerConfig(norm=NormConfig(norm_placement="ngpt"), scaled_init=True),
+        "'ngpt' gives every matrix unit length and excludes scaled_init", "scaled_init=True", "scaled_init=False",
     ),
     "a block too many": (
         lambda: Position(3, 2, "attention"),

@@ -1,6 +1,8 @@
 """Each placement against an independent, literal transcription of its formula: forward and every gradient."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from omninorm.errors import ConfigError, InputError
 from omninorm.placement import PLACEMENT_TYPES, FinalNorm, Position, enter, init_gain, inner_norms
 
 WIDTH, BLOCKS, EPS = 6, 8, 1e-6
-INNER = frozenset({"q", "k", "v", "heads", "hidden"})
+INNER = frozenset({"q", "k", "v", "heads", "hidden", "unit"})
 
 
 class Bend(nn.Module):
@@ -48,6 +50,40 @@ class Stack(nn.Module):
         return self.final(stream)
 
 
+def flat_norm(x: Tensor) -> Tensor:
+    """All streams as one vector, with a root mean square of 1."""
+    flat = torch.cat([x[..., j, :] for j in range(4)], -1)
+    return flat / torch.sqrt((flat**2).mean(-1, keepdim=True) + EPS)
+
+
+def mhc_gates(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """H_pre, H_post and H_res of four streams: arXiv 2512.24880, with the ε of DeepSeek V4."""
+    z = flat_norm(x) @ phi.T
+    read = 1 / (1 + torch.exp(-(alpha[0] * z[..., :4] + bias[:4]))) + 1e-6
+    write = 2 / (1 + torch.exp(-(alpha[1] * z[..., 4:8] + bias[4:8])))
+    raw = torch.exp(alpha[2] * z[..., 8:] + bias[8:]).unflatten(-1, (4, 4))
+    mix = raw / raw.sum(-1, keepdim=True) + 1e-6
+    mix = mix / (mix.sum(-2, keepdim=True) + 1e-6)
+    for _ in range(19):
+        mix = mix / (mix.sum(-1, keepdim=True) + 1e-6)
+        mix = mix / (mix.sum(-2, keepdim=True) + 1e-6)
+    return read, write, mix
+
+
+def gated_mean(normed: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Qwen4's mean of four normalized streams, gated per feature."""
+    low = normed @ down.T / 4
+    gate = torch.sigmoid((low * torch.sigmoid(low)) @ up.T)
+    return sum((gate * normed)[..., j * WIDTH : (j + 1) * WIDTH] for j in range(4)) / 4
+
+
+def attend(sources: list[Tensor], query: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """Softmax attention over depth with one query, arXiv 2603.15031. The norm's gain is used for all sources at once."""
+    keys = norm(torch.stack(sources))
+    weights = [torch.exp((key * query).sum(-1, keepdim=True)) for key in keys]
+    return sum(weight * source for weight, source in zip(weights, sources, strict=True)) / sum(weights)
+
+
 def transcribe(name: str, kind: str, model: Stack, x: Tensor) -> Tensor:
     """The table of placements, written out once more. Gains are taken from the model by their names."""
     values = dict(model.named_parameters())
@@ -59,7 +95,12 @@ def transcribe(name: str, kind: str, model: Stack, x: Tensor) -> Tensor:
         y = v / torch.sqrt((v**2).mean(-1, keepdim=True) + EPS) * values.pop(f"{where}.weight")
         return y + values.pop(f"{where}.bias") if kind == "layernorm" else y
 
+    if name == "ngpt":
+        x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     s = x0 = x
+    groups: list[Tensor] = []
+    if name in ("mhc", "hyper"):
+        x = torch.stack([x] * 4, -2)
     for l in range(1, L + 1):  # noqa: E741 the formula's own letter
         for sublayer in ("attention", "feed_forward"):
             block = model.blocks[l - 1]
@@ -105,21 +146,63 @@ def transcribe(name: str, kind: str, model: Stack, x: Tensor) -> Tensor:
                     kept, recalled = values.pop(f"{at}.lambdas")
                     x = kept * x + recalled * x0
                 x = x + F(N(f"{at}.norm", x))
+            elif name == "ngpt":
+                alpha = 0.05 * values.pop(f"{at}.alpha.value") * math.sqrt(WIDTH)
+                h = F(x) / torch.linalg.vector_norm(F(x), dim=-1, keepdim=True)
+                x = x + alpha * (h - x)
+                x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            elif name == "mhc":
+                gates = values.pop(f"{at}.gates.phi"), values.pop(f"{at}.gates.alpha"), values.pop(f"{at}.gates.bias")
+                read, write, mix = mhc_gates(x, *gates)
+                f = F(N(f"{at}.norm", sum(read[..., j : j + 1] * x[..., j, :] for j in range(4))))
+                streams = []
+                for k in range(4):
+                    kept = sum(mix[..., j, k].unsqueeze(-1) * x[..., j, :] for j in range(4))
+                    streams.append(kept + write[..., k : k + 1] * f)
+                x = torch.stack(streams, -2)
+            elif name == "hyper":
+                normed = torch.cat([N(f"{at}.reader.norms.{j}", x[..., j, :]) for j in range(4)], -1)
+                y = gated_mean(normed, values.pop(f"{at}.reader.down"), values.pop(f"{at}.reader.up"))
+                write = 2 * torch.sigmoid(normed @ values.pop(f"{at}.inject").T / 4)
+                x = torch.stack([x[..., j, :] + write[..., j : j + 1] * F(y) for j in range(4)], -2)
+            elif name == "attention_residual":
+                if l > 1 or sublayer == "feed_forward":
+                    sources = [x0, *groups]
+                    h = attend(sources, values.pop(f"{at}.attend.query"), partial(N, f"{at}.attend.key_norm"))
+                else:
+                    h = x0
+                f = F(N(f"{at}.norm", h))
+                if sublayer == "attention":  # 16 sublayers in 8 groups of two
+                    groups.append(f)
+                else:
+                    groups[-1] = groups[-1] + f
             else:
                 raise AssertionError(name)
     if name == "residual":
         x = x + N("final.norm", s)
-    elif name not in ("none", "post", "deepnorm", "keel"):
+    elif name == "hyper":
+        normed = torch.cat([N(f"final.exit.norms.{j}", x[..., j, :]) for j in range(4)], -1)
+        x = gated_mean(normed, values.pop("final.exit.down"), values.pop("final.exit.up"))
+    elif name == "mhc":
+        phi, bias, alpha = (values.pop(f"final.exit.gates.{key}") for key in ("phi", "bias", "alpha"))
+        read = torch.sigmoid(alpha * (flat_norm(x) @ phi.T) + bias) + 1e-6
+        x = N("final.norm", sum(read[..., j : j + 1] * x[..., j, :] for j in range(4)))
+    elif name == "attention_residual":
+        x = attend([x0, *groups], values.pop("final.exit.query"), partial(N, "final.exit.key_norm"))
+        x = N("final.norm", x)
+    elif name not in ("none", "post", "deepnorm", "keel", "ngpt"):
         x = N("final.norm", x)
     left = [key for key in values if "linear" not in key]
     assert not left, f"the formula does not know {left}"
     return x
 
 
-@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
-@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in PLACEMENTS for kind in ("rmsnorm", "layernorm") if (name, kind) != ("ngpt", "layernorm")],
+)
 def test_forward_and_gradients_are_the_formulas(name: str, kind: str) -> None:
-    model = Stack(NormConfig(kind, name, EPS))
+    model = Stack(NormConfig(kind, name, 0.0 if name == "ngpt" else EPS))
     x = torch.randn(2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
     y, expected = model(x), transcribe(name, kind, model, x)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
@@ -198,7 +281,7 @@ def test_deepnorm_shrinks_values_outputs_and_feed_forward() -> None:
 
 
 def test_inner_norms() -> None:
-    wanted = {"reordered": {"q", "k"}, "hybrid": {"q", "k", "v"}, "normformer": {"heads", "hidden"}}
+    wanted = {"reordered": {"q", "k"}, "hybrid": {"q", "k", "v"}, "normformer": {"heads", "hidden"}, "ngpt": {"unit"}}
     for name in PLACEMENTS:
         assert inner_norms(NormConfig(norm_placement=name)) == wanted.get(name, set())
     assert inner_norms(NormConfig("none", "hybrid")) == set()

@@ -33,6 +33,8 @@ def make() -> Callable[..., Thinker]:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
             # Logits of a spread above 1, so that no comparison is between numbers that are nearly 0.
             (model.head or model.embedding).weight.mul_(2)
+            if model.logit_scale is not None:
+                model.logit_scale.value.mul_(2)
         return model
 
     return make

@@ -2,6 +2,7 @@
 
 from omninorm.placement.base import Placement, Position, Stream, Sublayer
 from omninorm.placement.block import PLACEMENT_TYPES, Block, FinalNorm, enter, init_gain, inner_norms
+from omninorm.placement.ngpt import keep_normalized, normalize_weights
 
 __all__ = [
     "PLACEMENT_TYPES",
@@ -14,4 +15,6 @@ __all__ = [
     "enter",
     "init_gain",
     "inner_norms",
+    "keep_normalized",
+    "normalize_weights",
 ]

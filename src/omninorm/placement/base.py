@@ -54,11 +54,15 @@ class Placement(nn.Module, ABC):
     Class attributes:
         final_norm: whether a model of this placement ends with one more norm.
         inner: norms that the placement requires inside the sublayers: "q", "k", "v" (per head, after the projection),
-            "heads" (a gain per head on the attention's output), "hidden" (on the feed-forward's hidden features).
+            "heads" (a gain per head on the attention's output), "hidden" (on the feed-forward's hidden features),
+            "unit" (matrices of unit length with nGPT's scales).
+        exit_type: a module, built from the config and the width, that turns the last block's stream into one tensor
+            (..., width) before the final norm.
     """
 
     final_norm: ClassVar[bool] = True
     inner: ClassVar[frozenset[str]] = frozenset()
+    exit_type: ClassVar[Callable[[NormConfig, int], nn.Module] | None] = None
 
     def __init__(self, config: NormConfig, width: int, position: Position) -> None:
         super().__init__()
@@ -94,5 +98,8 @@ def refuse_stream(placement: str, form: str, stream: object) -> InputError:
     """Return the error for a stream that is not the `form` which this placement carries."""
     remedy = "call omninorm.placement.enter(config, x) before the first block, and FinalNorm after the last"
     invariant = f"The stream of placement {placement!r} must be {form}"
-    received = f"shape {tuple(stream.shape)}" if isinstance(stream, Tensor) and "shape" in form else None
-    return InputError(invariant, received or f"a {type(stream).__name__}", remedy)
+    if isinstance(stream, Tensor) and "shape" in form:
+        received = f"shape {tuple(stream.shape)}"
+    else:
+        received = f"{len(stream)} tensors" if isinstance(stream, tuple) else f"a {type(stream).__name__}"
+    return InputError(invariant, received, remedy)

@@ -11,9 +11,11 @@ from omninorm.errors import ConfigError, InputError
 from omninorm.layers import build_norm
 from omninorm.layers.tracing import Proxy
 from omninorm.placement.base import Placement, Position, Stream
+from omninorm.placement.hyper import MHC, Hyper
+from omninorm.placement.ngpt import NGPT
 from omninorm.placement.normed import DeepNorm, HybridNorm, Keel, MixNorm, PostNorm, ResiDual
 from omninorm.placement.plain import LayerNormScaling, NoNorm, NormFormer, PreNorm, Reordered, Sandwich
-from omninorm.placement.recall import X0
+from omninorm.placement.recall import X0, AttentionResidual
 
 PLACEMENT_TYPES: dict[str, type[Placement]] = {
     "none": NoNorm,
@@ -29,11 +31,15 @@ PLACEMENT_TYPES: dict[str, type[Placement]] = {
     "keel": Keel,
     "normformer": NormFormer,
     "x0": X0,
+    "ngpt": NGPT,
+    "mhc": MHC,
+    "hyper": Hyper,
+    "attention_residual": AttentionResidual,
 }
 
 # The inner norms that each sublayer has to implement.
-ATTENTION_NORMS = frozenset({"q", "k", "v", "heads"})
-FEED_FORWARD_NORMS = frozenset({"hidden"})
+ATTENTION_NORMS = frozenset({"q", "k", "v", "heads", "unit"})
+FEED_FORWARD_NORMS = frozenset({"hidden", "unit"})
 PROJECTIONS = ("q", "k", "v", "out", "feed_forward")
 
 
@@ -101,15 +107,19 @@ class Block(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The norm after the last block, if the placement has one: last stream → (..., width) for the head."""
+    """The end of the stream and the norm after the last block, as far as the placement has them.
+
+    Shape: last stream → (..., width), the input of the head.
+    """
 
     def __init__(self, config: NormConfig, width: int) -> None:
         super().__init__()
         self.placement = PLACEMENT_TYPES[config.norm_placement]
         self.norm = build_norm(config, width) if self.placement.final_norm else nn.Identity()
+        self.exit = None if self.placement.exit_type is None else self.placement.exit_type(config, width)
 
     def forward(self, stream: Stream) -> Tensor:
-        return self.placement.leave(stream, self.norm)
+        return self.placement.leave(stream if self.exit is None else self.exit(stream), self.norm)
 
 
 def enter(config: NormConfig, x: Tensor) -> Stream:
@@ -121,7 +131,7 @@ def inner_norms(config: NormConfig) -> frozenset[str]:
     """Return the names of the norms inside the sublayers: the placement's own, adjusted by qk_norm and v_norm.
 
     Names: "q", "k", "v" (per head, on the projection), "heads" (a gain per head on the attention's output),
-    "hidden" (on the feed-forward's hidden features).
+    "hidden" (on the feed-forward's hidden features), "unit" (matrices of unit length with nGPT's scales).
     """
     inner = PLACEMENT_TYPES[config.norm_placement].inner
     if config.normalization == "none":

@@ -26,8 +26,8 @@ class X0(Placement):
         self.norm = build_norm(config, width)
         self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if position.role == "attention" else None
 
-    def forward(self, x: Pair, F: Sublayer) -> Pair:
-        x, x0 = x
+    def forward(self, stream: Pair, F: Sublayer) -> Pair:
+        x, x0 = stream
         if self.lambdas is not None:
             x = self.lambdas[0] * x + self.lambdas[1] * x0
         return x + F(self.norm(x)), x0
@@ -47,3 +47,54 @@ class X0(Placement):
         """The norm of the stream, without the embeddings."""
         y: Tensor = norm(stream[0])
         return y
+
+
+class DepthAttention(nn.Module):
+    """Σᵢ aᵢ vᵢ over the parts vᵢ of the stream, with a = softmax(qᵀ N(vᵢ)) and a trainable query q that starts at 0."""
+
+    def __init__(self, config: NormConfig, width: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(width))
+        self.key_norm = build_norm(config, width)
+
+    def forward(self, stream: tuple[Tensor, ...]) -> Tensor:
+        values = torch.stack(stream, -2)
+        logits = (self.key_norm(values) * self.query.to(values.dtype)).sum(-1)
+        weights = logits.float().softmax(-1).to(values.dtype) if values.element_size() < 4 else logits.softmax(-1)
+        return (weights.unsqueeze(-1) * values).sum(-2)
+
+
+@final
+class AttentionResidual(Placement):
+    """F(N(h)), where h attends over the embeddings and the sums of `residual_groups` groups of sublayers before.
+
+    The stream is a tuple: the sum of the current group, then the earlier ones, last the embeddings. With groups of one
+    sublayer this is the paper's full form, with larger ones its block form. Kimi Team 2026, arXiv 2603.15031.
+    """
+
+    exit_type = DepthAttention
+
+    def __init__(self, config: NormConfig, width: int, position: Position) -> None:
+        super().__init__(config, width, position)
+        index = 2 * (position.block - 1) + (position.role == "feed_forward")
+        size = -(-2 * position.blocks // config.residual_groups)
+        self.parts = 1 + -(-index // size)
+        self.opens_group = index % size == 0
+        self.norm = build_norm(config, width)
+        # The first sublayer has only the embeddings to attend to.
+        self.attend = DepthAttention(config, width) if index else None
+
+    def forward(self, x: tuple[Tensor, ...], F: Sublayer) -> tuple[Tensor, ...]:
+        branch = F(self.norm(x[0] if self.attend is None else self.attend(x)))
+        return (branch, *x) if self.opens_group else (x[0] + branch, *x[1:])
+
+    def check_stream(self, stream: tuple[Tensor, ...]) -> None:
+        """Raise InputError unless `stream` is a tuple with the embeddings and one tensor for each group so far."""
+        if not isinstance(stream, tuple) or len(stream) != self.parts:
+            form = f"a tuple of {self.parts} tensor{'s' if self.parts > 1 else ''} here"
+            raise refuse_stream("attention_residual", form, stream)
+
+    @staticmethod
+    def enter(x: Tensor, config: NormConfig) -> tuple[Tensor, ...]:
+        """The embeddings alone."""
+        return (x,)

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from omninorm.layers import build_norm
 from omninorm.placement import inner_norms
+from omninorm.placement.ngpt import Scale, unit
 from omninorm.thinker.cache import LayerCache
 from omninorm.thinker.config import ThinkerConfig
+from omninorm.thinker.linear import build_linear
 from omninorm.thinker.rotary import Rotation, rotate
 
 
@@ -28,11 +30,12 @@ class Attention(nn.Module):
         self.head_dim = config.head_width
         self.heads, self.kv_heads = config.n_heads, config.kv_heads
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q = nn.Linear(config.d_model, queries, bias=False)
-        self.k = nn.Linear(config.d_model, keys, bias=False)
-        self.v = nn.Linear(config.d_model, keys, bias=False)
-        self.out = nn.Linear(queries, config.d_model, bias=False)
-        self.inner_norms = inner_norms(config.norm) & {"q", "k", "v", "heads"}
+        self.q = build_linear(config, config.d_model, queries)
+        self.k = build_linear(config, config.d_model, keys)
+        self.v = build_linear(config, config.d_model, keys)
+        self.out = build_linear(config, queries, config.d_model, writes=True)
+        self.logit_factor: float | None = None  # None is head_dim^−½
+        self.inner_norms = inner_norms(config.norm) & {"q", "k", "v", "heads", "unit"}
         self.q_norm, self.k_norm, self.v_norm = (self._head_norm(config, name) for name in ("q", "k", "v"))
         self.head_gain = nn.Parameter(torch.ones(config.n_heads)) if "heads" in self.inner_norms else None
 
@@ -50,18 +53,46 @@ class Attention(nn.Module):
             mask: boolean, the keys that a query may attend to; None is causal, or all keys for a single query.
             cache: keys and values of earlier tokens, to which the new ones are appended.
         """
-        q_shape = (*x.shape[:2], self.heads, self.head_dim)
-        kv_shape = (*x.shape[:2], self.kv_heads, self.head_dim)
-        q = rotate(self.q_norm(self.q(x).view(q_shape)), rotation).transpose(1, 2)
-        k = rotate(self.k_norm(self.k(x).view(kv_shape)), rotation).transpose(1, 2)
-        v = self.v_norm(self.v(x).view(kv_shape)).transpose(1, 2)
+        q, k = (heads.transpose(1, 2) for heads in self._queries_and_keys(x, rotation))
+        v = self.v_norm(self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
         causal = mask is None and q.shape[2] == k.shape[2]
         grouped = self.kv_heads != self.heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped, scale=self.logit_factor
+        )
         y = y.transpose(1, 2)
         if self.head_gain is not None:
             y = y * self.head_gain.to(y.dtype).unsqueeze(-1)
         output: Tensor = self.out(y.flatten(2))
         return output
+
+    def _queries_and_keys(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Return both as (batch, sequence, heads, head_dim)."""
+        q = self.q(x).unflatten(-1, (self.heads, self.head_dim))
+        k = self.k(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        return rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+
+
+class UnitAttention(Attention):
+    """nGPT's attention: logits √head_dim · (s q)·(s k) with q and k of unit length after RoPE and a trainable s.
+
+    s has one value per feature of each key head, which its query heads share. All matrices have unit length.
+    """
+
+    def __init__(self, config: ThinkerConfig) -> None:
+        super().__init__(config)
+        self.eps = config.norm.norm_eps
+        self.logit_factor = self.head_dim**0.5
+        self.qk_scale = Scale(self.kv_heads * self.head_dim, 1.0, config.d_model**-0.5)
+
+    def _queries_and_keys(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        q, k = (unit(heads, self.eps) for heads in super()._queries_and_keys(x, rotation))
+        scale = self.qk_scale().view(self.kv_heads, self.head_dim).to(q.dtype)
+        return q * scale.repeat_interleave(self.heads // self.kv_heads, 0), k * scale
+
+
+def build_attention(config: ThinkerConfig) -> Attention:
+    """Return the attention that the placement needs."""
+    return UnitAttention(config) if "unit" in inner_norms(config.norm) else Attention(config)

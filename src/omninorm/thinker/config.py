@@ -98,9 +98,11 @@ class ThinkerConfig:
             raise ConfigError("The width of a head must be even, because RoPE rotates pairs", received, remedy)
 
     def _check_combinations(self) -> None:
-        if self.scaled_init and self.norm.norm_placement == "lns":
+        reasons = {"lns": "already scales the norms by depth", "ngpt": "gives every matrix unit length"}
+        reason = reasons.get(self.norm.norm_placement)
+        if self.scaled_init and reason:
             remedy = "set scaled_init=False or choose another placement"
-            invariant = "Placement 'lns' already scales the norms by depth and excludes scaled_init"
+            invariant = f"Placement {self.norm.norm_placement!r} {reason} and excludes scaled_init"
             raise ConfigError(invariant, "scaled_init=True", remedy)
 
     @property

@@ -8,21 +8,25 @@ from torch import Tensor, nn
 from omninorm.layers import build_norm
 from omninorm.placement import inner_norms
 from omninorm.thinker.config import ThinkerConfig
+from omninorm.thinker.linear import build_linear
 
 
 class FeedForward(nn.Module):
     """Base class: `up` and `down` without bias, and the placement's norm on the hidden activation.
 
     Attributes:
-        inner_norms: {"hidden"} if the placement has this norm, else empty.
+        inner_norms: the placement's inner norms that belong to the feed-forward.
     """
 
     def __init__(self, config: ThinkerConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.d_model, config.hidden_width, bias=False)
-        self.down = nn.Linear(config.hidden_width, config.d_model, bias=False)
-        self.inner_norms = inner_norms(config.norm) & {"hidden"}
-        self.hidden_norm = build_norm(config.norm, config.hidden_width) if self.inner_norms else nn.Identity()
+        # In nGPT the argument of the nonlinearity is √d_model times larger, which makes up for the unit lengths.
+        scale = 1.0 if config.feed_forward == "swiglu" else config.d_model**0.5
+        self.up = build_linear(config, config.d_model, config.hidden_width, scale=scale)
+        self.down = build_linear(config, config.hidden_width, config.d_model, writes=True)
+        self.inner_norms = inner_norms(config.norm) & {"hidden", "unit"}
+        is_normed = "hidden" in self.inner_norms
+        self.hidden_norm = build_norm(config.norm, config.hidden_width) if is_normed else nn.Identity()
 
 
 class SwiGLU(FeedForward):
@@ -30,7 +34,7 @@ class SwiGLU(FeedForward):
 
     def __init__(self, config: ThinkerConfig) -> None:
         super().__init__(config)
-        self.gate = nn.Linear(config.d_model, config.hidden_width, bias=False)
+        self.gate = build_linear(config, config.d_model, config.hidden_width, scale=config.d_model**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.down(self.hidden_norm(F.silu(self.gate(x)) * self.up(x)))

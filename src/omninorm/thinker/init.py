@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from omninorm.placement import init_gain
+from omninorm.placement import init_gain, normalize_weights
 from omninorm.thinker.attention import Attention
 from omninorm.thinker.config import ThinkerConfig
 from omninorm.thinker.feed_forward import FeedForward
@@ -22,7 +22,8 @@ def init_weights(model: nn.Module, config: ThinkerConfig) -> None:
     "xavier": normal with variance 2/(fan_in + fan_out), and std d_model^−½ for the embedding. "normal": std `init_std`
     everywhere. Then `scaled_init` divides the matrices that write to the residual stream by √(2·n_layers), and the
     factor of the placement (`omninorm.placement.init_gain`) multiplies. The order of the draws does not depend on the
-    norm or its placement: with the same seed, runs that differ only in these start from the same weights up to factors.
+    norm or its placement: with the same seed, runs that differ only in these start from the same weights up to factors,
+    and for "ngpt" up to the lengths, which are then 1.
     """
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -36,6 +37,7 @@ def init_weights(model: nn.Module, config: ThinkerConfig) -> None:
         elif isinstance(module, FeedForward):
             for linear in (part for part in module.children() if isinstance(part, nn.Linear)):
                 _scale(linear.weight, config, "feed_forward", writes=linear is module.down)
+    normalize_weights(model)
 
 
 def _draw(weight: Tensor, config: ThinkerConfig) -> None:

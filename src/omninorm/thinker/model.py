@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from omninorm.errors import InputError
 from omninorm.layers import build_norm
-from omninorm.placement import Block, FinalNorm, enter
-from omninorm.thinker.attention import Attention
+from omninorm.placement import Block, FinalNorm, enter, inner_norms
+from omninorm.placement.ngpt import Scale, UnitEmbedding, unit
+from omninorm.thinker.attention import build_attention
 from omninorm.thinker.cache import KVCache
 from omninorm.thinker.config import ThinkerConfig
 from omninorm.thinker.feed_forward import build_feed_forward
 from omninorm.thinker.init import init_weights
+from omninorm.thinker.linear import build_linear
 from omninorm.thinker.rotary import Rotary
 
 
@@ -40,17 +42,19 @@ class Thinker(nn.Module):
         self.config = config
         # The constructors' own draws are overwritten. In a forked generator they do not shift the draws that count.
         with torch.random.fork_rng(devices=[]):
-            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.is_unit = "unit" in inner_norms(config.norm)
+            self.embedding = (UnitEmbedding if self.is_unit else nn.Embedding)(config.vocab_size, config.d_model)
             self.embedding_norm = build_norm(config.norm, config.d_model) if config.norm.embedding_norm else None
             self.rotary = Rotary(config.head_width, config.max_seq_len, config.rope_theta)
             self.blocks = nn.ModuleList(self._block(number) for number in range(1, config.n_layers + 1))
             self.final_norm = FinalNorm(config.norm, config.d_model)
-            self.head = None if config.tied_head else nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.head = None if config.tied_head else build_linear(config, config.d_model, config.vocab_size)
+            self.logit_scale = Scale(config.vocab_size, 1.0, config.d_model**-0.5) if self.is_unit else None
         init_weights(self, config)
 
     def _block(self, number: int) -> Block:
         config = self.config
-        attention, feed_forward = Attention(config), build_feed_forward(config)
+        attention, feed_forward = build_attention(config), build_feed_forward(config)
         return Block(config.norm, config.d_model, attention, feed_forward, block=number, blocks=config.n_layers)
 
     def forward(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
@@ -94,7 +98,7 @@ class Thinker(nn.Module):
             return lambda: None
         before, weight = self.config, self.embedding.weight
         with torch.device("meta"):
-            self.head = nn.Linear(before.d_model, before.vocab_size, bias=False)
+            self.head = build_linear(before, before.d_model, before.vocab_size)
         self.head.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
         self.config = replace(before, tied_head=False)
 
@@ -104,7 +108,10 @@ class Thinker(nn.Module):
         return tie
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        if self.logit_scale is None:
+            return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        y = F.linear(x, unit(self.embedding.weight, self.config.norm.norm_eps)) if self.head is None else self.head(x)
+        return y * self.logit_scale().to(y.dtype)
 
     def _check(self, tokens: Tensor, cache: KVCache | None) -> None:
         if not isinstance(tokens, Tensor):
