@@ -124,7 +124,7 @@ class Watch:
         sizes = cell_sizes(structure), len(self._sentinels), len(named), min(self._every, MOST_ROWS)
         self._buffer = StatsBuffer(self._parameters[0].device, *sizes, self._scaler)
         self._first, self._rates = self._done + 1, list[float | None]()
-        self.history.facts = facts_of(structure, self._optimizers, self._every)
+        self.history.facts = facts_of(structure, self._optimizers, self._every, self._given.get("config"))
         if rank() > 0:
             self._sinks = ()  # only the first process writes to sinks
         self._output = Output(self._folder)
