@@ -42,6 +42,7 @@ from omninorm.monitor.probes.padding import MASK, ZERO_ROWS
 from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_all
 from omninorm.monitor.reasons import not_seen
 from omninorm.monitor.rules import Rule
+from omninorm.monitor.rules.expert_load import load_signals
 from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, has_gradients, step_of
 from omninorm.monitor.sinks import Sink, flatten
 from omninorm.monitor.stats_buffer import UNSEEN, Row, StatsBuffer
@@ -254,7 +255,9 @@ class Watch:
             values = dict(zip(names, numbers, strict=True))
             checked = self._checks.of_sample(self._done, rows[-1], values)
             sample = self._builder.build(self._done, cells, rows[-1], self._gains(values), values)
-            sample = replace(sample, checks=checked, loads=self._hooks.routers.read(values))
+            loads = self._hooks.routers.read(values)
+            signals = {**sample.signals, **load_signals(loads)}
+            sample = replace(sample, signals=signals, checks=checked, loads=loads)
             sample = self._builder.with_decay(sample, self._parameters, self._optimizers)
             self._write_sample(sample, steps[-1])
             alarms += self._judge.judge_sample(self.history)

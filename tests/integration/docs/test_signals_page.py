@@ -23,9 +23,9 @@ EXACT = {
     *("evaluation-mode", "adam-betas", "adam-state", "autocast-lost", "dropout"),
     *("double-softmax", "norm-missing", "attention-not-causal"),
 }
-# What they measure is not drawn: the load of experts, the scale of inputs and embeddings, and parts of gradients.
+# What they measure is not drawn: the scale of inputs and embeddings, and parts of gradients.
 NOT_DRAWN = {
-    *("router-collapse", "dead-experts", "input-scale", "embedding-scale"),
+    *("input-scale", "embedding-scale"),
     *("gradient-underflow", "gradient-noise"),
 }
 
