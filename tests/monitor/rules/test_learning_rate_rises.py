@@ -85,6 +85,28 @@ def test_short_fall_is_silent() -> None:
     assert alarms_of([1e-3, 1e-3 - 1e-9, 1e-3 - 2e-9, *dip[5:], *rise]) != []
 
 
+def rise_after(plateau: int, power: float = 2.0, dip: float = 0.0) -> list[float]:
+    """A linear fall over 50 steps, a plateau, and a rise in 60 steps that may dip at every seventh."""
+    fall = [1e-3 * (1 - at / 50) for at in range(50)]
+    rise = [5e-4 * (at / 60) ** power * (1 - dip * (at % 7 == 0)) for at in range(1, 61)]
+    return [*fall, *[0.0] * plateau, *rise]
+
+
+def test_rise_counts_from_the_end_of_a_plateau() -> None:
+    (alarm, *_) = alarms_of(rise_after(100))
+    assert numbers_in(alarm.evidence)[3] == 150
+
+
+@pytest.mark.parametrize(("power", "dip"), [(3.0, 0.0), (1.0, 0.0), (2.0, 0.5)])
+def test_rise_that_is_not_a_cosines_is_silent(power: float, dip: float) -> None:
+    assert alarms_of(rise_after(1, power, dip)) == []
+    assert alarms_of(rise_after(1)) != []
+
+
+def test_fall_counts_from_the_end_of_the_peak() -> None:
+    assert alarms_of([*[1e-3] * 50, 5e-4, *rise_after(0)[50:]]) == []
+
+
 def test_long_schedule_is_kept_in_few_numbers() -> None:
     rule, rates = LearningRateRises(), rates_of(cosine(3000), 3600)
     (alarm, *_) = give_steps(rule, [3.0] * len(rates), lrs=rates)

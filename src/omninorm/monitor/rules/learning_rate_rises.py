@@ -38,7 +38,7 @@ class LearningRateRises(Rule):
         rate = finite(step.lr)
         if rate is None or rate < 0.0:
             return
-        if rate > self._peak[1]:
+        if rate >= self._peak[1]:
             self._peak = step.step, rate
             self._rates = []
         if not self._rates or rate <= self._rates[0][1]:
