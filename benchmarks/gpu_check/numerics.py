@@ -97,22 +97,25 @@ def gain_offset(device: str, sizes: Sizes) -> dict[str, Any]:
     """Gemma's gain, 1 + γ, in float32."""
     found = []
     for dtype in DTYPES:
-        x, dy = (randn(33, 768, dtype=dtype, device=device) for _ in range(2))
-        shares = exactness.rms_norm(x, randn(768, dtype=dtype, device=device), dy, gain_offset=1.0)
-        found.append({"rows": 33, "width": 768, "gain": str(dtype), **shares})
+        rows, width = sizes.checked
+        x, dy = (randn(rows, width, dtype=dtype, device=device) for _ in range(2))
+        shares = exactness.rms_norm(x, randn(width, dtype=dtype, device=device), dy, gain_offset=1.0)
+        found.append({"rows": rows, "width": width, "gain": str(dtype), **shares})
     return _judged(found)
 
 
 def extreme_rows(device: str, sizes: Sizes) -> dict[str, Any]:
     """Rows whose squares overflow or vanish, and a large mean with a small spread."""
-    found = []
+    found, (rows, width) = [], sizes.checked
     for dtype, scale in ((torch.float32, 1e25), (torch.float32, 1e-30), (torch.float16, 3e3), (torch.bfloat16, 1e30)):
-        x = (torch.randn(9, 768, dtype=torch.float64) * scale).to(dtype).to(device)
-        dy = randn(9, 768, dtype=dtype, device=device)
-        found.append({"rows": 9, "width": 768, "gain": f"none, x × {scale:g}", **_forward_share(x, dy, "rms_norm")})
+        x = (torch.randn(rows, width, dtype=torch.float64) * scale).to(dtype).to(device)
+        dy = randn(rows, width, dtype=dtype, device=device)
+        shares = _forward_share(x, dy, "rms_norm")
+        found.append({"rows": rows, "width": width, "gain": f"none, x × {scale:g}", **shares})
     for ratio in (1e3, 1e5):
-        x = (torch.randn(9, 768, dtype=torch.float64) + ratio).float().to(device)
-        found.append({"rows": 9, "width": 768, "gain": f"none, x + {ratio:g}", **_forward_share(x, x, "layer_norm")})
+        x = (torch.randn(rows, width, dtype=torch.float64) + ratio).float().to(device)
+        shares = _forward_share(x, x, "layer_norm")
+        found.append({"rows": rows, "width": width, "gain": f"none, x + {ratio:g}", **shares})
     return _judged(found)
 
 
@@ -129,17 +132,17 @@ def _forward_share(x: Tensor, dy: Tensor, kind: str) -> dict[str, float]:
 
 def strided(device: str, sizes: Sizes) -> dict[str, Any]:
     """Transposed, sliced and expanded inputs and gradients."""
-    wide = randn(12, 2 * 96, dtype=torch.float32, device=device)
+    wide = randn(8, 2 * 96, dtype=torch.float32, device=device)
     weight = randn(96, dtype=torch.float32, device=device)
     views = {
         "sliced": wide[:, ::2],
         "offset": wide[1::2, 5:101],
-        "transposed": randn(96, 12, dtype=torch.float32, device=device).t(),
-        "expanded": wide[:1, :96].expand(12, 96),
+        "transposed": randn(96, 8, dtype=torch.float32, device=device).t(),
+        "expanded": wide[:1, :96].expand(8, 96),
     }
     found = []
     for name, view in views.items():
-        dy = views["sliced"][: view.shape[0]] if name != "expanded" else weight.expand(12, 96)
+        dy = views["sliced"][: view.shape[0]] if name != "expanded" else weight.expand(8, 96)
         found.append({"rows": view.shape[0], "width": 96, "gain": name, **exactness.rms_norm(view, weight, dy)})
         found.append(
             {"rows": view.shape[0], "width": 96, "gain": name, **exactness.layer_norm(view, weight, weight, dy)}
@@ -223,7 +226,8 @@ def llama_rounding(device: str, sizes: Sizes) -> dict[str, Any]:
     """cast="llama" equals the formula in the order of Llama's code, within a unit of the output dtype."""
     wrong = []
     for dtype in DTYPES[:2]:
-        x, weight = randn(33, 768, dtype=dtype, device=device), randn(768, dtype=dtype, device=device)
+        rows, width = sizes.checked
+        x, weight = randn(rows, width, dtype=dtype, device=device), randn(width, dtype=dtype, device=device)
         wide = x.float()
         normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(dtype)
         expected = (weight * normed).double()

@@ -7,16 +7,17 @@ from typing import Any
 
 # GPT-2's shape: 124 million weights with a tied head.
 GPT2_SMALL = {"vocab_size": 50304, "d_model": 768, "n_layers": 12, "n_heads": 12, "max_seq_len": 1024}
-SMALL = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 16}
+SMALL = {"vocab_size": 64, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 16}
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What is measured, and for how long.
 
-    shapes: (rows, width) of the comparisons with float64; rows, widths, dtypes: of the timings; rounds: samples of
-    each timing; model, batch: the Thinker that is trained, and its sequences per step; steps, blocks: steps in a timed
-    block, and blocks for each variant; budgets: seconds by part, in the order in which the parts run.
+    shapes, checked: (rows, width) of the comparisons with float64, and of those of single features; rows, widths,
+    dtypes: of the timings; rounds: samples of each timing; model, batch: the Thinker that is trained, and its sequences
+    per step; steps, blocks: steps in a timed block, and blocks for each variant; budgets: seconds by part, in the order
+    in which the parts run.
     """
 
     shapes: tuple[tuple[int, int], ...] = (
@@ -28,6 +29,7 @@ class Sizes:
         (3, 65536),
         (4099, 1024),
     )
+    checked: tuple[int, int] = (33, 768)
     rows: int = 4096
     widths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
@@ -61,6 +63,7 @@ QUICK = Sizes(
 )
 TINY = Sizes(
     shapes=((7, 33), (2, 64)),
+    checked=(5, 64),
     rows=8,
     widths=(64,),
     dtypes=("bf16",),
@@ -69,7 +72,7 @@ TINY = Sizes(
     model=SMALL,
     batch=2,
     steps=2,
-    blocks=2,
+    blocks=1,
     # Machines without a GPU may be slow; the sizes keep it short.
     budgets={"numerics": 200.0, "speed": 100.0, "training": 100.0, "watch": 100.0, "tests": 100.0, "trace": 50.0},
 )

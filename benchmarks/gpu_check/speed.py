@@ -1,8 +1,8 @@
 """The speed of the norms: GB/s of the bytes that must be moved, beside what copying reaches in the same rounds.
 
-On a GPU the calls are captured in a CUDA graph, whose replays leave out the host's time, which is measured apart. Inputs
-and outputs rotate through more memory than the caches hold. The contestants take turns in random order; the ratios to
-the best peer are medians over the rounds.
+On a GPU the calls are captured in a CUDA graph, whose replays leave out the host's time, which is measured apart.
+Inputs and outputs rotate through more memory than the caches hold. The contestants take turns in random order; the
+ratios to the best peer are medians over the rounds.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ and matrix products run under autocast, as in `omninorm train`.
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import statistics
 from collections.abc import Callable, Iterator
@@ -91,11 +92,11 @@ def trained(name: str, first: Thinker, device: str, sizes: Sizes, compiled: bool
         context = lambda: omninorm.use_backend(backend)  # noqa: E731
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device != place.SIMULATED)
     call: Any = torch.compile(model, backend=_compiler(device)) if compiled else model
-    tokens = some_tokens(sizes, device)
+    batches = itertools.cycle([some_tokens(sizes, device) for _ in range(4)])
 
     def step() -> Tensor:
         with context():
-            loss = loss_of(call, tokens, device)
+            loss = loss_of(call, next(batches), device)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()

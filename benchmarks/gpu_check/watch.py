@@ -177,5 +177,6 @@ def graph_of_step(device: str, sizes: Sizes) -> dict[str, Any]:
     wrong = [] if max(gaps) < 0.02 else [f"a replay differs from an eager step by {max(gaps):.2g}"]
     replay = statistics.median(place.elapsed(graph.replay, device) for _ in range(5))
     once = statistics.median(place.elapsed(passes, device) for _ in range(5))
+    summary = f"replay {replay * 1e3:.1f} ms, eager {once * 1e3:.1f} ms, difference {max(gaps):.2g}"
     return {"replay_ms": replay * 1e3, "eager_ms": once * 1e3, "difference": max(gaps), "wrong": wrong,
-            "summary": f"replay {replay * 1e3:.1f} ms, eager {once * 1e3:.1f} ms, difference {max(gaps):.2g}"}  # fmt: skip
+            "summary": summary}  # fmt: skip
