@@ -7,6 +7,7 @@ ratios to the best peer are medians over the rounds.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 import time
@@ -70,7 +71,18 @@ def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
 
 def warming(device: str, sizes: Sizes) -> list[Callable[[], object]]:
     """Return one job for each size, which compiles what `measure` needs."""
-    return [lambda size=size: measure(size, device, 1) for size in all_sizes(sizes)]  # type: ignore[misc]
+    return [lambda size=size: compile_only(size, device) for size in all_sizes(sizes)]  # type: ignore[misc]
+
+
+def compile_only(size: Size, device: str) -> None:
+    """Call every contestant once on one input, because several processes share the GPU's memory."""
+    xs, dys, gains = _inputs(size, device, 1)
+    for each in contestants(size.kind, device):
+        for which in TRAFFIC:
+            with contextlib.suppress(Exception), each.context():  # a failure appears again when it is measured
+                call = _call(each, which, xs, dys, gains)
+                if call is not None:
+                    call(0)
 
 
 def measure(size: Size, device: str, rounds: int) -> dict[str, Any]:
@@ -94,12 +106,8 @@ def measure(size: Size, device: str, rounds: int) -> dict[str, Any]:
 def _entries(size: Size, device: str, failed: dict[str, str]) -> Iterator[Entry]:
     """Yield the entries that work; the copy is the first."""
     copies = _copies(size, device)
-    dtype = DTYPES[size.dtype]
-    xs, dys = ([_random(size, device, dtype) for _ in range(copies)] for _ in range(2))
-    gains = [torch.randn(size.width, dtype=torch.float32).to(dtype).to(device).requires_grad_() for _ in range(2)]
+    xs, dys, gains = _inputs(size, device, copies)
     yield _entry(COPY, "forward", lambda at: dys[at].clone(), copies, nullcontext, device)
-    for x in xs:
-        x.requires_grad_()
     for each in contestants(size.kind, device):
         for which in TRAFFIC:
             try:
@@ -113,6 +121,16 @@ def _entries(size: Size, device: str, failed: dict[str, str]) -> Iterator[Entry]
 
 def _copies(size: Size, device: str) -> int:
     return max(2, min(-(-_ROTATED_BYTES // size.bytes), _MOST_COPIES)) if device == "cuda" else 2
+
+
+def _inputs(size: Size, device: str, copies: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return x, dy, and the gain and bias; the first and the last require gradients."""
+    dtype = DTYPES[size.dtype]
+    xs, dys = ([_random(size, device, dtype) for _ in range(copies)] for _ in range(2))
+    gains = [torch.randn(size.width).to(dtype).to(device) for _ in range(2)]
+    for each in (*xs, *gains):
+        each.requires_grad_()
+    return xs, dys, gains
 
 
 def _random(size: Size, device: str, dtype: torch.dtype) -> Tensor:
@@ -149,11 +167,22 @@ def _entry(
     place.synchronize(device)
     if not place.has_graphs(device):
         return Entry(name, which, copies, lambda: [call(at) for at in range(copies)], context)
+    return Entry(name, which, copies, _captured(call, copies).replay, nullcontext)
+
+
+def _captured(call: Callable[[int], object], copies: int) -> torch.cuda.CUDAGraph:
+    """Capture on the current stream. `torch.cuda.graph` would also collect garbage, hundreds of times."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    graph.capture_begin()
+    try:
         kept = [call(at) for at in range(copies)]  # alive together, so that outputs rotate too
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        raise
+    graph.capture_end()
     del kept
-    return Entry(name, which, copies, graph.replay, nullcontext)
+    return graph
 
 
 # Timing

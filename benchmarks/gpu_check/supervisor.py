@@ -33,6 +33,7 @@ def header(options: argparse.Namespace) -> dict[str, Any]:
 
 def supervise(options: argparse.Namespace) -> int:
     """Run the check to its end or to the end of its time; return 0 if nothing was wrong, 1 otherwise."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the worker ends too
     results = Results(options.json, header(options))
     results.forget_failures()
     results.save()

@@ -167,10 +167,17 @@ STATEMENTS: dict[str, Callable[[str], list[str]]] = {
 }
 
 
+def listed_files() -> list[str]:
+    """Return the test files that run on any device."""
+    lines = (_ROOT / "tests" / "on_devices.txt").read_text(encoding="utf-8").splitlines()
+    return [f"tests/{line.split(':')[0]}" for line in lines if line and not line.startswith("#")]
+
+
 def suite(device: str, seconds: float) -> dict[str, Any]:
     """Run the tests that can run on any device, until the time is over."""
-    command = [sys.executable, "-m", "pytest", "-q", "--device", device, "-p", "no:cacheprovider", "-o",
-               "filterwarnings=default", "-m", "not slow and not exhaustive", "--no-header", "tests"]  # fmt: skip
+    settings = ["-q", "--no-header", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+    chosen = ["--device", device, "-m", "not slow and not exhaustive", *listed_files()]
+    command = [sys.executable, "-m", "pytest", *settings, *chosen]
     end = time.time() + seconds
     process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:

@@ -47,7 +47,9 @@ class Warmers:
 
 def _start(options: argparse.Namespace, share: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(_ENTRY), *arguments(options), "--warm", share]
-    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    # The first shares begin with a model, which has many kernels.
+    threads = "4" if int(share.split("/")[0]) < len(place.model_backends(options.device)) + 1 else "1"
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": threads, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
