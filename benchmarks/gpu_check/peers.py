@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import omninorm
-from gpu_check.place import OURS, our_backends
+from gpu_check.place import OURS, compiles, our_backends
 from omninorm import functional
 
 EPS = 1e-6
@@ -56,7 +56,8 @@ def contestants(kind: str, device: str) -> Iterator[Contestant]:
     for name in our_backends(device):
         yield _ours(kind, name)
     yield Contestant("torch", _torch_norm(kind), _two_steps(_torch_norm(kind)))
-    yield _compiled(kind, device)
+    if compiles(device):
+        yield _compiled(kind, device)
     if device == "cuda":
         for build in (_liger, _quack):
             try:
@@ -99,7 +100,7 @@ def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 def _compiled(kind: str, device: str) -> Contestant:
     """The formula by torch.compile. Off the GPU only traced, because compiling takes long."""
     options: dict[str, Any] = {"dynamic": False, "fullgraph": True}
-    options |= {} if device == "cuda" else {"backend": "aot_eager" if device == "cpu" else "eager"}
+    options |= {} if device == "cuda" else {"backend": "aot_eager"}
     norm = (lambda x, w, b: plain_rms_norm(x, w)) if kind == "rms_norm" else _torch_norm(kind)
     torch._dynamo.reset()  # of one function, no more than eight sizes are compiled
     return Contestant("torch.compile", torch.compile(norm, **options), torch.compile(_two_steps(norm), **options))

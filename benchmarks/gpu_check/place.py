@@ -42,6 +42,11 @@ def model_backends(device: str) -> list[str]:
     return our_backends(device) if device == "cuda" else ["reference"]
 
 
+def compiles(device: str) -> bool:
+    """Whether torch.compile takes the device's tensors; the simulated ones are a subclass that it cannot trace."""
+    return device != SIMULATED
+
+
 def has_graphs(device: str) -> bool:
     """Whether the device has CUDA graphs."""
     return device == "cuda"

@@ -39,7 +39,8 @@ class Trained(NamedTuple):
 
 def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
     yield Item("eager", 60.0, lambda: measure(device, sizes, False))
-    yield Item("compiled", 75.0, lambda: measure(device, sizes, True))
+    if place.compiles(device):
+        yield Item("compiled", 75.0, lambda: measure(device, sizes, True))
 
 
 def warming(device: str, sizes: Sizes) -> list[Callable[[], object]]:
@@ -91,7 +92,7 @@ def trained(name: str, first: Thinker, device: str, sizes: Sizes, compiled: bool
         backend = name.split()[1]
         context = lambda: omninorm.use_backend(backend)  # noqa: E731
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device != place.SIMULATED)
-    call: Any = torch.compile(model, backend=_compiler(device)) if compiled else model
+    call: Any = torch.compile(model, backend=compiler(device)) if compiled else model
     batches = itertools.cycle([some_tokens(sizes, device) for _ in range(4)])
 
     def step() -> Tensor:
@@ -121,9 +122,9 @@ def _stock(norm: Any, device: str) -> nn.Module:
     return place.move(made, device)
 
 
-def _compiler(device: str) -> str:
+def compiler(device: str) -> str:
     """Off the GPU only traced, because compiling takes long."""
-    return {"cuda": "inductor", "cpu": "aot_eager"}.get(device, "eager")
+    return "inductor" if device == "cuda" else "aot_eager"
 
 
 def _run(variant: Trained, steps: int) -> None:

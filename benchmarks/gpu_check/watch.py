@@ -26,7 +26,8 @@ def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
     if place.has_graphs(device):
         yield Item("CUDA graphs of norms", 40.0, lambda: graphs_of_norms(device))
         yield Item("CUDA graph of a training step", 40.0, lambda: graph_of_step(device, sizes))
-    yield Item("overhead, compiled", 60.0, lambda: overhead(device, sizes, True))
+    if place.compiles(device):
+        yield Item("overhead, compiled", 60.0, lambda: overhead(device, sizes, True))
 
 
 # Time
