@@ -27,6 +27,7 @@ Item = dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("results", type=Path, nargs="?", help="the file that benchmarks/gpu.py wrote")
+    parser.add_argument("--table", type=Path, help="also write the faster back ends into this kernels/measured.json")
     parser.add_argument("--print", action="store_true", help="print the text instead of writing docs/gpu.md")
     options = parser.parse_args()
     try:
@@ -34,6 +35,8 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"gpu_page.py: {error}", file=sys.stderr)
         return 2
+    if options.table is not None and data is not None:
+        write_table(options.table, data, options.results.name)
     text = NOTHING if data is None else page(data)
     if options.print:
         print(text)
@@ -56,6 +59,32 @@ def between_markers(document: str, text: str) -> str:
     """Return the document with the text between its markers."""
     before, rest = document.split(BEGIN, 1)
     return f"{before}{BEGIN}\n{text.strip()}\n{END}{rest.split(END, 1)[1]}"
+
+
+def write_table(path: Path, data: dict[str, Any], run: str) -> None:
+    """Replace the measurements of this device in the table that chooses the back end of norms on GPUs."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    device = data["machine"]["name"]
+    others = [each for each in table["measurements"] if each["device"] != device]
+    table["measurements"] = [*others, *measurements(data, run)]
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def measurements(data: dict[str, Any], run: str) -> Iterator[Item]:
+    """Yield the faster back end of every size: that with the shorter forward and backward pass together."""
+    dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    for item in items(data, "speed").values():
+        seconds: dict[str, dict[str, float]] = {}
+        for row in item.get("measured", []):
+            if row["contestant"].startswith("omninorm ") and row["pass"] != "add":
+                seconds.setdefault(row["contestant"].split()[1], {})[row["pass"]] = row["us"]
+        whole = {name: sum(passes.values()) for name, passes in seconds.items() if len(passes) == 2}
+        if len(whole) == 2:
+            yield {
+                "device": data["machine"]["name"], "operator": item["kind"], "dtype": dtypes[item["dtype"]],
+                "width": item["width"], "rows": item["rows"], "backend": min(whole, key=lambda name: whole[name]),
+                "run": run, "compiled": False,
+            }  # fmt: skip
 
 
 def page(data: dict[str, Any]) -> str:

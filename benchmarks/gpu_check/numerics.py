@@ -29,8 +29,9 @@ def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
         for kind in ("rms_norm", "layer_norm"):
             for dtype in DTYPES:
                 name = f"{backend} {kind} {str(dtype).removeprefix('torch.')}"
-                yield Item(name, 60.0, _in_backend(backend, device, sizes, _matrix(kind, dtype)))
-        for name, check in CHECKS.items():
+                yield Item(name, 60.0, _in_backend(backend, device, sizes, _matrix(kind, dtype, backend)))
+        # PyTorch's operators promise less for extreme rows, and refuse some arguments; docs/gpu.md lists both.
+        for name, check in CHECKS.items() if backend != "torch" else ():
             if name != "more than 2³¹ elements" or sizes.large:
                 yield Item(f"{backend} {name}", 60.0, _in_backend(backend, device, sizes, check))
 
@@ -53,13 +54,14 @@ def randn(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
 # Against float64
 
 
-def _matrix(kind: str, dtype: torch.dtype) -> Check:
-    """All shapes, with gains of x's dtype and of float32, and without gains."""
+def _matrix(kind: str, dtype: torch.dtype, backend: str) -> Check:
+    """All shapes, with gains of x's dtype, without gains, and by our kernels with gains of float32."""
+    gain_dtypes = (dtype, None) if backend == "torch" else (dtype, torch.float32, None)
 
     def check(device: str, sizes: Sizes) -> dict[str, Any]:
         found = []
         for rows, width in sizes.shapes:
-            for gain_dtype in dict.fromkeys((dtype, torch.float32, None)):
+            for gain_dtype in dict.fromkeys(gain_dtypes):
                 if gain_dtype is torch.float32 and dtype is torch.float64:
                     continue
                 shares = _shares(kind, dtype, gain_dtype, rows, width, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from omninorm.kernels import gpu
 
 SIMULATED = "simgpu"
 OURS = "omninorm"
+AUTO = "auto"
 
 
 def prepare(device: str) -> None:
@@ -31,15 +32,21 @@ def prepare(device: str) -> None:
 
 
 def our_backends(device: str) -> list[str]:
-    """Return omninorm's back ends to measure: those for GPUs, or the reference on the simulated accelerator."""
+    """Return omninorm's back ends to measure, our kernels first; the reference on the simulated accelerator."""
     if device == SIMULATED or (device == "cpu" and not gpu.INTERPRETED):
         return ["reference"]
-    return [each.name for each in omninorm.backends() if each.available and each.name not in ("cpu", "reference")]
+    known = {each.name for each in omninorm.backends() if each.available}
+    return [name for name in ("triton", "torch") if name in known and (device == "cuda" or name == "triton")]
 
 
 def model_backends(device: str) -> list[str]:
-    """Return omninorm's back ends for whole models, for which Triton's interpreter is too slow."""
-    return our_backends(device) if device == "cuda" else ["reference"]
+    """Return omninorm's back ends for whole models; Triton's interpreter is too slow for them."""
+    return [AUTO, "triton"] if device == "cuda" else ["reference"]
+
+
+def using(backend: str) -> AbstractContextManager[object]:
+    """Let a back end compute the norms, or the one that omninorm chooses."""
+    return nullcontext() if backend == AUTO else omninorm.use_backend(backend)
 
 
 def compiles(device: str) -> bool:

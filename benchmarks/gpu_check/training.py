@@ -90,7 +90,7 @@ def trained(name: str, first: Thinker, device: str, sizes: Sizes, compiled: bool
         replace_norms(model, omninorm.RMSNorm, lambda norm: _stock(norm, device))
     else:
         backend = name.split()[1]
-        context = lambda: omninorm.use_backend(backend)  # noqa: E731
+        context = lambda: place.using(backend)  # noqa: E731
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device != place.SIMULATED)
     call: Any = torch.compile(model, backend=compiler(device)) if compiled else model
     batches = itertools.cycle([some_tokens(sizes, device) for _ in range(4)])

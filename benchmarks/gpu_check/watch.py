@@ -169,7 +169,7 @@ def graph_of_step(device: str, sizes: Sizes) -> dict[str, Any]:
         loss = loss_of(model, tokens, device)
         return (loss.detach(), *torch.autograd.grad(loss, weights))
 
-    with omninorm.use_backend(place.model_backends(device)[0]):
+    with place.using(place.model_backends(device)[0]):
         graph, results = captured(passes)
         graph.replay()
         eager = passes()

@@ -209,6 +209,22 @@ def test_the_page_says_which_targets_are_missed(tmp_path: Path) -> None:
     assert "missed" not in gpu_page.page(measured(of_copy=0.91, ratio=1.04, extra=0.02))
 
 
+def test_the_table_of_back_ends_gets_the_faster_one_of_each_size(tmp_path: Path) -> None:
+    data = measured(0.9, 1.0, 0.0)
+    rows = data["parts"]["speed"]["items"]["one"]["measured"]
+    rows += [
+        {"contestant": "omninorm torch", "pass": which, "us": us, "gb_per_s": 1.0, "of_copy": 0.5}
+        for which, us in (("forward", 0.5), ("backward", 1.4), ("add", 0.1))
+    ]
+    path, other = tmp_path / "measured.json", {"device": "another"}
+    path.write_text(json.dumps({"default": "torch", "measurements": [other, {"device": "NVIDIA H100"}]}))
+    gpu_page.write_table(path, data, "gpu.json")
+    kept, new = json.loads(path.read_text())["measurements"]
+    assert kept == other
+    size = {"operator": "rms_norm", "dtype": "bfloat16", "width": 1024, "rows": 4096, "compiled": False}
+    assert new == {"device": "NVIDIA H100", **size, "backend": "torch", "run": "gpu.json"}  # 1.9 against 2.0
+
+
 def test_results_of_a_dry_run_do_not_reach_the_page(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     data = measured(0.9, 1.0, 0.0)
