@@ -56,13 +56,13 @@ class Placement(nn.Module, ABC):
         inner: norms that the placement requires inside the sublayers: "q", "k", "v" (per head, after the projection),
             "heads" (a gain per head on the attention's output), "hidden" (on the feed-forward's hidden features),
             "unit" (matrices of unit length with nGPT's scales).
-        exit_type: a module, built from the config and the width, that turns the last block's stream into one tensor
-            (..., width) before the final norm.
+        exit_type: class of the module that turns the last block's stream into one tensor (..., width) before the final
+            norm; it is built from the config and the width.
     """
 
     final_norm: ClassVar[bool] = True
     inner: ClassVar[frozenset[str]] = frozenset()
-    exit_type: ClassVar[Callable[[NormConfig, int], nn.Module] | None] = None
+    exit_type: ClassVar[type[nn.Module] | None] = None
 
     def __init__(self, config: NormConfig, width: int, position: Position) -> None:
         super().__init__()

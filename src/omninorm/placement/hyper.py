@@ -72,7 +72,8 @@ class Gates(nn.Module):
         wide = streams.float() if streams.dtype in (torch.float16, torch.bfloat16) else streams
         with torch.autocast(streams.device.type, enabled=False):
             logits = functional.linear(rms_norm(wide.flatten(-2), None, self.eps), self.phi.to(wide.dtype))
-        parts = zip(self.alpha, logits.split(self.sizes, -1), self.bias.split(self.sizes), strict=True)
+        sizes = list(self.sizes)
+        parts = zip(self.alpha, torch.split(logits, sizes, -1), torch.split(self.bias, sizes), strict=True)
         return [alpha * part + bias for alpha, part, bias in parts]
 
     def no_weight_decay(self) -> set[str]:
@@ -93,7 +94,8 @@ class GatedSum(nn.Module):
         self.gates = Gates(config, width, (config.streams,))
 
     def forward(self, streams: Tensor) -> Tensor:
-        return weighted_sum(self.gates(streams)[0].sigmoid() + SINKHORN_EPS, streams)
+        (read,) = self.gates(streams)
+        return weighted_sum(read.sigmoid() + SINKHORN_EPS, streams)
 
 
 @final
@@ -115,7 +117,8 @@ class MHC(Streams):
         read, write, mix = self.gates(x)
         branch = F(self.norm(weighted_sum(read.sigmoid() + SINKHORN_EPS, x)))
         write = (2 * write.sigmoid()).to(x.dtype)
-        return mixed(sinkhorn(mix.unflatten(-1, (x.shape[-2], -1))), x) + write.unsqueeze(-1) * branch.unsqueeze(-2)
+        kept = mixed(sinkhorn(mix.reshape(*mix.shape[:-1], x.shape[-2], -1)), x)
+        return kept + write.unsqueeze(-1) * branch.unsqueeze(-2)
 
 
 def mixed(mix: Tensor, streams: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ class GatedRead(nn.Module):
     def read(self, normed: Tensor) -> Tensor:
         """x̃ (..., n, width) → (..., width)."""
         low = functional.silu(functional.linear(normed.flatten(-2), self.down) / normed.shape[-2])
-        gate = functional.linear(low, self.up).sigmoid().unflatten(-1, normed.shape[-2:])
+        gate = functional.linear(low, self.up).sigmoid().reshape(normed.shape)
         return (gate * normed).mean(-2)
 
     def forward(self, streams: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class DepthAttention(nn.Module):
 
     def forward(self, stream: tuple[Tensor, ...]) -> Tensor:
         values = torch.stack(stream, -2)
-        logits = (self.key_norm(values) * self.query.to(values.dtype)).sum(-1)
+        logits: Tensor = (self.key_norm(values) * self.query.to(values.dtype)).sum(-1)
         weights = logits.float().softmax(-1).to(values.dtype) if values.element_size() < 4 else logits.softmax(-1)
         return (weights.unsqueeze(-1) * values).sum(-2)
 

@@ -108,9 +108,10 @@ class Thinker(nn.Module):
         return tie
 
     def _logits(self, x: Tensor) -> Tensor:
+        weight = self.embedding.weight
         if self.logit_scale is None:
-            return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
-        y = F.linear(x, unit(self.embedding.weight, self.config.norm.norm_eps)) if self.head is None else self.head(x)
+            return F.linear(x, weight) if self.head is None else self.head(x)
+        y: Tensor = F.linear(x, unit(weight, self.config.norm.norm_eps)) if self.head is None else self.head(x)
         return y * self.logit_scale().to(y.dtype)
 
     def _check(self, tokens: Tensor, cache: KVCache | None) -> None:
