@@ -118,7 +118,8 @@ class MHC(Streams):
         branch = F(self.norm(weighted_sum(read.sigmoid() + SINKHORN_EPS, x)))
         write = (2 * write.sigmoid()).to(x.dtype)
         kept = mixed(sinkhorn(mix.reshape(*mix.shape[:-1], x.shape[-2], -1)), x)
-        return kept + write.unsqueeze(-1) * branch.unsqueeze(-2)
+        y: Tensor = kept + write.unsqueeze(-1) * branch.unsqueeze(-2)
+        return y
 
 
 def mixed(mix: Tensor, streams: Tensor) -> Tensor:

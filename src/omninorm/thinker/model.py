@@ -111,8 +111,9 @@ class Thinker(nn.Module):
         weight = self.embedding.weight
         if self.logit_scale is None:
             return F.linear(x, weight) if self.head is None else self.head(x)
-        y: Tensor = F.linear(x, unit(weight, self.config.norm.norm_eps)) if self.head is None else self.head(x)
-        return y * self.logit_scale().to(y.dtype)
+        y = F.linear(x, unit(weight, self.config.norm.norm_eps)) if self.head is None else self.head(x)
+        logits: Tensor = y * self.logit_scale().to(y.dtype)
+        return logits
 
     def _check(self, tokens: Tensor, cache: KVCache | None) -> None:
         if not isinstance(tokens, Tensor):
