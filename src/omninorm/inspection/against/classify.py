@@ -188,7 +188,7 @@ def row_order(a: Tensor, b: Tensor) -> tuple[int, ...] | None:
     columns = min(a.shape[1], 1 << 9)
     ours, theirs = (torch.nn.functional.normalize(each[:, :columns].float(), dim=1) for each in (a, b))
     best, found = (ours @ theirs.T).max(1)
-    if float(best.median()) < _RELATED or len(found.unique()) < len(found):
+    if float(best.median()) < _RELATED or len(set(found.tolist())) < len(found):
         return None
     return tuple(found.tolist())
 

@@ -42,7 +42,9 @@ def open_module(module: nn.Module) -> Checkpoint:
         InputError: the module has no tensors.
     """
     label = Path(type(module).__name__)
-    tensors = [_describe(label, name, value.detach()) for name, value in module.state_dict().items() if _plain(value)]
+    tensors: list[StoredTensor] = [
+        _describe(label, name, value.detach()) for name, value in module.state_dict().items() if _plain(value)
+    ]
     if not tensors:
         raise InputError("The module must have parameters", type(module).__name__, "pass the whole model")
     return Checkpoint(label, "module", tensors, _settings(module))

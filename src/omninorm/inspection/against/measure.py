@@ -69,6 +69,13 @@ class _Sums:
         self.n = 0
         self.a = self.b = self.aa = self.bb = self.ab = self.dd = 0.0
 
+    def add_equal(self, values: Tensor) -> None:
+        """Add values that both parts have."""
+        total, squares = float(values.sum(dtype=torch.float64)), float(values.double().square().sum())
+        self.n += values.numel()
+        self.a, self.b = self.a + total, self.b + total
+        self.aa, self.bb, self.ab = self.aa + squares, self.bb + squares, self.ab + squares
+
     def add(self, a: Tensor, b: Tensor) -> None:
         a, b = a.double().flatten(), b.double().flatten()
         difference = b - a
@@ -100,9 +107,11 @@ def measure_pair(a: Part, b: Part) -> PairStats:
         left, right = left + a.offset, right + b.offset
         ends.add(left, right)
         left, right = _without_bad(left, right, stats)
-        if not torch.equal(left, right):
-            stats.equal = False
-            _compare(left, right, a, b, stats)
+        if torch.equal(left, right):
+            sums.add_equal(left)
+            continue
+        stats.equal = False
+        _compare(left, right, a, b, stats)
         sums.add(left, right)
     ends.finish(stats)
     _finish(stats, sums, a, b)
