@@ -151,7 +151,7 @@ def _quantized_outcome(stats: PairStats, dtypes: list[str]) -> tuple[str, float 
     if stats.error <= limit and not stats.odd_rows:
         return "quantization", None
     if stats.scaled_error <= limit and stats.scaled_error < 0.5 * stats.error and min(map(precision, dtypes)) > 2:
-        return "scale", stats.scale
+        return "scale", float(f"{stats.scale:.2g}")
     if (stats.correlation or 0.0) < _RELATED:
         return "values", None
     return ("rows", float(stats.odd_rows)) if stats.odd_rows else ("precision", stats.error)

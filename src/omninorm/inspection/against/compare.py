@@ -115,7 +115,7 @@ def compare_weights(a: Source, b: Source, progress: Progress | None = None) -> C
     opened = _open(a), _open(b)
     sides = conventions(*opened)
     names = _common_names(*opened)
-    prepared = [_parts(each, side, known) for each, side, known in zip(opened, sides, names, strict=True)]
+    prepared = [_parts(*each) for each in zip(("A", "B"), opened, sides, names, strict=True)]
     matches = match(prepared[0][0], prepared[1][0])
     if not matches.pairs:
         remedy = "check that both belong to the same model"
@@ -163,7 +163,9 @@ def _gguf_table(checkpoint: Checkpoint) -> GgufName | None:
     return gguf.get_tensor_name_map(found, min(max(blocks) + 1, len(checkpoint.tensors))).get_name
 
 
-def _parts(checkpoint: Checkpoint, side: Convention, names: Mapping[str, str]) -> tuple[Parts, list[NotCompared]]:
+def _parts(
+    where: str, checkpoint: Checkpoint, side: Convention, names: Mapping[str, str]
+) -> tuple[Parts, list[NotCompared]]:
     """Return the comparable tensors by their common names, and the others."""
     with_bias = {each.name.rpartition(".")[0] for each in checkpoint.tensors if each.name.endswith((".bias", ".beta"))}
     transposed = _conv1d(checkpoint.tensors)
@@ -177,7 +179,6 @@ def _parts(checkpoint: Checkpoint, side: Convention, names: Mapping[str, str]) -
         offset = side.offset(tensor.name, tensor.name.rpartition(".")[0] in with_bias)
         turned = tensor.name in transposed
         parts[key] = Part(key, tensor, offset=offset, transposed=True) if turned else whole(key, tensor, offset)
-    where = "module" if checkpoint.format == "module" else checkpoint.path.name
     return parts, [NotCompared(where, role, count, reason) for (role, reason), count in skipped.items()]
 
 

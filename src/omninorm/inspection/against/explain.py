@@ -9,7 +9,7 @@ from typing import Any
 
 from omninorm.inspection.against.classify import FINE, Result
 from omninorm.inspection.against.convention import Convention
-from omninorm.inspection.against.measure import precision
+from omninorm.inspection.against.measure import is_quantized, precision
 from omninorm.inspection.against.roles import role_of
 from omninorm.inspection.names import place
 from omninorm.inspection.settings import norm_eps, setting
@@ -97,7 +97,8 @@ def _predicate(group: list[Result], outcome: str) -> str:
             exactly = "exactly " if amount == round(amount) else ""
             return f"{are} {exactly}{abs(amount):.4g} {'higher' if amount > 0 else 'lower'} in B"
         case "scale":
-            return f"{are} {amount:.4g} times as large in B"
+            rounded = is_quantized(first.a.tensor.dtype) or is_quantized(first.b.tensor.dtype)
+            return f"{are} {'about ' if rounded else ''}{amount:.4g} times as large in B"
         case "zero":
             assert first.stats is not None
             return f"{are} all zeros in {'B' if first.stats.b_zero else 'A'} only"

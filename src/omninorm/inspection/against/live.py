@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,4 +63,6 @@ def _settings(module: nn.Module) -> Mapping[str, Any]:
     config = getattr(module, "config", None)
     to_dict = getattr(config, "to_dict", None)
     found = to_dict() if callable(to_dict) else config
+    if is_dataclass(config) and not isinstance(config, type):
+        found = {"model": asdict(config)}
     return found if isinstance(found, Mapping) else {}

@@ -101,6 +101,8 @@ def _canonical(name: str, gguf_name: GgufName | None) -> str:
         stem, leaf = _split(short)
         return f"{_OUTSIDE.get(stem, stem)}{leaf}"
     inside, leaf = _inside(short, where.layer)
+    if not leaf and ".experts." in f".{inside}":  # a stack, whose parameters are named after their layers
+        inside, leaf = (inside[:-5], ".bias") if inside.endswith("_bias") else (inside, ".weight")
     role = _expert(inside, where.block, leaf) or _from_table(inside, where.block, leaf, gguf_name)
     return role or next((f"blk.{where.block}.{each}{leaf}" for each in _roles(inside)), short)
 
