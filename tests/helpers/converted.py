@@ -146,6 +146,35 @@ def _stored(family: str, name: str, value: Tensor) -> Tensor:
     return value.T if conv1d else value
 
 
+_PLAIN = {
+    "around_attention.norm": "input_layernorm", "around_feed_forward.norm": "post_attention_layernorm",
+    "attention.out": "self_attn.o_proj", "attention.q.": "self_attn.q_proj.", "attention.k.": "self_attn.k_proj.",
+    "attention.v.": "self_attn.v_proj.", "feed_forward.gate": "mlp.gate_proj", "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj", "blocks.": "model.layers.", "final_norm.norm": "model.norm",
+    "embedding.": "model.embed_tokens.", "head.": "lm_head.",
+}  # fmt: skip
+
+
+def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a Thinker's tensors under the names that transformers gives them."""
+    found = {}
+    for name, value in state.items():
+        for ours, theirs in _PLAIN.items():
+            name = name.replace(ours, theirs)
+        found[name] = value
+    return found
+
+
+def thinker_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of transformers under the names that a Thinker gives them."""
+    found = {}
+    for name, value in tensors.items():
+        for ours, theirs in _PLAIN.items():
+            name = name.replace(theirs, ours)
+        found[name] = value
+    return found
+
+
 def interleaved(rows: Tensor, heads: int) -> Tensor:
     """Store the two halves of every head alternately, as llama.cpp does for Llama's queries and keys."""
     count, width = rows.shape

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import llama_tensors
-from helpers.converted import random_model, write_folder, write_gguf
+from helpers.converted import random_model, thinker_names, write_folder, write_gguf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -120,10 +120,10 @@ def test_stacked_experts_are_compared_with_single_ones(tmp_path: Path, transpose
     stacked, single = {}, {}
     for block in range(2):
         layer = f"model.layers.{block}.mlp."
-        gates, downs = torch.randn(4, 2 * 24, 16), torch.randn(4, 16, 24)
+        gates, downs = torch.randn(4, 2 * 40, 32), torch.randn(4, 32, 40)
         stacked[f"{layer}experts.gate_up_proj"] = gates.transpose(1, 2) if transposed else gates
         stacked[f"{layer}experts.down_proj"] = downs.transpose(1, 2) if transposed else downs
-        stacked[f"{layer}gate.weight"] = single[f"{layer}gate.weight"] = torch.randn(4, 16)
+        stacked[f"{layer}gate.weight"] = single[f"{layer}gate.weight"] = torch.randn(4, 32)
         for expert in range(4):
             for name, value in zip(("gate", "up", "down"), (*gates[expert].chunk(2), downs[expert]), strict=True):
                 single[f"{layer}experts.{expert}.{name}_proj.weight"] = value
@@ -138,14 +138,8 @@ def test_stacked_experts_are_compared_with_single_ones(tmp_path: Path, transpose
 def test_omninorm_model_is_compared_with_gguf(tmp_path: Path) -> None:
     model = random_model("llama")
     path = write_gguf(model, tmp_path / "m.gguf", "llama", sizes={"eps": 1e-6})
-    names = {"self_attn.": "attention.", "mlp.": "feed_forward.", "_proj": "", "model.layers": "blocks", "attention.o.": "attention.out.", "post_attention_layernorm": "around_feed_forward.norm", "input_layernorm": "around_attention.norm", "model.embed_tokens": "embedding", "model.norm": "final_norm.norm", "lm_head": "head"}  # fmt: skip
-    tensors = {}
-    for name, value in model.state_dict().items():
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
-        tensors[name] = value
     ours = Thinker(ThinkerConfig(vocab_size=120, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=96, feed_forward="swiglu", max_seq_len=32, tied_head=False))  # fmt: skip
-    ours.load_state_dict({name: value.detach() for name, value in tensors.items()}, strict=False)
+    ours.load_state_dict(thinker_names(model.state_dict()), strict=False)
     found = compare_weights(ours, path)
     assert found.differences == []
     assert len(found.results) == len(list(model.parameters()))

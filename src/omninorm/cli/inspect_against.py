@@ -47,9 +47,9 @@ def _show(screen: Console, result: Comparison, top: int) -> None:
     screen.print()
     ways = ", ".join(f"{count} {way}" for way, count in result.matched().items())
     screen.print(_line(f"Matched: {ways}."))
-    for each in result.not_compared:
-        times = f"{each.count} × " if each.count > 1 else ""
-        screen.print(_line(f"Not compared in {each.where}: {times}{each.role}, because {each.reason}."))
+    for skipped in result.not_compared:
+        times = f"{skipped.count} × " if skipped.count > 1 else ""
+        screen.print(_line(f"Not compared in {skipped.where}: {times}{skipped.role}, because {skipped.reason}."))
 
 
 def _show_errors(screen: Console, result: Comparison) -> None:
