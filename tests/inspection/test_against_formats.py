@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import llama_tensors
-from helpers.converted import random_model, thinker_names, write_folder, write_gguf
+from helpers.converted import random_model, thinker_names, write_folder, write_gguf, write_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -230,3 +230,55 @@ def test_nothing_in_common_is_refused(tmp_path: Path) -> None:
         compare_weights(nn.ReLU(), b)
     with pytest.raises(RunError, match="No such file or folder"):
         compare_weights(a, tmp_path / "none")
+
+
+def test_stack_of_experts_quantized_by_mlx_is_read(tmp_path: Path) -> None:
+    """Its scales are as narrow as a convolution's kernel."""
+    weight = torch.randn(3, 40, 256)
+    parts = [quantize_mlx(each, 4, 64) for each in weight]
+    stem = "model.layers.0.mlp.switch_mlp.up_proj"
+    quantized = dict(zip((f"{stem}.weight", f"{stem}.scales", f"{stem}.biases"), map(torch.stack, zip(*parts, strict=True)), strict=True))  # fmt: skip
+    single = {f"model.layers.0.mlp.experts.{expert}.up_proj.weight": weight[expert] for expert in range(3)}
+    found = compare_weights(folder(tmp_path / "a", single), folder(tmp_path / "b", quantized))
+    assert (found.differences, [each.outcome for each in found.results]) == ([], ["quantization"] * 3)
+
+
+def test_float8_rounding_does_not_matter_and_scaled_float8_is_not_compared(tmp_path: Path) -> None:
+    tensors = {"layers.0.up_proj.weight": torch.randn(64, 64), "layers.0.down_proj.weight": torch.randn(64, 64)}
+    rounded = {name: value.to(torch.float8_e4m3fn) for name, value in tensors.items()}
+    a = folder(tmp_path / "a", tensors)
+    found = compare_weights(a, folder(tmp_path / "b", rounded))
+    assert (found.differences, {each.outcome for each in found.results}) == ([], {"quantization"})
+    scaled = {**rounded, "layers.0.up_proj.weight_scale_inv": torch.ones(1, 1)}
+    found = compare_weights(a, folder(tmp_path / "c", scaled))
+    assert not found.matters
+    assert {(each.where, each.role) for each in found.not_compared} >= {("B", "layers.*.up_proj.weight")}
+
+
+def test_heads_that_llama_cpp_reorders_are_not_compared(tmp_path: Path) -> None:
+    """Columns in another order are not searched for, so the values only seem to differ."""
+    tensors = {"blk.0.ssm_out.weight": torch.randn(24, 32), "blk.0.ffn_up.weight": torch.randn(24, 32)}
+    sizes = {"n_layers": 1, "width": 32, "heads": 2, "kv_heads": 2, "eps": 1e-6}
+    a = write_tensors(tmp_path / "a.gguf", "qwen3next", tensors, sizes)
+    changed = {name: value.roll(8, 1) for name, value in tensors.items()}
+    found = compare_weights(a, write_tensors(tmp_path / "b.gguf", "qwen3next", changed, sizes))
+    assert [each.tensors for each in found.differences] == [("blk.0.ffn_up.weight",)]
+    assert ("blk.*.ssm_out.weight", "llama.cpp reorders its heads") in {
+        (each.role, each.reason) for each in found.not_compared
+    }
+
+
+def test_matrices_quantized_by_gptq_are_not_compared(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.self_attn.q_proj.weight": torch.randn(32, 32),
+        "model.layers.0.input_layernorm.weight": torch.randn(32),
+    }
+    packed = {
+        "model.layers.0.self_attn.q_proj.qweight": torch.ones(4, 32, dtype=torch.int32),
+        "model.layers.0.input_layernorm.weight": tensors["model.layers.0.input_layernorm.weight"],
+    }
+    found = compare_weights(folder(tmp_path / "a", tensors), folder(tmp_path / "b", packed))
+    assert not found.differences
+    assert {(each.where, each.reason) for each in found.not_compared} >= {
+        ("A", "no rule matches it with a tensor of the other"), ("B", "it is stored as I32"),
+    }  # fmt: skip

@@ -45,8 +45,8 @@ def _show(screen: Console, result: Comparison, top: int) -> None:
         screen.print(f"\n… and {count - top} more: pass --top {count} to show them, or --json for all measurements")
     _show_errors(screen, result)
     screen.print()
-    ways = ", ".join(f"{count} {way}" for way, count in result.matched().items())
-    screen.print(_line(f"Matched: {ways}."))
+    ways = "; ".join(f"{way}: {count}" for way, count in result.matched().items())
+    screen.print(_line(f"How the {len(result.results)} pairs were matched: {ways}."))
     for skipped in result.not_compared:
         times = f"{skipped.count} × " if skipped.count > 1 else ""
         screen.print(_line(f"Not compared in {skipped.where}: {times}{skipped.role}, because {skipped.reason}."))

@@ -68,4 +68,5 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     nested = [config, config.get("text_config"), config.get("model")]
     model = config.get("model")
     nested.append(model.get("norm") if isinstance(model, Mapping) else None)
+    nested += [part.get("rope_parameters") for part in nested[:2] if isinstance(part, Mapping)]
     return [part for part in nested if isinstance(part, Mapping)]

@@ -101,7 +101,7 @@ def _layouts(pair: Match, a: Convention, b: Convention) -> Iterator[tuple[Part, 
     if not pair.a.is_vector and pair.a.shape[0] <= _MOST_ROWS:
         order = row_order(pair.a.values(), pair.b.values())
         if order is not None:
-            expected = a.reorders_heads or b.reorders_heads
+            expected = a.reorders(pair.a.key) or b.reorders(pair.a.key)
             yield pair.a, replace(pair.b, order=order), "rows in another order in B", expected
 
 

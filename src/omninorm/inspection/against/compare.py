@@ -6,30 +6,21 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from torch import nn
-
 from omninorm.errors import InputError
-from omninorm.inspection.against.classify import Result, compare_pair
+from omninorm.inspection.against.classify import FINE, Result, compare_pair
 from omninorm.inspection.against.convention import Convention, conventions
 from omninorm.inspection.against.explain import Difference, explain, settings_differences
-from omninorm.inspection.against.live import open_module
-from omninorm.inspection.against.match import Match, Parts, match
-from omninorm.inspection.against.missing import NotCompared, only_in_one
-from omninorm.inspection.against.mlx import unpacked
-from omninorm.inspection.against.parts import Part, whole
-from omninorm.inspection.against.roles import GgufName, canonical_names, role_of
+from omninorm.inspection.against.match import Match, match
+from omninorm.inspection.against.missing import only_in_one
+from omninorm.inspection.against.prepare import NotCompared, Source, open_source, prepare
+from omninorm.inspection.against.roles import role_of
 from omninorm.inspection.against.swapped import find_moved
-from omninorm.inspection.locate import open_checkpoint
-from omninorm.inspection.names import place
-from omninorm.inspection.settings import model_types, norm_eps
-from omninorm.inspection.tensors import Checkpoint, StoredTensor
+from omninorm.inspection.settings import norm_eps
 
 Progress = Callable[[int, int, str], None]
-Source = str | Path | nn.Module
 
 
 @dataclass(frozen=True)
@@ -69,6 +60,7 @@ class Comparison:
     def matched(self) -> dict[str, int]:
         """Return the number of pairs by the way in which they were matched, and by the order of their rows."""
         ways = Counter(each.how for each in self.results)
+        ways.update(f"gains with {name}'s 1 added" for each in self.results if (name := _shifted(each)))
         ways.update(each.layout for each in self.results if each.layout and each.expected_layout)
         return dict(ways.most_common())
 
@@ -112,92 +104,26 @@ def compare_weights(a: Source, b: Source, progress: Progress | None = None) -> C
         RunError: there is nothing to compare, a pickle, or damaged files.
         MissingExtraError: the package that reads a format is not installed.
     """
-    opened = _open(a), _open(b)
+    opened = open_source(a), open_source(b)
     sides = conventions(*opened)
-    names = _common_names(*opened)
-    prepared = [_parts(*each) for each in zip(("A", "B"), opened, sides, names, strict=True)]
-    matches = match(prepared[0][0], prepared[1][0])
+    prepared = prepare(opened, sides)
+    matches = match(prepared[0].parts, prepared[1].parts)
     if not matches.pairs:
         remedy = "check that both belong to the same model"
         raise InputError(f"{opened[0].path} and {opened[1].path} have no tensor in common", "", remedy)
-    results = _measure_all(matches.pairs, sides, progress or (lambda done, total, name: None))
-    lost, skipped = only_in_one(matches.only_a, matches.only_b, names[0], names[1])
+    measured = _measure_all(matches.pairs, sides, progress or (lambda done, total, name: None))
+    results = [each for each in measured if not _is_reordered(each, sides)]
+    lost, skipped = only_in_one(matches.only_a, matches.only_b, *prepared)
     differences = [
         *settings_differences(sides[0].config, sides[1].config),
         *explain(results, find_moved(results), *sides),
         *_longer(matches.pairs),
         *lost,
     ]
-    not_compared = [*_no_eps(sides), *prepared[0][1], *prepared[1][1], *skipped]
+    not_compared = [*_no_eps(sides), *prepared[0].skipped, *prepared[1].skipped, *skipped, *_reordered(measured, sides)]
     differences.sort(key=lambda each: not each.matters)
     formats = (sides[0].format, sides[1].format)
     return Comparison(str(opened[0].path), str(opened[1].path), formats, differences, results, not_compared)
-
-
-def _open(source: Source) -> Checkpoint:
-    checkpoint = open_module(source) if isinstance(source, nn.Module) else open_checkpoint(source)
-    checkpoint.tensors = unpacked(checkpoint.tensors, checkpoint.config)
-    return checkpoint
-
-
-def _common_names(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the common name of each tensor of both; names that both have stay as they are."""
-    tables = [_gguf_table(each) for each in (a, b)]
-    table = tables[0] or tables[1]
-    names = [[tensor.name for tensor in each.tensors] for each in (a, b)]
-    common = [canonical_names(each, table) for each in names]
-    return common[0], common[1]
-
-
-def _gguf_table(checkpoint: Checkpoint) -> GgufName | None:
-    """Return llama.cpp's table of names for the architecture of a GGUF file."""
-    if checkpoint.format != "gguf":
-        return None
-    import gguf
-
-    name = next(iter(model_types(checkpoint.config)), "")
-    found = next((arch for arch, each in gguf.MODEL_ARCH_NAMES.items() if each == name), None)
-    blocks = [block for each in checkpoint.tensors if (block := place(each.name, ()).block) is not None]
-    if found is None or not blocks:
-        return None
-    return gguf.get_tensor_name_map(found, min(max(blocks) + 1, len(checkpoint.tensors))).get_name
-
-
-def _parts(
-    where: str, checkpoint: Checkpoint, side: Convention, names: Mapping[str, str]
-) -> tuple[Parts, list[NotCompared]]:
-    """Return the comparable tensors by their common names, and the others."""
-    with_bias = {each.name.rpartition(".")[0] for each in checkpoint.tensors if each.name.endswith((".bias", ".beta"))}
-    transposed = _conv1d(checkpoint.tensors)
-    parts: Parts = {}
-    skipped: Counter[tuple[str, str]] = Counter()
-    for tensor in checkpoint.tensors:
-        key, reason = names[tensor.name], _reason(tensor)
-        if reason is not None:
-            skipped[role_of(key), reason] += 1
-            continue
-        offset = side.offset(tensor.name, tensor.name.rpartition(".")[0] in with_bias)
-        turned = tensor.name in transposed
-        parts[key] = Part(key, tensor, offset=offset, transposed=True) if turned else whole(key, tensor, offset)
-    return parts, [NotCompared(where, role, count, reason) for (role, reason), count in skipped.items()]
-
-
-def _reason(tensor: StoredTensor) -> str | None:
-    """Return why a tensor cannot be compared; None if it can."""
-    if place(tensor.name, tensor.shape).kind == "buffer":
-        return "it is a buffer, not a weight"
-    if not tensor.measurable:
-        return f"it is stored as {tensor.dtype}"
-    return "it is empty" if not tensor.numel else None
-
-
-def _conv1d(tensors: Sequence[StoredTensor]) -> set[str]:
-    """Return the matrices that GPT-2's Conv1D stores as [in, out]; its fused qkv shows by its shape that it is one."""
-    fused = [each for each in tensors if each.name.endswith("attn.c_attn.weight") and len(each.shape) == 2]
-    if not fused or any(each.shape[1] != 3 * each.shape[0] for each in fused):
-        return set()
-    endings = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
-    return {each.name for each in tensors if each.name.endswith(endings) and len(each.shape) == 2}
 
 
 def _measure_all(pairs: Sequence[Match], sides: tuple[Convention, Convention], progress: Progress) -> list[Result]:
@@ -209,6 +135,16 @@ def _measure_all(pairs: Sequence[Match], sides: tuple[Convention, Convention], p
         done += pair.a.shape[0] * pair.a.shape[1]
     progress(total, total, "")
     return results
+
+
+def _is_reordered(result: Result, sides: Sequence[Convention]) -> bool:
+    """Return whether values differ, where a format is known to reorder heads in a way that is not undone here."""
+    return result.outcome not in FINE and any(side.reorders(result.a.key) for side in sides)
+
+
+def _reordered(results: Sequence[Result], sides: Sequence[Convention]) -> list[NotCompared]:
+    roles = Counter(role_of(each.a.key) for each in results if _is_reordered(each, sides))
+    return [NotCompared("both", role, count, "llama.cpp reorders its heads") for role, count in roles.items()]
 
 
 def _longer(pairs: Sequence[Match]) -> list[Difference]:
@@ -228,6 +164,12 @@ def _no_eps(sides: Sequence[Convention]) -> list[NotCompared]:
     missing = [name for name, side in zip("AB", sides, strict=True) if norm_eps(side.config) is None]
     where = "both" if len(missing) == 2 else "".join(missing)
     return [NotCompared(where, "the norms' ε", 1, "the settings do not contain it")] if missing else []
+
+
+def _shifted(result: Result) -> str | None:
+    """Return the checkpoint that stores this gain without the 1 that its model adds, if only one does."""
+    offsets = result.a.offset, result.b.offset
+    return None if offsets[0] == offsets[1] else "A" if offsets[0] else "B"
 
 
 def _error_row(role: str, dtypes: Sequence[str], group: Sequence[Result]) -> dict[str, Any]:

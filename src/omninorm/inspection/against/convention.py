@@ -20,8 +20,9 @@ _FAMILY_OF = {
 _MLX_ADDS_ONE = ("qwen3_next", "qwen3_5")
 _INTERLEAVED = ("llama",)
 _AS_THEY_ARE = re.compile(r"qwen|gemma|phi|gpt2|gptneox|olmo|stablelm|falcon|starcoder|bert")
-# llama.cpp reorders the heads of their linear attention.
-_REORDERED = ("qwen3next", "qwen35", "qwen35moe")
+# llama.cpp reorders the heads of their linear attention, or the rows of their fused qkv.
+_REORDERED = ("qwen3next", "qwen35", "qwen35moe", "gptneox", "bloom", "falcon", "mpt")
+_REORDERED_ROLES = re.compile(r"\.(attn_qkv|attn_gate|ssm_\w+)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Convention:
             return True
         return False if _AS_THEY_ARE.match(self.architecture) else None
 
-    @property
-    def reorders_heads(self) -> bool:
-        """Whether llama.cpp reorders rows of this architecture in other ways, too."""
-        return self.format == "gguf" and self.architecture in _REORDERED
+    def reorders(self, key: str) -> bool:
+        """Return whether llama.cpp reorders rows or columns of this tensor in ways that are not undone here."""
+        known = self.format == "gguf" and self.architecture in _REORDERED
+        return known and _REORDERED_ROLES.search(key) is not None
 
     def offset(self, name: str, has_bias: bool) -> float:
         """Return what the model adds to a stored gain."""

@@ -224,7 +224,9 @@ def settings_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator
         (("num_attention_heads", "n_head", "n_heads"), "The number of heads"),
         (("num_key_value_heads", "n_kv_heads"), "The number of key/value heads"),
     ):
-        yield from _setting(keys[0], label, setting(a, *keys), setting(b, *keys))
+        values = setting(a, *keys), setting(b, *keys)
+        if keys[0] != "num_key_value_heads" or 1.0 not in values:  # llama.cpp writes 1 for multi-head latent attention
+            yield from _setting(keys[0], label, *values)
 
 
 def _setting(kind: str, label: str, a: float | None, b: float | None) -> Iterator[Difference]:

@@ -58,7 +58,9 @@ def is_quantized(dtype: str) -> bool:
 
 
 def precision(dtype: str) -> int:
-    """Return the bits of a quantized value: 4 for Q4_K, MLX4, IQ4_XS or MXFP4."""
+    """Return the bits of a quantized value: 4 for Q4_K, MLX4, IQ4_XS, MXFP4, and float8, which rounds as coarsely."""
+    if dtype.startswith("F8"):
+        return 4
     return max(1, min(bits(dtype), 8))
 
 

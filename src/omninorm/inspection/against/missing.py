@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator
 
 from omninorm.inspection.against.explain import Difference
 from omninorm.inspection.against.match import Parts
 from omninorm.inspection.against.parts import Part
+from omninorm.inspection.against.prepare import NotCompared, Prepared
 from omninorm.inspection.against.roles import role_of
 from omninorm.inspection.names import place
 
@@ -18,51 +17,29 @@ _TOWER = re.compile(r"vision|visual|audio")
 _PREDICTION = re.compile(r"(^|\.)mtp\.|nextn")
 
 
-@dataclass(frozen=True)
-class NotCompared:
-    """Tensors of one checkpoint that were not compared.
-
-    Args:
-        where: "A", "B" or "both".
-        role: their common name, with "*" for blocks.
-        count: of the tensors.
-        reason: why.
-    """
-
-    where: str
-    role: str
-    count: int
-    reason: str
-
-    def to_record(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def only_in_one(
-    a: Parts, b: Parts, names_a: Iterable[str], names_b: Iterable[str]
-) -> tuple[list[Difference], list[NotCompared]]:
+def only_in_one(a: Parts, b: Parts, all_a: Prepared, all_b: Prepared) -> tuple[list[Difference], list[NotCompared]]:
     """Return what is missing from either checkpoint, and what could not be matched.
 
     Args:
         a, b: unmatched parts.
-        names_a, names_b: all names in either checkpoint.
+        all_a, all_b: the checkpoints.
     """
     differences: list[Difference] = []
     skipped: list[NotCompared] = []
-    for here, there, where, names in ((a, b, "A", list(names_b)), (b, a, "B", list(names_a))):
-        lost, unclear = _divide(here, there, names)
+    for here, there, where, other in ((a, b, "A", all_b), (b, a, "B", all_a)):
+        lost, unclear = _divide(here, there, other)
         differences += _missing(lost, where)
         for (role, reason), count in unclear.items():
             skipped.append(NotCompared(where, role, count, reason))
     return differences, skipped
 
 
-def _divide(here: Parts, there: Parts, names: list[str]) -> tuple[list[Part], dict[tuple[str, str], int]]:
+def _divide(here: Parts, there: Parts, other: Prepared) -> tuple[list[Part], dict[tuple[str, str], int]]:
     """Return the parts that the other checkpoint lacks, and counts of those that may be there in another form."""
     lost: list[Part] = []
     unclear: dict[tuple[str, str], int] = defaultdict(int)
-    rest = {_place_of(key, part) for key, part in there.items()}
-    towers = any(_TOWER.search(name) for name in names)
+    rest = {_place_of(key, part) for key, part in there.items()} | other.unreadable
+    towers = any(_TOWER.search(name) for name in other.names)
     for key, part in here.items():
         if _TOWER.search(part.name) and not towers:
             unclear[role_of(key), "the other has no vision or audio part"] += 1

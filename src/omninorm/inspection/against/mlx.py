@@ -32,9 +32,9 @@ class MLXTensor(StoredTensor):
         return True
 
     def rows(self, start: int, stop: int) -> Tensor:
-        packed = self.packed.rows(start, stop)
+        packed = _rows(self.packed, start, stop)
         numbers = torch.from_numpy(_unpack(packed.contiguous().view(torch.uint8).numpy(), self.bits))
-        scales, biases = (part.rows(start, stop).float().unsqueeze(2) for part in (self.scales, self.biases))
+        scales, biases = (_rows(part, start, stop).float().unsqueeze(2) for part in (self.scales, self.biases))
         groups = numbers.reshape(len(packed), scales.shape[1], -1)
         return (groups * scales + biases).reshape(len(packed), -1)
 
@@ -42,6 +42,15 @@ class MLXTensor(StoredTensor):
         step = max(1, CHUNK // max(self.columns, 1))
         for start in range(0, self.row_count, step):
             yield self.rows(start, min(start + step, self.row_count))
+
+
+def _rows(part: StoredTensor, start: int, stop: int) -> Tensor:
+    """Return rows of the last axis, also of a stack whose last axis is as short as a convolution's kernel."""
+    columns = part.shape[-1]
+    each = part.columns // columns
+    first = start // each
+    found = part.rows(first, -(-stop // each)).reshape(-1, columns)
+    return found[start - first * each : stop - first * each]
 
 
 def _unpack(data: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:

@@ -108,11 +108,6 @@ def _halves_first(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, count // heads // 2, 2, width).transpose(1, 2).reshape(count, width)
 
 
-def whole(key: str, tensor: StoredTensor, offset: float = 0.0) -> Part:
-    """Return a tensor as one part."""
-    return Part(key, tensor, offset=offset)
-
-
 def experts(part: Part, key_of: str) -> list[Part]:
     """Return the parts of a stack of experts, [experts, rows, columns], or of their biases, [experts, rows]."""
     shape = part.tensor.shape

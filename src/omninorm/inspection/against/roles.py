@@ -95,8 +95,10 @@ def _unique(found: dict[str, str]) -> dict[str, str]:
 def _canonical(name: str, gguf_name: GgufName | None) -> str:
     short = _PREFIX.sub("", name)
     where = place(short, ())
-    if _TOWER.search(name) or (name.startswith("blk.") and not _GGUF_EXPERT.match(_inside(name, where.layer)[0])):
-        return name if name.startswith("blk.") else short
+    if name.startswith("blk.") and not _GGUF_EXPERT.match(_inside(name, where.layer)[0]):
+        return name
+    if _TOWER.search(name):
+        return _from_whole_name(name, gguf_name) or short
     if where.layer is None:
         stem, leaf = _split(short)
         return f"{_OUTSIDE.get(stem, stem)}{leaf}"
@@ -130,6 +132,13 @@ def _from_table(inside: str, block: int | None, leaf: str, gguf_name: GgufName |
         return None
     names = (f"{stack}.{block}.{inside}" for stack in ("model.layers", "transformer.h", "gpt_neox.layers"))
     found = next((each for name in names if (each := gguf_name(name)) is not None), None)
+    return f"{found}{leaf}" if found else None
+
+
+def _from_whole_name(name: str, gguf_name: GgufName | None) -> str | None:
+    """Return llama.cpp's name of an encoder's tensor, such as BERT's."""
+    stem, leaf = _split(name)
+    found = gguf_name(stem) or gguf_name(stem.partition(".")[2]) if gguf_name is not None else None
     return f"{found}{leaf}" if found else None
 
 
