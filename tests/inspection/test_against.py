@@ -128,10 +128,16 @@ PLANTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [None, "Q4_0"])
-@pytest.mark.parametrize(
-    ("family", "change", "what", "sentences"), PLANTED, ids=[f"{f}-{w}-{s[0][:40]}" for f, _, w, s in PLANTED]
-)
+# Quantization spreads a NaN over its block, and hides a few changed values.
+CASES = [
+    pytest.param(*case, kind, id=f"{case[0]}-{case[2]}-{case[3][0][:40]}-{kind}")
+    for kind in (None, "Q4_0")
+    for case in PLANTED
+    if kind is None or case[2] not in ("non-finite", "few")
+]
+
+
+@pytest.mark.parametrize(("family", "change", "what", "sentences", "kind"), CASES)
 def test_planted_conversion_error_is_the_only_one_named(
     original: Callable[..., tuple[torch.nn.Module, Path]],
     tmp_path: Path,
@@ -141,8 +147,6 @@ def test_planted_conversion_error_is_the_only_one_named(
     sentences: list[str],
     kind: str | None,
 ) -> None:
-    if kind and what in ("non-finite", "few"):
-        pytest.skip("quantizing hides or spreads it")
     model, folder = original(family)
     found = compare_weights(folder, write_gguf(model, tmp_path / "model.gguf", family, change, kind=kind))
     assert found.matters

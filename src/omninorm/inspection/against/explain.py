@@ -156,8 +156,9 @@ def _cause(result: Result, a: Convention, b: Convention) -> str:
 
 def _exceptions(group: list[Result], everything: list[Result]) -> str:
     """Name what the sentence covers if that is little, or what it does not cover if that is little."""
+    keys = set(_keys(group))
     inside = [each.a.name for each in group]
-    outside = [each.a.name for each in everything if each not in group]
+    outside = [each.a.name for each in everything if each.a.key not in keys]
     if len(everything) == 1 or not outside:
         return ""
     if len(inside) <= _NAMED:
@@ -195,9 +196,10 @@ def _moved(results: Sequence[Result], moved: Mapping[str, str]) -> Iterator[Diff
     """Report swapped tensors, grouped by what was exchanged with what."""
     names = {each.a.key: each.a.name for each in results}
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    position = {key: number for number, key in enumerate(moved)}
     for key, other in moved.items():
         swapped = moved.get(other) == key
-        if swapped and list(moved).index(other) < list(moved).index(key):
+        if swapped and position[other] < position[key]:
             continue
         groups[_exchange(key, other), "are swapped" if swapped else "moved"].append(key)
     for (what, how), keys in groups.items():

@@ -9,7 +9,7 @@ from omninorm.inspection.against.classify import Result, distance
 from omninorm.inspection.against.measure import is_quantized
 
 _CLOSE, _CLOSE_QUANTIZED = 0.02, 0.4
-_MOST = 512  # candidates of the same shape
+_MOST = 256  # candidates of the same shape
 
 
 def find_moved(results: Sequence[Result]) -> dict[str, str]:
