@@ -22,7 +22,7 @@ from torch.jit import _builtins
 class Listener(NamedTuple):
     """Callbacks: `attention(query, key, mask, is_causal, scale)` and `norm(x, node, y)`, also while tracing;
     `softmax(logits, dim)`, `root(x)`, `loss(logits, labels)`, the input of cross entropy, `dropout(p, training)`, and
-    `choice(x, indices)` after topk or argmax, and `gradients(tensors, norms)` after the 2-norms with which PyTorch clips.
+    `choice(x, indices)` after topk or argmax, and `gradients(tensors, norms)` with the 2-norms for clipping.
 
     `node` is the autograd node of x before the call. `norms`: whether `norm` and `root` are called at all; functional
     norms are of interest only in models some of whose blocks contain no norm module.
