@@ -147,7 +147,11 @@ class WriterProbe:
             return
         counts = some_of(self.padding.rows(y.shape[:-1]))
         buffer.batch(self.measure, self, copied_rows(y), counts, arguments=(f"{self.role}_ms",))
-        if hidden is not None and self.role == "feed_forward":
+        if hidden is None or self.role != "feed_forward":
+            return
+        if hidden.is_cpu:  # copies would fill the cache, and with it every batch of other rows
+            self.measure_hidden([self], some_rows(hidden, SILENT_ROWS).unsqueeze(0))
+        else:
             buffer.batch(self.measure_hidden, self, copied_rows(hidden, SILENT_ROWS))
 
     @staticmethod

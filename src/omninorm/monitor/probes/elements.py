@@ -130,7 +130,8 @@ class Views:
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether tensors in host memory are finite; False if they are elsewhere, where reading them would wait."""
-    if not all(tensor.is_cpu and tensor.element_size() > 1 and holds_numbers(tensor) for tensor in tensors):
+    if any(not on_host or dtype.itemsize == 1 for on_host, dtype in {(x.is_cpu, x.dtype) for x in tensors}):
         return False
     # The sum of finite numbers may overflow as well.
-    return math.isfinite(torch.cat(list(tensors)).sum().item())
+    total = torch.cat(list(tensors)).sum()
+    return holds_numbers(total) and math.isfinite(total.item())
