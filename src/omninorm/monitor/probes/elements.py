@@ -132,6 +132,5 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether tensors in host memory are finite; False if they are elsewhere, where reading them would wait."""
     if any(not on_host or dtype.itemsize == 1 for on_host, dtype in {(x.is_cpu, x.dtype) for x in tensors}):
         return False
-    # The sum of finite numbers may overflow as well.
-    total = torch.cat(list(tensors)).sum()
+    total = torch.cat(list(tensors)).sum(dtype=torch.float64)
     return holds_numbers(total) and math.isfinite(total.item())
