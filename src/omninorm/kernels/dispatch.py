@@ -144,7 +144,7 @@ def is_plain_gpu(
     """
     return (
         x.__class__ in PLAIN
-        and (x.is_cuda if _forced is None else _forced == "torch" and (x.is_cuda or x.is_cpu))
+        and (x.is_cuda if _forced is None else _forced == "torch" and (x.is_cuda or (x.is_cpu and x.dtype is torch.float32)))
         and x.dtype in fused.DTYPES
         and (gain is None or (gain.__class__ in PLAIN and gain.dtype is x.dtype))
         and (bias is None or (bias.__class__ in PLAIN and bias.dtype is x.dtype))
@@ -152,9 +152,9 @@ def is_plain_gpu(
         and 0.0 <= eps <= LARGEST
         and gain_offset == 0.0
         and cast == "fp32"
+        and not is_compiling()
         and x.ndim > 0
         and 0 < x.numel() <= fused.MOST_ELEMENTS
-        and not is_compiling()
         and not are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and (not measured.MEASUREMENTS or _forced == "torch" or measured.choose(operator, x).backend == "torch")
@@ -250,7 +250,7 @@ def has_operators(x: Tensor, *others: Tensor | None, operator: str = "rms_norm")
     )
     device = x.device.type
     by_cpp = device == "cpu" and CPU_RUNS and _forced in (None, "cpu")
-    by_triton = device == "cuda" and not gpu.unavailable() and _forced in (None, "triton") and not _fuses(operator, x)
+    by_triton = device == "cuda" and _forced in (None, "triton") and not _fuses(operator, x) and not gpu.unavailable()
     emulated = device == "cpu" and autograd.emulated and _forced == "triton"
     if suits and (by_cpp or by_triton or emulated):
         return True
@@ -294,7 +294,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: f
     if distributed.is_distributed(x):
         return distributed.rms_norm(x, weight, eps, gain_offset, cast, on_rows=rms_norm)  # type: ignore[no-any-return]
     if is_by_torch("rms_norm", x, weight, gain_offset=gain_offset, cast=cast):
-        return fused.rms_norm(x, weight, _eps(eps, x))
+        return fused.rms_norm(x, weight, _eps(eps, x), gain_offset)
     if has_operators(x, weight):
         return operators.rms_norm(x, weight, eps, gain_offset, cast, traced=is_compiling())
     if takes_the_formula():
@@ -308,7 +308,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     if is_by_torch("rms_norm", x, weight, gain_offset=gain_offset, cast=cast):
         total = x + residual
-        return fused.rms_norm(total, weight, _eps(eps, x)), total
+        return fused.rms_norm(total, weight, _eps(eps, x), gain_offset), total
     if has_operators(x, residual, weight):
         return operators.add_rms_norm(x, residual, weight, eps, gain_offset, cast)
     total = x + residual

@@ -97,11 +97,24 @@ def choose(operator: str, x: Tensor, compiled: bool = False) -> Choice:
     """Return the back end for a norm of x, a tensor on a GPU, and why."""
     if not MEASUREMENTS:
         return Choice(DEFAULT, f"no measurement on a GPU yet, so the default {DEFAULT!r}")
-    return _chosen(operator, device_name(x.device), str(x.dtype).removeprefix("torch."), int(x.shape[-1]), compiled)
+    if compiled:
+        choice: Choice = _constant_choice(operator, x.device, x.dtype, int(x.shape[-1]))
+        return choice
+    return _chosen(operator, x.device, x.dtype, x.shape[-1], compiled)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_choice(operator: str, device: torch.device, dtype: torch.dtype, width: int) -> Choice:
+    """Choose outside Dynamo, which would trace the search and ignore its cache."""
+    return _chosen(operator, device, dtype, width, True)
 
 
 @lru_cache(maxsize=4096)
-def _chosen(operator: str, device: str, dtype: str, width: int, compiled: bool) -> Choice:
+def _chosen(operator: str, device: torch.device, dtype: torch.dtype, width: int, compiled: bool) -> Choice:
+    return search(operator, device_name(device), str(dtype).removeprefix("torch."), width, compiled)
+
+
+def search(operator: str, device: str, dtype: str, width: int, compiled: bool) -> Choice:
     """Return the choice of the largest measured width that is not above this one."""
     wanted = operator, dtype, compiled
     fitting = [

@@ -141,7 +141,7 @@ def rounded_mean(rows: Tensor) -> Tensor:
     """Return the mean of each row to within its last place, (rows, 1); exact for a constant row."""
     per_unit = reciprocal_unit(rows, 0.0)
     rows = rows * per_unit
-    first = rows[:, :1]
+    first = rows.narrow(1, 0, 1)
     return (first + mean(rows - first)) / per_unit
 
 
