@@ -63,6 +63,7 @@ def rms_norm(
             raise
     if dispatch.is_plain_gpu("rms_norm", x, weight, None, eps, gain_offset, cast):
         try:
+            eps = operators.MACHINE_EPS[x.dtype] if eps is None else eps
             return fused.RMS_NORM(x, x.shape[-1:], weight, eps)[0]  # type: ignore[no-any-return]
         except REFUSALS:
             check_rms_norm(x, weight, eps, gain_offset, cast)
@@ -106,6 +107,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
             raise
     if dispatch.is_plain_gpu("layer_norm", x, weight, bias, eps):
         try:
+            eps = operators.MACHINE_EPS[x.dtype] if eps is None else eps
             return fused.LAYER_NORM(x, x.shape[-1:], weight, bias, eps)[0]  # type: ignore[no-any-return]
         except REFUSALS:
             check_layer_norm(x, weight, bias, eps)

@@ -26,7 +26,9 @@ def by_torch() -> Iterator[None]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("has_gains", [True, False], ids=["gains", "no gains"])
-def test_results_and_gradients_match_float64(by_torch, shape: tuple[int, ...], dtype: torch.dtype, has_gains: bool) -> None:
+def test_results_and_gradients_match_float64(
+    by_torch, shape: tuple[int, ...], dtype: torch.dtype, has_gains: bool
+) -> None:
     x, dy = spread(*shape, dtype=dtype), torch.randn(shape).to(dtype)
     weight, bias = ((torch.randn(shape[-1]) + 1).to(dtype) if has_gains else None for _ in range(2))
     check_rms_norm(x, weight, dy)

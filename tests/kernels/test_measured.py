@@ -23,7 +23,9 @@ def table(tmp_path: Path, *entries: dict[str, Any]) -> Path:
     return path
 
 
-def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *entries: dict[str, Any], **changes: Any) -> measured.Choice:
+def choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *entries: dict[str, Any], **changes: Any
+) -> measured.Choice:
     monkeypatch.setattr(measured, "MEASUREMENTS", measured.read_table(table(tmp_path, *entries))[1])
     asked = {"operator": "rms_norm", "device": H100, "dtype": "bfloat16", "width": 5000, "compiled": False} | changes
     return measured.search(**asked)

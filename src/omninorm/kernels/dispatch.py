@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 
 from omninorm.config import LARGEST
 from omninorm.errors import ConfigError, InputError
@@ -128,7 +128,7 @@ def is_plain_cpu(x: Any, gain: Any = None, bias: Any = None, eps: Any = None, ga
         and (eps is None or eps.__class__ is float)
         and gain_offset.__class__ is float
         and (_forced is None or _forced == "cpu")
-        and not is_compiling()
+        and not is_dynamo_compiling()
         # only the reference supports function transforms and forward-mode differentiation
         and not are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -144,15 +144,18 @@ def is_plain_gpu(
     """
     return (
         x.__class__ in PLAIN
-        and (x.is_cuda if _forced is None else _forced == "torch" and (x.is_cuda or (x.is_cpu and x.dtype is torch.float32)))
+        and (
+            x.is_cuda
+            if _forced is None
+            else _forced == "torch" and (x.is_cuda or (x.is_cpu and x.dtype is torch.float32))
+        )
         and x.dtype in fused.DTYPES
         and (gain is None or (gain.__class__ in PLAIN and gain.dtype is x.dtype))
         and (bias is None or (bias.__class__ in PLAIN and bias.dtype is x.dtype))
-        and eps.__class__ is float
-        and 0.0 <= eps <= LARGEST
+        and (eps is None or (eps.__class__ is float and 0.0 <= eps <= LARGEST))
         and gain_offset == 0.0
         and cast == "fp32"
-        and not is_compiling()
+        and not is_dynamo_compiling()
         and x.ndim > 0
         and 0 < x.numel() <= fused.MOST_ELEMENTS
         and not are_functorch_transforms_active()
@@ -161,9 +164,7 @@ def is_plain_gpu(
     )
 
 
-def is_by_torch(
-    operator: str, x: Tensor, *gains: Tensor | None, gain_offset: float = 0.0, cast: str = "fp32"
-) -> bool:
+def is_by_torch(operator: str, x: Tensor, *gains: Tensor | None, gain_offset: float = 0.0, cast: str = "fp32") -> bool:
     """Whether PyTorch's operators compute this norm: on GPUs by `measured`, and where `use_backend` requests them.
 
     Raises:
@@ -187,9 +188,7 @@ def _torch_lacks(x: Tensor, *gains: Tensor | None, gain_offset: float, cast: str
     return fused.lacks(x, *gains, gain_offset=gain_offset, cast=cast, traced=is_compiling())
 
 
-def _torch_choice(
-    operator: str, x: Tensor, *gains: Tensor | None, gain_offset: float, cast: str
-) -> tuple[bool, str]:
+def _torch_choice(operator: str, x: Tensor, *gains: Tensor | None, gain_offset: float, cast: str) -> tuple[bool, str]:
     """Return whether the automatic choice for x is PyTorch's operators, and why."""
     if x.is_cpu or x.is_meta:
         return False, f"PyTorch's operators are the choice on GPUs only, and x is on {x.device}"
