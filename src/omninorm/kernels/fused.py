@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from omninorm.kernels import reference
+from omninorm.kernels.constants import constant_in_graphs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # PyTorch's kernels for GPUs compute some offsets with 32 bits.
@@ -79,7 +80,7 @@ def no_derivative(x: Tensor, *gains: Tensor | None) -> bool:
     return required and has_kernel("_fused_rms_norm", kind) and not has_kernel("_fused_rms_norm_backward", kind)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def has_kernel(operator: str, device: str) -> bool:
     """Whether a device has a kernel of one of PyTorch's operators, which is otherwise computed by a formula."""
     return _has_kernel(operator, device)

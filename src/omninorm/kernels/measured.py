@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from omninorm.errors import ConfigError
+from omninorm.kernels.constants import constant_in_graphs
 
 FILE = Path(__file__).parent / "measured.json"
 BACKENDS = ("torch", "triton")
@@ -98,12 +99,11 @@ def choose(operator: str, x: Tensor, compiled: bool = False) -> Choice:
     if not MEASUREMENTS:
         return Choice(DEFAULT, f"no measurement on a GPU yet, so the default {DEFAULT!r}")
     if compiled:
-        choice: Choice = _constant_choice(operator, x.device, x.dtype, int(x.shape[-1]))
-        return choice
+        return _constant_choice(operator, x.device, x.dtype, int(x.shape[-1]))
     return _chosen(operator, x.device, x.dtype, x.shape[-1], compiled)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _constant_choice(operator: str, device: torch.device, dtype: torch.dtype, width: int) -> Choice:
     """Choose outside Dynamo, which would trace the search and ignore its cache."""
     return _chosen(operator, device, dtype, width, True)

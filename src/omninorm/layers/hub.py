@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from omninorm import functional
 from omninorm.errors import ConfigError, MissingExtraError
+from omninorm.kernels.constants import constant_in_graphs
 
 DEVICES = ("cpu", "cuda", "rocm", "mps", "xpu")
 
@@ -39,11 +40,10 @@ class HubRMSNorm(nn.Module):
         return functional.rms_norm(hidden_states, self.weight, float(self.variance_epsilon), cast=cast)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def rounding_order(layer: Any) -> str | None:
     """Return "llama" or "fp32", the `cast` with which omninorm computes what a class does; None for other functions."""
-    order: str | None = _probed(layer)
-    return order
+    return _probed(layer)
 
 
 @cache
