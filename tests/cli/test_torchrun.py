@@ -159,6 +159,34 @@ def test_a_batch_that_cannot_be_divided_is_refused_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+# A process without memory: its first forward pass raises what PyTorch does.
+NO_MEMORY = """
+import os, sys, torch
+from omninorm.cli import main
+from omninorm.thinker import Thinker
+
+def fail(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+if os.environ["RANK"] in sys.argv.pop(1):
+    Thinker.forward = fail
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["01", "1"])
+def test_a_step_that_does_not_fit_leaves_no_folder(tmp_path: Path, ranks: str) -> None:
+    program, run = tmp_path / "program.py", tmp_path / "run"
+    program.write_text(NO_MEMORY)
+    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    arguments = [*together, ranks, "train", *OPTIONS, "--steps", "3", "--out", str(run)]
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "omninorm: A training step must fit in memory, got --batch-size 4, --seq-len 32." in done.stderr
+    assert not run.exists()
+
+
 def test_a_device_that_is_not_here_is_refused_by_one_process_only(tmp_path: Path) -> None:
     if torch.accelerator.is_available():
         pytest.skip("this machine has a GPU")
