@@ -19,8 +19,8 @@ from torch import nn
 
 from omninorm.layers import LayerNorm, RMSNorm
 from omninorm.layers.identify import Identity, identify
-from omninorm.surgery.flow import trace
-from omninorm.surgery.fold import fold, plan_folds, probe, settle_folds, undone_by_errors, untie, untie_head
+from omninorm.surgery.flow import mean_shares
+from omninorm.surgery.fold import Plans, fold, plan_folds, probe, settle_folds, undone_by_errors, untie, untie_head
 from omninorm.surgery.linear import read_linear
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle
@@ -65,7 +65,7 @@ def center_all(before: Probed, model: nn.Module | None, done: Surgery, new_biase
         return
     _fold_biases(before, model, norms, plan_folds(before, done.refused, new_biases), done)
     _center_writers(before, model, {module.normalized_shape[0] for module in norms.values()}, done)
-    shares = trace(made, list(norms), {}, before.probes).mean_share
+    shares = mean_shares(made, list(norms), before.runs)
     replaced = Surgery()
     for name in norms:
         if name in done.refused:
@@ -79,6 +79,7 @@ def center_all(before: Probed, model: nn.Module | None, done: Surgery, new_biase
             _replace(model, name, identity, done)
         done.changed[name] = "LayerNorm → RMSNorm" if replace else "LayerNorm that equals RMSNorm"
     done.error = before.distance()
+    done.proof = before.proof
     if not replace:
         replaced.undo()
     if not done.error <= EXACT:
@@ -92,7 +93,7 @@ def _fold_biases(
     before: Probed,
     model: nn.Module | None,
     norms: dict[str, LayerNorm],
-    plans: dict[str, list[str]],
+    plans: Plans,
     done: Surgery,
 ) -> None:
     """Fold biases, and gains with them: either needs an untied head, so gains cost nothing more."""
@@ -129,7 +130,7 @@ def _center_writers(before: Probed, model: nn.Module | None, widths: set[int], d
         for key in keys:
             name, parameters = candidates[key]
             _center(made, made.get_submodule(name), parameters, trial)
-        return before.distance()
+        return before.distance(before.main)
 
     for group in _by_place(candidates):
         for key in _settle_place(group, attempt):
