@@ -34,7 +34,31 @@ SETTINGS: dict[str, Any] = {
     "lru_width": WIDTH, "attention_window_size": 8, "attention_hidden_size": WIDTH,
 }  # fmt: skip
 # Settings of one class that the common ones do not fit.
-OWN: dict[str, dict[str, Any]] = {}
+_LATENT = {"num_key_value_heads": 4}
+_MIXED = {"layer_types": ["linear_attention", "full_attention"]}
+_STATES = {"layer_types": ["mamba", "attention"]}
+OWN: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT,
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _LATENT,
+    "longcat_flash": _LATENT,
+    "minicpm3": _LATENT,
+    "axk1": _LATENT,
+    "axk2": _LATENT,
+    "qwen3_next": _MIXED,
+    "qwen3_5_text": _MIXED,
+    "qwen3_5_moe_text": _MIXED,
+    "qwen4_exp_text": _MIXED,
+    "granitemoehybrid": _STATES,
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "zaya": {"num_experts_per_tok": 1},
+    "phimoe": {},
+}
 # Model types whose class is not named after an automatic mapping's.
 TOKENS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))
 

@@ -93,10 +93,19 @@ def _chosen(func: Any, args: Any, kwargs: Any) -> tuple[int, bool] | None:
     return (number, keep) if dim in (-1, args[0].ndim - 1) else None
 
 
+def expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that may hold a matrix for each expert: those of three dimensions, but no convolution's."""
+    return {
+        f"{name}.{own}".lstrip("."): value
+        for name, module in model.named_modules()
+        for own, value in module._parameters.items()
+        if value is not None and value.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+    }
+
+
 def expert_counts(model: nn.Module) -> set[int]:
     """Return the numbers that may be a model's number of experts: of tensors for each, or of modules."""
-    tensors = {parameter.shape[0] for parameter in model.parameters() if parameter.ndim == 3}
-    return tensors | {len(module) for module in model.modules() if isinstance(module, nn.ModuleList)} - {1}
+    return {value.shape[0] for value in expert_tensors(model).values()} | {len(module) for module in model.modules() if isinstance(module, nn.ModuleList)} - {1}
 
 
 class Touched(TorchDispatchMode):
@@ -105,8 +114,9 @@ class Touched(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.stacks = set(expert_tensors(model))
         self.read: dict[str, Tensor] = {
-            name: torch.zeros(value.shape[0] if value.ndim == 3 else 1, dtype=torch.bool)
+            name: torch.zeros(value.shape[0] if name in self.stacks else 1, dtype=torch.bool)
             for name, value in self.parameters.items()
         }
         self._by_storage = {storage(value): name for name, value in self.parameters.items() if value.numel()}
@@ -144,8 +154,8 @@ class Touched(TorchDispatchMode):
         return read / max(1, sum(sizes.values()))
 
     def experts(self) -> tuple[int, int]:
-        """Return how many slices of three-dimensional parameters were read, and how many there are."""
-        masks = [mask for name, mask in self.read.items() if self.parameters[name].ndim == 3]
+        """Return how many experts' matrices in shared tensors were read, and how many there are."""
+        masks = [mask for name, mask in self.read.items() if name in self.stacks]
         return sum(int(mask.sum()) for mask in masks), sum(len(mask) for mask in masks)
 
 
