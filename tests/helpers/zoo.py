@@ -43,7 +43,7 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_v32": _LATENT,
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT,
-    "longcat_flash": _LATENT,
+    "longcat_flash": _LATENT | {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2},
     "minicpm3": _LATENT,
     "axk1": _LATENT,
     "axk2": _LATENT,
@@ -57,30 +57,36 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "zaya": {"num_experts_per_tok": 1},
-    "phimoe": {},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "kimi_linear": {"num_experts_per_token": 2, "linear_head_dim": 8, "linear_num_heads": 4, "num_key_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+    "zamba": {"layer_types": ["mamba", "hybrid"]},
+    "zamba2": {"layer_types": ["mamba", "hybrid"]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}},
 }
 # Model types whose class is not named after an automatic mapping's.
 TOKENS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
-def config(kind: str) -> Any:
-    """Return a small configuration of a model type."""
+def config(kind: str, **more: Any) -> Any:
+    """Return a small configuration of a model type, with more settings."""
     import transformers
 
     found = transformers.CONFIG_MAPPING[kind]
     known = set(vars(found())) | set(getattr(found, "attribute_map", {}))
     settings = {name: value for name, value in SETTINGS.items() if name in known} | OWN.get(kind, {})
-    return found(**{name: value for name, value in settings.items() if value is not ...})
+    if "num_experts" in more:  # under every name
+        more |= {name: more["num_experts"] for name in ("num_local_experts", "n_routed_experts") if name in settings}
+    return found(**settings | more)
 
 
-def build(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+def build(kind: str, dtype: torch.dtype = torch.float64, **more: Any) -> nn.Module:
     """Return a model with gains around 1 and biases around 0."""
     import transformers
 
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config(kind)).eval()
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config(kind, **more)).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -88,4 +94,7 @@ def build(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
             parameter.data = (parameter.data.double() + noise).to(parameter.dtype)
         elif float(parameter.detach().abs().max()) < 0.2:  # the usual start of 0.02, or zeros
             parameter.data = noise.to(parameter.dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("tid2eid"):  # a table of experts for tokens, which comes with the weights
+            buffer.copy_(torch.arange(buffer.numel()).view_as(buffer) % 4)
     return model.to(dtype)

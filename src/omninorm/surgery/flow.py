@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from omninorm.surgery.modes import aten, is_view, storage, tensors_in
+from omninorm.surgery.modes import Mode, aten, is_view, storage, tensors_in
 from omninorm.surgery.runs import Run, call
 
 # Operations that move elements and compute nothing.
@@ -77,7 +76,7 @@ class _Marked:
     features: Tensor
 
 
-class _Follow(TorchDispatchMode):
+class _Follow(Mode):
     """Follows marked tensors."""
 
     def __init__(self, model: nn.Module, norms: Sequence[str]) -> None:
@@ -140,6 +139,8 @@ class _Follow(TorchDispatchMode):
             if len(known) == 1 and self._mark_of(args[0]) is known[0]:
                 self._move(func, args, kwargs, result, known[0])
                 return
+        elif packet is aten.cat and self._cat(args, result):
+            return
         elif packet in _PRODUCTS and len(known) == 1 and not (packet is aten.div and args[0] is not known[0].tensor):
             features = known[0].features.expand(result.shape) if isinstance(result, Tensor) else None
             if features is not None:
@@ -164,6 +165,16 @@ class _Follow(TorchDispatchMode):
         results = result if isinstance(result, (tuple, list)) else [result]
         for each, features in zip(results, moved if isinstance(moved, (tuple, list)) else [moved], strict=True):
             self._put(_Marked(each, mark.norm, features))
+
+    def _cat(self, args: Any, result: Tensor) -> bool:
+        """Move the marks of tensors of one norm that are put together, as a cache does; return whether they are."""
+        marks = [self._mark_of(tensor) for tensor in args[0] if tensor.numel()]
+        known = [mark for mark in marks if isinstance(mark, _Marked)]
+        if len(known) < len(marks) or len({mark.norm for mark in known}) != 1:
+            return False
+        features = torch.cat([mark.features for mark in known], *args[1:])
+        self._put(_Marked(result, known[0].norm, features))
+        return True
 
     def _contract(self, func: Any, args: Any, mark: _Marked, used: Any) -> bool:
         """Record the parameter with which a matrix product contracts the marked tensor; return whether there is one."""

@@ -140,7 +140,8 @@ def _why_not(before: Probed, name: str, gain: Gain, reading: Reading, new_biases
     others = [each for norm, found in reading.readers.items() if norm != name for each in found]
     taken = {(each.module, each.own) for each in others}
     if not readers:
-        return "no linear layer consumes its output directly"
+        first = f" ({reading.others[name]})" if name in reading.others else ""
+        return f"no linear layer consumes its output directly{first}"
     if any((each.module, each.own) in taken for each in readers):
         return "a linear layer that consumes its output also consumes another norm's"
     if name in reading.others:
@@ -153,13 +154,13 @@ def _why_not(before: Probed, name: str, gain: Gain, reading: Reading, new_biases
         return f"{readers[0].name} consumes its output in two ways"
     width = _width(model, name, gain)
     if unreached := could_consume(model, before.proof.unreached, width):
-        return f"no run reached {', '.join(unreached[:3])}, which could consume its output: {_MORE_INPUTS}"
+        return f"no run reached {', '.join(unreached[:3])}, which could consume its output: {MORE_INPUTS}"
     if _has_bias(model, name, gain):
         return _why_no_bias(model, readers, new_biases)
     return ""
 
 
-_MORE_INPUTS = "pass inputs=[…] that reach it, or remove it from the model"
+MORE_INPUTS = "pass inputs=[…] that reach it, or remove it from the model"
 
 
 def _why_no_bias(model: nn.Module, readers: Sequence[Reader], new_biases: bool) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omninorm.layers.identify import Identity, identify
+from omninorm.layers import LayerNorm, RMSNorm
 from omninorm.surgery.modes import InDouble
 from omninorm.surgery.runs import Run, call
 
@@ -49,9 +49,8 @@ def find_gains(model: nn.Module, runs: Sequence[Run]) -> dict[str, Gain]:
     found: dict[str, Gain] = {}
     waiting: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        identity = _identity(module)
-        if isinstance(identity, Identity):
-            found[name] = _of(identity)
+        if (ours := _ours(module)) is not None:
+            found[name] = ours
         elif _may_be(module):
             waiting[name] = module
     for name, (args, kwargs) in _calls(model, waiting, runs).items():
@@ -61,16 +60,12 @@ def find_gains(model: nn.Module, runs: Sequence[Run]) -> dict[str, Gain]:
     return {name: found[name] for name, _ in model.named_modules() if name in found}
 
 
-def _identity(module: nn.Module) -> object:
-    """Return the identity of a norm of omninorm's; `shadow` has replaced all others that are supported."""
-    from omninorm.layers import LayerNorm, RMSNorm
-
-    return identify(module) if isinstance(module, (LayerNorm, RMSNorm)) else None
-
-
-def _of(identity: Identity) -> Gain:
-    kind = "LayerNorm" if identity.kind == "layernorm" else "RMSNorm"
-    return Gain(identity.gain, identity.gain_offset, identity.bias, kind)
+def _ours(module: nn.Module) -> Gain | None:
+    """Return the gain of a norm of omninorm's; `shadow` has replaced all others that are supported."""
+    if not isinstance(module, (RMSNorm, LayerNorm)):
+        return None
+    names = [name if module._parameters.get(name) is not None else None for name in ("weight", "bias")]
+    return Gain(names[0], getattr(module, "gain_offset", 0.0), names[1], type(module).__name__)
 
 
 def _may_be(module: nn.Module) -> bool:

@@ -16,7 +16,15 @@ _LOWER = (torch.float32, torch.bfloat16, torch.float16)
 aten = torch.ops.aten
 
 
-class InDouble(TorchDispatchMode):
+class Mode(TorchDispatchMode):
+    """Intercepts operations; not for compiled code, so PyTorch need not keep its compiler out at every one."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class InDouble(Mode):
     """Computes in float64 where a model asks for a narrower dtype, as routers and norms do, and drops nothing out.
 
     Where training would draw a mask, every element is kept and scaled alike.
@@ -41,11 +49,12 @@ def _needs_no_copy(x: Tensor, kwargs: Mapping[str, Any]) -> bool:
     return x.dtype == kwargs.get("dtype") == torch.float64 and not others
 
 
-class EveryExpert(TorchDispatchMode):
+class EveryExpert(Mode):
     """Chooses experts in turn, whatever a router prefers; the scores stay the router's.
 
     Args:
-        counts: numbers of experts; other choices are left alone.
+        counts: numbers of experts. Choices among fewer are left alone, such as those of groups, and choices among more
+            than twice as many; a router may know some more than have weights.
         turn: which experts the first token gets.
 
     Attributes:
@@ -59,7 +68,7 @@ class EveryExpert(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         chosen = _chosen(func, args, kwargs)
-        if chosen is None or args[0].shape[-1] not in self.counts:
+        if chosen is None or not self.counts or not min(self.counts) <= args[0].shape[-1] <= 2 * max(self.counts):
             return func(*args, **kwargs)
         scores, (number, keep) = args[0], chosen
         indices = self._indices(scores, number)
@@ -108,7 +117,7 @@ def expert_counts(model: nn.Module) -> set[int]:
     return {value.shape[0] for value in expert_tensors(model).values()} | {len(module) for module in model.modules() if isinstance(module, nn.ModuleList)} - {1}
 
 
-class Touched(TorchDispatchMode):
+class Touched(Mode):
     """Records which parameters are read by an operation other than a view, experts in one tensor each for itself."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -144,7 +153,8 @@ class Touched(TorchDispatchMode):
         for name, read in self.read.items():
             missing = [str(number) for number in (~read).nonzero().flatten().tolist()]
             if missing:
-                found[name] = "" if len(missing) == len(read) else f"experts {', '.join(missing)}"
+                few = ", ".join(missing[:3]) + (", …" if missing[3:] else "")
+                found[name] = "" if len(missing) == len(read) else f"{len(missing)} of {len(read)} experts ({few})"
         return found
 
     def share(self) -> float:

@@ -57,13 +57,13 @@ class Recorded:
 def record(
     model: nn.Module, probes: Sequence[Any], *, drawn: bool, thorough: bool = True, allow_nan: bool = False
 ) -> Recorded:
-    """Run a model in float64 on probes, in training mode, with short and long inputs and with every expert.
+    """Run a model in float64 on probes, in training mode, with short and long inputs, a cache, and every expert.
 
     Args:
         model: a copy in float64, in evaluation mode.
         probes: what the user passes, or drawn tokens; the model must support them.
         drawn: whether they are tokens that were drawn, so that others can be.
-        thorough: False leaves out short and long inputs.
+        thorough: False leaves out short and long inputs and a cache.
         allow_nan: whether outputs may contain NaN.
 
     Raises:
@@ -72,7 +72,11 @@ def record(
     main = [Run(f"input {number + 1}", probe) for number, probe in enumerate(probes)]
     extra = [Run(f"{run.name} in training mode", run.probe, training=True) for run in main]
     if drawn and thorough:
-        extra += [Run("one token", probes[0][:, :1]), Run("a long input", _long(model, probes[0]))]
+        extra += [
+            Run("one token", probes[0][:, :1]),
+            Run("a long input", _long(model, probes[0])),
+            Run("the next token with a cache", probes[0], cached=True),
+        ]
     done = Recorded([], [], Proof())
     skipped: dict[str, str] = {}
     touched = Touched(model)

@@ -15,8 +15,8 @@ from omninorm.surgery.modes import EveryExpert, InDouble, expert_counts
 
 _DEPTH = 6  # of nested outputs, such as a cache's layers
 _REMEDY = "pass inputs=[…] that it takes: tensors, or dictionaries of keyword arguments"
-# Outputs that operations change by design: what is on the residual stream, before and after its last norm.
-_BY_DESIGN = "hidden_states"
+# Outputs that operations may change by design: what is on the residual stream, and what a model caches for itself.
+_BY_DESIGN = ("hidden_states", "past_key_values", "cache_params")
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Run:
         probe: a tensor, or keyword arguments.
         training: whether the model is in training mode.
         turn: which experts are chosen; None leaves the choice to the routers.
+        cached: whether the last token is passed alone, with the cache of the others.
     """
 
     name: str
     probe: Any
     training: bool = False
     turn: int | None = None
+    cached: bool = False
 
 
 def call(model: nn.Module, run: Run) -> Any:
@@ -50,13 +52,26 @@ def call(model: nn.Module, run: Run) -> Any:
         if run.turn is not None:
             stack.enter_context(EveryExpert(expert_counts(model), run.turn))
         try:
-            return model(**run.probe) if isinstance(run.probe, Mapping) else model(run.probe)
+            return _next_token(model, run.probe) if run.cached else _called(model, run.probe)
         except InputError:
             raise
         except Exception as error:  # whatever the model needs
             said = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
             problem = f"{type(model).__name__} failed on the inputs in float64 ({said})"
             raise InputError(problem, "", _REMEDY) from error
+
+
+def _called(model: nn.Module, probe: Any) -> Any:
+    return model(**probe) if isinstance(probe, Mapping) else model(probe)
+
+
+def _next_token(model: nn.Module, tokens: Tensor) -> Any:
+    """Return the outputs for the last token, given the cache that the model returns for the others."""
+    before = model(tokens[:, :-1], use_cache=True)
+    for name in ("past_key_values", "cache_params"):
+        if getattr(before, name, None) is not None:
+            return model(tokens[:, -1:], use_cache=True, **{name: getattr(before, name)})
+    raise ValueError("it returns no cache")
 
 
 def in_float64(model: nn.Module) -> bool:
@@ -99,7 +114,7 @@ def outputs(model: nn.Module, run: Run) -> dict[str, Tensor]:
 
 def by_design(name: str) -> bool:
     """Return whether operations may change an output of this name."""
-    return _BY_DESIGN in name.split("[")[0]
+    return any(each in name.split("[")[0] for each in _BY_DESIGN)
 
 
 def _tensors(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
