@@ -128,15 +128,16 @@ def _touching_streamed(model: nn.Module, touched: Touched) -> ExitStack:
 
     def called(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            touched.read[name][:] = True
+            for own in ("weight", "bias"):
+                if f"{name}.{own}" in touched.read:
+                    touched.read[f"{name}.{own}"][:] = True
 
         return hook
 
     stack = ExitStack()
     for name, module in model.named_modules():
-        own = f"{name}.weight".lstrip(".")
-        if isinstance(getattr(module, "map", None), LinearMap) and own in touched.read:
-            stack.callback(module.register_forward_pre_hook(called(own)).remove)
+        if isinstance(getattr(module, "map", None), LinearMap):
+            stack.callback(module.register_forward_pre_hook(called(name)).remove)
     return stack
 
 
