@@ -58,10 +58,19 @@ OWN: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "zaya": {"num_experts_per_tok": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
-    "kimi_linear": {"num_experts_per_token": 2, "linear_head_dim": 8, "linear_num_heads": 4, "num_key_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+    "kimi_linear": {
+        "num_experts_per_token": 2,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "num_key_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "zamba": {"layer_types": ["mamba", "hybrid"]},
     "zamba2": {"layer_types": ["mamba", "hybrid"]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
 }
 # Model types whose class is not named after an automatic mapping's.
 TOKENS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))

@@ -219,11 +219,7 @@ def _candidates(module: nn.Module, widths: set[int]) -> Iterator[list[tuple[str,
             yield [("weight", 0), *([] if module.bias is None else [("bias", 0)])]
     else:
         for name, parameter in module._parameters.items():
-            if (
-                parameter is not None
-                and parameter is not weight
-                and parameter.ndim > 1
-            ):
+            if parameter is not None and parameter is not weight and parameter.ndim > 1:
                 first = 1 if parameter.ndim == 3 else parameter.ndim - 1  # experts write along either dimension
                 for dim in range(first, parameter.ndim):
                     if parameter.shape[dim] in widths:

@@ -114,7 +114,9 @@ def expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def expert_counts(model: nn.Module) -> set[int]:
     """Return the numbers that may be a model's number of experts: of tensors for each, or of modules."""
-    return {value.shape[0] for value in expert_tensors(model).values()} | {len(module) for module in model.modules() if isinstance(module, nn.ModuleList)} - {1}
+    return {value.shape[0] for value in expert_tensors(model).values()} | {
+        len(module) for module in model.modules() if isinstance(module, nn.ModuleList)
+    } - {1}
 
 
 class Touched(Mode):

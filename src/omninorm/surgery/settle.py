@@ -26,9 +26,7 @@ class Probed:
         InputError: the model cannot be called with the probes, or returns NaN.
     """
 
-    def __init__(
-        self, model: nn.Module, probes: Sequence[Any], *, drawn: bool = False, thorough: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, probes: Sequence[Any], *, drawn: bool = False, thorough: bool = True) -> None:
         self.model = model
         recorded = record(model, probes, drawn=drawn, thorough=thorough)
         self.runs, self.before = recorded.runs, recorded.outputs
@@ -63,7 +61,9 @@ class Probed:
     def distance_to(self, other: Probed) -> float:
         """Return the same for another model's outputs for the same probes."""
         theirs = dict(zip((run.name for run in other.runs), other.before, strict=True))
-        both = [(mine, theirs[run.name]) for mine, run in zip(self.before, self.runs, strict=True) if run.name in theirs]
+        both = [
+            (mine, theirs[run.name]) for mine, run in zip(self.before, self.runs, strict=True) if run.name in theirs
+        ]
         return max(compare(mine, their)[0] for mine, their in both)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Verification:
     exact: bool
     limit: float
     device: str = "cpu"
-    proof: Proof = Proof()
+    proof: Proof = field(default_factory=Proof)
 
 
 def verify(
