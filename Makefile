@@ -18,12 +18,13 @@ QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tes
     tests/monitor/rules/test_each_rule.py tests/monitor/rules/test_evidence.py tests/monitor/rules/test_layer_rules.py tests/monitor/rules/test_loss_rules.py tests/monitor/rules/test_optimizer_rules.py \
     tests/monitor/rules/test_numbers.py tests/monitor/test_alarms.py tests/report/test_reading.py tests/inspection tests/integration/docs/test_pages.py
 
-.PHONY: help demo bench faults test test-slow test-exhaustive test-all test-triton test-distributed docs links figures lint types dead tidy sanitize quick check
+.PHONY: help demo bench gpu faults test test-slow test-exhaustive test-all test-triton test-distributed docs links figures lint types dead tidy sanitize quick check
 .PHONY: coverage mutants dist wheel-test sbom format clean
 
 help:
 	@echo "make demo    train a deep transformer with four normalizations, then compare norms (about 4 minutes on 2 cores)"
 	@echo "make bench   time the norms on this machine"
+	@echo "make gpu     check and time everything on a GPU in at most 8 minutes; needs only Python, torch and Triton"
 	@echo "make faults  measure the monitor on faulty and healthy runs: up to two hours on 2 cores, and it can be interrupted"
 	@echo "make test    run the tests: at most six minutes on two cores; browser tests are skipped where there is no browser"
 	@echo "make test-all     everything: the tests, slow and exhaustive ones included, and the documentation; about an hour"
@@ -43,6 +44,11 @@ demo: .venv/compare .venv/cpu
 
 bench: .venv/bench .venv/cpu
 	$(BIN)/omninorm bench
+
+# Without an installation, for a machine that is lent for minutes. GPU_OPTIONS: --quick, --peers FOLDER, --parts speed,watch
+gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --json build/gpu.json $(GPU_OPTIONS)
+	@echo "Write the results into docs/gpu.md: $(PYTHON) benchmarks/gpu_page.py build/gpu.json"
 
 # The scoreboard of the monitor, docs/faults.md. It continues with what docs/faults/results.jsonl lacks: delete that file to
 # measure again after a change of the monitor.

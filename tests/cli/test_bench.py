@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from helpers.waiting import wait_until
 
 from omninorm.bench import process
 from omninorm.bench.config import BenchConfig
@@ -95,19 +96,14 @@ def test_a_missing_matplotlib_is_reported_before_measuring(command, tmp_path, mo
 @pytest.mark.slow
 def test_ctrl_c_ends_all_processes_and_leaves_no_files(spawn, tmp_path) -> None:
     running = spawn("bench", *TINY, "--seconds", "600", "--out", tmp_path / "bench")
-    limit = time.monotonic() + 60
-    while not (workers := measuring(running._process.pid)):
-        assert time.monotonic() < limit, "no measuring process was started"
-        time.sleep(0.05)
+    wait_until(lambda: bool(measuring(running._process.pid)))
+    workers = measuring(running._process.pid)
     time.sleep(1)  # until the parent reads from it
     running.signal(signal.SIGINT)
     code, out, err = running.wait()
     assert (code, err) == (130, "")
     assert "Stopped. Nothing was written." in out
-    limit = time.monotonic() + 20
-    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
-        assert time.monotonic() < limit, "a process was left behind"
-        time.sleep(0.05)
+    wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
     assert not (tmp_path / "bench").exists()
 
 

@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+from helpers.waiting import PATIENCE, wait_until
 
 from omninorm.cli import comparing
 from omninorm.cli.compare_tables import duration
@@ -72,7 +72,7 @@ def shell(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(shell(*arguments), capture_output=True, text=True, timeout=180, check=False, cwd=cwd)
+    return subprocess.run(shell(*arguments), capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=cwd)
 
 
 def write_plan(folder: Path, steps: int = 3) -> tuple[str, str]:
@@ -277,7 +277,7 @@ def test_a_cluster_that_can_not_be_reached_is_one_sentence(tmp_path: Path) -> No
     plan, text = write_plan(tmp_path)
     done = subprocess.run(
         shell(plan, "--text", text, "--out", str(tmp_path / "c"), "--engine", "ray"),
-        capture_output=True, text=True, timeout=180, check=False, env={**os.environ, "RAY_ADDRESS": "nowhere"},
+        capture_output=True, text=True, timeout=PATIENCE, check=False, env={**os.environ, "RAY_ADDRESS": "nowhere"},
     )  # fmt: skip
     assert done.returncode == 2
     assert "Cannot connect to Ray" in done.stderr
@@ -311,11 +311,9 @@ def test_ctrl_c_keeps_finished_runs_and_prints_how_to_resume(tmp_path: Path) -> 
     process = subprocess.Popen(
         shell(plan, "--text", text, "--out", str(folder), "--workers", "1"), stdout=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
-    while not list((folder / "cells").glob("*.json")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: bool(list((folder / "cells").glob("*.json"))))
     os.kill(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "Stopped. Resume with:" in out
     assert f"compare --resume {folder}" in out

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.waiting import wait_until
 
 from omninorm.experiments.demo import VARIANTS, demo_plans, prepare
 from omninorm.experiments.runs import open_run
@@ -145,10 +144,3 @@ def test_workers_of_a_killed_demo_save_checkpoints_and_end(spawn, tmp_path, text
     process.signal(signal.SIGKILL)
     wait_until(lambda: any(event["kind"] == "interrupted" for event in read_record(first / RECORD_FILE)))
     assert list((first / "checkpoints").glob("step-*"))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.waiting import PATIENCE
 
 from omninorm.cli import main
 from omninorm.cli.app import COMMANDS as COMMAND_NAMES
@@ -27,7 +28,9 @@ main({arguments!r})
 def _without(blocked: list[str], *arguments: str) -> subprocess.CompletedProcess:
     code = CODE.format(blocked=blocked, arguments=arguments)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, env=environment
+    )
 
 
 def test_without_typer_the_extra_to_install_is_named():
@@ -124,7 +127,7 @@ COMMANDS = [
 
 def test_help_version_and_usage_errors_do_not_import_torch():
     code = LIGHT.format(commands=COMMANDS)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     for name in COMMAND_NAMES:
         assert f"│ {name} " in done.stdout
@@ -132,7 +135,7 @@ def test_help_version_and_usage_errors_do_not_import_torch():
 
 def test_python_m_omninorm_does_not_import_torch_for_the_version():
     call = [sys.executable, "-X", "importtime", "-m", "omninorm", "--version"]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.startswith("omninorm ")
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "omninorm.cli.app" in imported
@@ -163,7 +166,7 @@ try:
 except AttributeError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
     assert "nonsense" in done.stdout
 
@@ -188,7 +191,7 @@ def test_usage_errors_exit_with_2(command, arguments):
 def run_main(*arguments: str, **options) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     call = [sys.executable, "-m", "omninorm", *arguments]
-    return subprocess.run(call, stderr=subprocess.PIPE, text=True, timeout=120, env=environment, **options)
+    return subprocess.run(call, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, env=environment, **options)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from helpers.cli import SENTENCE
 from helpers.cli_process import Process
+from helpers.waiting import wait_until
 
 from omninorm.cli import main
 from omninorm.experiments import list_checkpoints, read_history, read_record
@@ -57,15 +58,8 @@ def straight(text, tmp_path_factory):
     return files, record
 
 
-def _wait_for(condition, running, seconds=60.0) -> bool:
-    """Whether the condition came true while the process was running."""
-    deadline = time.monotonic() + seconds
-    while running():
-        if condition():
-            return True
-        assert time.monotonic() < deadline, "the run did not get there"
-        time.sleep(0.0002)
-    return False
+# Between two looks at a file, in seconds: runs are killed at random moments, some while a file is written.
+PAUSE = 0.0002
 
 
 def _lines(folder: Path) -> int:
@@ -79,7 +73,7 @@ def _lines(folder: Path) -> int:
 def test_an_interrupted_run_resumes_bit_identically(number, code, text, straight, spawn, tmp_path, capsys):
     folder = tmp_path / "a run"
     process = spawn("train", "--text", text, "--out", folder, *OPTIONS, 5)
-    assert _wait_for(lambda: _lines(folder) >= 4, process.running)
+    assert wait_until(lambda: _lines(folder) >= 4, process.running, PAUSE)
     process.signal(signal.SIGSTOP)  # or it might finish before the other process starts
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--resume", str(folder)])
@@ -116,7 +110,7 @@ def test_ctrl_c_on_a_terminal_saves_a_checkpoint(text, straight, spawn, tmp_path
     )
     os.close(theirs)
     try:
-        assert _wait_for(lambda: _lines(folder) >= 4, lambda: process.poll() is None)
+        assert wait_until(lambda: _lines(folder) >= 4, lambda: process.poll() is None, PAUSE)
         os.write(ours, b"\x03")
         shown = _read_all(ours)
         assert process.wait(60) == 130
@@ -149,7 +143,7 @@ def test_a_run_killed_at_random_moments_resumes_bit_identically(text, straight, 
     for _ in range(8):
         process = spawn(*arguments)
         target = _lines(folder) + draw.randint(2, 9)
-        _wait_for(lambda target=target: _lines(folder) >= target, process.running)
+        wait_until(lambda target=target: _lines(folder) >= target, process.running, PAUSE)
         time.sleep(draw.uniform(0.0, 0.02))
         process.signal(signal.SIGKILL)
         if process.wait()[0] != -signal.SIGKILL:
@@ -176,7 +170,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_resumes_bit_identically(text,
         process = spawn(*arguments)
         # A resumed process first removes what the killed one left; only what it writes itself counts.
         target = _lines(folder) + 3
-        _wait_for(lambda target=target: _lines(folder) >= target and half_written(), process.running)
+        wait_until(lambda target=target: _lines(folder) >= target and half_written(), process.running, PAUSE)
         process.signal(signal.SIGKILL)
         assert process.wait()[0] == -signal.SIGKILL
         hits += half_written()

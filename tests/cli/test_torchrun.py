@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.waiting import PATIENCE, wait_until
 from safetensors.torch import load_file
 
 from omninorm.record import read_history, read_record
@@ -91,7 +91,7 @@ def test_if_one_process_is_killed_the_others_end_and_one_resumes_the_run(alone: 
     process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_checkpoint(process, folder)
     os.kill(worker(process.pid, rank=1), signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert "Another process of this run is gone" in said
     newest = max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
@@ -119,7 +119,7 @@ def test_ctrl_c_stops_all_after_a_step_and_any_number_resumes(
     )
     wait_for_checkpoint(process, folder)
     os.killpg(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=PATIENCE)
     stopped = int(re.search(r"Stopped after step (\d+)", said)[1])
     assert (folder / "checkpoints" / f"step-{stopped}" / "model.safetensors").exists()
     assert 6 <= stopped < int(STEPS)
@@ -134,11 +134,7 @@ def test_ctrl_c_stops_all_after_a_step_and_any_number_resumes(
 
 
 def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "step-6").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert wait_until((folder / "checkpoints" / "step-6").exists, lambda: process.poll() is None)
 
 
 def worker(launcher: int, rank: int) -> int:
@@ -161,6 +157,34 @@ def test_a_batch_that_cannot_be_divided_is_refused_once(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("omninorm: --batch-size must be a multiple of the 2 processes, got 3") == 1
     assert not (tmp_path / "run").exists()
+
+
+# A process without memory: its first forward pass raises what PyTorch does.
+NO_MEMORY = """
+import os, sys, torch
+from omninorm.cli import main
+from omninorm.thinker import Thinker
+
+def fail(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+if os.environ["RANK"] in sys.argv.pop(1):
+    Thinker.forward = fail
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["01", "1"])
+def test_a_step_that_does_not_fit_leaves_no_folder(tmp_path: Path, ranks: str) -> None:
+    program, run = tmp_path / "program.py", tmp_path / "run"
+    program.write_text(NO_MEMORY)
+    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    arguments = [*together, ranks, "train", *OPTIONS, "--steps", "3", "--out", str(run)]
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "omninorm: A training step must fit in memory, got --batch-size 4, --seq-len 32." in done.stderr
+    assert not run.exists()
 
 
 def test_a_device_that_is_not_here_is_refused_by_one_process_only(tmp_path: Path) -> None:

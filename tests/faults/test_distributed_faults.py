@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from faults.distributed import BEGINS, EVERY
+from helpers.waiting import PATIENCE
 
 from omninorm.monitor import default_rules
 
@@ -38,7 +39,7 @@ def both_ranks(fault: str) -> list[dict[str, Any]]:
         )
         for rank in (0, 1)
     ]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], [errors for _, errors in outputs]
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 

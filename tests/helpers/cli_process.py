@@ -12,6 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
+from helpers.waiting import PATIENCE
+
 _SERVER = multiprocessing.get_context("forkserver")
 _PRELOADED = [
     "omninorm.cli.app", "omninorm.cli.train", "omninorm.cli.progress", "omninorm.experiments", "omninorm.report",
@@ -38,7 +40,7 @@ class Process:
     def signal(self, number: int) -> None:
         os.kill(self._process.pid, number)
 
-    def wait(self, seconds: float = 60.0) -> tuple[int, str, str]:
+    def wait(self, seconds: float = PATIENCE) -> tuple[int, str, str]:
         """Exit code (negative: killed by that signal), stdout and stderr."""
         self._process.join(seconds)
         assert self._process.exitcode is not None, "the process is still running"

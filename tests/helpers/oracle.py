@@ -47,33 +47,32 @@ def row_max(x: Tensor) -> Tensor:
     return x.abs().amax(-1, keepdim=True)
 
 
-def assert_forward(y: Tensor, expected: Tensor) -> None:
-    """Every element within FORWARD_ULP of the float64 value, in ulps of its row's largest magnitude."""
+def forward_share(y: Tensor, expected: Tensor) -> Tensor:
+    """The largest error of a forward result as a share of the allowed one: FORWARD_ULP of the float64 value, in ulps of
+    its row's largest magnitude."""
     assert y.shape == expected.shape
-    if y.numel() == 0:
-        return
-    allowed = FORWARD_ULP[y.dtype] * ulp(row_max(expected), y.dtype)
-    error = (y.double() - expected).abs()
-    assert (error <= allowed).all(), f"{(error / allowed).max():.3g} × the allowed error in {y.dtype}"
+    return _share((y.double() - expected).abs(), FORWARD_ULP[y.dtype] * ulp(row_max(expected), y.dtype))
 
 
-def assert_input_gradient(dx: Tensor, expected: Tensor, terms: Tensor) -> None:
-    """Four times the forward's tolerance, and the rounding of the terms whose difference dx is.
+def input_gradient_share(dx: Tensor, expected: Tensor, terms: Tensor) -> Tensor:
+    """The same for dx: four times the forward's tolerance, and the rounding of the terms whose difference dx is.
 
     dx = r·(g − …) can be far smaller than its terms: for width 1 they cancel down to ε's share. Each term carries
     the roundings of two products and a mean in the compute dtype, so eight of its ulps are allowed beside.
     """
     assert dx.shape == expected.shape
     if dx.numel() == 0:
-        return
+        return torch.zeros((), dtype=torch.float64)
     allowed = 4 * FORWARD_ULP[dx.dtype] * ulp(row_max(expected), dx.dtype)
     allowed = allowed + 8 * ulp(row_max(terms), compute_dtype(dx.dtype))
-    error = (dx.double() - expected).abs()
-    assert (error <= allowed).all(), f"{(error / allowed).max():.3g} × the allowed error in {dx.dtype}"
+    return _share((dx.double() - expected).abs(), allowed)
 
 
-def assert_gain_gradient(dweight: Tensor, expected: Tensor, terms: Tensor, floor: Tensor, compute: torch.dtype) -> None:
-    """Within GAIN_TOLERANCE of the sum of |terms| over rows, and half an ulp for the rounding to the gain's dtype.
+def gain_gradient_share(
+    dweight: Tensor, expected: Tensor, terms: Tensor, floor: Tensor, compute: torch.dtype
+) -> Tensor:
+    """The same for a gain's gradient: GAIN_TOLERANCE of the sum of |terms| over rows, and half an ulp for the rounding
+    to the gain's dtype.
 
     `floor` is what each term's error cannot go below, in units of the compute dtype's epsilon: |dy| for LayerNorm's
     x̂, a difference from a mean that is itself rounded relative to the row's spread (x̂'s is 1), else 0.
@@ -82,5 +81,25 @@ def assert_gain_gradient(dweight: Tensor, expected: Tensor, terms: Tensor, floor
     total, least = (t.abs().reshape(-1, t.shape[-1]).sum(0) for t in (terms, floor))
     allowed = GAIN_TOLERANCE[compute] * total + torch.finfo(compute).eps * least
     allowed = allowed + 0.5 * ulp(expected.abs(), dweight.dtype)
-    error = (dweight.double() - expected).abs()
-    assert (error <= allowed).all(), f"{(error / allowed).max():.3g} × the allowed error"
+    return _share((dweight.double() - expected).abs(), allowed)
+
+
+def assert_forward(y: Tensor, expected: Tensor) -> None:
+    _assert_allowed(forward_share(y, expected), y)
+
+
+def assert_input_gradient(dx: Tensor, expected: Tensor, terms: Tensor) -> None:
+    _assert_allowed(input_gradient_share(dx, expected, terms), dx)
+
+
+def assert_gain_gradient(dweight: Tensor, expected: Tensor, terms: Tensor, floor: Tensor, compute: torch.dtype) -> None:
+    _assert_allowed(gain_gradient_share(dweight, expected, terms, floor, compute), dweight)
+
+
+def _share(error: Tensor, allowed: Tensor) -> Tensor:
+    """NaN if anything is NaN."""
+    return (error / allowed).max() if error.numel() else torch.zeros((), dtype=torch.float64)
+
+
+def _assert_allowed(share: Tensor, result: Tensor) -> None:
+    assert share <= 1, f"{share:.3g} × the allowed error in {result.dtype}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.waiting import PATIENCE
 
 SCENARIOS = Path(__file__).parents[1] / "helpers" / "simulated_scenarios.py"
 # Of 11 steps with a sample every 5, and at the first.
@@ -18,7 +19,7 @@ SAMPLED = {0, 4, 9}
 
 def run(name: str) -> Any:
     command = [sys.executable, str(SCENARIOS), name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "could not measure" not in done.stderr, done.stderr
     return json.loads(done.stdout)

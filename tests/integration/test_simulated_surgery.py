@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.waiting import PATIENCE
 
 SCENARIOS = Path(__file__).parents[1] / "helpers" / "simulated_surgery.py"
 
 
 def run(name: str) -> Any:
-    done = subprocess.run([sys.executable, str(SCENARIOS), name], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(SCENARIOS), name], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

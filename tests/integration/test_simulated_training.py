@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.waiting import PATIENCE
 
 SCENARIOS = Path(__file__).parents[1] / "helpers" / "simulated_training.py"
 # The norms' operators differ between the devices: a relative error of a few roundings of float32 per layer.
@@ -20,7 +21,7 @@ ROUNDING = 16 * 2**-24
 def scenario(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     def run(name: str) -> Any:
         command = [sys.executable, str(SCENARIOS), name, str(tmp_path_factory.mktemp(name))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

@@ -21,6 +21,7 @@ if not gpu.INTERPRETED:
         for dtype, width, target in [
             (torch.bfloat16, 1024, "sm_90"),
             (torch.bfloat16, 16384, "sm_90"),
+            (torch.bfloat16, 4096, "sm_100"),
             (torch.float32, 8192, "sm_80"),
             (torch.float32, 16384, "gfx942"),
         ]

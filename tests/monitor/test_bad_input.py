@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.waiting import PATIENCE
 from helpers.watched_models import Decoder, adamw, tokens_of, train_watched
 from torch import nn
 
@@ -333,7 +334,7 @@ def test_killed_run_leaves_a_readable_record(tmp_path: Path) -> None:
     search_path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path}
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     events = read_history(tmp_path / RECORD_FILE)
     assert [event["step"] for event in events if event["kind"] == "sample"] == [1, 2, 4, 6, 8]

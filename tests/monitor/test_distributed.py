@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.waiting import PATIENCE
 from helpers.watched_models import Decoder, some_tokens, token_loss
 
 from omninorm.record.jsonl import read_history
@@ -79,7 +80,7 @@ def test_two_processes_record_global_norms_and_their_own_shards(tmp_path: Path) 
         )
         for rank in (0, 1)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     check(tmp_path / "plain", averaged_norms(accumulates=False))
     check(tmp_path / "accumulates", averaged_norms(accumulates=True))

@@ -125,9 +125,13 @@ class RunFolder:
         return steps[-1] if steps else None
 
     def discard(self) -> None:
-        """Remove what `create` wrote, for a run that cannot get a first checkpoint. Other runs are left alone."""
+        """Remove what `create` and the run's other processes wrote, for a run that cannot get a first checkpoint. Other
+        runs are left alone.
+        """
         if self._created is not None and self.newest() is None:
-            _undo(self.path, *self._created)
+            names, made = self._created
+            records = (path.name for path in self.path.glob("record-rank*.jsonl"))
+            _undo(self.path, (*names, *records), made)
 
     def close(self) -> None:
         """Close the record and release the lock."""

@@ -16,7 +16,7 @@ from omninorm.device import AUTO, device_name, find_device
 from omninorm.errors import ConfigError, DataError, OmninormError, RunError
 from omninorm.experiments.checkpoint import check_packages, check_sizes, list_checkpoints, load_checkpoint
 from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize
-from omninorm.experiments.events import Callback, TrainResult
+from omninorm.experiments.events import Callback, Event, StepEvent, TrainResult
 from omninorm.experiments.interrupt import Interrupt
 from omninorm.experiments.memory import check_model, does_not_fit, fitting, step_does_not_fit
 from omninorm.experiments.precision import choose_precision
@@ -128,6 +128,14 @@ class Run:
             ConfigError: a step does not fit in the memory of the device. The folder of a new run is removed.
         """
         too_large = step_does_not_fit(self.plan.train, self.processes.device)
+        stepped = False
+
+        def note(event: Event) -> None:
+            nonlocal stepped
+            stepped |= isinstance(event, StepEvent)
+            if on_event is not None:
+                on_event(event)
+
         try:
             with fitting(too_large), Interrupt(patient=self.processes.count > 1) as interrupt:
                 return train(
@@ -135,12 +143,15 @@ class Run:
                     self.data,
                     self.plan.train,
                     run=self.folder,
-                    on_event=on_event,
+                    on_event=note,
                     stopped_by=lambda: interrupt.signal,
                     processes=self.processes,
                 )
         except ConfigError:
-            if self.processes.count == 1:
+            self.folder.discard()
+            raise
+        except RuntimeError:
+            if self.processes.count > 1 and not stepped:  # another process had no memory for its first step
                 self.folder.discard()
             raise
 

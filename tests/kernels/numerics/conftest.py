@@ -13,9 +13,16 @@ from omninorm.kernels import cpu, dispatch, gpu
 
 OPERATORS = "cpu-"
 HERE = ["triton"] if gpu.INTERPRETED else ["reference", *(OPERATORS + name for name in cpu.instruction_sets())]
+# With --device, the back ends for that device.
+ON_DEVICES = {"cuda": ["triton", "reference"], "simgpu": ["reference"]}
 
 
-@pytest.fixture(autouse=True, params=HERE)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = ON_DEVICES.get(metafunc.config.getoption("--device"), HERE)
+    metafunc.parametrize("implementation", names, indirect=True)
+
+
+@pytest.fixture(autouse=True)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the implementation that computes the norms during the test."""
     if not request.param.startswith(OPERATORS):

@@ -1,0 +1,18 @@
+"""An item of the check: one measurement with a time limit, and a key under which its result is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Item(NamedTuple):
+    """A measurement.
+
+    key: its name in the results; limit: the seconds after which its process is ended; run: returns a result as JSON
+    values, with "wrong" (a list of sentences) where something is not as it must be.
+    """
+
+    key: str
+    limit: float
+    run: Callable[[], dict[str, Any]]

@@ -1,0 +1,193 @@
+"""What must hold on the device as on the CPU, for layers, models, surgery and training; then the suite, by pytest.
+
+The statements need torch only. Each compares the device with the CPU, in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import omninorm
+from gpu_check import place
+from gpu_check.items import Item
+from gpu_check.sizes import Sizes
+from gpu_check.training import compiler
+from omninorm import NormConfig, Thinker, ThinkerConfig
+from omninorm.config import NORMALIZATIONS, PLACEMENTS
+
+_ROOT = Path(__file__).resolve().parents[2]
+SHAPE: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 16, "vocab_size": 64}
+# A few hundred roundings of float32; wrong results are off by far more.
+TOLERANCE = 1e-4
+
+
+def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
+    for name, statement in STATEMENTS.items():
+        yield Item(name, 40.0, lambda statement=statement: _stated(statement, device))  # type: ignore[misc]
+    if device == "cuda" and importlib.util.find_spec("pytest") is not None:
+        yield Item("pytest", 240.0, lambda: suite(device, sizes.budgets["tests"]))
+
+
+def _stated(statement: Callable[[str], list[str]], device: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {"wrong": statement(device)}
+
+
+def thinker(**norm: Any) -> Thinker:
+    torch.manual_seed(0)
+    return Thinker(ThinkerConfig(**SHAPE, norm=NormConfig(**norm)))
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the norm of the difference over the norm; NaN where one has NaN."""
+    ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+
+
+def placements(device: str) -> list[str]:
+    """Every norm and placement has the CPU's loss and gradients."""
+    wrong = []
+    tokens = torch.randint(0, 64, (2, 17))
+    cases = [("rmsnorm", each) for each in PLACEMENTS] + [(each, "pre") for each in NORMALIZATIONS]
+    for kind, where in cases:
+        both = []
+        for on in ("cpu", device):
+            model = place.move(thinker(normalization=kind, norm_placement=where), on)
+            loss = _loss(model, tokens.to(on))
+            loss.backward()  # type: ignore[no-untyped-call]
+            both.append([loss, *(each.grad for each in model.parameters() if each.grad is not None)])
+        worst = max(difference(a, b) for a, b in zip(both[1], both[0], strict=True))
+        if not worst < 20 * TOLERANCE:
+            wrong.append(f"{kind}, placement {where}: loss or gradients differ from the CPU's by {worst:.2g}")
+    return wrong
+
+
+def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def generating(device: str) -> list[str]:
+    """Greedy generation gives the CPU's tokens."""
+    prompts = [[1, 2, 3], [4]]
+    here, there = (place.move(thinker(), on).generate(prompts, 10, temperature=0.0) for on in ("cpu", device))
+    return [] if here == there else [f"generated {there}, but the CPU {here}"]
+
+
+def signals(device: str) -> list[str]:
+    """A watch measures the CPU's signals."""
+    found = []
+    for on in ("cpu", device):
+        model: Any = place.move(thinker(), on)
+        torch.manual_seed(1)
+        tokens = torch.randint(0, 64, (2, 17)).to(on)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        with omninorm.watch(model, optimizer, every=1) as watched:
+            for _ in range(3):
+                loss = _loss(model, tokens)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                optimizer.zero_grad()
+                watched.step(loss)
+        found.append(watched.history.samples[-1].signals)
+    wrong = (
+        [] if found[0].keys() == found[1].keys() else [f"signals differ: {sorted(found[0].keys() ^ found[1].keys())}"]
+    )
+    for name in ("stream_rms", "stream_grad", "update_ratio"):
+        pairs = zip(found[1].get(name, []), found[0].get(name, []), strict=True)
+        wrong += [
+            f"{name} is {a}, but {b} on the CPU" for a, b in pairs if a is not None and abs(a - b) > 0.01 * abs(b)
+        ]
+    return wrong
+
+
+def surgery(device: str) -> list[str]:
+    """swap_norms and fold_gains are proved on the device."""
+    from omninorm import surgery as operations
+
+    stock = nn.Sequential(nn.Linear(8, 16), nn.RMSNorm(16), nn.Linear(16, 8))
+    report = operations.swap_norms(place.move(stock, device))
+    wrong = [] if len(report.changed) == 1 else [f"swap_norms changed {len(report.changed)} of 1 norms"]
+    model = place.move(thinker(), device)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, omninorm.RMSNorm):
+                module.weight.mul_(1.5)
+    folded = operations.fold_gains(model, inputs=(torch.randint(0, 64, (2, 9)).to(device),))
+    return wrong + ([] if folded.changed else ["fold_gains changed nothing"])
+
+
+def compiled(device: str) -> list[str]:
+    """torch.compile without a graph break gives the eager result."""
+    if not place.compiles(device):
+        return []
+    wrong = []
+    for kind in (omninorm.RMSNorm, omninorm.LayerNorm):
+        norm = place.move(kind(64), device)
+        torch._dynamo.reset()
+        both = []
+        for call in (norm, torch.compile(norm, fullgraph=True, backend=compiler(device))):
+            torch.manual_seed(0)
+            x = torch.randn(5, 64).to(device).requires_grad_()
+            y = call(x)
+            both.append((y, *torch.autograd.grad(y.square().sum(), [x, *norm.parameters()])))
+        worst = max(difference(a, b) for a, b in zip(*both, strict=True))
+        if not worst < TOLERANCE:
+            wrong.append(f"{kind.__name__} compiled differs from eager by {worst:.2g}")
+    return wrong
+
+
+def mixed_devices(device: str) -> list[str]:
+    """A gain on another device raises an error."""
+    if device == "cpu":
+        return []
+    try:
+        omninorm.functional.rms_norm(torch.randn(3, 8).to(device), torch.ones(8))
+    except (omninorm.OmninormError, RuntimeError):
+        return []
+    return ["a gain on the CPU and an input on the device raise no error"]
+
+
+STATEMENTS: dict[str, Callable[[str], list[str]]] = {
+    "placements": placements,
+    "generating": generating,
+    "signals": signals,
+    "surgery": surgery,
+    "compiled norms": compiled,
+    "mixed devices": mixed_devices,
+}
+
+
+def listed_files() -> list[str]:
+    """Return the test files that run on any device."""
+    lines = (_ROOT / "tests" / "on_devices.txt").read_text(encoding="utf-8").splitlines()
+    return [f"tests/{line.split(':')[0]}" for line in lines if line and not line.startswith("#")]
+
+
+def suite(device: str, seconds: float) -> dict[str, Any]:
+    """Run the tests that can run on any device, until the time is over."""
+    settings = ["-q", "--no-header", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+    chosen = ["--device", device, "-m", "not slow and not exhaustive", *listed_files()]
+    command = [sys.executable, "-m", "pytest", *settings, *chosen]
+    end = time.time() + seconds
+    process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate(timeout=end - time.time())
+        finished = True
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        finished = False
+    failures = re.findall(r"^(?:FAILED|ERROR) (.+)$", output, re.MULTILINE)
+    last = output.strip().splitlines()[-1:] or [""]
+    return {"finished": finished, "wrong": failures[:40], "tail": output[-3000:], "summary": last[0][:200]}

@@ -1,0 +1,159 @@
+"""Tokens per second of training a Thinker in bfloat16 with omninorm's norms and torch.nn's, compiled and not.
+
+The variants start from the same weights and take turns, a block of steps each. Weights and optimizer state are float32
+and matrix products run under autocast, as in `omninorm train`.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import omninorm
+from gpu_check import place
+from gpu_check.items import Item
+from gpu_check.sizes import Sizes
+from omninorm import Thinker, ThinkerConfig
+from omninorm.bench.models import replace_norms
+
+STOCK = "torch.nn"
+
+
+class Trained(NamedTuple):
+    """A model and its training step; the context to call it in."""
+
+    model: nn.Module
+    step: Callable[[], Tensor]
+    optimizer: torch.optim.Optimizer
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
+    yield Item("eager", 60.0, lambda: measure(device, sizes, False))
+    if place.compiles(device):
+        yield Item("compiled", 75.0, lambda: measure(device, sizes, True))
+
+
+def warming(device: str, sizes: Sizes) -> list[Callable[[], object]]:
+    """Return one job for each variant, which compiles its step."""
+    return [
+        lambda name=name: trained(name, first_model(sizes, device), device, sizes, True).step()  # type: ignore[misc]
+        for name in names(device)
+    ]
+
+
+def names(device: str) -> list[str]:
+    return [*(f"{place.OURS} {backend}" for backend in place.model_backends(device)), STOCK]
+
+
+def measure(device: str, sizes: Sizes, compiled: bool) -> dict[str, Any]:
+    first, failed = first_model(sizes, device), {}
+    variants: dict[str, Trained] = {}
+    torch._dynamo.reset()
+    for name in names(device):
+        try:
+            variants[name] = trained(name, first, device, sizes, compiled)
+            _run(variants[name], 3)
+        except Exception as failure:  # the others are still compared
+            failed[name] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+            variants.pop(name, None)
+    seconds = _take_turns(variants, device, sizes)
+    tokens = sizes.batch * sizes.model["max_seq_len"]
+    found = {name: _speed(taken, tokens) for name, taken in seconds.items()}
+    texts = [f"{name} {each['tokens_per_s']:,.0f} tokens/s" for name, each in found.items()]
+    return {"variants": found, "ratios": _ratios(seconds), "failed": failed, "tokens": tokens,
+            "wrong": [f"{name} failed: {why}" for name, why in failed.items()],
+            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
+            "summary": ", ".join(texts)}  # fmt: skip
+
+
+def first_model(sizes: Sizes, device: str) -> Thinker:
+    torch.manual_seed(0)
+    model: Any = place.move(Thinker(ThinkerConfig(**sizes.model)), device)
+    return model  # type: ignore[no-any-return]
+
+
+def trained(name: str, first: Thinker, device: str, sizes: Sizes, compiled: bool) -> Trained:
+    """Return a copy of the model with the norms of a variant, and its step."""
+    model = copy.deepcopy(first) if device != place.SIMULATED else first_model(sizes, device)
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    if name == STOCK:
+        replace_norms(model, omninorm.RMSNorm, lambda norm: _stock(norm, device))
+    else:
+        backend = name.split()[1]
+        context = lambda: place.using(backend)  # noqa: E731
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device != place.SIMULATED)
+    call: Any = torch.compile(model, backend=compiler(device)) if compiled else model
+    batches = itertools.cycle([some_tokens(sizes, device) for _ in range(4)])
+
+    def step() -> Tensor:
+        with context():
+            loss = loss_of(call, next(batches), device)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    return Trained(model, step, optimizer, context)
+
+
+def some_tokens(sizes: Sizes, device: str) -> Tensor:
+    length = sizes.model["max_seq_len"]
+    return torch.randint(0, sizes.model["vocab_size"], (sizes.batch, length + 1)).to(device)
+
+
+def loss_of(model: Any, tokens: Tensor, device: str) -> Tensor:
+    with torch.autocast(device, torch.bfloat16) if device != place.SIMULATED else nullcontext():
+        logits = model(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def _stock(norm: Any, device: str) -> nn.Module:
+    made = nn.RMSNorm(norm.weight.shape[0], norm.eps)
+    return place.move(made, device)
+
+
+def compiler(device: str) -> str:
+    """Off the GPU only traced, because compiling takes long."""
+    return "inductor" if device == "cuda" else "aot_eager"
+
+
+def _run(variant: Trained, steps: int) -> None:
+    for _ in range(steps):
+        variant.step()
+
+
+def _take_turns(variants: dict[str, Trained], device: str, sizes: Sizes) -> dict[str, list[float]]:
+    """Return the seconds per step of every variant in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(sizes.blocks):
+        for name in random.sample(list(variants), len(variants)):
+            taken = place.wall(lambda: _run(variants[name], sizes.steps), device)  # noqa: B023
+            seconds[name].append(taken / sizes.steps)
+    return seconds
+
+
+def _speed(seconds: list[float], tokens: int) -> dict[str, float]:
+    median = statistics.median(seconds)
+    return {"ms": median * 1e3, "tokens_per_s": tokens / median}
+
+
+def _ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Return how much faster ours train than torch's norms."""
+    stock = seconds.get(STOCK)
+    if stock is None:
+        return {}
+    return {
+        name: statistics.median(b / a for a, b in zip(taken, stock, strict=True))
+        for name, taken in seconds.items()
+        if name != STOCK
+    }

@@ -1,0 +1,183 @@
+"""The cost of `omninorm.watch` on the device: time, host waits; and CUDA graphs of the norms and of a training step."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import omninorm
+from gpu_check import place
+from gpu_check.items import Item
+from gpu_check.sizes import Sizes
+from gpu_check.training import Trained, first_model, loss_of, names, some_tokens, trained
+
+# A variant's sampling interval; None is not watched. The ratio of the two that are not watched is the noise.
+VARIANTS = {"off": None, "every=10": 10, "every=1": 1, "off again": None}
+
+
+def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
+    yield Item("overhead", 60.0, lambda: overhead(device, sizes, False))
+    yield Item("host waits", 40.0, lambda: host_waits(device, sizes))
+    if place.has_graphs(device):
+        yield Item("CUDA graphs of norms", 40.0, lambda: graphs_of_norms(device))
+        yield Item("CUDA graph of a training step", 40.0, lambda: graph_of_step(device, sizes))
+    if place.compiles(device):
+        yield Item("overhead, compiled", 60.0, lambda: overhead(device, sizes, True))
+
+
+# Time
+
+
+def overhead(device: str, sizes: Sizes, compiled: bool) -> dict[str, Any]:
+    """Return the time of a step for each variant, over the mean of the two that are not watched."""
+    torch._dynamo.reset()
+    first, name = first_model(sizes, device), names(device)[0]
+    models = {each: trained(name, first, device, sizes, compiled) for each in VARIANTS}
+    watches = {
+        each: omninorm.watch(models[each].model, models[each].optimizer, every=every).open()
+        for each, every in VARIANTS.items()
+        if every is not None
+    }
+    runs = {each: _block(models[each], watches.get(each), sizes.steps) for each in VARIANTS}
+    seconds = _take_turns(runs, device, sizes)
+    for each in watches.values():
+        each.close()
+    return _report(seconds, watches["every=10"])
+
+
+def _block(model: Trained, watched: Any, steps: int) -> Callable[[], None]:
+    """Return a function that trains for some steps; the host reads the loss in each, as most training loops do."""
+
+    def run() -> None:
+        for _ in range(steps):
+            loss = model.step()
+            if watched is None:
+                loss.item()
+            else:
+                watched.step(loss)
+
+    return run
+
+
+def _take_turns(runs: dict[str, Callable[[], None]], device: str, sizes: Sizes) -> dict[str, list[float]]:
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(sizes.blocks):
+        for name in random.sample(list(runs), len(runs)):
+            seconds[name].append(place.wall(runs[name], device) / sizes.steps)
+    return seconds
+
+
+def _report(seconds: dict[str, list[float]], watched: Any) -> dict[str, Any]:
+    plain = [(a + b) / 2 for a, b in zip(seconds["off"], seconds["off again"], strict=True)]
+    step = statistics.median(plain)
+    found = {}
+    for name in ("every=10", "every=1"):
+        extra = statistics.median(a - b for a, b in zip(seconds[name], plain, strict=True))
+        found[name] = {"ratio": 1 + extra / step, "extra_ms": extra * 1e3, "of_100_ms": extra / 0.1}
+    noise = statistics.median(b / a for a, b in zip(seconds["off"], seconds["off again"], strict=True))
+    samples = len(watched.history.samples)
+    wrong = [] if samples else ["the watch has no samples"]
+    summary = ", ".join(f"{name} +{each['extra_ms']:.2f} ms" for name, each in found.items())
+    return {"step_ms": step * 1e3, "watched": found, "noise": noise, "samples": samples, "wrong": wrong,
+            "summary": f"step {step * 1e3:.1f} ms, {summary}, noise {noise:.3f}"}  # fmt: skip
+
+
+# Host waits
+
+
+def host_waits(device: str, sizes: Sizes) -> dict[str, Any]:
+    """Count what the host waits for in each of 12 steps, watched with a sample every 5 and not watched."""
+    model = trained(names(device)[0], first_model(sizes, device), device, sizes, False)
+    model.step()
+    with place.counting_waits(device) as count:
+        model.step()
+        plain = count()
+    waits = []
+    with omninorm.watch(model.model, model.optimizer, every=5) as watched:
+        for _ in range(12):
+            with place.counting_waits(device) as count:
+                watched.step(model.step())
+                waits.append(count())
+    sampled = [waits[at] for at in (4, 9)]
+    unsampled = [each for at, each in enumerate(waits) if at not in (0, 4, 9)]
+    wrong = [f"an unsampled step waits {max(unsampled)} times"] if max(unsampled) > plain else []
+    wrong += [f"a sampled step waits {max(sampled)} times"] if max(sampled) > plain + 1 else []
+    return {"plain": plain, "unsampled": unsampled, "sampled": sampled, "first": waits[0], "wrong": wrong,
+            "summary": f"plain {plain}, unsampled {max(unsampled)}, sampled {max(sampled)}"}  # fmt: skip
+
+
+# CUDA graphs
+
+
+def graphs_of_norms(device: str) -> dict[str, Any]:
+    """Replays of a captured forward and backward pass give the bits of eager calls, for new inputs too."""
+    wrong, cases = [], 0
+    for backend in place.our_backends(device):
+        for kind in (omninorm.RMSNorm, omninorm.LayerNorm):
+            for dtype in (torch.bfloat16, torch.float32):
+                cases += 1
+                with omninorm.use_backend(backend):
+                    if not _same_in_graph(kind(1024, dtype=dtype).to(device), dtype, device):
+                        wrong.append(f"{kind.__name__} of {dtype} by {backend}: a replay differs from eager calls")
+    return {"cases": cases, "wrong": wrong}
+
+
+def _same_in_graph(norm: nn.Module, dtype: torch.dtype, device: str) -> bool:
+    x, dy = (torch.randn(512, 1024, device=device, dtype=dtype) for _ in range(2))
+    x.requires_grad_()
+    leaves = [x, *norm.parameters()]
+
+    def passes() -> tuple[Tensor, ...]:
+        y = norm(x)
+        return (y, *torch.autograd.grad(y, leaves, dy))
+
+    graph, results = captured(passes)
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+        dy.copy_(torch.randn_like(dy))
+    graph.replay()
+    return all(torch.equal(a, b) for a, b in zip(results, passes(), strict=True))
+
+
+def captured(passes: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Warm up and capture calls on a stream of their own; return the graph and the results that replays overwrite."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            passes()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = passes()
+    return graph, results
+
+
+def graph_of_step(device: str, sizes: Sizes) -> dict[str, Any]:
+    """Forward and backward of the Thinker in one graph: its loss and gradients are those of an eager step."""
+    model, tokens = first_model(sizes, device), some_tokens(sizes, device)
+    weights = list(model.parameters())
+
+    def passes() -> tuple[Tensor, ...]:
+        loss = loss_of(model, tokens, device)
+        return (loss.detach(), *torch.autograd.grad(loss, weights))
+
+    with place.using(place.model_backends(device)[0]):
+        graph, results = captured(passes)
+        graph.replay()
+        eager = passes()
+    gaps = [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(results, eager, strict=True)]
+    # Attention's backward pass adds in any order, in bfloat16.
+    wrong = [] if max(gaps) < 0.02 else [f"a replay differs from an eager step by {max(gaps):.2g}"]
+    replay = statistics.median(place.elapsed(graph.replay, device) for _ in range(5))
+    once = statistics.median(place.elapsed(passes, device) for _ in range(5))
+    summary = f"replay {replay * 1e3:.1f} ms, eager {once * 1e3:.1f} ms, difference {max(gaps):.2g}"
+    return {"replay_ms": replay * 1e3, "eager_ms": once * 1e3, "difference": max(gaps), "wrong": wrong,
+            "summary": summary}  # fmt: skip

@@ -1,0 +1,281 @@
+"""The measured part of docs/gpu.md, from the results of `benchmarks/gpu.py`: `python benchmarks/gpu_page.py FILE`.
+
+It replaces the text between two markers in docs/gpu.md. Without a file it writes that nothing has been measured. With
+--print the text goes to the terminal instead. Results of a dry run are refused unless --print is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- measured: written by benchmarks/gpu_page.py -->", "<!-- end of measured -->"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
+NOTHING = """**Not yet measured on a GPU.** No run, comparison or norm of omninorm has been timed on a GPU, and none has
+been run on one. `make gpu` checks and measures all of it in 8 minutes on a machine with Python, torch and Triton."""
+# Shares of copy bandwidth, for at least this many rows and for these widths.
+TARGETS = {"forward": 0.90, "backward": 0.80}
+LEAST_ROWS, WIDTHS = 4096, (1024, 16384)
+SLOWEST, MOST_OVERHEAD = 1.05, 0.02
+Item = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("results", type=Path, nargs="?", help="the file that benchmarks/gpu.py wrote")
+    parser.add_argument("--table", type=Path, help="also write the faster back ends into this kernels/measured.json")
+    parser.add_argument("--print", action="store_true", help="print the text instead of writing docs/gpu.md")
+    options = parser.parse_args()
+    try:
+        data = None if options.results is None else _read(options.results, options.print)
+    except (OSError, ValueError) as error:
+        print(f"gpu_page.py: {error}", file=sys.stderr)
+        return 2
+    if options.table is not None and data is not None:
+        write_table(options.table, data, options.results.name)
+    text = NOTHING if data is None else page(data)
+    if options.print:
+        print(text)
+        return 0
+    PAGE.write_text(between_markers(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
+    print(f"Written to {PAGE}")
+    return 0
+
+
+def _read(path: Path, dry: bool) -> dict[str, Any]:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or "parts" not in data or "header" not in data:
+        raise ValueError(f"{path} has no results of benchmarks/gpu.py. Pass the file that its option --json names.")
+    if data["header"]["device"] != "cuda" and not dry:
+        raise ValueError(f"{path} has the results of a dry run, whose times mean nothing. Use --print to see the text.")
+    return data
+
+
+def between_markers(document: str, text: str) -> str:
+    """Return the document with the text between its markers."""
+    before, rest = document.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{text.strip()}\n{END}{rest.split(END, 1)[1]}"
+
+
+def write_table(path: Path, data: dict[str, Any], run: str) -> None:
+    """Replace the measurements of this device in the table that chooses the back end of norms on GPUs."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    device = data["machine"]["name"]
+    others = [each for each in table["measurements"] if each["device"] != device]
+    table["measurements"] = [*others, *measurements(data, run)]
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def measurements(data: dict[str, Any], run: str) -> Iterator[Item]:
+    """Yield the faster back end of every size: that with the shorter forward and backward pass together."""
+    dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    for item in items(data, "speed").values():
+        seconds: dict[str, dict[str, float]] = {}
+        for row in item.get("measured", []):
+            if row["contestant"].startswith("omninorm ") and row["pass"] != "add":
+                seconds.setdefault(row["contestant"].split()[1], {})[row["pass"]] = row["us"]
+        whole = {name: sum(passes.values()) for name, passes in seconds.items() if len(passes) == 2}
+        if len(whole) == 2:
+            yield {
+                "device": data["machine"]["name"], "operator": item["kind"], "dtype": dtypes[item["dtype"]],
+                "width": item["width"], "rows": item["rows"], "backend": min(whole, key=lambda name: whole[name]),
+                "run": run, "compiled": False,
+            }  # fmt: skip
+
+
+def page(data: dict[str, Any]) -> str:
+    """Return the text in Markdown: the machine, targets and misses, then one section for each part."""
+    parts = (_machine, _targets, _numerics, _speed, _host, _training, _watch, _failures)
+    sections = [part(data) for part in parts]
+    return "\n\n".join(section for section in sections if section)
+
+
+def items(data: dict[str, Any], part: str) -> dict[str, Item]:
+    """Return the items of a part that did not fail."""
+    found = data["parts"].get(part, {}).get("items", {})
+    return {key: item for key, item in found.items() if "error" not in item}
+
+
+def _machine(data: dict[str, Any]) -> str:
+    machine = data["machine"]
+    gpu = machine["gpu"]
+    memory = f", {gpu['devices'][0]['memory_gib']:g} GiB" if gpu["devices"] else ""
+    facts = f"driver {gpu['driver']}, {gpu['runtime']}, torch {machine['torch']}, Triton {gpu['triton']}"
+    peers = ", ".join(f"{name}: {state}" for name, state in machine["peers"].items())
+    commit = f" at commit {machine['commit'][:10]}" if machine.get("commit") else ""
+    how = "`make gpu`" if not data["header"]["quick"] else "`benchmarks/gpu.py --quick`"
+    return (
+        f"Measured on **{machine['name']}**{memory}; {facts}; omninorm {machine['omninorm']}{commit}, by {how}.\n"
+        f"Peers: {peers}."
+    )
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# Targets ------------------------------------------------------------------------------------------------------------
+
+
+def _targets(data: dict[str, Any]) -> str:
+    backends = data["machine"]["backends"]
+    rows = [row for backend in backends for row in _bandwidth_targets(data, f"omninorm {backend}")]
+    rows += [_peer_target(data, f"omninorm {backend}") for backend in backends]
+    rows.append(_watch_target(data))
+    return "### Targets\n\n" + _table(["target", "worst", "verdict"], rows)
+
+
+def _sizes(data: dict[str, Any]) -> Iterator[Item]:
+    """Yield the speed items whose size counts for the targets."""
+    for item in items(data, "speed").values():
+        if "measured" in item and item["rows"] >= LEAST_ROWS and WIDTHS[0] <= item["width"] <= WIDTHS[1]:
+            yield item
+
+
+def _bandwidth_targets(data: dict[str, Any], name: str) -> Iterator[list[str]]:
+    for which, wanted in TARGETS.items():
+        found = [
+            (row["of_copy"], _place(item))
+            for item in _sizes(data)
+            for row in item["measured"]
+            if row["contestant"] == name and row["pass"] == which
+        ]
+        missed = sorted(pair for pair in found if pair[0] < wanted)
+        worst = min(found, default=None)
+        text = f"{name}: {which} at least {wanted:.0%} of copy bandwidth"
+        shown = "–" if worst is None else f"{worst[0]:.0%} ({worst[1]})"
+        yield [text, shown, _verdict(len(found), len(missed))]
+
+
+def _peer_target(data: dict[str, Any], name: str) -> list[str]:
+    found = [
+        (ratio["ratio"], f"{_place(item)} {ratio['pass']}, {ratio['peer']}")
+        for item in _sizes(data)
+        for ratio in item["ratios"]
+        if ratio["contestant"] == name
+    ]
+    missed = [pair for pair in found if pair[0] > SLOWEST]
+    worst = max(found, default=None)
+    shown = "–" if worst is None else f"{worst[0]:.2f} × ({worst[1]})"
+    return [f"{name}: at most {SLOWEST:.2f} × the best peer's time", shown, _verdict(len(found), len(missed))]
+
+
+def _watch_target(data: dict[str, Any]) -> list[str]:
+    found = items(data, "watch").get("overhead")
+    share = None if found is None else found["watched"]["every=10"]["of_100_ms"]
+    shown = "–" if share is None else f"{share:.1%}"
+    verdict = _verdict(int(share is not None), int(share is not None and share > MOST_OVERHEAD))
+    return [f"watch: at most {MOST_OVERHEAD:.0%} of a 100 ms step at every=10", shown, verdict]
+
+
+def _place(item: Item) -> str:
+    return f"{item['kind']} {item['dtype']} {item['rows']}×{item['width']}"
+
+
+def _verdict(measured: int, missed: int) -> str:
+    if not measured:
+        return "not measured"
+    return f"**missed** at {missed} of {measured}" if missed else f"met at all {measured}"
+
+
+# Parts --------------------------------------------------------------------------------------------------------------
+
+
+def _numerics(data: dict[str, Any]) -> str:
+    found = items(data, "numerics")
+    if not found:
+        return ""
+    compared = {key: item for key, item in found.items() if "worst" in item}
+    rows = [
+        [key, str(item["cases"]), ", ".join(f"{name} {share:.2f}" for name, share in item["worst"].items())]
+        for key, item in compared.items()
+    ]
+    states = {key: "**wrong**" if item["wrong"] else "holds" for key, item in found.items() if key not in compared}
+    text = "Largest errors against float64, as shares of the allowed error: 1 or less is right.\n\n"
+    text += _table(["kernel", "cases", "largest error"], rows)
+    if states:
+        text += "\n\n" + "; ".join(f"{key}: {state}" for key, state in states.items()) + "."
+    return "### Numerics\n\n" + text
+
+
+def _speed(data: dict[str, Any]) -> str:
+    """Return one table for each pass: the share of copy bandwidth by size and contestant."""
+    found = [item for item in items(data, "speed").values() if "measured" in item]
+    if not found:
+        return ""
+    names = list(dict.fromkeys(row["contestant"] for item in found for row in item["measured"]))
+    tables = [_speed_table(found, names, which) for which in ("forward", "backward", "add")]
+    intro = "Shares of copy bandwidth, counting each byte that must be moved once; for copying, GB/s.\n\n"
+    return "### Speed of the norms\n\n" + intro + "\n\n".join(tables)
+
+
+def _speed_table(found: list[Item], names: list[str], which: str) -> str:
+    rows = []
+    for item in sorted(found, key=lambda item: (item["kind"], item["dtype"], item["width"])):
+        shown = {row["contestant"]: f"{row['of_copy']:.2f}" for row in item["measured"] if row["pass"] == which}
+        copied = next(row for row in item["measured"] if row["contestant"] == "copy")
+        shown["copy"] = f"{copied['gb_per_s']:,.0f}"
+        rows.append([_place(item), *(shown.get(name, "–") for name in names)])
+    return f"**{which}**\n\n" + _table(["size", *names], rows)
+
+
+def _host(data: dict[str, Any]) -> str:
+    item = items(data, "speed").get("host time of a call")
+    if item is None:
+        return ""
+    rows = [[name, f"{each['forward_us']:.1f}", f"{each['with_graph_us']:.1f}"] for name, each in item["times"].items()]
+    columns = ["module", "forward, µs", "forward with a graph, µs"]
+    return f"### Host time of a call\n\n16 rows of width {item['width']}, float32.\n\n" + _table(columns, rows)
+
+
+def _training(data: dict[str, Any]) -> str:
+    rows = []
+    for way, item in items(data, "training").items():
+        for name, each in item["variants"].items():
+            ratio = f"{item['ratios'][name]:.2f}" if name in item["ratios"] else "1"
+            rows.append([f"{name}, {way}", f"{each['tokens_per_s']:,.0f}", f"{each['ms']:.1f}", ratio])
+    if not rows:
+        return ""
+    columns = ["norms", "tokens/s", "ms per step", "speed over torch.nn"]
+    return "### Training\n\nA Thinker of 124 million weights under bfloat16 autocast.\n\n" + _table(columns, rows)
+
+
+def _watch(data: dict[str, Any]) -> str:
+    found = items(data, "watch")
+    rows = []
+    for key in ("overhead", "overhead, compiled"):
+        for name, each in found.get(key, {}).get("watched", {}).items():
+            step, ms = found[key]["step_ms"], each["extra_ms"]
+            rows.append([f"{key}, {name}", f"{step:.1f}", f"{ms:+.2f}", f"{each['ratio'] - 1:+.1%}"])
+    texts = ["### The watch"]
+    if rows:
+        texts.append(_table(["", "step, ms", "more per step, ms", "more"], rows))
+    if (waits := found.get("host waits")) is not None:
+        counts = f"{waits['plain']} without a watch, {max(waits['unsampled'])} without a sample"
+        texts.append(f"Host waits in a step: {counts}, {max(waits['sampled'])} with a sample.")
+    for key, item in found.items():
+        if key.startswith("CUDA graph"):
+            texts.append(f"{key}: {'; '.join(item['wrong']) or item.get('summary', 'as eager calls')}.")
+    return "\n\n".join(texts) if len(texts) > 1 else ""
+
+
+def _failures(data: dict[str, Any]) -> str:
+    """Return everything that was wrong, failed, or did not run."""
+    lines = []
+    for name, part in data["parts"].items():
+        if part["status"] != "done":
+            lines.append(f"- {name}: {part['status']}, {len(part['items'])} items")
+        for key, item in part["items"].items():
+            lines += [f"- {name}, {key}: {text}" for text in item.get("wrong", [])]
+            lines += [f"- {name}, {key}: failed with {item['error']}"] if "error" in item else []
+            lines += [f"- {name}, {key}: {who}: {why}" for who, why in item.get("failed", {}).items()]
+    return "### Wrong, failed or not run\n\n" + ("\n".join(lines) if lines else "Nothing.")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,23 @@
+"""How long tests wait for other processes, which must be far longer than it takes on a busy machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+PATIENCE = 600.0  # seconds
+
+
+def wait_until(condition: Callable[[], bool], running: Callable[[], bool] = lambda: True, pause: float = 0.02) -> bool:
+    """Return True once the condition is true, or False if `running` turns false before.
+
+    Raises:
+        AssertionError: neither happened in ten minutes.
+    """
+    end = time.monotonic() + PATIENCE
+    while running():
+        if condition():
+            return True
+        assert time.monotonic() < end, "what the test waits for has not happened in ten minutes"
+        time.sleep(pause)
+    return False
