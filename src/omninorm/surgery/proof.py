@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from omninorm.errors import InputError
 from omninorm.surgery.linear import LinearMap
 from omninorm.surgery.modes import Touched
-from omninorm.surgery.runs import Run, by_design, expert_runs, outputs
+from omninorm.surgery.runs import Run, by_design, expert_runs, flag_runs, outputs
 
 _LONG = 48
 
@@ -71,6 +71,7 @@ def record(
     """
     main = [Run(f"input {number + 1}", probe) for number, probe in enumerate(probes)]
     extra = [Run(f"{run.name} in training mode", run.probe, training=True) for run in main]
+    extra += flag_runs(model, main[0])
     if drawn and thorough:
         extra += [
             Run("one token", probes[0][:, :1]),

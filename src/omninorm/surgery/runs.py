@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Run:
         training: whether the model is in training mode.
         turn: which experts are chosen; None leaves the choice to the routers.
         cached: whether the last token is passed alone, with the cache of the others.
+        flags: keyword arguments to add.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Run:
     training: bool = False
     turn: int | None = None
     cached: bool = False
+    flags: tuple[tuple[str, bool], ...] = ()
 
 
 def call(model: nn.Module, run: Run) -> Any:
@@ -52,7 +55,7 @@ def call(model: nn.Module, run: Run) -> Any:
         if run.turn is not None:
             stack.enter_context(EveryExpert(expert_counts(model), run.turn))
         try:
-            return _next_token(model, run.probe) if run.cached else _called(model, run.probe)
+            return _next_token(model, run.probe) if run.cached else _called(model, run)
         except InputError:
             raise
         except Exception as error:  # whatever the model needs
@@ -61,8 +64,22 @@ def call(model: nn.Module, run: Run) -> Any:
             raise InputError(problem, "", _REMEDY) from error
 
 
-def _called(model: nn.Module, probe: Any) -> Any:
-    return model(**probe) if isinstance(probe, Mapping) else model(probe)
+def _called(model: nn.Module, run: Run) -> Any:
+    flags = dict(run.flags)
+    return model(**dict(run.probe) | flags) if isinstance(run.probe, Mapping) else model(run.probe, **flags)
+
+
+def flag_runs(model: nn.Module, run: Run) -> list[Run]:
+    """Return the run with each keyword argument of the model that is true or false by default, the other way."""
+    try:
+        known = inspect.signature(type(model).forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    given = run.probe if isinstance(run.probe, Mapping) else {}
+    flags = [
+        (each.name, not each.default) for each in known if isinstance(each.default, bool) and each.name not in given
+    ]
+    return [replace(run, name=f"{run.name} with {name}={value}", flags=((name, value),)) for name, value in flags]
 
 
 def _next_token(model: nn.Module, tokens: Tensor) -> Any:
