@@ -16,9 +16,11 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from faults.run import Case, prepare, quiet  # noqa: E402
 from helpers.faulty_runs import FAULTY, HEALTHY_TWIN, Outcome, Recipe, Training, at, run  # noqa: E402
 
-from omninorm import NormConfig  # noqa: E402
+from omninorm import NormConfig, watch  # noqa: E402
+from omninorm.monitor import History  # noqa: E402
 from omninorm.record.files import write_file  # noqa: E402
 
 OUT = ROOT / "docs" / "signals" / "results.json"
@@ -98,9 +100,28 @@ CASES: dict[str, tuple[Recipe, Recipe, tuple[str, ...]]] = {
 }
 
 
-def series(outcome: Outcome, signal: str) -> dict[str, list]:
+def experts() -> dict[str, dict]:
+    """Return the signals of a small Mixtral whose third router collapses, and of the same run without that."""
+    healthy, faulty = (mixture(fault) for fault in (None, "router collapses"))
+    title = "a router that collapses at step 31"
+    return {
+        signal: {"title": title, "healthy": series(healthy, signal), "ill": series(faulty, signal)}
+        for signal in ("expert_load", "expert_least")
+    }
+
+
+def mixture(fault: str | None) -> History:
+    """Train a run of the board of faults."""
+    with quiet():
+        training = prepare(Case("mixtral", 0, fault=fault))
+        with watch(training.model, training.optimizers, every=5) as watched:
+            training.run(watched)
+    return watched.history
+
+
+def series(history: History, signal: str) -> dict[str, list]:
     """Return the sampled steps and the values along the signal's axis, rounded to four digits."""
-    samples = [sample for sample in outcome.history.samples if signal in sample.signals]
+    samples = [sample for sample in history.samples if signal in sample.signals]
     return {
         "steps": [sample.step for sample in samples],
         "values": [[_rounded(value) for value in sample.signals[signal]] for sample in samples],
@@ -122,8 +143,10 @@ def main() -> None:
         print(f"{title}: {', '.join(sorted({alarm.rule for alarm in outcome.alarms})) or 'no alarm'}", flush=True)
         for signal in signals:
             found[signal] = {
-                "title": title, "healthy": series(healthy[reference], signal), "ill": series(outcome, signal),
+                "title": title, "healthy": series(healthy[reference].history, signal),
+                "ill": series(outcome.history, signal),
             }  # fmt: skip
+    found |= experts()
     OUT.parent.mkdir(exist_ok=True)
     write_file(OUT, (json.dumps(found, separators=(",", ":")) + "\n").encode())
     print(f"Results: {OUT.relative_to(ROOT)}. Draw the figures with make figures.")

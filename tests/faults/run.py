@@ -107,7 +107,8 @@ def train(case: Case) -> Outcome:
     start, error, alarms = time.process_time(), None, []
     with quiet():
         training = prepare(case)
-        watched = watch(training.model, training.optimizers, every=EVERY, scaler=training.scaler)
+        optimizers, settings = training.optimizers, training.settings
+        watched = watch(training.model, optimizers, every=EVERY, scaler=training.scaler, config=settings)
         try:
             with watched:
                 training.run(watched)

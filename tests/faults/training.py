@@ -80,6 +80,7 @@ class Training:
     evaluations: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.believed = self.options
         torch.manual_seed(self.seed)
         self.model = self.architecture.build(self.options.width or self.architecture.width)
         self.initial = snapshot(self.model)
@@ -109,6 +110,11 @@ class Training:
         """The largest learning rate of the run."""
         kinds = {"sgd": 25.0, "muon": 1.0, "adamw": 1.0}
         return self.architecture.lr * self.options.factor * kinds[self.options.kind]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run as its user believes them: those of its variant, whatever the fault has changed."""
+        return {"precision": "bf16" if self.believed.autocast else "fp32"}
 
     def set(self, **options: Any) -> None:
         """Change options; for faults, before the optimizers are built."""

@@ -31,7 +31,7 @@ _TYPICAL = {
     "attention_entropy": (0.7, -0.6), "dead_units": (0.01, 1.0), "norm_rms": (0.9, 1.5), "eps_share": (1e-6, -3.0),
     "mean_share": (0.01, 0.5), "saturation": (0.1, 0.3), "logz": (6.0, 0), "logz_mean": (4.5, 0), "stream_grad": (2e-5, 0.7),
     "grad_norm": (0.15, -0.7), "noise_scale": (180.0, 0), "gain_max": (1.3, 0.2), "gain_ratio": (1.2, 0.2), "gain_small": (0.001, 0),
-    "weight_rms": (0.02, 0.1), "update_ratio": (1.5e-3, -0.2), "adam_ratio": (1.05, 0.2), "adam_eps_ratio": (900.0, -0.5),
+    "expert_load": (0.6, 0.1), "expert_least": (0.7, -0.2), "weight_rms": (0.02, 0.1), "update_ratio": (1.5e-3, -0.2), "adam_ratio": (1.05, 0.2), "adam_eps_ratio": (900.0, -0.5),
 }  # fmt: skip
 
 
@@ -151,7 +151,16 @@ def sample(header: dict[str, Any], progress: float, scene: str, chance: random.R
 
 def _row(name: str, size: int, progress: float, scene: str, chance: random.Random) -> list[float | None]:
     typical, slope = _TYPICAL[name]
-    share = name in ("angle", "attention_entropy", "dead_units", "saturation", "gain_small", "mean_share", "eps_share")
+    share = name in (
+        "angle",
+        "attention_entropy",
+        "expert_load",
+        "dead_units",
+        "saturation",
+        "gain_small",
+        "mean_share",
+        "eps_share",
+    )
     row: list[float | None] = []
     for index in range(size):
         depth = index / max(1, size - 1)

@@ -403,6 +403,34 @@ def test_lightning_manual_optimization_is_recorded(tmp_path: Path) -> None:
     assert [step.loss for step in callback.watch.history.steps] == pytest.approx(pairs, rel=1e-6)
 
 
+# The precision that the trainer's settings ask for ---------------------------------------------------------------------
+
+
+def lost(callback) -> list[int]:
+    return [alarm.step for alarm in callback.alarms if alarm.rule == "autocast-lost"]
+
+
+def without_autocast(model: nn.Module) -> None:
+    """Let the model leave autocast at its beginning, as a decorator for float32 does."""
+    model.forward = torch.autocast("cpu", enabled=False)(model.forward)
+
+
+@pytest.mark.parametrize(("prepare", "expected"), [(None, []), (without_autocast, [3])])
+def test_trainer_with_bf16_is_compared_with_what_runs(tmp_path: Path, prepare, expected: list[int]) -> None:
+    callback = TrainerCallback(every=4, report=False)
+    trainer(tmp_path, callback, prepare, bf16=True).train()
+    assert callback.watch.history.facts.precision == "bfloat16"
+    assert lost(callback) == expected
+
+
+@quiet_lightning
+def test_lightning_with_bf16_runs_with_autocast(tmp_path: Path) -> None:
+    callback = LightningCallback(every=2, report=False, folder=tmp_path)
+    fit(tmp_path, callback, precision="bf16-mixed")
+    assert callback.watch.history.facts.precision == "bfloat16"
+    assert lost(callback) == []
+
+
 # Accelerate -----------------------------------------------------------------------------------------------------------
 
 
@@ -453,6 +481,8 @@ def test_accelerate_watch_counts_optimizer_steps(accumulated: int, precision: st
     assert all(step.lr == 1e-2 for step in w.history.steps)
     assert w.history.facts.optimizer == "AdamW"
     assert {"update_ratio", "adam_ratio", "grad_norm"} <= set(w.history.samples[0].signals)
+    assert w.history.facts.precision == {"bf16": "bfloat16", "no": None}[precision]
+    assert lost(w) == []
     assert same(bare, model)
 
 

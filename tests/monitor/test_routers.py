@@ -127,6 +127,16 @@ def test_choices_of_plain_code_are_counted(choose: Callable[[Tensor], Tensor], c
     assert_loads(loads_of(watched), model.shares(), choices, tokens=32)
 
 
+def test_loads_are_in_the_record() -> None:
+    torch.manual_seed(0)
+    model = MixtureDecoder(by_topk)
+    watched = train(model, lambda step: token_loss(model, some_tokens(step, 4, 8)))
+    (sample,) = [event for event in watched.record if event["kind"] == "sample"]
+    shares = [sorted(each) for each in model.shares()]
+    assert sample["signals"]["expert_load"] == pytest.approx([sum(each[2:]) / 2 for each in shares], rel=1e-3)
+    assert sample["signals"]["expert_least"] == pytest.approx([each[0] / (2 / EXPERTS) for each in shares], rel=1e-3)
+
+
 class Probabilities(nn.Module):
     """Returns logits and the probabilities of all experts, from which the block chooses."""
 

@@ -601,7 +601,14 @@ def test_every_signal_has_values_or_a_reason() -> None:
     (sample,) = [event for event in watched.record if event["kind"] == "sample"]
     assert set(seen["not_seen"]) | set(sample["signals"]) == set(SIGNALS)
     assert not set(seen["not_seen"]) & set(sample["signals"])
-    assert set(seen["not_seen"]) == {"saturation", "update_ratio", "adam_ratio", "adam_eps_ratio"}
+    assert set(seen["not_seen"]) == {
+        "saturation",
+        "expert_load",
+        "expert_least",
+        "update_ratio",
+        "adam_ratio",
+        "adam_eps_ratio",
+    }
     lengths = {"run": 1, "block": 2, "norm": 5, "group": len(watched.history.facts.groups)}
     for name, values in sample["signals"].items():
         assert len(values) == lengths[SIGNALS[name].axis]

@@ -83,7 +83,8 @@ def watch(
         rules: the alarm rules; None means `default_rules()`.
         replicas: whether the processes of a distributed run should hold equal weights, except for sharded parameters.
             False if they differ on purpose, as between the averages of local SGD or in independent runs.
-        config: facts about the run for the report page, such as batch size, seed, commit and device.
+        config: facts about the run for the report page, such as batch size, seed, commit and device. If "precision" or
+            "mixed_precision" asks for 16 bits, such as "bf16", autocast and the stream's dtype are compared with it.
         name: the title of the report page; None means the name of the folder.
 
     Raises:

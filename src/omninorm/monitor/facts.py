@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
+from omninorm.monitor.checks.precision import expected_dtype
 from omninorm.monitor.checks.weights import look_random, matrices_of
 from omninorm.monitor.history import Facts
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.optimizer import adam_eps
 
 
-def facts_of(structure: Structure, optimizers: Sequence[torch.optim.Optimizer], every: int) -> Facts:
-    """Return what does not change during the run."""
+def facts_of(
+    structure: Structure,
+    optimizers: Sequence[torch.optim.Optimizer],
+    every: int,
+    settings: Mapping[str, Any] | None = None,
+) -> Facts:
+    """Return what does not change during the run. `settings` is the run's config."""
     return Facts(
         model=type(structure.model).__name__,
         parameters=sum(parameter.numel() for parameter in structure.model.parameters()),
@@ -31,6 +38,7 @@ def facts_of(structure: Structure, optimizers: Sequence[torch.optim.Optimizer], 
         width=typical_width(structure),
         alike=alike(structure),
         fresh=look_random(matrices_of(structure)),
+        precision=expected_dtype(settings or {}),
     )
 
 

@@ -45,6 +45,7 @@ class Facts:
         width: the width of the blocks: the median of the smaller sides of their matrices, or None.
         alike: a number for each block, equal for blocks of the same class with the same matrices.
         fresh: whether the weights look like a random initialization; None if unknown.
+        precision: the dtype of 16 bits that the run's settings ask for, such as "bfloat16"; None if they do not.
     """
 
     model: str = ""
@@ -62,6 +63,7 @@ class Facts:
     width: float | None = None
     alike: tuple[int, ...] = ()
     fresh: bool | None = None
+    precision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from omninorm.record.signals import SIGNALS
 NO_BLOCKS = "the model has no recognizable stack of blocks"
 NO_NORMS = "the model has no recognizable norm"
 NO_ATTENTION = "no block called scaled_dot_product_attention or a softmax over keys"
+NO_EXPERTS = "no router that assigns tokens to experts was recognized"
 NO_ADAM = "the optimizer has no second moments in the format of torch.optim.Adam"
 
 
@@ -38,6 +39,8 @@ _SPECIAL = {
     "dead_units": "the blocks have no recognizable feed-forward",
     "branch_ratio": "the blocks' inputs and outputs differ in shape, or the inputs are overwritten in place",
     "angle": "the blocks' inputs and outputs differ in shape, or the inputs are overwritten in place",
+    "expert_load": NO_EXPERTS,
+    "expert_least": NO_EXPERTS,
     "mean_share": "the model has no LayerNorm",
     "saturation": "the model has no DyT or Derf",
     "logz": "the model's output has no logits over a vocabulary",

@@ -42,6 +42,7 @@ from omninorm.monitor.probes.padding import MASK, ZERO_ROWS
 from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_all
 from omninorm.monitor.reasons import not_seen
 from omninorm.monitor.rules import Rule
+from omninorm.monitor.rules.expert_load import load_signals
 from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, has_gradients, step_of
 from omninorm.monitor.sinks import Sink, flatten
 from omninorm.monitor.stats_buffer import UNSEEN, Row, StatsBuffer
@@ -124,7 +125,7 @@ class Watch:
         sizes = cell_sizes(structure), len(self._sentinels), len(named), min(self._every, MOST_ROWS)
         self._buffer = StatsBuffer(self._parameters[0].device, *sizes, self._scaler)
         self._first, self._rates = self._done + 1, list[float | None]()
-        self.history.facts = facts_of(structure, self._optimizers, self._every)
+        self.history.facts = facts_of(structure, self._optimizers, self._every, self._given.get("config"))
         if rank() > 0:
             self._sinks = ()  # only the first process writes to sinks
         self._output = Output(self._folder)
@@ -165,6 +166,7 @@ class Watch:
             replicas=self._replicas,
             dropout=self._hooks.dropout,
         )
+        self._hooks.see_norms, self._gradients.may_wait = self._gradients.see_norms, bool(self._optimizers)
         self._hooks.attach()
         self._handles += self._gradients.attach()
         self._handles += self._optimizer_watch.attach()
@@ -205,6 +207,7 @@ class Watch:
             raise RunError("This Watch is not open", "", "call step inside `with omninorm.watch(…) as w:`")
         value = read_loss(loss)
         hooks.rest()
+        self._gradients.end_step()
         self._done += 1
         self.history.passes = max(self.history.passes, self._gradients.passes)
         self._rates.append(self._optimizer_watch.rate())
@@ -218,6 +221,8 @@ class Watch:
     def _begin_step(self) -> None:
         coming = self._done + 1
         self._buffer.sampling = coming % self._every == 0 or coming == 1
+        if self._hooks is not None:  # a sink may have closed the watch
+            self._hooks.begin_step()
         self._gradients.forget()
 
     def flush(self) -> None:
@@ -254,7 +259,9 @@ class Watch:
             values = dict(zip(names, numbers, strict=True))
             checked = self._checks.of_sample(self._done, rows[-1], values)
             sample = self._builder.build(self._done, cells, rows[-1], self._gains(values), values)
-            sample = replace(sample, checks=checked, loads=self._hooks.routers.read(values))
+            loads = self._hooks.routers.read(values)
+            signals = {**sample.signals, **load_signals(loads)}
+            sample = replace(sample, signals=signals, checks=checked, loads=loads)
             sample = self._builder.with_decay(sample, self._parameters, self._optimizers)
             self._write_sample(sample, steps[-1])
             alarms += self._judge.judge_sample(self.history)

@@ -60,6 +60,10 @@ SIGNALS: dict[str, Signal] = {
     "dead_units": Signal(
         "block", "dead hidden units", "share of the feed-forward's units that are ≈ 0 for all tokens", scale=SHARE
     ),
+    "expert_load": Signal(
+        "block", "load of the busiest experts", "share of the choices that the k most chosen experts get", scale=SHARE
+    ),
+    "expert_least": Signal("block", "load of the idlest expert", "its share of the choices / that of a balanced load"),
     "norm_rms": Signal("norm", "norm's input", "RMS(x)", True),
     "eps_share": Signal("norm", "ε share", "ε / (mean(x²) + ε); a LayerNorm's with var(x)", True, scale=TINY_SHARE),
     "mean_share": Signal("norm", "mean share", "mean(x)² / mean(x²) at a LayerNorm", True, scale=TINY_SHARE),

@@ -18,6 +18,7 @@ _AXIS_NAMES = {"block": "block", "norm": "norm", "group": "group"}
 DEPTH = (
     "stream_rms", "stream_grad", "grad_norm", "branch_ratio", "attention_ratio", "feed_forward_ratio",
     "angle", "stream_max", "stream_median", "attention_logit", "attention_entropy", "dead_units",
+    "expert_load", "expert_least",
 )  # fmt: skip
 NORMS = ("norm_rms", "eps_share", "gain_max", "gain_ratio", "gain_small", "mean_share", "saturation")
 GROUPS = ("weight_rms", "update_ratio", "adam_ratio", "adam_eps_ratio")

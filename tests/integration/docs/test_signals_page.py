@@ -18,14 +18,21 @@ SECTIONS = {part.split("`")[0]: part for part in PAGE.split("\n### `")[1:]}
 
 LOSS = {"loss-spike", "unrecovered-spike", "loss-rising", "held-out-rising", "suspicious-loss"}
 EXACT = {
-    *("no-gradient", "stale-parameters", "learning-rate-zero", "gradients-not-cleared", "steps-skipped"),
+    *(
+        "no-gradient",
+        "stale-parameters",
+        "learning-rate-zero",
+        "learning-rate-rises",
+        "gradients-not-cleared",
+        "steps-skipped",
+    ),
     *("updates-lost", "replicas-differ", "gradient-clipped", "identical-batches"),
     *("evaluation-mode", "adam-betas", "adam-state", "autocast-lost", "dropout"),
     *("double-softmax", "norm-missing", "attention-not-causal"),
 }
-# What they measure is not drawn: the load of experts, the scale of inputs and embeddings, and parts of gradients.
+# What they measure is not drawn: the scale of inputs and embeddings, and parts of gradients.
 NOT_DRAWN = {
-    *("router-collapse", "dead-experts", "input-scale", "embedding-scale"),
+    *("input-scale", "embedding-scale"),
     *("gradient-underflow", "gradient-noise"),
 }
 

@@ -11,6 +11,7 @@ from omninorm.monitor import Alarm, History, Sample
 from omninorm.monitor.history import Load
 from omninorm.monitor.rules import Rule
 from omninorm.monitor.rules.dead_experts import DeadExperts
+from omninorm.monitor.rules.expert_load import load_signals
 from omninorm.monitor.rules.router_collapse import RouterCollapse
 
 pytestmark = pytest.mark.usefixtures("words")
@@ -44,6 +45,27 @@ def test_collapsed_router_warns_after_30_steps_and_fails_after_100() -> None:
 def test_collapse_begins_at_95_percent(share: float, expected: str) -> None:
     # Two of four experts get 1 − share of the choices.
     assert severities(give_loads(RouterCollapse(), [(1 - share, share, 1 - share, share)] * 12))[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("shares", "choices", "most", "least"),
+    [
+        (BALANCED, 2, 0.5, 1.0),
+        ((1.0, 0.0, 1.0, 0.0), 2, 1.0, 0.0),
+        ((0.2, 0.5, 0.2, 0.1), 1, 0.5, 0.4),
+        ((0.8, 0.6, 0.4, 0.2), 2, 0.7, 0.4),
+    ],
+)
+def test_signals_of_a_load(shares: Sequence[float], choices: int, most: float, least: float) -> None:
+    found = load_signals([None, Load(tuple(shares), 100, choices)])
+    assert found == {
+        "expert_load": [None, pytest.approx(most)],
+        "expert_least": [None, pytest.approx(least)],
+    }
+
+
+def test_models_without_experts_have_no_signals_of_a_load() -> None:
+    assert load_signals([]) == load_signals([None, None]) == {}
 
 
 def test_router_that_chooses_other_experts_each_time_has_not_collapsed() -> None:

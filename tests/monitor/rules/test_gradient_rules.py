@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 from helpers.histories import facts, numbers_in
 
-from omninorm.monitor import Alarm, History, Sample
-from omninorm.monitor.checks.facts import SampleChecks
+from omninorm.monitor import Alarm, History, Sample, Step
+from omninorm.monitor.checks.facts import SampleChecks, Setup, StepChecks
 from omninorm.monitor.checks.grids import Grid
 from omninorm.monitor.rules import Rule
 from omninorm.monitor.rules.gradient_noise import GradientNoise
@@ -68,6 +68,26 @@ def test_underflow_names_the_worst_matrix_and_the_scale() -> None:
     assert "blocks.1.w" in alarm.evidence
     assert numbers_in(alarm.evidence) == pytest.approx([3, 4, 10, 0, 30])
     assert 1024 in numbers_in(alarm.remedy)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "scale", "underflow"),
+    [
+        ("float32", False, None, False), (None, None, None, False), ("float16", False, None, True),
+        ("bfloat16", False, None, True), ("float32", True, None, True), ("float32", False, 8.0, True),
+    ],
+)  # fmt: skip
+def test_only_16_bits_are_called_underflow(
+    dtype: str | None, autocast: bool | None, scale: float | None, underflow: bool
+) -> None:
+    history, rule = History(facts=facts(), dtype=dtype), GradientUnderflow()
+    history.steps.append(Step(1, 3.0, 1.0, 1e-3, StepChecks(setup=Setup(autocast=autocast))))
+    checks = SampleChecks(grids=grids((0.3, 0.3)).grids, scale=scale)
+    for count in range(4):
+        history.samples.append(Sample(10 * count, {}, checks=checks))
+        alarms = list(rule.on_sample(history, history.samples[-1]))
+    assert alarms[0].evidence.startswith("Gradients underflow" if underflow else "Gradients have holes")
+    assert ("fp16" in alarms[0].remedy) is underflow
 
 
 def test_gradients_that_become_random_fail_at_the_second_sample() -> None:

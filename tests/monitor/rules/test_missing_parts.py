@@ -61,6 +61,23 @@ def test_three_samples_over_twenty_steps() -> None:
 
 
 @pytest.mark.parametrize(
+    ("angles", "size", "expected"),
+    [
+        ([0.5, 0.5, 0.15], 1.0, ["blocks.1"]), ([0.15, 0.5, 0.15], 4.9, ["blocks.1"]), ([0.5, 0.5, 0.15], 5.1, []),
+        ([0.15, 0.5, 0.26], 1.0, []), ([0.15, 0.15, 0.5], 1.0, []), ([0.5, 0.15, 0.15], 1.0, []),
+    ],
+)  # fmt: skip
+def test_the_second_of_three_blocks_is_compared_with_the_last(
+    angles: list[float], size: float, expected: list[str]
+) -> None:
+    """The output is `size` times the input and orthogonal to it: |y − x|² = 1 + size²."""
+    change = [(1.0 + size**2) ** 0.5] * 3
+    signals: Signals = {"angle": angles, "stream_rms": [1.0, size, size], "branch_ratio": change}
+    reports = give_samples(ResidualMissing(), [signals] * 5, History(facts=facts(3)))
+    assert [alarm.layer for alarm in reports[-1]] == expected
+
+
+@pytest.mark.parametrize(
     ("changes", "no_residual", "angle", "alarms"),
     [
         ({}, True, 0.5, 1), ({}, False, 0.5, 0), ({}, True, 0.2, 0),
@@ -102,10 +119,27 @@ def test_one_block_with_fewer_norms_is_reported_at_once(fewer: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "counts", [[2] * 6, [1, 2, 2, 2, 2], [2, 2, 2, 2, 1], [2, 1, 2], [2, 1, 2, 1, 2], [1, 1, 2, 1, 1], [0] * 5]
+    "counts",
+    [
+        [2] * 6,
+        [1, 2, 2, 2, 2],
+        [2, 2, 2, 2, 1],
+        [2, 1, 2],
+        [0, 2, 2],
+        [2, 0, 0],
+        [2, 0],
+        [2, 1, 2, 1, 2],
+        [1, 1, 2, 1, 1],
+        [0] * 5,
+    ],
 )
 def test_equal_counts_ends_small_stacks_and_patterns_are_silent(counts: list[int]) -> None:
     assert judge_norms(counts) == []
+
+
+def test_block_without_any_norm_is_reported_between_two_others() -> None:
+    assert judge_norms([2, 0, 2]) == [("warn", "blocks.1")]
+    assert judge_norms([2, 0, 2], alike=(0, 0, 1)) == []
 
 
 def test_blocks_are_compared_within_their_kind_and_chain() -> None:

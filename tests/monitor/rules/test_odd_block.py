@@ -86,6 +86,45 @@ def test_at_least_four_blocks_and_three_samples_over_twenty_steps() -> None:
     assert first(reports) == 3
 
 
+def judge_three(signals: Signals, alike: tuple[int, ...] = (0, 0, 0)) -> list[str | None]:
+    history = History(facts=facts(3, alike=alike))
+    return [alarm.layer for alarm in give_samples(OddBlock(), [signals] * 5, history)[-1]]
+
+
+@pytest.mark.parametrize(
+    ("weights", "layer"),
+    [
+        ([0.02, 0.101, 0.02], "blocks.1"), ([0.02, 0.099, 0.02], None), ([0.02, 0.0039, 0.02], "blocks.1"),
+        ([0.101, 0.02, 0.02], "blocks.0"), ([0.02, 0.02, 0.101], "blocks.2"), ([0.02, 0.02, 0.0039], "blocks.2"),
+        ([0.02, 0.027, 0.18], "blocks.2"), ([0.02, 0.028, 0.18], None), ([0.02, 0.02, None], None),
+    ],
+)  # fmt: skip
+def test_among_three_equal_blocks_the_weights_of_one_are_odd(weights: list[float | None], layer: str | None) -> None:
+    """The others must agree: the odd one is 6 times as far from the middle, on a logarithmic scale, as the third."""
+    assert judge_three({"weight_rms": [*weights, 0.02]}) == ([layer] if layer else [])
+
+
+@pytest.mark.parametrize(
+    ("ratios", "layer"),
+    [
+        ([35.0, 15.1, 0.5], "blocks.1"), ([35.0, 14.9, 0.5], None), ([35.0, 16.0, 1.7], None),
+        ([35.0, 0.5, 16.0], None), ([0.3, 0.002, 0.3], None),
+    ],
+)  # fmt: skip
+def test_among_three_equal_blocks_one_that_overwrites_the_stream_is_odd(ratios: list[float], layer: str | None) -> None:
+    assert judge_three({"branch_ratio": ratios}) == ([layer] if layer else [])
+
+
+@pytest.mark.parametrize("signal", ["update_ratio", "grad_norm", "attention_logit", "attention_ratio"])
+def test_three_blocks_are_compared_by_nothing_else(signal: str) -> None:
+    assert judge_three({signal: [0.3, 30.0, 0.3, 0.3]}) == []
+
+
+def test_three_blocks_of_other_kinds_are_not_compared() -> None:
+    assert judge_three({"weight_rms": [0.02, 0.2, 0.02, 0.02]}, alike=(0, 1, 0)) == []
+    assert judge_three({"branch_ratio": [35.0, 16.0, 0.5]}, alike=(0, 1, 1)) == []
+
+
 def test_cause_in_the_weights_is_named_first() -> None:
     both = {
         "attention_entropy": layers(0.9, 0.05, count=COUNT),
@@ -121,6 +160,27 @@ def test_attention_with_too_large_gains_in_one_block_is_named() -> None:
     torch.nn.init.constant_(model.h[3].ln_1.weight, 30.0)
     watched, _ = train_tiny(model, lr=1e-3, steps=30)
     assert [alarm.layer for alarm in of_rule(watched, "odd-block")] == ["h.3"]
+
+
+def test_one_of_three_blocks_with_too_large_weights_is_named() -> None:
+    torch.manual_seed(0)
+    model = TinyGPT(blocks=3)
+    with torch.no_grad():
+        for parameter in model.h[1].parameters():
+            parameter.mul_(10.0 if parameter.ndim == 2 else 1.0)
+    watched, _ = train_tiny(model, lr=1e-3, steps=30)
+    assert named(of_rule(watched, "odd-block")) == [("warn", "odd-block", "h.1")]
+
+
+@pytest.mark.parametrize("kind", ["tiny", "Llama", "Olmo2", "Gemma2", "Qwen3"])
+def test_three_healthy_blocks_are_silent(kind: str) -> None:
+    if kind != "tiny":
+        pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = TinyGPT(blocks=3) if kind == "tiny" else transformers_model(kind, blocks=3)
+    watched, _ = train_tiny(model, lr=5e-3, steps=40)
+    rules = ("odd-block", "residual-missing", "norm-missing")
+    assert [alarm for rule in rules for alarm in of_rule(watched, rule)] == []
 
 
 @pytest.mark.parametrize("kind", ["tiny", "Qwen3Next"])

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.histories import facts
 from helpers.watched_models import Decoder, adamw, some_tokens, token_loss, train, train_watched
 from torch import Tensor, nn
 from torch.optim import optimizer as optimizers
 from torch.utils.checkpoint import checkpoint
 
-from omninorm.monitor import Alarm, watch
+from omninorm.monitor import Alarm, History, Step, watch
+from omninorm.monitor.checks.facts import Setup, StepChecks
+from omninorm.monitor.rules.autocast_lost import AutocastLost
 
 pytestmark = pytest.mark.usefixtures("words")
 RULES = {"evaluation-mode", "adam-betas", "adam-state", "autocast-lost", "dropout"}
@@ -357,6 +360,87 @@ def test_autocast_inside_the_forward_is_silent() -> None:
 
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
     assert run(model, scaler=scaler()) == []
+
+
+BELIEVED = {"precision": "bf16"}
+
+
+def in_dtype(dtype: torch.dtype) -> Decoder:
+    """Return a model whose blocks work in a dtype."""
+    model = decoder()
+    model.blocks.to(dtype)
+    model.embedding.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+    model.final_norm.register_forward_pre_hook(lambda module, inputs: inputs[0].float())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        (BELIEVED, "bfloat16"),
+        ({"precision": "16-mixed"}, "float16"),
+        ({"precision": torch.float16, "mixed_precision": "bf16"}, "float16"),
+        ({"mixed_precision": "bf16"}, "bfloat16"),
+        ({"bf16": True, "fp16": False}, "bfloat16"),
+        ({"fp16": True}, "float16"),
+    ],
+)
+def test_settings_without_autocast_are_a_warning_after_three_steps(settings: dict[str, Any], dtype: str) -> None:
+    (alarm,) = run(decoder(), config=settings)
+    assert summary([alarm]) == [("autocast-lost", "warn", None, 3)]
+    assert f"the settings ask for {dtype}" in alarm.evidence
+    assert alarm.evidence.endswith("in float32 since step 1.")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "fp32"},
+        {"precision": "32-true", "bf16": True},
+        {"mixed_precision": "no"},
+        {"bf16": False},
+        {"bf16": "no"},
+        {"precision": None},
+        {"width": 16},
+    ],
+)
+def test_settings_that_do_not_ask_for_16_bits_are_silent(settings: dict[str, Any]) -> None:
+    assert run(decoder(), config=settings) == []
+
+
+@pytest.mark.parametrize(
+    ("build", "loss"),
+    [
+        (decoder, autocast_in(lambda step: True)),
+        (lambda: in_dtype(torch.bfloat16), autocast_in(lambda step: False)),
+        (lambda: nn.Sequential(nn.Embedding(23, 8), nn.Linear(8, 23)), autocast_in(lambda step: False)),
+    ],
+)
+def test_settings_are_silent_with_autocast_with_16_bit_weights_and_without_blocks(
+    build: Callable[[], nn.Module], loss: Callable[[nn.Module, int], Tensor]
+) -> None:
+    torch.manual_seed(0)
+    assert run(build(), loss=loss, config=BELIEVED) == []
+
+
+@pytest.mark.parametrize(
+    ("inside", "dtype", "expected"),
+    [
+        (True, "float32", [3, 4, 5]),
+        (True, "float64", [3, 4, 5]),
+        (True, "bfloat16", []),
+        (True, None, []),  # unknown, as before the first sample
+        (False, "float32", []),  # a compiled model, inside which autocast may begin
+    ],
+)
+def test_settings_are_compared_only_where_autocast_and_dtype_are_known(
+    inside: bool, dtype: str | None, expected: list[int]
+) -> None:
+    history, rule = History(facts=facts(precision="bfloat16")), AutocastLost()
+    history.dtype = dtype
+    checks = StepChecks(setup=Setup(autocast=False, inside=inside))
+    reports = [list(rule.on_step(history, Step(step, 3.0, 1.0, 1e-3, checks))) for step in range(1, 6)]
+    assert [alarm.step for alarms in reports for alarm in alarms] == expected
 
 
 # dropout --------------------------------------------------------------------------------------------------------------

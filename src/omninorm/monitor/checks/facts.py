@@ -54,6 +54,7 @@ class Setup:
         proper: whether the model ran in evaluation mode without gradients.
         scaled: whether an enabled GradScaler was passed, and the weights are in float32.
         autocast: whether autocast was active in a pass with gradients; None if there was none.
+        inside: whether autocast was looked up inside the model as well, where it may begin.
         betas: Adam's coefficients, for each group of the optimizers that made a step.
         restart: the loss of Adam's state.
         dropout: name and probability of each active nn.Dropout, and of blocks that call F.dropout, in sampled steps.
@@ -66,6 +67,7 @@ class Setup:
     proper: bool = False
     scaled: bool = False
     autocast: bool | None = None
+    inside: bool = False
     betas: tuple[tuple[float, float], ...] = ()
     restart: Restart | None = None
     dropout: tuple[tuple[str, float], ...] = ()

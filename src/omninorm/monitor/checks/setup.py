@@ -166,6 +166,7 @@ class SetupWatch:
             proper=self._proper,
             scaled=self._scaled,
             autocast=self._autocast,
+            inside=self._inner is not None,
             betas=self._betas,
             restart=self._states.take(),
             dropout=(*self._high, *self._functional_dropout()),

@@ -32,6 +32,7 @@ from omninorm.monitor.rules.initialization import Initialization
 from omninorm.monitor.rules.input_scale import InputScale
 from omninorm.monitor.rules.layer_jump import LayerJump
 from omninorm.monitor.rules.learning_rate import LearningRate
+from omninorm.monitor.rules.learning_rate_rises import LearningRateRises
 from omninorm.monitor.rules.learning_rate_zero import LearningRateZero
 from omninorm.monitor.rules.logz import LogZ
 from omninorm.monitor.rules.loss_rising import LossRising
@@ -67,6 +68,7 @@ def default_rules() -> list[Rule]:
         NoGradientRule(),
         StaleParameters(),
         LearningRateZero(),
+        LearningRateRises(),
         GradientsNotCleared(),
         StepsSkipped(),
         UpdatesLost(),

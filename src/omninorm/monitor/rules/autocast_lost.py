@@ -1,8 +1,10 @@
-"""autocast-lost: the model trains without autocast although a GradScaler, or its earlier steps, call for it.
+"""autocast-lost: the model trains without autocast although its settings, a GradScaler, or earlier steps call for it.
 
 Signal: whether autocast is active at the beginning of the model's forward or at the input of its first block.
 Persistence [ours]: 3 steps in a row. It is a warning: training in float32 is correct, but slower. A residual stream of
-16 bits shows that autocast, or a conversion, happens further inside.
+16 bits shows that autocast, or a conversion, happens further inside. The settings are the `config` of `watch`, or those
+of a trainer: "precision", "mixed_precision", "bf16" and "fp16". In a compiled model, or one without blocks, where
+autocast may begin unseen, they are not compared.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from omninorm.monitor.rules.base import Rule
 from omninorm.record.alarm import Alarm
 
 STEPS = 3
+HALF = ("float16", "bfloat16")
 
 
 class AutocastLost(Rule):
@@ -32,20 +35,28 @@ class AutocastLost(Rule):
             self._with, self._without = self._with + 1, 0
             return
         self._without += 1
-        if self._without < STEPS or (self._with < STEPS and not self._is_expected(history, step)):
+        if self._without < STEPS:
             return
-        since = step.step - self._without + 1
-        if self._with >= STEPS:
-            evidence = f"Autocast is no longer active: the model has run without it since step {since}."
-        else:
-            evidence = "Autocast is not active although there is a GradScaler: the model has run in float32 since "
-            evidence += f"step {since}."
-        remedy = "Run the model's forward and the loss inside `with torch.autocast(…)` in every step. If float32 is "
-        remedy += "intended, leave out the GradScaler."
-        yield self.alarm(step.step, "warn", None, evidence, remedy)
+        found = self._explain(history, step)
+        if found:
+            yield self.alarm(step.step, "warn", None, *found)
 
-    @staticmethod
-    def _is_expected(history: History, step: Step) -> bool:
-        """Return whether a GradScaler calls for autocast and nothing shows that it happens further inside."""
+    def _explain(self, history: History, step: Step) -> tuple[str, str] | None:
+        """Return the evidence and the remedy; None if nothing calls for autocast."""
         assert step.checks is not None
-        return step.checks.setup.scaled and history.dtype not in ("float16", "bfloat16")
+        setup, since = step.checks.setup, f"since step {step.step - self._without + 1}."
+        remedy = "Run the model's forward and the loss inside `with torch.autocast(…)` in every step. If float32 is "
+        remedy += "intended, "
+        asked = history.facts.precision if setup.inside and history.facts.blocks else None
+        if self._with >= STEPS:
+            evidence = f"Autocast is no longer active: the model has run without it {since}"
+            return evidence, remedy + ("leave out the GradScaler." if setup.scaled else "nothing is wrong.")
+        if history.dtype in HALF:
+            return None
+        if asked and history.dtype:
+            evidence = f"Autocast is not active although the settings ask for {asked}: the residual stream has been in "
+            return evidence + f"{history.dtype} {since}", remedy + "correct the settings."
+        if setup.scaled:
+            evidence = f"Autocast is not active although there is a GradScaler: the model has run in float32 {since}"
+            return evidence, remedy + "leave out the GradScaler."
+        return None

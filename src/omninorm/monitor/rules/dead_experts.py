@@ -9,7 +9,7 @@ Blocks whose router has collapsed are left to router-collapse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.history import History, Load, Sample
 from omninorm.monitor.rules.base import Rule
@@ -17,6 +17,7 @@ from omninorm.monitor.rules.expert_load import BALANCE, fair_share, listed, load
 from omninorm.monitor.rules.numbers import Streaks
 from omninorm.monitor.rules.router_collapse import WARN, collapsed_share
 from omninorm.record.alarm import Alarm
+from omninorm.record.signals import Limit
 
 DEAD = 0.01
 EXPECTED = 50.0
@@ -33,6 +34,9 @@ class DeadExperts(Rule):
     def __init__(self) -> None:
         self._streaks = Streaks()
         self._expected: dict[tuple[int, int], float] = {}  # tokens of a balanced load since an expert has been dead
+
+    def limits(self) -> Sequence[Limit]:
+        return (Limit("expert_least", self.name, DEAD, below=True, condition="unless its router has collapsed"),)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         for block in range(len(history.facts.blocks)):

@@ -1,4 +1,4 @@
-"""The load of experts, for router-collapse and dead-experts."""
+"""The load of experts: its signals, and helpers for router-collapse and dead-experts."""
 
 from __future__ import annotations
 
@@ -37,6 +37,15 @@ def share_of(load: Load, experts: Sequence[int]) -> float:
 def fair_share(load: Load) -> float:
     """Return the share of the tokens that an expert would get if the load were balanced."""
     return load.choices / len(load.shares)
+
+
+def load_signals(loads: Sequence[Load | None]) -> dict[str, list[float | None]]:
+    """Return the signals of the blocks' loads; empty if none is known."""
+    if not any(loads):
+        return {}
+    most = [None if load is None else share_of(load, largest(load)) for load in loads]
+    least = [None if load is None else min(load.shares) / fair_share(load) for load in loads]
+    return {"expert_load": most, "expert_least": least}
 
 
 def listed(experts: Sequence[int]) -> str:

@@ -40,16 +40,33 @@ class GradientUnderflow(Rule):
         if not self._streaks.lasts("", holds, sample.step, SAMPLES, STEPS):
             return
         worst = max((grid for grid in sparse if grid.zeros < 1.0), key=lambda grid: grid.zeros, default=sparse[0])
+        is_half = sample.checks.scale is not None or works_in_16_bits(history)
+        what = "Gradients underflow" if is_half else "Gradients have holes"
         evidence = (
-            f"Gradients underflow: in {len(sparse)} of {len(grids)} matrices, {100 * ZEROS:.0f} % of the elements or "
+            f"{what}: in {len(sparse)} of {len(grids)} matrices, {100 * ZEROS:.0f} % of the elements or "
             f"more are exactly 0 at the optimizer's step ({100 * worst.zeros:.3g} % in {worst.name}), not counting "
             "dead rows and columns."
         )
-        remedy = "Use bf16 instead of fp16, or a GradScaler, "
-        if sample.checks.scale is not None:
-            remedy = f"Use bf16 instead of fp16, or a larger scale than the GradScaler's {sample.checks.scale:g}, "
-        remedy += (
-            "and look for code that rounds or compresses gradients. Compare one of these gradients with that of the "
-            "same batch in float32: if it has as many zeros there, they come from the model."
+        yield self.alarm(sample.step, "warn", None, evidence, _remedy(sample.checks.scale, is_half))
+
+
+def works_in_16_bits(history: History) -> bool:
+    """Return whether the residual stream has 16 bits, or autocast was active in the newest step."""
+    checks = history.steps[-1].checks if history.steps else None
+    return history.dtype in ("float16", "bfloat16") or bool(checks and checks.setup.autocast)
+
+
+def _remedy(scale: float | None, is_half: bool) -> str:
+    if not is_half:
+        return (
+            "In float32 gradients hardly underflow. Look for code that rounds, masks or compresses them. Compare one "
+            "of these gradients with that of the same batch without such code: if it has as many zeros there, they "
+            "come from the model (a ReLU with few tokens, masked weights) and do no harm."
         )
-        yield self.alarm(sample.step, "warn", None, evidence, remedy)
+    remedy = "Use bf16 instead of fp16, or a GradScaler, "
+    if scale is not None:
+        remedy = f"Use bf16 instead of fp16, or a larger scale than the GradScaler's {scale:g}, "
+    return remedy + (
+        "and look for code that rounds or compresses gradients. Compare one of these gradients with that of the "
+        "same batch in float32: if it has as many zeros there, they come from the model."
+    )

@@ -3,9 +3,9 @@
 Facts: the norm modules of each block, compared among blocks of the same class with the same matrices in one chain. A
 norm that does not run in the first 3 samples does not count. Norms inside the attention do not count either: models
 apply qk-norm in some blocks only (Llama 4). Threshold: one block of 4 or more, or less than a quarter of them, has
-fewer norms than all the others, which have equally many. [ours] The first and the last block may differ by design
-(ModernBERT's first attention has no norm). Persistence: none, because it is the structure of the model. It is a
-warning.
+fewer norms than all the others, which have equally many; of 3 blocks, one that has none. [ours] The first and the last
+block may differ by design (ModernBERT's first attention has no norm). Persistence: none, because it is the structure of
+the model. It is a warning.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from omninorm.monitor.rules.numbers import value_at
 from omninorm.record.alarm import Alarm
 
 SAMPLES, FEWEST, SHARE = 3, 4, 0.25
+FEWEST_WITHOUT = 3  # siblings of a block without any norm
 
 
 class NormMissing(Rule):
@@ -40,7 +41,7 @@ class NormMissing(Rule):
         for siblings in _siblings(facts, self._blocks_ran):
             usual = max(counts[at] for at in siblings)
             fewer = [at for at in siblings if counts[at] < usual]
-            if _are_few(fewer, siblings):
+            if _are_few(fewer, siblings) or _is_without(fewer, siblings, counts):
                 for at in sorted(set(fewer) - _ends(facts)):
                     yield self._explain(sample, facts.blocks[at], counts[at], usual, len(siblings) - len(fewer))
 
@@ -77,6 +78,11 @@ def _siblings(facts: Facts, ran: set[int]) -> Iterable[list[int]]:
 def _are_few(fewer: Sequence[int], siblings: Sequence[int]) -> bool:
     one = len(fewer) == 1 and len(siblings) >= FEWEST
     return bool(fewer) and (one or len(fewer) < SHARE * len(siblings))
+
+
+def _is_without(fewer: Sequence[int], siblings: Sequence[int], counts: Counter[int]) -> bool:
+    """Return whether a single block has no norm at all."""
+    return len(fewer) == 1 and counts[fewer[0]] == 0 and len(siblings) >= FEWEST_WITHOUT
 
 
 def _ends(facts: Facts) -> set[int]:

@@ -3,18 +3,19 @@
 Signals: attention entropy and logits; branch, attention and feed-forward ratios; gradient of the stream's weights
 (‖∂loss/∂w‖) and update ratio; RMS of the weights and the largest gain of its norms. Threshold, on the logarithms among
 the blocks: at least 10 times the median of the blocks or a tenth of it (weights and gains: 5 times, because siblings
-begin alike; entropy: a quarter), and 6 times as far from it as the median block. [ours] At least 4 blocks are needed.
-The first and the last block legitimately differ (the first reads a small embedding, the last writes for the head): they
-are judged by their weights and gains only, and do not count for the others' spread. With fewer than 4 blocks between
-them, the spread says little; then a block other than the first that writes 15 times its input, and 10 times as much as
-the blocks after the first on average (median), is reported as well. Logits count only if they are too
+begin alike; entropy: a quarter), and 6 times as far from it as the median block. [ours] At least 4 blocks are needed;
+the weights of 3 are compared as well, if these blocks have the same class and the same matrices. The first and the last
+block legitimately differ (the first reads a small embedding, the last writes for the head): they are judged by their
+weights and gains only, and do not count for the others' spread. With fewer than 4 blocks between them, the spread says
+little; then a block other than the first that writes 15 times its input, and 10 times as much as the blocks after the
+first on average (median), is reported as well; of 3 such blocks, only the second. Logits count only if they are too
 large. Persistence: 3 samples over 20 steps. It is a warning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from omninorm.monitor.history import Facts, History, Sample
@@ -23,7 +24,7 @@ from omninorm.monitor.rules.numbers import Streaks, factor, known, values_of
 from omninorm.record.alarm import Alarm
 
 ORDER, SIZE_ORDER, ENTROPY_ORDER, SPREADS = 10.0, 5.0, 4.0, 6.0
-FEWEST = 4
+FEWEST, FEWEST_ALIKE = 4, 3
 OVERWRITES = 15.0  # times its input
 SAMPLES, STEPS = 3, 20
 # In the order of causes: the weights, then what they do.
@@ -72,7 +73,7 @@ class OddBlock(Rule):
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         count = len(history.facts.blocks)
-        if count < FEWEST:
+        if count < FEWEST_ALIKE:
             return
         lasting: dict[int, Odd] = {}
         for signal in (*WEIGHTS, *ATTENTION, *BRANCHES):
@@ -124,15 +125,21 @@ def _by_block(history: History, sample: Sample, signal: str) -> list[float | Non
 def _odd_in_chains(values: list[float | None], signal: str, facts: Facts) -> Iterable[Odd]:
     """Yield the odd blocks, compared with those of their own stage, encoder, decoder or tower."""
     for chain in facts.chains or [range(len(values))]:
+        if len(chain) < FEWEST and not _are_alike(facts, chain):
+            continue
         for found in _odd_ones([values[at] for at in chain], signal):
             yield found._replace(block=chain[found.block])
+
+
+def _are_alike(facts: Facts, blocks: Sequence[int]) -> bool:
+    return len({facts.alike[at] if at < len(facts.alike) else -1 - at for at in blocks}) == 1
 
 
 def _odd_ones(values: list[float | None], signal: str) -> list[Odd]:
     inner = sorted(math.log(value) for value in values[1:-1] if value is not None)
     everyone = sorted(math.log(value) for value in known(values))
     if len(everyone) < FEWEST:
-        return []
+        return _odd_of_few(values, signal) if len(everyone) == FEWEST_ALIKE == len(values) else []
     middle = _middle(everyone)
     spread = _middle(sorted(abs(value - middle) for value in (inner if len(inner) >= FEWEST else everyone)))
     limit = ENTROPY_ORDER if signal == "attention_entropy" else SIZE_ORDER if signal in SIZES else ORDER
@@ -148,6 +155,20 @@ def _odd_ones(values: list[float | None], signal: str) -> list[Odd]:
         elif signal == "branch_ratio" and len(inner) < FEWEST:
             odd += _overwriting(values, block, value)
     return odd
+
+
+def _odd_of_few(values: list[float | None], signal: str) -> list[Odd]:
+    """Return the odd block of three: by its weights, while the others agree, or as one that overwrites its input."""
+    first, second, third = known(values)
+    if signal == "branch_ratio":
+        overwrites = second >= max(OVERWRITES, ORDER * third)
+        return [Odd(1, signal, second, third)] if overwrites else []
+    low, middle, high = sorted((first, second, third))
+    near, far = sorted((middle / low, high / middle))
+    if signal != "weight_rms" or far < SIZE_ORDER or math.log(far) < SPREADS * math.log(near):
+        return []
+    value = high if far == high / middle else low
+    return [Odd(values.index(value), signal, value, middle)]
 
 
 def _overwriting(values: list[float | None], block: int, value: float) -> list[Odd]:

@@ -1,10 +1,12 @@
 """residual-missing: a block returns its branches without its input.
 
-Signals: the angle between a block's input x and output y, as a share of 180°, and y's component along x,
-⟨x, y⟩ / ⟨x, x⟩, from the RMS of both and of their difference. Threshold: an angle of 0.35 to 0.65 while the median of
-the other blocks is below half of it and 0.25, and a component below 0.5. [ours] Branches are nearly orthogonal to the
-stream: with a residual connection the component is 1, also if the branch is large, and without it 0. The first block's
-input is small and the last one writes for the head, so neither is judged. Persistence: 3 samples over 20 steps.
+Signals: the angle between a block's input x and output y, as a share of 180°, and y's component along x, ⟨x, y⟩ / ⟨x,
+x⟩, from the RMS of both and of their difference. Threshold: an angle of 0.35 to 0.65 while the median of the other
+blocks is below half of it and 0.25, and a component below 0.5. [ours] Branches are nearly orthogonal to the stream:
+with a residual connection the component is 1, also if the branch is large, and without it 0. The first block's input is
+small and the last one writes for the head, so neither is judged. Of three blocks, the last one counts as the other, and
+the output must not be larger than 5 times the input: next to a huge branch the component is noise. Persistence: 3
+samples over 20 steps.
 
 If the autograd graph shows at the first sample that no block's output is a sum with its input, and all angles are as
 above, the whole stack is reported at once, if every block has attention: plain stacks of other layers are legitimate.
@@ -23,6 +25,7 @@ from omninorm.record.alarm import Alarm
 LOW, HIGH = 0.35, 0.65
 OTHERS, SHARE = 0.25, 0.5
 COMPONENT = 0.5
+FEWEST, HUGE = 3, 5.0
 SAMPLES, STEPS = 3, 20
 
 
@@ -49,12 +52,14 @@ class ResidualMissing(Rule):
             return
         for chain in history.facts.chains or [range(len(history.facts.blocks))]:
             for place in range(1, len(chain) - 1):
-                others = known(angles[at] for at in chain[1:-1] if at != chain[place] and at < len(angles))
-                holds = _turns(sample, angles, chain[place], others) and _drops(sample, chain[place - 1], chain[place])
-                if self._streaks.lasts(chain[place], holds, sample.step, SAMPLES, STEPS):
-                    angle = angles[chain[place]]
-                    assert angle is not None
-                    yield self._explain(sample, history.facts.blocks[chain[place]], angle, median(others))
+                siblings = chain[1:-1] if len(chain) > FEWEST else chain[1:]
+                others = known(angles[at] for at in siblings if at != chain[place] and at < len(angles))
+                block, before = chain[place], chain[place - 1]
+                holds = _turns(sample, angles, block, others) and _drops(sample, before, block)
+                holds = holds and (len(chain) > FEWEST or not _is_huge(sample, before, block))
+                angle = angles[block] if block < len(angles) else None
+                if self._streaks.lasts(block, holds, sample.step, SAMPLES, STEPS) and angle is not None:
+                    yield self._explain(sample, history.facts.blocks[block], angle, median(others))
 
     def _explain(self, sample: Sample, block: str, angle: float, typical: float) -> Alarm:
         evidence = f"Residual connection missing: {block} turns the residual stream by {180 * angle:.0f}° and keeps "
@@ -85,3 +90,8 @@ def _drops(sample: Sample, before: int, block: int) -> bool:
     if x is None or y is None or change is None or x <= 0.0:
         return False
     return abs(1.0 + (y / x) ** 2 - change**2) / 2.0 < COMPONENT
+
+
+def _is_huge(sample: Sample, before: int, block: int) -> bool:
+    x, y = value_at(sample, "stream_rms", before), value_at(sample, "stream_rms", block)
+    return x is None or y is None or y > HUGE * x

@@ -10,13 +10,14 @@ Source: Shazeer et al. describe the collapse, which reinforces itself: experts t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.history import History, Load, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.expert_load import BALANCE, fair_share, largest, listed, load_at, router_of, share_of
 from omninorm.monitor.rules.numbers import Streaks
 from omninorm.record.alarm import Alarm
+from omninorm.record.signals import Limit
 
 WARN, FAIL = 0.95, 0.99
 FEWEST_TOKENS = 16
@@ -34,6 +35,9 @@ class RouterCollapse(Rule):
     def __init__(self) -> None:
         self._streaks = Streaks()
         self._chosen: dict[int, list[int]] = {}
+
+    def limits(self) -> Sequence[Limit]:
+        return (Limit("expert_load", self.name, WARN, FAIL, condition="of at least twice as many experts as choices"),)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
         for block in range(len(history.facts.blocks)):
