@@ -37,7 +37,6 @@ UNFOLDABLE = {
     "jetmoe": _NONE,
     "lfm2_moe": _HEADS,
     "llama4_text": _NONE,
-    "longcat_flash": r"post_attention_layernorm\.0$",  # experts that return their input
     "mamba": _NONE,
     "mamba2": _NONE,
     "minicpm3": _NONE,
