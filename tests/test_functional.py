@@ -233,7 +233,7 @@ def test_every_argument_changes_the_result_on_every_back_end(name: str, backend:
     assert y.requires_grad == needs_grad
 
 
-@pytest.mark.parametrize("backend", COMPUTE)
+@pytest.mark.parametrize("backend", [name for name in COMPUTE if name != "torch"])  # which refuses it
 def test_llama_cast_rounds_before_the_gain(backend: str) -> None:
     x, gain = (torch.randn(shape, generator=GENERATOR).bfloat16() for shape in ((64, 6), (6,)))
     rounded = rms(x.float()).bfloat16()

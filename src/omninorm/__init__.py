@@ -12,7 +12,7 @@ from omninorm.monitor import watch
 
 if _TYPE_CHECKING:
     from omninorm import functional
-    from omninorm.kernels.dispatch import backends, use_backend
+    from omninorm.kernels.dispatch import backend_for, backends, use_backend
     from omninorm.layers import CRMSNorm, DynamicErf, DynamicTanh, LayerNorm, RMSNorm, ScaleNorm, param_groups
     from omninorm.placement import Block
     from omninorm.surgery import swapped
@@ -32,6 +32,7 @@ __all__ = [
     "ScaleNorm",
     "Thinker",
     "ThinkerConfig",
+    "backend_for",
     "backends",
     "functional",
     "param_groups",
@@ -42,7 +43,7 @@ __all__ = [
 
 # The names that need torch, which takes seconds to import, and the modules that define them.
 _HOMES = {
-    **dict.fromkeys(("backends", "use_backend"), "kernels.dispatch"),
+    **dict.fromkeys(("backend_for", "backends", "use_backend"), "kernels.dispatch"),
     **dict.fromkeys(
         ("CRMSNorm", "DynamicErf", "DynamicTanh", "LayerNorm", "RMSNorm", "ScaleNorm", "param_groups"), "layers"
     ),

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function
 
 from omninorm.config import CASTS, LARGEST, is_finite, python_number
 from omninorm.errors import InputError
-from omninorm.kernels import dispatch, operators
+from omninorm.kernels import dispatch, fused, operators
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm", "z_score"]
 
@@ -61,6 +61,13 @@ def rms_norm(
         except REFUSALS:
             check_rms_norm(x, weight, eps, gain_offset, cast)
             raise
+    if dispatch.is_plain_gpu("rms_norm", x, weight, None, eps, gain_offset, cast):
+        try:
+            eps = operators.MACHINE_EPS[x.dtype] if eps is None else eps
+            return fused.RMS_NORM(x, x.shape[-1:], weight, eps)[0]  # type: ignore[no-any-return]
+        except REFUSALS:
+            check_rms_norm(x, weight, eps, gain_offset, cast)
+            raise
     if proxies := overriding(x, weight):
         options: dict[str, Any] = {"gain_offset": gain_offset, "cast": cast}
         return handle_torch_function(rms_norm, proxies, x, weight, eps, **options)
@@ -95,6 +102,13 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     if dispatch.is_plain_cpu(x, weight, bias, eps):
         try:
             return operators.layer_norm(x, weight, bias, eps)
+        except REFUSALS:
+            check_layer_norm(x, weight, bias, eps)
+            raise
+    if dispatch.is_plain_gpu("layer_norm", x, weight, bias, eps):
+        try:
+            eps = operators.MACHINE_EPS[x.dtype] if eps is None else eps
+            return fused.LAYER_NORM(x, x.shape[-1:], weight, bias, eps)[0]  # type: ignore[no-any-return]
         except REFUSALS:
             check_layer_norm(x, weight, bias, eps)
             raise

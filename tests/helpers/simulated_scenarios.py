@@ -144,7 +144,35 @@ def kept() -> list[int]:
     return found
 
 
+def norms() -> dict[str, Any]:
+    """Compare norms and their gradients with the CPU's, and count the operators that each calls."""
+    import omninorm
+    from omninorm import functional
+
+    calls: dict[str, Any] = {
+        "rms_norm": lambda x, gain: functional.rms_norm(x, gain),
+        "layer_norm": lambda x, gain: functional.layer_norm(x, gain, gain),
+        "add_layer_norm": lambda x, gain: functional.add_layer_norm(x, x + 1, gain)[0],
+        "llama": lambda x, gain: functional.rms_norm(x, gain, cast="llama"),
+    }
+    leaves = [torch.randn(3, 8), torch.randn(8)]
+    found: dict[str, Any] = {}
+    for name, norm in calls.items():
+        here = [leaf.clone().requires_grad_() for leaf in leaves]
+        there = [SimulatedTensor(leaf.clone()).requires_grad_() for leaf in leaves]
+        expected = torch.autograd.grad(norm(*here).square().sum(), here)
+        with counting() as counted:
+            y = norm(*there)
+        gradients = torch.autograd.grad(y.square().sum(), there)
+        gap = max(float((a.raw - b).abs().max()) for a, b in zip(gradients, expected, strict=True))
+        options = {"cast": "llama"} if name == "llama" else {"operator": name.removeprefix("add_")}
+        chosen = omninorm.backend_for(*there, **options).name
+        found[name] = {"gap": gap, "launches": dict(counted.launches), "waits": dict(counted.waits), "backend": chosen}
+    return found
+
+
 if __name__ == "__main__":
     install()
     torch.manual_seed(0)
-    print(json.dumps({"devices": devices, "watched": watched, "outputs": outputs, "kept": kept}[sys.argv[1]]()))
+    scenarios = {"devices": devices, "watched": watched, "outputs": outputs, "kept": kept, "norms": norms}
+    print(json.dumps(scenarios[sys.argv[1]]()))

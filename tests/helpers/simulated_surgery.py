@@ -22,7 +22,7 @@ from omninorm.experiments.compare.cells import Cell
 from omninorm.experiments.compare.factory import check_factory
 from omninorm.experiments.compare.protocols import measure
 from omninorm.experiments.corpus import Corpus
-from omninorm.surgery import flow
+from omninorm.surgery import flow, modes
 
 TEXT = (SENTENCE * 80).encode()
 SMALL = {"d_model": 16, "n_heads": 2, "steps": 4, "seq_len": 16, "batch_size": 2, "eval_bytes": 200, "warmup_steps": 1}
@@ -78,12 +78,12 @@ def proved_on_the_device() -> dict[str, Any]:
     """Run the proofs on the device, as on a GPU with enough free memory."""
     library: Any = sys.modules["omninorm.surgery.verify"]  # the package has a function of this name
     library.free_memory = lambda device: 2**40 if device.type == NAME else None
-    same = flow._same_memory
+    own = modes.storage
 
-    def same_memory(a: Any, b: Any) -> bool:  # a wrapper has no storage
-        return same(*(each.raw if isinstance(each, SimulatedTensor) else each for each in (a, b)))
+    def storage(tensor: Any) -> int:  # a wrapper has none
+        return own(tensor.raw if isinstance(tensor, SimulatedTensor) else tensor)
 
-    flow._same_memory = same_memory
+    modes.storage = flow.storage = storage
     return operated()
 
 

@@ -81,3 +81,16 @@ def test_outputs_are_measured_as_they_were_before_changes_in_place() -> None:
 
 def test_outputs_that_wait_take_a_limited_amount_of_memory() -> None:
     assert run("kept") == [4000, 8000, 0, 4000, 8000]
+
+
+def test_norms_on_the_device_are_pytorchs_operators_with_the_cpus_numbers() -> None:
+    found = run("norms")
+    assert {name: each["backend"] for name, each in found.items()} == {
+        "rms_norm": "torch", "layer_norm": "torch", "add_layer_norm": "torch", "llama": "reference",
+    }  # fmt: skip
+    assert all(each["gap"] < 1e-5 and each["waits"] == {} for each in found.values())
+    # RMSNorm has no kernel of its own there, as on the CPU.
+    assert found["layer_norm"]["launches"] == {"native_layer_norm": 1}
+    assert found["add_layer_norm"]["launches"] == {"add": 2, "native_layer_norm": 1}
+    assert sum(found["rms_norm"]["launches"].values()) <= 6
+    assert sum(found["llama"]["launches"].values()) > 12

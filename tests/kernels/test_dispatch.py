@@ -138,7 +138,7 @@ def test_the_sum_needs_a_gradient_only_if_its_parts_do() -> None:
 
 
 def test_an_unknown_back_end_is_refused_with_the_choices() -> None:
-    with pytest.raises(ConfigError, match="triton, cpu, reference, got 'gpu'"), dispatch.use_backend("gpu"):
+    with pytest.raises(ConfigError, match="torch, triton, cpu, reference, got 'gpu'"), dispatch.use_backend("gpu"):
         pass
 
 

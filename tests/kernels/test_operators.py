@@ -54,8 +54,8 @@ def call(name: str, inputs: Inputs) -> Any:
 def test_all_operators_are_tested_here() -> None:
     schemas = {schema.name for schema in torch._C._jit_get_all_schemas()}
     ours = {name for name in schemas if name.startswith("omninorm::")}
-    # The watch's compute nothing, and the reference's no norm; tests/watch and test_compile.py have them in graphs.
-    others = {"omninorm::watch_see", "omninorm::watch_gradient", "omninorm::rounded"}
+    # The watch's compute nothing; tests/watch has them in graphs.
+    others = {"omninorm::watch_see", "omninorm::watch_gradient"}
     assert ours - others == {f"omninorm::{name}" for name in CALLS}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from omninorm.monitor import stats_buffer, tensors, watch
-from omninorm.monitor.probes.optimizer import any_some
+from omninorm.monitor.probes.elements import any_some
 from omninorm.monitor.stats_buffer import StatsBuffer
 
 

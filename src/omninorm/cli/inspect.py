@@ -16,7 +16,9 @@ from rich.table import Table
 
 from omninorm.cli.console import CPU_HELP, check_on_cpu, console
 from omninorm.cli.harmless import harmless
+from omninorm.cli.inspect_against import compare
 from omninorm.config import check_count
+from omninorm.errors import ConfigError
 
 if TYPE_CHECKING:
     from omninorm.inspection import Finding, Inspection
@@ -35,6 +37,13 @@ def inspect(
             help="A .safetensors or .gguf file, a folder with weights, or a run folder.", show_default=False
         ),
     ],
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another checkpoint of the same model: print what differs in it, such as gains that are 1 higher.",
+            show_default=False,
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(help="Maximum number of findings to show.")] = 10,
     norms: Annotated[bool, typer.Option("--norms", help="Also show a table of every norm's gains.")] = False,
     device: Annotated[str, typer.Option(help=CPU_HELP)] = "auto",
@@ -42,13 +51,20 @@ def inspect(
 ) -> None:
     """Check a checkpoint's weights: non-finite values, gains, dead and massive weights, unusual blocks.
 
-    Exits with 1 if a finding is a failure.
+    With --against, compare it with another checkpoint instead, in any format: Hugging Face, GGUF, MLX or a run.
+
+    Exits with 1 if a finding is a failure, or if a difference matters.
     """
     check_on_cpu("inspect", device, "it reads each weight from disk once and computes little with it")
     check_count("top", top, at_least=0)
     from omninorm.inspection import inspect_checkpoint  # here, because it imports torch
 
     screen = console()
+    if against is not None:
+        if norms:
+            raise ConfigError("--norms and --against cannot be combined", "", "inspect each checkpoint with --norms")
+        compare(screen, path, against, top, as_json)
+        return
     with _progress(screen) as report:
         result = inspect_checkpoint(path, report)
     if as_json:

@@ -26,6 +26,10 @@ _SETTINGS = {
     "layer_norm_eps": ".attention.layer_norm_epsilon",
     "num_hidden_layers": ".block_count",
     "hidden_size": ".embedding_length",
+    "num_attention_heads": ".attention.head_count",
+    "num_key_value_heads": ".attention.head_count_kv",
+    "head_dim": ".attention.key_length",
+    "rope_theta": ".rope.freq_base",
 }
 
 
@@ -43,6 +47,9 @@ class GGUFTensor(StoredTensor):
     @property
     def measurable(self) -> bool:
         return _dequantizes(self.quantization)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._dequantized(self.data.reshape(-1, self.data.shape[-1])[start:stop]).reshape(-1, self.columns)
 
     def chunks(self) -> Iterator[Tensor]:
         # A vector's pieces must end where a block of a quantization does; 1-D tensors are hardly ever quantized.

@@ -15,9 +15,15 @@ def int8_error(rows: Tensor, row_max: Tensor) -> float:
 
 def int4_error(rows: Tensor) -> float:
     """Return Σ (w − s·round(w/s))² with s = max|group| / 7, over groups of 32 in rows [n, columns]."""
+    return absmax_error(rows, 4)
+
+
+def absmax_error(rows: Tensor, width: int) -> float:
+    """Return Σ (w − s·round(w/s))² with s = max|group| / (2^(width − 1) − 1), over groups of 32 in rows."""
     ragged = -rows.shape[1] % _GROUP
     groups = (pad(rows, (0, ragged)) if ragged else rows).reshape(-1, _GROUP)
-    return _rounding_error(groups, groups.abs().amax(1) / 7)  # aminmax is several times slower
+    levels = max(1, 2 ** (width - 1) - 1)
+    return _rounding_error(groups, groups.abs().amax(1) / levels)  # aminmax is several times slower
 
 
 def _rounding_error(rows: Tensor, scale: Tensor) -> float:

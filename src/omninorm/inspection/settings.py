@@ -11,8 +11,11 @@ _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # transformers' model types whose norms compute x · (1 + γ), so that a file holds γ − 1.
 _OFFSET = (
     "gemma", "gemma2", "gemma2_text", "gemma3", "gemma3_text", "paligemma", "recurrent_gemma", "t5gemma", "t5gemma2",
-    "vaultgemma", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
+    "vaultgemma", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "minimax_m3_vl",
+    "minimax_m3_vl_text", "qwen4_exp", "qwen4_exp_text", "step3p5", "step3p7",
 )  # fmt: skip
+# Model types whose LayerNorms, which have a bias, compute x̂ · (1 + γ) + β.
+_OFFSET_LAYER_NORM = ("nemotron",)
 # Norms in those models whose gain has no offset.
 _PLAIN = ("vision", "linear_attn", "visual")
 
@@ -34,9 +37,22 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
 
 
 def gain_offset(config: Mapping[str, Any], name: str, has_bias: bool) -> float:
-    """Return what is added to a stored gain: 1 for Gemma's RMSNorms, else 0."""
-    shifted = any(part.get("model_type") in _OFFSET for part in _parts(config))
+    """Return what is added to a stored gain: 1 for Gemma's RMSNorms and Nemotron's LayerNorms, else 0."""
+    types = [part.get("model_type") for part in _parts(config)]
+    if any(each in _OFFSET_LAYER_NORM for each in types):
+        return 1.0
+    shifted = any(each in _OFFSET for each in types)
     return 1.0 if shifted and not has_bias and not any(word in name for word in _PLAIN) else 0.0
+
+
+def setting(config: Mapping[str, Any], *keys: str) -> float | None:
+    """Return the first of these settings that is a number, also in nested settings; None if there is none."""
+    return next((value for key in keys if (value := _number(config, key)) is not None), None)
+
+
+def model_types(config: Mapping[str, Any]) -> list[str]:
+    """Return the model types that the settings name, such as ["gemma3", "gemma3_text"]."""
+    return [str(part["model_type"]) for part in _parts(config) if isinstance(part.get("model_type"), str)]
 
 
 def _number(config: Mapping[str, Any], key: str) -> float | None:
@@ -52,4 +68,5 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     nested = [config, config.get("text_config"), config.get("model")]
     model = config.get("model")
     nested.append(model.get("norm") if isinstance(model, Mapping) else None)
+    nested += [part.get("rope_parameters") for part in nested[:2] if isinstance(part, Mapping)]
     return [part for part in nested if isinstance(part, Mapping)]

@@ -52,9 +52,22 @@ class StoredTensor(ABC):
         return self.numel // self.shape[0] if kernel else self.shape[-1]
 
     @property
+    def row_count(self) -> int:
+        """Rows of the tensor as a matrix; a vector is one row."""
+        return self.numel // self.columns if self.columns else 0
+
+    @property
     @abstractmethod
     def measurable(self) -> bool:
         """Whether its values can be read as weights: floating-point, or quantized in a known way."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return rows of the tensor as a matrix, [stop - start, columns].
+
+        Raises:
+            RunError: the file is damaged.
+        """
 
     @abstractmethod
     def chunks(self) -> Iterator[Tensor]:
@@ -72,6 +85,20 @@ class SafetensorsTensor(StoredTensor):
     @property
     def measurable(self) -> bool:
         return self.dtype in FLOATS or self.dtype in _FLOAT8
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        with open_safetensors(self.file) as file:
+            if len(self.shape) < 2:
+                whole: Tensor = file.get_tensor(self.name)
+                return whole.reshape(1, -1)[start:stop]
+            part = file.get_slice(self.name)
+            if self.row_count == self.shape[0]:
+                piece: Tensor = part[start:stop]
+                return piece.reshape(-1, self.columns)
+            inner = self.row_count // self.shape[0]
+            first, last = start // inner, -(-stop // inner)
+            piece = part[first:last]
+            return piece.reshape(-1, self.columns)[start - first * inner : stop - first * inner]
 
     def chunks(self) -> Iterator[Tensor]:
         with open_safetensors(self.file) as file:

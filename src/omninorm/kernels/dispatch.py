@@ -1,8 +1,9 @@
 """Back-end selection.
 
 A back end is a module of this folder: `reference` computes any tensor in plain PyTorch, `cpu` plain CPU tensors with
-C++ operators if they were built, and `gpu` tensors of a GPU with Triton if it is installed. The choice is made here, so
-that callers never have to name a back end.
+C++ operators if they were built, `fused` with PyTorch's norm operators, and `gpu` tensors of a GPU with Triton if it is
+installed. The choice is made here, so that callers never have to name a back end. On GPUs it is `measured`'s, among the
+back ends that compute the arguments by the numerics contract.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 
+from omninorm.config import LARGEST
 from omninorm.errors import ConfigError, InputError
-from omninorm.kernels import autograd, cpu, distributed, gpu, operators, reference
+from omninorm.kernels import autograd, cpu, distributed, fused, gpu, measured, operators, reference
 
 # Classes that the operators accept. Other subclasses of Tensor may override PyTorch's functions, which the reference
 # consists of.
@@ -45,11 +47,13 @@ class Backend(NamedTuple):
 
 
 def backends() -> list[Backend]:
-    """Return all back ends, best first, with the reason if one is unavailable on this machine.
+    """Return all back ends: those of GPUs, the one of CPUs and the formula, with the reason if one is unavailable.
+
+    On a GPU, `measured.json` chooses between the first two; `backend_for` explains the choice for a tensor.
 
     Example:
         >>> [backend.name for backend in backends()]
-        ['triton', 'cpu', 'reference']
+        ['torch', 'triton', 'cpu', 'reference']
     """
     sets = ", ".join(cpu.instruction_sets())
     how = (
@@ -59,6 +63,7 @@ def backends() -> list[Backend]:
     where, why_not = gpu.device(), gpu.unavailable()
     gpu_how = why_not or (f"Triton, on {where}" if where else "PyTorch sees no GPU")
     return [
+        Backend("torch", True, "PyTorch's norm operators, on every device; the default on GPUs"),
         Backend("triton", bool(where and not why_not), gpu_how),
         Backend("cpu", CPU_RUNS, how),
         Backend("reference", True, "plain PyTorch, on every device"),
@@ -72,7 +77,7 @@ def use_backend(name: str) -> Iterator[None]:
     Tensors that the back end can't compute raise InputError. If several blocks are open, the one opened last counts.
 
     Args:
-        name: "triton", "cpu" or "reference".
+        name: "torch", "triton", "cpu" or "reference".
 
     Raises:
         ConfigError: there is no such back end, or it is unavailable on this machine.
@@ -123,14 +128,113 @@ def is_plain_cpu(x: Any, gain: Any = None, bias: Any = None, eps: Any = None, ga
         and (eps is None or eps.__class__ is float)
         and gain_offset.__class__ is float
         and (_forced is None or _forced == "cpu")
-        and not is_compiling()
+        and not is_dynamo_compiling()
         # only the reference supports function transforms and forward-mode differentiation
         and not are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
 
 
-def has_operators(x: Tensor, *others: Tensor | None) -> bool:
+def is_plain_gpu(
+    operator: str, x: Any, gain: Any, bias: Any, eps: Any, gain_offset: Any = 0.0, cast: Any = "fp32"
+) -> bool:
+    """Whether PyTorch's operators can take these arguments directly, with fewer checks than `is_by_torch`.
+
+    One long expression, as `is_plain_cpu`: launching a kernel takes a few microseconds, and a call 0.1.
+    """
+    return (
+        x.__class__ in PLAIN
+        and (
+            x.is_cuda
+            if _forced is None
+            else _forced == "torch" and (x.is_cuda or (x.is_cpu and x.dtype is torch.float32))
+        )
+        and x.dtype in fused.DTYPES
+        and (gain is None or (gain.__class__ in PLAIN and gain.dtype is x.dtype))
+        and (bias is None or (bias.__class__ in PLAIN and bias.dtype is x.dtype))
+        and (eps is None or (eps.__class__ is float and 0.0 <= eps <= LARGEST))
+        and gain_offset == 0.0
+        and cast == "fp32"
+        and not is_dynamo_compiling()
+        and x.ndim > 0
+        and 0 < x.numel() <= fused.MOST_ELEMENTS
+        and not are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and (not measured.MEASUREMENTS or _forced == "torch" or measured.choose(operator, x).backend == "torch")
+    )
+
+
+def is_by_torch(operator: str, x: Tensor, *gains: Tensor | None, gain_offset: float = 0.0, cast: str = "fp32") -> bool:
+    """Whether PyTorch's operators compute this norm: on GPUs by `measured`, and where `use_backend` requests them.
+
+    Raises:
+        InputError: `use_backend` requests them, and they can't compute it.
+    """
+    if _forced is None:
+        return _torch_choice(operator, x, *gains, gain_offset=gain_offset, cast=cast)[0]
+    if _forced != "torch":
+        return False
+    lack = _torch_lacks(x, *gains, gain_offset=gain_offset, cast=cast)
+    if lack:
+        invariant = f"Back end 'torch' can't compute this norm with PyTorch's operators: {lack}"
+        remedy = "call the norm outside use_backend, so that omninorm chooses a back end"
+        raise InputError(invariant, f"{type(x).__name__} on {x.device}", remedy)
+    return True
+
+
+def _torch_lacks(x: Tensor, *gains: Tensor | None, gain_offset: float, cast: str) -> str:
+    if are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "they are not used in torch.func and forward-mode differentiation"
+    return fused.lacks(x, *gains, gain_offset=gain_offset, cast=cast, traced=is_compiling())
+
+
+def _torch_choice(operator: str, x: Tensor, *gains: Tensor | None, gain_offset: float, cast: str) -> tuple[bool, str]:
+    """Return whether the automatic choice for x is PyTorch's operators, and why."""
+    if x.is_cpu or x.is_meta:
+        return False, f"PyTorch's operators are the choice on GPUs only, and x is on {x.device}"
+    lack = _torch_lacks(x, *gains, gain_offset=gain_offset, cast=cast)
+    if lack:
+        return False, f"not PyTorch's operators: {lack}"
+    choice = measured.choose(operator, x, is_compiling())
+    # Triton's operators may be unavailable here, whatever was measured elsewhere.
+    return choice.backend == "torch" or bool(gpu.unavailable()), choice.reason
+
+
+def backend_for(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    operator: str = "rms_norm",
+    gain_offset: float = 0.0,
+    cast: str = "fp32",
+) -> Backend:
+    """Return the back end that computes a norm of these tensors, with the reason. Nothing is computed.
+
+    Args:
+        x, weight, bias, gain_offset, cast: as in `omninorm.functional`.
+        operator: "rms_norm" or "layer_norm"; add_rms_norm and add_layer_norm use the same back ends.
+
+    Raises:
+        InputError: `use_backend` requests one that can't compute them.
+
+    Example:
+        >>> backend_for(torch.ones(2, 4, device="meta")).name
+        'reference'
+    """
+    options: dict[str, Any] = {"gain_offset": gain_offset, "cast": cast}
+    if is_by_torch(operator, x, weight, bias, **options):
+        name = "torch"
+    elif has_operators(x, weight, bias, operator=operator):
+        name = "cpu" if x.is_cpu and not autograd.emulated else "triton"
+    else:
+        name = "reference"
+    if _forced is not None:
+        return Backend(name, True, f"use_backend({_forced!r})")
+    return Backend(name, True, _torch_choice(operator, x, weight, bias, **options)[1])
+
+
+def has_operators(x: Tensor, *others: Tensor | None, operator: str = "rms_norm") -> bool:
     """Whether omninorm's operators compute norms of these tensors: plain ones on the CPU or a GPU, and fake ones when
     compiling.
 
@@ -145,7 +249,7 @@ def has_operators(x: Tensor, *others: Tensor | None) -> bool:
     )
     device = x.device.type
     by_cpp = device == "cpu" and CPU_RUNS and _forced in (None, "cpu")
-    by_triton = device == "cuda" and not gpu.unavailable() and _forced in (None, "triton")
+    by_triton = device == "cuda" and _forced in (None, "triton") and not _fuses(operator, x) and not gpu.unavailable()
     emulated = device == "cpu" and autograd.emulated and _forced == "triton"
     if suits and (by_cpp or by_triton or emulated):
         return True
@@ -160,6 +264,14 @@ def has_operators(x: Tensor, *others: Tensor | None) -> bool:
         if device == "cuda" and gpu.unavailable():
             _warn("GPU", "Triton", gpu.unavailable())
     return False
+
+
+def _fuses(operator: str, x: Tensor) -> bool:
+    """Whether the compiler shall see the formula, which it can fuse with its neighbours, instead of an operator.
+
+    That is the choice on GPUs unless the operator was measured to be faster, or `use_backend` requests it.
+    """
+    return is_compiling() and _forced is None and measured.choose(operator, x, compiled=True).backend != "triton"
 
 
 def takes_the_formula() -> bool:
@@ -180,6 +292,8 @@ def _warn(kind: str, what: str, why: str) -> None:
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
     if distributed.is_distributed(x):
         return distributed.rms_norm(x, weight, eps, gain_offset, cast, on_rows=rms_norm)  # type: ignore[no-any-return]
+    if is_by_torch("rms_norm", x, weight, gain_offset=gain_offset, cast=cast):
+        return fused.rms_norm(x, weight, _eps(eps, x), gain_offset)
     if has_operators(x, weight):
         return operators.rms_norm(x, weight, eps, gain_offset, cast, traced=is_compiling())
     if takes_the_formula():
@@ -191,6 +305,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: f
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
 ) -> tuple[Tensor, Tensor]:
+    if is_by_torch("rms_norm", x, weight, gain_offset=gain_offset, cast=cast):
+        total = x + residual
+        return fused.rms_norm(total, weight, _eps(eps, x), gain_offset), total
     if has_operators(x, residual, weight):
         return operators.add_rms_norm(x, residual, weight, eps, gain_offset, cast)
     total = x + residual
@@ -200,7 +317,9 @@ def add_rms_norm(
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
     if distributed.is_distributed(x):
         return distributed.layer_norm(x, weight, bias, eps, on_rows=layer_norm)  # type: ignore[no-any-return]
-    if has_operators(x, weight, bias):
+    if is_by_torch("layer_norm", x, weight, bias):
+        return fused.layer_norm(x, weight, bias, _eps(eps, x))
+    if has_operators(x, weight, bias, operator="layer_norm"):
         return operators.layer_norm(x, weight, bias, eps, traced=is_compiling())
     if takes_the_formula():
         return reference.layer_norm_forward(x, weight, bias, eps)
@@ -211,7 +330,14 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
-    if has_operators(x, residual, weight, bias):
+    if is_by_torch("layer_norm", x, weight, bias):
+        total = x + residual
+        return fused.layer_norm(total, weight, bias, _eps(eps, x)), total
+    if has_operators(x, residual, weight, bias, operator="layer_norm"):
         return operators.add_layer_norm(x, residual, weight, bias, eps)
     total = x + residual
     return layer_norm(total, weight, bias, eps), total
+
+
+def _eps(eps: float | None, x: Tensor) -> float:
+    return float(reference.resolve_eps(eps, reference.compute_dtype(x.dtype)))

@@ -77,7 +77,7 @@ def rms_norm(
     `traced` means that torch.compile or torch.export is tracing, which must see the operator itself.
     """
     if eps.__class__ is not float:
-        eps = _eps(eps, x)
+        eps = MACHINE_EPS[x.dtype] if eps is None else float(eps)
     round_first = ROUND_FIRST[cast]
     y: Tensor
     if is_exporting() if traced else is_tracing():
@@ -114,7 +114,8 @@ def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, *, traced: bool = False
 ) -> Tensor:
     """Compute `reference.layer_norm_forward`."""
-    bias = _other_than(bias, weight)
+    if bias is weight:
+        bias = _other_than(bias, weight)
     eps = eps if eps.__class__ is float else _eps(eps, x)
     y: Tensor
     if is_exporting() if traced else is_tracing():

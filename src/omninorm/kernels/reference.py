@@ -141,7 +141,7 @@ def rounded_mean(rows: Tensor) -> Tensor:
     """Return the mean of each row to within its last place, (rows, 1); exact for a constant row."""
     per_unit = reciprocal_unit(rows, 0.0)
     rows = rows * per_unit
-    first = rows[:, :1]
+    first = rows.narrow(1, 0, 1)
     return (first + mean(rows - first)) / per_unit
 
 
@@ -194,20 +194,27 @@ def round_before_gain(normed: Tensor, dtype: torch.dtype, cast: str) -> Tensor:
         return normed
     exact = normed.detach()
     if is_compiling() and not torch.compiler.is_exporting():
-        rounded: Tensor = _rounded(exact, dtype)
-        return normed + (rounded - exact)
+        return normed + (rounded_by_bits(exact, dtype) - exact)
     return normed + (exact.to(dtype).to(normed.dtype) - exact)
 
 
-@torch.library.custom_op("omninorm::rounded", mutates_args=())
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast to a narrower dtype and back; an operator, because the compiler would remove the casts."""
-    return x.to(dtype).to(x.dtype)
+def rounded_by_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 numbers to a narrower dtype, ties to even, and keep them float32.
 
-
-@_rounded.register_fake
-def _(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x)
+    Computed with integers, because the compiler would remove a cast to the narrower dtype that is followed by the cast
+    back. Finite numbers beyond the narrower dtype's range are not turned into inf.
+    """
+    if x.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
+        return x
+    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of the mantissa that the narrower dtype lacks
+    bits = x.view(torch.int32)
+    is_odd = (bits >> dropped) & 1
+    rounded = ((bits + ((1 << (dropped - 1)) - 1 + is_odd)) & -(1 << dropped)).view(torch.float32)
+    numbers = torch.finfo(dtype)
+    if dtype == torch.float16:
+        spacing = numbers.smallest_normal * numbers.eps  # of its subnormal numbers
+        rounded = torch.where(x.abs() < numbers.smallest_normal, torch.round(x / spacing) * spacing, rounded)
+    return torch.where(x.isfinite(), rounded, x)
 
 
 # Autograd --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from omninorm.layers.build import NORM_TYPES, build_norm
 from omninorm.layers.groups import param_groups
+from omninorm.layers.hub import register_hub_layers
 from omninorm.layers.norms import CRMSNorm, LayerNorm, RMSNorm, ScaleNorm
 from omninorm.layers.pointwise import DynamicErf, DynamicTanh
 
@@ -15,4 +16,5 @@ __all__ = [
     "ScaleNorm",
     "build_norm",
     "param_groups",
+    "register_hub_layers",
 ]

@@ -166,6 +166,7 @@ class Watch:
             replicas=self._replicas,
             dropout=self._hooks.dropout,
         )
+        self._hooks.see_norms, self._gradients.may_wait = self._gradients.see_norms, bool(self._optimizers)
         self._hooks.attach()
         self._handles += self._gradients.attach()
         self._handles += self._optimizer_watch.attach()
@@ -206,6 +207,7 @@ class Watch:
             raise RunError("This Watch is not open", "", "call step inside `with omninorm.watch(…) as w:`")
         value = read_loss(loss)
         hooks.rest()
+        self._gradients.end_step()
         self._done += 1
         self.history.passes = max(self.history.passes, self._gradients.passes)
         self._rates.append(self._optimizer_watch.rate())
@@ -219,6 +221,8 @@ class Watch:
     def _begin_step(self) -> None:
         coming = self._done + 1
         self._buffer.sampling = coming % self._every == 0 or coming == 1
+        if self._hooks is not None:  # a sink may have closed the watch
+            self._hooks.begin_step()
         self._gradients.forget()
 
     def flush(self) -> None:

@@ -62,6 +62,7 @@ class StatsBuffer:
         self._sentinels, self._parameters = sentinels, parameters
         self.rows = rows
         self._ring = torch.full((rows, sentinels + 1 + len(FACTS) + 2 * parameters), UNSEEN, device=device, dtype=dtype)
+        self._views: dict[int, tuple[Tensor, ...]] = {}  # of the rows
         self._losses: list[bool] = []
         # Values that wait to be written together, by place: one operator for all of them costs less than one for each.
         self._terms: list[tuple[int, Tensor]] = []
@@ -76,13 +77,12 @@ class StatsBuffer:
         self._begin_row()
 
     def _begin_row(self) -> None:
-        row = self._ring[self.row]
-        sentinels, loss, facts, rest = torch.split(row, [self._sentinels, 1, len(FACTS), 2 * self._parameters])
-        self._row_sentinels = sentinels
-        self._row_loss = loss
-        self._row_facts = dict(zip(FACTS, facts.unbind(), strict=True))
+        if self.row not in self._views:
+            sizes = [self._sentinels, 1, len(FACTS), self._parameters, self._parameters]
+            self._views[self.row] = torch.split(self._ring[self.row], sizes)
+        self._row_sentinels, self._row_loss, facts, self._row_gradients, self._row_weights = self._views[self.row]
+        self._row_facts = facts
         self._written: set[str] = set()
-        self._row_gradients, self._row_weights = torch.split(rest, [self._parameters, self._parameters])
 
     # Writing, on the device -----------------------------------------------------------------------------------------
 
@@ -129,6 +129,14 @@ class StatsBuffer:
         self.order.setdefault(index, len(self.order))
         self._peaks_of_outputs.add(index, y)
         if self._peaks_of_outputs.count > MOST_WAITING:  # in loops that never end a forward pass or a step
+            self.measure_peaks()
+
+    def sentinel_on_host(self, index: int, y: Tensor) -> None:
+        """Record the largest |y| of a plain tensor in host memory."""
+        if index not in self.order:
+            self.order[index] = len(self.order)
+        self._peaks_of_outputs.add_on_host(index, y)
+        if self._peaks_of_outputs.count > MOST_WAITING:
             self.measure_peaks()
 
     def measure_peaks(self) -> None:
@@ -181,7 +189,7 @@ class StatsBuffer:
 
     def add_fact(self, name: str, value: Tensor) -> None:
         """Add to one of the FACTS of this step."""
-        cell = self._row_facts[name]
+        cell = self._row_facts[FACTS.index(name)]
         value = value.detach().to(cell.dtype)
         cell.copy_(value + cell if name in self._written else value, non_blocking=True)
         self._written.add(name)

@@ -7,7 +7,7 @@ Measuring a batch takes a few times as much for a moment.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +66,10 @@ class Peaks:
             if self._bytes > MOST_BYTES:
                 self.measure()
 
+    def add_on_host(self, place: int, y: Tensor) -> None:
+        """Measure y, which is in host memory, at once."""
+        self._extremes.append((place, *extremes(y.detach())))
+
     def measure(self) -> None:
         """Measure the outputs that wait."""
         waiting, self._waiting, self._bytes = self._waiting, [], 0
@@ -85,10 +89,19 @@ class Peaks:
         self.measure()
         found, self._found = self._found, []
         extremes, self._extremes = self._extremes, []
-        if extremes:
-            places, least, most = zip(*extremes, strict=True)
-            found += zip(places, torch._foreach_maximum(most, torch._foreach_neg(least)), strict=True)
+        for places, least, most in _by_kind(extremes):
+            values = torch.stack([*least, *most])
+            found += zip(places, torch.maximum(values[len(least) :], -values[: len(least)]).unbind(), strict=True)
         return found
+
+
+def _by_kind(extremes: Sequence[tuple[int, Tensor, Tensor]]) -> Iterator[tuple[Any, ...]]:
+    """Yield places, minima and maxima of each device and dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor, Tensor]]] = {}
+    for each in extremes:
+        kinds.setdefault((each[1].device, each[1].dtype), []).append(each)
+    for group in kinds.values():
+        yield tuple(zip(*group, strict=True))
 
 
 def _is_overwritten(output: _Output) -> bool:

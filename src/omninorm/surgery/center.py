@@ -11,17 +11,28 @@ changes no output, because every LayerNorm that consumes the stream subtracts th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from omninorm.layers import LayerNorm, RMSNorm
+from omninorm.layers import RMSNorm
 from omninorm.layers.identify import Identity, identify
-from omninorm.surgery.flow import trace
-from omninorm.surgery.fold import fold, plan_folds, probe, settle_folds, undone_by_errors, untie, untie_head
+from omninorm.surgery.flow import mean_shares
+from omninorm.surgery.fold import (
+    MORE_INPUTS,
+    Plans,
+    fold,
+    plan_folds,
+    probe,
+    settle_folds,
+    undone_by_errors,
+    untie,
+    untie_head,
+)
 from omninorm.surgery.linear import read_linear
+from omninorm.surgery.proof import could_consume
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle
 from omninorm.surgery.streamed import StreamedMap
@@ -59,13 +70,21 @@ def center(
 def center_all(before: Probed, model: nn.Module | None, done: Surgery, new_biases: bool, replace: bool) -> None:
     """Center a float64 copy, and the original model, if any."""
     made = before.model
-    norms = {name: module for name, module in made.named_modules() if isinstance(module, LayerNorm)}
+    identities = _layer_norms(made)
+    norms = {name: made.get_submodule(name) for name in identities}
     if not norms:
         done.undo()
         return
-    _fold_biases(before, model, norms, plan_folds(before, done.refused, new_biases), done)
-    _center_writers(before, model, {module.normalized_shape[0] for module in norms.values()}, done)
-    shares = trace(made, list(norms), {}, before.probes).mean_share
+    done.proof = before.proof
+    if beyond := _unreached(before, identities):
+        done.undo()
+        done.refused = dict.fromkeys(norms, beyond)
+        return
+    plans = plan_folds(before, done.refused, new_biases)
+    done.refused = {name: why for name, why in done.refused.items() if name in norms}
+    _fold_biases(before, model, norms, plans, done)
+    _center_writers(before, model, {identity.width or 0 for identity in identities.values()}, done)
+    shares = mean_shares(made, list(norms), before.runs)
     replaced = Surgery()
     for name in norms:
         if name in done.refused:
@@ -73,12 +92,12 @@ def center_all(before: Probed, model: nn.Module | None, done: Surgery, new_biase
         if shares[name] > _NO_MEAN:
             done.refused[name] = f"its input keeps a mean (mean² is up to {shares[name]:.1e} of its mean square)"
             continue
-        identity = identify(norms[name])
-        _replace(made, name, identity, replaced)
+        _replace(made, name, identities[name], replaced)
         if replace and model is not None:
-            _replace(model, name, identity, done)
+            _replace(model, name, identities[name], done)
         done.changed[name] = "LayerNorm → RMSNorm" if replace else "LayerNorm that equals RMSNorm"
     done.error = before.distance()
+    done.proof = before.proof
     if not replace:
         replaced.undo()
     if not done.error <= EXACT:
@@ -88,16 +107,36 @@ def center_all(before: Probed, model: nn.Module | None, done: Surgery, new_biase
         done.changed.clear()
 
 
+def _layer_norms(model: nn.Module) -> dict[str, Identity]:
+    """Return the LayerNorms of a copy: omninorm's, and those whose gain is one plus a parameter."""
+    found = {}
+    for name, module in model.named_modules():
+        identity = identify(module) if isinstance(module, nn.LayerNorm) else None
+        if isinstance(identity, Identity) and identity.kind == "layernorm" and identity.width:
+            found[name] = identity
+    return found
+
+
+def _unreached(before: Probed, norms: Mapping[str, Identity]) -> str:
+    """Return why nothing is centered because of parameters that no run reached, or an empty text."""
+    widths = sorted({identity.width or 0 for identity in norms.values()})
+    for width in widths:
+        if beyond := could_consume(before.model, before.proof.unreached, width, writing=True):
+            return f"no run reached {', '.join(beyond[:3])}, which could write to its input: {MORE_INPUTS}"
+    return ""
+
+
 def _fold_biases(
     before: Probed,
     model: nn.Module | None,
-    norms: dict[str, LayerNorm],
-    plans: dict[str, list[str]],
+    norms: Mapping[str, nn.Module],
+    plans: Plans,
     done: Surgery,
 ) -> None:
     """Fold biases, and gains with them: either needs an untied head, so gains cost nothing more."""
     for name, module in norms.items():
-        if module.bias is None or not bool(module.bias.detach().any()):
+        bias = module._parameters.get("bias")
+        if bias is None or not bool(bias.detach().any()):
             done.refused.pop(name, None)
             plans.pop(name, None)
         elif name not in plans:
@@ -120,7 +159,7 @@ def _center_writers(before: Probed, model: nn.Module | None, widths: set[int], d
     """
     made = before.model
     candidates = {
-        f"{name}:{' '.join(own for own, _ in parameters)}": (name, parameters)
+        f"{name}:{' '.join(f'{own}.{dim}' for own, dim in parameters)}": (name, parameters)
         for name, module in made.named_modules()
         for parameters in _candidates(module, widths)
     }
@@ -129,7 +168,7 @@ def _center_writers(before: Probed, model: nn.Module | None, widths: set[int], d
         for key in keys:
             name, parameters = candidates[key]
             _center(made, made.get_submodule(name), parameters, trial)
-        return before.distance()
+        return before.distance(before.main)
 
     for group in _by_place(candidates):
         for key in _settle_place(group, attempt):
@@ -166,8 +205,8 @@ def _settle_place(group: Sequence[str], attempt: Callable[[Sequence[str], Surger
 def _candidates(module: nn.Module, widths: set[int]) -> Iterator[list[tuple[str, int]]]:
     """Yield parameters that may write to the stream and are centered together, each with its output dimension.
 
-    That is a linear layer's outputs, an embedding's rows, a convolution's channels, and the last dimension of loose
-    parameters such as a class token or position table.
+    That is a linear layer's outputs, an embedding's rows, a convolution's channels, the last dimension of loose
+    parameters such as a class token or position table, and each dimension but the first of experts in one tensor.
     """
     found = read_linear(module)
     weight = module._parameters.get("weight")
@@ -180,13 +219,11 @@ def _candidates(module: nn.Module, widths: set[int]) -> Iterator[list[tuple[str,
             yield [("weight", 0), *([] if module.bias is None else [("bias", 0)])]
     else:
         for name, parameter in module._parameters.items():
-            if (
-                parameter is not None
-                and parameter is not weight
-                and parameter.ndim > 1
-                and parameter.shape[-1] in widths
-            ):
-                yield [(name, parameter.ndim - 1)]
+            if parameter is not None and parameter is not weight and parameter.ndim > 1:
+                first = 1 if parameter.ndim == 3 else parameter.ndim - 1  # experts write along either dimension
+                for dim in range(first, parameter.ndim):
+                    if parameter.shape[dim] in widths:
+                        yield [(name, dim)]
 
 
 def _center(model: nn.Module, module: nn.Module, parameters: Sequence[tuple[str, int]], done: Surgery) -> None:
@@ -220,7 +257,7 @@ def _replace(model: nn.Module, name: str, found: object, done: Surgery) -> None:
     assert found.width is not None
     gain = None if found.gain is None else before.get_parameter(found.gain)
     with torch.device("meta"):
-        new = RMSNorm(found.width, found.eps, gain is not None)
+        new = RMSNorm(found.width, found.eps, gain is not None, gain_offset=found.gain_offset)
     if gain is not None:
         new._parameters["weight"] = gain
     done.set_module(model.get_submodule(parent), child, new.train(before.training))

@@ -35,6 +35,7 @@ from omninorm.surgery.report import Report, Surgery
 from omninorm.surgery.settle import Probed
 from omninorm.surgery.streamed import StreamedMap, StreamedModel, open_model
 from omninorm.surgery.swap import swap_norms
+from omninorm.surgery.verify import with_plain_experts
 from omninorm.surgery.weight_files import DTYPES, SafetensorsFile, Stored
 from omninorm.surgery.writer import Writer, pieces, size
 
@@ -121,6 +122,7 @@ def convert(
         again = open_model(Checkpoint(folder)).model
         if operation != "swap":
             swap_norms(again)
+            with_plain_experts(again)
         rounded = before.distance_to(Probed(again, probes))
         _check_finite(rounded)
         done = replace(done, rounded=rounded)
@@ -183,6 +185,7 @@ def _operate(opened: StreamedModel, operation: str, probes: list[Any]) -> tuple[
             )
         return report, before.distance(), before
     swap_norms(model)
+    with_plain_experts(model)
     before, done = Probed(model, probes), Surgery()
     if operation != "center":
         fold_all(before, None, done, new_biases=False)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from omninorm.layers.identify import Identity, identify
-from omninorm.surgery.flow import trace
+from omninorm.surgery.flow import Reader, Reading, trace
+from omninorm.surgery.gains import Gain, find_gains
 from omninorm.surgery.linear import LinearMap, read_linear
+from omninorm.surgery.proof import could_consume
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle
 from omninorm.surgery.streamed import StreamedMap
@@ -54,7 +55,7 @@ def probe(model: nn.Module, inputs: Sequence[Any] | None) -> Probed:
     """Return a copy in float64 with an untied head, and its outputs for the inputs."""
     made = shadow(model)
     untie_head(made, Surgery())
-    return Probed(made, read_probes(made, inputs))
+    return Probed(made, read_probes(made, inputs), drawn=inputs is None)
 
 
 @contextmanager
@@ -65,6 +66,21 @@ def undone_by_errors(done: Surgery) -> Iterator[None]:
     except BaseException:
         done.undo()
         raise
+
+
+Plans = dict[str, "Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A norm with its gain, and the parameters that consume its output."""
+
+    gain: Gain
+    readers: list[Reader]
+
+    def __str__(self) -> str:
+        kind = "" if self.gain.kind in ("RMSNorm", "LayerNorm") else f" ({self.gain.kind})"
+        return f"into {', '.join(dict.fromkeys(reader.name for reader in self.readers))}{kind}"
 
 
 def fold_all(before: Probed, model: nn.Module | None, done: Surgery, new_biases: bool) -> None:
@@ -78,13 +94,14 @@ def fold_all(before: Probed, model: nn.Module | None, done: Surgery, new_biases:
     for name, error in accepted.items():
         if model is not None:
             fold(model, name, plans[name], done, before.model)
-        done.changed[name] = f"into {', '.join(plans[name])}"
+        done.changed[name] = str(plans[name])
         done.error = max(done.error, error)
+    done.proof = before.proof
     if not done.changed:
         done.undo()
 
 
-def settle_folds(before: Probed, plans: Mapping[str, Sequence[str]]) -> tuple[dict[str, float], dict[str, float]]:
+def settle_folds(before: Probed, plans: Plans) -> tuple[dict[str, float], dict[str, float]]:
     """Fold those of the norms that preserve the outputs; see `settle`."""
 
     def attempt(names: Sequence[str], trial: Surgery) -> float:
@@ -95,84 +112,140 @@ def settle_folds(before: Probed, plans: Mapping[str, Sequence[str]]) -> tuple[di
     return settle(list(plans), attempt)
 
 
-def plan_folds(before: Probed, refused: dict[str, str], new_biases: bool) -> dict[str, list[str]]:
-    """Return the consumers of every norm that has something to fold and, in this run, only linear consumers."""
+def plan_folds(before: Probed, refused: dict[str, str], new_biases: bool) -> Plans:
+    """Return the consumers of every norm that has something to fold and, in these runs, only linear consumers."""
     model = before.model
-    norms = {
-        name: identity for name, module in model.named_modules() if isinstance(identity := _identity(module), Identity)
+    gains = {
+        name: gain
+        for name, gain in find_gains(model, before.main).items()
+        if gain.gain is not None or gain.bias is not None
     }
-    maps = {name: module for name, module in model.named_modules() if _reads(module)}
-    reading = trace(model, list(norms), maps, before.probes)
-    counted = [reader for readers in reading.readers.values() for reader in readers]
+    streamed = [name for name, module in model.named_modules() if isinstance(module, StreamedMap)]
+    reading = trace(model, list(gains), streamed, before.runs)
+    for name in gains.keys() - reading.readers.keys():
+        refused[name] = "no run reached it"
     plans = {}
-    for name, identity in norms.items():
-        readers = reading.readers[name]
-        if identity.gain is None and identity.bias is None:
-            continue
-        if not readers:
-            refused[name] = "no linear layer consumes its output directly"
-        elif any(counted.count(reader) > 1 for reader in readers):
-            refused[name] = "a linear layer that consumes its output also consumes another norm's"
-        elif (
-            not new_biases
-            and _has_bias(model, name, identity)
-            and (lacking := [each for each in readers if not _takes_bias(model, each)])
-        ):
-            refused[name] = f"its β is not zero, and {lacking[0]}, which consumes its output, has no bias to take it"
+    for name, gain in gains.items():
+        why = _why_not(before, name, gain, reading, new_biases)
+        if why:
+            refused[name] = why
         else:
-            plans[name] = readers
+            plans[name] = Plan(gain, reading.readers[name])
     return plans
 
 
-def _has_bias(model: nn.Module, name: str, identity: Identity) -> bool:
-    return identity.bias is not None and bool(model.get_submodule(name).get_parameter(identity.bias).detach().any())
+def _why_not(before: Probed, name: str, gain: Gain, reading: Reading, new_biases: bool) -> str:
+    """Return why a norm cannot be folded, or an empty text."""
+    model, readers = before.model, reading.readers[name]
+    others = [each for norm, found in reading.readers.items() if norm != name for each in found]
+    taken = {(each.module, each.own) for each in others}
+    if not readers:
+        first = f" ({reading.others[name]})" if name in reading.others else ""
+        return f"no linear layer consumes its output directly{first}"
+    if any((each.module, each.own) in taken for each in readers):
+        return "a linear layer that consumes its output also consumes another norm's"
+    if name in reading.others:
+        return f"something besides linear layers consumes its output ({reading.others[name]})"
+    for each in readers:
+        if (each.module, each.own) in reading.strangers:
+            what = reading.strangers[each.module, each.own]
+            return f"something besides linear layers consumes its output: {each.name} also takes part in {what}"
+    if len({(each.module, each.own) for each in readers}) < len(readers):
+        return f"{readers[0].name} consumes its output in two ways"
+    width = _width(model, name, gain)
+    if unreached := could_consume(model, before.proof.unreached, width):
+        return f"no run reached {', '.join(unreached[:3])}, which could consume its output: {MORE_INPUTS}"
+    if _has_bias(model, name, gain):
+        return _why_no_bias(model, readers, new_biases)
+    return ""
 
 
-def _takes_bias(model: nn.Module, name: str) -> bool:
-    return model.get_submodule(name)._parameters.get("bias") is not None
+MORE_INPUTS = "pass inputs=[…] that reach it, or remove it from the model"
 
 
-def fold(model: nn.Module, name: str, readers: Sequence[str], done: Surgery, measured: nn.Module) -> None:
+def _why_no_bias(model: nn.Module, readers: Sequence[Reader], new_biases: bool) -> str:
+    """Return why β cannot be folded into these consumers, or an empty text."""
+    for each in readers:
+        found = read_linear(model.get_submodule(each.module)) if each.own == "weight" else None
+        if found is None or (found.bias is None and not new_biases):
+            return f"its β is not zero, and {each.name}, which consumes its output, has no bias to take it"
+    return ""
+
+
+def _width(model: nn.Module, name: str, gain: Gain) -> int:
+    own = gain.gain or gain.bias
+    assert own is not None
+    return model.get_submodule(name).get_parameter(own).shape[-1]
+
+
+def _has_bias(model: nn.Module, name: str, gain: Gain) -> bool:
+    return gain.bias is not None and bool(model.get_submodule(name).get_parameter(gain.bias).detach().any())
+
+
+def fold(model: nn.Module, name: str, plan: Plan, done: Surgery, measured: nn.Module) -> None:
     """Fold one norm's gain and bias into its consumers.
 
     They are identified on `measured`, the copy in float64 (or the model itself): the user's own modules are never
     called, as they may have hooks or lie on another device.
     """
-    norm = model.get_submodule(name)
-    identity = identify(measured.get_submodule(name))
-    assert isinstance(identity, Identity)
-    gain = None if identity.gain is None else norm.get_parameter(identity.gain)
-    bias = None if identity.bias is None else norm.get_parameter(identity.bias)
-    factor = None if gain is None else gain.detach().cpu().double() + identity.gain_offset
+    norm, found = model.get_submodule(name), plan.gain
+    gain = None if found.gain is None else norm.get_parameter(found.gain)
+    bias = None if found.bias is None else norm.get_parameter(found.bias)
+    factor = None if gain is None else gain.detach().cpu().double() + found.gain_offset
     shift = None if bias is None else bias.detach().cpu().double()
-    for reader in readers:
-        module = model.get_submodule(reader)
-        untie(model, module, done)
-        found = read_linear(measured.get_submodule(reader))
-        assert found is not None
-        if isinstance(module, StreamedMap):
-            module.scale(factor, shift, done)
-        else:
-            _scale(replace(found, module=module), factor, shift, done)
-    for where, owns in {
-        name: (identity.gain, identity.bias),
-        **dict.fromkeys(readers, ("weight", "bias")),
-    }.items():
-        for own in owns:
-            if own is not None and model.get_submodule(where)._parameters.get(own) is not None:
-                done.rely_on(model, where, own)
+    for reader in plan.readers:
+        features = list(reader.features)
+        _fold_into(
+            model,
+            reader,
+            None if factor is None else factor[features],
+            None if shift is None or not bool(shift.any()) else shift[features],
+            done,
+            measured,
+        )
+    for where, own in [(name, found.gain), (name, found.bias)] + [
+        (each.module, own) for each in plan.readers for own in (each.own, "bias")
+    ]:
+        if own is not None and model.get_submodule(where)._parameters.get(own) is not None:
+            done.rely_on(model, where, own)
     with torch.no_grad():
         if gain is not None:
             done.keep(gain)
-            gain.fill_(1.0 - identity.gain_offset)
+            gain.fill_(1.0 - found.gain_offset)
         if bias is not None:
             done.keep(bias)
             bias.zero_()
 
 
-def untie(model: nn.Module, module: nn.Module, done: Surgery) -> None:
-    """Give a module that shares its weight with another one a copy of it."""
-    weight = module._parameters["weight"]
+def _fold_into(
+    model: nn.Module,
+    reader: Reader,
+    factor: Tensor | None,
+    shift: Tensor | None,
+    done: Surgery,
+    measured: nn.Module,
+) -> None:
+    """Scale one consumer's parameter along its dimension; a shift needs a linear layer's bias."""
+    module = model.get_submodule(reader.module)
+    if isinstance(module, StreamedMap):
+        module.scale(factor, shift, done)
+        return
+    untie(model, module, done, reader.own)
+    if shift is not None:
+        found = read_linear(measured.get_submodule(reader.module))
+        assert found is not None
+        _shift(replace(found, module=module), shift, done)
+    if factor is not None:
+        parameter = module.get_parameter(reader.own)
+        done.keep(parameter)
+        shape = [-1 if dim == reader.dim else 1 for dim in range(parameter.ndim)]
+        with torch.no_grad():
+            parameter.copy_(parameter.cpu().double() * factor.view(shape))
+
+
+def untie(model: nn.Module, module: nn.Module, done: Surgery, own: str = "weight") -> None:
+    """Give a module that shares a parameter with another one a copy of it."""
+    weight = module._parameters[own]
     assert weight is not None
     holders = [
         other
@@ -181,7 +254,7 @@ def untie(model: nn.Module, module: nn.Module, done: Surgery) -> None:
     ]
     if not holders:
         return
-    done.set_parameter(module, "weight", nn.Parameter(weight.detach().clone(), weight.requires_grad))
+    done.set_parameter(module, own, nn.Parameter(weight.detach().clone(), weight.requires_grad))
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", None):
         assert config is not None
@@ -195,33 +268,15 @@ def untie_head(model: nn.Module, done: Surgery) -> None:
         done.later(ask())
 
 
-def _scale(found: LinearMap, factor: Tensor | None, shift: Tensor | None, done: Surgery) -> None:
-    """Set W ← W·diag(factor), b ← b + W·shift, computed in float64."""
+def _shift(found: LinearMap, shift: Tensor, done: Surgery) -> None:
+    """Set b ← b + W·shift, computed in float64."""
     weight, bias = found.weight, found.bias
     matrix = weight.detach().cpu().double()
-    matrix = matrix.T if found.transposed else matrix  # (outputs, inputs)
+    moved = (matrix.T if found.transposed else matrix) @ shift
     with torch.no_grad():
-        if shift is not None and bool(shift.any()):
-            moved = matrix @ shift
-            if bias is None:
-                new = nn.Parameter(moved.to(weight.dtype).to(weight.device), weight.requires_grad)
-                done.set_parameter(found.module, "bias", new)
-            else:
-                done.keep(bias)
-                bias.copy_(bias.cpu().double() + moved)
-        if factor is not None:
-            done.keep(weight)
-            scaled = matrix * factor
-            weight.copy_(scaled.T if found.transposed else scaled)
-
-
-def _identity(module: nn.Module) -> object:
-    """Return the identity of a norm of omninorm's; `shadow` has replaced all others that are supported."""
-    from omninorm.layers import LayerNorm, RMSNorm
-
-    return identify(module) if isinstance(module, (LayerNorm, RMSNorm)) else None
-
-
-def _reads(module: nn.Module) -> bool:
-    found = read_linear(module)
-    return found is not None and found.inputs is not None
+        if bias is None:
+            new = nn.Parameter(moved.to(weight.dtype).to(weight.device), weight.requires_grad)
+            done.set_parameter(found.module, "bias", new)
+        else:
+            done.keep(bias)
+            bias.copy_(bias.cpu().double() + moved)

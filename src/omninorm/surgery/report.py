@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.errors import InputError
+from omninorm.surgery.proof import Proof
 
 
 @dataclass(repr=False)
@@ -51,11 +52,13 @@ class Surgery(Report):
         error: the largest difference of float64 outputs before and after, relative to the largest output; see `verify`.
         operation: "folded" or "centered".
         device: where the outputs were compared.
+        proof: which outputs and runs were compared, and what the runs covered.
     """
 
     error: float = 0.0
     operation: str = "folded"
     device: str = "cpu"
+    proof: Proof = field(default_factory=Proof)
     _steps: list[Callable[[], None]] = field(default_factory=list, repr=False)
     _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _places: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict, repr=False)

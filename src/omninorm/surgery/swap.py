@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -131,6 +132,8 @@ def build(found: Identity, module: nn.Module) -> nn.Module | str:
 def _replacement(module: nn.Module) -> nn.Module | str:
     if "forward" in vars(module):
         return "its forward was replaced on the instance, for example by accelerate's hooks; remove them first"
+    if more := _other_inputs(module):
+        return f"its forward also takes {more}, which omninorm's norms do not"
     found = identify(module)
     if isinstance(found, Refusal):
         return found.reason
@@ -142,6 +145,16 @@ def _replacement(module: nn.Module) -> nn.Module | str:
         if name.endswith("hooks") or name not in vars(new):
             new.__dict__[name] = value
     return new.train(module.training)
+
+
+def _other_inputs(module: nn.Module) -> str:
+    """Return the names of what a forward takes after its first argument, such as a gate or a residual."""
+    try:
+        names = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return ""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return ", ".join(repr(each.name) for each in names[1:] if each.kind not in kinds)
 
 
 def _registered(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:

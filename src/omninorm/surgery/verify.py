@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from omninorm.device import free_memory
 from omninorm.errors import InputError
+from omninorm.surgery.proof import Proof, record
 from omninorm.surgery.report import check_model
+from omninorm.surgery.runs import Run, by_design
+from omninorm.surgery.runs import outputs as all_outputs
 from omninorm.surgery.swap import swap_norms
 
 # Rounding in float64 is 2e-16; a model of a hundred layers stays far below this limit.
@@ -30,11 +33,12 @@ class Verification:
 
     Args:
         largest: the largest absolute difference of their outputs.
-        relative: `largest` divided by the largest output.
+        relative: the largest difference divided by the largest value of the same output.
         blocks: the relative difference after every block that both have, by name.
         exact: whether `relative` is at most `limit`.
         limit: see `EXACT`.
         device: where they were compared.
+        proof: which outputs and runs were compared, and what the runs covered.
     """
 
     largest: float
@@ -43,6 +47,7 @@ class Verification:
     exact: bool
     limit: float
     device: str = "cpu"
+    proof: Proof = field(default_factory=Proof)
 
 
 def verify(
@@ -67,24 +72,23 @@ def verify(
     with torch.no_grad():
         one, other = shadow(before, place), shadow(after, place)
     probes = read_probes(one, inputs)
+    recorded = record(one, probes, drawn=inputs is None, allow_nan=True)
     blocks: dict[str, float] = {}
-    largest = size = 0.0
-    for probe in probes:
-        ours, our_blocks = _run(one, probe)
-        theirs, their_blocks = _run(other, probe)
-        if ours.shape != theirs.shape:
-            received = f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
-            raise InputError(
-                "Both models must return outputs of the same shape", received, "compare a model with its own copy"
-            )
-        largest = max(largest, _gap(ours, theirs))
-        size = max(size, _size(ours))
+    largest = relative = 0.0
+    intended: dict[str, float] = {}
+    for number, (run, ours) in enumerate(zip(recorded.runs, recorded.outputs, strict=True)):
+        with_blocks = number < len(probes)
+        our_blocks = _run(one, run)[1] if with_blocks else {}
+        theirs, their_blocks = _run(other, run) if with_blocks else (all_outputs(other, run), {})
+        apart, gap, moved = compare(ours, theirs)
+        largest, relative = max(largest, gap), max(relative, apart)
+        intended |= {name: max(gap, intended.get(name, 0.0)) for name, gap in moved.items()}
         for name in our_blocks.keys() & their_blocks.keys():
             if our_blocks[name].shape == their_blocks[name].shape:
                 blocks[name] = max(blocks.get(name, 0.0), distance(our_blocks[name], their_blocks[name]))
-    relative = largest / size if size else largest
     ordered = {name: blocks[name] for name, _ in one.named_modules() if name in blocks}
-    return Verification(largest, relative, ordered, relative <= limit, limit, str(place))
+    proof = replace(recorded.proof, by_design=intended)
+    return Verification(largest, relative, ordered, relative <= limit, limit, str(place), proof)
 
 
 def proving_device(model: nn.Module, copies: int = 1) -> torch.device:
@@ -118,7 +122,14 @@ def shadow(model: nn.Module, device: torch.device | None = None) -> nn.Module:
     place = proving_device(model) if device is None else device
     made = copy.deepcopy(model).eval().to(place).to(torch.float64)
     swap_norms(made)
+    with_plain_experts(made)
     return made
+
+
+def with_plain_experts(model: Any) -> None:
+    """Let a model of transformers compute its experts one after the other: its grouped products have no float64."""
+    if callable(choose := getattr(model, "set_experts_implementation", None)):
+        choose("eager")
 
 
 def probe_inputs(model: nn.Module, seed: int = 0) -> list[Tensor]:
@@ -163,26 +174,42 @@ def in_double(probe: Any, device: torch.device) -> Any:
 
 
 def outputs(model: nn.Module, probe: Any) -> Tensor:
-    """Return the model's logits, or its last hidden state.
+    """Return the model's logits, or its last hidden state, or its first output.
 
     Raises:
         InputError: it cannot be called with the probe, or returns no tensor.
     """
-    remedy = "pass inputs=[…] that it takes: tensors, or dictionaries of keyword arguments"
-    try:
-        with torch.no_grad():
-            found = model(**probe) if isinstance(probe, Mapping) else model(probe)
-    except Exception as error:  # whatever the model needs
-        said = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-        raise InputError(f"{type(model).__name__} failed on the inputs in float64 ({said})", "", remedy) from error
-    for name in ("logits", "last_hidden_state"):
-        found = getattr(found, name, found)
-    if isinstance(found, (tuple, list)) and found:
-        found = found[0]
-    if not isinstance(found, Tensor) or not found.numel():
-        received = "an empty tensor" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        raise InputError(f"{type(model).__name__} must return a tensor, or logits", received, remedy)
-    return found.double()
+    found = all_outputs(model, Run("", probe))
+    return next((found[name] for name in ("logits", "last_hidden_state") if name in found), next(iter(found.values())))
+
+
+def compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> tuple[float, float, dict[str, float]]:
+    """Compare all outputs.
+
+    Returns:
+        (relative, largest, intended): the largest difference relative to the largest value of the same output, the
+        largest difference, and those outputs that differ by design, with their difference.
+
+    Raises:
+        InputError: they have different names or shapes.
+    """
+    shapes = [{name: tuple(value.shape) for name, value in each.items()} for each in (before, after)]
+    if shapes[0] != shapes[1]:
+        remedy = "compare a model with its own copy"
+        raise InputError("Both models must return outputs of the same shape", _differing(*shapes), remedy)
+    intended = {name: distance(before[name], after[name]) for name in before if by_design(name)}
+    compared = [name for name in before if name not in intended]
+    largest = max((_gap(before[name], after[name]) for name in compared), default=0.0)
+    relative = max((distance(before[name], after[name]) for name in compared), default=0.0)
+    return relative, largest, {name: gap for name, gap in intended.items() if gap > EXACT}
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """Return the first difference of two models' outputs."""
+    if a.keys() != b.keys():
+        return f"only one of them returns {sorted(a.keys() ^ b.keys())[0]}"
+    name = next(name for name in a if a[name] != b[name])
+    return f"{a[name]} and {b[name]}"
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -201,7 +228,7 @@ def _gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().masked_fill(a == b, 0.0).nan_to_num(math.inf, math.inf).max()) if a.numel() else 0.0
 
 
-def _run(model: nn.Module, probe: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def _run(model: nn.Module, run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the outputs, and the output of every member of each ModuleList."""
     seen: dict[str, Tensor] = {}
 
@@ -219,7 +246,7 @@ def _run(model: nn.Module, probe: Any) -> tuple[Tensor, dict[str, Tensor]]:
     }
     hooks = [module.register_forward_hook(look(name)) for name, module in members.items()]
     try:
-        return outputs(model, probe), seen
+        return all_outputs(model, run), seen
     finally:
         for hook in hooks:
             hook.remove()

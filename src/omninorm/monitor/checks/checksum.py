@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omninorm.monitor.probes.optimizer import some
+from omninorm.monitor.probes.elements import some
 from omninorm.monitor.tensors import stack
 
 BITS = 40  # a few thousand of these sums still add up exactly in float64

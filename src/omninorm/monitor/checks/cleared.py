@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.kernels.distributed import is_distributed
+from omninorm.monitor.probes.elements import EVERY_STEP, some
 from omninorm.monitor.probes.gradients import norms_of
-from omninorm.monitor.probes.optimizer import EVERY_STEP, some
 from omninorm.monitor.tensors import stack
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from omninorm.monitor.checks.checksum import tensors_in
+from omninorm.monitor.probes.elements import some
 from omninorm.monitor.probes.gradients import norms_of
-from omninorm.monitor.probes.optimizer import some
 from omninorm.monitor.tensors import stack
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.monitor.checks.facts import Lost
-from omninorm.monitor.probes.optimizer import has_gradient, some
+from omninorm.monitor.probes.elements import some
+from omninorm.monitor.probes.optimizer import has_gradient
 
 # Steps after which the weights are compared with newer ones.
 WINDOW = 50

@@ -7,7 +7,7 @@ graph, which does the same when the graph runs (see `traced`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -29,10 +29,10 @@ from omninorm.monitor.model_map.placement import Placements
 from omninorm.monitor.model_map.residual import Node, node_of
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.attention import UNKNOWN, AttentionProbe, see_multihead
-from omninorm.monitor.probes.block import BlockProbe, LogitsProbe, Sentinel, WriterProbe
+from omninorm.monitor.probes.block import LARGE, BlockProbe, LogitsProbe, Sentinel, WriterProbe, some_rows
 from omninorm.monitor.probes.causality import Causality
 from omninorm.monitor.probes.loss import see_loss
-from omninorm.monitor.probes.norm import NormProbe
+from omninorm.monitor.probes.norm import NormProbe, choose_with_examples
 from omninorm.monitor.probes.padding import Padding
 from omninorm.monitor.stats_buffer import StatsBuffer
 from omninorm.monitor.tensors import find_logits, first_tensor
@@ -105,6 +105,8 @@ class Hooks:
         self.running: list[Running] = []
         self.dropout = FunctionalDropout()
         self._handles: list[RemovableHandle] = []
+        self._only_sampled: list[Callable[[], RemovableHandle]] = []
+        self._of_sample: list[RemovableHandle] = []
         self._attention = [AttentionProbe(buffer, index, self.causality) for index in range(len(structure.blocks))]
         self._blocks = BlockHooks(self, buffer)
         # For compiled graphs: the probes that they call, and the attention probe of the block that is being traced.
@@ -114,6 +116,7 @@ class Hooks:
         self.tracing_norms: tuple[CompiledProbe | None, torch.Size | None] | None = None
         self._thread = threading.get_ident()
         self._open = ExitStack()
+        self.see_norms: Callable[[Any, Sequence[Tensor]], None] | None = None
         self._vocabularies = {embedding.num_embeddings for _, embedding in structure.embeddings}
         self.norms = NormHooks(self, structure, buffer)
         self.routers = RouterHooks(self, structure, buffer)
@@ -132,6 +135,7 @@ class Hooks:
             self._before_loss,
             self._before_dropout,
             self.routers.choose if self.routers.exist else None,
+            self.see_norms,
         )
         self._open.enter_context(listening(listener))
         place = 0
@@ -143,17 +147,28 @@ class Hooks:
         for index, block in enumerate(structure.blocks):
             self._on_block(block, index, place)
             place += 3
-        for index, norm in enumerate(structure.norms):
-            norms.attach(norm, NormProbe(buffer, norm, index, self.padding))
+        probes = [NormProbe(buffer, norm, index, self.padding) for index, norm in enumerate(structure.norms)]
+        choose_with_examples(probes)
+        for norm, probe in zip(structure.norms, probes, strict=True):
+            norms.attach(norm, probe)
         self.routers.attach()
 
     def detach(self) -> None:
         """Remove every hook."""
         self.rest()
-        for handle in self._handles:
+        for handle in (*self._handles, *self._of_sample):
             handle.remove()
-        self._handles = []
+        self._handles, self._of_sample = [], []
         self._open.close()
+
+    def begin_step(self) -> None:
+        """Register the hooks that only sampled steps need, or remove them: a module without hooks is called faster."""
+        if not self._buffer.sampling:
+            for handle in self._of_sample:
+                handle.remove()
+            self._of_sample = []
+        elif not self._of_sample:
+            self._of_sample = [register() for register in self._only_sampled]
 
     def rest(self) -> None:
         """End a step; clear what an exception in a forward pass may have left."""
@@ -240,6 +255,34 @@ class Hooks:
         if after is not None:
             self._handles.append(module.register_forward_hook(Hook(after, module), with_kwargs=with_kwargs))
 
+    def register_for_samples(
+        self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None
+    ) -> None:
+        """Register hooks, with keyword arguments, that do something only in sampled steps.
+
+        A compiled graph serves all steps, so there they are always registered.
+        """
+        if self._compiled:
+            self.register(module, before, after, with_kwargs=True)
+            return
+        first = Hook(before, module)
+        self._only_sampled.append(lambda: module.register_forward_pre_hook(first, with_kwargs=True))
+        if after is not None:
+            last = Hook(after, module)
+            self._only_sampled.append(lambda: module.register_forward_hook(last, with_kwargs=True))
+
+    def see_peak(self, sentinel: int, y: Tensor) -> None:
+        """Record the largest |y| in a step without a sample, and nothing else."""
+        if not self.gate.is_open():
+            return
+        if type(y) is not Tensor or not y.is_cpu or y.numel() > LARGE or torch._C._len_torch_function_stack() > 0:
+            self.safely(lambda: self._buffer.sentinel(sentinel, y if y.numel() <= LARGE else some_rows(y)))
+            return
+        try:  # without the context managers of `safely`, which would take longer than the measurement
+            self._buffer.sentinel_on_host(sentinel, y)
+        except Exception as error:
+            self._failed(error)
+
     # The hooks --------------------------------------------------------------------------------------------------------
 
     def _on_root(self) -> None:
@@ -294,6 +337,8 @@ class Hooks:
                 return
             if is_compiling():
                 self.put(traced, y)
+            elif not self._buffer.sampling:
+                self.see_peak(site.sentinel, y)
             elif self.gate.is_open():
                 self.safely(lambda: site.see(y))
 
@@ -315,9 +360,12 @@ class Hooks:
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             y = first_tensor(output)
-            hidden = first_tensor(args) if site.role == "feed_forward" else None
             if y is None:
                 return
+            if not self._buffer.sampling and not is_compiling():
+                self.see_peak(site.sentinel, y)
+                return
+            hidden = first_tensor(args) if site.role == "feed_forward" else None
             if is_compiling():
                 self.put(traced, y, *([] if hidden is None else [hidden]))
                 return

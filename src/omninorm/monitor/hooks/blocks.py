@@ -76,14 +76,19 @@ class BlockHooks:
                     return None
                 hooks.put(traced, y, *([] if x is None else [x]))
                 return with_first_tensor(output, tapped.tap(y))
+            if not self._buffer.sampling:
+                if y is not None:
+                    hooks.see_peak(site.sentinel, y)
+                return None
             began = hooks.running.pop() if hooks.running and not in_backward() else Running(index, None, -1, None)
             if y is not None:
-                if self._buffer.sampling and sum(each.shape == y.shape for each in some_tensors(output)) > 1:
+                if sum(each.shape == y.shape for each in some_tensors(output)) > 1:
                     hooks.placements.has_several_outputs(index)
                 self._see(site, y, began)
             return None
 
-        hooks.register(module, before, after, with_kwargs=True)
+        hooks.register_for_samples(module, before, None)
+        hooks.register(module, None, after, with_kwargs=True)
 
     def _see(self, site: BlockProbe, y: Tensor, began: Running) -> None:
         """Measure a block that has ended, and its gradient in backward."""

@@ -7,7 +7,7 @@ watches share one set of wrappers, which is removed with the last watch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch.jit import _builtins
 class Listener(NamedTuple):
     """Callbacks: `attention(query, key, mask, is_causal, scale)` and `norm(x, node, y)`, also while tracing;
     `softmax(logits, dim)`, `root(x)`, `loss(logits, labels)`, the input of cross entropy, `dropout(p, training)`, and
-    `choice(x, indices)` after topk or argmax.
+    `choice(x, indices)` after topk or argmax, and `gradients(tensors, norms)` with the 2-norms for clipping.
 
     `node` is the autograd node of x before the call. `norms`: whether `norm` and `root` are called at all; functional
     norms are of interest only in models some of whose blocks contain no norm module.
@@ -36,6 +36,7 @@ class Listener(NamedTuple):
     loss: Callable[[Any, Any], None] | None = None
     dropout: Callable[[float, bool], None] | None = None
     choice: Callable[[Any, Any], None] | None = None
+    gradients: Callable[[Any, Sequence[Tensor]], None] | None = None
 
 
 class _Wrapped(NamedTuple):
@@ -99,6 +100,7 @@ def _wrap() -> None:
         _put(owner, "softmax", _intercepted_softmax)
     _put(F, "cross_entropy", _intercepted_cross_entropy)
     _put(F, "dropout", _intercepted_dropout)
+    _put(torch, "_foreach_norm", _intercepted_norms)
 
 
 def _wrap_norms() -> None:
@@ -190,6 +192,19 @@ def _intercepted_cross_entropy(original: Any, period: int) -> Any:
         return original(*args, **kwargs)
 
     return cross_entropy
+
+
+def _intercepted_norms(original: Any, period: int) -> Any:
+    def _foreach_norm(*args: Any, **kwargs: Any) -> Any:
+        norms = original(*args, **kwargs)
+        # PyTorch passes the tensors and the order; monitoring passes a dtype as well.
+        if not is_compiling() and _period == period and len(args) == 2 and args[1] == 2 and not kwargs:
+            for listener in _listeners:
+                if listener.gradients is not None:
+                    listener.gradients(args[0], norms)
+        return norms
+
+    return _foreach_norm
 
 
 def _intercepted_dropout(original: Any, period: int) -> Any:

@@ -81,14 +81,16 @@ class NormHooks:
                 if tensors[0] is not None:
                     hooks.put(traced, *itertools.takewhile(lambda each: isinstance(each, Tensor), tensors))
                 # The backward pass of an omninorm norm is a separate operator anyway, so this costs no fusion.
-                grown = isinstance(output, Tensor) and torch.is_grad_enabled() and norm.facts.ours and site.trainable
+                grown = (
+                    isinstance(output, Tensor) and torch.is_grad_enabled() and norm.facts.ours and site.with_examples
+                )
                 return tapped.tap(output, keep=True) if grown else None
             if calls:
                 probe.current = None
                 self._end(norm, site, calls.pop(), output)
             return None
 
-        hooks.register(norm.module, before, after, with_kwargs=True)
+        hooks.register_for_samples(norm.module, before, after)
 
     def _end(self, norm: Norm, site: NormProbe, running: Call, output: Any) -> None:
         """Measure a norm that has returned."""

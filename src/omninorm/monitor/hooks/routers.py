@@ -64,7 +64,7 @@ class RouterHooks:
             if chosen is not None and self._buffer.sampling and hooks.gate.is_open():
                 hooks.safely(lambda: probe.see(chosen))
 
-        hooks.register(block.router[1], before, after, with_kwargs=True)
+        hooks.register_for_samples(block.router[1], before, after)
 
     def choose(self, x: Any, chosen: Any) -> None:
         """Count the choices that the running block makes from x, its router's output: by topk or argmax."""

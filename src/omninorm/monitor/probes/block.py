@@ -19,7 +19,7 @@ from omninorm.monitor.probes.padding import Padding, mean_over
 from omninorm.monitor.stats_buffer import StatsBuffer
 from omninorm.monitor.tensors import here, widest
 
-MOST_ROWS = 256
+MOST_ROWS = 64
 # A hidden unit is dead if it stays below this share of the layer's RMS for all of this many tokens.
 SILENT, SILENT_ROWS = 1e-3, 512
 MEDIAN_OF = 4096
@@ -147,7 +147,11 @@ class WriterProbe:
             return
         counts = some_of(self.padding.rows(y.shape[:-1]))
         buffer.batch(self.measure, self, copied_rows(y), counts, arguments=(f"{self.role}_ms",))
-        if hidden is not None and self.role == "feed_forward":
+        if hidden is None or self.role != "feed_forward":
+            return
+        if hidden.is_cpu:  # copies would fill the cache, and with it every batch of other rows
+            self.measure_hidden([self], some_rows(hidden, SILENT_ROWS).unsqueeze(0))
+        else:
             buffer.batch(self.measure_hidden, self, copied_rows(hidden, SILENT_ROWS))
 
     @staticmethod

@@ -28,6 +28,9 @@ GATES = ("after", *ACTIVATIONS)
 # r of a row of zeros is 1/√ε up to rounding; a row whose mean square is below this share of ε looks the same.
 ROUNDING = 1e-5
 SATURATED = 2.0  # for larger |αx|, tanh is above 0.96 and its slope below 0.07
+# About as many norms measure gradients per example. Each needs passes over whole activations, and the noise scale is
+# the ratio of two sums over the norms.
+MOST_WITH_EXAMPLES = 8
 
 
 class NormProbe:
@@ -41,6 +44,7 @@ class NormProbe:
         self.width = 0 if norm.gain is None else norm.gain.numel()
         last_alone = norm.form.axis == -1 and norm.form.dims == 1 and norm.measured
         self.trainable = norm.gain is not None and norm.gain.requires_grad and self.width > 1 and last_alone
+        self.with_examples = self.trainable
         self._waiting: WeakSet[Kept] = WeakSet()
 
     def keep(self, *tensors: Tensor | None) -> Kept:
@@ -151,14 +155,21 @@ class NormProbe:
             self.see_output(dy, y)
 
     def has_examples(self, shape: torch.Size) -> bool:
-        """Return whether an input of this shape holds several examples and the gain is trainable."""
-        return self.trainable and len(shape) >= 3 and shape[-1] == self.width and shape[self.norm.batch_dim] > 1
+        """Return whether an input of this shape holds several examples, whose gradients are measured."""
+        return self.with_examples and len(shape) >= 3 and shape[-1] == self.width and shape[self.norm.batch_dim] > 1
 
     def per_example(self, products: Tensor) -> Tensor:
         """Sum (…, d) over all but the examples and the features: (examples, d), in float32 or wider."""
         by_example = products.movedim(self.norm.batch_dim, 0).flatten(1, -2)
         wide = torch.promote_types(products.dtype, torch.float32)
         return by_example.sum(dim=1, dtype=wide)
+
+
+def choose_with_examples(probes: Sequence[NormProbe]) -> None:
+    """Choose the norms that measure gradients per example, evenly spaced in the model."""
+    able = [probe for probe in probes if probe.trainable]
+    for at, probe in enumerate(able):
+        probe.with_examples = at % -(-len(able) // MOST_WITH_EXAMPLES) == 0
 
 
 def _measure(

@@ -5,8 +5,7 @@ At most about a thousand evenly spaced elements of each tensor are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,38 +13,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from omninorm.monitor.hooks.training_pass import safely
-from omninorm.monitor.probes.block import stride
-from omninorm.monitor.probes.gradients import norms_of, spread
+from omninorm.monitor.probes.elements import Together, Views, are_finite, row_norms, stacked, together
+from omninorm.monitor.probes.gradients import spread, stacked_norms
 from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer
-from omninorm.monitor.tensors import by_kind, constant, here, stack
-
-# Elements per tensor: in sampled steps, and in every step to detect NaNs.
-SAMPLED, EVERY_STEP = 1024, 64
-
-
-def some(x: Tensor, most: int = SAMPLED) -> Tensor:
-    """Return at most about `most` evenly spaced elements of x, 1-D; a view if x is contiguous. Of a DTensor, read the
-    local shard: each process monitors its own part."""
-    flat = here(x.detach()).reshape(-1)
-    return flat[:: stride(flat.numel(), most)]
-
-
-def any_some(x: Tensor, most: int = EVERY_STEP) -> Tensor:
-    """Return a view of at most about `most` elements of x, evenly spaced in memory; of a DTensor, the local shard."""
-    x = here(x.detach())
-    step = memory_stride(tuple(x.shape), x.stride(), most)
-    return some(x, most) if step is None else x.as_strided((-(-x.numel() // step),), (step,))
-
-
-@lru_cache(maxsize=4096)
-def memory_stride(shape: tuple[int, ...], strides: tuple[int, ...], most: int) -> int | None:
-    """Return the stride that selects about `most` elements in memory; None if they are not next to each other."""
-    count = 1
-    for size, distance in sorted(zip(shape, strides, strict=True), key=lambda each: each[1]):
-        if size != 1 and distance != count:
-            return None
-        count *= size
-    return stride(count, most)
+from omninorm.monitor.tensors import constant
 
 
 class OptimizerWatch:
@@ -69,7 +40,8 @@ class OptimizerWatch:
         self._announce = announce
         self._places = {id(parameter): at for at, parameter in enumerate(parameters)}
         self._learning = [at for at, p in enumerate(parameters) if p.requires_grad and p.is_floating_point()]
-        self._before: dict[int, Tensor] = {}
+        self._some_weights = Views([parameters[at] for at in self._learning])
+        self._before: list[Together] = []
         self._found: dict[str, Tensor] = {}
         self._rates: list[float] = []
         self._stepped = False
@@ -114,49 +86,49 @@ class OptimizerWatch:
             if id(parameter) in self._places and parameter.is_floating_point()
         ]
 
-    def _some_weights(self) -> list[Tensor]:
-        """Return views of some elements of every trainable parameter. They are not kept, because they would keep the
-        memory of a model that is moved."""
-        return [any_some(self._parameters[at]) for at in self._learning]
-
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._note_rate(optimizer)
         self._announce()
         # Including those without a gradient: a closure may compute gradients inside the step.
         if self._buffer.sampling:
-            self._before = copies({place: some(parameter) for place, parameter, _ in self._watched(optimizer)})
+            self._before = together({at: weight for at, weight, _ in self._watched(optimizer) if weight.ndim >= 2})
 
     def see_weights(self) -> None:
         """Measure the weights' norms, to detect NaNs. Called after all optimizer steps."""
         stepped, self._stepped = self._stepped, False
-        if stepped and self._learning:
-            self._see_weights(stack(norms_of(self._some_weights()), self._buffer.device))
+        if not stepped or not self._learning:
+            return
+        few = self._some_weights.take()
+        if not are_finite(few):
+            self._see_weights(stacked_norms(few, self._buffer.device))
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._stepped = True
+        before, self._before = self._before, []
         if not self._buffer.sampling:
             return
-        watched = [item for item in self._watched(optimizer) if item[0] in self._before and has_gradient(item[1])]
+        watched = [item for item in self._watched(optimizer) if has_gradient(item[1]) and item[1].numel() > 0]
         if watched:
-            self._measure_updates(watched)
+            self._measure_updates(before, {place: parameter for place, parameter, _ in watched})
             self._measure_adam(optimizer, watched)
-        self._before = {}
 
     def _see_weights(self, norms: Tensor) -> None:
         if len(self._learning) < len(self._parameters):
             norms = spread(norms, constant(tuple(self._learning), norms.device), len(self._parameters))
         self._buffer.set_weights(norms)
 
-    def _measure_updates(self, watched: Sequence[tuple[int, Tensor, dict[str, Any]]]) -> None:
-        """Measure RMS(Δw)/RMS(w) of matrices."""
-        matrices = [(place, parameter) for place, parameter, _ in watched if parameter.ndim >= 2]
-        if not matrices:
-            return
-        before = [self._before[place] for place, _ in matrices]
-        after = [some(parameter) for _, parameter in matrices]
-        changes = stack(norms_of(torch._foreach_sub(after, before)), self._buffer.device)
-        sizes = stack(norms_of(before), self._buffer.device)
-        self._write("update_ratio", [place for place, _ in matrices], changes / sizes.clamp_min(1e-30))
+    def _measure_updates(self, groups: Sequence[Together], after: Mapping[int, Tensor]) -> None:
+        """Measure RMS(Δw)/RMS(w) of matrices.
+
+        Args:
+            groups: some of their elements before the step.
+            after: the parameters that have a gradient.
+        """
+        for group in groups:
+            before, places = group.of(after), [place for place in group.places if place in after]
+            if places:
+                changes = row_norms(stacked([after[place] for place in places]) - before)
+                self._write("update_ratio", places, changes / row_norms(before).clamp_min(1e-30))
 
     def _measure_adam(
         self, optimizer: torch.optim.Optimizer, watched: Sequence[tuple[int, Tensor, dict[str, Any]]]
@@ -169,51 +141,37 @@ class OptimizerWatch:
             eps = group_eps(group)
             if eps is None:
                 continue
-            places, gradients, moments, counts = [], [], [], []
+            states = {}
             for place, parameter, its_group in watched:
                 state = optimizer.state.get(parameter, {})
                 second, count = state.get("exp_avg_sq"), state.get("step")
-                if its_group is not group or second is None or count is None or second.shape != parameter.shape:
-                    continue
-                places.append(place)
-                gradients.append(some(parameter.grad).float())  # type: ignore[arg-type]
-                moments.append(some(second).to(gradients[-1].device, torch.float32))
-                counts.append(torch.as_tensor(count, dtype=torch.float32))
-            if places:
-                # A parameter that was added later has made fewer steps.
-                made = torch.stack(counts).to(gradients[0].device, non_blocking=True)
-                corrections = 1 - group["betas"][1] ** made
-                corrected = torch._foreach_div(moments, corrections.unbind())
-                self._write_adam(places, gradients, corrected, max(eps, 1e-30))
+                if its_group is group and second is not None and count is not None and second.shape == parameter.shape:
+                    states[place] = second, count
+            for gradients in together({place: self._parameters[place].grad for place in states}):  # type: ignore[misc]
+                self._write_adam(gradients, [states[place] for place in gradients.places], group["betas"][1], eps)
 
-    def _write_adam(
-        self, places: Sequence[int], gradients: list[Tensor], moments: Sequence[Tensor], eps: float
-    ) -> None:
-        device = self._buffer.device
-        roots = constant(tuple(g.numel() ** 0.5 for g in gradients), device, torch.float32)
+    def _write_adam(self, group: Together, states: Sequence[tuple[Tensor, Any]], beta: float, eps: float) -> None:
+        gradients, eps = group.values.float(), max(eps, 1e-30)
+        moments = stacked([second for second, _ in states]).to(gradients.device, torch.float32)
+        # A parameter that was added later has made fewer steps.
+        made = torch.stack([torch.as_tensor(count, dtype=torch.float32) for _, count in states])
+        corrections = 1 - beta ** made.to(gradients.device, non_blocking=True)
         # √v̂ is clamped to ε instead of v̂ to ε², because ε² may underflow.
-        floors = list(torch._foreach_sqrt(list(moments)))
-        torch._foreach_clamp_min_(floors, eps)
-        of_eps = stack(norms_of(gradients), device) / roots / eps
-        ratios = stack(norms_of(torch._foreach_div(gradients, floors)), device) / roots
-        for key, values in (("adam_eps_ratio", of_eps), ("adam_ratio", ratios)):
+        floors = (moments / corrections.unsqueeze(1)).sqrt_().clamp_min_(eps)
+        root = gradients.shape[1] ** 0.5
+        found = {
+            "adam_eps_ratio": row_norms(gradients) / (root * eps),
+            "adam_ratio": row_norms(gradients / floors) / root,
+        }
+        for key, values in found.items():
             # Not finite if a GradScaler skipped the step; other NaNs are detected elsewhere.
-            self._write(key, places, torch.where(values.isfinite(), values, UNSEEN))
+            self._write(key, group.places, torch.where(values.isfinite(), values, UNSEEN))
 
     def _write(self, key: str, places: Sequence[int], values: Tensor) -> None:
         device = self._buffer.device
         if key not in self._found:
             self._found[key] = torch.full((len(self._parameters),), UNSEEN, device=device, dtype=values.dtype)
-        self._found[key][constant(tuple(places), device)] = values
-
-
-def copies(tensors: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Copy one-dimensional tensors, with one operator for those of each device and dtype."""
-    found: dict[int, Tensor] = {}
-    for places in by_kind(tensors).values():
-        together = torch.cat([tensors[place] for place in places])
-        found |= zip(places, torch.split(together, [tensors[place].numel() for place in places]), strict=True)
-    return found
+        self._found[key][constant(tuple(places), device)] = values.to(device, self._found[key].dtype)
 
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.model_map.norms import Norm
-from omninorm.monitor.probes.gradients import norms_of, spread
-from omninorm.monitor.probes.optimizer import some
+from omninorm.monitor.probes.elements import row_norms, together
 from omninorm.monitor.stats_buffer import UNSEEN
-from omninorm.monitor.tensors import constant, stack, whole
+from omninorm.monitor.tensors import constant, whole
 
 SILENT_GAIN = 1e-3
 GAIN_SIGNALS = ("gain_max", "gain_ratio", "gain_small")
@@ -65,14 +64,13 @@ def measure_gains(norms: Sequence[Norm], device: torch.device) -> list[Tensor]:
 @torch.no_grad()
 def measure_matrices(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
     """Return the RMS of about a thousand elements of every matrix: (parameters,), UNSEEN for vectors."""
-    places = [
-        at
+    matrices = {
+        at: parameter
         for at, parameter in enumerate(parameters)
         if parameter.ndim >= 2 and parameter.numel() > 0 and parameter.is_floating_point()
-    ]
-    if places:
-        few = [some(parameters[at]) for at in places]
-        counts = constant(tuple(float(max(part.numel(), 1)) for part in few), device, torch.float32)
-        sizes = stack(norms_of(few), device) / counts.sqrt()
-        return spread(sizes, constant(tuple(places), device), len(parameters))
-    return torch.full((len(parameters),), UNSEEN, device=device, dtype=torch.float32)
+    }
+    found = torch.full((len(parameters),), UNSEEN, device=device, dtype=torch.float32)
+    for group in together(matrices):
+        sizes = row_norms(group.values) / group.values.shape[1] ** 0.5
+        found[constant(tuple(group.places), device)] = sizes.to(device, torch.float32)
+    return found

@@ -1,0 +1,136 @@
+"""Some elements of many tensors, which are measured together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from omninorm.kernels.distributed import is_distributed
+from omninorm.monitor.probes.block import stride
+from omninorm.monitor.tensors import constant, here, holds_numbers
+
+# Elements per tensor: in sampled steps, and in every step to detect NaNs.
+SAMPLED, EVERY_STEP = 1024, 64
+# Elements that are next to each other in memory: reading them costs about as much as reading one.
+RUN = 8
+_NOWHERE: tuple[tuple[int, ...], tuple[int, ...], tuple[int], tuple[int]] = ((-1,), (), (0,), (1,))
+
+
+def some(x: Tensor, most: int = SAMPLED) -> Tensor:
+    """Return at most about `most` evenly spaced elements of x, 1-D; a view if x is contiguous. Of a DTensor, read the
+    local shard: each process monitors its own part."""
+    flat = here(x.detach()).reshape(-1)
+    return flat[:: stride(flat.numel(), most)]
+
+
+def any_some(x: Tensor, most: int = EVERY_STEP) -> Tensor:
+    """Return a view of at most about `most` elements of x, evenly spaced in memory; of a DTensor, the local shard."""
+    x = here(x.detach())
+    step = memory_stride(tuple(x.shape), x.stride(), most)
+    return some(x, most) if step is None else x.as_strided((-(-x.numel() // step),), (step,))
+
+
+@lru_cache(maxsize=4096)
+def memory_stride(shape: tuple[int, ...], strides: tuple[int, ...], most: int) -> int | None:
+    """Return the stride that selects about `most` elements in memory; None if they are not next to each other."""
+    count = 1
+    for size, distance in sorted(zip(shape, strides, strict=True), key=lambda each: each[1]):
+        if size != 1 and distance != count:
+            return None
+        count *= size
+    return stride(count, most)
+
+
+def runs(x: Tensor) -> Tensor:
+    """Return a view of 1,024 elements of x in runs of 8: (128, 8); of a smaller tensor all elements, 1-D.
+
+    Of a DTensor, read the local shard.
+    """
+    x = here(x.detach())
+    flat = (x.float() if x.element_size() == 1 else x).reshape(-1)
+    if flat.numel() <= SAMPLED:
+        return flat
+    return flat.as_strided((SAMPLED // RUN, RUN), (_run_stride(flat.numel()), 1))
+
+
+@lru_cache(maxsize=4096)
+def _run_stride(count: int) -> int:
+    """Return the distance between runs in `count` elements. It is coprime to `count`: see `stride`."""
+    step = (count - RUN) // (SAMPLED // RUN - 1)
+    while math.gcd(step, count) > 1:
+        step -= 1
+    return step
+
+
+class Together(NamedTuple):
+    """The elements that `runs` chooses of several tensors: (tensors, elements), and the places of the tensors."""
+
+    places: list[int]
+    values: Tensor
+
+    def of(self, chosen: Container[int]) -> Tensor:
+        """Return the values of the tensors at the chosen places."""
+        kept = tuple(at for at, place in enumerate(self.places) if place in chosen)
+        return self.values if len(kept) == len(self.places) else self.values[constant(kept, self.values.device)]
+
+
+def together(tensors: Mapping[int, Tensor]) -> list[Together]:
+    """Copy some elements of each tensor, with one operator for those of equal number, device and dtype."""
+    groups: dict[tuple[torch.Size, torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    for place, tensor in tensors.items():
+        part = runs(tensor)
+        if part.numel() > 0:
+            groups.setdefault((part.shape, part.device, part.dtype), []).append((place, part))
+    return [
+        Together([place for place, _ in group], torch.stack([part for _, part in group]).flatten(1))
+        for group in groups.values()
+    ]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the elements that `runs` chooses of tensors of which it chooses equally many: (tensors, elements)."""
+    return torch.stack([runs(tensor) for tensor in tensors]).flatten(1)
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Return ‖·‖₂ of each row: on a CPU in float64, which does not overflow, and otherwise in float32 or wider."""
+    wide = torch.float64 if rows.is_cpu else torch.promote_types(rows.dtype, torch.float32)
+    found: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+    return found
+
+
+class Views:
+    """Makes views of some elements of each tensor.
+
+    They are made in each step, because they would keep the memory of a model that is moved. Only where to look is kept.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._known: dict[int, tuple[tuple[int, ...], tuple[int, ...], tuple[int], tuple[int]]] = {}
+
+    def take(self) -> list[Tensor]:
+        """Return the views: 1-D. Call it without a graph."""
+        return [self._view(at, tensor) for at, tensor in enumerate(self._tensors)]
+
+    def _view(self, at: int, tensor: Tensor) -> Tensor:
+        shape, strides, sizes, steps = self._known.get(at, _NOWHERE)
+        if tensor.shape == shape and tensor.stride() == strides:
+            return tensor.as_strided(sizes, steps)
+        step = None if is_distributed(tensor) else memory_stride(tuple(tensor.shape), tensor.stride(), EVERY_STEP)
+        if step is not None:
+            self._known[at] = tuple(tensor.shape), tensor.stride(), (-(-tensor.numel() // step),), (step,)
+        return any_some(tensor)
+
+
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether tensors in host memory are finite; False if they are elsewhere, where reading them would wait."""
+    if any(not on_host or dtype.itemsize == 1 for on_host, dtype in {(x.is_cpu, x.dtype) for x in tensors}):
+        return False
+    total = torch.cat(list(tensors)).sum(dtype=torch.float64)
+    return holds_numbers(total) and math.isfinite(total.item())
