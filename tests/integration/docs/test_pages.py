@@ -54,7 +54,7 @@ def test_an_example_prints_the_output_below_it(
 def test_pages_have_the_expected_examples() -> None:
     assert len(examples(ROOT / "README.md")) == README.count("```python") == 3
     assert {page.stem for page in PAGES if examples(page)} == {
-        "start", "norms", "placements", "running", "surgery", "comparing-checkpoints",
+        "start", "norms", "gpu", "placements", "running", "surgery", "comparing-checkpoints",
     }  # fmt: skip
 
 
