@@ -240,7 +240,7 @@ def test_internal_error_warns_once_and_training_continues(monkeypatch: pytest.Mo
         (norm, "_measure"),
         (gradients.Gradients, "norms"),
         (optimizer.OptimizerWatch, "_measure_adam"),
-        (optimizer.OptimizerWatch, "_some_weights"),
+        (optimizer.OptimizerWatch, "_measure_updates"),
     ]
     for make in (None, lambda: LayerNorm(16)):
         for owner, name in places:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import final
 
 import torch
@@ -19,6 +20,11 @@ SINKHORN_STEPS = 20
 SINKHORN_EPS = 1e-6
 # Standard deviation of the gates' matrices at initialization, as transformers draws them.
 GATE_STD = 0.02
+
+
+# torch.fx records calls of these as they are: it cannot follow choices by dtype, or autocast.
+for leaf in ("gate_logits", "mixed"):
+    torch.fx.wrap(leaf)
 
 
 class Streams(Placement):
@@ -69,16 +75,21 @@ class Gates(nn.Module):
 
     def forward(self, streams: Tensor) -> list[Tensor]:
         """streams (..., n, width) → one tensor (..., size) for each size, at least in float32."""
-        wide = streams.float() if streams.dtype in (torch.float16, torch.bfloat16) else streams
-        with torch.autocast(streams.device.type, enabled=False):
-            logits = functional.linear(rms_norm(wide.flatten(-2), None, self.eps), self.phi.to(wide.dtype))
-        sizes = list(self.sizes)
-        parts = zip(self.alpha, torch.split(logits, sizes, -1), torch.split(self.bias, sizes), strict=True)
-        return [alpha * part + bias for alpha, part, bias in parts]
+        logits = gate_logits(streams, self.phi, self.eps)
+        ends = itertools.accumulate(self.sizes)
+        parts = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        return [self.alpha[at] * logits[..., part] + self.bias[part] for at, part in enumerate(parts)]
 
     def no_weight_decay(self) -> set[str]:
         """Name the gates' matrix."""
         return {"phi"}
+
+
+def gate_logits(streams: Tensor, phi: Tensor, eps: float) -> Tensor:
+    """Return x̃ φᵀ with the normalized streams x̃, flattened, at least in float32."""
+    wide = streams.float() if streams.dtype in (torch.float16, torch.bfloat16) else streams
+    with torch.autocast(streams.device.type, enabled=False):
+        return functional.linear(rms_norm(wide.flatten(-2), None, eps), phi.to(wide.dtype))
 
 
 def weighted_sum(weights: Tensor, streams: Tensor) -> Tensor:
@@ -117,7 +128,7 @@ class MHC(Streams):
         read, write, mix = self.gates(x)
         branch = F(self.norm(weighted_sum(read.sigmoid() + SINKHORN_EPS, x)))
         write = (2 * write.sigmoid()).to(x.dtype)
-        kept = mixed(sinkhorn(mix.reshape(*mix.shape[:-1], x.shape[-2], -1)), x)
+        kept = mixed(sinkhorn(mix.unflatten(-1, (-1, self.shape[0]))), x)
         y: Tensor = kept + write.unsqueeze(-1) * branch.unsqueeze(-2)
         return y
 
@@ -142,7 +153,7 @@ class GatedRead(nn.Module):
 
     def normed(self, streams: Tensor) -> Tensor:
         """Return x̃, (..., n, width)."""
-        return torch.stack([norm(x) for norm, x in zip(self.norms, streams.unbind(-2), strict=True)], -2)
+        return torch.stack([norm(streams.select(-2, at)) for at, norm in enumerate(self.norms)], -2)
 
     def read(self, normed: Tensor) -> Tensor:
         """x̃ (..., n, width) → (..., width)."""

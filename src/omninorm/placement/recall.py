@@ -11,6 +11,8 @@ from omninorm.config import NormConfig
 from omninorm.layers import build_norm
 from omninorm.placement.base import Placement, Position, Sublayer, refuse_stream
 
+torch.fx.wrap("softmax")  # which cannot follow choices by dtype
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -60,8 +62,13 @@ class DepthAttention(nn.Module):
     def forward(self, stream: tuple[Tensor, ...]) -> Tensor:
         values = torch.stack(stream, -2)
         logits: Tensor = (self.key_norm(values) * self.query.to(values.dtype)).sum(-1)
-        weights = logits.float().softmax(-1).to(values.dtype) if values.element_size() < 4 else logits.softmax(-1)
-        return (weights.unsqueeze(-1) * values).sum(-2)
+        return (softmax(logits).unsqueeze(-1) * values).sum(-2)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Return the softmax of the last dimension in the dtype of the logits, computed at least in float32."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.softmax(-1, dtype=wide).to(logits.dtype)
 
 
 @final

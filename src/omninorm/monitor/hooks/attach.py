@@ -362,7 +362,7 @@ class Hooks:
             y = first_tensor(output)
             if y is None:
                 return
-            if not self._buffer.sampling and not is_compiling():
+            if not is_compiling() and not self._buffer.sampling:
                 self.see_peak(site.sentinel, y)
                 return
             hidden = first_tensor(args) if site.role == "feed_forward" else None

@@ -80,10 +80,8 @@ class NormHooks:
                 tensors = first_tensor([*args, *kwargs.values()]), output, gate.of(args, kwargs)
                 if tensors[0] is not None:
                     hooks.put(traced, *itertools.takewhile(lambda each: isinstance(each, Tensor), tensors))
-                # The backward pass of an omninorm norm is a separate operator anyway, so this costs no fusion.
-                grown = (
-                    isinstance(output, Tensor) and torch.is_grad_enabled() and norm.facts.ours and site.with_examples
-                )
+                # The same for all norms, chosen or not, because blocks with other graphs would be compiled separately.
+                grown = isinstance(output, Tensor) and torch.is_grad_enabled() and norm.facts.ours and site.trainable
                 return tapped.tap(output, keep=True) if grown else None
             if calls:
                 probe.current = None
