@@ -19,7 +19,7 @@ from omninorm.monitor.probes.padding import Padding, mean_over
 from omninorm.monitor.stats_buffer import StatsBuffer
 from omninorm.monitor.tensors import here, widest
 
-MOST_ROWS = 64
+MOST_ROWS = 256
 # A hidden unit is dead if it stays below this share of the layer's RMS for all of this many tokens.
 SILENT, SILENT_ROWS = 1e-3, 512
 MEDIAN_OF = 4096
