@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from omninorm.errors import InputError
@@ -165,8 +164,3 @@ def could_consume(model: nn.Module, unreached: Mapping[str, str], width: int, *,
             continue
         found.setdefault(prefix if not experts else name, f"{experts} of {name}" if experts else prefix or name)
     return list(found.values())
-
-
-def drawn_tokens(value: Any) -> bool:
-    """Return whether a probe is a batch of token identifiers."""
-    return isinstance(value, Tensor) and value.ndim == 2 and value.dtype == torch.long
