@@ -292,6 +292,21 @@ def test_clipping_without_adam_is_explained_by_the_size_of_the_updates() -> None
     assert numbers_in(alarm.remedy) == [5, 500]
 
 
+@pytest.mark.parametrize(("tokens", "named"), [(512, True), (9, True), (7, False), (1, False)])
+def test_clipping_of_a_summed_loss_is_not_blamed_on_the_limit(tokens: int, named: bool) -> None:
+    """With equal probabilities for 256 classes the loss of one token is ln 256."""
+    rule, history = GradientClipped(), History(facts=facts(), classes=256)
+    history.steps.append(Step(1, tokens * math.log(256), 782.0, 1e-3))
+    checks = SampleChecks(norms=(782.0, 1.0))
+    reports = [alarm for step in (1, 10, 20, 30) for alarm in rule.on_sample(history, Sample(step, {}, checks=checks))]
+    assert reports
+    for alarm in reports:
+        assert (
+            alarm.remedy.startswith(f"Check whether the loss is a sum over tokens: the first loss is {tokens}") == named
+        )
+        assert alarm.remedy.startswith("Raise max_norm to about 800") != named
+
+
 def test_gradient_that_has_grown_is_not_a_matter_of_the_clipping() -> None:
     for norm, grown in ((11.0, True), (9.9, False)):
         (alarm,) = judge(GradientClipped(), [GOOD] * 40, SampleChecks(norms=(norm, 0.05)))

@@ -8,6 +8,7 @@ Persistence: 3 samples over 20 steps. It is a warning: Adam divides by the size 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from omninorm.monitor.history import History, Sample
@@ -19,6 +20,8 @@ SHARE, SAME = 0.01, 0.01
 SAMPLES, STEPS = 3, 20
 EARLY, GROWN = 20, 10.0
 """A gradient this many times as large as in that many first steps is a fault of its own."""
+SUMMED = 8.0
+"""A first loss this many times that of equal probabilities may be a sum over tokens."""
 
 
 class GradientClipped(Rule):
@@ -53,6 +56,12 @@ class GradientClipped(Rule):
                 f"Find out why the gradient is {factor(before / median(first))} times as large as it was until step "
                 f"{history.steps[min(EARLY, len(history.steps)) - 1].step}. Raising max_norm would not help."
             )
+        if (sum_of := _summed(history)) is not None:
+            return (
+                f"Check whether the loss is a sum over tokens: the first loss is {sum_of} times ln({history.classes}), "
+                f"that of equal probabilities. If so, use the mean, such as reduction='mean', and keep max_norm. If "
+                f"not, raise max_norm to about {_rounded(before)}, the usual norm."
+            )
         if eps is None:
             return (
                 f"Raise max_norm to about {_rounded(before)}, the usual norm. Without Adam's normalization the updates "
@@ -63,6 +72,15 @@ class GradientClipped(Rule):
             f"little harm while the gradient's elements stay far above its ε of {eps:.0e}; but every batch counts the "
             "same."
         )
+
+
+def _summed(history: History) -> str | None:
+    """Return how many times the loss of equal probabilities the first loss is, if it may be a sum."""
+    first = finite(history.steps[0].loss) if history.steps else None
+    if first is None or not history.classes or history.classes < 2:
+        return None
+    times = first / math.log(history.classes)
+    return factor(times) if times >= SUMMED else None
 
 
 def _rounded(norm: float) -> str:

@@ -65,7 +65,10 @@ class OddBlock(Rule):
     """Reports the block, with the signal in which it differs; a cause in the weights first."""
 
     name = "odd-block"
-    source = "the thresholds, 10-fold and 6 times the median deviation, are omninorm's own; see docs/watching.md"
+    source = (
+        "the thresholds, 10-fold (weights and gains 5-fold, entropy 4-fold) and 6 times the median deviation, are "
+        "omninorm's own; see docs/watching.md"
+    )
     explains = ("attention-entropy", "attention-logits", "dead-units", "depth-growth", "massive-activation")
 
     def __init__(self) -> None:
