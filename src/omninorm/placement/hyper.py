@@ -85,7 +85,7 @@ class Gates(nn.Module):
         return {"phi"}
 
 
-def gate_logits(streams: Tensor, phi: Tensor, eps: float) -> Tensor:
+def gate_logits(streams: Tensor, phi: Tensor, eps: float | None) -> Tensor:
     """Return x̃ φᵀ with the normalized streams x̃, flattened, at least in float32."""
     wide = streams.float() if streams.dtype in (torch.float16, torch.bfloat16) else streams
     with torch.autocast(streams.device.type, enabled=False):
