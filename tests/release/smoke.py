@@ -16,8 +16,7 @@ def main(wanted: str | None) -> None:
     assert omninorm.__version__ == version("omninorm")
 
     available = [backend.name for backend in omninorm.backends() if backend.available]
-    chosen = omninorm.backend_for(torch.zeros(2, 3)).name
-    assert wanted is None or (chosen == wanted and ("cpu" in available) == (wanted == "cpu")), omninorm.backends()
+    assert wanted is None or ("cpu" in available) == (wanted == "cpu"), omninorm.backends()
 
     x = torch.tensor([2.0, 4.0, 6.0, 8.0], requires_grad=True)
     with warnings.catch_warnings(record=True) as said:
@@ -25,6 +24,7 @@ def main(wanted: str | None) -> None:
         y = omninorm.RMSNorm(4, eps=1e-6)(x)
     assert torch.allclose(y, torch.tensor([0.365, 0.730, 1.095, 1.461]), atol=1e-3)
     assert len(said) == ("cpu" not in available), [str(each.message) for each in said]
+    assert wanted in (None, omninorm.backend_for(x).name)
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
