@@ -10,7 +10,7 @@ JSON file after every measurement. The parts, the most valuable first:
     tests      statements about layers, models and training on the device, then the test suite if pytest is there
     trace      a profile of a few training steps
 
-The work runs in a process of its own. If it crashes or hangs, the item is recorded as failed and the rest continues.
+The work runs in a separate process. If it crashes or hangs, the item is recorded as failed and the rest continues.
 Run again with the same options, the command continues with what is missing. `python benchmarks/gpu_page.py FILE` turns
 the file into a page.
 

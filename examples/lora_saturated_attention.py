@@ -72,7 +72,7 @@ def main(folder: Path) -> None:
             train(model, optimizer, text.flip(0), STEPS, w.step)
         losses, norms = zip(*((step.loss, step.grad_norm) for step in w.history.steps), strict=True)
         alarms = ", ".join(f"{alarm.rule} at step {alarm.step}" for alarm in w.alarms) or "no alarm"
-        gradients = f"gradient norm at most {max(norms):.1f}, median {median(norms):.1f}"
+        gradients = f"gradient norm at most {max(norms):.2f}, median {median(norms):.2f}"
         print(f"logits {deviation}: loss {sum(losses[-10:]) / 10:.2f}, {gradients}, {alarms}")
 
 

@@ -1,1 +1,1 @@
-"""The check of omninorm on a GPU that `benchmarks/gpu.py` runs: parts, each made of items with results of their own."""
+"""The check of omninorm on a GPU, which `benchmarks/gpu.py` runs: parts made of items, each with its own result."""

@@ -1,4 +1,4 @@
-"""What the options of the command mean for all of its processes."""
+"""Options of the command, for all of its processes."""
 
 from __future__ import annotations
 

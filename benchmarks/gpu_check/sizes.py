@@ -12,7 +12,7 @@ SMALL = {"vocab_size": 64, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, and for how long.
+    """The sizes that are measured, and the time for them.
 
     shapes, checked: (rows, width) of the comparisons with float64, and of those of single features; rows, widths,
     dtypes: of the timings; rounds: samples of each timing; model, batch: the Thinker that is trained, and its sequences

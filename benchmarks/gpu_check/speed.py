@@ -1,4 +1,4 @@
-"""The speed of the norms: GB/s of the bytes that must be moved, beside what copying reaches in the same rounds.
+"""The speed of the norms: GB/s of the bytes that must be moved, and that of copying in the same rounds.
 
 On a GPU the calls are captured in a CUDA graph, whose replays leave out the host's time, which is measured apart.
 Inputs and outputs rotate through more memory than the caches hold. The contestants take turns in random order; the

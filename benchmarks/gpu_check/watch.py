@@ -147,7 +147,7 @@ def _same_in_graph(norm: nn.Module, dtype: torch.dtype, device: str) -> bool:
 
 
 def captured(passes: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Warm up and capture calls on a stream of their own; return the graph and the results that replays overwrite."""
+    """Warm up and capture calls on a separate stream; return the graph and the results that replays overwrite."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

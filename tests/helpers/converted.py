@@ -157,20 +157,20 @@ _PLAIN = {
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a Thinker's tensors under the names that transformers gives them."""
-    found = {}
-    for name, value in state.items():
-        for ours, theirs in _PLAIN.items():
-            name = name.replace(ours, theirs)
-        found[name] = value
-    return found
+    return _renamed(state, _PLAIN)
 
 
 def thinker_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors of transformers under the names that a Thinker gives them."""
+    return _renamed(tensors, {theirs: ours for ours, theirs in _PLAIN.items()})
+
+
+def _renamed(tensors: Mapping[str, Tensor], parts: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return tensors under other names: each part that is in a name is replaced."""
     found = {}
     for name, value in tensors.items():
-        for ours, theirs in _PLAIN.items():
-            name = name.replace(theirs, ours)
+        for old, new in parts.items():
+            name = name.replace(old, new)
         found[name] = value
     return found
 

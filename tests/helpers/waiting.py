@@ -1,4 +1,4 @@
-"""How long tests wait for other processes, which must be far longer than it takes on a busy machine."""
+"""The time that tests wait for other processes: far longer than a busy machine needs."""
 
 from __future__ import annotations
 

@@ -164,8 +164,7 @@ def test_example_of_lora_on_saturated_attention_has_steep_gradients(run: Run, tm
     lines = run("lora_saturated_attention.py", tmp_path).splitlines()
     assert [line.split(":")[0] for line in lines] == ["logits 1", "logits 16", "logits 32"]
     largest = [float(re.search(r"gradient norm at most ([\d.]+)", line)[1]) for line in lines]
-    # Such peaks depend on the last bits: 4 to 104 were seen on two processors, and 0.8 for ordinary logits on both.
-    assert min(largest[1:]) > 3 * largest[0]
+    assert min(largest[1:]) > 5 * largest[0]
 
 
 @pytest.mark.slow

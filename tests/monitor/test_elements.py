@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -93,7 +94,8 @@ def test_gradients_are_not_read_again_in_unsampled_steps_if_they_are_clipped(mon
     assert len(calls) == 10
 
 
-def test_loop_that_stops_clipping_still_gets_the_norm_of_every_step() -> None:
+def norms_are_those_after_backward(before_update: Callable[[nn.Module, int], object]) -> None:
+    """Check the recorded norms of four steps in which `before_update` changes the gradients of some."""
     model = Decoder()
     optimizer = adamw(model)
     wanted = []
@@ -101,29 +103,24 @@ def test_loop_that_stops_clipping_still_gets_the_norm_of_every_step() -> None:
         for step in range(1, 5):
             token_loss(model, some_tokens(step)).backward()
             wanted.append(float(torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm()))
-            if step < 3:
-                nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            before_update(model, step)
             optimizer.step()
             optimizer.zero_grad()
             watched.step()
     assert [step.grad_norm for step in watched.history.steps] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_loop_that_stops_clipping_still_gets_the_norm_of_every_step() -> None:
+    norms_are_those_after_backward(lambda model, step: step < 3 and nn.utils.clip_grad_norm_(model.parameters(), 1e-3))
 
 
 def test_gradients_that_are_changed_before_clipping_are_measured_as_backward_left_them() -> None:
-    model = Decoder()
-    optimizer = adamw(model)
-    wanted = []
-    with watch(model, optimizer, every=5, rules=[]) as watched:
-        for step in range(1, 5):
-            token_loss(model, some_tokens(step)).backward()
-            wanted.append(float(torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm()))
-            for parameter in model.parameters():
-                parameter.grad.mul_(0.5)
-            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-            optimizer.step()
-            optimizer.zero_grad()
-            watched.step()
-    assert [step.grad_norm for step in watched.history.steps] == pytest.approx(wanted, rel=1e-5)
+    def halve_and_clip(model: nn.Module, step: int) -> None:
+        for parameter in model.parameters():
+            parameter.grad.mul_(0.5)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+    norms_are_those_after_backward(halve_and_clip)
 
 
 def hooks_of(model: nn.Module) -> int:

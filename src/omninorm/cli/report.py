@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import time
 from dataclasses import asdict
@@ -16,8 +15,8 @@ from omninorm.cli.compare_cards import show_cards
 from omninorm.cli.console import console
 from omninorm.cli.harmless import harmless
 from omninorm.errors import ConfigError
+from omninorm.record.jsonl import json_values
 from omninorm.report import (
-    Difference,
     RunStory,
     Verdict,
     compare,
@@ -145,8 +144,8 @@ def _pair(run: Path, other: Path, out: Path | None, as_json: bool) -> None:
             "sentence": f"{title}.",
             "step": found.step,
             "steps": found.steps,
-            **{key: each and _plain(each) for key, each in parts.items()},
-            "layers": [_plain(each) for each in found.layers],
+            **{key: each and json_values(each._asdict()) for key, each in parts.items()},
+            "layers": [json_values(each._asdict()) for each in found.layers],
         }
         typer.echo(json.dumps(summary, ensure_ascii=True, indent=2, allow_nan=False))
         return
@@ -154,14 +153,6 @@ def _pair(run: Path, other: Path, out: Path | None, as_json: bool) -> None:
     for line in (f"{title}.", *sentences):
         screen.print(harmless(line, one_line=True))
     screen.print(f"Report: {harmless(str(page), one_line=True)}")
-
-
-def _plain(found: Difference) -> dict[str, Any]:
-    """Return a difference as JSON; numbers that are not finite become text."""
-    return {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in found._asdict().items()
-    }
 
 
 def _folder(run: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from omninorm.inspection.names import is_norm_part, place
 from omninorm.inspection.rules import channel_findings, model_findings, tensor_findings
 from omninorm.inspection.settings import gain_offset, norm_eps
 from omninorm.inspection.tensors import Checkpoint, StoredTensor
+from omninorm.record.jsonl import json_values
 
 _MOST_WORKERS = 8  # each holds some 60 MiB
 
@@ -96,7 +96,7 @@ class Inspection:
             "totals": self.totals(),
             "tensors": [tensor.to_record() for tensor in self.tensors],
         }
-        encoded: dict[str, Any] = _encode(record)
+        encoded: dict[str, Any] = json_values(record)
         return encoded
 
 
@@ -185,11 +185,3 @@ def _equal(first: StoredTensor, second: StoredTensor) -> bool:
 
 def _plural(word: str, count: int) -> str:
     return word if count == 1 else f"{word}s"
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encode(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -267,7 +267,7 @@ def has_operators(x: Tensor, *others: Tensor | None, operator: str = "rms_norm")
 
 
 def _fuses(operator: str, x: Tensor) -> bool:
-    """Whether the compiler shall see the formula, which it can fuse with its neighbours, instead of an operator.
+    """Whether the compiler should see the formula, which it can fuse with its neighbours, instead of an operator.
 
     That is the choice on GPUs unless the operator was measured to be faster, or `use_backend` requests it.
     """

@@ -87,7 +87,7 @@ def register_hub_layers(devices: Iterable[str] = ("cpu", "cuda")) -> None:
     Entries that transformers registers itself for the same device, such as Liger's on CUDA, take precedence.
 
     Args:
-        devices: of "cpu", "cuda", "rocm", "mps" and "xpu".
+        devices: some of "cpu", "cuda", "rocm", "mps" and "xpu".
 
     Raises:
         ConfigError: there is no such device.
@@ -95,7 +95,7 @@ def register_hub_layers(devices: Iterable[str] = ("cpu", "cuda")) -> None:
     """
     devices = list(devices)
     if wrong := [each for each in devices if each not in DEVICES]:
-        raise ConfigError(f"devices must be of {', '.join(DEVICES)}", repr(wrong[0]), "choose one of these")
+        raise ConfigError(f"Each device must be one of {', '.join(DEVICES)}", repr(wrong[0]), "choose one of these")
     try:
         from kernels import register_kernel_mapping
     except ImportError as error:

@@ -11,7 +11,8 @@ from omninorm.config import NormConfig
 from omninorm.layers import build_norm
 from omninorm.placement.base import Placement, Position, Sublayer, refuse_stream
 
-torch.fx.wrap("softmax")  # which cannot follow choices by dtype
+# torch.fx records a call of this as it is: it cannot follow choices by dtype.
+torch.fx.wrap("softmax")
 
 Pair = tuple[Tensor, Tensor]
 

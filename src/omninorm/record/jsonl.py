@@ -49,7 +49,7 @@ class Record:
         Raises:
             RunError: the disk is full, or the file can no longer be written.
         """
-        line = json.dumps(_encode(event), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(json_values(event), allow_nan=False, ensure_ascii=False).encode() + b"\n"
         with writing(self.path):
             end = os.lseek(self._descriptor, 0, os.SEEK_END)
             try:
@@ -143,11 +143,12 @@ def _whole(content: bytes) -> int:
     return content.rfind(b"\n") + 1
 
 
-def _encode(value: Any) -> Any:
+def json_values(value: Any) -> Any:
+    """Return a copy for JSON, which has no numbers that are not finite: they become "nan", "inf" and "-inf"."""
     if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
+        return {key: json_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encode(item) for item in value]
+        return [json_values(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -120,7 +120,7 @@ def expert_counts(model: nn.Module) -> set[int]:
 
 
 class Touched(Mode):
-    """Records which parameters are read by an operation other than a view, experts in one tensor each for itself."""
+    """Records which parameters an operation other than a view reads; of experts in one tensor, which of them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Touched(Mode):
 
 
 def storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's memory; of its own object where it has none, as wrappers."""
+    """Return the address of a tensor's memory, or of the object if it has no memory, such as a wrapper."""
     try:
         return tensor.untyped_storage().data_ptr() or id(tensor)
     except (RuntimeError, NotImplementedError):

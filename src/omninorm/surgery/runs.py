@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from omninorm.errors import InputError
 from omninorm.surgery.modes import EveryExpert, InDouble, expert_counts
 
-_DEPTH = 6  # of nested outputs, such as a cache's layers
+_DEPTH = 6  # the levels of nested outputs that are compared, such as a cache's layers
+_MOST_TURNS = 64  # of experts; those that are not chosen by then count as unreached
 _REMEDY = "pass inputs=[…] that it takes: tensors, or dictionaries of keyword arguments"
 # Outputs that operations may change by design: what is on the residual stream, and what a model caches for itself.
 _BY_DESIGN = ("hidden_states", "past_key_values", "cache_params")
@@ -149,8 +150,7 @@ def _tensors(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def expert_runs(model: nn.Module, probe: Any) -> tuple[list[Run], str]:
-    """Return the runs until every expert was chosen, or why there are none."""
-    run = Run("experts in turn", probe, turn=0)
+    """Return the runs in which every expert is chosen, or the reason why that is impossible."""
     mode = EveryExpert(expert_counts(model), 0)
     try:
         with mode:
@@ -158,7 +158,4 @@ def expert_runs(model: nn.Module, probe: Any) -> tuple[list[Run], str]:
     except InputError as error:
         return [], f"experts could not be chosen in turn: {error}"
     turns = min(mode.turns, _MOST_TURNS)
-    return [Run(f"{run.name}, {turn + 1} of {turns}", probe, turn=turn) for turn in range(turns)], ""
-
-
-_MOST_TURNS = 64
+    return [Run(f"experts in turn, {turn + 1} of {turns}", probe, turn=turn) for turn in range(turns)], ""

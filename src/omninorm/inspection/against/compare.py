@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -19,6 +18,7 @@ from omninorm.inspection.against.prepare import NotCompared, Source, open_source
 from omninorm.inspection.against.roles import role_of
 from omninorm.inspection.against.swapped import find_moved
 from omninorm.inspection.settings import norm_eps
+from omninorm.record.jsonl import json_values
 
 Progress = Callable[[int, int, str], None]
 
@@ -86,7 +86,7 @@ class Comparison:
             "errors": self.errors(),
             "tensors": [each.to_record() for each in self.results],
         }
-        encoded: dict[str, Any] = _encode(record)
+        encoded: dict[str, Any] = json_values(record)
         return encoded
 
 
@@ -179,11 +179,3 @@ def _error_row(role: str, dtypes: Sequence[str], group: Sequence[Result]) -> dic
         "role": role, "dtypes": list(dtypes), "tensors": len(group), "median": median(errors.values()),
         "largest": errors[worst], "largest_in": worst,
     }  # fmt: skip
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encode(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""What a checkpoint's own format and settings say about how it stores gains, queries and keys."""
+"""The convention of a checkpoint: how it stores gains, queries and keys, by its format and settings."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Convention:
 
 
 def conventions(a: Checkpoint, b: Checkpoint) -> tuple[Convention, Convention]:
-    """Return both checkpoints' conventions; what one does not say about the model is taken from the other."""
+    """Return both checkpoints' conventions; facts on the model that one lacks are taken from the other."""
     families = [_family(each.config) for each in (a, b)]
     formats = ["mlx" if is_mlx(each) else each.format for each in (a, b)]
     return (

@@ -110,7 +110,7 @@ def _oriented(a: Part, b: Part) -> Match:
 
 
 def _match_tied_head(found: Matches, a: Parts, b: Parts) -> None:
-    """Compare a head with the other checkpoint's embedding where that has no head of its own."""
+    """Compare a head with the other checkpoint's embedding if that checkpoint ties the two."""
     if HEAD in found.only_a and EMBEDDING in b:
         found.pairs.append(replace(_oriented(found.only_a.pop(HEAD), b[EMBEDDING]), how="tied"))
     elif HEAD in found.only_b and EMBEDDING in a:

@@ -1,4 +1,4 @@
-"""What only one checkpoint holds: missing, or not comparable, with the reason."""
+"""Tensors that only one checkpoint holds: missing in the other, or not comparable, with the reason."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _unpack(data: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
 
 
 def is_mlx(checkpoint: Checkpoint) -> bool:
-    """Return whether MLX wrote these files, as their metadata or settings say."""
+    """Return whether MLX wrote these files, by their metadata or settings."""
     if checkpoint.format != "safetensors":
         return False
     quantization = checkpoint.config.get("quantization")

@@ -21,7 +21,7 @@ from torch.jit import _builtins
 
 class Listener(NamedTuple):
     """Callbacks: `attention(query, key, mask, is_causal, scale)` and `norm(x, node, y)`, also while tracing;
-    `softmax(logits, dim)`, `root(x)`, `loss(logits, labels)`, the input of cross entropy, `dropout(p, training)`, and
+    `softmax(logits, dim)`, `root(x)`, `loss(logits, labels)`, the input of cross entropy, `dropout(p, training)`,
     `choice(x, indices)` after topk or argmax, and `gradients(tensors, norms)` with the 2-norms for clipping.
 
     `node` is the autograd node of x before the call. `norms`: whether `norm` and `root` are called at all; functional
@@ -197,7 +197,7 @@ def _intercepted_cross_entropy(original: Any, period: int) -> Any:
 def _intercepted_norms(original: Any, period: int) -> Any:
     def _foreach_norm(*args: Any, **kwargs: Any) -> Any:
         norms = original(*args, **kwargs)
-        # PyTorch passes the tensors and the order; monitoring passes a dtype as well.
+        # Clipping passes the tensors and the order; the monitor's own calls pass a dtype as well.
         if not is_compiling() and _period == period and len(args) == 2 and args[1] == 2 and not kwargs:
             for listener in _listeners:
                 if listener.gradients is not None:

@@ -1,6 +1,6 @@
 """Measures optimizer steps: their size relative to the weights, and how far Adam's second moment lags behind.
 
-At most about a thousand evenly spaced elements of each tensor are read.
+At most about a thousand elements of each tensor are read, in short runs (see `elements`).
 """
 
 from __future__ import annotations

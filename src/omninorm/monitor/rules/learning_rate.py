@@ -55,7 +55,7 @@ SAMPLES, STEPS = 3, 20
 
 
 class Harm(NamedTuple):
-    """What too large updates did, in words. A plateau of the loss is not severe: it may fall again."""
+    """The harm that too large updates did, in words. A plateau of the loss is not severe: it may fall again."""
 
     words: str
     severe: bool = True
