@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="the file of the results (default: a new temporary file)")
     parser.add_argument("--peers", type=Path, help="a folder of wheels of Liger, quack and what they need")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # a process of the check: when it must end
-    parser.add_argument("--warm", help=argparse.SUPPRESS)  # a process that only compiles: "3/8" is its share
+    parser.add_argument("--warm", type=Path, help=argparse.SUPPRESS)  # a process that only compiles; its jobs' folder
     options = parser.parse_args()
     options.parts = tuple(options.parts.split(",")) if options.parts else None
     for name in options.parts or ():
