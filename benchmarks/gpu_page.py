@@ -238,6 +238,8 @@ def _training(data: dict[str, Any]) -> str:
     for way, item in items(data, "training").items():
         for name, each in item["variants"].items():
             ratio = f"{item['ratios'][name]:.2f}" if name in item["ratios"] else "1"
+            if name in item.get("ranges", {}):
+                ratio += " ({:.2f} to {:.2f})".format(*item["ranges"][name])
             rows.append([f"{name}, {way}", f"{each['tokens_per_s']:,.0f}", f"{each['ms']:.1f}", ratio])
     if not rows:
         return ""

@@ -11,12 +11,10 @@ import warnings
 from typing import Any
 
 from gpu_check import place
-from gpu_check.items import Item
+from gpu_check.items import Item, sentences
 from gpu_check.options import BROKEN, NO_DEVICE, chosen_parts, sizes_of
 from gpu_check.results import Results
 from gpu_check.sizes import Sizes
-
-_MOST_WARNINGS = 10
 
 
 def work(options: argparse.Namespace) -> int:
@@ -79,13 +77,12 @@ def _run_part(name: str, deadline: float, options: argparse.Namespace, sizes: Si
 
 
 def _attempt(item: Item) -> dict[str, Any]:
-    """Run an item; a warning is wrong, because users would see it too."""
+    """Run an item; its warnings are wrong."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             value = item.run()
-        texts = dict.fromkeys(f"{each.category.__name__}: {' '.join(str(each.message).split())}" for each in caught)
-        if texts:
-            value["wrong"] = [*value.get("wrong", []), *(text[:400] for text in list(texts)[:_MOST_WARNINGS])]
+        if found := sentences(caught):
+            value["wrong"] = [*value.get("wrong", []), *found]
         return value
     except Exception as failure:  # it is written down, and the rest continues
         where = traceback.extract_tb(failure.__traceback__)[-1]
