@@ -65,9 +65,15 @@ def measure(options: Any, sizes: Sizes, way: str) -> dict[str, Any]:
     wrong = [f"{name} failed: {why}" for name, why in failed.items()]
     wrong += [f"{name}: {text}" for name, each in found.items() for text in _findings(each)]
     ratios = _ratios({name.removesuffix(way): taken for name, taken in seconds.items()})
-    return {"variants": found, "ratios": {name: statistics.median(each) for name, each in ratios.items()},
-            "ranges": {name: [min(each), max(each)] for name, each in ratios.items()}, "failed": failed, "tokens": tokens, "wrong": wrong,
-            "summary": ", ".join(texts)}  # fmt: skip
+    return {
+        "variants": found,
+        "ratios": {name: statistics.median(each) for name, each in ratios.items()},
+        "ranges": {name: [min(each), max(each)] for name, each in ratios.items()},
+        "failed": failed,
+        "tokens": tokens,
+        "wrong": wrong,
+        "summary": ", ".join(texts),
+    }
 
 
 def _findings(counted: dict[str, Any]) -> list[str]:

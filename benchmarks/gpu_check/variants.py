@@ -64,7 +64,8 @@ class Variant:
 
     def end(self) -> None:
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(OSError), self._process:  # closes the pipes, and waits for the process
+            pass
 
 
 def take_turns(

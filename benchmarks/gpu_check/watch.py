@@ -108,7 +108,7 @@ def _in_between(
 def _report(seconds: dict[int | None, list[tuple[float, float]]], samples: dict[int, int]) -> dict[str, Any]:
     step = statistics.median(plain for _, plain in seconds[None])
     noise = statistics.median(abs(after - before) for after, before in seconds[None])
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for every in samples:
         extras = [watched - plain for watched, plain in seconds[every]]
         extra = statistics.median(extras)
