@@ -204,7 +204,7 @@ def test_the_page_says_which_targets_are_missed(tmp_path: Path) -> None:
     )
     assert "1.20 × (rms_norm bf16 4096×1024 forward, quack) | **missed** at 1 of 1 |" in text
     assert "| watch: at most 2% of a step of about 100 ms at every=10 | 3.0% | **missed** at 1 of 1 |" in text
-    assert "- watch: out of time, 1 items" in text
+    assert "- watch: out of time after 1 items" in text
     assert "Measured on **NVIDIA H100**, 79.2 GiB; driver NVIDIA 580, CUDA 13.0, torch 2.11.0, Triton 3.6.0" in text
     assert "missed" not in gpu_page.page(measured(of_copy=0.91, ratio=1.04, extra=0.0199))
 
