@@ -115,7 +115,7 @@ def _machine(data: dict[str, Any]) -> str:
     measured = f"Measured on **{machine['name']}**{memory}; {facts}; omninorm {machine['omninorm']}{commit}, by {how}."
     names = (
         "*omninorm triton* is omninorm's kernels, *omninorm torch* PyTorch's operators called by omninorm, and",
-        "*omninorm auto* the one of both that omninorm chooses. *torch* and *torch.nn* are PyTorch's own norms.",
+        "*omninorm auto* the one that omninorm chooses. *torch* and *torch.nn* are PyTorch's own norms.",
     )
     return f"{_prose(measured, f'Peers: {peers}.')}\n\n{_prose(*names)}"
 
@@ -222,8 +222,8 @@ def _speed(data: dict[str, Any]) -> str:
     names = list(dict.fromkeys(row["contestant"] for item in found for row in item["measured"]))
     tables = [_speed_table(found, names, which) for which in PASSES]
     intro = _prose(
-        "Shares of copy bandwidth, by the GPU's time without the host's: the bytes per second that a norm must read and",
-        "write, each once, over those of copying a tensor of the same size. The column *copy* is in GB/s.",
+        "Shares of copy bandwidth, by the GPU's time without the host's: the bytes per second that a norm must read",
+        "and write, each once, over those of copying a tensor of the same size. The column *copy* is in GB/s.",
     )
     return "\n\n".join(["### Speed of the norms", intro, *tables])
 
@@ -260,8 +260,8 @@ def _training(data: dict[str, Any]) -> str:
         return ""
     columns = ["norms", "tokens/s", "ms per step", "speed over torch.nn"]
     intro = _prose(
-        "A Thinker of 124 million weights under bfloat16 autocast, with omninorm's norms and with torch.nn's. The variants",
-        "take turns. The last column is the median over the rounds, and their range.",
+        "A Thinker of 124 million weights under bfloat16 autocast, with omninorm's norms and with torch.nn's. The",
+        "variants take turns. The last column is the median over the rounds, and their range.",
     )
     return f"### Training\n\n{intro}\n\n" + _table(columns, rows)
 
