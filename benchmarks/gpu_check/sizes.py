@@ -44,7 +44,7 @@ class Sizes:
     long_step: float = 0.1
     budgets: dict[str, float] = field(
         default_factory=lambda: {
-            "numerics": 80.0, "speed": 150.0, "training": 90.0, "watch": 60.0, "tests": 55.0, "trace": 20.0
+            "numerics": 75.0, "speed": 130.0, "training": 70.0, "watch": 60.0, "tests": 100.0, "trace": 20.0
         }
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import omninorm
 from gpu_check import place, pytest_log
 from gpu_check.items import Item
+from gpu_check.options import chosen_parts
 from gpu_check.sizes import Sizes
 from gpu_check.training import compiler
 from omninorm import NormConfig, Thinker, ThinkerConfig
@@ -32,11 +34,13 @@ SHAPE: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_le
 TOLERANCE = 1e-4
 
 
-def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
+def items(device: str, sizes: Sizes, options: Any) -> Iterator[Item]:
     for name, statement in STATEMENTS.items():
         yield Item(name, 40.0, lambda statement=statement: _stated(statement, device))  # type: ignore[misc]
     if device == "cuda" and importlib.util.find_spec("pytest") is not None:
-        yield Item("pytest", 240.0, lambda: suite(device, sizes.budgets["tests"]))
+        later = chosen_parts(options)[chosen_parts(options).index("tests") + 1 :]
+        end = options.worker - sum(sizes.budgets[name] for name in later)
+        yield Item("pytest", 240.0, lambda: suite(device, max(10.0, end - time.time())))
 
 
 def _stated(statement: Callable[[str], list[str]], device: str) -> dict[str, Any]:
