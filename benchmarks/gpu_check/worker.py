@@ -16,7 +16,6 @@ from gpu_check.options import BROKEN, NO_DEVICE, chosen_parts, sizes_of
 from gpu_check.results import Results
 from gpu_check.sizes import Sizes
 
-
 # The share of a part's time that is kept for measuring while it waits for compilers.
 _MEASURING = {"numerics": 0.4, "speed": 0.6}
 
