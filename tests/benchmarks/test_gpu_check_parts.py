@@ -81,6 +81,7 @@ def test_waiting_for_compilers_ends_at_its_limit_and_when_the_jobs_are_done(monk
     assert warmers._processes == []
 
 
+@pytest.mark.slow
 def test_a_compiling_process_does_every_job(tmp_path: Path) -> None:
     jobs = warming.Jobs(tmp_path)
     assert jobs.take("training 0")
@@ -94,6 +95,7 @@ def test_a_compiling_process_does_every_job(tmp_path: Path) -> None:
 # Variants -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_variants_take_turns_and_one_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     given = options(json=tmp_path / "gpu.json")
@@ -161,7 +163,8 @@ def test_warnings_of_an_item_are_wrong_once_each() -> None:
     assert worker._attempt(Item("one", 1.0, run))["wrong"] == ["a sentence", "UserWarning: this is slow"]
 
 
-def test_a_run_of_tests_that_is_ended_names_its_failures(tmp_path: Path) -> None:
+def test_a_run_of_tests_that_is_ended_names_its_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     file = tmp_path / "test_some.py"
     file.write_text(
         "import time\n"
