@@ -61,7 +61,9 @@ def measure(options: Any, sizes: Sizes, way: str) -> dict[str, Any]:
     seconds, counted, failed = take_turns(options, chosen, sizes.blocks)
     tokens = sizes.batch * sizes.model["max_seq_len"]
     found = {name.removesuffix(way): {**_speed(taken, tokens), **counted[name]} for name, taken in seconds.items()}
-    texts = [f"{name} {each['tokens_per_s']:,.0f} tokens/s" for name, each in found.items()]
+    texts = [
+        f"{name} {each['tokens_per_s']:,.0f} tokens/s ({_range(each['blocks_ms'])} ms)" for name, each in found.items()
+    ]
     wrong = [f"{name} failed: {why}" for name, why in failed.items()]
     wrong += [f"{name}: {text}" for name, each in found.items() for text in _findings(each)]
     ratios = _ratios({name.removesuffix(way): taken for name, taken in seconds.items()})
@@ -74,6 +76,10 @@ def measure(options: Any, sizes: Sizes, way: str) -> dict[str, Any]:
         "wrong": wrong,
         "summary": ", ".join(texts),
     }
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.1f} to {max(values):.1f}"
 
 
 def _findings(counted: dict[str, Any]) -> list[str]:

@@ -94,7 +94,7 @@ def take_turns(
 
 
 def run_variant(options: argparse.Namespace) -> int:
-    """Be the process of the variant that the option names."""
+    """Train the variant that the option names, in this process, and report to the one that measures."""
     with warnings.catch_warnings(record=True) as caught:
         try:
             found = _train(options)
