@@ -1,7 +1,7 @@
 """Processes that compile what is checked and timed, many kernels at a time. Compilers keep results on disk.
 
-The jobs of all parts are in one order: those of the numerics, of training, and of speed. A process takes the next job that
-no other has taken.
+The jobs of all parts are in one order: those of the numerics, of training, and of speed. A process takes the next job
+that no other has taken.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Warmers:
         self._folder.cleanup()
 
     def wait(self, part: str, until: float) -> str:
-        """Wait until the jobs of a part are done, the processes have ended, or it is that time; return a sentence about it."""
+        """Wait until a part's jobs are done, the processes have ended, or it is that time; return a sentence about it."""
         if not self._processes:
             return ""
         start, count = time.time(), len(_jobs(self._options, part))
