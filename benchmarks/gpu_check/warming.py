@@ -67,7 +67,7 @@ class Warmers:
         self._folder.cleanup()
 
     def wait(self, part: str, until: float) -> str:
-        """Wait until a part's jobs are done, the processes have ended, or it is that time; return a sentence about it."""
+        """Wait until a part's jobs are done, the processes have ended, or it is that time; return what to print."""
         if not self._processes:
             return ""
         start, count = time.time(), len(_jobs(self._options, part))
