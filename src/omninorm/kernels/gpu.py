@@ -128,6 +128,9 @@ class Rows(NamedTuple):
 
 
 def as_rows(x: Tensor) -> Rows:
+    if x.is_contiguous():  # the launch needs no view of the right shape
+        width = x.shape[-1]
+        return Rows(x, x.numel() // width, width, width)
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
@@ -245,7 +248,7 @@ class Plan:
         if compiled is None:
             self._compiled[key] = self._kernel[programs](*tensors, *numbers, **self._settings)
         else:
-            compiled[(*programs, 1)](*tensors, *numbers, *self._constants)
+            compiled[programs[0], programs[1], 1](*tensors, *numbers, *self._constants)
 
 
 _LARGEST_INT = 2**31 - 1
