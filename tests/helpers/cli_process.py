@@ -6,19 +6,14 @@ A fork server imports everything once; each process is a fork of it, with a proc
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
 from pathlib import Path
 
+import pytest
+from helpers import fork_server
 from helpers.waiting import PATIENCE
-
-_SERVER = multiprocessing.get_context("forkserver")
-_PRELOADED = [
-    "omninorm.cli.app", "omninorm.cli.train", "omninorm.cli.progress", "omninorm.experiments", "omninorm.report",
-    "torch._dynamo", "safetensors.torch", "tokenizers",
-]  # fmt: skip
 
 
 class Process:
@@ -26,13 +21,13 @@ class Process:
 
     def __init__(self, folder: Path, *arguments: object) -> None:
         self._streams = (folder / "stdout", folder / "stderr")
+        target, given = _run, ([str(a) for a in arguments], *map(str, self._streams))
+        self._process = fork_server.context().Process(target=target, args=given)
         # One thread: several processes share the cores, which OpenMP's waiting threads would use up. The server also
         # inherits this if it starts now.
-        os.environ["OMP_NUM_THREADS"] = "1"
-        _SERVER.set_forkserver_preload(_PRELOADED)
-        self._process = _SERVER.Process(target=_run, args=([str(a) for a in arguments], *map(str, self._streams)))
-        self._process.start()
-        del os.environ["OMP_NUM_THREADS"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            self._process.start()
 
     def running(self) -> bool:
         return self._process.exitcode is None

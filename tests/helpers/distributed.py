@@ -1,4 +1,7 @@
-"""Functions run by several processes at once, which talk to each other by gloo."""
+"""Functions run by several processes at once, which talk to each other by gloo.
+
+The processes are forks of a server that has imported torch, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from helpers import fork_server
 
 
 def run_in_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:
     """Calls a module's function in so many processes; what one of them raises is raised here."""
+    fork_server.context()
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{Path(folder) / 'meeting'}"
         torch.multiprocessing.start_processes(
-            _run, (count, meeting, function, arguments), nprocs=count, start_method="spawn"
+            _run, (count, meeting, function, arguments), nprocs=count, start_method="forkserver"
         )
 
 
