@@ -1,14 +1,14 @@
 """Faults of data-parallel training, in two processes: replicas that should be equal drift apart.
 
-python -m faults.distributed RANK PORT FAULT prints the alarms of this rank and a sum of its weights, as JSON.
+`helpers.distributed.run_in_processes` runs `train_all`.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,14 +91,8 @@ def train(rank: int, fault: str) -> dict[str, Any]:
     return {"rank": rank, "alarms": alarms, "weights": weights}
 
 
-def main() -> None:
-    """Run one rank from the command line."""
-    rank, port, fault = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    print(json.dumps(train(rank, fault)))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def train_all(folder: str) -> None:
+    """Train with each fault, and write the results of this rank to a file."""
+    rank = dist.get_rank()
+    results = {fault: train(rank, fault) for fault in FAULTS}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
