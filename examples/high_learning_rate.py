@@ -1,6 +1,6 @@
 """A learning rate that is too high for attention: without qk-norm, and with it.
 
-python examples/high_learning_rate.py [FOLDER]        # needs pip install "omninorm[train]" for its text
+python examples/high_learning_rate.py [FOLDER [SEEDS]]        # needs pip install "omninorm[train]" for its text
 """
 
 import sys
@@ -44,9 +44,9 @@ def means(w: Watch) -> list[float]:
     return [sum(losses[end - 10 : end]) / 10 for end in range(10, len(losses) + 1)]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, seeds: int) -> None:
     for schedule, (learning_rate, warm_up) in SCHEDULES.items():
-        for seed in (0, 1):
+        for seed in range(seeds):
             place = folder / f"{warm_up}-{seed}"
             without, with_norm = (train(place / str(qk), qk, learning_rate, warm_up, seed) for qk in (False, True))
             pairs = list(zip(means(without), means(with_norm), strict=True))
@@ -58,4 +58,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()), int(sys.argv[2] if len(sys.argv) > 2 else 2))

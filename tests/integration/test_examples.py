@@ -17,7 +17,7 @@ from omninorm.cli import main
 from omninorm.record import read_history
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-Run = Callable[[str, Path], str]
+Run = Callable[..., str]
 
 # Runs the programs that come as lines of JSON, and answers with exit code, stdout and stderr. Streams are redirected as
 # file descriptors, so that what the programs' own child processes print is captured as well.
@@ -55,8 +55,8 @@ def run() -> Iterator[Run]:
         command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
 
-        def call(name: str, argument: Path) -> str:
-            process.stdin.write(json.dumps([str(EXAMPLES / name), str(argument)]) + "\n")
+        def call(name: str, *arguments: object) -> str:
+            process.stdin.write(json.dumps([str(EXAMPLES / name), *map(str, arguments)]) + "\n")
             process.stdin.flush()
             code, out, err = json.loads(process.stdout.readline())
             assert code == 0, err
@@ -148,10 +148,12 @@ def test_example_of_a_stalled_run_prints_what_the_page_quotes(
     assert f"    {capsys.readouterr().out.splitlines()[0]}\n" in PAGE
 
 
-@pytest.mark.slow
-def test_example_of_a_high_learning_rate_is_cured_by_qk_norm(run: Run, tmp_path: Path) -> None:
-    lines = run("high_learning_rate.py", tmp_path).splitlines()
-    assert len(lines) == 4
+@pytest.mark.parametrize(
+    "seeds", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.exhaustive)]
+)
+def test_example_of_a_high_learning_rate_is_cured_by_qk_norm(run: Run, tmp_path: Path, seeds: int) -> None:
+    lines = run("high_learning_rate.py", tmp_path, seeds).splitlines()
+    assert len(lines) == 2 * seeds
     for line in lines:
         without, cured = map(float, re.search(r"loss ([\d.]+), with qk-norm ([\d.]+);", line).groups())
         assert without > cured + 0.2, line
