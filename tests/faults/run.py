@@ -16,7 +16,7 @@ from typing import Any
 from faults.architectures import ARCHITECTURES
 from faults.baselines import first_nan, first_outlier
 from faults.faults import load_faults
-from faults.training import EVERY, VARIANTS, Training, snapshot
+from faults.training import EVERY, STEPS, VARIANTS, Training, snapshot
 from torch import Tensor
 
 from omninorm import watch
@@ -61,9 +61,9 @@ class Outcome:
     weights: dict[str, Tensor]
 
 
-def run(case: Case) -> Line:
+def run(case: Case, steps: int = STEPS) -> Line:
     """Train, watch, and compare with the healthy twin."""
-    outcome = train(case)
+    outcome = train(case, steps)
     if case.fault is not None:
         twin = healthy(case.twin)
         outcome.line["twin_last"] = twin.line["last"]
@@ -102,8 +102,8 @@ def quiet() -> Iterator[None]:
         logger.disabled = disabled
 
 
-def train(case: Case) -> Outcome:
-    """Train under watch."""
+def train(case: Case, steps: int = STEPS) -> Outcome:
+    """Train under watch, the first steps only if there are fewer than in a whole run."""
     start, error, alarms = time.process_time(), None, []
     with quiet():
         training = prepare(case)
@@ -111,7 +111,7 @@ def train(case: Case) -> Outcome:
         watched = watch(training.model, optimizers, every=EVERY, scaler=training.scaler, config=settings)
         try:
             with watched:
-                training.run(watched)
+                training.run(watched, steps)
         except Exception as raised:  # an error that ends the training is a result, too
             error = f"{type(raised).__name__}: {raised}"[:200]
         alarms = [as_row(alarm) for alarm in link(watched.alarms)]

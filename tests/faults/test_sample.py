@@ -10,13 +10,13 @@ from faults.architectures import ARCHITECTURES
 from faults.plan import SEEDS
 from faults.run import Case, effect_of, run
 from faults.score import Verdict, judge, new_alarms
-from faults.training import VARIANTS, Training
+from faults.training import STEPS, VARIANTS, Training, middle_of
 
 
-def verdict_on(architecture: str, fault: str) -> Verdict:
+def verdict_on(architecture: str, fault: str, steps: int = STEPS) -> Verdict:
     """Return the verdict on the faulty run with the first seed."""
     case = Case(architecture, SEEDS[ARCHITECTURES[architecture].split][0], fault=fault)
-    return judge(run(case), runs.healthy(case.twin).line)
+    return judge(run(case, steps), runs.healthy(case.twin).line)
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,35 @@ def test_twin_of_itself_has_no_effect() -> None:
 
 # Slow -----------------------------------------------------------------------------------------------------------------
 
+# Tests of one architecture follow each other (scope="module"), because they share its healthy run.
+ALARM_WITHIN = 10
+WIDER = ("llama-256", "gpt2-256")  # than architectures of the same kind
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES), scope="module")
 def test_every_architecture_learns(architecture: str) -> None:
-    line = run(Case(architecture, SEEDS[ARCHITECTURES[architecture].split][0]))
+    line = runs.healthy(Case(architecture, SEEDS[ARCHITECTURES[architecture].split][0])).line
     assert "error" not in line
     assert line["last"] < 0.97 * line["first"]
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name in WIDER else pytest.mark.slow)
+        for name in sorted(ARCHITECTURES)
+    ],
+    scope="module",
+)
+def test_nan_in_a_weight_is_found_in_every_architecture(architecture: str) -> None:
+    if architecture in ("lora", "linear-probe"):
+        pytest.skip("most of its weights are frozen")
+    begins = middle_of(SEEDS[ARCHITECTURES[architecture].split][0])
+    verdict = verdict_on(architecture, "NaN in a weight", begins + ALARM_WITHIN)
+    assert verdict.cause, verdict.line["alarms"]
+    assert verdict.layer, verdict.line["alarms"]
+    assert new_alarms(verdict.line, None)[0][0] - verdict.line["begins"] <= ALARM_WITHIN
 
 
 @pytest.mark.slow
@@ -90,14 +112,3 @@ def test_every_variant_trains(variant: str) -> None:
     assert "error" not in line
     assert math.isfinite(line["last"])
     assert line["last"] < line["first"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_nan_in_a_weight_is_found_in_every_architecture(architecture: str) -> None:
-    if architecture in ("lora", "linear-probe"):
-        pytest.skip("most of its weights are frozen")
-    verdict = verdict_on(architecture, "NaN in a weight")
-    assert verdict.cause, verdict.line["alarms"]
-    assert verdict.layer, verdict.line["alarms"]
-    assert new_alarms(verdict.line, None)[0][0] - verdict.line["begins"] <= 10

@@ -191,9 +191,9 @@ class Training:
         muon = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)] if matrices else []
         return [*muon, *([torch.optim.AdamW(others, lr=self.lr, betas=self.options.betas)] if others else [])]
 
-    def run(self, watched: Any = None) -> None:
-        """Train to the last step; `watched` is the open Watch, or None."""
-        for step in range(1, STEPS + 1):
+    def run(self, watched: Any = None, steps: int = STEPS) -> None:
+        """Train; `watched` is the open Watch, or None. Fewer steps are the first ones of a whole run."""
+        for step in range(1, steps + 1):
             self.step = step
             self._set_rates()
             for act in list(self.before):
