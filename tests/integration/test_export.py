@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import onnxruntime
@@ -60,9 +62,17 @@ def model(name: str, dtype: torch.dtype = torch.float32) -> Two:
 SIZES = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}
 
 
-def quick(*names: str) -> list:
-    """Names of norms for parametrize, those that are not quick with the mark `slow`."""
-    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in NORMS]
+def paired(values: Sequence[Any], *quick: tuple[str, Any]) -> list[Any]:
+    """Return every norm with every value for parametrize.
+
+    The quick pairs run in `make test`; of the others, `make test-slow` runs one value for each norm, in turns.
+    """
+    cases = []
+    for (number, name), value in itertools.product(enumerate(NORMS), values):
+        slow = value == values[number % len(values)]
+        marks = () if (name, value) in quick else pytest.mark.slow if slow else pytest.mark.exhaustive
+        cases.append(pytest.param(name, value, marks=marks))
+    return cases
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -97,8 +107,9 @@ def gradients(run: Callable[[Tensor], tuple[Tensor, Tensor]], of: nn.Module, x: 
     return list(torch.autograd.grad(total, [x, *of.parameters()]))
 
 
-@pytest.mark.parametrize("name", quick("RMSNorm of Llama", "LayerNorm"))
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("name", "strict"), paired([True, False], *itertools.product(["RMSNorm of Llama", "LayerNorm"], [True, False]))
+)
 def test_an_exported_program_has_the_gradients_of_the_model(name: str, strict: bool) -> None:
     """Also a program that was exported with frozen parameters in no_grad."""
     made = model(name).requires_grad_(strict)
@@ -110,8 +121,9 @@ def test_an_exported_program_has_the_gradients_of_the_model(name: str, strict: b
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", quick("RMSNorm of Gemma"))
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("name", "strict"), paired([True, False], ("RMSNorm of Gemma", True), ("RMSNorm of Gemma", False))
+)
 def test_a_program_by_the_reference_trains(name: str, strict: bool) -> None:
     made = model(name)
     with omninorm.use_backend("reference"):
@@ -123,8 +135,10 @@ def test_a_program_by_the_reference_trains(name: str, strict: bool) -> None:
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)  # sums of 144 float32 numbers
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("name", quick("RMSNorm of Llama", "LayerNorm"))
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    paired(["cpu", "reference"], *itertools.product(["RMSNorm of Llama", "LayerNorm"], ["cpu", "reference"])),
+)
 def test_a_traced_program_has_the_gradients_of_the_model(name: str, backend: str) -> None:
     made, x = model(name), torch.randn(5, 7, WIDTH)
     with omninorm.use_backend(backend):
@@ -162,8 +176,7 @@ def to_onnx(
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("name", quick("RMSNorm"))
-@pytest.mark.parametrize("trainable", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "trainable"), paired([False, True], ("RMSNorm", True)))
 def test_onnx(name: str, trainable: bool, tmp_path: Path) -> None:
     made = model(name).requires_grad_(trainable)
     session = to_onnx(made, torch.randn(2, 3, WIDTH), tmp_path / "model.onnx")
@@ -176,8 +189,7 @@ def test_onnx(name: str, trainable: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(ours).double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", quick("RMSNorm of Llama"))
-@pytest.mark.parametrize("opset", [pytest.param(18, marks=pytest.mark.slow), 23])
+@pytest.mark.parametrize(("name", "opset"), paired([23, 18], ("RMSNorm of Llama", 23)))
 def test_onnx_without_the_table(name: str, opset: int, tmp_path: Path) -> None:
     """Without custom_translation_table the norms become basic operations."""
     made = model(name)
@@ -203,9 +215,13 @@ def test_decompositions_return_what_the_operators_return(name: str) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("table", [True, False])
-@pytest.mark.parametrize("name", ["RMSNorm", "RMSNorm of Llama", "LayerNorm"])
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        pytest.param(name, table, marks=pytest.mark.slow if table == (name != "RMSNorm") else pytest.mark.exhaustive)
+        for name, table in itertools.product(["RMSNorm", "RMSNorm of Llama", "LayerNorm"], [True, False])
+    ],
+)
 def test_onnx_in_float16(name: str, table: bool, tmp_path: Path) -> None:
     """Within two units: onnxruntime rounds the sum as omninorm does."""
     made = model(name, torch.float16)
