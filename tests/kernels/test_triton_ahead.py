@@ -15,26 +15,28 @@ if not gpu.INTERPRETED:
     WIDTHS = [64, 768, 1024, 4096, 8192, 12288, 16384, 65536]
     DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     EVERY = [Case(*case) for case in itertools.product(KERNELS, DTYPES, WIDTHS, TARGETS)]
-    SOME = [
-        Case(kernel, dtype, width, target)
-        for kernel in KERNELS
-        for dtype, width, target in [
-            (torch.bfloat16, 1024, "sm_90"),
-            (torch.bfloat16, 16384, "sm_90"),
-            (torch.bfloat16, 4096, "sm_100"),
-            (torch.float32, 8192, "sm_80"),
-            (torch.float32, 16384, "gfx942"),
-        ]
+    # `make test` compiles each kernel once, `make test-slow` for two more dtypes, widths and targets, in turns.
+    QUICK = [Case(kernel, torch.bfloat16, 1024, "sm_90") for kernel in KERNELS]
+    OTHERS = [
+        (torch.bfloat16, 16384, "sm_90"),
+        (torch.bfloat16, 4096, "sm_100"),
+        (torch.float32, 16384, "gfx942"),
+        (torch.float32, 8192, "sm_80"),
     ]
-    QUICK = [case for case in SOME if case.width == 1024]
+    PAIRED = [
+        Case(kernel, *other)
+        for number, kernel in enumerate(KERNELS)
+        for place, other in enumerate(OTHERS)
+        if (number.bit_count() + place) % 2  # of norms, directions and additions, any two that differ get all four
+    ]
 
     def marks(case: Case) -> tuple:
-        return () if case in QUICK else (pytest.mark.slow,) if case in SOME else (pytest.mark.exhaustive,)
+        return () if case in QUICK else (pytest.mark.slow,) if case in PAIRED else (pytest.mark.exhaustive,)
 
     CASES = [pytest.param(case, marks=marks(case), id=str(case)) for case in EVERY]
     # Rows of a power of two, whole in a tile: there each byte is moved by an instruction of its own.
-    COUNTED = [case for case in SOME if case.target != "gfx942"]
-    COUNTED += [Case(kernel, torch.float16, 4096, "sm_90") for kernel in KERNELS]
+    COUNTED = [Case(kernel, *other) for kernel in KERNELS for other in OTHERS if other[2] != "gfx942"]
+    COUNTED += [*QUICK, *(Case(kernel, torch.float16, 4096, "sm_90") for kernel in KERNELS)]
 
     @pytest.mark.parametrize("case", CASES)
     def test_rows_stay_in_registers(case: Case) -> None:
@@ -44,11 +46,7 @@ if not gpu.INTERPRETED:
 
     @pytest.mark.parametrize(
         "case",
-        [
-            pytest.param(case, marks=() if case in QUICK else (pytest.mark.slow,), id=str(case))
-            for case in COUNTED
-            if case.tile.WHOLE
-        ],
+        [pytest.param(case, marks=marks(case), id=str(case)) for case in COUNTED if case.tile.WHOLE],
     )
     def test_every_byte_of_a_row_is_moved_once_16_at_a_time(case: Case) -> None:
         """Forward x once and y once, backward x, dy and dx once; with an addition one more of each. Beside them the gains
@@ -67,11 +65,14 @@ if not gpu.INTERPRETED:
         assert sum(loads.values()) <= (statistics * rows * 2 if backward else 0)
         assert sum(stores.values()) <= (0 if backward else statistics)
 
-    @pytest.mark.parametrize("target", TARGETS)
-    @pytest.mark.parametrize(
-        "dtype",
-        [torch.float32, *(pytest.param(each, marks=pytest.mark.slow) for each in DTYPES if each != torch.float32)],
-        ids=str,
-    )
+    def totals_cases() -> list:
+        """Return dtypes and targets: float32 in `make test`, and one more for each target in `make test-slow`."""
+        cases = []
+        for (number, target), (place, dtype) in itertools.product(enumerate(TARGETS), enumerate(DTYPES)):
+            slow = pytest.mark.slow if place == (0, 2, 3)[number % 3] else pytest.mark.exhaustive
+            cases.append(pytest.param(dtype, target, marks=() if dtype == torch.float32 else slow))
+        return cases
+
+    @pytest.mark.parametrize(("dtype", "target"), totals_cases(), ids=str)
     def test_block_sums_of_gain_gradients_stay_in_registers(dtype: torch.dtype, target: str) -> None:
         assert local_memory(totals(dtype, target)) == 0
