@@ -1,9 +1,10 @@
 """Swap the norms of a transformers Llama for omninorm's on a CPU: check the logits and compare the speed.
 
-python examples/speed_up_llama.py        # needs pip install transformers
+python examples/speed_up_llama.py [ROUNDS]        # needs pip install transformers
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from omninorm.surgery import swapped
 
-LAYERS, ROUNDS = 4, 9
+LAYERS = 4
 
 
 def build(dtype: torch.dtype) -> LlamaForCausalLM:
@@ -28,7 +29,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
+def main(rounds: int) -> None:
     tokens = torch.randint(0, 4096, (1, 256))
     exact = build(torch.float64)
     with torch.no_grad():
@@ -46,7 +47,7 @@ def main() -> None:
     }
     for name, work in jobs.items():
         pairs = []
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             before = seconds(work)
             with swapped(model):
                 pairs.append((before, seconds(work)))
@@ -56,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 9)

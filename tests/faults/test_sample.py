@@ -74,20 +74,11 @@ def test_twin_of_itself_has_no_effect() -> None:
 
 # Slow -----------------------------------------------------------------------------------------------------------------
 
-# Tests of one architecture follow each other (scope="module"), because they share its healthy run.
 ALARM_WITHIN = 10
-WIDER = ("llama-256", "gpt2-256")  # than architectures of the same kind
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES), scope="module")
-def test_every_architecture_learns(architecture: str) -> None:
-    line = runs.healthy(Case(architecture, SEEDS[ARCHITECTURES[architecture].split][0])).line
-    assert "error" not in line
-    assert line["last"] < 0.97 * line["first"]
-
-
-@pytest.mark.parametrize(
+WIDER = ("llama-256", "gpt2-256")
+"""Architectures that differ from another one in their width only."""
+# Tests of one architecture follow each other (scope="module"), because they share its healthy run.
+each_architecture = pytest.mark.parametrize(
     "architecture",
     [
         pytest.param(name, marks=pytest.mark.exhaustive if name in WIDER else pytest.mark.slow)
@@ -95,6 +86,16 @@ def test_every_architecture_learns(architecture: str) -> None:
     ],
     scope="module",
 )
+
+
+@each_architecture
+def test_every_architecture_learns(architecture: str) -> None:
+    line = runs.healthy(Case(architecture, SEEDS[ARCHITECTURES[architecture].split][0])).line
+    assert "error" not in line
+    assert line["last"] < 0.97 * line["first"]
+
+
+@each_architecture
 def test_nan_in_a_weight_is_found_in_every_architecture(architecture: str) -> None:
     if architecture in ("lora", "linear-probe"):
         pytest.skip("most of its weights are frozen")
