@@ -235,41 +235,50 @@ def test_a_model_that_ignores_its_norm_is_refused(command, tmp_path: Path, monke
     assert not (tmp_path / "c").exists()
 
 
-# The limit applies to the other runs as well, which a busy machine may slow down.
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "seconds", "why"),
-    [("dies", "300", "its process ended (exit code 9)"), ("hangs", "8", "longer than 8 s")],
-    ids=["dies", "hangs"],
-)
-def test_a_model_that_crashes_or_hangs_is_reported_and_the_other_runs_finish(
-    tmp_path: Path, name: str, seconds: str, why: str
-) -> None:
-    plan, text = write_plan(tmp_path)
-    write_models(tmp_path)
-    limit = ("--time-limit", seconds, "--workers", "2")
-    done = run(plan, "--text", text, "--out", "c", "--model", f"models_of_mine:{name}", *limit, cwd=tmp_path)
+def run_models(folder: Path, name: str, out: str, *options: str) -> subprocess.CompletedProcess[str]:
+    plan, text = write_plan(folder)
+    write_models(folder)
+    shared = (plan, "--text", text, "--workers", "2", "--model", f"models_of_mine:{name}", "--out", out)
+    return run(*shared, *options, cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A comparison in which the processes of two runs die."""
+    folder = tmp_path_factory.mktemp("crashed")
+    return folder / "c", run_models(folder, "dies", "c", "--time-limit", "300")
+
+
+def check_failures(folder: Path, done: subprocess.CompletedProcess[str], why: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "4 runs, 2 workers; duration unknown." in done.stdout
     assert "2 runs failed and are missing above" in done.stdout
-    failures = json.loads((tmp_path / "c" / "results.json").read_text())["failures"]
+    failures = json.loads((folder / "results.json").read_text())["failures"]
     assert [why in each for each in failures.values()] == [True, True]
-    assert len(list((tmp_path / "c" / "cells").glob("*.json"))) == 2
+    assert len(list((folder / "cells").glob("*.json"))) == 2
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_results_and_reports_the_same_failures(tmp_path: Path) -> None:
-    plan, text = write_plan(tmp_path)
-    write_models(tmp_path)
-    shared = (plan, "--text", text, "--workers", "2", "--model", "models_of_mine:dies", "--time-limit", "240")
-    here = run(*shared, "--out", "here", cwd=tmp_path)
-    there = run(*shared, "--out", "there", "--engine", "ray", cwd=tmp_path)
-    assert (here.returncode, there.returncode) == (0, 0), there.stderr
-    one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("here", "there"))
+def test_a_model_that_crashes_is_reported_and_the_other_runs_finish(crashed) -> None:
+    check_failures(*crashed, "its process ended (exit code 9)")
+
+
+@pytest.mark.slow
+def test_a_model_that_hangs_is_reported_and_the_other_runs_finish(tmp_path: Path) -> None:
+    """The limit applies to the other runs as well, which a busy machine may slow down."""
+    done = run_models(tmp_path, "hangs", "c", "--time-limit", "8")
+    check_failures(tmp_path / "c", done, "longer than 8 s")
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_results_and_reports_the_same_failures(crashed, tmp_path: Path) -> None:
+    there = run_models(tmp_path, "dies", "c", "--time-limit", "300", "--engine", "ray")
+    assert there.returncode == 0, there.stderr
+    one, other = (json.loads((folder / "results.json").read_text()) for folder in (crashed[0], tmp_path / "c"))
     assert set(one["failures"]) == set(other["failures"])
     assert all("its process ended" in why for why in other["failures"].values())
     assert {**one, "failures": {}} == {**other, "failures": {}}
-    assert len(list((tmp_path / "there" / "cells").glob("*.json"))) == 2
+    assert len(list((tmp_path / "c" / "cells").glob("*.json"))) == 2
 
 
 @pytest.mark.slow

@@ -52,18 +52,10 @@ def test_a_demo_whose_runs_are_done_prints_table_sample_figure_and_reports(comma
 
 
 @pytest.mark.slow
-def test_workers_train_all_four_and_do_not_import_from_the_current_folder(
-    command, tmp_path, monkeypatch, text_file
+def test_an_interrupted_demo_resumes_in_workers_without_repeating_a_step(
+    spawn, command, tmp_path, monkeypatch, text_file
 ) -> None:
-    (tmp_path / "rich.py").write_text("raise SystemExit('imported from the current folder')")
-    monkeypatch.chdir(tmp_path)
-    code, out, err = command("demo", "--out", "demo", "--depth", 1, "--steps", 25, "--text", text_file)
-    assert (code, err) == (0, "")
-    check_results(Path("demo"), out)
-
-
-@pytest.mark.slow
-def test_an_interrupted_demo_resumes_without_repeating_a_step(spawn, command, tmp_path, text_file) -> None:
+    """One worker at first, then one for each run; they do not import from the current folder."""
     folder = tmp_path / "demo"
     arguments = ("--depth", 2, "--steps", 80, "--workers", 1)
     process = spawn("demo", "--out", folder, "--text", text_file, *arguments)
@@ -76,8 +68,11 @@ def test_an_interrupted_demo_resumes_without_repeating_a_step(spawn, command, tm
     assert 5 <= done < 80, "it was to be interrupted in the middle"
     assert not (folder / "results.json").exists()
 
-    code, out, err = command("demo", "--resume", folder, "--workers", 4)
+    (tmp_path / "rich.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("demo", "--resume", "demo", "--workers", 4)
     assert (code, err) == (0, "")
+    check_results(Path("demo"), out)
     history = read_history(folder / RUNS[0] / RECORD_FILE)
     steps = [event["step"] for event in history if event["kind"] == "step"]
     assert steps == list(range(1, 81)), "each step is computed once"

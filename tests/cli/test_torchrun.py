@@ -71,14 +71,14 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path, parallel: str) 
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
     assert len(losses(alone)) == int(STEPS)
     # Adam divides by the gradients' size, which amplifies the rounding errors of tiny ones.
-    torch.testing.assert_close(weights(tmp_path / "run", 120), weights(alone, 120), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights(tmp_path / "run", int(STEPS)), weights(alone, int(STEPS)), rtol=1e-3, atol=1e-4)
     names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
     assert names == {"config.json", "record.jsonl", "record-rank1.jsonl", "checkpoints", "report.html"}
     watched = read_history(tmp_path / "run" / "record-rank1.jsonl")
     assert (watched[0]["rank"], watched[0]["world_size"]) == (1, 2)
     assert any(event["kind"] == "sample" for event in watched)
     assert alarms(tmp_path / "run") == alarms(alone)
-    written = {path.name for path in (tmp_path / "run" / "checkpoints" / "step-120").iterdir()}
+    written = {path.name for path in (tmp_path / "run" / "checkpoints" / f"step-{STEPS}").iterdir()}
     assert written - {"model.safetensors", "state.json"} == {
         "optimizer" if parallel == "fsdp" else "optimizer.safetensors"
     }
@@ -103,10 +103,14 @@ def test_if_one_process_is_killed_the_others_end_and_one_resumes_the_run(alone: 
     assert [by_step[step] for step in range(1, int(STEPS) + 1)] == pytest.approx(losses(alone), rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "resumed_by"),
-    [("ddp", [(4, "ddp"), (2, "fsdp")]), ("fsdp", [(2, "ddp"), (1, "ddp")])],
+    [
+        pytest.param("ddp", [(2, "fsdp")], marks=pytest.mark.slow),
+        pytest.param("fsdp", [(1, "ddp")], marks=pytest.mark.slow),
+        pytest.param("ddp", [(4, "ddp")], marks=pytest.mark.exhaustive),
+        pytest.param("fsdp", [(2, "ddp")], marks=pytest.mark.exhaustive),
+    ],
 )
 def test_ctrl_c_stops_all_after_a_step_and_any_number_resumes(
     alone: Path, tmp_path: Path, parallel: str, resumed_by: list[tuple[int, str]]
