@@ -12,6 +12,8 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numproces
 PYTHON_CODE := setup.py src tests examples benchmarks docs
 # The files that damaged input is read from in tests; OMNINORM_FUZZ_CASES sets how many damaged files each reader gets.
 FUZZ = $(wildcard tests/*/test_fuzz_*.py tests/*/*/test_fuzz_*.py)
+# The files with slow tests: collecting all 11,000 tests takes each process a minute.
+SLOW = $(shell grep -rl slow tests --include='test_*.py')
 # The tests most likely to catch a mistake, fast enough to wait for.
 QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tests/layers tests/kernels/numerics/test_edges.py \
     tests/placement/test_rules.py tests/placement/test_refusals.py tests/thinker/test_model.py tests/record \
@@ -62,7 +64,7 @@ test: .venv/dev .venv/cpu
 # The slow tests: example programs, several processes, Inductor, real weights; and the GPU kernels on edge cases in Triton's
 # interpreter.
 test-slow: .venv/dev .venv/cpu .venv/weights
-	$(PYTEST) --durations 10 -m 'slow and not exhaustive'
+	$(PYTEST) --durations 10 -m 'slow and not exhaustive' $(SLOW)
 	TRITON_INTERPRET=1 $(PYTEST) -m 'not slow and not exhaustive' tests/kernels/numerics/test_edges.py
 
 # Every case of what the other tests sample: all dtypes, widths and shapes, and 10,000 damaged files for each reader.
