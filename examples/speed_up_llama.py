@@ -51,7 +51,7 @@ def main(rounds: int) -> None:
             before = seconds(work)
             with swapped(model):
                 pairs.append((before, seconds(work)))
-        ratio = statistics.median(after / before for before, after in pairs[2:])  # the first two are warm-up
+        ratio = statistics.median(after / before for before, after in pairs[2:] or pairs)  # two are warm-up
         stock_ms = 1000 * statistics.median(before for before, _ in pairs)
         print(f"{name:16} {stock_ms:6.1f} ms, with omninorm {ratio:.2f} × that")
 

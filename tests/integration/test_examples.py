@@ -191,7 +191,7 @@ def test_example_that_centers_a_model_keeps_its_loss(run: Run, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_example_of_a_llama_with_swapped_norms_gives_the_same_logits(run: Run) -> None:
-    output = run("speed_up_llama.py", 3)  # rounds
+    output = run("speed_up_llama.py", 1)  # round
     assert "9 norms swapped, 0 refused" in output
     # transformers' norms compute in float32, whatever comes in; ours in float64 for float64.
     assert float(re.search(r"maximum relative difference in float64: (\S+)", output)[1]) < 1e-6
