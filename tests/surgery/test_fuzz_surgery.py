@@ -95,9 +95,17 @@ def check(seed: int) -> tuple[int, int]:
     return changed, refused
 
 
-@pytest.mark.parametrize("first", [0, pytest.param(20, marks=pytest.mark.slow)])
-def test_random_models_are_exact_on_all_paths_or_refused(first: int) -> None:
-    counts = [check(seed) for seed in (range(20) if first == 0 else range(20, 320))]
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        range(20),
+        pytest.param(range(20, 100), marks=pytest.mark.slow),
+        pytest.param(range(100, 320), marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
+def test_random_models_are_exact_on_all_paths_or_refused(seeds: range) -> None:
+    counts = [check(seed) for seed in seeds]
     changed, refused = (sum(each) for each in zip(*counts, strict=True))
     assert changed >= len(counts) // 4
     assert refused >= len(counts) // 8
