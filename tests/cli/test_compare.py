@@ -304,8 +304,9 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPat
     assert "omninorm[compare]" in caught.value.remedy
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("package", ["scipy", "yaml"])
+@pytest.mark.parametrize(
+    "package", [pytest.param("scipy", marks=pytest.mark.slow), pytest.param("yaml", marks=pytest.mark.exhaustive)]
+)
 def test_a_missing_package_is_one_sentence_of_the_command(tmp_path: Path, package: str) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; from omninorm.cli import main; main(['compare', '--dry-run'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
