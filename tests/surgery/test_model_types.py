@@ -54,25 +54,7 @@ UNFOLDABLE = {
     "recurrent_gemma": _NONE,
 }
 QUICK = ("deepseek_v3", "gpt_oss", "nemotron_h", "qwen3_next")
-# Types whose norms, consumers and experts are those of another type, which runs in `make test` or `make test-slow`.
-SIMILAR = {
-    "deepseek_v2": "deepseek_v3",
-    "dots1": "qwen3_moe",
-    "ernie4_5_moe": "mixtral",
-    "falcon_h1": "bamba",
-    "glm4_moe": "deepseek_v3",
-    "granitemoe": "granitemoehybrid",
-    "granitemoeshared": "granitemoehybrid",
-    "hunyuan_v1_moe": "qwen3_moe",
-    "minimax_m2": "qwen3_moe",
-    "qwen2_moe": "mixtral",
-    "qwen3_5_moe_text": "qwen3_next",
-    "qwen3_5_text": "qwen3_next",
-}
-TYPES = [
-    pytest.param(kind, marks=() if kind in QUICK else pytest.mark.exhaustive if kind in SIMILAR else pytest.mark.slow)
-    for kind in UNFOLDABLE
-]
+TYPES = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in UNFOLDABLE]
 
 
 def norms(model: nn.Module) -> set[str]:
