@@ -126,17 +126,10 @@ class StatsBuffer:
         """Record the largest |y| of a module's output in this step."""
         if not holds_numbers(y):
             return
-        self.order.setdefault(index, len(self.order))
-        self._peaks_of_outputs.add(index, y)
-        if self._peaks_of_outputs.count > MOST_WAITING:  # in loops that never end a forward pass or a step
-            self.measure_peaks()
-
-    def sentinel_on_host(self, index: int, y: Tensor) -> None:
-        """Record the largest |y| of a plain tensor in host memory."""
         if index not in self.order:
             self.order[index] = len(self.order)
-        self._peaks_of_outputs.add_on_host(index, y)
-        if self._peaks_of_outputs.count > MOST_WAITING:
+        self._peaks_of_outputs.add(index, y)
+        if self._peaks_of_outputs.count > MOST_WAITING:  # in loops that never end a forward pass or a step
             self.measure_peaks()
 
     def measure_peaks(self) -> None:

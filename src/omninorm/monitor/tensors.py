@@ -127,6 +127,8 @@ def some_tensors(value: object) -> Iterator[Tensor]:
 
 def first_tensor(value: Any) -> Tensor | None:
     """Return the first floating-point tensor of two or more dimensions in a module's arguments or output."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() and value.ndim >= 2 else None
     return next(some_tensors(value), None)
 
 

@@ -66,18 +66,20 @@ class Peaks:
             if self._bytes > MOST_BYTES:
                 self.measure()
 
-    def add_on_host(self, place: int, y: Tensor) -> None:
-        """Measure y, which is in host memory, at once."""
-        self._extremes.append((place, *extremes(y.detach())))
-
     def measure(self) -> None:
         """Measure the outputs that wait."""
         waiting, self._waiting, self._bytes = self._waiting, [], 0
-        for each in waiting:
-            self._overwritten[each.place] = self._overwritten.get(each.place, False) or _is_overwritten(each)
-        left = [(each.place, each.y) for each in waiting if not each.measured]
-        # FSDP frees the memory of gathered parameters, of which an output may be a view.
-        self._measure([(place, y) for place, y in left if y.untyped_storage().nbytes() > 0])
+        left = []
+        for place, y, version, measured in waiting:
+            # FSDP frees the memory of gathered parameters, of which an output may be a view.
+            freed = y.untyped_storage().nbytes() == 0
+            if freed or version_of(y) != version:
+                self._overwritten[place] = True
+            elif measured:
+                self._overwritten.setdefault(place, False)
+            if not (measured or freed):
+                left.append((place, y))
+        self._measure(left)
 
     def _measure(self, outputs: Sequence[tuple[int, Tensor]]) -> None:
         for chosen in by_kind({at: y for at, (_, y) in enumerate(outputs)}).values():
@@ -102,10 +104,6 @@ def _by_kind(extremes: Sequence[tuple[int, Tensor, Tensor]]) -> Iterator[tuple[A
         kinds.setdefault((each[1].device, each[1].dtype), []).append(each)
     for group in kinds.values():
         yield tuple(zip(*group, strict=True))
-
-
-def _is_overwritten(output: _Output) -> bool:
-    return version_of(output.y) != output.version or output.y.untyped_storage().nbytes() == 0
 
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:

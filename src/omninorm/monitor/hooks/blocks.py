@@ -77,8 +77,7 @@ class BlockHooks:
                 hooks.put(traced, y, *([] if x is None else [x]))
                 return with_first_tensor(output, tapped.tap(y))
             if not self._buffer.sampling:
-                if y is not None:
-                    hooks.see_peak(site.sentinel, y)
+                hooks.peaks.see(site.sentinel, y)
                 return None
             began = hooks.running.pop() if hooks.running and not in_backward() else Running(index, None, -1, None)
             if y is not None:
@@ -88,7 +87,7 @@ class BlockHooks:
             return None
 
         hooks.register_for_samples(module, before, None)
-        hooks.register(module, None, after, with_kwargs=True)
+        hooks.register_output(module, after, site.sentinel)
 
     def _see(self, site: BlockProbe, y: Tensor, began: Running) -> None:
         """Measure a block that has ended, and its gradient in backward."""

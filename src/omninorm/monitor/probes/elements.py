@@ -18,7 +18,7 @@ from omninorm.monitor.tensors import constant, here, holds_numbers
 SAMPLED, EVERY_STEP = 1024, 64
 # Elements that are next to each other in memory: reading them costs about as much as reading one.
 RUN = 8
-_NOWHERE: tuple[tuple[int, ...], tuple[int, ...], tuple[int], tuple[int]] = ((-1,), (), (0,), (1,))
+_NOWHERE: tuple[int, tuple[int], tuple[int]] = (-1, (0,), (1,))
 
 
 def some(x: Tensor, most: int = SAMPLED) -> Tensor:
@@ -111,21 +111,29 @@ class Views:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self._known: dict[int, tuple[tuple[int, ...], tuple[int, ...], tuple[int], tuple[int]]] = {}
+        self._known = [(tensor, *_NOWHERE) for tensor in tensors]
 
     def take(self) -> list[Tensor]:
         """Return the views: 1-D. Call it without a graph."""
-        return [self._view(at, tensor) for at, tensor in enumerate(self._tensors)]
+        return [
+            tensor.as_strided(sizes, steps) if tensor.data_ptr() == address else self._look(at, tensor)
+            for at, (tensor, address, sizes, steps) in enumerate(self._known)
+        ]
 
-    def _view(self, at: int, tensor: Tensor) -> Tensor:
-        shape, strides, sizes, steps = self._known.get(at, _NOWHERE)
-        if tensor.shape == shape and tensor.stride() == strides:
-            return tensor.as_strided(sizes, steps)
+    def _look(self, at: int, tensor: Tensor) -> Tensor:
+        """Return the view of a tensor whose memory is new, or not known."""
         step = None if is_distributed(tensor) else memory_stride(tuple(tensor.shape), tensor.stride(), EVERY_STEP)
-        if step is not None:
-            self._known[at] = tuple(tensor.shape), tensor.stride(), (-(-tensor.numel() // step),), (step,)
+        known = _NOWHERE if step is None else (tensor.data_ptr(), (-(-tensor.numel() // step),), (step,))
+        self._known[at] = (tensor, *known)
         return any_some(tensor)
+
+
+def packed(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return copies of 1-D tensors next to each other in memory, if they are of one kind: PyTorch measures those in one
+    operator, and others with one operator each."""
+    if len({(part.device, part.dtype) for part in parts}) != 1:
+        return parts
+    return torch.cat(list(parts)).split([part.numel() for part in parts])
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

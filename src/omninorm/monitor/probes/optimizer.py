@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from omninorm.monitor.hooks.training_pass import safely
-from omninorm.monitor.probes.elements import Together, Views, are_finite, row_norms, stacked, together
+from omninorm.monitor.probes.elements import Together, Views, are_finite, packed, row_norms, stacked, together
 from omninorm.monitor.probes.gradients import spread, stacked_norms
 from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer
 from omninorm.monitor.tensors import constant
@@ -100,7 +100,7 @@ class OptimizerWatch:
             return
         few = self._some_weights.take()
         if not are_finite(few):
-            self._see_weights(stacked_norms(few, self._buffer.device))
+            self._see_weights(stacked_norms(packed(few), self._buffer.device))
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._stepped = True
