@@ -53,7 +53,7 @@ class Peaks:
 
     def add(self, place: int, y: Tensor) -> None:
         """Measure y now or later."""
-        y = here(y.detach())
+        y = here(y).detach()
         if y.is_cpu or y.numel() == 0:
             self._extremes.append((place, *extremes(y)))
             return

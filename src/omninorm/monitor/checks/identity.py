@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,13 +24,17 @@ class Identity:
         # FSDP puts gathered parameters in place of the sharded ones, and back.
         self._known = not any(is_distributed(parameter) for _, parameter in named)
         self._sums: dict[int, float] = {}
+        self._tables = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
         if self._known:
-            self._foreign(dict(named))
+            self._foreign(self._before)
 
     def compare(self) -> Stale | None:
         """Return what differs; None if nothing does."""
         if not self._known:
             return None
+        if self._is_unchanged():
+            foreign = self._foreign(self._before)
+            return self._stale([], [], [], foreign, self._before) if foreign else None
         now = dict(self._model.named_parameters())
         old, new = {id(p) for p in self._before.values()}, {id(p) for p in now.values()}
         # By identity, because pruning gives the same parameter another name.
@@ -40,12 +45,24 @@ class Identity:
         foreign = self._foreign(now)
         if not (replaced or added or removed or foreign):
             return None
+        return self._stale(replaced, added, removed, foreign, now)
+
+    def _stale(
+        self, replaced: list[str], added: list[str], removed: list[str], foreign: int, now: dict[str, nn.Parameter]
+    ) -> Stale:
         held = self.held()
         candidates = now if foreign else [*replaced, *added]
         unheld = [name for name in candidates if now[name].requires_grad and id(now[name]) not in held]
         if not self._optimizers:
             unheld = []
         return Stale(tuple(replaced), tuple(added), tuple(removed), tuple(unheld), foreign)
+
+    def _is_unchanged(self) -> bool:
+        """Return whether all modules hold the same modules and parameters as at the beginning."""
+        return all(
+            _are_same(module._modules, modules) and _are_same(module._parameters, parameters)
+            for module, modules, parameters in self._tables
+        )
 
     def gone(self) -> frozenset[int]:
         """Return the indices of the parameters at the beginning that are no longer in the model."""
@@ -78,3 +95,7 @@ class Identity:
         Only for parameters that seem not to be trained, because this reads numbers from the device."""
         before, self._sums = self._sums, {id(p): float(checksum([p])) for p in parameters if p.numel() > 0}
         return any(before.get(at) != value for at, value in self._sums.items())
+
+
+def _are_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    return len(now) == len(before) and all(now.get(name) is each for name, each in before.items())

@@ -292,7 +292,7 @@ class Hooks:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not is_compiling() and not in_backward():
                 self.gate.inside = torch.is_grad_enabled()
-                self.peaks.wanted = self.gate.inside and not self._buffer.sampling
+                self.peaks.begin()
                 self.running = []
                 self._blocks.clear()
                 if self._buffer.sampling and self.gate.is_open():

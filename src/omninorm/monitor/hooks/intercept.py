@@ -24,7 +24,7 @@ class Listener(NamedTuple):
     `softmax(logits, dim)`, `root(x)`, `loss(logits, labels)`, the input of cross entropy, `dropout(p, training)`,
     `choice(x, indices)` after topk or argmax, and `gradients(tensors, norms)` with the 2-norms for clipping.
 
-    All but `dropout` and `gradients` are called only while `is_active()`, and those for tracing while a graph is traced.
+    All but `dropout` and `gradients` are called only while `is_active()`, or while a graph is traced.
 
     `node` is the autograd node of x before the call. `norms`: whether `norm` and `root` are called at all; functional
     norms are of interest only in models some of whose blocks contain no norm module.

@@ -37,6 +37,10 @@ class OnlyPeaks:
         self._gate, self._buffer, self._safely, self._failed = gate, buffer, safely, failed
         self.wanted = False
 
+    def begin(self) -> None:
+        """Begin a forward pass of the model."""
+        self.wanted = bool(self._gate.inside) and not self._buffer.sampling and self._gate.is_open()
+
     def see(self, place: int, y: Tensor | None) -> None:
         """Measure the output y of the sentinel at this place."""
         if y is None or not self._gate.is_open():
