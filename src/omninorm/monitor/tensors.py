@@ -132,6 +132,12 @@ def first_tensor(value: Any) -> Tensor | None:
     return next(some_tensors(value), None)
 
 
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the first such tensor among a module's arguments."""
+    found = first_tensor(args[0]) if args else None
+    return next(some_tensors([*args, *kwargs.values()]), None) if found is None else found
+
+
 def with_first_tensor(output: Any, tensor: Tensor) -> Any:
     """Return the output with its first tensor replaced; None, for no change, if it is no tensor or tuple."""
     if isinstance(output, Tensor):

@@ -133,13 +133,19 @@ class Batches:
 
         The tensors must be copies, or never be changed in place.
         """
-        given = [tensor for tensor in tensors if tensor is not None]
-        if not all(map(holds_numbers, given)):
-            return
-        kinds = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in tensors)
-        self._groups.setdefault((measure, arguments, kinds), []).append((site, tensors))
-        self._bytes += sum(tensor.nbytes for tensor in given)
-        if self._bytes > (MOST_BYTES_CPU if given[0].is_cpu else MOST_BYTES):
+        kinds, size, on_host = list[Any](), 0, True
+        for x in tensors:
+            if x is None:
+                kinds.append(None)
+                continue
+            if not holds_numbers(x):
+                return
+            kinds.append((x.shape, x.dtype, x.device))
+            size += x.nbytes
+            on_host = x.is_cpu
+        self._groups.setdefault((measure, arguments, tuple(kinds)), []).append((site, tensors))
+        self._bytes += size
+        if self._bytes > (MOST_BYTES_CPU if on_host else MOST_BYTES):
             self.measure()
 
     def measure(self) -> None:

@@ -41,30 +41,6 @@ from omninorm.monitor.tensors import find_logits, first_tensor
 # The number of modules outside the blocks whose outputs are checked for NaNs.
 MOST_LEAVES = 64
 
-BLOCK_CELLS = (
-    "stream_ms",
-    "stream_max",
-    "stream_median",
-    "input_ms",
-    "difference_ms",
-    "angle",
-    "attention_ms",
-    "feed_forward_ms",
-    "stream_grad_ms",
-    "attention_logit",
-    "attention_entropy",
-    "dead_units",
-    "hidden_future",
-)
-NORM_CELLS = ("norm_ms", "eps_share", "mean_share", "saturation", "noise_small", "noise_big", "examples")
-RUN_CELLS = ("logz", "logz_mean", "zero_rows", "probabilities", "next_tokens")
-
-
-def cell_sizes(structure: Structure) -> dict[str, int]:
-    """Return how many cells each raw signal needs."""
-    blocks, norms = len(structure.blocks), len(structure.norms)
-    return {**dict.fromkeys(BLOCK_CELLS, blocks), **dict.fromkeys(NORM_CELLS, norms), **dict.fromkeys(RUN_CELLS, 1)}
-
 
 def sentinel_names(structure: Structure) -> list[str]:
     """Return the names of the modules that are checked in every step."""
@@ -393,6 +369,8 @@ class Hooks:
 
     def node_of(self, x: Tensor) -> Node:
         """Return the autograd node of a tensor; None after a monitoring error."""
+        if type(x) is Tensor and x.grad_fn is not None:
+            return x.grad_fn
         try:
             with torch._C.DisableTorchFunction():
                 return node_of(x)
