@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -24,7 +23,8 @@ class Identity:
         # FSDP puts gathered parameters in place of the sharded ones, and back.
         self._known = not any(is_distributed(parameter) for _, parameter in named)
         self._sums: dict[int, float] = {}
-        self._tables = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
+        self._modules = list(model.modules())
+        self._ids = self._ids_now()
         if self._known:
             self._foreign(self._before)
 
@@ -32,7 +32,7 @@ class Identity:
         """Return what differs; None if nothing does."""
         if not self._known:
             return None
-        if self._is_unchanged():
+        if self._ids_now() == self._ids:
             foreign = self._foreign(self._before)
             return self._stale([], [], [], foreign, self._before) if foreign else None
         now = dict(self._model.named_parameters())
@@ -57,12 +57,10 @@ class Identity:
             unheld = []
         return Stale(tuple(replaced), tuple(added), tuple(removed), tuple(unheld), foreign)
 
-    def _is_unchanged(self) -> bool:
-        """Return whether all modules hold the same modules and parameters as at the beginning."""
-        return all(
-            _are_same(module._modules, modules) and _are_same(module._parameters, parameters)
-            for module, modules, parameters in self._tables
-        )
+    def _ids_now(self) -> list[int]:
+        """Return the ids of all modules and parameters that the modules of the beginning hold."""
+        tables = (table for module in self._modules for table in (module._modules, module._parameters))
+        return [id(each) for table in tables for each in table.values()]
 
     def gone(self) -> frozenset[int]:
         """Return the indices of the parameters at the beginning that are no longer in the model."""
@@ -95,7 +93,3 @@ class Identity:
         Only for parameters that seem not to be trained, because this reads numbers from the device."""
         before, self._sums = self._sums, {id(p): float(checksum([p])) for p in parameters if p.numel() > 0}
         return any(before.get(at) != value for at, value in self._sums.items())
-
-
-def _are_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    return len(now) == len(before) and all(now.get(name) is each for name, each in before.items())

@@ -82,6 +82,8 @@ class OddBlock(Rule):
         for signal in (*WEIGHTS, *ATTENTION, *BRANCHES):
             values = _by_block(history, sample, signal)
             odd = {found.block: found for found in _odd_in_chains(values, signal, history.facts)}
+            if not odd and not self._streaks.running():
+                continue
             for block in range(count):
                 holds = block in odd
                 if self._streaks.lasts((signal, block), holds, sample.step, SAMPLES, STEPS):
