@@ -30,13 +30,13 @@ from omninorm.monitor.model_map.placement import Placements
 from omninorm.monitor.model_map.residual import Node, node_of
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.attention import UNKNOWN, AttentionProbe, see_multihead
-from omninorm.monitor.probes.block import BlockProbe, LogitsProbe, Sentinel, WriterProbe
+from omninorm.monitor.probes.block import BlockProbe, Copies, LogitsProbe, Sentinel, WriterProbe
 from omninorm.monitor.probes.causality import Causality
 from omninorm.monitor.probes.loss import see_loss
 from omninorm.monitor.probes.norm import NormProbe, choose_with_examples
 from omninorm.monitor.probes.padding import Padding
 from omninorm.monitor.stats_buffer import StatsBuffer
-from omninorm.monitor.tensors import find_logits, first_tensor
+from omninorm.monitor.tensors import find_logits, first_argument, first_tensor
 
 # The number of modules outside the blocks whose outputs are checked for NaNs.
 MOST_LEAVES = 64
@@ -77,6 +77,7 @@ class Hooks:
         self.placements = Placements(structure)
         self.padding = Padding(structure.model)
         self.causality = Causality(buffer)
+        self._copies = Copies()
         self.dtype: torch.dtype | None = None
         self.classes: int | None = None
         self.running: list[Running] = []
@@ -157,6 +158,7 @@ class Hooks:
         self._blocks.clear()
         self.padding.clear()
         self.causality.clear()
+        self._copies.clear()
         self.placements.clear()
         self.norms.clear()
 
@@ -327,7 +329,7 @@ class Hooks:
         self._on_writer(
             block.feed_forward_writer, WriterProbe(self._buffer, place + 1, index, "feed_forward", self.padding)
         )
-        site = BlockProbe(self._buffer, place + 2, index, self.padding)
+        site = BlockProbe(self._buffer, place + 2, index, self.padding, self._copies)
         self._blocks.attach(block, site, self.trace(self._attention[index].see_some))
 
     def _on_writer(self, module: nn.Module | None, site: WriterProbe) -> None:
@@ -343,7 +345,7 @@ class Hooks:
             if not is_compiling() and not self._buffer.sampling:
                 self.peaks.see(site.sentinel, y)
                 return
-            hidden = first_tensor(args) if site.role == "feed_forward" else None
+            hidden = first_argument(args, {}) if site.role == "feed_forward" else None
             if is_compiling():
                 self.put(traced, y, *([] if hidden is None else [hidden]))
                 return

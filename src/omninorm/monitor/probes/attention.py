@@ -32,16 +32,16 @@ class AttentionProbe:
 
     def see(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
         """Measure q (batch, heads, queries, d) and k (batch, kv_heads, keys, d); the mask is PyTorch's."""
-        if q.ndim != 4 or k.ndim != 4 or q.is_nested or q.numel() == 0 or k.numel() == 0:
+        if q.is_nested or q.ndim != 4 or k.ndim != 4 or q.numel() == 0 or k.numel() == 0:
             return
-        queries, chosen = q.shape[-2], some_queries(q.shape[-2])
-        few, all_keys = q.detach()[0, :, chosen].clone(), k.detach()[0].clone()
-        part = None
+        (queries, width), keys = q.shape[-2:], k.shape[-2]
+        chosen, part = some_queries(queries), None
+        few, all_keys = q[0, :, chosen].detach().clone(), k[0].detach().clone()
         if mask is not None:
-            part = mask.detach().expand(*mask.shape[:-2], queries, k.shape[-2])
+            part = mask.detach().expand(*mask.shape[:-2], queries, keys)
             part = part.reshape((1,) * (4 - part.ndim) + part.shape)[0, :, chosen].clone()
-        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        length = queries if self._is_over_tokens(queries, k.shape[-2]) else None
+        factor = 1 / math.sqrt(width) if scale is None else scale
+        length = queries if self._is_over_tokens(queries, keys) else None
         arguments = factor, queries if causal else None, length
         self.buffer.batch(self.measure, self, few, all_keys, part, arguments=arguments)
 
