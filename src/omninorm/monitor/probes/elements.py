@@ -20,7 +20,7 @@ SAMPLED, EVERY_STEP = 1024, 64
 RUN = 8
 _PLAIN = (nn.Parameter, Tensor)
 _USUAL = frozenset([torch.float32, torch.bfloat16, torch.float16, torch.float64])
-_NOWHERE: tuple[int, tuple[int], tuple[int]] = (-1, (0,), (1,))
+_NOWHERE: tuple[int, int, tuple[int], tuple[int]] = (-1, 0, (0,), (1,))
 
 
 def some(x: Tensor, most: int = SAMPLED) -> Tensor:
@@ -124,8 +124,10 @@ class Views:
     def take(self) -> list[Tensor]:
         """Return the views: 1-D. Call it without a graph."""
         return [
-            tensor.as_strided(sizes, steps) if tensor.data_ptr() == address else self._look(at, tensor)
-            for at, (tensor, address, sizes, steps) in enumerate(self._known)
+            tensor.as_strided(sizes, steps)
+            if tensor.data_ptr() == address and tensor.numel() == count
+            else self._look(at, tensor)
+            for at, (tensor, address, count, sizes, steps) in enumerate(self._known)
         ]
 
     def _look(self, at: int, tensor: Tensor) -> Tensor:
@@ -133,9 +135,11 @@ class Views:
         if is_distributed(tensor) or memory_stride(tuple(tensor.shape), tensor.stride(), EVERY_STEP) is None:
             self._known[at] = (tensor, *_NOWHERE)
             return any_some(tensor)
-        count = min(EVERY_STEP, tensor.numel())
-        step = _fitting_stride(tensor.numel(), EVERY_STEP, 1)
-        self._known[at] = (tensor, tensor.data_ptr(), (count,), (step,))
+        size, count, step = tensor.numel(), tensor.numel(), 1
+        if size >= 2 * EVERY_STEP:  # equally many of most tensors, so that they can be measured together
+            count = EVERY_STEP
+            step = (size - 1) // (count - 1) if tensor.ndim == 1 else _fitting_stride(size, count, 1)
+        self._known[at] = (tensor, tensor.data_ptr(), size, (count,), (step,))
         return tensor.as_strided((count,), (step,))
 
 
