@@ -54,6 +54,17 @@ def test_values_without_numbers_are_left_out(make) -> None:  # type: ignore[no-u
     assert (row.sentinels, row.loss) == ([3.0, -1.0, -1.0], 5.0)
 
 
+def test_values_for_several_places_are_added_up_and_their_largest_kept() -> None:
+    it = buffer()
+    it.add("stream_ms", (1, 0), torch.tensor([1.0, 2.0]))
+    it.add("stream_ms", 0, torch.tensor(4.0, dtype=torch.float64))
+    it.peak("stream_max", (0, 1), torch.tensor([5.0, 6.0]))
+    it.peak("stream_max", 1, torch.tensor(9.0, dtype=torch.float16))
+    it.peak("stream_max", (1, 0), torch.tensor([7.0, 3.0]))
+    it.end_row(None)
+    assert it.take()[0] == {"stream_ms": [3.0, 1.0], "stream_max": [5.0, 9.0]}
+
+
 def test_row_ends_although_a_value_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> Tensor:
         raise RuntimeError("out of memory")

@@ -12,7 +12,7 @@ from torch import nn
 
 from omninorm.monitor import watch
 from omninorm.monitor.hooks.hook import Hook
-from omninorm.monitor.probes.elements import Views, are_finite, row_norms, runs, together
+from omninorm.monitor.probes.elements import EVERY_STEP, Views, are_finite, packed, row_norms, runs, together
 from omninorm.monitor.session import Watch
 
 
@@ -50,6 +50,35 @@ def test_views_follow_a_weight_that_is_replaced_by_one_of_another_layout() -> No
         assert not views.take()[0].any()
         weight.data = torch.full((50, 90), 3.0)[:, ::2]
         assert views.take()[0].eq(3.0).all()
+
+
+@pytest.mark.parametrize("count", [1, EVERY_STEP - 1, EVERY_STEP, 100, 128, 3000, 2**16])
+def test_views_hold_64_elements_of_all_parts_of_a_weight_or_all_of_a_smaller_one(count: int) -> None:
+    weight = nn.Parameter(torch.arange(float(count)))
+    views = Views([weight])
+    with torch.no_grad():
+        first, again = views.take()[0].clone(), views.take()[0]
+    assert torch.equal(first, again)
+    assert len(set(first.tolist())) == (count if count < 2 * EVERY_STEP else EVERY_STEP)
+    assert float(first.max()) > 0.97 * count - 2
+
+
+def test_views_follow_a_weight_that_shrinks_in_its_memory() -> None:
+    weight = nn.Parameter(torch.ones(300, 2))
+    views = Views([weight])
+    with torch.no_grad():
+        views.take()
+        weight.data = weight.data[:20]
+        assert views.take()[0].numel() == 40
+
+
+def test_packed_parts_keep_their_numbers_and_are_rows_if_they_are_equally_long() -> None:
+    parts = [torch.arange(12.0)[::3], torch.arange(20.0)[::5]]
+    rows = packed(parts)
+    assert isinstance(rows, torch.Tensor)
+    assert rows.tolist() == [[0.0, 3.0, 6.0, 9.0], [0.0, 5.0, 10.0, 15.0]]
+    assert [part.tolist() for part in packed([parts[0], torch.ones(2)])] == [[0.0, 3.0, 6.0, 9.0], [1.0, 1.0]]
+    assert [part.dtype for part in packed([torch.ones(2), torch.ones(2).bfloat16()])] == [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize(("value", "finite"), [(1.0, True), (math.nan, False), (-math.inf, False)])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from omninorm.errors import ConfigError
-from omninorm.monitor.history import History, Step
+from omninorm.monitor.history import Evaluation, History, Sample, Step
 from omninorm.monitor.rules import Rule, default_rules
 from omninorm.record.alarm import SEVERITIES, Alarm, roots
 
@@ -67,12 +68,12 @@ class Judge:
         if not history.samples:
             return []
         sample = history.samples[-1]
-        return self._raise(history, sample.step, lambda rule: rule.on_sample(history, sample))
+        return self._raise(history, sample.step, "on_sample", sample)
 
     def judge_evaluation(self, history: History) -> list[Alarm]:
         """Return the alarms about the history's newest evaluation. Judge the steps up to it first."""
         newest = history.evaluations[-1]
-        return self._raise(history, newest.step, lambda rule: rule.on_evaluation(history, newest))
+        return self._raise(history, newest.step, "on_evaluation", newest)
 
     def link(self, history: History, alarms: Sequence[Alarm]) -> list[Alarm]:
         """Return alarms that are to be reported together, causes before consequences.
@@ -113,7 +114,7 @@ class Judge:
         return next((rule for rule in self.rules if rule.name == name), None)
 
     def _judge_step(self, history: History, step: Step) -> list[Alarm]:
-        return self._raise(history, step.step, lambda rule: rule.on_step(history, step))
+        return self._raise(history, step.step, "on_step", step)
 
     def bounds(self) -> dict[str, tuple[float | None, float | None]]:
         """Return the current bounds of the rules that have moving ones, by signal."""
@@ -129,11 +130,15 @@ class Judge:
         if twice:
             raise ConfigError("Every rule must have a unique name", f"{', '.join(twice)} more than once", "rename one")
 
-    def _raise(self, history: History, step: int, check: Callable[[Rule], Iterable[Alarm]]) -> list[Alarm]:
+    def _raise(self, history: History, step: int, method: str, given: Step | Sample | Evaluation) -> list[Alarm]:
+        """Return the alarms of a method of the rules about what it is given."""
         clear = max(CLEAR_STEPS, CLEAR_SAMPLES * history.facts.every)
         alarms: list[Alarm] = []
+        does_nothing = getattr(Rule, method)
         for rule in list(self.rules):
-            reports = self._check(rule, check)
+            if getattr(type(rule), method) is does_nothing and rule.name not in self._raised:
+                continue
+            reports = self._check(rule, getattr(rule, method), history, given)
             if not reports and rule.name not in self._raised:
                 continue
             self._forget(rule, step - clear)
@@ -147,10 +152,10 @@ class Judge:
             alarms, key=lambda alarm: (-SEVERITIES.index(alarm.severity), self._order.get(alarm.rule, len(self._order)))
         )
 
-    def _check(self, rule: Rule, check: Callable[[Rule], Iterable[Alarm]]) -> list[Alarm]:
+    def _check(self, rule: Rule, check: Callable[..., Iterable[Alarm]], *arguments: Any) -> list[Alarm]:
         """Return a rule's reports. A rule that raises is disabled with a warning: monitoring must not end training."""
         try:
-            return [_checked(alarm) for alarm in check(rule)]
+            return [_checked(alarm) for alarm in check(*arguments)]
         except Exception as error:
             self.rules = [other for other in self.rules if other is not rule]
             self._raised.pop(rule.name, None)

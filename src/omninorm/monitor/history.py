@@ -113,6 +113,8 @@ class Sample:
     loads: Sequence[Load | None] = ()
     next_tokens: float | None = None
     visible_future: Sequence[float | None] = ()
+    finite: dict[str, list[float | None]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """The values that several rules read: see `omninorm.monitor.rules.numbers.values_of`."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from omninorm.monitor.checks.collect import Checks
 from omninorm.monitor.checks.weights import frozen, shifted_gains
 from omninorm.monitor.facts import facts_of
 from omninorm.monitor.history import History, Sample, Step
-from omninorm.monitor.hooks.attach import Hooks, cell_sizes, leaves, sentinel_names
+from omninorm.monitor.hooks.attach import Hooks, leaves, sentinel_names
+from omninorm.monitor.hooks.cells import cell_sizes
 from omninorm.monitor.hooks.compiled import is_compiled
 from omninorm.monitor.hooks.training_pass import safely
 from omninorm.monitor.model_map.structure import find_structure, unwrap

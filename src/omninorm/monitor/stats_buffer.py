@@ -22,6 +22,7 @@ from omninorm.monitor.waiting import Batches, Peaks
 FACTS = ("kept", "batch", "input")
 """Numbers that only some steps have: see `omninorm.monitor.checks.facts.StepChecks`."""
 UNSEEN = -1.0  # in the ring buffer: measured values are ≥ 0 or not finite
+Placed = tuple[tuple[int, ...], Tensor]  # places, and a value for each
 # Values that may wait before they are written, for loops that never end a step.
 MOST_WAITING = 16384
 
@@ -65,8 +66,8 @@ class StatsBuffer:
         self._views: dict[int, tuple[Tensor, ...]] = {}  # of the rows
         self._losses: list[bool] = []
         # Values that wait to be written together, by place: one operator for all of them costs less than one for each.
-        self._terms: list[tuple[int, Tensor]] = []
-        self._peaks: list[tuple[int, Tensor]] = []
+        self._terms: list[Placed] = []
+        self._peaks: list[Placed] = []
         self._outputs: list[tuple[int, Tensor]] = []
         self._peaks_of_outputs, self._batches = Peaks(), Batches()
         self.streams: dict[int, int] = {}  # the block of each sentinel whose peak is also that of the residual stream
@@ -88,28 +89,29 @@ class StatsBuffer:
 
     def add(self, key: str, index: int | Sequence[int], value: Tensor) -> None:
         """Add a term of a mean, or one for each of several indices."""
-        found = self._placed(key, index, value)
-        self._terms += found
-        for place, _ in found:
-            self._counts[place] += 1
+        for placed in self._placed(key, index, value):
+            self._terms.append(placed)
+            for place in placed[0]:
+                self._counts[place] += 1
         if len(self._terms) > MOST_WAITING:
             self._write_cells()
 
     def peak(self, key: str, index: int | Sequence[int], value: Tensor) -> None:
         """Update a maximum of values ≥ 0, or one for each of several indices."""
-        found = self._placed(key, index, value)
-        self._peaks += found
-        for place, _ in found:
-            self._counts[place] = 1
+        for placed in self._placed(key, index, value):
+            self._peaks.append(placed)
+            for place in placed[0]:
+                self._counts[place] = 1
         if len(self._peaks) > MOST_WAITING:
             self._write_cells()
 
-    def _placed(self, key: str, index: int | Sequence[int], value: Tensor) -> list[tuple[int, Tensor]]:
-        """Return the values with their places."""
+    def _placed(self, key: str, index: int | Sequence[int], value: Tensor) -> list[Placed]:
+        """Return the values, 1-D, with their places."""
         if not holds_numbers(value):
             return []
-        indices, values = ([index], [value]) if isinstance(index, int) else (index, value.unbind())
-        return [(self._starts[key] + at, each) for at, each in zip(indices, values, strict=True)]
+        start = self._starts[key]
+        places = (start + index,) if isinstance(index, int) else tuple(start + at for at in index)
+        return [(places, value.reshape(len(places)))]
 
     def add_gradient(self, key: str, index: int | Sequence[int], square: Tensor) -> None:
         """Add terms of means of squared gradients, after removing the factor of a GradScaler."""
@@ -126,17 +128,10 @@ class StatsBuffer:
         """Record the largest |y| of a module's output in this step."""
         if not holds_numbers(y):
             return
-        self.order.setdefault(index, len(self.order))
-        self._peaks_of_outputs.add(index, y)
-        if self._peaks_of_outputs.count > MOST_WAITING:  # in loops that never end a forward pass or a step
-            self.measure_peaks()
-
-    def sentinel_on_host(self, index: int, y: Tensor) -> None:
-        """Record the largest |y| of a plain tensor in host memory."""
         if index not in self.order:
             self.order[index] = len(self.order)
-        self._peaks_of_outputs.add_on_host(index, y)
-        if self._peaks_of_outputs.count > MOST_WAITING:
+        self._peaks_of_outputs.add(index, y)
+        if self._peaks_of_outputs.count > MOST_WAITING:  # in loops that never end a forward pass or a step
             self.measure_peaks()
 
     def measure_peaks(self) -> None:
@@ -172,12 +167,12 @@ class StatsBuffer:
     def _write_cells(self) -> None:
         """Combine the values that wait with those at their places."""
         if self._terms:
-            places, values = zip(*self._terms, strict=True)
+            index, values = joined(self._terms, self.device)
             self._terms.clear()
-            self._values.index_put_((constant(places, self.device),), stack(values, self.device), accumulate=True)
-        for peaks in in_rounds(self._peaks):
-            index = constant(tuple(peaks), self.device)
-            self._values[index] = torch.maximum(self._values[index], stack(list(peaks.values()), self.device))
+            self._values.index_put_((index,), values, accumulate=True)
+        for peaks in without_repeats(self._peaks):
+            index, values = joined(peaks, self.device)
+            self._values[index] = torch.maximum(self._values[index], values)
 
     def set_gradients(self, norms: Tensor) -> None:
         """Record ‖gradient‖ of every parameter; UNSEEN where there is none."""
@@ -300,6 +295,32 @@ def in_rounds(waiting: list[tuple[int, Tensor]]) -> list[dict[int, Tensor]]:
         rounds[at][place] = value
     waiting.clear()
     return rounds
+
+
+def without_repeats(waiting: list[Placed]) -> list[list[Placed]]:
+    """Empty the list; return its items in rounds, in each of which no place is repeated."""
+    rounds: list[list[Placed]] = []
+    seen: dict[int, int] = {}
+    for places, values in waiting:
+        at = max(seen.get(place, 0) for place in places)
+        seen.update(dict.fromkeys(places, at + 1))
+        if at == len(rounds):
+            rounds.append([])
+        rounds[at].append((places, values))
+    waiting.clear()
+    return rounds
+
+
+def joined(waiting: Sequence[Placed], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return all places and all values, in float64 where the device supports it."""
+    kinds: dict[tuple[torch.dtype, torch.device], tuple[list[int], list[Tensor]]] = {}
+    for places, values in waiting:
+        all_places, parts = kinds.setdefault((values.dtype, values.device), ([], []))
+        all_places += places
+        parts.append(values)
+    wide = [torch.cat(parts).to(device, widest(device), non_blocking=True) for _, parts in kinds.values()]
+    index = constant(tuple(place for places, _ in kinds.values() for place in places), device)
+    return index, wide[0] if len(wide) == 1 else torch.cat(wide)
 
 
 @lru_cache(maxsize=64)

@@ -127,7 +127,15 @@ def some_tensors(value: object) -> Iterator[Tensor]:
 
 def first_tensor(value: Any) -> Tensor | None:
     """Return the first floating-point tensor of two or more dimensions in a module's arguments or output."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() and value.ndim >= 2 else None
     return next(some_tensors(value), None)
+
+
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the first such tensor among a module's arguments."""
+    found = first_tensor(args[0]) if args else None
+    return next(some_tensors([*args, *kwargs.values()]), None) if found is None else found
 
 
 def with_first_tensor(output: Any, tensor: Tensor) -> Any:

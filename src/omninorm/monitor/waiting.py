@@ -53,7 +53,7 @@ class Peaks:
 
     def add(self, place: int, y: Tensor) -> None:
         """Measure y now or later."""
-        y = here(y.detach())
+        y = here(y).detach()
         if y.is_cpu or y.numel() == 0:
             self._extremes.append((place, *extremes(y)))
             return
@@ -66,18 +66,20 @@ class Peaks:
             if self._bytes > MOST_BYTES:
                 self.measure()
 
-    def add_on_host(self, place: int, y: Tensor) -> None:
-        """Measure y, which is in host memory, at once."""
-        self._extremes.append((place, *extremes(y.detach())))
-
     def measure(self) -> None:
         """Measure the outputs that wait."""
         waiting, self._waiting, self._bytes = self._waiting, [], 0
-        for each in waiting:
-            self._overwritten[each.place] = self._overwritten.get(each.place, False) or _is_overwritten(each)
-        left = [(each.place, each.y) for each in waiting if not each.measured]
-        # FSDP frees the memory of gathered parameters, of which an output may be a view.
-        self._measure([(place, y) for place, y in left if y.untyped_storage().nbytes() > 0])
+        left = []
+        for place, y, version, measured in waiting:
+            # FSDP frees the memory of gathered parameters, of which an output may be a view.
+            freed = y.untyped_storage().nbytes() == 0
+            if freed or version_of(y) != version:
+                self._overwritten[place] = True
+            elif measured:
+                self._overwritten.setdefault(place, False)
+            if not (measured or freed):
+                left.append((place, y))
+        self._measure(left)
 
     def _measure(self, outputs: Sequence[tuple[int, Tensor]]) -> None:
         for chosen in by_kind({at: y for at, (_, y) in enumerate(outputs)}).values():
@@ -102,10 +104,6 @@ def _by_kind(extremes: Sequence[tuple[int, Tensor, Tensor]]) -> Iterator[tuple[A
         kinds.setdefault((each[1].device, each[1].dtype), []).append(each)
     for group in kinds.values():
         yield tuple(zip(*group, strict=True))
-
-
-def _is_overwritten(output: _Output) -> bool:
-    return version_of(output.y) != output.version or output.y.untyped_storage().nbytes() == 0
 
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,13 +133,19 @@ class Batches:
 
         The tensors must be copies, or never be changed in place.
         """
-        given = [tensor for tensor in tensors if tensor is not None]
-        if not all(map(holds_numbers, given)):
-            return
-        kinds = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in tensors)
-        self._groups.setdefault((measure, arguments, kinds), []).append((site, tensors))
-        self._bytes += sum(tensor.nbytes for tensor in given)
-        if self._bytes > (MOST_BYTES_CPU if given[0].is_cpu else MOST_BYTES):
+        kinds, size, on_host = list[Any](), 0, True
+        for x in tensors:
+            if x is None:
+                kinds.append(None)
+                continue
+            if not holds_numbers(x):
+                return
+            kinds.append((x.shape, x.dtype, x.device))
+            size += x.nbytes
+            on_host = x.is_cpu
+        self._groups.setdefault((measure, arguments, tuple(kinds)), []).append((site, tensors))
+        self._bytes += size
+        if self._bytes > (MOST_BYTES_CPU if on_host else MOST_BYTES):
             self.measure()
 
     def measure(self) -> None:

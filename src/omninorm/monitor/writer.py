@@ -15,6 +15,7 @@ from omninorm.errors import OmninormError
 from omninorm.record import RECORD_FILE, Record, read_history
 
 DIGITS = 4
+_ROUNDED = f"%.{DIGITS}g "
 
 
 def rank() -> int:
@@ -111,4 +112,7 @@ class Output:
 
 def short(values: Any) -> list[float | None]:
     """Round to four significant digits, more than a statistic of some rows is accurate to."""
-    return [None if value is None else float(f"{value:.{DIGITS}g}") for value in values]
+    known = [value for value in values if value is not None]
+    # One format for all of them takes half the time of one for each.
+    rounded = map(float, (_ROUNDED * len(known) % tuple(known)).split())
+    return [None if value is None else next(rounded) for value in values]

@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from omninorm.monitor.probes.gradients import norms_of, spread
+from omninorm.monitor.probes.gradients import spread, stacked_norms
 from omninorm.monitor.stats_buffer import UNSEEN
-from omninorm.monitor.tensors import constant, here, norms_of_whole, stack
+from omninorm.monitor.tensors import constant, here, norms_of_whole
 
 
 class Clipping:
@@ -26,8 +26,10 @@ class Clipping:
         if not places:
             return
         gradients = [self._parameters[at].grad for at in places]
-        norms = norms_of_whole(stack(norms_of([here(g) for g in gradients]), self._device), gradients)
-        found = spread(norms, constant(tuple(places), self._device), len(self._parameters))
+        norms = norms_of_whole(stacked_norms([here(g) for g in gradients], self._device), gradients)
+        found = norms
+        if len(places) < len(self._parameters):
+            found = spread(norms, constant(tuple(places), self._device), len(self._parameters))
         self._found = found if self._found is None else torch.where(self._found == UNSEEN, found, self._found)
 
     def take(self) -> Tensor | None:

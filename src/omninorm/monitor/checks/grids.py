@@ -58,8 +58,11 @@ class Grids:
         places = [at for at in self._places if id(self._parameters[at]) in held and self._is_large(at)]
         if places and self._found is None:
             first = here(self._parameters[places[0]].grad).device  # a model may be split over devices
-            grids = [grid_of(here(self._parameters[at].grad)).to(first, non_blocking=True) for at in places]
-            self._found = places, measure(torch.stack(grids))
+            grids = [grid_of(here(self._parameters[at].grad)) for at in places]
+            kinds = {(grid.device, grid.dtype) for grid in grids}
+            if len(kinds) > 1:
+                grids = [grid.float().to(first, non_blocking=True) for grid in grids]
+            self._found = places, measure(torch.stack(grids).float())
 
     def _is_large(self, at: int) -> bool:
         gradient = self._parameters[at].grad
@@ -80,9 +83,11 @@ class Grids:
 
 
 def grid_of(x: Tensor, side: int = SIDE) -> Tensor:
-    """Return side × side evenly spaced elements of a matrix, in float32."""
+    """Return a view of side × side evenly spaced elements of a matrix."""
     rows, columns = (max(1, size // side) for size in x.shape)
-    return x.detach()[::rows, ::columns][:side, :side].float()
+    down, across = x.stride()
+    sizes = [min(side, -(-size // step)) for size, step in zip(x.shape, (rows, columns), strict=True)]
+    return x.detach().as_strided(sizes, (down * rows, across * columns))
 
 
 def measure(grids: Tensor) -> Tensor:

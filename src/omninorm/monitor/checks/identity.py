@@ -23,13 +23,18 @@ class Identity:
         # FSDP puts gathered parameters in place of the sharded ones, and back.
         self._known = not any(is_distributed(parameter) for _, parameter in named)
         self._sums: dict[int, float] = {}
+        self._modules = list(model.modules())
+        self._ids = self._ids_now()
         if self._known:
-            self._foreign(dict(named))
+            self._foreign(self._before)
 
     def compare(self) -> Stale | None:
         """Return what differs; None if nothing does."""
         if not self._known:
             return None
+        if self._ids_now() == self._ids:
+            foreign = self._foreign(self._before)
+            return self._stale([], [], [], foreign, self._before) if foreign else None
         now = dict(self._model.named_parameters())
         old, new = {id(p) for p in self._before.values()}, {id(p) for p in now.values()}
         # By identity, because pruning gives the same parameter another name.
@@ -40,12 +45,22 @@ class Identity:
         foreign = self._foreign(now)
         if not (replaced or added or removed or foreign):
             return None
+        return self._stale(replaced, added, removed, foreign, now)
+
+    def _stale(
+        self, replaced: list[str], added: list[str], removed: list[str], foreign: int, now: dict[str, nn.Parameter]
+    ) -> Stale:
         held = self.held()
         candidates = now if foreign else [*replaced, *added]
         unheld = [name for name in candidates if now[name].requires_grad and id(now[name]) not in held]
         if not self._optimizers:
             unheld = []
         return Stale(tuple(replaced), tuple(added), tuple(removed), tuple(unheld), foreign)
+
+    def _ids_now(self) -> list[int]:
+        """Return the ids of all modules and parameters that the modules of the beginning hold."""
+        tables = (table for module in self._modules for table in (module._modules, module._parameters))
+        return [id(each) for table in tables for each in table.values()]
 
     def gone(self) -> frozenset[int]:
         """Return the indices of the parameters at the beginning that are no longer in the model."""

@@ -33,7 +33,7 @@ def look_random(matrices: Sequence[Tensor]) -> bool | None:
         if tensor.ndim == 2 and min(tensor.shape) >= LEAST and tensor.is_floating_point() and not is_distributed(tensor)
     ]
     chosen = fitting[:: -(-len(fitting) // MOST_MATRICES) or 1]
-    pairs = [measure(grid_of(tensor, min(MOST, *tensor.shape)).unsqueeze(0))[0].tolist() for tensor in chosen]
+    pairs = [measure(grid_of(tensor, min(MOST, *tensor.shape)).float().unsqueeze(0))[0].tolist() for tensor in chosen]
     found = [unevenness for zeros, unevenness in pairs if zeros < 1.0 and unevenness >= 0.0]
     return sorted(found)[min(int(QUARTILE * len(found)), len(found) - 1)] < RANDOM if found else None
 

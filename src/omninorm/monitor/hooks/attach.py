@@ -22,6 +22,7 @@ from omninorm.monitor.hooks.dropout import FunctionalDropout
 from omninorm.monitor.hooks.hook import Hook, QuietHook
 from omninorm.monitor.hooks.intercept import Listener, listening
 from omninorm.monitor.hooks.norms import NormHooks
+from omninorm.monitor.hooks.peaks import OnlyPeaks, OutputHook
 from omninorm.monitor.hooks.routers import RouterHooks
 from omninorm.monitor.hooks.training_pass import Gate, in_backward, safely
 from omninorm.monitor.model_map.parts import Block
@@ -29,40 +30,16 @@ from omninorm.monitor.model_map.placement import Placements
 from omninorm.monitor.model_map.residual import Node, node_of
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.attention import UNKNOWN, AttentionProbe, see_multihead
-from omninorm.monitor.probes.block import LARGE, BlockProbe, LogitsProbe, Sentinel, WriterProbe, some_rows
+from omninorm.monitor.probes.block import BlockProbe, Copies, LogitsProbe, Sentinel, WriterProbe
 from omninorm.monitor.probes.causality import Causality
 from omninorm.monitor.probes.loss import see_loss
 from omninorm.monitor.probes.norm import NormProbe, choose_with_examples
 from omninorm.monitor.probes.padding import Padding
 from omninorm.monitor.stats_buffer import StatsBuffer
-from omninorm.monitor.tensors import find_logits, first_tensor
+from omninorm.monitor.tensors import find_logits, first_argument, first_tensor
 
 # The number of modules outside the blocks whose outputs are checked for NaNs.
 MOST_LEAVES = 64
-
-BLOCK_CELLS = (
-    "stream_ms",
-    "stream_max",
-    "stream_median",
-    "input_ms",
-    "difference_ms",
-    "angle",
-    "attention_ms",
-    "feed_forward_ms",
-    "stream_grad_ms",
-    "attention_logit",
-    "attention_entropy",
-    "dead_units",
-    "hidden_future",
-)
-NORM_CELLS = ("norm_ms", "eps_share", "mean_share", "saturation", "noise_small", "noise_big", "examples")
-RUN_CELLS = ("logz", "logz_mean", "zero_rows", "probabilities", "next_tokens")
-
-
-def cell_sizes(structure: Structure) -> dict[str, int]:
-    """Return how many cells each raw signal needs."""
-    blocks, norms = len(structure.blocks), len(structure.norms)
-    return {**dict.fromkeys(BLOCK_CELLS, blocks), **dict.fromkeys(NORM_CELLS, norms), **dict.fromkeys(RUN_CELLS, 1)}
 
 
 def sentinel_names(structure: Structure) -> list[str]:
@@ -100,6 +77,7 @@ class Hooks:
         self.placements = Placements(structure)
         self.padding = Padding(structure.model)
         self.causality = Causality(buffer)
+        self._copies = Copies()
         self.dtype: torch.dtype | None = None
         self.classes: int | None = None
         self.running: list[Running] = []
@@ -118,6 +96,7 @@ class Hooks:
         self._open = ExitStack()
         self.see_norms: Callable[[Any, Sequence[Tensor]], None] | None = None
         self._vocabularies = {embedding.num_embeddings for _, embedding in structure.embeddings}
+        self.peaks = OnlyPeaks(self.gate, buffer, self.safely, failed)
         self.norms = NormHooks(self, structure, buffer)
         self.routers = RouterHooks(self, structure, buffer)
 
@@ -136,6 +115,7 @@ class Hooks:
             self._before_dropout,
             self.routers.choose if self.routers.exist else None,
             self.see_norms,
+            lambda: buffer.sampling,
         )
         self._open.enter_context(listening(listener))
         place = 0
@@ -173,13 +153,18 @@ class Hooks:
     def rest(self) -> None:
         """End a step; clear what an exception in a forward pass may have left."""
         self.safely(self._buffer.measure)
-        self.gate.inside = None
+        self.end_pass()
         self.running = []
         self._blocks.clear()
         self.padding.clear()
         self.causality.clear()
+        self._copies.clear()
         self.placements.clear()
         self.norms.clear()
+
+    def end_pass(self) -> None:
+        """End a forward pass of the model."""
+        self.gate.inside, self.peaks.wanted = None, False
 
     def trace(self, see: Callable[..., None]) -> CompiledProbe:
         """Return a probe for compiled graphs, whose errors do not reach the training either."""
@@ -271,17 +256,10 @@ class Hooks:
             last = Hook(after, module)
             self._only_sampled.append(lambda: module.register_forward_hook(last, with_kwargs=True))
 
-    def see_peak(self, sentinel: int, y: Tensor) -> None:
-        """Record the largest |y| in a step without a sample, and nothing else."""
-        if not self.gate.is_open():
-            return
-        if type(y) is not Tensor or not y.is_cpu or y.numel() > LARGE or torch._C._len_torch_function_stack() > 0:
-            self.safely(lambda: self._buffer.sentinel(sentinel, y if y.numel() <= LARGE else some_rows(y)))
-            return
-        try:  # without the context managers of `safely`, which would take longer than the measurement
-            self._buffer.sentinel_on_host(sentinel, y)
-        except Exception as error:
-            self._failed(error)
+    def register_output(self, module: nn.Module, after: Callable[..., Any], place: int) -> None:
+        """Register a hook after the forward of a module whose output is measured in every step."""
+        hook = OutputHook(after, module, self.peaks, place)
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     # The hooks --------------------------------------------------------------------------------------------------------
 
@@ -292,6 +270,7 @@ class Hooks:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not is_compiling() and not in_backward():
                 self.gate.inside = torch.is_grad_enabled()
+                self.peaks.begin()
                 self.running = []
                 self._blocks.clear()
                 if self._buffer.sampling and self.gate.is_open():
@@ -311,7 +290,7 @@ class Hooks:
                 self.safely(lambda: self._see_logits(site, output))
             if self.gate.is_open():
                 self.safely(self._buffer.measure)
-            self.gate.inside = None
+            self.end_pass()
             self.padding.clear()
 
         root = self._structure.model
@@ -338,18 +317,19 @@ class Hooks:
             if is_compiling():
                 self.put(traced, y)
             elif not self._buffer.sampling:
-                self.see_peak(site.sentinel, y)
+                self.peaks.see(site.sentinel, y)
             elif self.gate.is_open():
                 self.safely(lambda: site.see(y))
 
-        self.register(module, before, after, with_kwargs=True)
+        self.register(module, before, None, with_kwargs=True)
+        self.register_output(module, after, site.sentinel)
 
     def _on_block(self, block: Block, index: int, place: int) -> None:
         self._on_writer(block.attention_writer, WriterProbe(self._buffer, place, index, "attention", self.padding))
         self._on_writer(
             block.feed_forward_writer, WriterProbe(self._buffer, place + 1, index, "feed_forward", self.padding)
         )
-        site = BlockProbe(self._buffer, place + 2, index, self.padding)
+        site = BlockProbe(self._buffer, place + 2, index, self.padding, self._copies)
         self._blocks.attach(block, site, self.trace(self._attention[index].see_some))
 
     def _on_writer(self, module: nn.Module | None, site: WriterProbe) -> None:
@@ -363,9 +343,9 @@ class Hooks:
             if y is None:
                 return
             if not is_compiling() and not self._buffer.sampling:
-                self.see_peak(site.sentinel, y)
+                self.peaks.see(site.sentinel, y)
                 return
-            hidden = first_tensor(args) if site.role == "feed_forward" else None
+            hidden = first_argument(args, {}) if site.role == "feed_forward" else None
             if is_compiling():
                 self.put(traced, y, *([] if hidden is None else [hidden]))
                 return
@@ -375,7 +355,7 @@ class Hooks:
             if self._buffer.sampling and isinstance(module, nn.MultiheadAttention):
                 self.safely(lambda: see_multihead(self._attention[site.index], module, args, kwargs))
 
-        self.register(module, None, after, with_kwargs=True)
+        self.register_output(module, after, site.sentinel)
 
     def put(self, traced: CompiledProbe, *tensors: Tensor) -> None:
         """Put a probe into the graph that is being traced, unless it is for evaluation."""
@@ -391,6 +371,8 @@ class Hooks:
 
     def node_of(self, x: Tensor) -> Node:
         """Return the autograd node of a tensor; None after a monitoring error."""
+        if type(x) is Tensor and x.grad_fn is not None:
+            return x.grad_fn
         try:
             with torch._C.DisableTorchFunction():
                 return node_of(x)

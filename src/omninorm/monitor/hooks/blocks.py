@@ -14,7 +14,7 @@ from omninorm.monitor.hooks.training_pass import in_backward, is_transformed
 from omninorm.monitor.model_map.parts import Block
 from omninorm.monitor.probes.block import BlockProbe
 from omninorm.monitor.stats_buffer import StatsBuffer
-from omninorm.monitor.tensors import first_tensor, some_tensors, version_of, with_first_tensor
+from omninorm.monitor.tensors import first_argument, first_tensor, some_tensors, version_of, with_first_tensor
 
 if TYPE_CHECKING:
     from omninorm.monitor.hooks.attach import Hooks
@@ -61,34 +61,33 @@ class BlockHooks:
 
         def before(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             if is_compiling():
-                x = first_tensor([*args, *kwargs.values()])
+                x = first_argument(args, kwargs)
                 # Probes, not indices: an index would be a constant, and each block a graph of its own.
                 hooks.tracing, hooks.tracing_norms = attention, (function, None if x is None else x.shape)
             elif self._buffer.sampling and not in_backward():
-                hooks.running.append(self._begin(index, first_tensor([*args, *kwargs.values()])))
+                hooks.running.append(self._begin(index, first_argument(args, kwargs)))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             y = first_tensor(output)
             if is_compiling():
                 hooks.tracing = hooks.tracing_norms = None
-                x = first_tensor([*args, *kwargs.values()])
+                x = first_argument(args, kwargs)
                 if y is None or not torch.is_grad_enabled():
                     return None
                 hooks.put(traced, y, *([] if x is None else [x]))
                 return with_first_tensor(output, tapped.tap(y))
             if not self._buffer.sampling:
-                if y is not None:
-                    hooks.see_peak(site.sentinel, y)
+                hooks.peaks.see(site.sentinel, y)
                 return None
             began = hooks.running.pop() if hooks.running and not in_backward() else Running(index, None, -1, None)
             if y is not None:
-                if sum(each.shape == y.shape for each in some_tensors(output)) > 1:
+                if y is not output and sum(each.shape == y.shape for each in some_tensors(output)) > 1:
                     hooks.placements.has_several_outputs(index)
                 self._see(site, y, began)
             return None
 
         hooks.register_for_samples(module, before, None)
-        hooks.register(module, None, after, with_kwargs=True)
+        hooks.register_output(module, after, site.sentinel)
 
     def _see(self, site: BlockProbe, y: Tensor, began: Running) -> None:
         """Measure a block that has ended, and its gradient in backward."""
@@ -122,7 +121,7 @@ class BlockHooks:
         def before(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             if is_compiling() or in_backward() or (self._list and self._list[0].block == site.index):
                 return
-            x = first_tensor([*args, *kwargs.values()])
+            x = first_argument(args, kwargs)
             self.end(x)
             began = self._begin(site.index, x)
             self._list = began, site
@@ -134,7 +133,7 @@ class BlockHooks:
     def before_other(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """End the list that is running, before a module outside the blocks is called."""
         if self._list is not None and not is_compiling() and not in_backward():
-            self.end(first_tensor([*args, *kwargs.values()]))
+            self.end(first_argument(args, kwargs))
 
     def end(self, y: Tensor | None) -> None:
         """End the list that is running; y is its output, if it is known."""

@@ -24,6 +24,8 @@ class Listener(NamedTuple):
     `softmax(logits, dim)`, `root(x)`, `loss(logits, labels)`, the input of cross entropy, `dropout(p, training)`,
     `choice(x, indices)` after topk or argmax, and `gradients(tensors, norms)` with the 2-norms for clipping.
 
+    All but `dropout` and `gradients` are called only while `is_active()`, or while a graph is traced.
+
     `node` is the autograd node of x before the call. `norms`: whether `norm` and `root` are called at all; functional
     norms are of interest only in models some of whose blocks contain no norm module.
     """
@@ -37,6 +39,7 @@ class Listener(NamedTuple):
     dropout: Callable[[float, bool], None] | None = None
     choice: Callable[[Any, Any], None] | None = None
     gradients: Callable[[Any, Sequence[Tensor]], None] | None = None
+    is_active: Callable[[], bool] = lambda: True
 
 
 class _Wrapped(NamedTuple):
@@ -137,6 +140,10 @@ def _is_idle(period: int) -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call,attr-defined]
 
 
+def _active() -> list[Listener]:
+    return [listener for listener in _listeners if listener.is_active()]
+
+
 def _unwrap() -> None:
     global _period
     _period += 1
@@ -153,10 +160,13 @@ def _unwrap() -> None:
 
 def _intercepted_attention(original: Any, period: int) -> Any:
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
+        listeners = _listeners if is_compiling() else _active()
+        if not listeners or _is_idle(period):
+            return original(*args, **kwargs)
         given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-        if not _is_idle(period) and "query" in given and "key" in given:
+        if "query" in given and "key" in given:
             rest = given.get("attn_mask"), given.get("is_causal", False), given.get("scale")
-            for listener in _listeners:
+            for listener in listeners:
                 listener.attention(given["query"], given["key"], *rest)
         return original(*args, **kwargs)
 
@@ -166,12 +176,13 @@ def _intercepted_attention(original: Any, period: int) -> Any:
 def _intercepted_softmax(original: Any, period: int) -> Any:
     def softmax(*args: Any, **kwargs: Any) -> Any:
         global _depth
-        if is_compiling() or _depth or _is_idle(period):
+        listeners = () if is_compiling() or _depth else _active()
+        if not listeners or _is_idle(period):
             return original(*args, **kwargs)
         _depth += 1
         try:
             logits = args[0] if args else kwargs.get("input")
-            for listener in _listeners:
+            for listener in listeners:
                 listener.softmax(logits, args[1] if len(args) > 1 else kwargs.get("dim"))
             return original(*args, **kwargs)
         finally:
@@ -182,11 +193,10 @@ def _intercepted_softmax(original: Any, period: int) -> Any:
 
 def _intercepted_cross_entropy(original: Any, period: int) -> Any:
     def cross_entropy(*args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or _period != period:
-            return original(*args, **kwargs)
+        listeners = () if is_compiling() or _period != period else _active()
         logits = args[0] if args else kwargs.get("input")
         labels = args[1] if len(args) > 1 else kwargs.get("target")
-        for listener in _listeners:
+        for listener in listeners:
             if listener.loss is not None:
                 listener.loss(logits, labels)
         return original(*args, **kwargs)
@@ -223,7 +233,8 @@ def _intercepted_dropout(original: Any, period: int) -> Any:
 def _intercepted_norm(original: Any, period: int) -> Any:
     def norm(*args: Any, **kwargs: Any) -> Any:
         global _depth
-        wanted = [] if _depth or _is_idle(period) else [each for each in _listeners if each.norms]
+        listeners = _listeners if is_compiling() else _active()
+        wanted = [] if _depth or not listeners or _is_idle(period) else [each for each in listeners if each.norms]
         x = args[0] if args else kwargs.get("input")
         if not wanted or not isinstance(x, Tensor):
             return original(*args, **kwargs)
@@ -249,14 +260,9 @@ def _intercepted_norm(original: Any, period: int) -> Any:
 def _intercepted_root(original: Any, period: int) -> Any:
     def root(*args: Any, **kwargs: Any) -> Any:
         y = original(*args, **kwargs)
-        if (
-            not _is_idle(period)
-            and not is_compiling()
-            and not _depth
-            and isinstance(y, Tensor)
-            and y.shape[-1:] == (1,)
-        ):
-            for listener in _listeners:
+        listeners = () if is_compiling() or _depth else _active()
+        if listeners and not _is_idle(period) and isinstance(y, Tensor) and y.shape[-1:] == (1,):
+            for listener in listeners:
                 if listener.norms:
                     listener.root(y)
         return y
@@ -267,9 +273,10 @@ def _intercepted_root(original: Any, period: int) -> Any:
 def _intercepted_choice(original: Any, period: int) -> Any:
     def choice(*args: Any, **kwargs: Any) -> Any:
         y = original(*args, **kwargs)
-        if not is_compiling() and not _is_idle(period):
+        listeners = () if is_compiling() else _active()
+        if listeners and not _is_idle(period):
             x = args[0] if args else kwargs.get("input")
-            for listener in _listeners:
+            for listener in listeners:
                 if listener.choice is not None:
                     listener.choice(x, y[1] if isinstance(y, tuple) else y)
         return y

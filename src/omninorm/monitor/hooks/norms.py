@@ -19,7 +19,7 @@ from omninorm.monitor.model_map.residual import Node
 from omninorm.monitor.model_map.structure import Structure
 from omninorm.monitor.probes.norm import NormCall, NormProbe, hook_examples
 from omninorm.monitor.stats_buffer import StatsBuffer
-from omninorm.monitor.tensors import first_tensor
+from omninorm.monitor.tensors import first_argument
 
 if TYPE_CHECKING:
     from omninorm.monitor.hooks.attach import Hooks
@@ -64,11 +64,14 @@ class NormHooks:
             if is_compiling() or not self._buffer.sampling:
                 return
             counts = hooks.gate.is_open()
-            x = first_tensor([*args, *kwargs.values()]) if counts or in_backward() else None
+            x = first_argument(args, kwargs) if counts or in_backward() else None
             if x is None:
                 return
-            node = hooks.node_of(x)
-            hooks.safely(lambda: begin(x, node, gate.of(args, kwargs), counts))
+            node = hooks.node_of(x) if block is not None and hooks.placements.seeks(block) else None
+            if type(x) is Tensor:
+                begin(x, node, gate.of(args, kwargs), counts)
+            else:
+                hooks.safely(lambda: begin(x, node, gate.of(args, kwargs), counts))
 
         def begin(x: Tensor, node: Node, of_gate: Tensor | None, counts: bool) -> None:
             call = NormCall(site, x.shape, counts, hooks.safely) if norm.facts.ours else None
@@ -77,7 +80,7 @@ class NormHooks:
 
         def after(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
             if is_compiling():
-                tensors = first_tensor([*args, *kwargs.values()]), output, gate.of(args, kwargs)
+                tensors = first_argument(args, kwargs), output, gate.of(args, kwargs)
                 if tensors[0] is not None:
                     hooks.put(traced, *itertools.takewhile(lambda each: isinstance(each, Tensor), tensors))
                 # The same for all norms, chosen or not, because blocks with other graphs would be compiled separately.
@@ -95,12 +98,12 @@ class NormHooks:
         x, node, gate, call = running
         if not isinstance(output, Tensor):
             return
-        hooks, block = self._hooks, norm.facts.block
+        hooks, block, is_open = self._hooks, norm.facts.block, self._hooks.gate.is_open()
         if call is None or not call.reached:
-            if hooks.gate.is_open():
+            if is_open:
                 hooks.safely(lambda: site.see(x, gate))
             hooks.safely(lambda: hook_examples(site, output, hooks.safely))
-        if block is not None and hooks.gate.is_open():
+        if block is not None and is_open:
             outer = hooks.running[-1].x if hooks.running else None
             hooks.safely(lambda: hooks.placements.norm_called(block, x, output, outer, node))
 

@@ -32,39 +32,37 @@ class AttentionProbe:
 
     def see(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
         """Measure q (batch, heads, queries, d) and k (batch, kv_heads, keys, d); the mask is PyTorch's."""
-        if q.ndim != 4 or k.ndim != 4 or q.is_nested or q.numel() == 0 or k.numel() == 0:
+        if q.is_nested or q.ndim != 4 or k.ndim != 4 or q.numel() == 0 or k.numel() == 0:
             return
-        queries, chosen = q.shape[-2], some_queries(q.shape[-2])
-        few, all_keys = q.detach()[0, :, chosen].float(), k.detach()[0].float()
-        if few.shape[0] != all_keys.shape[0]:
-            all_keys = all_keys.repeat_interleave(few.shape[0] // all_keys.shape[0], dim=0)
-        with torch.autocast(q.device.type, enabled=False):  # autocast would round the products to 16 bits
-            logits = few @ all_keys.transpose(-1, -2)
-        part = None
+        (queries, width), keys = q.shape[-2:], k.shape[-2]
+        chosen, part = some_queries(queries), None
+        few, all_keys = q[0, :, chosen].detach().clone(), k[0].detach().clone()
         if mask is not None:
-            part = mask.detach().expand(*mask.shape[:-2], queries, k.shape[-2])
+            part = mask.detach().expand(*mask.shape[:-2], queries, keys)
             part = part.reshape((1,) * (4 - part.ndim) + part.shape)[0, :, chosen].clone()
-        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        length = queries if self._is_over_tokens(queries, k.shape[-2]) else None
-        self.buffer.batch(self.measure, self, logits, part, arguments=(factor, queries if causal else None, length))
+        factor = 1 / math.sqrt(width) if scale is None else scale
+        length = queries if self._is_over_tokens(queries, keys) else None
+        arguments = factor, queries if causal else None, length
+        self.buffer.batch(self.measure, self, few, all_keys, part, arguments=arguments)
 
     @staticmethod
     def measure(
         sites: Sequence[AttentionProbe],
-        logits: Tensor,
+        q: Tensor,
+        k: Tensor,
         mask: Tensor | None,
         scale: float,
         causal: int | None,
         length: int | None,
     ) -> None:
-        """Measure the products (n, heads, queries, keys) of n blocks.
+        """Measure some queries (n, heads, queries, d) and all keys (n, kv_heads, keys, d) of n blocks.
 
         Args:
             mask: the mask of the same queries.
             causal: the number of all queries, if later keys are hidden.
             length: the same, if queries and keys are the model's tokens.
         """
-        logits = logits * scale
+        logits = _products(q.float(), k.float()) * scale
         hidden = torch.zeros((), dtype=torch.bool, device=logits.device)
         if causal is not None:
             positions = torch.arange(causal, device=logits.device)[some_queries(causal)]
@@ -93,6 +91,14 @@ class AttentionProbe:
     def measure_logits(sites: Sequence[AttentionProbe], logits: Tensor, length: int | None) -> None:
         logits = logits.float()
         _add(sites, logits, logits < HIDDEN_BELOW, length)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """Return q kᵀ: (n, heads, queries, keys)."""
+    if q.shape[1] != k.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    with torch.autocast(q.device.type, enabled=False):  # autocast would round the products to 16 bits
+        return q @ k.transpose(-1, -2)
 
 
 def some_queries(queries: int) -> slice:

@@ -8,6 +8,7 @@ several probes are computed together.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from omninorm.monitor.probes.padding import Padding, mean_over
 from omninorm.monitor.stats_buffer import StatsBuffer
-from omninorm.monitor.tensors import here, widest
+from omninorm.monitor.tensors import here, version_of, widest
 
 MOST_ROWS = 256
 # A hidden unit is dead if it stays below this share of the layer's RMS for all of this many tokens.
@@ -41,8 +42,13 @@ def stride(count: int, most: int) -> int:
 
 def some_rows(x: Tensor, most: int = MOST_ROWS) -> Tensor:
     """Return at most about `most` evenly spaced rows of x (…, d): (rows, d), a view if possible."""
-    x = here(x.detach())
-    rows = x.reshape(-1, x.shape[-1])
+    x = here(x).detach()
+    width = x.shape[-1]
+    if width and x.is_contiguous():
+        count = x.numel() // width
+        step = stride(count, most)
+        return x.as_strided((-(-count // step), width), (step * width, 1))
+    rows = x.reshape(-1, width)
     return rows[:: stride(rows.shape[0], most)]
 
 
@@ -87,11 +93,32 @@ class Sentinel:
         self.buffer.sentinel(self.sentinel, y if y.numel() <= LARGE else some_rows(y))
 
 
-class BlockProbe:
-    """A block's input and output."""
+class Copies:
+    """Copies some rows of tensors, but not again those of the last one: a block reads what the one before returned."""
 
-    def __init__(self, buffer: StatsBuffer, sentinel: int, index: int, padding: Padding) -> None:
-        self.buffer, self.sentinel, self.index, self.padding = buffer, sentinel, index, padding
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+
+    def clear(self) -> None:
+        """Drop the last copy."""
+        self._last = None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return the copy that `copied_rows` makes."""
+        if self._last is not None:
+            known, version, rows = self._last
+            if known() is x and version >= 0 and version == version_of(x):
+                return rows
+        rows = copied_rows(x)
+        self._last = weakref.ref(x), version_of(x), rows
+        return rows
+
+
+class BlockProbe:
+    """A block's input and output. `copies` is shared by all blocks of a model."""
+
+    def __init__(self, buffer: StatsBuffer, sentinel: int, index: int, padding: Padding, copies: Copies) -> None:
+        self.buffer, self.sentinel, self.index, self.padding, self._copies = buffer, sentinel, index, padding, copies
         buffer.streams[sentinel] = index
 
     def see(self, y: Tensor, x: Tensor | None = None) -> None:
@@ -100,8 +127,9 @@ class BlockProbe:
         buffer.sentinel(self.sentinel, y)
         if not buffer.sampling or y.numel() == 0:
             return
-        before = None if x is None or x.shape != y.shape else copied_rows(x)
-        buffer.batch(self.measure, self, copied_rows(y), before, some_of(self.padding.rows(y.shape[:-1])))
+        before = None if x is None or x.shape != y.shape else self._copies.rows(x)
+        counts = some_of(self.padding.rows(y.shape[:-1]))
+        buffer.batch(self.measure, self, self._copies.rows(y), before, counts)
 
     @staticmethod
     def measure(sites: Sequence[BlockProbe], after: Tensor, before: Tensor | None, counts: Tensor | None) -> None:

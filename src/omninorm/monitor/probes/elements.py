@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omninorm.kernels.distributed import is_distributed
 from omninorm.monitor.probes.block import stride
@@ -18,7 +18,9 @@ from omninorm.monitor.tensors import constant, here, holds_numbers
 SAMPLED, EVERY_STEP = 1024, 64
 # Elements that are next to each other in memory: reading them costs about as much as reading one.
 RUN = 8
-_NOWHERE: tuple[tuple[int, ...], tuple[int, ...], tuple[int], tuple[int]] = ((-1,), (), (0,), (1,))
+_PLAIN = (nn.Parameter, Tensor)
+_USUAL = frozenset([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+_NOWHERE: tuple[int, int, tuple[int], tuple[int]] = (-1, 0, (0,), (1,))
 
 
 def some(x: Tensor, most: int = SAMPLED) -> Tensor:
@@ -49,19 +51,21 @@ def memory_stride(shape: tuple[int, ...], strides: tuple[int, ...], most: int) -
 def runs(x: Tensor) -> Tensor:
     """Return a view of 1,024 elements of x in runs of 8: (128, 8); of a smaller tensor all elements, 1-D.
 
-    Of a DTensor, read the local shard.
+    Of a DTensor, read the local shard. Call it without a graph.
     """
-    x = here(x.detach())
-    flat = (x.float() if x.element_size() == 1 else x).reshape(-1)
-    if flat.numel() <= SAMPLED:
-        return flat
-    return flat.as_strided((SAMPLED // RUN, RUN), (_run_stride(flat.numel()), 1))
+    if type(x) not in _PLAIN or not x.is_contiguous() or x.dtype not in _USUAL:
+        x = here(x.detach())
+        x = (x.float() if x.element_size() == 1 else x).reshape(-1)
+    count = x.numel()
+    if count <= SAMPLED:
+        return x if x.ndim == 1 else x.view(-1)
+    return x.as_strided((SAMPLED // RUN, RUN), (_fitting_stride(count, SAMPLED // RUN, RUN), 1))
 
 
 @lru_cache(maxsize=4096)
-def _run_stride(count: int) -> int:
-    """Return the distance between runs in `count` elements. It is coprime to `count`: see `stride`."""
-    step = (count - RUN) // (SAMPLED // RUN - 1)
+def _fitting_stride(count: int, runs: int, length: int) -> int:
+    """Return the distance between that many runs in `count` elements. It is coprime to `count`: see `stride`."""
+    step = max(1, (count - length) // (runs - 1))
     while math.gcd(step, count) > 1:
         step -= 1
     return step
@@ -81,20 +85,24 @@ class Together(NamedTuple):
 
 def together(tensors: Mapping[int, Tensor]) -> list[Together]:
     """Copy some elements of each tensor, with one operator for those of equal number, device and dtype."""
-    groups: dict[tuple[torch.Size, torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    groups: dict[tuple[int, int, torch.dtype, torch.device], tuple[list[int], list[Tensor]]] = {}
     for place, tensor in tensors.items():
         part = runs(tensor)
-        if part.numel() > 0:
-            groups.setdefault((part.shape, part.device, part.dtype), []).append((place, part))
-    return [
-        Together([place for place, _ in group], torch.stack([part for _, part in group]).flatten(1))
-        for group in groups.values()
-    ]
+        count = part.numel()
+        if count > 0:
+            places, parts = groups.setdefault((count, part.ndim, part.dtype, part.device), ([], []))
+            places.append(place)
+            parts.append(part)
+    return [Together(places, _rows(parts)) for places, parts in groups.values()]
+
+
+def _rows(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).flatten(1) if parts[0].ndim > 1 else torch.stack(parts)
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Return the elements that `runs` chooses of tensors of which it chooses equally many: (tensors, elements)."""
-    return torch.stack([runs(tensor) for tensor in tensors]).flatten(1)
+    return _rows([runs(tensor) for tensor in tensors])
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -111,21 +119,37 @@ class Views:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self._known: dict[int, tuple[tuple[int, ...], tuple[int, ...], tuple[int], tuple[int]]] = {}
+        self._known = [(tensor, *_NOWHERE) for tensor in tensors]
 
     def take(self) -> list[Tensor]:
         """Return the views: 1-D. Call it without a graph."""
-        return [self._view(at, tensor) for at, tensor in enumerate(self._tensors)]
+        return [
+            tensor.as_strided(sizes, steps)
+            if tensor.data_ptr() == address and tensor.numel() == count
+            else self._look(at, tensor)
+            for at, (tensor, address, count, sizes, steps) in enumerate(self._known)
+        ]
 
-    def _view(self, at: int, tensor: Tensor) -> Tensor:
-        shape, strides, sizes, steps = self._known.get(at, _NOWHERE)
-        if tensor.shape == shape and tensor.stride() == strides:
-            return tensor.as_strided(sizes, steps)
-        step = None if is_distributed(tensor) else memory_stride(tuple(tensor.shape), tensor.stride(), EVERY_STEP)
-        if step is not None:
-            self._known[at] = tuple(tensor.shape), tensor.stride(), (-(-tensor.numel() // step),), (step,)
-        return any_some(tensor)
+    def _look(self, at: int, tensor: Tensor) -> Tensor:
+        """Return the view of a tensor whose memory is new, or not known."""
+        if is_distributed(tensor) or memory_stride(tuple(tensor.shape), tensor.stride(), EVERY_STEP) is None:
+            self._known[at] = (tensor, *_NOWHERE)
+            return any_some(tensor)
+        size, count, step = tensor.numel(), tensor.numel(), 1
+        if size >= 2 * EVERY_STEP:  # equally many of most tensors, so that they can be measured together
+            count = EVERY_STEP
+            step = (size - 1) // (count - 1) if tensor.ndim == 1 else _fitting_stride(size, count, 1)
+        self._known[at] = (tensor, tensor.data_ptr(), size, (count,), (step,))
+        return tensor.as_strided((count,), (step,))
+
+
+def packed(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return copies of 1-D tensors next to each other in memory, if they are of one kind: (tensors, elements) if they
+    are equally long. PyTorch measures those in one operator, and tensors with gaps with one operator each."""
+    if len({(part.device, part.dtype) for part in parts}) != 1:
+        return parts
+    sizes, flat = [part.shape[0] for part in parts], torch.cat(list(parts))
+    return flat.view(len(sizes), -1) if len(set(sizes)) == 1 else flat.split(sizes)
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

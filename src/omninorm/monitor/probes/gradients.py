@@ -20,6 +20,7 @@ from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer, fill
 from omninorm.monitor.tensors import here, norms_of_whole, stack, widest
 
 MOST_HOOKS = 8
+_USUAL = frozenset([torch.float32, torch.bfloat16, torch.float16])
 
 
 class Pending:
@@ -109,10 +110,10 @@ class Gradients:
     def norms(self) -> Tensor:
         """Return ‖gradient‖ of every parameter, UNSEEN where there is none: (parameters,), float32."""
         device = self._buffer.device
-        gradients = [_values(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         self._find_missing()
         if gradients:
-            found = norms_of_whole(stacked_norms([here(gradient) for gradient in gradients], device), gradients)
+            found = _norms_of_gradients(gradients, device)
             scale = self._buffer.scale
             if scale is not None:
                 scale = scale.to(device)
@@ -195,6 +196,18 @@ def _at_the_end(function: Any) -> None:
     Variable._execution_engine.queue_callback(function)
 
 
+def _norms_of_gradients(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    if all(map(_is_usual, gradients)):
+        return stacked_norms(gradients, device)
+    values = [_values(gradient) for gradient in gradients]
+    return norms_of_whole(stacked_norms([here(each) for each in values], device), values)
+
+
+def _is_usual(x: Tensor) -> bool:
+    """Return whether a tensor is plain and dense, and real with 16 bits or more."""
+    return type(x) is Tensor and x.dtype in _USUAL and x.layout is torch.strided
+
+
 def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
@@ -216,14 +229,17 @@ def stacked_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _norms(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-    """Return the norms; those of tensors in host memory also as one tensor."""
-    tensors = [torch.view_as_real(tensor) if tensor.is_complex() else widened(tensor) for tensor in tensors]
-    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    norms: list[Tensor] = list(torch._foreach_norm(tensors, 2, dtype=wide))
-    if not all(tensor.is_cpu for tensor in tensors):
+    """Return the norms; those of tensors on one device also as one tensor."""
+    wide = torch.float32
+    if not all(map(_is_usual, tensors)):
+        tensors = [torch.view_as_real(tensor) if tensor.is_complex() else widened(tensor) for tensor in tensors]
+        wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    norms: list[Tensor] = list(torch._foreach_norm(list(tensors), 2, dtype=wide))
+    devices = {norm.device for norm in norms}
+    if len(devices) > 1:
         return norms, None
     together = torch.stack(norms)
-    if wide == torch.float64 or math.isfinite(together.sum().item()):
+    if not together.is_cpu or wide == torch.float64 or math.isfinite(together.sum().item()):
         return norms, together
     again = [
         norm if norm.isfinite() else torch.linalg.vector_norm(tensors[at], dtype=torch.float64)

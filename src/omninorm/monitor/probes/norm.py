@@ -243,18 +243,18 @@ class NormCall:
     def forward(self, x: Tensor, scale: Tensor, mean: Tensor | None, eps: float) -> None:
         self.reached = True
         self.site.eps = eps
-        self._safely(lambda: self._see(x.detach(), scale.detach(), None if mean is None else mean.detach()))
+        self._safely(lambda: self._see(x, scale, mean))
 
     def _see(self, x: Tensor, scale: Tensor, mean: Tensor | None) -> None:
         if self.counts:
             rows = self.shape[: len(self.shape) - self.site.norm.form.dims]
             self.site.see_scale(scale, mean, rows)
-        each = rows_per_block(scale.numel(), by_triton(x))
-        if self.site.has_examples(self.shape) and not self._ends_blocks(each):
-            self._kept = self.site.keep(x, scale, mean)
+        if self.site.has_examples(self.shape) and not self._ends_blocks(rows_per_block(scale.numel(), by_triton(x))):
+            self._kept = self.site.keep(x.detach(), scale, mean)
 
     def backward(self, dy: Tensor, dgain: Tensor | None, blocks: Tensor | None, rows_per_block: int) -> None:
-        self._safely(lambda: self._see_gradient(dy, blocks, rows_per_block))
+        if self.site.with_examples:
+            self._safely(lambda: self._see_gradient(dy, blocks, rows_per_block))
 
     def _see_gradient(self, dy: Tensor, blocks: Tensor | None, rows_per_block: int) -> None:
         kept, self._kept = self._kept, None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from omninorm.monitor.hooks.training_pass import safely
-from omninorm.monitor.probes.elements import Together, Views, are_finite, row_norms, stacked, together
+from omninorm.monitor.probes.elements import Together, Views, are_finite, packed, row_norms, stacked, together
 from omninorm.monitor.probes.gradients import spread, stacked_norms
 from omninorm.monitor.stats_buffer import UNSEEN, StatsBuffer
 from omninorm.monitor.tensors import constant
@@ -42,6 +42,7 @@ class OptimizerWatch:
         self._learning = [at for at, p in enumerate(parameters) if p.requires_grad and p.is_floating_point()]
         self._some_weights = Views([parameters[at] for at in self._learning])
         self._before: list[Together] = []
+        self._members: list[tuple[int, Tensor, dict[str, Any]]] = []
         self._found: dict[str, Tensor] = {}
         self._rates: list[float] = []
         self._stepped = False
@@ -91,7 +92,8 @@ class OptimizerWatch:
         self._announce()
         # Including those without a gradient: a closure may compute gradients inside the step.
         if self._buffer.sampling:
-            self._before = together({at: weight for at, weight, _ in self._watched(optimizer) if weight.ndim >= 2})
+            self._members = self._watched(optimizer)
+            self._before = together({at: weight for at, weight, _ in self._members if weight.ndim >= 2})
 
     def see_weights(self) -> None:
         """Measure the weights' norms, to detect NaNs. Called after all optimizer steps."""
@@ -100,14 +102,17 @@ class OptimizerWatch:
             return
         few = self._some_weights.take()
         if not are_finite(few):
-            self._see_weights(stacked_norms(few, self._buffer.device))
+            rows = packed(few)
+            norms = row_norms(rows) if isinstance(rows, Tensor) else stacked_norms(rows, self._buffer.device)
+            self._see_weights(norms)
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._stepped = True
         before, self._before = self._before, []
+        members, self._members = self._members, []
         if not self._buffer.sampling:
             return
-        watched = [item for item in self._watched(optimizer) if has_gradient(item[1]) and item[1].numel() > 0]
+        watched = [item for item in members if has_gradient(item[1]) and item[1].numel() > 0]
         if watched:
             self._measure_updates(before, {place: parameter for place, parameter, _ in watched})
             self._measure_adam(optimizer, watched)
@@ -154,7 +159,7 @@ class OptimizerWatch:
         gradients, eps = group.values.float(), max(eps, 1e-30)
         moments = stacked([second for second, _ in states]).to(gradients.device, torch.float32)
         # A parameter that was added later has made fewer steps.
-        made = torch.stack([torch.as_tensor(count, dtype=torch.float32) for _, count in states])
+        made = torch.stack([as_float(count) for _, count in states])
         corrections = 1 - beta ** made.to(gradients.device, non_blocking=True)
         # √v̂ is clamped to ε instead of v̂ to ε², because ε² may underflow.
         floors = (moments / corrections.unsqueeze(1)).sqrt_().clamp_min_(eps)
@@ -172,6 +177,12 @@ class OptimizerWatch:
         if key not in self._found:
             self._found[key] = torch.full((len(self._parameters),), UNSEEN, device=device, dtype=values.dtype)
         self._found[key][constant(tuple(places), device)] = values.to(device, self._found[key].dtype)
+
+
+def as_float(count: Any) -> Tensor:
+    """Return a number of steps in float32."""
+    usual = type(count) is Tensor and count.dtype is torch.float32
+    return count if usual else torch.as_tensor(count, dtype=torch.float32)
 
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:

@@ -45,14 +45,16 @@ def measure_gains(norms: Sequence[Norm], device: torch.device) -> list[Tensor]:
     Gains of the same width are measured together.
     """
     found = [torch.full((len(norms),), UNSEEN, device=device, dtype=torch.float32) for _ in GAIN_SIGNALS]
-    by_width: dict[int, list[int]] = {}
+    kinds: dict[tuple[int, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
     for place, norm in enumerate(norms):
-        if norm.gain is not None and norm.gain.numel() > 0 and not norm.gain.is_meta:
-            by_width.setdefault(norm.gain.numel(), []).append(place)
-    for places in by_width.values():
-        gains = [whole(norms[at].gain).detach().reshape(-1).to(device, torch.float32) for at in places]
+        gain = norm.gain
+        if gain is not None and gain.numel() > 0 and not gain.is_meta:
+            kinds.setdefault((gain.numel(), gain.dtype, gain.device), []).append((place, whole(gain)))
+    for of_kind in kinds.values():
+        places = [place for place, _ in of_kind]
+        gains = torch.stack([gain.reshape(-1) for _, gain in of_kind]).to(device, torch.float32)
         offsets = constant(tuple(norms[at].offset for at in places), device, torch.float32)
-        sizes = (torch.stack(gains) + offsets.unsqueeze(1)).abs()
+        sizes = (gains + offsets.unsqueeze(1)).abs()
         most = sizes.amax(dim=1)
         index = constant(tuple(places), device)
         found[0][index] = most

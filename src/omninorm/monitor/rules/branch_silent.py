@@ -69,6 +69,7 @@ class BranchSilent(Rule):
         exploded = self._stream.exploded(sample)
         for signal in SIGNALS:
             values = values_of(sample, signal)
+            numbers = known(values)
             for index, value in enumerate(values[: len(history.facts.blocks)]):
                 if value is None or index in exploded:
                     continue
@@ -76,7 +77,7 @@ class BranchSilent(Rule):
                     dead.append((index, signal, value))
                 elif signal in PARTS and self._has_fallen(history, sample, (index, signal), value):
                     fallen.append((index, signal, value))
-                if signal != "stream_rms" and self._is_weak((index, signal), value, known(values), sample.step):
+                if signal != "stream_rms" and self._is_weak((index, signal), value, numbers, sample.step):
                     weak.append((index, signal, value))
         yield from self._report(history, sample, dead, fallen, weak)
 

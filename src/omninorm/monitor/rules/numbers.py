@@ -17,13 +17,17 @@ def finite(value: object) -> float | None:
 
 def value_at(sample: Sample, signal: str, index: int = 0) -> float | None:
     """Return one value of a signal; None if it is missing or not finite."""
-    values = sample.signals.get(signal, ())
-    return finite(values[index]) if index < len(values) else None
+    values = values_of(sample, signal)
+    return values[index] if index < len(values) else None
 
 
 def values_of(sample: Sample, signal: str) -> list[float | None]:
-    """Return all values of a signal, with None for those that are not finite; empty if it is missing."""
-    return [finite(value) for value in sample.signals.get(signal, ())]
+    """Return all values of a signal, with None for those that are not finite; empty if it is missing. The list is
+    shared: do not change it."""
+    found = sample.finite.get(signal)
+    if found is None:
+        found = sample.finite[signal] = [finite(value) for value in sample.signals.get(signal, ())]
+    return found
 
 
 def known(values: Iterable[float | None]) -> list[float]:

@@ -82,6 +82,8 @@ class OddBlock(Rule):
         for signal in (*WEIGHTS, *ATTENTION, *BRANCHES):
             values = _by_block(history, sample, signal)
             odd = {found.block: found for found in _odd_in_chains(values, signal, history.facts)}
+            if not odd and not self._streaks.running():
+                continue
             for block in range(count):
                 holds = block in odd
                 if self._streaks.lasts((signal, block), holds, sample.step, SAMPLES, STEPS):
@@ -115,9 +117,11 @@ def _by_block(history: History, sample: Sample, signal: str) -> list[float | Non
     """Return one positive value per block; None where it is unknown."""
     facts, values = history.facts, values_of(sample, signal)
     if signal == "gain_max":
-        pairs = list(zip(facts.norms, values, strict=False))
-        of_block = [known(v for norm, v in pairs if norm.block == index) for index in range(len(facts.blocks))]
-        values = [max(found, default=None) for found in of_block]
+        largest: dict[int | None, float] = {}
+        for norm, value in zip(facts.norms, values, strict=False):
+            if value is not None:
+                largest[norm.block] = max(value, largest.get(norm.block, value))
+        values = [largest.get(index) for index in range(len(facts.blocks))]
     elif signal in WEIGHTS:
         named = dict(zip(facts.groups, values, strict=False))
         values = [named.get(block) for block in facts.blocks]

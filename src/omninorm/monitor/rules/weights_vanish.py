@@ -143,10 +143,9 @@ def _shrinking(
         return []
     table = [_divided(each, signal, over) for each in recent]
     found = []
-    for index in range(min(len(layers), *map(len, table))):
-        values = [row[index] for row in table]
-        numbers = known(values)
-        if len(numbers) < len(values) or min(numbers) <= 0.0:
+    for index, values in enumerate(zip(layers, *table, strict=False)):
+        numbers = known(values[1:])
+        if len(numbers) < len(table) or min(numbers) <= 0.0 or max(numbers) < FALL * numbers[-1]:
             continue
         start = max(range(len(numbers)), key=lambda at: (numbers[at], at))
         steps = sample.step - recent[start].step
