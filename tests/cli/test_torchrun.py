@@ -1,4 +1,7 @@
-"""`torchrun … -m omninorm train`: several processes train the run of one; if one dies, all end and the run resumes."""
+"""`torchrun … -m omninorm train`: several processes train the run of one; if one dies, all end and the run resumes.
+
+Each launch of torchrun takes 20 seconds of CPU time, so refusals and resumed runs use forks with torchrun's variables.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +45,23 @@ def train_alone(folder: Path, *arguments: str | Path) -> None:
     code, _, err = process.wait()
     process.end()
     assert code == 0, err
+
+
+def train_together(folder: Path, processes: int, *arguments: str | Path) -> tuple[list[int], str]:
+    """Train in processes with the variables that torchrun sets, but without torchrun; return exit codes and stderr."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    count = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    running = []
+    for rank in map(str, range(processes)):
+        (folder / rank).mkdir()
+        variables = {**place, **count, "RANK": rank, "LOCAL_RANK": rank}
+        running.append(Process(folder / rank, "train", *arguments, environment=variables))
+    results = [process.wait() for process in running]
+    for process in running:
+        process.end()
+    return [code for code, _, _ in results], "".join(err for _, _, err in results)
 
 
 def train(processes: int, *arguments: str | Path) -> str:
@@ -142,7 +163,8 @@ def test_ctrl_c_stops_all_after_a_step_and_any_number_resumes(
         if count == 1:
             train_alone(tmp_path, "--resume", copy, "--parallel", way)
         else:
-            train(count, "--resume", copy, "--parallel", way)
+            codes, err = train_together(tmp_path, count, "--resume", copy, "--parallel", way)
+            assert not any(codes), err
         by_step = {
             event["step"]: event["loss"] for event in read_record(copy / "record.jsonl") if event["kind"] == "step"
         }
@@ -168,10 +190,9 @@ def worker(launcher: int, rank: int) -> int:
 
 @pytest.mark.slow
 def test_a_batch_that_cannot_be_divided_is_refused_once(tmp_path: Path) -> None:
-    arguments = [*OPTIONS, "--batch-size", "3", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command(2, *arguments), env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert done.stderr.count("omninorm: --batch-size must be a multiple of the 2 processes, got 3") == 1
+    codes, err = train_together(tmp_path, 2, *OPTIONS, "--batch-size", "3", "--out", tmp_path / "run")
+    assert all(codes)
+    assert err.count("omninorm: --batch-size must be a multiple of the 2 processes, got 3") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -207,15 +228,15 @@ def test_a_step_that_does_not_fit_leaves_no_folder(tmp_path: Path, ranks: str) -
 def test_a_device_that_is_not_here_is_refused_by_one_process_only(tmp_path: Path) -> None:
     if torch.accelerator.is_available():
         pytest.skip("this machine has a GPU")
-    arguments = command(2, "--device", "cuda", "--out", tmp_path / "run")
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True)
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("omninorm:")]
+    codes, err = train_together(tmp_path, 2, "--device", "cuda", "--out", tmp_path / "run")
+    assert all(codes)
+    (line,) = [line for line in err.splitlines() if line.startswith("omninorm:")]
     assert "The device cuda is not available" in line
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_a_run_is_refused_by_one_process_only(tmp_path: Path) -> None:
-    done = subprocess.run(command(2, "--resume", tmp_path / "none"), env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("omninorm:")]
+    codes, err = train_together(tmp_path, 2, "--resume", tmp_path / "none")
+    assert all(codes)
+    (line,) = [line for line in err.splitlines() if line.startswith("omninorm:")]
     assert f"No such file or folder: {tmp_path / 'none'}" in line

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from helpers import fork_server
@@ -17,11 +19,11 @@ from helpers.waiting import PATIENCE
 
 
 class Process:
-    """`omninorm` with some arguments, running."""
+    """`omninorm` with some arguments, running; `environment` is added to the environment variables."""
 
-    def __init__(self, folder: Path, *arguments: object) -> None:
+    def __init__(self, folder: Path, *arguments: object, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         self._streams = (folder / "stdout", folder / "stderr")
-        target, given = _run, ([str(a) for a in arguments], *map(str, self._streams))
+        target, given = _run, ([str(a) for a in arguments], *map(str, self._streams), dict(environment))
         self._process = fork_server.context().Process(target=target, args=given)
         # One thread: several processes share the cores, which OpenMP's waiting threads would use up. The server also
         # inherits this if it starts now.
@@ -49,8 +51,9 @@ class Process:
         self._process.close()
 
 
-def _run(arguments: list[str], out: str, err: str) -> None:
+def _run(arguments: list[str], out: str, err: str, environment: dict[str, str]) -> None:
     """Runs in the new process."""
+    os.environ.update(environment)
     for stream, path in ((1, out), (2, err)):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, stream)
