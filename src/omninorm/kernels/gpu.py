@@ -262,6 +262,8 @@ def _plan(name: str, width: int, dtype: torch.dtype, eps: float, options: tuple[
     shape = tile(name, width, dtype)
     compute = tl.float64 if dtype == torch.float64 else tl.float32
     settings = {"EPS": eps, "LEAST": math.sqrt(eps), "C": compute, **dict(options), **shape._asdict()}
+    if name.startswith("layer_norm"):
+        settings["EVEN"] = shape.WHOLE and width == shape.BLOCK
     return Plan(getattr(_kernels(), name), {**settings, **_COMPILER}, shape.ROWS)
 
 
