@@ -42,7 +42,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="the file of the results (default: a new temporary file)")
     parser.add_argument("--peers", type=Path, help="a folder of wheels of Liger, quack and what they need")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # a process of the check: when it must end
-    parser.add_argument("--warm", help=argparse.SUPPRESS)  # a process that only compiles: "3/8" is its share
+    parser.add_argument("--warm", type=Path, help=argparse.SUPPRESS)  # a process that only compiles; its jobs' folder
+    parser.add_argument("--variant", help=argparse.SUPPRESS)  # a process that trains one variant
     options = parser.parse_args()
     options.parts = tuple(options.parts.split(",")) if options.parts else None
     for name in options.parts or ():
@@ -61,6 +62,10 @@ def main() -> int:
         from gpu_check.warming import warm
 
         return warm(options)
+    if options.variant:
+        from gpu_check.variants import run_variant
+
+        return run_variant(options)
     if options.worker:
         from gpu_check.worker import work
 

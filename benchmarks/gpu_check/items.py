@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 
@@ -16,3 +17,9 @@ class Item(NamedTuple):
     key: str
     limit: float
     run: Callable[[], dict[str, Any]]
+
+
+def sentences(caught: Iterable[warnings.WarningMessage]) -> list[str]:
+    """Return the texts of warnings, each once, and ten at most. They are findings: users would see them too."""
+    texts = (f"{each.category.__name__}: {' '.join(str(each.message).split())}"[:400] for each in caught)
+    return list(dict.fromkeys(texts))[:10]

@@ -16,8 +16,9 @@ class Sizes:
 
     shapes, checked: (rows, width) of the comparisons with float64, and of those of single features; rows, widths,
     dtypes: of the timings; rounds: samples of each timing; model, batch: the Thinker that is trained, and its sequences
-    per step; steps, blocks: steps in a timed block, and blocks for each variant; budgets: seconds by part, in the order
-    in which the parts run.
+    per step; steps, blocks: steps in a timed block of training, and blocks for each variant; watched_blocks: blocks for
+    each sampling interval of the watch; long_step: the seconds of a step to which the batch is raised for the watch's
+    overhead, 0 to keep the batch; budgets: seconds by part, in the order in which the parts run.
     """
 
     shapes: tuple[tuple[int, int], ...] = (
@@ -37,11 +38,13 @@ class Sizes:
     large: bool = True
     model: dict[str, Any] = field(default_factory=lambda: dict(GPT2_SMALL))
     batch: int = 8
-    steps: int = 10
-    blocks: int = 5
+    steps: int = 5
+    blocks: int = 9
+    watched_blocks: int = 4
+    long_step: float = 0.1
     budgets: dict[str, float] = field(
         default_factory=lambda: {
-            "numerics": 80.0, "speed": 150.0, "training": 90.0, "watch": 60.0, "tests": 55.0, "trace": 20.0
+            "numerics": 75.0, "speed": 130.0, "training": 70.0, "watch": 60.0, "tests": 100.0, "trace": 20.0
         }
     )  # fmt: skip
 
@@ -58,8 +61,9 @@ QUICK = Sizes(
     dtypes=("bf16",),
     rounds=9,
     large=False,
-    blocks=3,
-    budgets={"numerics": 50.0, "speed": 55.0, "training": 70.0, "watch": 45.0},
+    blocks=7,
+    watched_blocks=3,
+    budgets={"numerics": 60.0, "speed": 45.0, "training": 65.0, "watch": 50.0},
 )
 TINY = Sizes(
     shapes=((7, 33), (2, 64)),
@@ -72,7 +76,9 @@ TINY = Sizes(
     model=SMALL,
     batch=2,
     steps=2,
-    blocks=1,
+    blocks=2,
+    watched_blocks=1,
+    long_step=0.0,
     # Machines without a GPU may be slow; the sizes keep it short.
     budgets={"numerics": 200.0, "speed": 100.0, "training": 100.0, "watch": 100.0, "tests": 100.0, "trace": 50.0},
 )

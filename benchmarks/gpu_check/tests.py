@@ -6,9 +6,10 @@ The statements need torch only. Each compares the device with the CPU, in float3
 from __future__ import annotations
 
 import importlib.util
-import re
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import omninorm
-from gpu_check import place
+from gpu_check import place, pytest_log
 from gpu_check.items import Item
+from gpu_check.options import chosen_parts
 from gpu_check.sizes import Sizes
 from gpu_check.training import compiler
 from omninorm import NormConfig, Thinker, ThinkerConfig
@@ -32,11 +34,13 @@ SHAPE: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_le
 TOLERANCE = 1e-4
 
 
-def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
+def items(device: str, sizes: Sizes, options: Any) -> Iterator[Item]:
     for name, statement in STATEMENTS.items():
         yield Item(name, 40.0, lambda statement=statement: _stated(statement, device))  # type: ignore[misc]
     if device == "cuda" and importlib.util.find_spec("pytest") is not None:
-        yield Item("pytest", 240.0, lambda: suite(device, sizes.budgets["tests"]))
+        later = chosen_parts(options)[chosen_parts(options).index("tests") + 1 :]
+        end = options.worker - sum(sizes.budgets[name] for name in later)
+        yield Item("pytest", 240.0, lambda: suite(device, max(10.0, end - time.time())))
 
 
 def _stated(statement: Callable[[str], list[str]], device: str) -> dict[str, Any]:
@@ -176,18 +180,36 @@ def listed_files() -> list[str]:
 
 def suite(device: str, seconds: float) -> dict[str, Any]:
     """Run the tests that can run on any device, until the time is over."""
-    settings = ["-q", "--no-header", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+    with tempfile.TemporaryDirectory(prefix="omninorm-tests-") as folder:
+        log, output = Path(folder) / "tests.jsonl", Path(folder) / "output.txt"
+        code = _run_pytest(_pytest_command(device), log, output, seconds)
+        found, tail = pytest_log.read(log), output.read_text(encoding="utf-8", errors="replace")[-3000:]
+    state = "out of time" if code is None else f"exit code {code}"
+    # Pytest's exit code is 1 where tests fail; any other means that it could not run them.
+    wrong = found["wrong"] or ([] if code in (None, 0) else [f"pytest ended with {state}: {tail[-500:]}"])
+    summary = f"{found['passed']} passed, {len(found['failures'])} failed, {state}"
+    return {**found, "finished": code is not None, "wrong": wrong, "tail": tail, "summary": summary}
+
+
+def _pytest_command(device: str) -> list[str]:
+    settings = ["-q", "--tb=short", "--no-header", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    settings += ["-p", "gpu_check.pytest_log", "-o", "filterwarnings=default"]
+    cores = os.cpu_count() or 1
+    if importlib.util.find_spec("xdist") is not None and cores > 3:
+        settings += ["-n", str(cores - 2)]
     chosen = ["--device", device, "-m", "not slow and not exhaustive", *listed_files()]
-    command = [sys.executable, "-m", "pytest", *settings, *chosen]
-    end = time.time() + seconds
-    process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        output, _ = process.communicate(timeout=end - time.time())
-        finished = True
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-        finished = False
-    failures = re.findall(r"^(?:FAILED|ERROR) (.+)$", output, re.MULTILINE)
-    last = output.strip().splitlines()[-1:] or [""]
-    return {"finished": finished, "wrong": failures[:40], "tail": output[-3000:], "summary": last[0][:200]}
+    return [sys.executable, "-m", "pytest", *settings, *chosen]
+
+
+def _run_pytest(command: list[str], log: Path, output: Path, seconds: float) -> int | None:
+    """Return the exit code; None if it was ended because the time was over."""
+    paths = [str(_ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, pytest_log.VARIABLE: str(log), "PYTHONPATH": os.pathsep.join(paths)}
+    with output.open("wb") as file:  # not a pipe, which processes of pytest-xdist could keep open
+        process = subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return None

@@ -1,14 +1,13 @@
 """Tokens per second of training a Thinker in bfloat16 with omninorm's norms and torch.nn's, compiled and not.
 
-The variants start from the same weights and take turns, a block of steps each. Weights and optimizer state are float32
-and matrix products run under autocast, as in `omninorm train`.
+The variants start from the same weights and take turns, a block of steps each, in processes of their own. Weights and
+optimizer state are float32 and matrix products run under autocast, as in `omninorm train`.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import random
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +21,7 @@ import omninorm
 from gpu_check import place
 from gpu_check.items import Item
 from gpu_check.sizes import Sizes
+from gpu_check.variants import COMPILED, take_turns
 from omninorm import Thinker, ThinkerConfig
 from omninorm.bench.models import replace_norms
 
@@ -37,10 +37,10 @@ class Trained(NamedTuple):
     context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
-def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
-    yield Item("eager", 60.0, lambda: measure(device, sizes, False))
+def items(device: str, sizes: Sizes, options: Any) -> Iterator[Item]:
+    yield Item("eager", 60.0, lambda: measure(options, sizes, ""))
     if place.compiles(device):
-        yield Item("compiled", 75.0, lambda: measure(device, sizes, True))
+        yield Item("compiled", 75.0, lambda: measure(options, sizes, COMPILED))
 
 
 def warming(device: str, sizes: Sizes) -> list[Callable[[], object]]:
@@ -55,25 +55,38 @@ def names(device: str) -> list[str]:
     return [*(f"{place.OURS} {backend}" for backend in place.model_backends(device)), STOCK]
 
 
-def measure(device: str, sizes: Sizes, compiled: bool) -> dict[str, Any]:
-    first, failed = first_model(sizes, device), {}
-    variants: dict[str, Trained] = {}
-    torch._dynamo.reset()
-    for name in names(device):
-        try:
-            variants[name] = trained(name, first, device, sizes, compiled)
-            _run(variants[name], 3)
-        except Exception as failure:  # the others are still compared
-            failed[name] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
-            variants.pop(name, None)
-    seconds = _take_turns(variants, device, sizes)
+def measure(options: Any, sizes: Sizes, way: str) -> dict[str, Any]:
+    """Return the speed of every variant, and the speed over torch's norms in the same rounds."""
+    chosen = [name + way for name in names(options.device)]
+    seconds, counted, failed = take_turns(options, chosen, sizes.blocks)
     tokens = sizes.batch * sizes.model["max_seq_len"]
-    found = {name: _speed(taken, tokens) for name, taken in seconds.items()}
-    texts = [f"{name} {each['tokens_per_s']:,.0f} tokens/s" for name, each in found.items()]
-    return {"variants": found, "ratios": _ratios(seconds), "failed": failed, "tokens": tokens,
-            "wrong": [f"{name} failed: {why}" for name, why in failed.items()],
-            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
-            "summary": ", ".join(texts)}  # fmt: skip
+    found = {name.removesuffix(way): {**_speed(taken, tokens), **counted[name]} for name, taken in seconds.items()}
+    texts = [
+        f"{name} {each['tokens_per_s']:,.0f} tokens/s ({_range(each['blocks_ms'])} ms)" for name, each in found.items()
+    ]
+    wrong = [f"{name} failed: {why}" for name, why in failed.items()]
+    wrong += [f"{name}: {text}" for name, each in found.items() for text in _findings(each)]
+    ratios = _ratios({name.removesuffix(way): taken for name, taken in seconds.items()})
+    return {
+        "variants": found,
+        "ratios": {name: statistics.median(each) for name, each in ratios.items()},
+        "ranges": {name: [min(each), max(each)] for name, each in ratios.items()},
+        "failed": failed,
+        "tokens": tokens,
+        "wrong": wrong,
+        "summary": ", ".join(texts),
+    }
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.1f} to {max(values):.1f}"
+
+
+def _findings(counted: dict[str, Any]) -> list[str]:
+    found = [*counted["warnings"], *(f"a graph break: {reason}" for reason in counted["graph_breaks"])]
+    if counted["recompiled"]:
+        found.append(f"compiled {counted['recompiled']} more graphs after its first steps")
+    return found
 
 
 def first_model(sizes: Sizes, device: str) -> Thinker:
@@ -127,33 +140,18 @@ def compiler(device: str) -> str:
     return "inductor" if device == "cuda" else "aot_eager"
 
 
-def _run(variant: Trained, steps: int) -> None:
-    for _ in range(steps):
-        variant.step()
-
-
-def _take_turns(variants: dict[str, Trained], device: str, sizes: Sizes) -> dict[str, list[float]]:
-    """Return the seconds per step of every variant in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(sizes.blocks):
-        for name in random.sample(list(variants), len(variants)):
-            taken = place.wall(lambda: _run(variants[name], sizes.steps), device)  # noqa: B023
-            seconds[name].append(taken / sizes.steps)
-    return seconds
-
-
-def _speed(seconds: list[float], tokens: int) -> dict[str, float]:
+def _speed(seconds: list[float], tokens: int) -> dict[str, Any]:
+    """Return the median, and the blocks, whose spread is what a difference must exceed."""
     median = statistics.median(seconds)
-    return {"ms": median * 1e3, "tokens_per_s": tokens / median}
+    blocks = [round(each * 1e3, 3) for each in seconds]
+    return {"ms": median * 1e3, "tokens_per_s": tokens / median, "blocks_ms": blocks}
 
 
-def _ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Return how much faster ours train than torch's norms."""
+def _ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return how much faster ours train than torch's norms, in every round."""
     stock = seconds.get(STOCK)
     if stock is None:
         return {}
     return {
-        name: statistics.median(b / a for a, b in zip(taken, stock, strict=True))
-        for name, taken in seconds.items()
-        if name != STOCK
+        name: [b / a for a, b in zip(taken, stock, strict=True)] for name, taken in seconds.items() if name != STOCK
     }

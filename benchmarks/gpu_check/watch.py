@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import random
+import contextlib
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from gpu_check.items import Item
 from gpu_check.sizes import Sizes
 from gpu_check.training import Trained, first_model, loss_of, names, some_tokens, trained
 
-# A variant's sampling interval; None is not watched. The ratio of the two that are not watched is the noise.
-VARIANTS = {"off": None, "every=10": 10, "every=1": 1, "off again": None}
+# Steps of a timed block by its sampling interval; None is not watched. Each block holds two samples or more.
+BLOCKS = {None: 10, 10: 20, 1: 5}
 
 
 def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
     yield Item("overhead", 60.0, lambda: overhead(device, sizes, False))
+    yield Item("overhead, long steps", 90.0, lambda: overhead_of_long_steps(device, sizes))
     yield Item("host waits", 40.0, lambda: host_waits(device, sizes))
     if place.has_graphs(device):
         yield Item("CUDA graphs of norms", 40.0, lambda: graphs_of_norms(device))
@@ -33,21 +35,38 @@ def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
 # Time
 
 
-def overhead(device: str, sizes: Sizes, compiled: bool) -> dict[str, Any]:
-    """Return the time of a step for each variant, over the mean of the two that are not watched."""
+def overhead(device: str, sizes: Sizes, compiled: bool, intervals: tuple[int, ...] = (10, 1)) -> dict[str, Any]:
+    """Return what each sampling interval adds to a step. Every watched block is between two that are not."""
     torch._dynamo.reset()
     first, name = first_model(sizes, device), names(device)[0]
-    models = {each: trained(name, first, device, sizes, compiled) for each in VARIANTS}
-    watches = {
-        each: omninorm.watch(models[each].model, models[each].optimizer, every=every).open()
-        for each, every in VARIANTS.items()
-        if every is not None
-    }
-    runs = {each: _block(models[each], watches.get(each), sizes.steps) for each in VARIANTS}
-    seconds = _take_turns(runs, device, sizes)
-    for each in watches.values():
-        each.close()
-    return _report(seconds, watches["every=10"])
+    models = {every: trained(name, first, device, sizes, compiled) for every in (None, *intervals)}
+    watches = {every: omninorm.watch(models[every].model, models[every].optimizer, every=every) for every in intervals}
+    with contextlib.ExitStack() as stack:
+        opened: dict[int | None, Any] = {every: stack.enter_context(each) for every, each in watches.items()}
+        runs = {every: _block(models[every], opened.get(every), BLOCKS[every]) for every in models}
+        for run in runs.values():
+            run()
+        seconds = _in_between(runs, device, sizes.watched_blocks)
+        samples = {every: len(opened[every].history.samples) for every in intervals}
+    return {"batch": sizes.batch, **_report(seconds, samples)}
+
+
+def overhead_of_long_steps(device: str, sizes: Sizes) -> dict[str, Any]:
+    """Return the overhead at every=10 for a batch whose step takes about 100 ms: there the device is the limit."""
+    return overhead(device, _with_long_steps(device, sizes), False, intervals=(10,))
+
+
+def _with_long_steps(device: str, sizes: Sizes) -> Sizes:
+    """Return the sizes with a batch whose step takes about `long_step` seconds."""
+    first, name = first_model(sizes, device), names(device)[0]
+    for _ in range(3):  # the first step may wait for the host, so its time does not grow with the batch
+        run = _block(trained(name, first, device, sizes, False), None, 3)
+        run()
+        seconds = place.wall(run, device) / 3
+        if seconds > 0.95 * sizes.long_step:
+            break
+        sizes = replace(sizes, batch=max(sizes.batch + 1, round(sizes.batch * sizes.long_step / seconds)))
+    return sizes
 
 
 def _block(model: Trained, watched: Any, steps: int) -> Callable[[], None]:
@@ -64,29 +83,47 @@ def _block(model: Trained, watched: Any, steps: int) -> Callable[[], None]:
     return run
 
 
-def _take_turns(runs: dict[str, Callable[[], None]], device: str, sizes: Sizes) -> dict[str, list[float]]:
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(sizes.blocks):
-        for name in random.sample(list(runs), len(runs)):
-            seconds[name].append(place.wall(runs[name], device) / sizes.steps)
-    return seconds
+def _in_between(
+    runs: dict[int | None, Callable[[], None]], device: str, blocks: int
+) -> dict[int | None, list[tuple[float, float]]]:
+    """Return, for each interval, the seconds per step of its blocks and those not watched before and after; and, for
+    None, those of neighbouring blocks that are not watched.
+    """
+
+    def timed(every: int | None) -> float:
+        return place.wall(runs[every], device) / BLOCKS[every]
+
+    found: dict[int | None, list[tuple[float, float]]] = {every: [] for every in runs}
+    before = timed(None)
+    for _ in range(blocks):
+        for every in runs:
+            if every is not None:
+                watched, after = timed(every), timed(None)
+                found[every].append((watched, (before + after) / 2))
+                found[None].append((after, before))
+                before = after
+    return found
 
 
-def _report(seconds: dict[str, list[float]], watched: Any) -> dict[str, Any]:
-    plain = [(a + b) / 2 for a, b in zip(seconds["off"], seconds["off again"], strict=True)]
-    step = statistics.median(plain)
-    found = {}
-    for name in ("every=10", "every=1"):
-        extra = statistics.median(a - b for a, b in zip(seconds[name], plain, strict=True))
-        found[name] = {"ratio": 1 + extra / step, "extra_ms": extra * 1e3, "of_100_ms": extra / 0.1}
-    noise = statistics.median(b / a for a, b in zip(seconds["off"], seconds["off again"], strict=True))
-    samples = len(watched.history.samples)
-    wrong = [] if samples else ["the watch has no samples"]
-    summary = ", ".join(f"{name} +{each['extra_ms']:.2f} ms" for name, each in found.items())
-    return {"step_ms": step * 1e3, "watched": found, "noise": noise, "samples": samples, "wrong": wrong,
-            "summary": f"step {step * 1e3:.1f} ms, {summary}, noise {noise:.3f}"}  # fmt: skip
+def _report(seconds: dict[int | None, list[tuple[float, float]]], samples: dict[int, int]) -> dict[str, Any]:
+    step = statistics.median(plain for _, plain in seconds[None])
+    noise = statistics.median(abs(after - before) for after, before in seconds[None])
+    found: dict[str, dict[str, Any]] = {}
+    for every in samples:
+        extras = [watched - plain for watched, plain in seconds[every]]
+        extra = statistics.median(extras)
+        found[f"every={every}"] = {
+            "ratio": 1 + extra / step, "extra_ms": extra * 1e3, "blocks_ms": [each * 1e3 for each in extras]
+        }  # fmt: skip
+    least = {every: 2 * len(seconds[every]) for every in samples}
+    wrong = [
+        f"every={every} has {samples[every]} samples, not {least[every]}"
+        for every in samples
+        if samples[every] < least[every]
+    ]
+    texts = [f"{name} {each['extra_ms']:+.2f} ms ({each['ratio'] - 1:+.1%})" for name, each in found.items()]
+    return {"step_ms": step * 1e3, "watched": found, "noise_ms": noise * 1e3, "samples": samples, "wrong": wrong,
+            "summary": f"step {step * 1e3:.1f} ms, {', '.join(texts)}, noise {noise * 1e3:.2f} ms"}  # fmt: skip
 
 
 # Host waits
@@ -136,7 +173,8 @@ def _same_in_graph(norm: nn.Module, dtype: torch.dtype, device: str) -> bool:
 
     def passes() -> tuple[Tensor, ...]:
         y = norm(x)
-        return (y, *torch.autograd.grad(y, leaves, dy))
+        # Detached, so that no graph outlives its stream.
+        return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
     graph, results = captured(passes)
     with torch.no_grad():

@@ -189,6 +189,8 @@ def install() -> None:
         _autocast.fallback(torch.library.fallthrough_kernel)
         for overload in ("arange", "arange.start", "arange.start_step"):
             _library.impl(overload, _arange, "PrivateUse1")
+        # Conversions such as `module.double()` would change the dtype of a tensor that wraps another, but not that one's.
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
 
 
 def to_simulated(module: nn.Module) -> nn.Module:

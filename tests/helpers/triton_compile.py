@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
     @property
     def tile(self) -> gpu.Tile:
-        return gpu.tile(self.width, self.dtype, "backward" in self.kernel, most_warps=gpu.most_warps(self.target[:3]))
+        return gpu.tile(KERNELS[self.kernel][0], self.width, self.dtype, most_warps=gpu.most_warps(self.target[:3]))
 
 
 @cache
@@ -78,7 +78,9 @@ def compiled(case: Case) -> Any:
 
 def totals(dtype: torch.dtype, target: str) -> Any:
     """The kernel that adds up the blocks, for gains of a dtype."""
-    signature = {"blocks_ptr": TYPES[torch.float32], "total_ptr": TYPES[dtype], "blocks": "i32", "width": "i32"}
+    signature = dict.fromkeys(("first_ptr", "second_ptr"), TYPES[torch.float32])
+    signature |= dict.fromkeys(("first_total_ptr", "second_total_ptr"), TYPES[dtype])
+    signature |= dict.fromkeys(("blocks", "width"), "i32")
     constants = {"ROWS": gpu.BLOCKS, "BLOCK": gpu.COLUMNS}
     source = ASTSource(
         triton_norms.column_totals, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants

@@ -182,7 +182,7 @@ def test_a_missing_or_old_triton_is_named(monkeypatch, versions: dict[str, str],
         return versions[name]
 
     monkeypatch.setattr(gpu.importlib.metadata, "version", version)
-    assert gpu.unavailable.__wrapped__() == reason
+    assert gpu._unavailable.__wrapped__() == reason
 
 
 def test_the_choice_is_restored_after_an_error_and_blocks_nest() -> None:

@@ -52,19 +52,30 @@ if not gpu.INTERPRETED:
     )
     def test_every_byte_of_a_row_is_moved_once_16_at_a_time(case: Case) -> None:
         """Forward x once and y once, backward x, dy and dx once; with an addition one more of each. Beside them the gains
-        and the sums of their gradients, once a program, and the rows' statistics."""
+        and the sums of their gradients, once a program, and the rows' statistics.
+
+        A backward pass has the loads of x and dy twice in its code: for its first rows, and for the next ones. LayerNorm has
+        code for rare rows: forward it reads them five times in small steps, backward it reads the gain once more.
+        """
         _, rows, block, warps = case.tile
         layer, add, backward = "layer" in case.kernel, case.kernel.startswith("add_"), "backward" in case.kernel
-        row = rows * block * case.dtype.itemsize
+        row, threads = rows * block * case.dtype.itemsize, warps * 32
         gains = block * 4 * (2 if layer else 1)
-        loaded = row * (1 + add + backward) + (block * 4 if backward else gains)
+        loaded = row * (4 + add) + block * 4 if backward else row * (1 + add) + gains
+        rare = (
+            (block * 4 if backward else 5 * rows * min(block, 1024) * case.dtype.itemsize * (1 + add)) if layer else 0
+        )
         stored = row * (1 + (add and not backward)) + (gains if backward else 0)
         loads, stores = bytes_moved(case, "ld"), bytes_moved(case, "st")
-        assert loads.pop(16) == loaded
+        assert loads.pop(16) in (
+            loaded,
+            loaded + rare,
+        )  # in steps that are small for its threads, one loads less at a time
         assert stores.pop(16) == stored
-        # What is left are the statistics: one number a row, of which each thread may have a copy.
-        statistics = warps * 32 * 4 * (2 if layer else 1)
-        assert sum(loads.values()) <= (statistics * rows * 2 if backward else 0)
+        # What is left are the statistics, or LayerNorm's first element: a number a row, of which each thread may have a copy.
+        statistics = threads * 4 * (2 if layer else 1)
+        first = threads * rows * case.dtype.itemsize * (1 + add) + rare if layer else 0
+        assert sum(loads.values()) <= (statistics * rows * 4 if backward else first)
         assert sum(stores.values()) <= (0 if backward else statistics)
 
     @pytest.mark.parametrize("target", TARGETS)

@@ -198,6 +198,7 @@ def train(
     from omninorm.cli.progress import show_progress
     from omninorm.experiments.processes import joined
 
+    context.params |= {"out": out, "resume": resume}  # Typer < 0.29 makes paths of texts only for this function
     given = _given(context.params)
     with _ended_by_others(), joined(parallel, _device(device, resume)) as processes:
         if not processes.first:

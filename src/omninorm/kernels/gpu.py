@@ -20,20 +20,23 @@ from torch import Tensor
 
 from omninorm.kernels import autograd, reference
 from omninorm.kernels.autograd import rows_per_block
+from omninorm.kernels.constants import constant_in_graphs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OLDEST_TRITON = (3, 3)
 
-# Numbers of four bytes that a program holds of a tensor: rows are whole up to the widest, wider ones come in steps, and
-# of narrow ones there are several. Wider tiles would not fit into the registers.
-WIDEST, WIDEST_BACKWARD, STEP, SEVERAL = 16384, 8192, 4096, 2048
 # A tile of `column_totals`.
-COLUMNS, BLOCKS = 128, 32
+COLUMNS, BLOCKS = 16, 128
+
+
+@constant_in_graphs
+def unavailable() -> str:
+    """Return why the kernels can't be used, assuming that the machine has a GPU; empty if they can."""
+    return _unavailable()
 
 
 @cache
-def unavailable() -> str:
-    """Return why the kernels can't be used, assuming that the machine has a GPU; empty if they can."""
+def _unavailable() -> str:
     for name in ("triton", "pytorch-triton-rocm", "triton-windows"):
         try:
             version = importlib.metadata.version(name)
@@ -73,13 +76,46 @@ def most_warps(kind: str) -> int:
 _MOST_WARPS = most_warps("gfx" if torch.version.hip else "sm")
 
 
-def tile(width: int, dtype: torch.dtype, backward: bool, most_warps: int = _MOST_WARPS) -> Tile:
-    """Return the tile for rows of a width; it depends on the width only, so that sums have one order."""
-    scale = reference.compute_dtype(dtype).itemsize // 4
-    whole = width <= (WIDEST_BACKWARD if backward else WIDEST) // scale**2
-    block = max(16, 1 << (width - 1).bit_length()) if whole else STEP // scale
-    rows = max(1, SEVERAL // scale // block)
-    return Tile(whole, rows, block, min(most_warps, max(4, rows * block * scale // 512)))
+class _Limits(NamedTuple):
+    """What the tiles of a kernel are made of. Measured on an H100; see docs/log.md.
+
+    widest: rows are whole up to this width, because wider ones don't fit into the registers; several: the least
+    elements of a tile, so narrow rows come together; held: the elements of a thread; steps: rows, columns and warps of
+    the tile in which wider rows are read.
+    """
+
+    widest: int
+    several: int
+    held: int
+    steps: tuple[int, int, int]
+
+
+# By kernel and by the bytes of a number of x.
+_LIMITS = {
+    ("rms_norm_forward", 2): _Limits(16384, 2048, 16, (1, 4096, 8)),
+    ("rms_norm_forward", 4): _Limits(16384, 2048, 16, (1, 4096, 8)),
+    ("rms_norm_forward", 8): _Limits(4096, 1024, 8, (1, 2048, 8)),
+    ("layer_norm_forward", 2): _Limits(16384, 2048, 32, (1, 4096, 8)),
+    ("layer_norm_forward", 4): _Limits(16384, 2048, 32, (1, 4096, 8)),
+    ("layer_norm_forward", 8): _Limits(4096, 1024, 8, (1, 2048, 8)),
+    ("rms_norm_backward", 2): _Limits(16384, 4096, 32, (2, 4096, 16)),
+    ("rms_norm_backward", 4): _Limits(8192, 2048, 16, (2, 4096, 16)),
+    ("rms_norm_backward", 8): _Limits(2048, 1024, 8, (1, 2048, 8)),
+    ("layer_norm_backward", 2): _Limits(8192, 2048, 32, (2, 4096, 16)),
+    ("layer_norm_backward", 4): _Limits(8192, 2048, 16, (2, 4096, 16)),
+    ("layer_norm_backward", 8): _Limits(2048, 1024, 8, (1, 2048, 8)),
+}
+
+
+def tile(kernel: str, width: int, dtype: torch.dtype, most_warps: int = _MOST_WARPS) -> Tile:
+    """Return the tile for rows of a width; it depends on width and dtype only, so that sums have one order."""
+    limits = _LIMITS[kernel, dtype.itemsize]
+    if width > limits.widest:
+        rows, block, warps = limits.steps
+        return Tile(False, rows, block, warps)
+    block = max(16, 1 << (width - 1).bit_length())
+    rows = max(1, limits.several // block)
+    return Tile(True, rows, block, min(most_warps, max(4, rows * block // (32 * limits.held))))
 
 
 class Rows(NamedTuple):
@@ -92,6 +128,9 @@ class Rows(NamedTuple):
 
 
 def as_rows(x: Tensor) -> Rows:
+    if x.is_contiguous():  # the launch needs no view of the right shape
+        width = x.shape[-1]
+        return Rows(x, x.numel() // width, width, width)
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
@@ -107,29 +146,20 @@ def _forward(
     others = as_rows(residual) if residual is not None else rows
     y = x.new_empty(x.shape)
     total = x.new_empty(x.shape) if residual is not None else x
-    compute = reference.compute_dtype(x.dtype)
-    scale = x.new_empty((rows.number,), dtype=compute) if keep else x
+    scale = x.new_empty((rows.number,), dtype=reference.compute_dtype(x.dtype)) if keep else x
     mean = torch.empty_like(scale) if keep and centered else x
     if rows.number:
         options |= {"BIAS": bias is not None} if centered else {}
-        shape, settings = _settings(
-            rows.width,
-            x.dtype,
-            eps,
-            backward=False,
-            ADD=residual is not None,
-            GAIN=weight is not None,
-            KEEP=keep,
-            **options,
-        )
+        options |= {"ADD": residual is not None, "GAIN": weight is not None, "KEEP": keep}
+        name = "layer_norm_forward" if centered else "rms_norm_forward"
+        plan = _plan(name, rows.width, x.dtype, eps, tuple(options.items()))
         gains = (_dense(weight, x), _dense(bias, x)) if centered else (_dense(weight, x),)
         statistics = (mean, scale) if centered else (scale,)
-        kernel = _kernels().layer_norm_forward if centered else _kernels().rms_norm_forward
-        with _on(x):
-            kernel[-(-rows.number // shape.ROWS),](
-                rows.values, others.values, *gains, y, total, *statistics,
-                rows.number, rows.width, rows.stride, others.stride, **settings,
-            )  # fmt: skip
+        plan.launch(
+            (-(-rows.number // plan.rows), 1),
+            (rows.values, others.values, *gains, y, total, *statistics),
+            (rows.number, rows.width, rows.stride, others.stride),
+        )
     return y, total, mean, scale
 
 
@@ -148,42 +178,40 @@ def _backward(
         x.new_empty((blocks * learns, rows.width), dtype=compute) for learns in (gain_learns, bias_learns)
     )
     if rows.number:
+        options |= {"LEARNS": gain_learns} if mean is None else {"GAIN_LEARNS": gain_learns, "BIAS_LEARNS": bias_learns}
+        options |= {"ADD": dtotal is not None, "GAIN": weight is not None}
+        name = "rms_norm_backward" if mean is None else "layer_norm_backward"
         statistics = (scale,) if mean is None else (mean, scale)
         sums = (of_gain,) if mean is None else (of_gain, of_bias)
-        options |= {"LEARNS": gain_learns} if mean is None else {"GAIN_LEARNS": gain_learns, "BIAS_LEARNS": bias_learns}
-        _, settings = _settings(
-            rows.width, x.dtype, eps, backward=True, ADD=dtotal is not None, GAIN=weight is not None, **options
+        _plan(name, rows.width, x.dtype, eps, tuple(options.items())).launch(
+            (blocks, 1),
+            (dys.values, more.values, rows.values, *statistics, _dense(weight, x), dx, *sums),
+            (rows.number, rows.width, each, dys.stride, more.stride, rows.stride),
         )
-        kernel = _kernels().rms_norm_backward if mean is None else _kernels().layer_norm_backward
-        with _on(x):
-            kernel[blocks,](
-                dys.values, more.values, rows.values, *statistics, _dense(weight, x), dx, *sums,
-                rows.number, rows.width, each, dys.stride, more.stride, rows.stride, **settings,
-            )  # fmt: skip
-    return dx, _total(of_gain, weight, gain_learns), _total(of_bias, bias, bias_learns), of_gain
+    return dx, *_totals(of_gain, of_bias, weight, bias, wanted), of_gain
 
 
-def _total(blocks: Tensor, gain: Tensor | None, learns: bool) -> Tensor:
-    """The sum over the blocks, in the gain's dtype."""
-    if gain is None:
-        return blocks.new_empty((0,), dtype=torch.float32)
-    if not learns:
-        return gain.new_empty((0,))
-    count, width = blocks.shape
-    total = gain.new_zeros((width,))
-    if count:
-        with _on(blocks):
-            _kernels().column_totals[-(-width // COLUMNS),](
-                blocks,
-                total,
-                count,
-                width,
-                ROWS=BLOCKS,
-                BLOCK=COLUMNS,
-                num_warps=4,
-                enable_fp_fusion=False,
-            )
-    return total
+def _totals(
+    of_gain: Tensor, of_bias: Tensor, gain: Tensor | None, bias: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """The sums over the blocks, in the dtypes of gain and bias; empty where they aren't wanted."""
+    width, totals, learning = of_gain.shape[1], [], []
+    for blocks, each in ((of_gain, gain), (of_bias, bias)):
+        if each is None:
+            totals.append(of_gain.new_empty((0,), dtype=torch.float32))
+        elif not wanted:
+            totals.append(each.new_empty((0,)))
+        else:
+            totals.append(each.new_empty((width,)))
+            learning.append((blocks, totals[-1]))
+    if learning and not learning[0][0].shape[0]:
+        for _, total in learning:
+            total.zero_()
+    elif learning:
+        (first, total), (second, other) = learning[0], learning[-1]
+        programs = -(-width // COLUMNS), len(learning)
+        _plan_of_totals().launch(programs, (first, second, total, other), (first.shape[0], width))
+    return totals[0], totals[1]
 
 
 def _dense(gain: Tensor | None, x: Tensor) -> Tensor:
@@ -191,18 +219,59 @@ def _dense(gain: Tensor | None, x: Tensor) -> Tensor:
     return x if gain is None else gain.contiguous()
 
 
+class Plan:
+    """A kernel with its compile-time options, and what Triton compiled for the arguments that were passed so far.
+
+    Triton compiles a kernel anew where the dtype or alignment of a pointer, or the divisibility of a number, is
+    another. It finds that out in each call, which takes longer than most norms; `launch` looks it up instead.
+    """
+
+    def __init__(self, kernel: Any, settings: dict[str, Any], rows: int) -> None:
+        self.rows = rows
+        self._kernel, self._settings = kernel, settings
+        self._constants = tuple(settings[name] for name in kernel.arg_names if name in settings)
+        self._compiled: dict[Any, Any] = {}
+
+    def launch(self, programs: tuple[int, int], tensors: tuple[Tensor, ...], numbers: tuple[int, ...]) -> None:
+        """Run the kernel on the device of the first tensor."""
+        first = tensors[0]
+        if INTERPRETED or first.device.index != torch.cuda.current_device():
+            with _on(first):
+                self._kernel[programs](*tensors, *numbers, **self._settings)
+            return
+        key = (
+            first.device.index,
+            *((each.dtype, each.data_ptr() & 15 == 0) for each in tensors),
+            *((number & 15 == 0, number == 1, number > _LARGEST_INT) for number in numbers),
+        )
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self._kernel[programs](*tensors, *numbers, **self._settings)
+        else:
+            compiled[programs[0], programs[1], 1](*tensors, *numbers, *self._constants)
+
+
+_LARGEST_INT = 2**31 - 1
+
+
 @lru_cache(maxsize=4096)
-def _settings(
-    width: int, dtype: torch.dtype, eps: float, *, backward: bool, **options: Any
-) -> tuple[Tile, dict[str, Any]]:
-    """Return the launch options of a kernel; the same for all its calls in a model."""
+def _plan(name: str, width: int, dtype: torch.dtype, eps: float, options: tuple[tuple[str, Any], ...]) -> Plan:
+    """Return the plan of a kernel; the same for all its calls in a model."""
     import triton.language as tl
 
-    shape = tile(width, dtype, backward)
+    shape = tile(name, width, dtype)
     compute = tl.float64 if dtype == torch.float64 else tl.float32
-    settings = {"EPS": eps, "LEAST": math.sqrt(eps), "C": compute, **options, **shape._asdict()}
-    # The compiler fuses no multiplications and additions: what is to be rounded once is written so.
-    return shape, {**settings, "enable_fp_fusion": False}
+    settings = {"EPS": eps, "LEAST": math.sqrt(eps), "C": compute, **dict(options), **shape._asdict()}
+    return Plan(getattr(_kernels(), name), {**settings, **_COMPILER}, shape.ROWS)
+
+
+@cache
+def _plan_of_totals() -> Plan:
+    return Plan(_kernels().column_totals, {"ROWS": BLOCKS, "BLOCK": COLUMNS, "num_warps": 4, **_COMPILER}, BLOCKS)
+
+
+# The compiler fuses no multiplications and additions: what is to be rounded once is written so.
+_COMPILER = {"enable_fp_fusion": False}
 
 
 def _on(x: Tensor) -> Any:
@@ -237,7 +306,7 @@ def _add_rms_norm_forward(
     return y, total, scale
 
 
-def _rms_norm_backward_blocks(
+def _rms_norm_backward(
     dy: Tensor,
     dtotal: Tensor | None,
     x: Tensor,
@@ -249,7 +318,11 @@ def _rms_norm_backward_blocks(
     wanted: bool = True,
 ) -> tuple[Tensor, ...]:
     options = _rms_options(gain_offset, round_first)
-    dx, dweight, _, blocks = _backward(dy, dtotal, x, None, scale, weight, None, eps, wanted, **options)
+    return _backward(dy, dtotal, x, None, scale, weight, None, eps, wanted, **options)
+
+
+def _rms_norm_backward_blocks(*given: Any) -> tuple[Tensor, ...]:
+    dx, dweight, _, blocks = _rms_norm_backward(*given)
     return dx, dweight, blocks.double()
 
 
@@ -264,7 +337,7 @@ def _add_layer_norm_forward(
     return _forward(x, residual, weight, bias, eps, True, True)
 
 
-def _layer_norm_backward_blocks(
+def _layer_norm_backward(
     dy: Tensor,
     dtotal: Tensor | None,
     x: Tensor,
@@ -275,7 +348,11 @@ def _layer_norm_backward_blocks(
     eps: float,
     wanted: bool = True,
 ) -> tuple[Tensor, ...]:
-    dx, dweight, dbias, blocks = _backward(dy, dtotal, x, mean, scale, weight, bias, eps, wanted)
+    return _backward(dy, dtotal, x, mean, scale, weight, bias, eps, wanted)
+
+
+def _layer_norm_backward_blocks(*given: Any) -> tuple[Tensor, ...]:
+    dx, dweight, dbias, blocks = _layer_norm_backward(*given)
     return dx, dweight, dbias, blocks.double()
 
 
@@ -290,7 +367,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     )[:2],
     "add_rms_norm_forward": _add_rms_norm_forward,
     "add_rms_norm_autograd": _add_rms_norm_forward,
-    "rms_norm_backward": lambda *given: _rms_norm_backward_blocks(*given)[:2],
+    "rms_norm_backward": lambda *given: _rms_norm_backward(*given)[:2],
     "rms_norm_backward_blocks": _rms_norm_backward_blocks,
     "layer_norm": lambda x, weight, bias, eps: _forward(x, None, weight, bias, eps, True, False)[0],
     "layer_norm_forward": _layer_norm_forward,
@@ -298,7 +375,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "add_layer_norm": lambda x, residual, weight, bias, eps: _forward(x, residual, weight, bias, eps, True, False)[:2],
     "add_layer_norm_forward": _add_layer_norm_forward,
     "add_layer_norm_autograd": _add_layer_norm_forward,
-    "layer_norm_backward": lambda *given: _layer_norm_backward_blocks(*given)[:3],
+    "layer_norm_backward": lambda *given: _layer_norm_backward(*given)[:3],
     "layer_norm_backward_blocks": _layer_norm_backward_blocks,
 }
 

@@ -8,8 +8,11 @@ Each measurement is an object:
 - dtype: of x, such as "bfloat16";
 - width, rows: the shape that was timed;
 - compiled: true if it was timed under torch.compile, where "triton" means an operator that Inductor cannot fuse;
-- backend: the fastest, "torch" or "triton";
+- backend: "triton" where neither the GPU nor the host needs longer with it than with "torch", otherwise "torch";
 - run: the file of the run that measured it.
+
+The host's time counts because it is the limit of small models, small batches and generation, and is then many times the
+difference on the GPU.
 
 A measurement counts for widths from its own up to the next larger one. The choice never depends on the number of rows:
 "triton" must have been faster for every number of rows that was timed. Otherwise the bits of a row would depend on the

@@ -10,8 +10,8 @@ With x a row of d features in the compute type C, γ the gain, β the bias, o th
 
 The arithmetic is the reference's: a row is measured in a unit of its own, a power of two, so that no square overflows
 or vanishes, and r is kept as root · per_unit, whose product alone may have no number; μ is subtracted twice, as a
-number and then what rounding that number left (`rest`). A backward pass takes r and μ from the forward one, where that
-r is plain, and else measures the row again.
+number and then what rounding that number left (`rest`). LayerNorm measures a row in that way only where it must. A
+backward pass takes r and μ from the forward one, where that r is plain, and else measures the row again.
 
 Sums over a row have one order, that of its tile, so no row depends on those around it. Of gains' gradients each program
 sums a block of rows, whose size depends on the number of rows alone; `column_totals` adds the blocks up in float64.
@@ -118,12 +118,25 @@ def is_plain(r):
 
 
 @triton.jit
+def rows_of(block, start, rows, rows_each, ROWS: constexpr):
+    """The rows of a block from its row `start` on, and which of them there are."""
+    of_block = (start + tl.arange(0, ROWS))[:, None]
+    row = block * rows_each + of_block
+    return row, (row < rows) & (of_block < rows_each)
+
+
+@triton.jit
+def fetch(x, columns, width, present):
+    """Elements of rows that begin at x, in their dtype; 0 beyond the width."""
+    return tl.load(x + columns, present & (columns < width), 0.0)
+
+
+@triton.jit
 def read(x, residual, columns, width, present, C: constexpr, ADD: constexpr):
     """Elements of rows that begin at x, with those of the residual added and rounded; 0 beyond the width."""
-    inside = present & (columns < width)
-    values = tl.load(x + columns, inside, 0.0)
+    values = fetch(x, columns, width, present)
     if ADD:
-        values = narrow(widen(values, C) + widen(tl.load(residual + columns, inside, 0.0), C), values.dtype)
+        values = narrow(widen(values, C) + widen(fetch(residual, columns, width, present), C), values.dtype)
     return widen(values, C)
 
 
@@ -137,9 +150,42 @@ def read_gain(gain, columns, width, default, C: constexpr, GIVEN: constexpr, OFF
 
 
 @triton.jit
+def over(total, width, C: constexpr):
+    """A sum of each row, divided by the width."""
+    return divide(total, tl.full((1, 1), 1, C) * width)
+
+
+@triton.jit
 def mean(values, width, C: constexpr):
     """Of each row, (ROWS, 1); what lies beyond the width must be 0."""
-    return divide(tl.sum(values, 1, keep_dims=True), tl.full((1, 1), 1, C) * width)
+    return over(tl.sum(values, 1, keep_dims=True), width, C)
+
+
+@triton.jit
+def add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def sums(a, b):
+    """The sums of two tiles over each row; on GPUs together, so that warps wait for each other once."""
+    if _INTERPRETED:
+        return tl.sum(a, 1, keep_dims=True), tl.sum(b, 1, keep_dims=True)
+    else:
+        return tl.reduce((a, b), 1, add_pairs, keep_dims=True)
+
+
+@triton.jit
+def add_triples(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def sums_of_three(a, b, c):
+    if _INTERPRETED:
+        return tl.sum(a, 1, keep_dims=True), tl.sum(b, 1, keep_dims=True), tl.sum(c, 1, keep_dims=True)
+    else:
+        return tl.reduce((a, b, c), 1, add_triples, keep_dims=True)
 
 
 @triton.jit
@@ -210,6 +256,34 @@ def measure_layer(held, x, residual, columns, width, present, steps,
 
 
 @triton.jit
+def measure_plain_layer(held, x, residual, columns, width, present, steps,
+                        EPS: constexpr, C: constexpr, ADD: constexpr, WHOLE: constexpr):  # fmt: skip
+    """root, rest and center of rows in no unit of their own, and whether they are exact. They aren't where squares
+    overflow or vanish, which is so in constant rows too, nor where the spread of a row is the rounding of its mean."""
+    first = read(x, residual, tl.zeros((1, 1), tl.int32), width, present, C, ADD)
+    # From the differences to one of its elements the mean of a constant row is exact.
+    differences = tl.zeros_like(held)
+    for step in range(steps):
+        at = columns + step * columns.shape[1]
+        v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
+        differences += tl.where(at < width, v - first, 0.0)
+    center = first + mean(differences, width, C)
+
+    deviations, squares = tl.zeros_like(held), tl.zeros_like(held)
+    for step in range(steps):
+        at = columns + step * columns.shape[1]
+        v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
+        deviation = tl.where(at < width, v - center, 0.0)
+        deviations += deviation
+        squares += deviation * deviation
+    total, square = sums(deviations, squares)
+    rest, mean_square = over(total, width, C), over(square, width, C)
+    root = reciprocal_root(mean_square - rest * rest + EPS)
+    exact = (rest * rest <= 0.25 * mean_square) & (mean_square >= 2.0**-100)
+    return root, rest, center, is_plain(root) & exact
+
+
+@triton.jit
 def normalize_layer(x, root, per_unit, rest, headroom, center):
     """x̂ of LayerNorm."""
     deviation = (x * headroom - center * headroom) * per_unit
@@ -264,9 +338,21 @@ def layer_norm_forward(
     x, residual = x_ptr + row * x_stride, residual_ptr + row * residual_stride
     steps = 1 if WHOLE else tl.cdiv(width, BLOCK)
     held = read(x, residual, columns, width, present, C, ADD)
-    root, per_unit, rest, headroom, center = measure_layer(
-        held, x, residual, columns, width, present, steps, EPS, LEAST, C, ADD, WHOLE
+    root, rest, center, plain = measure_plain_layer(
+        held, x, residual, columns, width, present, steps, EPS, C, ADD, WHOLE
     )
+    per_unit, headroom = tl.full((ROWS, 1), 1, C), tl.full((ROWS, 1), 1, C)
+    if tl.min((plain | (row >= rows)).to(tl.int32)) == 0:
+        # These rows are rare. They are read again in small steps, because their code shares the registers.
+        AGAIN: constexpr = min(BLOCK, 1024)
+        root_, per_unit_, rest_, headroom_, center_ = measure_layer(
+            tl.zeros((ROWS, AGAIN), C), x, residual, tl.arange(0, AGAIN)[None, :], width, present,
+            tl.cdiv(width, AGAIN), EPS, LEAST, C, ADD, False,
+        )  # fmt: skip
+        root, per_unit, rest = (
+            tl.where(plain, root, root_), tl.where(plain, per_unit, per_unit_), tl.where(plain, rest, rest_)
+        )  # fmt: skip
+        headroom, center = tl.where(plain, headroom, headroom_), tl.where(plain, center, center_)
     for step in range(steps):
         at = columns + step * BLOCK
         v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
@@ -289,18 +375,24 @@ def rms_norm_backward(
     EPS: constexpr, LEAST: constexpr, OFFSET: constexpr, ROUND_FIRST: constexpr, C: constexpr,
     ADD: constexpr, GAIN: constexpr, LEARNS: constexpr, WHOLE: constexpr, ROWS: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """dx, plus dtotal where there is one, and the block's sum of dy · x̂ where the gain learns."""
+    """dx, plus dtotal where there is one, and the block's sum of dy · x̂ where the gain learns. The next rows are on
+    their way while these are computed."""
     block = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)[None, :]
     steps = 1 if WHOLE else tl.cdiv(width, BLOCK)
     dgain = tl.zeros((ROWS, BLOCK), C)
+    row, present = rows_of(block, 0, rows, rows_each, ROWS)
+    next_x = fetch(x_ptr + row * x_stride, columns, width, present)
+    next_dy = fetch(dy_ptr + row * dy_stride, columns, width, present)
+    next_root = tl.load(scale_ptr + row, present, 1.0)
     for start in range(0, rows_each, ROWS):
-        of_block = (start + tl.arange(0, ROWS))[:, None]
-        row = block * rows_each + of_block
-        present = (row < rows) & (of_block < rows_each)
+        row, present = rows_of(block, start, rows, rows_each, ROWS)
         x, dy = x_ptr + row * x_stride, dy_ptr + row * dy_stride
-        held, held_dy = read(x, x, columns, width, present, C, False), read(dy, dy, columns, width, present, C, False)
-        root = tl.load(scale_ptr + row, present, 1.0)
+        held, held_dy, root = widen(next_x, C), widen(next_dy, C), next_root
+        row_after, present_after = rows_of(block, start + ROWS, rows, rows_each, ROWS)
+        next_x = fetch(x_ptr + row_after * x_stride, columns, width, present_after)
+        next_dy = fetch(dy_ptr + row_after * dy_stride, columns, width, present_after)
+        next_root = tl.load(scale_ptr + row_after, present_after, 1.0)
         per_unit = tl.full((ROWS, 1), 1, C)
         plain = is_plain(root)
         if tl.min(plain.to(tl.int32)) == 0:
@@ -335,7 +427,7 @@ def rms_norm_backward(
                 if WHOLE:
                     dgain += term
                 else:
-                    add_to(dgain_ptr + block * width + at, term, start, inside)
+                    add_to(dgain_ptr, block, at, width, term, start)
     if LEARNS and WHOLE:
         tl.store(dgain_ptr + block * width + columns, tl.sum(dgain, 0, keep_dims=True), columns < width)
 
@@ -347,27 +439,42 @@ def layer_norm_backward(
     EPS: constexpr, LEAST: constexpr, C: constexpr, ADD: constexpr, GAIN: constexpr,
     GAIN_LEARNS: constexpr, BIAS_LEARNS: constexpr, WHOLE: constexpr, ROWS: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """dx, plus dtotal where there is one, and the block's sums of dy · x̂ and dy where gain and bias learn."""
+    """dx, plus dtotal where there is one, and the block's sums of dy · x̂ and dy where gain and bias learn. The next
+    rows are on their way while these are computed."""
     block = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)[None, :]
     steps = 1 if WHOLE else tl.cdiv(width, BLOCK)
     dgain = tl.zeros((ROWS, BLOCK), C)
     dbias = tl.zeros((ROWS, BLOCK), C)
+    row, present = rows_of(block, 0, rows, rows_each, ROWS)
+    next_x = fetch(x_ptr + row * x_stride, columns, width, present)
+    next_dy = fetch(dy_ptr + row * dy_stride, columns, width, present)
+    next_center, next_root = tl.load(mean_ptr + row, present, 0.0), tl.load(scale_ptr + row, present, 1.0)
     for start in range(0, rows_each, ROWS):
-        of_block = (start + tl.arange(0, ROWS))[:, None]
-        row = block * rows_each + of_block
-        present = (row < rows) & (of_block < rows_each)
+        row, present = rows_of(block, start, rows, rows_each, ROWS)
         x, dy = x_ptr + row * x_stride, dy_ptr + row * dy_stride
-        held, held_dy = read(x, x, columns, width, present, C, False), read(dy, dy, columns, width, present, C, False)
-        center, root = tl.load(mean_ptr + row, present, 0.0), tl.load(scale_ptr + row, present, 1.0)
-        per_unit = tl.full((ROWS, 1), 1, C)
-        headroom = tl.full((ROWS, 1), 1, C)
-        sums = tl.zeros((ROWS, BLOCK), C)
+        held, held_dy, center, root = widen(next_x, C), widen(next_dy, C), next_center, next_root
+        row_after, present_after = rows_of(block, start + ROWS, rows, rows_each, ROWS)
+        next_x = fetch(x_ptr + row_after * x_stride, columns, width, present_after)
+        next_dy = fetch(dy_ptr + row_after * dy_stride, columns, width, present_after)
+        next_center = tl.load(mean_ptr + row_after, present_after, 0.0)
+        next_root = tl.load(scale_ptr + row_after, present_after, 1.0)
+
+        # With d = x − center, the mean of which is `rest`: mean(g · x̂) = mean(g · d · r) − rest · r · mean(g).
+        deviations, gs, products = tl.zeros((ROWS, BLOCK), C), tl.zeros((ROWS, BLOCK), C), tl.zeros((ROWS, BLOCK), C)
         for step in range(steps):
             at = columns + step * BLOCK
             v = held if WHOLE else read(x, x, at, width, present, C, False)
-            sums += tl.where(at < width, v - center, 0.0)
-        rest = mean(sums, width, C)
+            g = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
+            g *= read_gain(gain_ptr, at, width, 1.0, C, GAIN)
+            deviation = tl.where(at < width, v - center, 0.0)
+            deviations += deviation
+            gs += g
+            products += g * (deviation * root)
+        deviation_sum, g_sum, product_sum = sums_of_three(deviations, gs, products)
+        rest, mean_g = over(deviation_sum, width, C), over(g_sum, width, C)
+        mean_product = over(product_sum, width, C) - rest * root * mean_g
+        per_unit, headroom = tl.full((ROWS, 1), 1, C), tl.full((ROWS, 1), 1, C)
         plain = is_plain(root)
         if tl.min(plain.to(tl.int32)) == 0:
             root_, per_unit_, rest_, headroom_, center_ = measure_layer(
@@ -379,18 +486,15 @@ def layer_norm_backward(
                 tl.where(plain, rest, rest_),
             )
             headroom, center = tl.where(plain, headroom, headroom_), tl.where(plain, center, center_)
-
-        gs = tl.zeros((ROWS, BLOCK), C)
-        products = tl.zeros((ROWS, BLOCK), C)
-        for step in range(steps):
-            at = columns + step * BLOCK
-            v = held if WHOLE else read(x, x, at, width, present, C, False)
-            g = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
-            g *= read_gain(gain_ptr, at, width, 1.0, C, GAIN)
-            gs += g
-            normed = normalize_layer(v, root, per_unit, rest, headroom, center)
-            products += tl.where(at < width, g * normed, 0.0)
-        mean_g, mean_product = mean(gs, width, C), mean(products, width, C)
+            products = tl.zeros((ROWS, BLOCK), C)
+            for step in range(steps):
+                at = columns + step * BLOCK
+                v = held if WHOLE else read(x, x, at, width, present, C, False)
+                g = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
+                g *= read_gain(gain_ptr, at, width, 1.0, C, GAIN)
+                normed = normalize_layer(v, root, per_unit, rest, headroom, center)
+                products += tl.where(at < width, g * normed, 0.0)
+            mean_product = tl.where(plain, mean_product, mean(products, width, C))
 
         for step in range(steps):
             at = columns + step * BLOCK
@@ -411,12 +515,12 @@ def layer_norm_backward(
                 if WHOLE:
                     dgain += term
                 else:
-                    add_to(dgain_ptr + block * width + at, term, start, inside)
+                    add_to(dgain_ptr, block, at, width, term, start)
             if BIAS_LEARNS:
                 if WHOLE:
                     dbias += dys
                 else:
-                    add_to(dbias_ptr + block * width + at, dys, start, inside)
+                    add_to(dbias_ptr, block, at, width, dys, start)
     if GAIN_LEARNS and WHOLE:
         tl.store(dgain_ptr + block * width + columns, tl.sum(dgain, 0, keep_dims=True), columns < width)
     if BIAS_LEARNS and WHOLE:
@@ -430,16 +534,28 @@ def projected(g, normed, mean_product):
 
 
 @triton.jit
-def add_to(sums, terms, start, inside):
-    """Adds a row to sums in memory, or puts it there where it is the first."""
-    before = tl.load(sums, inside & (start > 0), 0.0)
-    tl.store(sums, before + terms, inside)
+def add_to(sums_ptr, block, columns, width, terms, start):
+    """Adds rows to a block's sums in memory, or puts them there where they are the first."""
+    inside = columns < width
+    at = sums_ptr + block * width + columns
+    before = tl.load(at, inside & (start > 0), 0.0)
+    tl.store(at, before + tl.sum(terms, 0, keep_dims=True), inside)
     tl.debug_barrier()
 
 
 @triton.jit
-def column_totals(blocks_ptr, total_ptr, blocks, width, ROWS: constexpr, BLOCK: constexpr):
-    """The sum of all blocks, in their order."""
+def column_totals(
+    first_ptr, second_ptr, first_total_ptr, second_total_ptr, blocks, width, ROWS: constexpr, BLOCK: constexpr
+):
+    """The sums of all blocks, in their order; of a second tensor too where the grid has two rows."""
+    if tl.program_id(1) == 0:
+        add_blocks(first_ptr, first_total_ptr, blocks, width, ROWS, BLOCK)
+    else:
+        add_blocks(second_ptr, second_total_ptr, blocks, width, ROWS, BLOCK)
+
+
+@triton.jit
+def add_blocks(blocks_ptr, total_ptr, blocks, width, ROWS: constexpr, BLOCK: constexpr):
     columns = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside = columns < width
     total = tl.zeros((1, BLOCK), tl.float64)
