@@ -104,6 +104,8 @@ def _costs_the_host_more(data: dict[str, Any], kind: str) -> bool:
     if not ours or not theirs:
         return True  # not measured
     passes = ("with_graph_us", "backward_us")
+    if any(each not in ours or each not in theirs for each in passes):
+        return True
     return sum(ours[each] for each in passes) > SLOWEST * sum(theirs[each] for each in passes)
 
 

@@ -58,6 +58,8 @@ def compiled(case: Case) -> Any:
     compute = torch.float64 if case.dtype == torch.float64 else torch.float32
     constants = {"EPS": 1e-6, "LEAST": math.sqrt(1e-6), "C": tl.float64 if compute == torch.float64 else tl.float32}
     constants |= options | shape
+    if "EVEN" in kernel.arg_names:
+        constants["EVEN"] = shape["WHOLE"] and shape["BLOCK"] == case.width
     signature, aligned = {}, {}
     for place, argument in enumerate(kernel.arg_names):
         if argument in constants:

@@ -98,6 +98,7 @@ def test_requested_triton_stays_one_operator_on_a_gpu(monkeypatch) -> None:
 def test_measured_operator_stays_one_operator_on_a_gpu(monkeypatch) -> None:
     row = measured.Measurement("NVIDIA H100*", "rms_norm", "bfloat16", 16, 4096, "triton", "gpu.json", compiled=True)
     monkeypatch.setattr(measured, "MEASUREMENTS", [row])
+    monkeypatch.setattr(measured, "ALWAYS_DEFAULT", row.backend == measured.DEFAULT)
     monkeypatch.setattr(measured, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     measured._chosen.cache_clear()
     try:

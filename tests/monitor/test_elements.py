@@ -12,8 +12,10 @@ from torch import nn
 
 from omninorm.monitor import watch
 from omninorm.monitor.hooks.hook import Hook
+from omninorm.monitor.probes.block import Copies
 from omninorm.monitor.probes.elements import EVERY_STEP, Views, are_finite, packed, row_norms, runs, together
 from omninorm.monitor.session import Watch
+from omninorm.monitor.writer import short
 
 
 def test_runs_of_a_large_tensor_are_1024_different_elements_of_many_rows_and_columns() -> None:
@@ -79,6 +81,23 @@ def test_packed_parts_keep_their_numbers_and_are_rows_if_they_are_equally_long()
     assert rows.tolist() == [[0.0, 3.0, 6.0, 9.0], [0.0, 5.0, 10.0, 15.0]]
     assert [part.tolist() for part in packed([parts[0], torch.ones(2)])] == [[0.0, 3.0, 6.0, 9.0], [1.0, 1.0]]
     assert [part.dtype for part in packed([torch.ones(2), torch.ones(2).bfloat16()])] == [torch.float32, torch.bfloat16]
+
+
+def test_rows_of_the_last_tensor_are_copied_again_only_after_a_change() -> None:
+    copies, x = Copies(), torch.ones(3, 2)
+    first = copies.rows(x)
+    assert copies.rows(x) is first
+    x.add_(1.0)
+    assert copies.rows(x).eq(2.0).all()
+    assert copies.rows(x.clone()).eq(2.0).all()
+    assert first.eq(1.0).all()
+
+
+def test_numbers_are_rounded_to_four_digits_in_their_places() -> None:
+    found = short([None, 123456.0, 1.00005e-20, math.inf, None, -0.0, 2])
+    assert found == [None, 123500.0, 1e-20, math.inf, None, 0.0, 2.0]
+    assert math.isnan(short([math.nan])[0] or 0.0)
+    assert short([None]) == [None]
 
 
 @pytest.mark.parametrize(("value", "finite"), [(1.0, True), (math.nan, False), (-math.inf, False)])

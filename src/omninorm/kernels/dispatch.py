@@ -160,7 +160,7 @@ def is_plain_gpu(
         and 0 < x.numel() <= fused.MOST_ELEMENTS
         and not are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and (not measured.MEASUREMENTS or _forced == "torch" or measured.choose(operator, x).backend == "torch")
+        and (measured.ALWAYS_DEFAULT or _forced == "torch" or measured.choose(operator, x).backend == "torch")
     )
 
 

@@ -95,7 +95,7 @@ _LIMITS = {
     ("rms_norm_forward", 2): _Limits(16384, 2048, 16, (1, 4096, 8)),
     ("rms_norm_forward", 4): _Limits(16384, 2048, 16, (1, 4096, 8)),
     ("rms_norm_forward", 8): _Limits(4096, 1024, 8, (1, 2048, 8)),
-    ("layer_norm_forward", 2): _Limits(16384, 2048, 32, (1, 4096, 8)),
+    ("layer_norm_forward", 2): _Limits(4096, 2048, 32, (1, 4096, 8)),
     ("layer_norm_forward", 4): _Limits(16384, 2048, 32, (1, 4096, 8)),
     ("layer_norm_forward", 8): _Limits(4096, 1024, 8, (1, 2048, 8)),
     ("rms_norm_backward", 2): _Limits(16384, 4096, 32, (2, 4096, 16)),
@@ -262,6 +262,8 @@ def _plan(name: str, width: int, dtype: torch.dtype, eps: float, options: tuple[
     shape = tile(name, width, dtype)
     compute = tl.float64 if dtype == torch.float64 else tl.float32
     settings = {"EPS": eps, "LEAST": math.sqrt(eps), "C": compute, **dict(options), **shape._asdict()}
+    if name.startswith("layer_norm"):
+        settings["EVEN"] = shape.WHOLE and width == shape.BLOCK
     return Plan(getattr(_kernels(), name), {**settings, **_COMPILER}, shape.ROWS)
 
 

@@ -95,6 +95,8 @@ def _check(name: str, value: object, is_valid: bool, path: Path) -> None:
 
 
 DEFAULT, MEASUREMENTS = read_table()
+# Whether the choice is the default for every tensor, so that a call need not look it up.
+ALWAYS_DEFAULT = all(each.backend == DEFAULT for each in MEASUREMENTS)
 
 
 def choose(operator: str, x: Tensor, compiled: bool = False) -> Choice:

@@ -176,19 +176,6 @@ def sums(a, b):
 
 
 @triton.jit
-def add_triples(a, b, c, d, e, f):
-    return a + d, b + e, c + f
-
-
-@triton.jit
-def sums_of_three(a, b, c):
-    if _INTERPRETED:
-        return tl.sum(a, 1, keep_dims=True), tl.sum(b, 1, keep_dims=True), tl.sum(c, 1, keep_dims=True)
-    else:
-        return tl.reduce((a, b, c), 1, add_triples, keep_dims=True)
-
-
-@triton.jit
 def measure_rms(held, x, residual, columns, width, present, steps,
                 EPS: constexpr, LEAST: constexpr, C: constexpr, ADD: constexpr, WHOLE: constexpr):  # fmt: skip
     """root and per_unit."""
@@ -256,31 +243,68 @@ def measure_layer(held, x, residual, columns, width, present, steps,
 
 
 @triton.jit
-def measure_plain_layer(held, x, residual, columns, width, present, steps,
-                        EPS: constexpr, C: constexpr, ADD: constexpr, WHOLE: constexpr):  # fmt: skip
-    """root, rest and center of rows in no unit of their own, and whether they are exact. They aren't where squares
-    overflow or vanish, which is so in constant rows too, nor where the spread of a row is the rounding of its mean."""
-    first = read(x, residual, tl.zeros((1, 1), tl.int32), width, present, C, ADD)
-    # From the differences to one of its elements the mean of a constant row is exact.
-    differences = tl.zeros_like(held)
-    for step in range(steps):
-        at = columns + step * columns.shape[1]
-        v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
-        differences += tl.where(at < width, v - first, 0.0)
-    center = first + mean(differences, width, C)
+def inside_of(values, at, width, EVEN: constexpr):
+    """Values, and 0 beyond the width; EVEN means that nothing is beyond it."""
+    if EVEN:
+        return values
+    else:
+        return tl.where(at < width, values, 0.0)
 
-    deviations, squares = tl.zeros_like(held), tl.zeros_like(held)
-    for step in range(steps):
-        at = columns + step * columns.shape[1]
-        v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
-        deviation = tl.where(at < width, v - center, 0.0)
-        deviations += deviation
-        squares += deviation * deviation
-    total, square = sums(deviations, squares)
-    rest, mean_square = over(total, width, C), over(square, width, C)
-    root = reciprocal_root(mean_square - rest * rest + EPS)
-    exact = (rest * rest <= 0.25 * mean_square) & (mean_square >= 2.0**-100)
-    return root, rest, center, is_plain(root) & exact
+
+@triton.jit
+def measure_plain_layer(held, x, residual, columns, width, present, steps,
+                        EPS: constexpr, C: constexpr, ADD: constexpr, WHOLE: constexpr, EVEN: constexpr):  # fmt: skip
+    """root, rest and center of rows in no unit of their own, and whether they are exact enough. They aren't where
+    squares overflow or vanish, which is so in constant rows too, nor where too little of a square is the spread's.
+
+    Rows of 16 bits are read once: their sums are of differences to the first element, and what rounding the mean left
+    is nothing beside the rounding of x. Others are read again for that rest.
+    """
+    first = read(x, residual, tl.zeros((1, 1), tl.int32), width, present, C, ADD)
+    if x.dtype.element_ty.primitive_bitwidth == 16:
+        total, square = sums_about(first, held, x, residual, columns, width, present, steps, C, ADD, WHOLE, EVEN)
+        difference, mean_square = over(total, width, C), over(square, width, C)
+        center, rest = first + difference, tl.zeros_like(difference)
+        variance = mean_square - difference * difference
+        exact = difference * difference <= 64 * variance
+    else:
+        total, _ = sums_about(first, held, x, residual, columns, width, present, steps, C, ADD, WHOLE, EVEN)
+        center = first + over(total, width, C)
+        total, square = sums_about(center, held, x, residual, columns, width, present, steps, C, ADD, WHOLE, EVEN)
+        rest, mean_square = over(total, width, C), over(square, width, C)
+        variance = mean_square - rest * rest
+        exact = rest * rest <= 0.25 * mean_square
+    root = reciprocal_root(variance + EPS)
+    return root, rest, center, is_plain(root) & exact & (variance >= 2.0**-100)
+
+
+@triton.jit
+def sums_about(origin, held, x, residual, columns, width, present, steps,
+               C: constexpr, ADD: constexpr, WHOLE: constexpr, EVEN: constexpr):  # fmt: skip
+    """The sums over each row of the differences to a number, and of their squares."""
+    if WHOLE:
+        difference = inside_of(held - origin, columns, width, EVEN)
+        return sums(difference, difference * difference)
+    else:
+        differences, squares = tl.zeros_like(held), tl.zeros_like(held)
+        for step in range(steps):
+            at = columns + step * columns.shape[1]
+            v = read(x, residual, at, width, present, C, ADD)
+            difference = inside_of(v - origin, at, width, EVEN)
+            differences += difference
+            squares = multiply_add(difference, difference, squares)
+        return sums(differences, squares)
+
+
+@triton.jit
+def normalize_plain(x, root, rest, center, PRECISE: constexpr):
+    """x̂ of LayerNorm for rows in no unit of their own."""
+    deviation = x - center
+    if PRECISE:
+        shift = tl.broadcast_to(-rest * root, deviation.shape)
+        return multiply_add(deviation, tl.broadcast_to(root, deviation.shape), shift)
+    else:
+        return deviation * root
 
 
 @triton.jit
@@ -329,7 +353,7 @@ def layer_norm_forward(
     x_ptr, residual_ptr, gain_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, scale_ptr,
     rows, width, x_stride, residual_stride,
     EPS: constexpr, LEAST: constexpr, C: constexpr, ADD: constexpr, GAIN: constexpr, BIAS: constexpr,
-    KEEP: constexpr, WHOLE: constexpr, ROWS: constexpr, BLOCK: constexpr,
+    KEEP: constexpr, WHOLE: constexpr, EVEN: constexpr, ROWS: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     """y, x + residual where there is one, and μ and r where they are to be kept."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -338,11 +362,13 @@ def layer_norm_forward(
     x, residual = x_ptr + row * x_stride, residual_ptr + row * residual_stride
     steps = 1 if WHOLE else tl.cdiv(width, BLOCK)
     held = read(x, residual, columns, width, present, C, ADD)
+    PRECISE: constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
     root, rest, center, plain = measure_plain_layer(
-        held, x, residual, columns, width, present, steps, EPS, C, ADD, WHOLE
+        held, x, residual, columns, width, present, steps, EPS, C, ADD, WHOLE, EVEN
     )
     per_unit, headroom = tl.full((ROWS, 1), 1, C), tl.full((ROWS, 1), 1, C)
-    if tl.min((plain | (row >= rows)).to(tl.int32)) == 0:
+    all_plain = tl.min((plain | (row >= rows)).to(tl.int32)) == 1
+    if not all_plain:
         # These rows are rare. They are read again in small steps, because their code shares the registers.
         AGAIN: constexpr = min(BLOCK, 1024)
         root_, per_unit_, rest_, headroom_, center_ = measure_layer(
@@ -350,8 +376,10 @@ def layer_norm_forward(
             tl.cdiv(width, AGAIN), EPS, LEAST, C, ADD, False,
         )  # fmt: skip
         root, per_unit, rest = (
-            tl.where(plain, root, root_), tl.where(plain, per_unit, per_unit_), tl.where(plain, rest, rest_)
-        )  # fmt: skip
+            tl.where(plain, root, root_),
+            tl.where(plain, per_unit, per_unit_),
+            tl.where(plain, rest, rest_),
+        )
         headroom, center = tl.where(plain, headroom, headroom_), tl.where(plain, center, center_)
     for step in range(steps):
         at = columns + step * BLOCK
@@ -359,7 +387,10 @@ def layer_norm_forward(
         inside = present & (at < width)
         if ADD:
             tl.store(total_ptr + row * width + at, narrow(v, total_ptr.dtype.element_ty), inside)
-        normed = normalize_layer(v, root, per_unit, rest, headroom, center)
+        if all_plain:
+            normed = normalize_plain(v, root, rest, center, PRECISE)
+        else:
+            normed = normalize_layer(v, root, per_unit, rest, headroom, center)
         gain, bias = read_gain(gain_ptr, at, width, 1.0, C, GAIN), read_gain(bias_ptr, at, width, 0.0, C, BIAS)
         y = multiply_add(normed, tl.broadcast_to(gain, normed.shape), tl.broadcast_to(bias, normed.shape))
         tl.store(y_ptr + row * width + at, narrow(y, y_ptr.dtype.element_ty), inside)
@@ -437,7 +468,8 @@ def layer_norm_backward(
     dy_ptr, dtotal_ptr, x_ptr, mean_ptr, scale_ptr, gain_ptr, dx_ptr, dgain_ptr, dbias_ptr,
     rows, width, rows_each, dy_stride, dtotal_stride, x_stride,
     EPS: constexpr, LEAST: constexpr, C: constexpr, ADD: constexpr, GAIN: constexpr,
-    GAIN_LEARNS: constexpr, BIAS_LEARNS: constexpr, WHOLE: constexpr, ROWS: constexpr, BLOCK: constexpr,
+    GAIN_LEARNS: constexpr, BIAS_LEARNS: constexpr, WHOLE: constexpr, EVEN: constexpr, ROWS: constexpr,
+    BLOCK: constexpr,
 ):  # fmt: skip
     """dx, plus dtotal where there is one, and the block's sums of dy · x̂ and dy where gain and bias learn. The next
     rows are on their way while these are computed."""
@@ -460,23 +492,15 @@ def layer_norm_backward(
         next_center = tl.load(mean_ptr + row_after, present_after, 0.0)
         next_root = tl.load(scale_ptr + row_after, present_after, 1.0)
 
-        # With d = x − center, the mean of which is `rest`: mean(g · x̂) = mean(g · d · r) − rest · r · mean(g).
-        deviations, gs, products = tl.zeros((ROWS, BLOCK), C), tl.zeros((ROWS, BLOCK), C), tl.zeros((ROWS, BLOCK), C)
-        for step in range(steps):
-            at = columns + step * BLOCK
-            v = held if WHOLE else read(x, x, at, width, present, C, False)
-            g = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
-            g *= read_gain(gain_ptr, at, width, 1.0, C, GAIN)
-            deviation = tl.where(at < width, v - center, 0.0)
-            deviations += deviation
-            gs += g
-            products += g * (deviation * root)
-        deviation_sum, g_sum, product_sum = sums_of_three(deviations, gs, products)
-        rest, mean_g = over(deviation_sum, width, C), over(g_sum, width, C)
-        mean_product = over(product_sum, width, C) - rest * root * mean_g
+        PRECISE: constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
+        rest = tl.zeros((ROWS, 1), C)
+        if PRECISE:
+            total, _ = sums_about(center, held, x, x, columns, width, present, steps, C, False, WHOLE, EVEN)
+            rest = over(total, width, C)
         per_unit, headroom = tl.full((ROWS, 1), 1, C), tl.full((ROWS, 1), 1, C)
         plain = is_plain(root)
-        if tl.min(plain.to(tl.int32)) == 0:
+        all_plain = tl.min(plain.to(tl.int32)) == 1
+        if not all_plain:
             root_, per_unit_, rest_, headroom_, center_ = measure_layer(
                 held, x, x, columns, width, present, steps, EPS, LEAST, C, False, WHOLE
             )
@@ -486,15 +510,24 @@ def layer_norm_backward(
                 tl.where(plain, rest, rest_),
             )
             headroom, center = tl.where(plain, headroom, headroom_), tl.where(plain, center, center_)
-            products = tl.zeros((ROWS, BLOCK), C)
-            for step in range(steps):
-                at = columns + step * BLOCK
-                v = held if WHOLE else read(x, x, at, width, present, C, False)
-                g = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
-                g *= read_gain(gain_ptr, at, width, 1.0, C, GAIN)
+
+        gs, products = tl.zeros((ROWS, BLOCK), C), tl.zeros((ROWS, BLOCK), C)
+        for step in range(steps):
+            at = columns + step * BLOCK
+            v = held if WHOLE else read(x, x, at, width, present, C, False)
+            g = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
+            g *= read_gain(gain_ptr, at, width, 1.0, C, GAIN)
+            if all_plain:
+                normed = normalize_plain(v, root, rest, center, PRECISE)
+            else:
                 normed = normalize_layer(v, root, per_unit, rest, headroom, center)
-                products += tl.where(at < width, g * normed, 0.0)
-            mean_product = tl.where(plain, mean_product, mean(products, width, C))
+            if WHOLE:
+                gs, products = g, inside_of(g * normed, at, width, EVEN)
+            else:
+                gs += g
+                products += inside_of(g * normed, at, width, EVEN)
+        g_sum, product_sum = sums(gs, products)
+        mean_g, mean_product = over(g_sum, width, C), over(product_sum, width, C)
 
         for step in range(steps):
             at = columns + step * BLOCK
@@ -502,20 +535,22 @@ def layer_norm_backward(
             dys = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
             inside = present & (at < width)
             g = dys * read_gain(gain_ptr, at, width, 1.0, C, GAIN)
-            normed = normalize_layer(v, root, per_unit, rest, headroom, center)
-            dx = narrow(
-                projected(g - mean_g, normed, mean_product) * root * per_unit * headroom, dx_ptr.dtype.element_ty
-            )
+            if all_plain:
+                normed = normalize_plain(v, root, rest, center, PRECISE)
+                dx = projected(g - mean_g, normed, mean_product) * root
+            else:
+                normed = normalize_layer(v, root, per_unit, rest, headroom, center)
+                dx = projected(g - mean_g, normed, mean_product) * root * per_unit * headroom
+            dx = narrow(dx, dx_ptr.dtype.element_ty)
             if ADD:
                 more = tl.load(dtotal_ptr + row * dtotal_stride + at, inside, 0.0)
                 dx = narrow(widen(dx, C) + widen(more, C), dx_ptr.dtype.element_ty)
             tl.store(dx_ptr + row * width + at, dx, inside)
             if GAIN_LEARNS:
-                term = tl.where(inside, dys * normed, 0.0)
                 if WHOLE:
-                    dgain += term
+                    dgain = multiply_add(dys, inside_of(normed, at, width, EVEN), dgain)
                 else:
-                    add_to(dgain_ptr, block, at, width, term, start)
+                    add_to(dgain_ptr, block, at, width, tl.where(inside, dys * normed, 0.0), start)
             if BIAS_LEARNS:
                 if WHOLE:
                     dbias += dys

@@ -316,7 +316,7 @@ def joined(waiting: Sequence[Placed], device: torch.device) -> tuple[Tensor, Ten
     kinds: dict[tuple[torch.dtype, torch.device], tuple[list[int], list[Tensor]]] = {}
     for places, values in waiting:
         all_places, parts = kinds.setdefault((values.dtype, values.device), ([], []))
-        all_places += places
+        all_places.extend(places)
         parts.append(values)
     wide = [torch.cat(parts).to(device, widest(device), non_blocking=True) for _, parts in kinds.values()]
     index = constant(tuple(place for places, _ in kinds.values() for place in places), device)

@@ -143,13 +143,13 @@ class Views:
         return tensor.as_strided((count,), (step,))
 
 
-def packed(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+def packed(parts: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
     """Return copies of 1-D tensors next to each other in memory, if they are of one kind: (tensors, elements) if they
     are equally long. PyTorch measures those in one operator, and tensors with gaps with one operator each."""
     if len({(part.device, part.dtype) for part in parts}) != 1:
         return parts
     sizes, flat = [part.shape[0] for part in parts], torch.cat(list(parts))
-    return flat.view(len(sizes), -1) if len(set(sizes)) == 1 else flat.split(sizes)
+    return flat.view(len(sizes), -1) if len(set(sizes)) == 1 else torch.split(flat, sizes)
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

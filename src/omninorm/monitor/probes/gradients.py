@@ -198,13 +198,13 @@ def _at_the_end(function: Any) -> None:
 
 def _norms_of_gradients(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     if all(map(_is_usual, gradients)):
-        return stacked_norms(gradients, device)
+        return stacked_norms(gradients, device, usual=True)
     values = [_values(gradient) for gradient in gradients]
     return norms_of_whole(stacked_norms([here(each) for each in values], device), values)
 
 
 def _is_usual(x: Tensor) -> bool:
-    """Return whether a tensor is plain and dense, and real with 16 bits or more."""
+    """Return whether a tensor is plain, dense and real, with 16 or 32 bits."""
     return type(x) is Tensor and x.dtype in _USUAL and x.layout is torch.strided
 
 
@@ -218,20 +218,24 @@ def norms_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     On a CPU, where checking costs no synchronization, norms that overflow float32 (from 1e19 on) are computed in
     float64. On other devices such a tensor counts as infinite.
     """
-    norms, together = _norms(tensors)
+    norms, together = _norms(tensors, usual=all(map(_is_usual, tensors)))
     return norms if together is None else together.unbind()
 
 
-def stacked_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the norms of `norms_of` as one tensor, in float64 where the device supports it."""
-    norms, together = _norms(tensors)
+def stacked_norms(tensors: Sequence[Tensor], device: torch.device, usual: bool = False) -> Tensor:
+    """Return the norms of `norms_of` as one tensor, in float64 where the device supports it.
+
+    Args:
+        usual: whether the tensors are known to be plain, dense and real, with 16 or 32 bits.
+    """
+    norms, together = _norms(tensors, usual or all(map(_is_usual, tensors)))
     return stack(norms, device) if together is None else together.to(device, widest(device))
 
 
-def _norms(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+def _norms(tensors: Sequence[Tensor], usual: bool) -> tuple[list[Tensor], Tensor | None]:
     """Return the norms; those of tensors on one device also as one tensor."""
     wide = torch.float32
-    if not all(map(_is_usual, tensors)):
+    if not usual:
         tensors = [torch.view_as_real(tensor) if tensor.is_complex() else widened(tensor) for tensor in tensors]
         wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     norms: list[Tensor] = list(torch._foreach_norm(list(tensors), 2, dtype=wide))
