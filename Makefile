@@ -13,7 +13,7 @@ PYTHON_CODE := setup.py src tests examples benchmarks docs
 # The files that damaged input is read from in tests; OMNINORM_FUZZ_CASES sets how many damaged files each reader gets.
 FUZZ = $(wildcard tests/*/test_fuzz_*.py tests/*/*/test_fuzz_*.py)
 # The files with slow tests: collecting all 11,000 tests takes each process a minute.
-SLOW = $(shell grep -rl slow tests --include='test_*.py')
+SLOW = $(sort $(shell grep -rl slow tests --include='test_*.py'))
 # The tests most likely to catch a mistake, fast enough to wait for.
 QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tests/layers tests/kernels/numerics/test_edges.py \
     tests/placement/test_rules.py tests/placement/test_refusals.py tests/thinker/test_model.py tests/record \
