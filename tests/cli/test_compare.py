@@ -236,10 +236,10 @@ def test_a_model_that_ignores_its_norm_is_refused(command, tmp_path: Path, monke
     assert not (tmp_path / "c").exists()
 
 
-def run_models(folder: Path, name: str, seeds: int, *options: str) -> subprocess.CompletedProcess[str]:
+def run_models(folder: Path, name: str, seeds: int, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     plan, text = write_plan(folder, seeds=seeds)
     write_models(folder)
-    shared = (plan, "--text", text, "--workers", "2", "--model", f"models_of_mine:{name}", "--out", "c")
+    shared = (plan, "--text", text, "--workers", "2", "--model", f"models_of_mine:{name}", "--out", str(out))
     return run(*shared, *options, cwd=folder)
 
 
@@ -247,7 +247,7 @@ def run_models(folder: Path, name: str, seeds: int, *options: str) -> subprocess
 def crashed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A comparison in which the processes of two runs die."""
     folder = tmp_path_factory.mktemp("crashed")
-    return folder / "c", run_models(folder, "dies", 2, "--time-limit", "300")
+    return folder / "c", run_models(folder, "dies", 2, folder / "c", "--time-limit", "300")
 
 
 def check_failures(folder: Path, done: subprocess.CompletedProcess[str], why: str, seeds: int) -> None:
@@ -268,13 +268,15 @@ def test_a_model_that_crashes_is_reported_and_the_other_runs_finish(crashed) -> 
 @pytest.mark.slow
 def test_a_model_that_hangs_is_reported_and_the_other_runs_finish(tmp_path: Path) -> None:
     """The limit applies to the other runs as well, which a busy machine may slow down."""
-    done = run_models(tmp_path, "hangs", 1, "--time-limit", "8")
+    done = run_models(tmp_path, "hangs", 1, tmp_path / "c", "--time-limit", "8")
     check_failures(tmp_path / "c", done, "longer than 8 s", 1)
 
 
 @pytest.mark.slow
 def test_ray_gives_the_same_results_and_reports_the_same_failures(crashed, tmp_path: Path) -> None:
-    there = run_models(tmp_path, "dies", 2, "--time-limit", "300", "--engine", "ray")
+    """With the same text file, whose path is a part of the runs' names."""
+    options = ("--time-limit", "300", "--engine", "ray")
+    there = run_models(crashed[0].parent, "dies", 2, tmp_path / "c", *options)
     assert there.returncode == 0, there.stderr
     one, other = (json.loads((folder / "results.json").read_text()) for folder in (crashed[0], tmp_path / "c"))
     assert set(one["failures"]) == set(other["failures"])
