@@ -38,11 +38,15 @@ if not gpu.INTERPRETED:
     COUNTED = [Case(kernel, *other) for kernel in KERNELS for other in OTHERS if other[2] != "gfx942"]
     COUNTED += [*QUICK, *(Case(kernel, torch.float16, 4096, "sm_90") for kernel in KERNELS)]
 
+    # Rows as wide as these were measured to be faster whole, with some of a thread's numbers in memory, than in steps.
+    PARKED = {8192: 176, 16384: 400}
+
     @pytest.mark.parametrize("case", CASES)
     def test_rows_stay_in_registers(case: Case) -> None:
         """Backward, NVIDIA's compiler parks up to six numbers of a thread in memory before its loop over rows: masks and
-        addresses, which don't depend on the row. A row that did not fit would take 64 bytes of each tensor."""
-        assert local_memory(compiled(case)) <= (24 if "backward" in case.kernel else 0)
+        addresses, which don't depend on the row; of the widest rows that are read whole, gains and accumulators too."""
+        most = PARKED.get(case.tile.BLOCK, 24) if "backward" in case.kernel else 0
+        assert local_memory(compiled(case)) <= most
 
     @pytest.mark.parametrize(
         "case",
@@ -65,10 +69,8 @@ if not gpu.INTERPRETED:
         )
         stored = row * (1 + (add and not backward)) + (gains if backward else 0)
         loads, stores = bytes_moved(case, "ld"), bytes_moved(case, "st")
-        assert loads.pop(16) in (
-            loaded,
-            loaded + rare,
-        )  # in steps that are small for its threads, one loads less at a time
+        # In steps that are small for its threads, one loads less at a time.
+        assert loads.pop(16) in (loaded, loaded + rare)
         assert stores.pop(16) == stored
         # What is left are the statistics, or LayerNorm's first element: a number a row, of which each thread may have a copy.
         statistics = threads * 4 * (2 if layer else 1)
