@@ -176,6 +176,19 @@ def sums(a, b):
 
 
 @triton.jit
+def add_triples(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def sums_of_three(a, b, c):
+    if _INTERPRETED:
+        return tl.sum(a, 1, keep_dims=True), tl.sum(b, 1, keep_dims=True), tl.sum(c, 1, keep_dims=True)
+    else:
+        return tl.reduce((a, b, c), 1, add_triples, keep_dims=True)
+
+
+@triton.jit
 def measure_rms(held, x, residual, columns, width, present, steps,
                 EPS: constexpr, LEAST: constexpr, C: constexpr, ADD: constexpr, WHOLE: constexpr):  # fmt: skip
     """root and per_unit."""
@@ -257,14 +270,16 @@ def measure_plain_layer(held, x, residual, columns, width, present, steps,
     """root, rest and center of rows in no unit of their own, and whether they are exact enough. They aren't where
     squares overflow or vanish, which is so in constant rows too, nor where too little of a square is the spread's.
 
-    Rows of 16 bits are read once: their sums are of differences to the first element, and what rounding the mean left
-    is nothing beside the rounding of x. Others are read again for that rest.
+    Rows of 16 bits are read once: their sums are of differences to the first element. Others are read again, because
+    errors of those sums are no longer small beside the rounding of y.
     """
     first = read(x, residual, tl.zeros((1, 1), tl.int32), width, present, C, ADD)
     if x.dtype.element_ty.primitive_bitwidth == 16:
         total, square = sums_about(first, held, x, residual, columns, width, present, steps, C, ADD, WHOLE, EVEN)
         difference, mean_square = over(total, width, C), over(square, width, C)
-        center, rest = first + difference, tl.zeros_like(difference)
+        center = first + difference
+        added = center - first
+        rest = (first - (center - added)) + (difference - added)  # what rounding the sum left, exactly
         variance = mean_square - difference * difference
         exact = difference * difference <= 64 * variance
     else:
@@ -297,14 +312,11 @@ def sums_about(origin, held, x, residual, columns, width, present, steps,
 
 
 @triton.jit
-def normalize_plain(x, root, rest, center, PRECISE: constexpr):
+def normalize_plain(x, root, rest, center):
     """x̂ of LayerNorm for rows in no unit of their own."""
     deviation = x - center
-    if PRECISE:
-        shift = tl.broadcast_to(-rest * root, deviation.shape)
-        return multiply_add(deviation, tl.broadcast_to(root, deviation.shape), shift)
-    else:
-        return deviation * root
+    shift = tl.broadcast_to(-rest * root, deviation.shape)
+    return multiply_add(deviation, tl.broadcast_to(root, deviation.shape), shift)
 
 
 @triton.jit
@@ -362,7 +374,6 @@ def layer_norm_forward(
     x, residual = x_ptr + row * x_stride, residual_ptr + row * residual_stride
     steps = 1 if WHOLE else tl.cdiv(width, BLOCK)
     held = read(x, residual, columns, width, present, C, ADD)
-    PRECISE: constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
     root, rest, center, plain = measure_plain_layer(
         held, x, residual, columns, width, present, steps, EPS, C, ADD, WHOLE, EVEN
     )
@@ -388,7 +399,7 @@ def layer_norm_forward(
         if ADD:
             tl.store(total_ptr + row * width + at, narrow(v, total_ptr.dtype.element_ty), inside)
         if all_plain:
-            normed = normalize_plain(v, root, rest, center, PRECISE)
+            normed = normalize_plain(v, root, rest, center)
         else:
             normed = normalize_layer(v, root, per_unit, rest, headroom, center)
         gain, bias = read_gain(gain_ptr, at, width, 1.0, C, GAIN), read_gain(bias_ptr, at, width, 0.0, C, BIAS)
@@ -464,6 +475,26 @@ def rms_norm_backward(
 
 
 @triton.jit
+def backward_sums(held, held_dy, x, dy, gain_ptr, root, center, columns, width, present, steps,
+                  C: constexpr, GAIN: constexpr, WHOLE: constexpr, EVEN: constexpr):  # fmt: skip
+    """The sums over each row of g, g · (x − center) · r and x − center."""
+    if WHOLE:
+        g = held_dy * read_gain(gain_ptr, columns, width, 1.0, C, GAIN)
+        deviation = inside_of(held - center, columns, width, EVEN)
+        return sums_of_three(g, g * (deviation * root), deviation)
+    else:
+        gs, products, deviations = tl.zeros_like(held), tl.zeros_like(held), tl.zeros_like(held)
+        for step in range(steps):
+            at = columns + step * columns.shape[1]
+            g = read(dy, dy, at, width, present, C, False) * read_gain(gain_ptr, at, width, 1.0, C, GAIN)
+            deviation = inside_of(read(x, x, at, width, present, C, False) - center, at, width, EVEN)
+            gs += g
+            products += g * (deviation * root)
+            deviations += deviation
+        return sums_of_three(gs, products, deviations)
+
+
+@triton.jit
 def layer_norm_backward(
     dy_ptr, dtotal_ptr, x_ptr, mean_ptr, scale_ptr, gain_ptr, dx_ptr, dgain_ptr, dbias_ptr,
     rows, width, rows_each, dy_stride, dtotal_stride, x_stride,
@@ -492,11 +523,12 @@ def layer_norm_backward(
         next_center = tl.load(mean_ptr + row_after, present_after, 0.0)
         next_root = tl.load(scale_ptr + row_after, present_after, 1.0)
 
-        PRECISE: constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
-        rest = tl.zeros((ROWS, 1), C)
-        if PRECISE:
-            total, _ = sums_about(center, held, x, x, columns, width, present, steps, C, False, WHOLE, EVEN)
-            rest = over(total, width, C)
+        # With d = x − center, the mean of which is `rest`: mean(g · x̂) = mean(g · d · r) − rest · r · mean(g).
+        g_sum, product_sum, deviation_sum = backward_sums(
+            held, held_dy, x, dy, gain_ptr, root, center, columns, width, present, steps, C, GAIN, WHOLE, EVEN
+        )
+        rest, mean_g = over(deviation_sum, width, C), over(g_sum, width, C)
+        mean_product = over(product_sum, width, C) - rest * root * mean_g
         per_unit, headroom = tl.full((ROWS, 1), 1, C), tl.full((ROWS, 1), 1, C)
         plain = is_plain(root)
         all_plain = tl.min(plain.to(tl.int32)) == 1
@@ -510,24 +542,14 @@ def layer_norm_backward(
                 tl.where(plain, rest, rest_),
             )
             headroom, center = tl.where(plain, headroom, headroom_), tl.where(plain, center, center_)
-
-        gs, products = tl.zeros((ROWS, BLOCK), C), tl.zeros((ROWS, BLOCK), C)
-        for step in range(steps):
-            at = columns + step * BLOCK
-            v = held if WHOLE else read(x, x, at, width, present, C, False)
-            g = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
-            g *= read_gain(gain_ptr, at, width, 1.0, C, GAIN)
-            if all_plain:
-                normed = normalize_plain(v, root, rest, center, PRECISE)
-            else:
-                normed = normalize_layer(v, root, per_unit, rest, headroom, center)
-            if WHOLE:
-                gs, products = g, inside_of(g * normed, at, width, EVEN)
-            else:
-                gs += g
-                products += inside_of(g * normed, at, width, EVEN)
-        g_sum, product_sum = sums(gs, products)
-        mean_g, mean_product = over(g_sum, width, C), over(product_sum, width, C)
+            products = tl.zeros((ROWS, BLOCK), C)
+            for step in range(steps):
+                at = columns + step * BLOCK
+                v = held if WHOLE else read(x, x, at, width, present, C, False)
+                g = held_dy if WHOLE else read(dy, dy, at, width, present, C, False)
+                g *= read_gain(gain_ptr, at, width, 1.0, C, GAIN)
+                products += inside_of(g * normalize_layer(v, root, per_unit, rest, headroom, center), at, width, EVEN)
+            mean_product = tl.where(plain, mean_product, mean(products, width, C))
 
         for step in range(steps):
             at = columns + step * BLOCK
@@ -536,7 +558,7 @@ def layer_norm_backward(
             inside = present & (at < width)
             g = dys * read_gain(gain_ptr, at, width, 1.0, C, GAIN)
             if all_plain:
-                normed = normalize_plain(v, root, rest, center, PRECISE)
+                normed = normalize_plain(v, root, rest, center)
                 dx = projected(g - mean_g, normed, mean_product) * root
             else:
                 normed = normalize_layer(v, root, per_unit, rest, headroom, center)

@@ -1,8 +1,10 @@
 """Known failure modes of normalization code: one test for each row of the table in docs/numerics.md."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from helpers import oracle
+from helpers import exactness, oracle
 from helpers.norm_checks import MANY_ROWS
 from torch import Tensor
 
@@ -229,3 +231,27 @@ def test_gradients_far_from_one(x_scale: float, dy_scale: float) -> None:
         exact_norm(exact).backward(dy.double())
         (dx,) = torch.autograd.grad(ours, x, dy)
         oracle.assert_input_gradient(dx, exact.grad, 3 * dy.double() / x_scale)
+
+
+def _two_values(rows: Tensor) -> Tensor:
+    return 1000 + 4 * (rows > 0).double()
+
+
+def _first_is_an_outlier(rows: Tensor) -> Tensor:
+    return torch.cat([torch.full_like(rows[:, :1], 3e4), rows[:, 1:]], 1)
+
+
+def _one_differs(rows: Tensor) -> Tensor:
+    return torch.cat([torch.full_like(rows[:, 1:], 1000), torch.full_like(rows[:, :1], 1008)], 1)
+
+
+@pytest.mark.parametrize("width", [33, 1024])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("made", [_two_values, _first_is_an_outlier, _one_differs])
+def test_layer_norm_of_a_large_mean_in_16_bits(
+    made: Callable[[Tensor], Tensor], dtype: torch.dtype, width: int
+) -> None:
+    """The spread of such rows is small beside their mean, or beside the first element, from which sums may start."""
+    x = made(torch.randn(6, width, dtype=torch.float64)).to(dtype)
+    dy, weight, bias = (torch.randn(size).to(dtype) for size in ((6, width), (width,), (width,)))
+    assert max(exactness.layer_norm(x, weight, bias, dy).values()) <= 1
