@@ -163,6 +163,7 @@ def test_warnings_of_an_item_are_wrong_once_each() -> None:
     assert worker._attempt(Item("one", 1.0, run))["wrong"] == ["a sentence", "UserWarning: this is slow"]
 
 
+@pytest.mark.slow  # pytest must start before the end, on a busy machine too
 def test_a_run_of_tests_that_is_ended_names_its_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     file = tmp_path / "test_some.py"
@@ -175,8 +176,8 @@ def test_a_run_of_tests_that_is_ended_names_its_failures(tmp_path: Path, monkeyp
     log, output = tmp_path / "log.jsonl", tmp_path / "output.txt"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "gpu_check.pytest_log", str(file)]
     start = time.time()
-    assert tests._run_pytest([*command, "-c", os.devnull, "-p", "no:cacheprovider"], log, output, 8.0) is None
-    assert time.time() - start < 30
+    assert tests._run_pytest([*command, "-c", os.devnull, "-p", "no:cacheprovider"], log, output, 40.0) is None
+    assert time.time() - start < 120
     found = pytest_log.read(log)
     assert found["passed"] == 1
     (failure,) = found["failures"]
