@@ -262,9 +262,10 @@ def _plan(name: str, width: int, dtype: torch.dtype, eps: float, options: tuple[
     shape = tile(name, width, dtype)
     compute = tl.float64 if dtype == torch.float64 else tl.float32
     settings = {"EPS": eps, "LEAST": math.sqrt(eps), "C": compute, **dict(options), **shape._asdict()}
-    if name.startswith("layer_norm"):
+    kernel = getattr(_kernels(), name)
+    if "EVEN" in kernel.arg_names:
         settings["EVEN"] = shape.WHOLE and width == shape.BLOCK
-    return Plan(getattr(_kernels(), name), {**settings, **_COMPILER}, shape.ROWS)
+    return Plan(kernel, {**settings, **_COMPILER}, shape.ROWS)
 
 
 @cache

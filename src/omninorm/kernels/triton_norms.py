@@ -283,8 +283,12 @@ def measure_plain_layer(held, x, residual, columns, width, present, steps,
         variance = mean_square - difference * difference
         exact = difference * difference <= 64 * variance
     else:
-        total, _ = sums_about(first, held, x, residual, columns, width, present, steps, C, ADD, WHOLE, EVEN)
-        center = first + over(total, width, C)
+        differences = tl.zeros_like(held)
+        for step in range(steps):
+            at = columns + step * columns.shape[1]
+            v = held if WHOLE else read(x, residual, at, width, present, C, ADD)
+            differences += inside_of(v - first, at, width, EVEN)
+        center = first + mean(differences, width, C)
         total, square = sums_about(center, held, x, residual, columns, width, present, steps, C, ADD, WHOLE, EVEN)
         rest, mean_square = over(total, width, C), over(square, width, C)
         variance = mean_square - rest * rest
