@@ -175,10 +175,13 @@ def test_a_run_of_tests_that_is_ended_names_its_failures(tmp_path: Path, monkeyp
     )
     log, output = tmp_path / "log.jsonl", tmp_path / "output.txt"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "gpu_check.pytest_log", str(file)]
-    start = time.time()
-    assert tests._run_pytest([*command, "-c", os.devnull, "-p", "no:cacheprovider"], log, output, 40.0) is None
-    assert time.time() - start < 120
-    found = pytest_log.read(log)
+    for limit in (15.0, 60.0, 240.0):  # on a busy machine pytest may take that long to start
+        log.unlink(missing_ok=True)
+        start = time.time()
+        assert tests._run_pytest([*command, "-c", os.devnull, "-p", "no:cacheprovider"], log, output, limit) is None
+        assert time.time() - start < limit + 80
+        if (found := pytest_log.read(log))["failures"]:
+            break
     assert found["passed"] == 1
     (failure,) = found["failures"]
     assert failure["test"].endswith("test_bad")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from omninorm.errors import RunError
-from omninorm.experiments.compare import ComparePlan, parse_plan, work
+from omninorm.experiments.compare import ComparePlan, engine, parse_plan, work
 from omninorm.experiments.compare.engine import Engine
 from omninorm.experiments.compare.estimate import estimate_seconds, longest_first
 from omninorm.experiments.compare.results import collect, collect_timings, table, write
@@ -90,7 +90,23 @@ def test_a_failure_is_recorded_and_the_other_runs_finish(tmp_path: Path, text: P
     assert "no verdict" in results["studies"][0]["comparisons"][0]["verdict"]
 
 
-@pytest.mark.slow
+def test_an_answer_that_arrives_with_the_message_before_it_is_read_at_once(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it the answer would wait in a buffer until the time limit, and the run would count as failed."""
+    both = """
+import json, os, sys
+sys.stdin.readline()
+os.write(1, (json.dumps({"ready": True}) + chr(10) + json.dumps({"done": "any"}) + chr(10)).encode())
+sys.stdin.read()
+"""
+    monkeypatch.setattr(engine, "_START", both)
+    chosen = plan(text, seeds=1)
+    store = Store.create(tmp_path / "c", chosen)
+    Engine(store, 1, 2.0).run(chosen.cells().values(), lambda *_: True)
+    assert store.failures() == {}
+
+
 def test_a_run_that_failed_once_is_retried(tmp_path: Path, text: Path) -> None:
     chosen = plan(tmp_path / "later.txt", seeds=1)
     store = Store.create(tmp_path / "c", chosen)

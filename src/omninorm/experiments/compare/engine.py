@@ -129,6 +129,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
+            bufsize=0,  # a buffer would hide the second of two lines from the selector
             start_new_session=True,  # Ctrl-C must reach only the parent process
             env={**os.environ, "OMP_NUM_THREADS": "1", **only_visible(self._device)},
         )
