@@ -93,6 +93,7 @@ def test_the_choices_and_defaults_of_train_are_those_of_the_library():
     assert {name: library[name] for name in train.DEFAULTS} == train.DEFAULTS
     assert (train.TOKENIZERS, train.PARALLEL) == (tokenizer.TOKENIZERS, processes.PARALLEL)
     assert (train.SCHEDULES, train.PRECISIONS) == (settings.SCHEDULES, settings.PRECISIONS)
+    assert train.OPTIMIZERS == settings.OPTIMIZERS
 
 
 def test_the_defaults_of_demo_and_bench_are_those_of_the_library():

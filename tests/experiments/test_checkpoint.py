@@ -62,6 +62,21 @@ def test_a_loaded_checkpoint_is_bit_identical(saved, small):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_momentum_of_muon_is_saved_and_loaded(tmp_path, small):
+    muon = replace(small, optimizer="muon")
+    model, optimizer = _trained(muon)
+    save_checkpoint(tmp_path, 3, model, optimizer, keep=1)
+    twin = build_model(SHAPE, 5)
+    fresh = build_optimizer(twin, muon)
+    load_checkpoint(tmp_path, 3, twin, fresh)
+    ours, theirs = _state(model, optimizer), _state(twin, fresh)
+    assert sum(name.endswith(".momentum_buffer") for name in ours) == 7  # query, key, value, output; gate, up, down
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(RunError, match="must have the tensors of this model"):
+        load_checkpoint(tmp_path, 3, twin, build_optimizer(twin, small))
+
+
 def test_only_the_newest_checkpoints_are_kept(saved):
     folder, model, optimizer = saved
     for step in (6, 100):

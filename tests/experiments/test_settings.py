@@ -53,6 +53,8 @@ BAD = [
     ("betas", (0.9,)),
     ("betas", 0.9),
     ("schedule", "linear"),
+    ("optimizer", "sgd"),
+    ("decay_norms", 1),
     ("precision", "fp8"),
 ]
 

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 _MOST_THREADS = 4096
 # The library's choices and defaults, repeated here because importing them would import torch. A test compares them.
 TOKENIZERS, SCHEDULES, PARALLEL = ("byte", "bpe"), ("cosine", "constant"), ("ddp", "fsdp")
+OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 DEFAULTS: dict[str, object] = {
     "held_out": 0.1, "tokenizer": "byte", "d_model": 128, "n_layers": 4, "n_heads": 4, "feed_forward": "swiglu",
     "normalization": "rmsnorm", "norm_placement": "pre", "norm_eps": 1e-6, "steps": 600, "batch_size": 16,
-    "seq_len": 128, "lr": 0.003, "schedule": "cosine", "min_lr_ratio": 0.1, "weight_decay": 0.1, "adam_eps": 1e-8,
-    "grad_clip": 1.0, "grad_accumulation": 1, "precision": "auto", "seed": 0, "eval_every": 100, "eval_bytes": 65536,
-    "checkpoint_every": 100, "keep_checkpoints": 2, "log_every": 1, "watch_every": 10,
+    "seq_len": 128, "lr": 0.003, "schedule": "cosine", "min_lr_ratio": 0.1, "optimizer": "adamw", "weight_decay": 0.1,
+    "adam_eps": 1e-8, "grad_clip": 1.0, "grad_accumulation": 1, "precision": "auto", "seed": 0, "eval_every": 100,
+    "eval_bytes": 65536, "checkpoint_every": 100, "keep_checkpoints": 2, "log_every": 1, "watch_every": 10,
 }  # fmt: skip
 # Options that are not settings of the run, so that they need no comparison with it when it is resumed.
 _APART = ("text", "out", "resume", "device", "threads", "parallel", "no_grad_clip", "no_watch")
@@ -140,8 +141,20 @@ def train(
     min_lr_ratio: Annotated[
         float | None, _train("min_lr_ratio", "--min-lr-ratio", "Final learning rate as a fraction of --lr.")
     ] = None,
+    optimizer: Annotated[
+        str | None,
+        _train(
+            "optimizer",
+            "--optimizer",
+            f"Optimizer: {_one_of(OPTIMIZERS)} muon: for hidden matrices; AdamW for the rest.",
+        ),
+    ] = None,
     weight_decay: Annotated[
-        float | None, _train("weight_decay", "--weight-decay", "AdamW weight decay, applied to matrices only.")
+        float | None, _train("weight_decay", "--weight-decay", "Weight decay, applied to matrices only.")
+    ] = None,
+    decay_norms: Annotated[
+        bool | None,
+        _train("", "--decay-norms/--no-decay-norms", "Decay the norms' gains too.", "no-decay-norms"),
     ] = None,
     betas: Annotated[
         tuple[float, float] | None, _train("", "--betas", "AdamW betas.", "0.9 0.95", metavar="<float> <float>")

@@ -4,8 +4,8 @@ A checkpoint is the folder checkpoints/step-N/:
 
 
 model.safetensors      parameters and buffers, whole
-optimizer.safetensors  AdamW's moments and step counters by parameter name, torch's random state, and with float16 the
-                       state of the loss's scaler
+optimizer.safetensors  the optimizer's moments and step counters by parameter name, torch's random state, and with
+                       float16 the state of the loss's scaler
 state.json             format, step, and size and SHA-256 of the other files; nothing is unpickled
 
 Processes that share a model (FSDP2) write format 2, which has a folder optimizer/ instead of optimizer.safetensors. It
@@ -248,10 +248,15 @@ def _optimizer_tensors(
 
 
 def _create_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
-    """Create empty AdamW state, as its first step would, for the parameters that had one when it was saved."""
+    """Create empty state, as the optimizer's first step would, for the parameters that had one when it was saved."""
+    by_muon = {id(each) for group in optimizer.param_groups if "ns_steps" in group for each in group["params"]}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and f"{name}.step" in saved:
+        muon = id(parameter) in by_muon
+        if parameter.requires_grad and f"{name}.{'momentum_buffer' if muon else 'step'}" in saved:
             state = optimizer.state[parameter]
+            if muon:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+                continue
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)

@@ -12,6 +12,7 @@ from omninorm.errors import ConfigError
 from omninorm.experiments.precision import PRECISIONS, SHORT
 
 SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "muon")
 # The range of float32, the dtype of the weights: beyond it a number becomes 0 or infinite.
 _SMALLEST, _LARGEST = 1e-38, 3e38
 _MOST_STEPS = 10**12
@@ -29,7 +30,10 @@ class TrainConfig:
         warmup_steps: steps of linear warm-up, at most `steps`; None means a tenth of the steps, at most 100.
         schedule: "cosine" falls to min_lr_ratio · lr at the last step; "constant" stays at lr.
         min_lr_ratio: final learning rate as a fraction of lr, in [0, 1].
-        weight_decay: AdamW's decoupled weight decay, ≥ 0; `omninorm.param_groups` selects its parameters.
+        optimizer: "adamw", or "muon" for the matrices between the embeddings and the output layer, with AdamW for the
+            other parameters; both have the learning rate `lr`.
+        weight_decay: the optimizer's decoupled weight decay, ≥ 0; `omninorm.param_groups` selects its parameters.
+        decay_norms: decay the gains of norms too; meant for zero-centred gains (gain_offset=1), which it pulls to 1.
         betas: AdamW's betas, each in [0, 1).
         adam_eps: AdamW's ε, in [1e-38, 3e38].
         grad_clip: clip the total gradient norm to this, in [1e-38, 3e38]; None disables clipping.
@@ -59,7 +63,9 @@ class TrainConfig:
     warmup_steps: int | None = None
     schedule: str = "cosine"
     min_lr_ratio: float = 0.1
+    optimizer: str = "adamw"
     weight_decay: float = 0.1
+    decay_norms: bool = False
     betas: tuple[float, float] = (0.9, 0.95)
     adam_eps: float = 1e-8
     grad_clip: float | None = 1.0
@@ -89,10 +95,11 @@ class TrainConfig:
         if self.eval_bytes is not None:
             check_count("eval_bytes", self.eval_bytes, at_least=2)
         check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if isinstance(self.precision, str):
             object.__setattr__(self, "precision", SHORT.get(self.precision, self.precision))
         check_choice("precision", self.precision, PRECISIONS)
-        for name in ("compile", "tf32"):
+        for name in ("compile", "tf32", "decay_norms"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False", f"{getattr(self, name)!r:.60}", "choose one of them")
         self._check_numbers()
