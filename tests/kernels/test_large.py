@@ -29,7 +29,7 @@ def memory() -> int:
 
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable()),
     pytest.mark.skipif(
         not os.path.exists("/proc/meminfo") or memory() < 15 * GIB, reason="less than 15 GiB of memory are available"
