@@ -7,8 +7,16 @@ from typing import Any
 from omninorm.config import PLACEMENTS
 from omninorm.errors import ConfigError
 from omninorm.experiments.compare.claims import CLAIMS, c1_without_norms, studies_of
-from omninorm.experiments.compare.claims.common import DEPTHS, NORMS, TINY
+from omninorm.experiments.compare.claims.common import DEPTHS, NORMS, TINY, TRAINED
 from omninorm.experiments.compare.plan import ComparePlan, parse_plan
+
+_RULES = ["pre", "sandwich", "x0", "mhc", "hyper", "attention_residual"]
+_MUON = {**TRAINED, "optimizer": "muon"}
+
+
+def _train(name: str, grid: dict[str, Any], settings: dict[str, Any] = TRAINED) -> dict[str, Any]:
+    return {"name": name, "protocol": "train", "depth": [12], "seeds": 5, "settings": settings, **grid}
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
@@ -47,6 +55,16 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "margin": 0.7,
                 "settings": {**TINY, "steps": 200},
             },
+        ],
+    },
+    "residuals": {
+        "title": "Residual rules and norms of today, with AdamW and with Muon",
+        "studies": [
+            _train("rules", {"placement": _RULES}),
+            _train("rules-muon", {"placement": _RULES}, _MUON),
+            _train("qk-norm-muon", {"vary": {"qk_norm": [False, True]}, "lr": [0.003, 0.01, 0.03]}, _MUON),
+            _train("norms-muon", {"normalization": ["rmsnorm", "layernorm", "dyt", "derf"]}, _MUON),
+            _train("gain-decay", {"vary": {"decay_norms": [False, True]}}, {**TRAINED, "gain_offset": 1.0}),
         ],
     },
 }
