@@ -23,7 +23,7 @@ def compare(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="A plan by name: quick, chapter (all claims), placements, or one claim such as C3.",
+            help="A plan by name: quick, chapter (all claims), placements, residuals, or one claim such as C3.",
             show_default=_DEFAULT,
         ),
     ] = None,

@@ -235,5 +235,5 @@ def test_every_preset_is_a_valid_plan() -> None:
         cells = preset(name).cells()
         assert cells
     assert {cell.norm.norm_placement for cell in preset("placements").cells().values()} >= {"pre", "keel", "residual"}
-    with pytest.raises(ConfigError, match="quick, chapter, placements, C1"):
+    with pytest.raises(ConfigError, match="quick, chapter, placements, residuals, C1"):
         preset("qiuck")
