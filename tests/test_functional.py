@@ -258,9 +258,12 @@ def test_constants_up_to_the_largest_float32_and_eps_zero_are_accepted() -> None
 def test_defaults_are_the_documented_ones() -> None:
     rms_defaults = {"weight": None, "eps": 1e-6, "gain_offset": 0.0, "cast": "fp32"}
     layer_defaults = {"weight": None, "bias": None, "eps": 1e-6}
+    gate = {"weight": None, "eps": 1e-6, "activation": "silu", "norm_first": True, "groups": 1, "cast": "fp32"}
     for name, wanted in {
-        "rms_norm": rms_defaults, "add_rms_norm": rms_defaults, "layer_norm": layer_defaults,
-        "add_layer_norm": layer_defaults, "z_score": {"dim": -1},
+        "rms_norm": {**rms_defaults, "groups": 1, "dim": -1}, "add_rms_norm": rms_defaults,
+        "layer_norm": {**layer_defaults, "dim": -1}, "add_layer_norm": layer_defaults, "z_score": {"dim": -1},
+        "gated_rms_norm": gate, "l2_norm": {"eps": 1e-6}, "modulated_rms_norm": {"shift": None, "eps": 1e-6},
+        "modulated_layer_norm": {"shift": None, "eps": 1e-6},
     }.items():  # fmt: skip
         parameters = inspect.signature(getattr(functional, name)).parameters.values()
         assert {each.name: each.default for each in parameters if each.default is not each.empty} == wanted

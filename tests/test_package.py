@@ -19,6 +19,7 @@ ORDER = [
     "record",
     "timing",
     "config",
+    "checks",
     "kernels",
     "functional",
     "layers",

@@ -13,7 +13,8 @@ from omninorm.monitor import watch
 if _TYPE_CHECKING:
     from omninorm import functional
     from omninorm.kernels.dispatch import backend_for, backends, use_backend
-    from omninorm.layers import CRMSNorm, DynamicErf, DynamicTanh, LayerNorm, RMSNorm, ScaleNorm, param_groups
+    from omninorm.layers import CRMSNorm, DynamicErf, DynamicTanh, GatedRMSNorm, LayerNorm, RMSNorm, ScaleNorm
+    from omninorm.layers import param_groups as param_groups
     from omninorm.placement import Block
     from omninorm.surgery import swapped
     from omninorm.thinker import Thinker, ThinkerConfig
@@ -25,6 +26,7 @@ __all__ = [
     "CRMSNorm",
     "DynamicErf",
     "DynamicTanh",
+    "GatedRMSNorm",
     "LayerNorm",
     "NormConfig",
     "OmninormError",
@@ -45,7 +47,8 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("backend_for", "backends", "use_backend"), "kernels.dispatch"),
     **dict.fromkeys(
-        ("CRMSNorm", "DynamicErf", "DynamicTanh", "LayerNorm", "RMSNorm", "ScaleNorm", "param_groups"), "layers"
+        ("CRMSNorm", "DynamicErf", "DynamicTanh", "GatedRMSNorm", "LayerNorm", "RMSNorm", "ScaleNorm", "param_groups"),
+        "layers",
     ),
     "Block": "placement",
     "swapped": "surgery",

@@ -1,27 +1,50 @@
-"""The norms as functions. Arguments are checked here; `kernels.dispatch` chooses the back end.
+"""The norms as functions. `checks` checks arguments; `kernels.dispatch` chooses the back end.
 
-All of them normalize over the last dimension (`z_score`: over any), for float16, bfloat16, float32 and float64 input of
-any strides. All but `z_score` also take jagged nested tensors. Statistics and products are computed in float32 (float64
-for float64 input) and rounded once, at the end. On the proxies of torch.fx each function is recorded as one node, like
-those of torch.nn.functional.
+All of them take float16, bfloat16, float32 and float64 input of any strides, and the plain norms jagged nested tensors
+too. Statistics and products are computed in float32 (float64 for float64 input) and rounded once, at the end. On the
+proxies of torch.fx each function is recorded as one node, like those of torch.nn.functional.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 from torch.overrides import handle_torch_function
 
-from omninorm.config import CASTS, LARGEST, is_finite, python_number
+from omninorm.checks import (
+    REFUSALS,
+    check_float,
+    check_gate,
+    check_groups,
+    check_layer_norm,
+    check_modulation,
+    check_pair,
+    check_rms_norm,
+    is_jagged,
+    map_rows,
+    overriding,
+)
+from omninorm.config import python_number
 from omninorm.errors import InputError
 from omninorm.kernels import dispatch, fused, operators
+from omninorm.kernels.reference import compute_dtype, round_before_gain
 
-__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm", "z_score"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "gated_rms_norm",
+    "l2_norm",
+    "layer_norm",
+    "modulated_layer_norm",
+    "modulated_rms_norm",
+    "rms_norm",
+    "z_score",
+]
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ACTIVATIONS = {"silu": silu, "sigmoid": torch.sigmoid}
 
 
 def rms_norm(
@@ -31,6 +54,8 @@ def rms_norm(
     *,
     gain_offset: float = 0.0,
     cast: str = "fp32",
+    groups: int = 1,
+    dim: int = -1,
 ) -> Tensor:
     """y = x / √(mean(x²) + ε) · (γ + gain_offset), over the last dimension.
 
@@ -41,13 +66,16 @@ def rms_norm(
         gain_offset: 1 for Gemma's form, whose stored gain starts at 0.
         cast: "fp32" rounds once, after the gain (torch.nn.RMSNorm, Gemma); "llama" also rounds to x's dtype
             before the gain (Llama, Qwen).
+        groups: the features are divided into that many groups of d/groups neighbours, each with a mean of its own
+            (Mamba-2); the gain still has one value per feature.
+        dim: the dimension of the features, such as 1 for images of shape (batch, channels, height, width).
 
     Returns:
-        (..., d), in x's dtype.
+        x's shape and dtype.
 
     Raises:
         InputError: x is not a floating-point tensor (dense, or jagged nested) of width ≥ 1, the gain does not match
-            its last dimension, or a constant is out of range.
+            its features, `groups` does not divide them, or a constant is out of range.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
 
@@ -55,6 +83,8 @@ def rms_norm(
         >>> rms_norm(torch.tensor([2.0, 4.0, 6.0, 8.0]))
         tensor([0.3651, 0.7303, 1.0954, 1.4606])
     """
+    if dim != -1 or groups != 1:
+        return _rms_norm_of_parts(x, weight, eps, gain_offset, cast, groups, dim)
     if dispatch.is_plain_cpu(x, weight, None, eps, gain_offset):
         try:
             return operators.rms_norm(x, weight, eps, gain_offset, cast)
@@ -78,7 +108,9 @@ def rms_norm(
     return dispatch.rms_norm(x, weight, eps, gain_offset, cast)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float | None = 1e-6) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float | None = 1e-6, *, dim: int = -1
+) -> Tensor:
     """y = (x − mean(x)) / √(var(x) + ε) · γ + β, over the last dimension, with the population variance.
 
     Args:
@@ -86,9 +118,10 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         weight: γ, (d,), of any floating dtype; None means 1.
         bias: β, (d,), of any floating dtype; None means 0.
         eps: ε ≥ 0; None means the machine epsilon of the compute dtype.
+        dim: the dimension of the features, as in `rms_norm`.
 
     Returns:
-        (..., d), in x's dtype. A constant row gives exactly β.
+        x's shape and dtype. A constant row gives exactly β.
 
     Raises:
         InputError: as `rms_norm`.
@@ -99,6 +132,11 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         >>> layer_norm(torch.tensor([2.0, 4.0, 6.0, 8.0]))
         tensor([-1.3416, -0.4472,  0.4472,  1.3416])
     """
+    if dim != -1:
+        if proxies := overriding(x, weight, bias):
+            return handle_torch_function(layer_norm, proxies, x, weight, bias, eps, dim=dim)
+        dim = _dimension(x, dim)
+        return layer_norm(x.movedim(dim, -1), weight, bias, eps).movedim(-1, dim)
     if dispatch.is_plain_cpu(x, weight, bias, eps):
         try:
             return operators.layer_norm(x, weight, bias, eps)
@@ -189,145 +227,174 @@ def z_score(x: Tensor, dim: int = -1) -> Tensor:
     """
     if proxies := overriding(x):
         return handle_torch_function(z_score, proxies, x, dim)
+    dim = _dimension(x, dim)
+    return layer_norm(x.movedim(dim, -1), eps=0.0).movedim(-1, dim)
+
+
+# Norms that are made of the ones above. Between their parts everything is in the compute dtype ---------------------
+
+
+def gated_rms_norm(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    activation: str = "silu",
+    norm_first: bool = True,
+    groups: int = 1,
+    cast: str = "fp32",
+) -> Tensor:
+    """y = N(x) · γ · act(z), or N(x · act(z)) · γ if not `norm_first`, with N(v) = v / √(mean(v²) + ε) over each group.
+
+    Args:
+        x: (..., d), floating point.
+        z: the gate before its activation, of x's shape, of any floating dtype.
+        weight: γ, (d,), of any floating dtype; None means 1.
+        eps: ε ≥ 0; None means the machine epsilon of the compute dtype.
+        activation: "silu" (Qwen3-Next, Mamba-2) or "sigmoid" (Kimi Linear).
+        norm_first: True for Qwen3-Next and Kimi Linear, False for Mamba-2. If False, x · act(z) must be finite in
+            float32 (float64 for float64 input).
+        groups: the number of groups of neighbouring features, each with a mean of its own.
+        cast: "fp32" rounds once, at the end (Kimi Linear); "llama" also rounds to x's dtype before and after the gain
+            (Qwen3-Next; Mamba-2, whose gain comes last, before it).
+
+    Returns:
+        (..., d), in x's dtype.
+
+    Raises:
+        InputError: x and z differ in shape or device, the activation is unknown, or as `rms_norm`.
+
+    Source: Mamba-2, Dao and Gu 2024, arXiv 2405.21060; Gated DeltaNet, Yang et al. 2024, arXiv 2412.06464.
+
+    Example:
+        >>> gated_rms_norm(torch.tensor([2.0, 4.0, 6.0, 8.0]), torch.tensor([-8.0, 0.0, 1.0, 8.0]))
+        tensor([-9.7962e-04,  0.0000e+00,  8.0083e-01,  1.1681e+01])
+    """
+    if proxies := overriding(x, z, weight):
+        options: dict[str, Any] = {"activation": activation, "norm_first": norm_first, "groups": groups, "cast": cast}
+        return handle_torch_function(gated_rms_norm, proxies, x, z, weight, eps, **options)
+    check_rms_norm(x, weight, eps, 0.0, cast)
+    check_gate(x, z)
+    check_groups(groups, x)
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}", f"{activation!r:.40}", "choose one")
+    dtype = compute_dtype(x.dtype)
+    gate = ACTIVATIONS[activation](z.to(dtype))
+    if not norm_first:
+        return _normed_groups(x.to(dtype) * gate, weight, eps, 0.0, cast, groups, x.dtype).to(x.dtype)
+    normed = _normed_groups(x, weight, eps, 0.0, cast, groups, x.dtype)
+    if cast == "llama" and weight is not None:  # its product is in the gain's dtype if that is wider
+        normed = normed.to(torch.promote_types(x.dtype, weight.dtype)).to(dtype)
+    return (normed * gate).to(x.dtype)
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """y = x / √(Σx² + ε), over the last dimension: rows of length 1, such as the queries and keys of Gated DeltaNet.
+
+    It is RMSNorm with ε/d and the gain 1/√d.
+
+    Args:
+        x: (..., d), floating point, dense or jagged.
+        eps: ε ≥ 0.
+
+    Returns:
+        (..., d), in x's dtype.
+
+    Raises:
+        InputError: as `rms_norm`.
+
+    Example:
+        >>> l2_norm(torch.tensor([3.0, 4.0]))
+        tensor([0.6000, 0.8000])
+    """
+    if proxies := overriding(x):
+        return handle_torch_function(l2_norm, proxies, x, eps)
+    eps = python_number(eps)
+    if eps is None:
+        raise InputError("eps must be a finite number ≥ 0", "None", "use a small positive value such as 1e-6")
+    check_rms_norm(x, None, eps, 0.0, "fp32")
+    width = int(x.shape[-1])
+    gain = torch.full((width,), width**-0.5, dtype=compute_dtype(x.dtype), device=x.device)
+    return rms_norm(x, gain, eps / width)
+
+
+def modulated_rms_norm(x: Tensor, scale: Tensor, shift: Tensor | None = None, eps: float | None = 1e-6) -> Tensor:
+    """y = N(x) · (1 + scale) + shift, with N(x) = x / √(mean(x²) + ε): the adaptive norm of diffusion transformers.
+
+    Args:
+        x: (..., d), floating point.
+        scale, shift: of any floating dtype and any shape that broadcasts to x's, such as (batch, 1, d); without a
+            shift nothing is added.
+        eps: ε ≥ 0; None means the machine epsilon of the compute dtype.
+
+    Returns:
+        x's shape and dtype.
+
+    Raises:
+        InputError: scale or shift does not broadcast to x's shape; otherwise as `rms_norm`.
+
+    Source: adaLN of DiT, Peebles and Xie 2022, arXiv 2212.09748.
+
+    Example:
+        >>> modulated_rms_norm(torch.tensor([2.0, 4.0, 6.0, 8.0]), torch.ones(1), torch.ones(4))
+        tensor([1.7303, 2.4606, 3.1909, 3.9212])
+    """
+    if proxies := overriding(x, scale, shift):
+        return handle_torch_function(modulated_rms_norm, proxies, x, scale, shift, eps)
+    check_rms_norm(x, None, eps, 0.0, "fp32")
+    return _modulated(rms_norm(x.to(compute_dtype(x.dtype)), eps=eps), x, scale, shift)
+
+
+def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor | None = None, eps: float | None = 1e-6) -> Tensor:
+    """y = N(x) · (1 + scale) + shift, with N(x) = (x − mean(x)) / √(var(x) + ε): `modulated_rms_norm` for LayerNorm."""
+    if proxies := overriding(x, scale, shift):
+        return handle_torch_function(modulated_layer_norm, proxies, x, scale, shift, eps)
+    check_layer_norm(x, None, None, eps)
+    return _modulated(layer_norm(x.to(compute_dtype(x.dtype)), eps=eps), x, scale, shift)
+
+
+def _modulated(normed: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    check_modulation("scale", scale, x)
+    y = normed * (1.0 + scale.to(normed.dtype))
+    if shift is not None:
+        check_modulation("shift", shift, x)
+        y = y + shift.to(normed.dtype)
+    return y.to(x.dtype)
+
+
+def _rms_norm_of_parts(
+    x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str, groups: int, dim: int
+) -> Tensor:
+    """`rms_norm` over groups of features, or over another dimension than the last."""
+    if proxies := overriding(x, weight):
+        options: dict[str, Any] = {"gain_offset": gain_offset, "cast": cast, "groups": groups, "dim": dim}
+        return handle_torch_function(rms_norm, proxies, x, weight, eps, **options)
+    dim = _dimension(x, dim)
+    rows = x.movedim(dim, -1)
+    eps, gain_offset, groups = python_number(eps), python_number(gain_offset), python_number(groups)
+    check_rms_norm(rows, weight, eps, gain_offset, cast)
+    check_groups(groups, rows)
+    return _normed_groups(rows, weight, eps, gain_offset, cast, groups, x.dtype).to(x.dtype).movedim(-1, dim)
+
+
+def _normed_groups(
+    x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str, groups: int, dtype: torch.dtype
+) -> Tensor:
+    """N(x) · γ in the compute dtype; "llama" rounds to `dtype` before the gain."""
+    wide = x.to(compute_dtype(x.dtype))
+    if groups == 1 and (cast == "fp32" or wide.dtype == dtype):
+        return rms_norm(wide, weight, eps, gain_offset=gain_offset)
+    normed = rms_norm(wide.unflatten(-1, (groups, -1)), eps=eps).flatten(-2)
+    normed = round_before_gain(normed, dtype, cast)
+    return normed if weight is None else normed * (weight.to(normed.dtype) + gain_offset)
+
+
+def _dimension(x: Tensor, dim: int) -> int:
+    """Return `dim` if it is a dimension of x, which must be dense; raise InputError otherwise."""
     check_float("x", x)
     dim = python_number(dim)
     if isinstance(dim, bool) or not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
         remedy = f"choose an integer from {-x.ndim} to {x.ndim - 1}" if x.ndim else "pass a tensor of features"
         raise InputError("dim must be a dimension of x", f"dim={dim!r} for shape {tuple(x.shape)}", remedy)
-    return layer_norm(x.movedim(dim, -1), eps=0.0).movedim(-1, dim)
-
-
-# Proxies and jagged tensors --------------------------------------------------------------------------------------
-
-
-def overriding(*arguments: object) -> list[Any]:
-    """Return the arguments that override function calls, such as torch.fx's proxies, without subclasses of Tensor."""
-    return [
-        argument
-        for argument in arguments
-        if not (argument is None or isinstance(argument, Tensor)) and hasattr(type(argument), "__torch_function__")
-    ]
-
-
-def is_jagged(x: object) -> bool:
-    """Return whether `x` is a nested tensor in the jagged layout."""
-    return isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged
-
-
-def map_rows(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a norm to a jagged nested tensor. Rows are independent, so its values are normalized as one tensor.
-
-    Raises:
-        InputError: the jagged dimension is the last one, that of the features.
-    """
-    ragged: int = x._ragged_idx  # type: ignore[attr-defined]
-    if ragged == x.ndim - 1:
-        remedy = "transpose it, so that features of one width come last"
-        raise InputError("A nested tensor must have the same number of features everywhere", f"shape {x.shape}", remedy)
-    return torch.nested.nested_tensor_from_jagged(
-        norm(x.values()),  # with the rows between the sequences, if it has gaps
-        x.offsets(),  # type: ignore[attr-defined]
-        x.lengths(),  # type: ignore[attr-defined]
-        jagged_dim=ragged,
-        min_seqlen=x._maybe_min_seqlen,  # type: ignore[attr-defined]
-        max_seqlen=x._maybe_max_seqlen,  # type: ignore[attr-defined]
-    )
-
-
-# Checks. The C++ operators check too, in a fraction of the time that a small norm takes; these functions then put into
-# words what an operator refused.
-
-REFUSALS = (RuntimeError, TypeError, KeyError)
-
-
-def check_rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> None:
-    """Raise InputError unless these are valid arguments of `rms_norm`."""
-    check_rows(x)
-    check_gain("weight", weight, x)
-    check_eps(eps)
-    check_rounding(gain_offset, cast)
-
-
-def check_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> None:
-    """Raise InputError unless these are valid arguments of `layer_norm`."""
-    check_rows(x)
-    check_gain("weight", weight, x)
-    check_gain("bias", bias, x)
-    check_eps(eps)
-
-
-def check_float(name: str, x: object) -> None:
-    """Raise InputError unless `x` is a dense tensor of one of the four floating-point dtypes."""
-    if not isinstance(x, Tensor):
-        received = f"{type(x).__name__} {x!r:.40}" if isinstance(x, (bool, int, float, str)) else type(x).__name__
-        raise InputError(f"{name} must be a torch.Tensor", received, "convert it with torch.as_tensor")
-    if x.dtype not in FLOATS:
-        remedy = f"convert it first, e.g. with {name}.float()"
-        raise InputError(f"{name} must be float16, bfloat16, float32 or float64", str(x.dtype), remedy)
-    if x.is_nested:
-        if x.layout == torch.jagged:
-            remedy = "pass a dense tensor, e.g. its padded form from to_padded_tensor"
-            raise InputError(f"{name} can't be a nested tensor here", "", remedy)
-        remedy = "build it with torch.nested.nested_tensor(…, layout=torch.jagged), or pad it with to_padded_tensor"
-        raise InputError(f"{name} must be a dense or a jagged nested tensor", "a strided nested tensor", remedy)
-    if x.layout != torch.strided:
-        raise InputError(f"{name} must be a dense tensor", str(x.layout), f"convert it with {name}.to_dense()")
-
-
-def check_rows(x: Tensor) -> None:
-    """Raise InputError unless `x` has a last dimension to normalize over."""
-    check_float("x", x)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        remedy = "pass a tensor with features in its last dimension"
-        raise InputError("x must have a last dimension of width ≥ 1", f"shape {tuple(x.shape)}", remedy)
-
-
-def check_gain(name: str, gain: Tensor | None, x: Tensor) -> None:
-    """Raise InputError unless `gain` is None or holds one value per feature of `x`, on the same device."""
-    if gain is None:
-        return
-    check_float(name, gain)
-    if gain.shape != x.shape[-1:]:
-        received = f"{tuple(gain.shape)} for x of shape {tuple(x.shape)}"
-        remedy = f"pass a {name} with one value per feature of x"
-        raise InputError(f"{name} must have shape ({x.shape[-1]},), like x's last dimension", received, remedy)
-    check_device(name, gain, x)
-
-
-def check_device(name: str, gain: Tensor, x: Tensor) -> None:
-    """Raise InputError unless `gain` is on x's device."""
-    if gain.device != x.device:
-        received = f"{gain.device} and {x.device}"
-        raise InputError(f"{name} and x must be on the same device", received, f"move {name}: {name}.to(x.device)")
-
-
-def check_eps(eps: float | None) -> None:
-    """Raise InputError unless `eps` is None or a finite number ≥ 0."""
-    if eps is None:
-        return
-    if not is_finite(eps) or not 0 <= eps <= LARGEST:
-        remedy = "use a small positive value such as 1e-6"
-        raise InputError("eps must be a finite number ≥ 0, or None", f"{eps!r:.40}", remedy)
-
-
-def check_rounding(gain_offset: float, cast: str) -> None:
-    """Raise InputError unless the gain offset is finite and the casting order known."""
-    if not is_finite(gain_offset) or abs(gain_offset) > LARGEST:
-        remedy = "use 0.0, or 1.0 for Gemma's norms, whose gains start at 0"
-        raise InputError("gain_offset must be a finite number", f"{gain_offset!r:.40}", remedy)
-    if cast not in CASTS:
-        raise InputError(f"cast must be one of {', '.join(CASTS)}", repr(cast), "choose one of these")
-
-
-def check_pair(x: Tensor, residual: Tensor) -> None:
-    """Raise InputError unless `x` and `residual` can be added without broadcasting or promotion."""
-    for name, tensor in (("x", x), ("residual", residual)):
-        if not is_jagged(tensor):
-            check_float(name, tensor)
-    if (x.shape, x.dtype, x.device) != (residual.shape, residual.dtype, residual.device):
-        received = f"{_describe(x)} and {_describe(residual)}"
-        raise InputError("x and residual must have the same shape, dtype and device", received, "convert one of them")
-
-
-def _describe(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
+    return dim

@@ -1,6 +1,7 @@
 """The norms as modules: parameters and initialization; the arithmetic is in `omninorm.functional`."""
 
 from omninorm.layers.build import NORM_TYPES, build_norm
+from omninorm.layers.gated import GatedRMSNorm
 from omninorm.layers.groups import param_groups
 from omninorm.layers.hub import register_hub_layers
 from omninorm.layers.norms import CRMSNorm, LayerNorm, RMSNorm, ScaleNorm
@@ -11,6 +12,7 @@ __all__ = [
     "CRMSNorm",
     "DynamicErf",
     "DynamicTanh",
+    "GatedRMSNorm",
     "LayerNorm",
     "RMSNorm",
     "ScaleNorm",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
-from omninorm import functional
+from omninorm import checks, functional
 from omninorm.config import CASTS, LARGEST, check_choice, read_count, read_number
 from omninorm.errors import InputError
 from omninorm.kernels import reference
@@ -244,7 +244,7 @@ def rms_norm_over(
     x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
 ) -> Tensor:
     """Return `functional.rms_norm` of x over its trailing dimensions `shape`."""
-    if proxies := functional.overriding(x, weight):
+    if proxies := checks.overriding(x, weight):
         arguments = x, shape, weight, eps, gain_offset, cast
         return handle_torch_function(rms_norm_over, proxies, *arguments)
     rows = flatten_features(x, shape)
@@ -256,7 +256,7 @@ def layer_norm_over(
     x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> Tensor:
     """Return `functional.layer_norm` of x over its trailing dimensions `shape`."""
-    if proxies := functional.overriding(x, weight, bias):
+    if proxies := checks.overriding(x, weight, bias):
         arguments = x, shape, weight, bias, eps
         return handle_torch_function(layer_norm_over, proxies, *arguments)
     rows = flatten_features(x, shape)
@@ -266,14 +266,14 @@ def layer_norm_over(
 
 def crms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     """Return x / √((Σx² + (Σx)²)/(d+1) + ε) · γ, as `CRMSNorm` computes it."""
-    if proxies := functional.overriding(x, weight):
+    if proxies := checks.overriding(x, weight):
         return handle_torch_function(crms_norm, proxies, x, weight, eps)
     width = weight.shape[0]
     flatten_features(x, (width,))
-    if functional.is_jagged(x):
-        return functional.map_rows(lambda rows: crms_norm(rows, weight, eps), x)
-    functional.check_rows(x)
-    functional.check_gain("weight", weight, x)
+    if checks.is_jagged(x):
+        return checks.map_rows(lambda rows: crms_norm(rows, weight, eps), x)
+    checks.check_rows(x)
+    checks.check_gain("weight", weight, x)
     rows = reference.as_rows(x).to(reference.compute_dtype(x.dtype))
     eps = reference.resolve_eps(eps, rows.dtype)
     # In units of the largest element times a power of two above d, no sum over the row can overflow.
@@ -288,7 +288,7 @@ def crms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 
 def scale_norm(x: Tensor, scale: Tensor, width: int, eps: float | None) -> Tensor:
     """Return RMSNorm of x with the gain g/√d for every feature, as `ScaleNorm` computes it."""
-    if proxies := functional.overriding(x, scale):
+    if proxies := checks.overriding(x, scale):
         return handle_torch_function(scale_norm, proxies, x, scale, width, eps)
     rows = flatten_features(x, (width,))
     gain = scale.to(torch.promote_types(scale.dtype, torch.float32)) / math.sqrt(width)

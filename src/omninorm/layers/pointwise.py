@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
+from omninorm.checks import check_device, check_rows, is_jagged, map_rows, overriding
 from omninorm.config import read_number
-from omninorm.functional import check_device, check_rows, is_jagged, map_rows, overriding
 from omninorm.kernels.reference import compute_dtype
 from omninorm.layers.shape import explain_arguments, flatten_features, read_shape
 from omninorm.layers.tracing import Proxy, record_leaf, refuse_scripting
