@@ -278,14 +278,17 @@ def gated_rms_norm(
     check_gate(x, z)
     check_groups(groups, x)
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}", f"{activation!r:.40}", "choose one")
+        raise InputError("activation must be silu or sigmoid", f"{activation!r:.40}", "choose one of them")
     dtype = compute_dtype(x.dtype)
     gate = ACTIVATIONS[activation](z.to(dtype))
     if not norm_first:
         return _normed_groups(x.to(dtype) * gate, weight, eps, 0.0, cast, groups, x.dtype).to(x.dtype)
-    normed = _normed_groups(x, weight, eps, 0.0, cast, groups, x.dtype)
-    if cast == "llama" and weight is not None:  # its product is in the gain's dtype if that is wider
-        normed = normed.to(torch.promote_types(x.dtype, weight.dtype)).to(dtype)
+    if cast == "llama" and groups == 1 and (weight is None or weight.dtype == x.dtype):
+        normed = rms_norm(x, weight, eps, cast=cast).to(dtype)
+    else:
+        normed = _normed_groups(x, weight, eps, 0.0, cast, groups, x.dtype)
+        if cast == "llama" and weight is not None:  # its product is in the gain's dtype if that is wider
+            normed = normed.to(torch.promote_types(x.dtype, weight.dtype)).to(dtype)
     return (normed * gate).to(x.dtype)
 
 
@@ -295,11 +298,8 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     It is RMSNorm with ε/d and the gain 1/√d.
 
     Args:
-        x: (..., d), floating point, dense or jagged.
+        x: (..., d), floating point, dense or jagged; the result has its shape and dtype.
         eps: ε ≥ 0.
-
-    Returns:
-        (..., d), in x's dtype.
 
     Raises:
         InputError: as `rms_norm`.

@@ -63,6 +63,15 @@ def test_it_rounds_where_transformers_rounds_in_bfloat16(model: str) -> None:
     torch.testing.assert_close(y, expected, rtol=2**-7, atol=0)
 
 
+@pytest.mark.parametrize("model", ["qwen3_next", "kimi_linear"])
+def test_a_float32_gain_of_bfloat16_input_is_rounded_where_transformers_rounds(model: str) -> None:
+    peer, norm = both(model, torch.float32)
+    x, z = torch.randn(64, 7, WIDTH).bfloat16(), torch.randn(64, 7, WIDTH).bfloat16()
+    y, expected = norm(x, z), peer(x, z)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert (y == expected).float().mean() > 0.999
+
+
 def test_without_a_gate_it_is_the_norm_of_its_groups() -> None:
     peer, norm = both("mamba2", torch.float32)
     x = torch.randn(2, 7, WIDTH)
