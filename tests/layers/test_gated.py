@@ -7,39 +7,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import oracle
+from helpers.gated_norms import CLASSES, WIDTH, theirs
 from torch import nn
 
 import omninorm
 from omninorm import GatedRMSNorm
 from omninorm.errors import ConfigError, InputError
 
-WIDTH, GROUP = 48, 12
-LLAMA = {"cast": "llama"}
-SIGMOID = {"activation": "sigmoid"}
-MAMBA = {"norm_first": False, "groups": WIDTH // GROUP, "cast": "llama"}
-# transformers' class by model, its arguments, and ours.
-CLASSES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "qwen3_next": ("Qwen3NextRMSNormGated", {}, LLAMA),
-    "qwen3_5": ("Qwen3_5RMSNormGated", {}, LLAMA),
-    "olmo_hybrid": ("OlmoHybridRMSNormGated", {}, LLAMA),
-    "mamba2": ("MambaRMSNormGated", {"group_size": GROUP}, MAMBA),
-    "zamba2": ("Zamba2RMSNormGated", {"group_size": GROUP}, MAMBA),
-    "nemotron_h": ("NemotronHRMSNormGated", {"group_size": GROUP}, MAMBA),
-    "granitemoehybrid": ("GraniteMoeHybridRMSNormGated", {"group_size": GROUP}, MAMBA),
-    "falcon_h1": ("FalconH1RMSNormGated", {"n_groups": 4, "norm_before_gate": False}, {**MAMBA, "cast": "fp32"}),
-    "kimi_linear": ("KimiLinearRMSNormGated", {}, SIGMOID),
-    "bailing_hybrid": ("BailingHybridRMSNormGated", {}, SIGMOID),
-}
-
 
 def both(model: str, dtype: torch.dtype) -> tuple[nn.Module, GatedRMSNorm]:
-    name, theirs, ours = CLASSES[model]
-    module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
-    peer = getattr(module, name)(WIDTH, eps=1e-5, **theirs)
-    with torch.no_grad():
-        peer.weight.uniform_(0.5, 1.5)
-    peer = peer.to(dtype)
-    norm = GatedRMSNorm(WIDTH, 1e-5, dtype=dtype, **ours)
+    peer = theirs(model).to(dtype)
+    norm = GatedRMSNorm(WIDTH, 1e-5, dtype=dtype, **CLASSES[model][2])
     norm.load_state_dict(peer.state_dict())
     return peer, norm
 

@@ -26,7 +26,7 @@ class GatedRMSNorm(nn.Module):
             hybrid are `cast="llama"`; Kimi Linear is `activation="sigmoid"`; Mamba-2, Bamba, Granite hybrid, Zamba 2
             and Nemotron-H are `norm_first=False, groups=width // group_size, cast="llama"`.
 
-    Shape: x and z (..., d) → (..., d), in x's dtype. Without a z the norm is not gated.
+    Shape: x and the gate z (..., d) → (..., d), in x's dtype. Called with x alone, it is a norm without gate.
 
     Raises:
         ConfigError: on construction, for a width or number of groups that is no count, groups that do not divide the
@@ -70,14 +70,14 @@ class GatedRMSNorm(nn.Module):
         """Set γ to 1."""
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         if isinstance(x, Tensor):  # not a proxy of torch.fx, which has no shape
             flatten_features(x, (self.width,))
-        if z is None:
+        if gate is None:
             return functional.rms_norm(x, self.weight, self.eps, groups=self.groups, cast=self.cast)
         return functional.gated_rms_norm(
             x,
-            z,
+            gate,
             self.weight,
             self.eps,
             activation=self.activation,

@@ -224,7 +224,7 @@ class _Probe:
         if y.dtype != torch.bfloat16:
             return None
         for cast in CASTS if found.kind == "rmsnorm" else CASTS[:1]:
-            if _almost_equal(y, apply(found, module, x, cast)):
+            if almost_equal(y, apply(found, module, x, cast)):
                 return cast
         return None
 
@@ -281,7 +281,7 @@ def normalize(x: Tensor, centered: bool) -> Tensor:
     return x / x.square().mean(-1, keepdim=True).sqrt()
 
 
-def _almost_equal(a: Tensor, b: Tensor) -> bool:
+def almost_equal(a: Tensor, b: Tensor) -> bool:
     """Return whether bfloat16 values are equal except for one in a hundred.
 
     Another order of rounding changes a quarter of them. Two units in the last place are allowed: statistics that differ

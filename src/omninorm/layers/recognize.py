@@ -202,7 +202,7 @@ class _Probe:
     def form(self) -> Form:
         x = self._random(_ROWS)
         large = x * 2.0**15
-        if self.gate_name is not None and _is_required(self.module, self.gate_name):
+        if self.gate_name is not None and not self._runs_without_gate(large):
             self.gate = torch.ones(1, self.width, dtype=torch.float64)
         y = self.run(large)
         if not bool(y.isfinite().all()) or float(y.abs().max()) == 0.0:
@@ -225,6 +225,16 @@ class _Probe:
             eps=self._eps(x, gate),
             gate=gate,
         )
+
+    def _runs_without_gate(self, x: Tensor) -> bool:
+        """Whether the gate can be left out. A gate with the default None may be needed all the same."""
+        if _is_required(self.module, str(self.gate_name)):
+            return False
+        try:
+            self.run(x)
+        except Exception:  # a module may raise anything
+            return False
+        return True
 
     def run(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Return the output for rows x (rows, width)."""

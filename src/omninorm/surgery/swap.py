@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from omninorm.layers import LayerNorm, RMSNorm
+from omninorm.layers import GatedRMSNorm, LayerNorm, RMSNorm
 from omninorm.layers.identify import Identity, Refusal, identify
+from omninorm.layers.recognize import GATES
 from omninorm.surgery.report import Report, check_intact, check_model, numbered
+from omninorm.surgery.swap_gated import build_gated
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
-_OURS = (RMSNorm, LayerNorm)
+_OURS = (RMSNorm, LayerNorm, GatedRMSNorm)
 
 
 @dataclass
@@ -53,7 +55,7 @@ class SwapReport(Report):
 
 
 def swap_norms(model: nn.Module) -> SwapReport:
-    """Replace every module that computes RMSNorm or LayerNorm by omninorm's, in place.
+    """Replace every module that computes RMSNorm, gated or not, or LayerNorm by omninorm's, in place.
 
     Parameters stay the same objects, so ties, optimizers and state dicts are unaffected; hooks are kept. A norm is
     replaced only if omninorm's computes the same: with the same gain, bias and ε and, if its parameters have 16 bits,
@@ -132,12 +134,14 @@ def build(found: Identity, module: nn.Module) -> nn.Module | str:
 def _replacement(module: nn.Module) -> nn.Module | str:
     if "forward" in vars(module):
         return "its forward was replaced on the instance, for example by accelerate's hooks; remove them first"
+    new: nn.Module | str
     if more := _other_inputs(module):
-        return f"its forward also takes {more}, which omninorm's norms do not"
-    found = identify(module)
-    if isinstance(found, Refusal):
-        return found.reason
-    new = build(found, module)
+        if len(more) > 1 or more[0] not in GATES:
+            return f"its forward also takes {', '.join(map(repr, more))}, which omninorm's norms do not"
+        new = build_gated(module)
+    else:
+        found = identify(module)
+        new = found.reason if isinstance(found, Refusal) else build(found, module)
     if isinstance(new, str):
         return new
     for name, value in vars(module).items():
@@ -147,14 +151,14 @@ def _replacement(module: nn.Module) -> nn.Module | str:
     return new.train(module.training)
 
 
-def _other_inputs(module: nn.Module) -> str:
+def _other_inputs(module: nn.Module) -> list[str]:
     """Return the names of what a forward takes after its first argument, such as a gate or a residual."""
     try:
         names = list(inspect.signature(type(module).forward).parameters.values())[1:]
     except (TypeError, ValueError):
-        return ""
+        return []
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return ", ".join(repr(each.name) for each in names[1:] if each.kind not in kinds)
+    return [each.name for each in names[1:] if each.kind not in kinds]
 
 
 def _registered(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
