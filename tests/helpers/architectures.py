@@ -143,7 +143,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Loss, str | None, list[i
     "gpt-oss": (*causal("GptOss", **GROUPED, num_local_experts=4, num_experts_per_tok=2), "pre", [4]),
     "DeepSeek-V3": (*causal("DeepseekV3", **SHAPE, **_DEEPSEEK), "pre", [4]),
     "Mamba 2": (
-        *causal("Mamba2", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, state_size=4, num_heads=8, head_dim=8,
+        *causal("Mamba2", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, state_size=4, num_heads=8, head_dim=8, chunk_size=16,
                 n_groups=2, expand=2), "pre", [4],
     ),
     "Jamba": (
