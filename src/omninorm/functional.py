@@ -7,6 +7,7 @@ proxies of torch.fx each function is recorded as one node, like those of torch.n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ __all__ = [
     "z_score",
 ]
 
-ACTIVATIONS = {"silu": silu, "sigmoid": torch.sigmoid}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "sigmoid": torch.sigmoid}
 
 
 def rms_norm(
@@ -385,7 +386,7 @@ def _normed_groups(
     wide = x.to(compute_dtype(x.dtype))
     if groups == 1 and (cast == "fp32" or wide.dtype == dtype):
         return rms_norm(wide, weight, eps, gain_offset=gain_offset)
-    normed = rms_norm(wide.unflatten(-1, (groups, -1)), eps=eps).flatten(-2)
+    normed = rms_norm(torch.unflatten(wide, -1, (groups, -1)), eps=eps).flatten(-2)
     normed = round_before_gain(normed, dtype, cast)
     return normed if weight is None else normed * (weight.to(normed.dtype) + gain_offset)
 
