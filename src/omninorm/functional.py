@@ -1,9 +1,9 @@
 """The norms as functions. Arguments are checked here; `kernels.dispatch` chooses the back end.
 
-All of them normalize over the last dimension (`z_score`: over any), for float16, bfloat16, float32 and float64 input of
-any strides. All but `z_score` also take jagged nested tensors. Statistics and products are computed in float32 (float64
-for float64 input) and rounded once, at the end. On the proxies of torch.fx each function is recorded as one node, like
-those of torch.nn.functional.
+The norms are computed over the last dimension (`z_score`: over any dimension), for float16, bfloat16, float32 and
+float64 input with any strides. All functions but `z_score` also take jagged nested tensors. Statistics and products are
+computed in float32 (float64 for float64 input) and rounded once, at the end. torch.fx records each function as one
+node, like those of torch.nn.functional.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def rms_norm(
         (..., d), in x's dtype.
 
     Raises:
-        InputError: x is not a floating-point tensor (dense, or jagged nested) of width ≥ 1, the gain does not match
-            its last dimension, or a constant is out of range.
+        InputError: x is not a floating-point tensor (dense or jagged nested) of width ≥ 1, the gain does not match
+            x's last dimension or device, or a constant is out of range.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
 
@@ -133,13 +133,17 @@ def add_rms_norm(
     """Return (rms_norm(s), s) with s = x + residual, rounded to x's dtype: a residual connection and the next norm.
 
     Args:
-        x, residual: (..., d), equal in shape and dtype. The others as in `rms_norm`.
+        x, residual: (..., d), with the same shape, dtype and device. The other arguments are those of `rms_norm`.
 
     Returns:
         The normalized sum and the sum, bit-identical to the results of the two separate steps.
 
     Raises:
         InputError: x and residual differ in shape, dtype or device; otherwise as `rms_norm`.
+
+    Example:
+        >>> add_rms_norm(torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.ones(4))
+        (tensor([0.3651, 0.7303, 1.0954, 1.4606]), tensor([2., 4., 6., 8.]))
     """
     if proxies := overriding(x, residual, weight):
         options: dict[str, Any] = {"gain_offset": gain_offset, "cast": cast}
@@ -160,7 +164,14 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float | None = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Return (layer_norm(s), s) with s = x + residual, rounded to x's dtype: `add_rms_norm` for LayerNorm."""
+    """Return (layer_norm(s), s) with s = x + residual, rounded to x's dtype: a residual connection and the next norm.
+
+    Arguments, results and errors are those of `layer_norm` and `add_rms_norm`.
+
+    Example:
+        >>> add_layer_norm(torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.ones(4))
+        (tensor([-1.3416, -0.4472,  0.4472,  1.3416]), tensor([2., 4., 6., 8.]))
+    """
     if proxies := overriding(x, residual, weight, bias):
         return handle_torch_function(add_layer_norm, proxies, x, residual, weight, bias, eps)
     check_pair(x, residual)
@@ -173,15 +184,19 @@ def add_layer_norm(
 
 
 def z_score(x: Tensor, dim: int = -1) -> Tensor:
-    """z = (x − mean(x)) / std(x) along `dim`, std being the root of the *mean* squared deviation.
+    """z = (x − mean(x)) / std(x) along `dim`, where std is the population standard deviation (division by n).
 
-    This is LayerNorm without gain, bias and ε. Constant values have a standard deviation of 0, so their z is NaN.
+    This is LayerNorm without gain, bias and ε. If all values are equal, their standard deviation is 0 and z is NaN.
 
     Args:
-        x: any shape of at least one dimension, floating point, dense.
+        x: a dense floating-point tensor with at least one dimension.
+        dim: the dimension to normalize over.
+
+    Returns:
+        A tensor with x's shape and dtype.
 
     Raises:
-        InputError: as `rms_norm`, or x is a nested tensor, or has no such dimension.
+        InputError: as `rms_norm`; also if x is a nested tensor or has no dimension `dim`.
 
     Example:
         >>> z_score(torch.tensor([10.0, 20.0, 30.0, 40.0]))
@@ -201,7 +216,7 @@ def z_score(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def overriding(*arguments: object) -> list[Any]:
-    """Return the arguments that override function calls, such as torch.fx's proxies, without subclasses of Tensor."""
+    """Return the arguments with `__torch_function__` that are not tensors, such as torch.fx's proxies."""
     return [
         argument
         for argument in arguments
@@ -215,17 +230,17 @@ def is_jagged(x: object) -> bool:
 
 
 def map_rows(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a norm to a jagged nested tensor. Rows are independent, so its values are normalized as one tensor.
+    """Apply a norm to a jagged nested tensor: rows are independent, so all values are normalized as one dense tensor.
 
     Raises:
         InputError: the jagged dimension is the last one, that of the features.
     """
     ragged: int = x._ragged_idx  # type: ignore[attr-defined]
     if ragged == x.ndim - 1:
-        remedy = "transpose it, so that features of one width come last"
+        remedy = "transpose it so that the features are the last dimension"
         raise InputError("A nested tensor must have the same number of features everywhere", f"shape {x.shape}", remedy)
     return torch.nested.nested_tensor_from_jagged(
-        norm(x.values()),  # with the rows between the sequences, if it has gaps
+        norm(x.values()),  # includes rows that belong to no sequence, if there are gaps
         x.offsets(),  # type: ignore[attr-defined]
         x.lengths(),  # type: ignore[attr-defined]
         jagged_dim=ragged,
@@ -234,8 +249,8 @@ def map_rows(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     )
 
 
-# Checks. The C++ operators check too, in a fraction of the time that a small norm takes; these functions then put into
-# words what an operator refused.
+# Checks. For small norms they would take longer than the norm. So where C++ operators are called directly, which check
+# the arguments themselves, these functions are called only after an operator refused them, to raise a readable error.
 
 REFUSALS = (RuntimeError, TypeError, KeyError)
 
@@ -283,7 +298,7 @@ def check_rows(x: Tensor) -> None:
 
 
 def check_gain(name: str, gain: Tensor | None, x: Tensor) -> None:
-    """Raise InputError unless `gain` is None or holds one value per feature of `x`, on the same device."""
+    """Raise InputError unless `gain` has one value per feature of `x` and is on x's device, or is None."""
     if gain is None:
         return
     check_float(name, gain)
@@ -302,7 +317,7 @@ def check_device(name: str, gain: Tensor, x: Tensor) -> None:
 
 
 def check_eps(eps: float | None) -> None:
-    """Raise InputError unless `eps` is None or a finite number ≥ 0."""
+    """Raise InputError unless `eps` is a finite number ≥ 0, or None."""
     if eps is None:
         return
     if not is_finite(eps) or not 0 <= eps <= LARGEST:
@@ -311,7 +326,7 @@ def check_eps(eps: float | None) -> None:
 
 
 def check_rounding(gain_offset: float, cast: str) -> None:
-    """Raise InputError unless the gain offset is finite and the casting order known."""
+    """Raise InputError unless the gain offset is a finite number and `cast` one of `CASTS`."""
     if not is_finite(gain_offset) or abs(gain_offset) > LARGEST:
         remedy = "use 0.0, or 1.0 for Gemma's norms, whose gains start at 0"
         raise InputError("gain_offset must be a finite number", f"{gain_offset!r:.40}", remedy)
