@@ -8,9 +8,9 @@ optimizer.safetensors  AdamW's moments and step counters by parameter name, torc
                        state of the loss's scaler
 state.json             format, step, and size and SHA-256 of the other files; nothing is unpickled
 
-Processes that share a model (FSDP2) write format 2, which has a folder optimizer/ instead of optimizer.safetensors. It
-holds one file per process in the layout of torch.distributed.checkpoint. Any number of processes can read both formats,
-on any device.
+If a model is sharded over processes (FSDP2), they write format 2, which has a folder optimizer/ instead of
+optimizer.safetensors, with one file per process in the layout of torch.distributed.checkpoint. Any number of processes
+can read both formats, on any device.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def save_checkpoint(
     """Write `folder`/step-N, then delete all but the newest `keep` checkpoints. All processes must call this.
 
     Raises:
-        RunError: the disk is full or not writable; nothing half-written is left, earlier checkpoints are intact.
+        RunError: the disk is full or not writable. No incomplete file is left, and earlier checkpoints are intact.
     """
     path = folder / f"step-{step}"
     weights, moments = _model_tensors(model), _optimizer_tensors(model, optimizer, scaler)
@@ -90,7 +90,7 @@ def _save_whole(path: Path, step: int, weights: Mapping[str, Tensor], moments: M
 def _save_sharded(
     path: Path, step: int, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], processes: Processes
 ) -> None:
-    """Write the moments of each process, and in the first one the weights, gathered tensor by tensor."""
+    """Write the moments of each process. The first process also writes the weights, gathered tensor by tensor."""
     partial = path.with_name(f"{TEMPORARY}{path.name}")
     failure: OSError | None = None
 
@@ -140,7 +140,7 @@ def _state(version: int, step: int, files: Mapping[str, Mapping[str, Any]]) -> b
 def list_checkpoints(folder: Path) -> list[int]:
     """Return the steps of the checkpoints in a folder, oldest first."""
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
-    # Names such as step-02 are skipped: `save_checkpoint` does not write them, so their path could not be rebuilt.
+    # Names such as step-02 are skipped: `save_checkpoint` does not write them, and the step would give another path.
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
@@ -165,13 +165,13 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> None:
-    """Restore the model and, if they are given, the optimizer with torch's random state, and the scaler of the loss.
+    """Restore the model and, if given, the optimizer with torch's random state, and the loss scaler.
 
-    Everything is checked before a weight is changed. The tensors stay on the devices that they are on.
+    Everything is checked before any weight changes. The tensors keep their devices.
 
     Raises:
-        RunError: a file is missing or damaged, or belongs to another model or format. The message names the file,
-            and the newest undamaged checkpoint to continue from if there is one.
+        RunError: a file is missing or damaged, or belongs to another model or format. The message names the file and,
+            if there is one, the newest undamaged checkpoint from which the run can continue.
     """
     path = folder / f"step-{step}"
     try:
@@ -201,10 +201,10 @@ def load_checkpoint(
 
 
 def check_sizes(folder: Path, step: int, config: ThinkerConfig) -> None:
-    """Compare the sizes of a model that is about to be built with the tensors of `folder`/step-N.
+    """Check, before a model is built, that the tensors of `folder`/step-N have its sizes.
 
     Raises:
-        RunError: the file of the weights can't be read, or is of another model.
+        RunError: the file with the weights can't be read, or belongs to another model.
     """
     path = folder / f"step-{step}" / _MODEL
     try:
@@ -212,7 +212,7 @@ def check_sizes(folder: Path, step: int, config: ThinkerConfig) -> None:
             shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except OSError as error:
         raise _with_remedy(_unreadable(path, error), folder, step) from error
-    except Exception as error:  # the library's own
+    except Exception as error:  # safetensors raises its own exceptions
         raise _with_remedy(_damaged(f"{path} must be a safetensors file", error), folder, step) from error
     if config.n_layers != count_layers(shapes, "blocks."):
         received = f"{count_layers(shapes, 'blocks.')} layers"
@@ -224,7 +224,7 @@ def check_sizes(folder: Path, step: int, config: ThinkerConfig) -> None:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers by name; tied ones appear once, under their first name."""
+    """Return parameters and persistent buffers by name; tied parameters appear once, under their first name."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -248,7 +248,7 @@ def _optimizer_tensors(
 
 
 def _create_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
-    """Create empty AdamW state, as its first step would, for the parameters that had one when it was saved."""
+    """Create empty AdamW state, as its first step would, for the parameters that have state in the checkpoint."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and f"{name}.step" in saved:
             state = optimizer.state[parameter]
@@ -264,7 +264,10 @@ def _serialize(tensors: Mapping[str, Tensor]) -> bytes:
 
 @dataclass(frozen=True)
 class _Content:
-    """A complete checkpoint. If the moments are in parts, in that folder, their tensors here have no content."""
+    """The content of a complete checkpoint.
+
+    In format 2 the moments stay in the folder of their parts; the tensors here then have no content.
+    """
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
@@ -282,7 +285,7 @@ def _read_checked(path: Path) -> _Content:
         _check_as(path / name, _describe_file(path / name), files[name])
     try:
         moments = describe_parts(path / _PARTS)
-    except Exception as error:  # the library's own errors
+    except Exception as error:  # safetensors raises its own exceptions
         raise _damaged(f"{path / _PARTS} must hold safetensors files", error) from error
     return _Content(weights, moments, path / _PARTS)
 
@@ -305,7 +308,7 @@ def _parse(path: Path, content: bytes) -> dict[str, Tensor]:
     library = _safetensors()
     try:
         tensors: dict[str, Tensor] = library.load(content)
-    except Exception as error:  # the library's own error, or torch's for impossible sizes
+    except Exception as error:  # an exception of safetensors, or of torch for impossible sizes
         raise _damaged(f"{path} must be a safetensors file", error) from error
     return tensors
 
@@ -340,7 +343,7 @@ def _read(path: Path) -> bytes:
 
 
 def _damaged(problem: str, received: object = "") -> RunError:
-    """Return an error whose remedy `load_checkpoint` fills in, which knows the other checkpoints of the run."""
+    """Return an error without a remedy; `load_checkpoint` adds it, because it knows the run's other checkpoints."""
     return RunError(f"A checkpoint is damaged: {problem}", f"{received!s:.300}", "")
 
 
@@ -369,7 +372,7 @@ def _with_remedy(error: RunError, folder: Path, step: int) -> RunError:
 
 
 def _remedy(folder: Path, step: int) -> str:
-    """Return what to do about a damaged checkpoint: it names an older one that is whole, but never uses it silently."""
+    """Return the remedy for a damaged checkpoint. It names an older one that is whole; none is used silently."""
     for older in reversed([found for found in list_checkpoints(folder) if found < step]):
         if is_whole(folder, older):
             return f"delete {folder / f'step-{step}'} to go back to step-{older}, which is whole"
@@ -381,7 +384,7 @@ def _describe(content: bytes) -> dict[str, Any]:
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
-    """Return what `_describe` does, for a file that may not fit in memory."""
+    """Return the same as `_describe`, for a file that may not fit in memory."""
     digest, size = hashlib.sha256(), 0
     try:
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""AdamW, with weight decay decided by the type of the module that owns a parameter."""
+"""AdamW; `param_groups` decides which parameters it decays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omninorm.placement import keep_normalized
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over `param_groups`, fused into one kernel, because small deep models have many small tensors."""
+    """Return AdamW over `param_groups`. It is fused, because small deep models have many small tensors."""
     groups = param_groups(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.adam_eps, fused=True)
     keep_normalized(model, optimizer)
