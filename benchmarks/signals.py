@@ -50,7 +50,7 @@ def enlarge_embedding(training: Training) -> None:
 
 TWIN = replace(HEALTHY_TWIN, steps=80)
 DEEP = replace(FAULTY["post-norm, 24 blocks, no warm-up"].recipe, norm=NormConfig())
-# By title: the faulty run, the healthy run with which it is compared, and the signals that are shown.
+# For each title: the faulty run, the healthy run with which it is compared, and the signals that are shown.
 CASES: dict[str, tuple[Recipe, Recipe, tuple[str, ...]]] = {
     "one layer's weights × 100 at step 50": (
         FAULTY["weights × 100 at step 50"].recipe,

@@ -48,7 +48,7 @@ class Size(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What is timed together: the calls of one contestant in one pass, `calls` of them per run."""
+    """The calls of one contestant in one pass, which are timed together; a run has `calls` of them."""
 
     name: str
     which: str

@@ -1,4 +1,4 @@
-"""The optimizer decays what `param_groups` says."""
+"""The optimizer decays the parameters that `param_groups` selects."""
 
 from __future__ import annotations
 

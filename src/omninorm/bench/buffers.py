@@ -1,4 +1,4 @@
-"""Inputs that are used in turn, so many that none is still in the cache when it is used again."""
+"""Inputs that are used in turn; there are enough of them that none is still in the cache when it is used again."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class _Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         typed = list(args)
-        ctx.allow_extra_args = True  # so that `extra_arguments` can explain them below
+        ctx.allow_extra_args = True  # `extra_arguments` explains them below
         try:
             extra = super().parse_args(ctx, args)
         except typer.BadParameter as error:

@@ -20,8 +20,8 @@ DEVICE_HELP = "Device: auto (a GPU if PyTorch sees one), cpu, cuda, cuda:N or mp
 def console() -> Console:
     """Return a console for the current standard output.
 
-    On a terminal its text is styled. Elsewhere it is plain text without control codes, as wide as the tables need, or
-    as the environment variable COLUMNS says.
+    On a terminal its text is styled. Elsewhere it is plain text without control codes, as wide as the tables need; the
+    environment variable COLUMNS sets another width.
     """
     if not sys.stdout.isatty():
         width = None if os.environ.get("COLUMNS") else _WIDE

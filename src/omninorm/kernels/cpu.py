@@ -28,7 +28,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             None,
             NOTE.read_text(encoding="utf-8").strip()
             if NOTE.exists()
-            else "The C++ operators have not been built. Install omninorm again with a C++ compiler at hand",
+            else "The C++ operators have not been built. Install a C++ compiler, and then omninorm again",
         )
     try:
         torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]

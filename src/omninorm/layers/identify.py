@@ -113,7 +113,7 @@ class _Probe:
 
     def identity(self) -> Identity:
         x = torch.randn(*_ROWS, self.width or _FREE_WIDTH, generator=self.generator, dtype=torch.float64)
-        x = x + 0.3  # so that rows have means other than 0
+        x = x + 0.3  # rows whose means are not 0
         large = x * 2**15
         self._check_rows(large)
         bias = self._bias(large)

@@ -97,7 +97,7 @@ class LayerNorm(nn.LayerNorm):
         normalized_shape: the size or sizes of the trailing dimensions, each ≥ 1.
         eps: ε ≥ 0; None means the machine epsilon of the compute dtype.
         elementwise_affine: whether there are a gain γ and a bias β.
-        bias: whether there is a β; without a γ there is none.
+        bias: whether there is a β in addition to γ.
 
     Shape: ``(..., *normalized_shape)`` → the same, in the input's dtype.
 

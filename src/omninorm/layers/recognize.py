@@ -49,7 +49,7 @@ class Form:
         axis: the dimension of the features: −1, or 1 for channels first.
         dims: the number of trailing dimensions that are normalized together.
         groups: the number of groups of features; each group is normalized separately.
-        gain: the name of the parameter of which the gain is a linear function; None if there is none.
+        gain: the name of the parameter of which the gain is a linear function, or None.
         offset: the number that is added to this parameter to get the gain, up to a constant factor.
         bias: the name of the parameter that is added to the output, or None.
         eps: ε, added to the mean square or the variance; None if it is unknown or added elsewhere.

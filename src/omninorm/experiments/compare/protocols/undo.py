@@ -1,6 +1,6 @@
 """Measures to what extent a norm's gain can undo the norm in a trained model, and to what extent it does.
 
-A norm divides each token by a number of its own; γ multiplies each feature by the same number for all tokens.
+A norm divides each token by a different number; γ multiplies each feature by the same number for all tokens.
 With the residual stream x (tokens, features) and the normalized x̂ before the gain, the smallest possible remainder is
 
     min over γ (and β, if the norm has one) of  Σ (x − γ·x̂ − β)² / Σ x²
