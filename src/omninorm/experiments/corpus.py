@@ -93,6 +93,12 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, eval_bytes: int
 
     Raises:
         DataError: a part has fewer than seq_len + 1 tokens.
+
+    Example:
+        >>> from omninorm.experiments.tokenizer import ByteTokenizer
+        >>> corpus = Corpus(name="abc", source="an example", train=b"abcabcabc", held_out=b"abcabc")
+        >>> tokenize(corpus, ByteTokenizer(), seq_len=4).held_out.tolist()
+        [97, 98, 99, 97, 98, 99]
     """
     evaluated = corpus.held_out
     if eval_bytes is not None and eval_bytes < len(evaluated):
@@ -115,6 +121,11 @@ def windows(tokens: Tensor, seed: int, step: int, count: int, seq_len: int) -> T
     The result depends only on the arguments, so a resumed run needs no sampler state. `windows[:, :-1]` is the input,
     `windows[:, 1:]` the target. The generator's seed is a hash of (seed, step): torch's CPU generator keeps only 32
     bits of a seed, and similar pairs must not have the same windows.
+
+    Example:
+        >>> batch = windows(torch.arange(100), seed=0, step=1, count=8, seq_len=16)
+        >>> batch.shape, bool((batch[:, 1:] == batch[:, :-1] + 1).all())
+        (torch.Size([8, 17]), True)
     """
     digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

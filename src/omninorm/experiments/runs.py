@@ -184,6 +184,16 @@ def create_run(
         DataError, ConfigError, RunError: the text, a setting, the device or the folder cannot be used. Nothing is
             written in this case.
         MissingExtraError: a package that the run or its checkpoints need is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     text = Path(folder, "text.txt")
+        ...     _ = text.write_text("In the beginning God created the heaven and the earth. " * 20)
+        ...     plan = Plan(text=str(text)).change(d_model=16, n_layers=1, n_heads=2, seq_len=16, steps=2)
+        ...     with create_run(plan, Path(folder, "run"), device="cpu") as run:
+        ...         run.train().status
+        'finished'
     """
     check_packages()
     check_model(plan.model)

@@ -162,7 +162,12 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """Return the learning rate of a step, counted from 1.
 
     η(s) = lr · s/w during the w steps of warm-up, so η(w) = lr. Then "constant" stays at lr, and "cosine" follows
-    lr · (m + (1 − m)·(1 + cos πp)/2), p = (s − w)/(steps − w), which ends exactly at m·lr, m = min_lr_ratio.
+    lr · (m + (1 − m)·(1 + cos πp)/2) with p = (s − w)/(steps − w) and m = min_lr_ratio, which ends exactly at m·lr.
+
+    Example:
+        >>> config = TrainConfig(steps=100, warmup_steps=10, lr=0.004, min_lr_ratio=0.25)
+        >>> [learning_rate(step, config) for step in (5, 10, 100)]
+        [0.002, 0.004, 0.001]
     """
     if step <= config.warmup:
         return config.lr * step / config.warmup

@@ -77,6 +77,15 @@ def train(
     Raises:
         RunError: the run's folder can't be written, its newest checkpoint can't be used, or a process is gone.
         ConfigError: the batch can't be divided evenly among the processes.
+
+    Example:
+        >>> from omninorm import Thinker, ThinkerConfig
+        >>> tokens = torch.arange(256).repeat(4)
+        >>> data = TokenData(train=tokens, held_out=tokens, byte_lengths=torch.ones(256, dtype=torch.int64))
+        >>> model = Thinker(ThinkerConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=32))
+        >>> result = train(model, data, TrainConfig(steps=3, batch_size=2, seq_len=32))
+        >>> result.status, len(result.losses)
+        ('finished', 3)
     """
     processes = processes or Processes()
     processes.check_batch(config.batch_size)

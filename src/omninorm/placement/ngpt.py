@@ -76,6 +76,12 @@ def normalize_weights(model: nn.Module) -> None:
     """Scale the weights of every UnitLinear and UnitEmbedding to unit length; the model's outputs stay the same.
 
     nGPT does so after every optimizer step. Without it the weights grow, and the effective learning rate falls.
+
+    Example:
+        >>> layer = UnitLinear(4, 3, dim=-1)
+        >>> normalize_weights(layer)
+        >>> bool((layer.weight.norm(dim=-1) - 1).abs().max() < 1e-5)
+        True
     """
     for module in model.modules():
         if isinstance(module, UnitLinear):

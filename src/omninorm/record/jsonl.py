@@ -105,6 +105,18 @@ def read_record(path: Path) -> list[dict[str, Any]]:
     An event {"kind": "resume", "step": N} discards all events after step N and all stops; a later event of the same
     kind and step replaces the earlier one. Durations are separate, under "clock". Events of `omninorm.watch` are left
     out; `omninorm.report.read_run` reads them.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "record.jsonl")
+        ...     record = Record(path)
+        ...     record.append({"kind": "step", "step": 1, "loss": 5.5})
+        ...     record.append({"kind": "step", "step": 2, "loss": 5.0})
+        ...     record.append({"kind": "resume", "step": 1})
+        ...     record.close()
+        ...     read_record(path)
+        [{'kind': 'step', 'step': 1, 'loss': 5.5}]
     """
     story: dict[tuple[str, int], dict[str, Any]] = {}
     for event in read_history(path, _NUMBERS):

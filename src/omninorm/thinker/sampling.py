@@ -45,6 +45,10 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 
     Raises:
         InputError: a row of logits contains NaN or +∞, or only −∞.
+
+    Example:
+        >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), Sampling(temperature=0.0))
+        tensor([1])
     """
     if not bool(logits.amax(dim=-1).isfinite().all()):
         remedy = "the model has probably diverged: use an earlier checkpoint"

@@ -216,6 +216,12 @@ def parse_plan(values: object, source: str) -> ComparePlan:
 
     Raises:
         ConfigError: the plan is invalid; the message names the key.
+
+    Example:
+        >>> study = {"name": "norms", "protocol": "train", "normalization": ["rmsnorm", "layernorm"],
+        ...          "placement": ["pre"], "depth": [2, 4], "lr": [0.003], "seeds": 5}
+        >>> len(parse_plan({"title": "RMSNorm or LayerNorm?", "studies": [study]}, "an example").cells())
+        20
     """
     try:
         return ComparePlan.model_validate(values)
