@@ -1,9 +1,9 @@
-"""How `omninorm convert` stands to copying: `python benchmarks/convert_speed.py [--gigabytes 2] [--rounds 3]`.
+"""Compares `omninorm convert` with copying: `python benchmarks/convert_speed.py [--gigabytes 2] [--rounds 3]`.
 
-A sharded Llama checkpoint with random bfloat16 weights is written (hidden size 2048, shards of 500 MB). Copying
-it, folding it without and with the kept weights, each made durable (fsync), take turns in random order, each in a
-process of its own. Medians over the rounds are printed, with the largest memory that the process ever had (its resident
-set, pages of mapped files included) against twice the largest tensor plus 500 MB.
+The script writes a sharded Llama checkpoint with random bfloat16 weights (hidden size 2048, shards of 500 MB). In each
+round it copies the checkpoint, folds it without keeping the original weights, and folds it with them, in random order,
+each in a separate process and including fsync. It prints medians over the rounds, and the largest resident set of each
+process (pages of mapped files included) next to the bound: twice the largest tensor plus 500 MB.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ for name in os.listdir(target):
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Of all tensors of a Llama."""
+    """Return the shapes of all tensors of a Llama, by name."""
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
@@ -48,7 +48,7 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(folder: Path, gigabytes: float) -> int:
-    """Writes the checkpoint; returns the bytes of its largest tensor."""
+    """Write the checkpoint; return the number of bytes of its largest tensor."""
     from transformers import LlamaConfig
 
     layer = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
@@ -79,7 +79,10 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """Seconds, and the largest resident set in megabytes, read while it runs: what wait tells includes its parent's."""
+    """Run a command; return the seconds, and its largest resident set in megabytes.
+
+    The resident set is read while it runs, because the value from wait4 includes that of the parent process.
+    """
     start, peak = time.perf_counter(), 0.0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -96,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to work; the default is the temporary folder")
+    parser.add_argument("--folder", type=Path, help="working folder; the default is the temporary folder")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

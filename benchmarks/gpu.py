@@ -1,21 +1,21 @@
-"""The check of omninorm on a GPU: `PYTHONPATH=src python3 benchmarks/gpu.py [--quick] [--json FILE]`, or `make gpu`.
+"""Checks omninorm on a GPU: `PYTHONPATH=src python3 benchmarks/gpu.py [--quick] [--json FILE]`, or `make gpu`.
 
-It needs Python, torch >= 2.10 and Triton only, runs unattended in at most 8 minutes (4 with --quick), and writes the
-JSON file after every measurement. The parts, the most valuable first:
+The check needs only Python, torch >= 2.10 and Triton. It runs unattended in at most 8 minutes (4 with --quick), and
+writes the JSON file after every measurement. The parts, the most valuable first:
 
     numerics   every kernel against float64
     speed      forward, backward and add-norm against torch, torch.compile, Liger, quack and copy bandwidth
     training   tokens/s of a Thinker of 124 million weights in bfloat16, with our norms and torch's, compiled and not
-    watch      the overhead of monitoring, what the host waits for, CUDA graphs
-    tests      statements about layers, models and training on the device, then the test suite if pytest is there
+    watch      the overhead of monitoring, the waits of the host for the device, CUDA graphs
+    tests      statements about layers, models and training on the device, then the test suite if pytest is installed
     trace      a profile of a few training steps
 
-The work runs in a separate process. If it crashes or hangs, the item is recorded as failed and the rest continues.
-Run again with the same options, the command continues with what is missing. `python benchmarks/gpu_page.py FILE` turns
-the file into a page.
+The work runs in a separate process. If it crashes or hangs, the item is recorded as failed, and the check continues
+with the next one. If the command is run again with the same options, it continues with the missing items.
+`python benchmarks/gpu_page.py FILE` turns the file into a page.
 
-Without a GPU, `--device cpu` with TRITON_INTERPRET=1, or `--device simgpu`, runs all parts on tiny sizes. That checks
-this script; the times mean nothing.
+Without a GPU, `--device cpu` with TRITON_INTERPRET=1, or `--device simgpu`, runs all parts on tiny sizes. This only
+checks the script; the times mean nothing.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu", "simgpu"], default="cuda")
     parser.add_argument("--parts", help=f"run only these parts, comma-separated: {','.join(PARTS)}")
     parser.add_argument("--json", type=Path, help="the file of the results (default: a new temporary file)")
-    parser.add_argument("--peers", type=Path, help="a folder of wheels of Liger, quack and what they need")
-    parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # a process of the check: when it must end
-    parser.add_argument("--warm", type=Path, help=argparse.SUPPRESS)  # a process that only compiles; its jobs' folder
-    parser.add_argument("--variant", help=argparse.SUPPRESS)  # a process that trains one variant
+    parser.add_argument("--peers", type=Path, help="a folder with wheels of Liger, quack and their dependencies")
+    # Internal options of the processes that the check starts: the time at which the process that measures must end, the
+    # folder with the jobs of one that only compiles, and the variant that one trains.
+    parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--warm", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.parts = tuple(options.parts.split(",")) if options.parts else None
     for name in options.parts or ():

@@ -1,7 +1,7 @@
-"""The measured part of docs/gpu.md, from the results of `benchmarks/gpu.py`: `python benchmarks/gpu_page.py FILE`.
+"""Writes the measured part of docs/gpu.md from results of `benchmarks/gpu.py`: `python benchmarks/gpu_page.py FILE`.
 
-It replaces the text between two markers in docs/gpu.md. Without a file it writes that nothing has been measured. With
---print the text goes to the terminal instead. Results of a dry run are refused unless --print is given.
+The script replaces the text between two markers in docs/gpu.md. Without a file, the text is that nothing has been
+measured. With --print the text is printed instead. Results of a dry run are refused unless --print is given.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ BEGIN, END = "<!-- measured: written by benchmarks/gpu_page.py -->", "<!-- end o
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 NOTHING = """**Not yet measured on a GPU.** No run, comparison or norm of omninorm has been timed on a GPU, and none has
 been run on one. `make gpu` checks and measures all of it in 8 minutes on a machine with Python, torch and Triton."""
-# Shares of copy bandwidth, for at least this many rows and for these widths.
+# The targets for shares of copy bandwidth, and the smallest number of rows and the widths to which they apply.
 TARGETS = {"forward": 0.90, "backward": 0.80}
 LEAST_ROWS, WIDTHS = 4096, (1024, 16384)
 SLOWEST, MOST_OVERHEAD = 1.05, 0.02
 PASSES = {"forward": "Forward", "backward": "Backward", "add": "x + residual and its norm, forward"}
-# The items of the watch's overhead.
+# The items with the overhead of the watch.
 OVERHEADS = {"overhead": "eager", "overhead, long steps": "eager, large batch", "overhead, compiled": "compiled"}
 Item = dict[str, Any]
 
@@ -75,10 +75,10 @@ def write_table(path: Path, data: dict[str, Any], run: str) -> None:
 
 
 def measurements(data: dict[str, Any], run: str) -> Iterator[Item]:
-    """Yield the back end to choose at every size: "triton" where neither the GPU nor the host needs longer with it.
+    """Yield the back end to choose for every size: "triton" if neither the GPU nor the host needs longer with it.
 
-    Both times are of a forward and a backward pass. Whether the host's time counts in a model depends on the model, and
-    where it does, it is many times the difference on the GPU.
+    Both times are for a forward and a backward pass. It depends on the model whether the host's time matters; if it
+    does, it is many times the difference on the GPU.
     """
     dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     for item in items(data, "speed").values():
@@ -97,9 +97,9 @@ def measurements(data: dict[str, Any], run: str) -> Iterator[Item]:
 
 
 def _costs_the_host_more(data: dict[str, Any], kind: str) -> bool:
-    """Return whether Triton's call needs more of the host's time than PyTorch's operators, by more than noise.
+    """Return whether a call of Triton needs more of the host's time than PyTorch's operators, by more than the noise.
 
-    True where it was not measured.
+    The result is True if this was not measured.
     """
     times = items(data, "speed").get("host time of a call", {}).get("times", {})
     name = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}[kind]
@@ -316,7 +316,7 @@ def _overheads(item: Item, name: str) -> Iterator[list[str]]:
 
 
 def _failures(data: dict[str, Any]) -> str:
-    """Return everything that was wrong, failed, or did not run."""
+    """Return a list of the faults, and of the items that failed or did not run."""
     lines = []
     for name, part in data["parts"].items():
         if part["status"] != "done":

@@ -1,8 +1,9 @@
-"""How two processes scale: `python benchmarks/scaling.py [--rounds 5]`, on a machine with two free cores.
+"""Measures how two processes scale: `python benchmarks/scaling.py [--rounds 5]`, on a machine with two free cores.
 
-`omninorm train` of a decoder of 4.8 million parameters, with one thread a process: one process with a batch of 8, and
-two by torchrun with a batch of 16, so each computes as much. They take turns; a round's efficiency is the ratio of the
-median times of their steps, which would be 1 if averaging gradients cost nothing and the cores shared nothing.
+`omninorm train` trains a decoder with 4.8 million parameters and one thread per process: first one process with a batch
+of 8, then two processes under torchrun with a batch of 16, so that each has the same work. The efficiency of a round is
+the ratio of their median step times. It would be 1 if averaging gradients took no time and the cores shared no
+resources.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ OPTIONS = [
     *("--d-model", "256", "--layers", "6", "--heads", "4", "--seq-len", "128", "--steps", "15", "--log-every", "1"),
     *("--eval-every", "1000", "--checkpoint-every", "1000", "--eval-bytes", "2000", "--no-watch"),
 ]
-SKIPPED = 5  # steps, until everything has been allocated
+SKIPPED = 5  # the number of steps until everything has been allocated
 
 
 def step_seconds(processes: int, folder: Path) -> float:
-    """The median step of a run."""
+    """Train, and return the median duration of a step."""
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(together if processes > 1 else []), "-m", "omninorm", "train", *OPTIONS]
     command += ["--batch-size", str(8 * processes), "--out", str(folder)]

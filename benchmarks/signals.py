@@ -1,4 +1,4 @@
-"""Every signal in a healthy run and in a faulty one: writes docs/signals/results.json, for docs/signals.md.
+"""Records every signal in a healthy run and in a faulty one: writes docs/signals/results.json, for docs/signals.md.
 
 python benchmarks/signals.py        # half a minute; then `make figures` draws the figures
 """
@@ -50,7 +50,7 @@ def enlarge_embedding(training: Training) -> None:
 
 TWIN = replace(HEALTHY_TWIN, steps=80)
 DEEP = replace(FAULTY["post-norm, 24 blocks, no warm-up"].recipe, norm=NormConfig())
-# Title: the faulty run, the healthy run it is compared with, and the signals that are shown.
+# For each title: the faulty run, the healthy run with which it is compared, and the signals that are shown.
 CASES: dict[str, tuple[Recipe, Recipe, tuple[str, ...]]] = {
     "one layer's weights × 100 at step 50": (
         FAULTY["weights × 100 at step 50"].recipe,
@@ -101,7 +101,7 @@ CASES: dict[str, tuple[Recipe, Recipe, tuple[str, ...]]] = {
 
 
 def experts() -> dict[str, dict]:
-    """Return the signals of a small Mixtral whose third router collapses, and of the same run without that."""
+    """Return the signals of a small Mixtral whose third router collapses, and of the same run without the fault."""
     healthy, faulty = (mixture(fault) for fault in (None, "router collapses"))
     title = "a router that collapses at step 31"
     return {
@@ -111,7 +111,7 @@ def experts() -> dict[str, dict]:
 
 
 def mixture(fault: str | None) -> History:
-    """Train a run of the board of faults."""
+    """Train a mixture-of-experts model of the fault tests, with a fault or without."""
     with quiet():
         training = prepare(Case("mixtral", 0, fault=fault))
         with watch(training.model, training.optimizers, every=5) as watched:

@@ -1,13 +1,13 @@
-"""What `omninorm.watch` costs a training step: `python benchmarks/watch_overhead.py [--rounds 12] [--json FILE]`.
+"""Measures the overhead of `omninorm.watch`: `python benchmarks/watch_overhead.py [--rounds 12] [--json FILE]`.
 
-The same model is trained four times: twice not watched, whose ratio is the noise of the measurement, watched in a step
-without a sample, and watched in a sampled step. The four take one step each by turns, in random order, on one thread. A
-step that is watched is held against the mean of the two that are not; medians over the rounds are printed. A run with
-every=10 has nine steps without a sample for one with it.
+Four copies of a model are trained: two without a watch, whose ratio is the noise of the measurement, one watched in
+steps without a sample, and one watched in sampled steps. In each round every copy takes one step, in random order, on
+one thread. The time of a watched step is divided by the mean of the two unwatched steps; the medians over the rounds
+are printed. A run with every=10 has nine steps without a sample for each sampled step.
 
-The process's CPU time is measured, so that a step does not count the time in which other processes run. They still
-slow it down through the caches. With --no-clip the steps do not clip gradients; if they do, the monitor takes the
-gradients' norms from there.
+The CPU time of the process is measured, so the time of other processes does not count; they still slow it down through
+the caches. With --no-clip the steps do not clip gradients. If they do, the monitor gets the gradient norms from the
+clipping.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ VARIANTS = {"off": None, "unsampled": 1_000_000, "sampled": 1, "off again": None
 
 
 def thinker() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
-    """12 blocks of width 256 on 8 windows of 128 bytes."""
+    """Build a Thinker with 12 blocks of width 256, on 8 windows of 128 bytes."""
     data = torch.randint(0, 256, (8, 129))
     model = Thinker(ThinkerConfig(d_model=256, n_layers=12, n_heads=4, max_seq_len=128))
     return model, lambda model: F.cross_entropy(model(data[:, :-1]).flatten(0, 1), data[:, 1:].flatten())
 
 
 def small() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
-    """4 blocks of width 128 on 4 windows of 64 bytes: a step of about 20 ms."""
+    """Build a Thinker with 4 blocks of width 128, on 4 windows of 64 bytes; a step takes about 20 ms."""
     data = torch.randint(0, 256, (4, 65))
     model = Thinker(ThinkerConfig(d_model=128, n_layers=4, n_heads=4, max_seq_len=64))
     return model, lambda model: F.cross_entropy(model(data[:, :-1]).flatten(0, 1), data[:, 1:].flatten())
 
 
 def medium() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
-    """8 blocks of width 192 on 4 windows of 96 bytes: a step of about 100 ms."""
+    """Build a Thinker with 8 blocks of width 192, on 4 windows of 96 bytes; a step takes about 100 ms."""
     data = torch.randint(0, 256, (4, 97))
     model = Thinker(ThinkerConfig(d_model=192, n_layers=8, n_heads=4, max_seq_len=96))
     return model, lambda model: F.cross_entropy(model(data[:, :-1]).flatten(0, 1), data[:, 1:].flatten())
 
 
 def qwen3() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
-    """transformers' Qwen3, 6 layers of width 1024, on 512 tokens, bfloat16, its own norms."""
+    """Build transformers' Qwen3 with its own norms, 6 layers of width 1024, in bfloat16, on 512 tokens."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -98,7 +98,7 @@ def stepper(build: Build, every: int | None, clip: bool = True) -> Callable[[], 
 
 
 def measure(build: Build, rounds: int, clip: bool = True) -> dict[str, float]:
-    """Return the median seconds of a step that is not watched, and the ratios."""
+    """Return the median seconds of an unwatched step, and the ratios to it."""
     steps = {name: stepper(build, every, clip) for name, every in VARIANTS.items()}
     for step in steps.values():
         step()

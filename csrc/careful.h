@@ -8,7 +8,7 @@
 
 namespace omninorm::OMNINORM_SET {
 
-// Within these bounds squares neither overflow nor underflow in the compute type.
+// Within these bounds, squares neither overflow nor underflow in the compute type.
 template <class C>
 INLINE bool ordinary(C r);
 template <>
@@ -28,12 +28,12 @@ template <class T>
 INLINE void put(T* y, double value) {
   Part{1}.store(y, broadcast<Vector<T>>(value));
 }
-// `value` as T holds it.
+// Returns `value`, rounded to T.
 template <class T>
 INLINE double rounded_value(double value) {
   return first(rounded<T>(broadcast<Vector<T>>(value)));
 }
-// The gain at place i: see load_gain.
+// Returns the gain at index i; see load_gain.
 template <class T>
 INLINE double gain_at(const Compute<T>* gain, int64_t i) {
   if constexpr (sizeof(Vector<T>) > BYTES) {
@@ -47,7 +47,7 @@ INLINE double gain_at(const Compute<T>* gain, int64_t i) {
 constexpr double LARGEST = 0x1.fffffffffffffp1023;
 constexpr double SMALLEST = 0x1p-1022;
 
-// NaN if there is one.
+// Returns NaN if the row has one.
 INLINE double largest_magnitude(const double* row, int64_t width) {
   double largest = 0;
   for (int64_t i = 0; i < width; ++i) {
@@ -58,30 +58,31 @@ INLINE double largest_magnitude(const double* row, int64_t width) {
   return largest;
 }
 
-// 2^-e that brings the larger of `magnitude` and √ε into [½, 1).
+// Returns the power of two that scales the larger of `magnitude` and √ε into [½, 1).
 INLINE double reciprocal_unit(double magnitude, double eps) {
   const double least = eps > 0 ? __builtin_sqrt(eps) : 0;
   if (magnitude < least) magnitude = least;
   if (magnitude < SMALLEST) magnitude = SMALLEST;
-  if (magnitude > LARGEST / 8) magnitude = LARGEST / 8;  // so that the reciprocal is no subnormal
+  if (magnitude > LARGEST / 8) magnitude = LARGEST / 8;  // so that the reciprocal is not subnormal
   int exponent;
   __builtin_frexp(magnitude, &exponent);
   return __builtin_ldexp(1, -exponent);
 }
 
-// r = root · per_unit; their product alone may have no double. LayerNorm's rows have a mean too.
+// r = root · per_unit, stored as two factors because their product may be out of double's range; and LayerNorm's mean.
 struct Scale {
   double root, per_unit, mean;
   INLINE double operator()(double v) const { return v * root * per_unit; }
 };
 
-// The mean of `row` in two parts, from elements so small that their sum is finite.
+// Returns the mean of `row` in two parts; the elements must be so small that their sum is finite.
 INLINE Pair row_mean(const double* row, int64_t width) {
   const Pair sum = row_total<double>(width, [&](auto at, int64_t i) { return at.load(row + i); });
   return divided(sum, width);
 }
 
-// row - mean, times `headroom` where even the difference of two elements would overflow; returns that and the mean.
+// Subtracts the mean from the row, multiplied by `headroom` if the difference of two elements would overflow. Returns
+// `headroom` and the mean.
 struct Centered {
   double headroom, mean;
 };
@@ -94,14 +95,14 @@ INLINE Centered center(double* row, int64_t width, double largest) {
   return {headroom, mean.high / per_unit};
 }
 
-// r for an infinite or NaN largest magnitude: 1/√∞ = 0, but differences from an infinite mean are NaN.
+// Returns r for an infinite or NaN largest magnitude: 1/√∞ = 0, but differences from an infinite mean are NaN.
 INLINE Scale not_finite(double* row, int64_t width, bool defined) {
   const double r = defined ? 0 : __builtin_nan("");
   for (int64_t i = 0; i < width; ++i) row[i] *= r;
   return {r, 1, __builtin_nan("")};
 }
 
-// x̂ in place of x, and the multiplication by r that brings a gradient back to x.
+// Writes x̂ in place of x, and returns the multiplication by r with which the backward pass ends.
 template <class C>
 Scale rms_standardize(double* row, int64_t width, double eps) {
   const double largest = largest_magnitude(row, width);

@@ -1,20 +1,20 @@
 // Row streaming: the pass that writes row i also loads row i+1 and accumulates its sums, so memory stays busy.
 //
-// The passes capture by value and are inlined: captures by reference would be loaded again for each vector.
+// The passes capture by value and are inlined, because captures by reference would be loaded again for each vector.
 #pragma once
 #include "careful.h"
 
 namespace omninorm::OMNINORM_SET {
 
-// A row of x, or of x + residual, which is stored in `total`. If that uses streaming (non-temporal) stores, the sum is
-// also kept in `near`, to be read again from the cache.
+// A row of x, or of x + residual, which is stored in `total`. If it is stored with streaming (non-temporal) stores, the
+// sum is also kept in `near`, so that it can be read again from the cache.
 template <class T, bool ADD>
 struct Incoming {
   const T *x, *residual;
   T *total, *sum;
   bool past_caches;
 
-  // `near` has room for two rows: the one before is still read while this one comes in.
+  // `near` has room for two rows, because the previous row is still read while this one is loaded.
   Incoming(const Forward& a, int64_t row, T* near) : x(static_cast<const T*>(a.x) + row * a.width) {
     if constexpr (ADD) {
       residual = static_cast<const T*>(a.residual) + row * a.width;
@@ -38,14 +38,14 @@ struct Incoming {
     }
   }
 
-  // Where the row can be read again, once all of it has been loaded.
+  // The address at which the row can be read again after all of it has been loaded.
   const T* row() const {
     if constexpr (ADD) return sum;
     return x;
   }
 };
 
-// Does nothing with a vector; for a pass that only reads.
+// Does nothing with a vector, for a pass that only reads.
 struct Nothing {
   template <class... Arguments>
   INLINE void operator()(Arguments...) const {}

@@ -1,5 +1,5 @@
-// The norms for one instruction set, OMNINORM_SET; compiled once per set. With AVX-512 for 16-bit rows only, see
-// select.cpp.
+// The norms for the instruction set OMNINORM_SET. This file is compiled once per set, with AVX-512 only for 16-bit
+// rows; see select.cpp.
 #include "kernels.h"
 
 #include "layer_norm.h"
@@ -9,7 +9,7 @@ namespace omninorm::OMNINORM_SET {
 
 template <class T>
 void rms_norm_forward_any(const Forward& a, int64_t begin, int64_t end) {
-  // Rounding x̂ to the dtype changes nothing where that is the compute type.
+  // Rounding x̂ to the dtype changes nothing if the dtype is the compute type.
   const bool round_first = a.round_first && sizeof(T) == 2;
   if (a.residual) {
     round_first ? rms_norm_forward<T, true, true>(a, begin, end) : rms_norm_forward<T, true, false>(a, begin, end);

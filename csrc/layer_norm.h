@@ -1,9 +1,9 @@
 // LayerNorm over rows:  x̂ = (x − μ) · r,  r = 1/√(mean((x − μ)²) + ε),  y = x̂ · γ + β
 //        and backward:  g = dy · γ,  dx = r · (g − mean(g) − x̂ · mean(g · x̂)),  dγ = Σ_rows dy · x̂,  dβ = Σ_rows dy
 //
-// μ is subtracted in two parts, what the compute type holds of it and the rest, the second as rest · r after the
-// multiplication: x̂ = (x − high) · r − rest · r. So a mean that is large beside the spread costs no digits, nor does one
-// so small that the compute type can't hold its rest; and a constant row becomes exactly β.
+// μ is subtracted in two parts: `high`, its value in the compute type, and the rest, which is subtracted as rest · r
+// after the multiplication: x̂ = (x − high) · r − rest · r. So no digits are lost if the mean is large compared with
+// the spread, or so small that the compute type can't represent its rest. A constant row becomes exactly β.
 #pragma once
 #include "incoming.h"
 
@@ -89,9 +89,9 @@ void layer_norm_backward(const Backward& a, int64_t begin, int64_t end) {
   ColumnSums<T> dgain(a.dgain, width), dbias(a.dbias, width);
   C* const of_gain = dgain.few;
   C* const of_bias = dbias.few;
-  // Rows of bfloat16 take two registers for each vector: what reading and writing need does not fit together.
+  // Rows of bfloat16 need two registers per vector, so there are not enough registers to read and write together.
   constexpr bool AT_ONCE = sizeof(V) == BYTES;
-  Pair sums[3];  // of g, g · u, u, with u = (x − high) · r
+  Pair sums[3];  // the sums of g, g · u and u, with u = (x − high) · r
   const auto read_row = [&](int64_t row, auto also) INLINED {
     const T* dy = static_cast<const T*>(a.dy) + row * width;
     const T* x = static_cast<const T*>(a.x) + row * width;
@@ -127,7 +127,7 @@ void layer_norm_backward(const Backward& a, int64_t begin, int64_t end) {
 
     const V high = broadcast<V>(means[row]), scale = broadcast<V>(scales[row]);
     const double mean_of_g = sums[0].high / double(width);
-    const double rest = sums[2].high / double(width);  // of the mean, times r: x̂ = u − rest
+    const double rest = sums[2].high / double(width);  // the rest of the mean, multiplied by r: x̂ = u − rest
     const V mean_g = broadcast<V>(mean_of_g), shift = broadcast<V>(-rest);
     const V mean_product = broadcast<V>(-(sums[1].high / double(width) - rest * mean_of_g));
     const auto write_vector = [=](auto at, int64_t i, V gains) INLINED {

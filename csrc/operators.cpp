@@ -1,6 +1,7 @@
-// The operators of the CPU back end, on PyTorch's stable ABI: they check, allocate, divide the rows among PyTorch's
-// threads, and leave the arithmetic to kernels.h. Python calls them through kernels/operators.py, where the meta
-// kernels are; the derivatives are in kernels/autograd.py and kernels/exported.py.
+// The operators of the CPU back end, on PyTorch's stable ABI. They check arguments, allocate results, divide the rows
+// among PyTorch's threads, and call the functions in kernels.h for the arithmetic. Python calls them through
+// kernels/operators.py, which also has the meta kernels; the derivatives are in kernels/autograd.py and
+// kernels/exported.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -29,15 +30,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// Minimum number of elements per thread. Waking a thread costs about as much as normalizing some ten thousand.
+// Minimum number of elements per thread. Waking a thread takes as long as normalizing about ten thousand elements.
 constexpr int64_t GRAIN = 32768;
-// A gain's gradient is summed over blocks of rows and then over blocks, so that its bits depend on the shape alone.
-// A block's sums are written and read once more, which this many rows make negligible. kernels/autograd.py passes
-// these numbers to probes.
+// A gain's gradient is summed over blocks of rows and then over the blocks, so that its bits depend only on the shape.
+// The sums of a block are written and read once; with this many rows per block, the cost is negligible.
+// kernels/autograd.py passes these numbers to probes.
 constexpr int64_t BLOCK_ROWS = 64;
 constexpr int64_t MOST_BLOCKS = 256;
 
-// The size of a core's own second-level cache, as reported by Linux.
+// The size of a core's second-level cache, as reported by Linux.
 int64_t own_cache() {
   std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index2/size");
   int64_t size = 0;
@@ -71,7 +72,7 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-// A new contiguous tensor. The C function is called directly, since the dispatcher boxes six optional arguments for it.
+// Returns a new contiguous tensor. It calls the C function, because the dispatcher would box six optional arguments.
 Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   std::array<int64_t, 8> few;
   std::vector<int64_t> many(sizes.size() > few.size() ? sizes.size() : 0);
@@ -85,7 +86,7 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// The rows of a tensor (…, width), contiguous; a copy only where the strides demand it.
+// The rows of a tensor (…, width), contiguous; a copy only if the strides require one.
 struct Rows {
   Tensor tensor;
   int64_t width, count;
@@ -100,13 +101,13 @@ struct Rows {
   }
 
   int element_size() const { return dtype == omninorm::FLOAT64 ? 8 : dtype == omninorm::FLOAT32 ? 4 : 2; }
-  // ε as the compute type holds it.
+  // ε, rounded to the compute type.
   double rounded_eps(double eps) const { return dtype == omninorm::FLOAT64 ? eps : double(float(eps)); }
   int64_t bytes() const { return count * width * element_size(); }
   ScalarType compute_type() const { return dtype == omninorm::FLOAT64 ? ScalarType::Double : ScalarType::Float; }
   const void* data() const { return tensor.const_data_ptr(); }
 
-  // Another tensor of x's shape and dtype.
+  // Returns another tensor with x's shape and dtype.
   Rows like(const Tensor& other) const {
     const Rows rows(other);
     STD_TORCH_CHECK(rows.dtype == dtype && same_shape(rows.tensor), "omninorm: tensors must agree in shape and dtype");
@@ -133,7 +134,7 @@ class Gain {
       data_ = given->const_data_ptr();
       return;
     }
-    // Room for either compute type, and to begin at a line of the cache.
+    // Room for either compute type, and for an alignment to a cache line.
     prepared_.reset(new double[x.width + omninorm::GAIN_PADDING + 8]);
     void* const to = prepared_.get() + (64 - reinterpret_cast<uintptr_t>(prepared_.get()) % 64) / sizeof(double);
     data_ = to;
@@ -177,7 +178,7 @@ void check_constants(double eps, double gain_offset) {
 
 // Forward ---------------------------------------------------------------------------------------------------------
 
-// Results of a forward pass; `total` only with a residual, the statistics only if a backward pass needs them.
+// The results of a forward pass: `total` only with a residual, the statistics only if a backward pass needs them.
 struct Results {
   Tensor y;
   MaybeTensor total, mean, scale;
@@ -280,8 +281,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(
 
 // Backward --------------------------------------------------------------------------------------------------------
 
-// Sums of a gain's gradient, a row of `width` doubles per block. Adding them up leaves them unchanged, because probes
-// receive them too.
+// The sums for a gain's gradient, a row of `width` doubles per block. They are not changed when they are added up,
+// because probes also receive them.
 class Sums {
  public:
   Sums(bool wanted, int64_t blocks, int64_t width) : blocks_(wanted ? blocks : 0), width_(width) {
@@ -297,10 +298,10 @@ class Sums {
     return sums;
   }
 
-  // (blocks, width); no block if the sums are not wanted.
+  // (blocks, width); 0 blocks if the sums are not needed.
   Tensor blocks() const { return tensor_ ? *tensor_ : empty_blocks(); }
 
-  // Adds the blocks in their order and rounds to `like`'s dtype; an empty tensor if there are no sums.
+  // Returns the sum of the blocks, in their order, rounded to `like`'s dtype; an empty tensor if there are no sums.
   Tensor total(const MaybeTensor& like) const {
     const int64_t size = tensor_ ? width_ : 0;
     const IntHeaderOnlyArrayRef shape(&size, 1);
@@ -335,7 +336,7 @@ class Sums {
   double* values_ = nullptr;
 };
 
-// Results of a backward pass; the gradients of gain and bias are the totals of their block sums.
+// The results of a backward pass; the gradients of gain and bias are the totals of their block sums.
 struct Gradients {
   Tensor dx;
   Sums gain, bias;
@@ -474,7 +475,7 @@ STABLE_TORCH_LIBRARY_IMPL(omninorm, CPU, m) {
   IMPLEMENT(add_layer_norm_forward);
   IMPLEMENT(layer_norm_backward);
   IMPLEMENT(layer_norm_backward_blocks);
-  // The same by the names that exported programs call: kernels/exported.py.
+  // The same operators under the names that exported programs call; see kernels/exported.py.
 #define IMPLEMENT_AUTOGRAD(name) m.impl(#name "_autograd", TORCH_BOX(&name##_forward))
   IMPLEMENT_AUTOGRAD(rms_norm);
   IMPLEMENT_AUTOGRAD(add_rms_norm);

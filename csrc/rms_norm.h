@@ -60,7 +60,7 @@ void rms_norm_backward(const Backward& a, int64_t begin, int64_t end) {
   const C* scales = static_cast<const C*>(a.scale);
   ColumnSums<T> dgain(a.dgain, width);
   C* const of_gain = dgain.few;
-  Pair product[1];  // of g and x̂: with x itself it could overflow where dx does not
+  Pair product[1];  // the product of g and x̂; with x itself it could overflow although dx does not
   const auto read_row = [&](int64_t row, auto also) INLINED {
     const T* dy = static_cast<const T*>(a.dy) + row * width;
     const T* x = static_cast<const T*>(a.x) + row * width;

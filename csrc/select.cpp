@@ -29,8 +29,8 @@ DECLARE(baseline)
 namespace {
 
 #if defined(OMNINORM_HAS_AVX512)
-// AVX-512 is used for 16-bit rows only, whose conversions are compute-bound. Rows of 32 and 64 bits are memory-bound and
-// faster with AVX2's shorter registers (Zen 4: 0.7 to 0.95 × the time).
+// AVX-512 is used only for 16-bit rows, whose conversions are compute-bound. Rows of 32 and 64 bits are memory-bound,
+// and faster with AVX2's shorter registers (Zen 4: 0.7 to 0.95 × the time).
 Kernels avx512_and_avx2() {
   Kernels both = avx512::KERNELS;
   const Kernels& narrow = avx2::KERNELS;
@@ -58,7 +58,7 @@ struct Runnable {
     }
 #endif
 #if defined(OMNINORM_HAS_AVX2)
-    // Every processor with AVX2 that was sold converts float16 too.
+    // Every processor with AVX2 that was sold can also convert float16.
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets[count++] = &avx2::KERNELS;
 #endif
 #if defined(OMNINORM_HAS_NEON)
@@ -79,7 +79,7 @@ const Kernels* find(const char* name) {
 const Kernels* first_choice() {
   const char* wish = std::getenv("OMNINORM_CPU");
   const Kernels* named = wish ? find(wish) : nullptr;
-  return named ? named : runnable_sets()[0];  // an unknown name is refused by omninorm.kernels.cpu, in words
+  return named ? named : runnable_sets()[0];  // omninorm.kernels.cpu raises an error for an unknown name
 }
 
 std::atomic<const Kernels*>& current() {

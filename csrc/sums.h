@@ -1,13 +1,13 @@
-// Sums along a row, in an order that depends on the row's width alone.
+// Sums along a row, in an order that depends only on the row's width.
 //
-// Elements gather in lanes of the compute type for a few steps and then move to a wider total: double for float,
-// a pair of doubles for double. So the error is that of a few additions, however wide the row is.
+// Elements are added in lanes of the compute type for a few steps, and then the lanes are added to a wider total:
+// double for float, a pair of doubles for double. So the error is that of a few additions for rows of any width.
 #pragma once
 #include "vector.h"
 
 namespace omninorm::OMNINORM_SET {
 
-// A number as the sum of two, the second beyond the first's last place.
+// A number as the sum of two parts; the second is smaller than the last place of the first.
 struct Pair {
   double high, low;
 };
@@ -32,7 +32,7 @@ INLINE Pair divided(Pair sum, int64_t count) {
   return plus({first, 0}, (rest + sum.low) / double(count));
 }
 
-// The two halves of a vector of floats.
+// Returns the two halves of a vector of floats.
 struct Halves {
   HalfOfFloats low, high;
 };
@@ -99,14 +99,14 @@ INLINE void add_to(Total<float>& total, Floats v) { total.add(v); }
 INLINE void add_to(Total<float>& total, EvenOdd v) { total.add(v.even + v.odd); }
 INLINE void add_to(Total<double>& total, Doubles v) { total.add(v); }
 
-// Registers take turns, since an addition must wait for the last one into the same register: four, or fewer where a sum
-// takes two of them, or three sums are taken at once.
+// Several registers are used in turn, because an addition must wait for the previous one into the same register: four,
+// or fewer if a sum needs two registers or if three sums are computed together.
 template <class T, int K>
 constexpr int UNROLL = 4 / (sizeof(Vector<T>) > BYTES ? 2 : 1) / (K > 1 ? 2 : 1);
-// Steps until the lanes move to the total. Eight additions err by four last places at the worst.
+// The number of steps until the lanes are added to the total. Eight additions err by at most four last places.
 constexpr int STEPS = 8;
 
-// K sums over a row at once: add(Whole or Part, index, lanes) adds a vector's terms to each of the K lanes.
+// Computes K sums over a row together: add(Whole or Part, index, lanes) adds a vector's terms to each of the K lanes.
 template <class T, int K, class Add>
 INLINE void row_sums(int64_t width, Pair (&sums)[K], Add add) {
   using V = Vector<T>;
@@ -139,8 +139,8 @@ INLINE void row_sums(int64_t width, Pair (&sums)[K], Add add) {
   }
 }
 
-// The sum of term(Whole or Part, index). A constant row's is exact: floats move to the wider total one by one, and
-// eight elements of 16-bit dtypes have an exact sum.
+// Computes the sum of term(Whole or Part, index). It is exact for a constant row: floats are added to the wider total
+// one by one, and eight elements of 16-bit dtypes have an exact sum.
 template <class T, class Term>
 INLINE Pair row_total(int64_t width, Term term) {
   using V = Vector<T>;
@@ -163,16 +163,16 @@ INLINE Pair row_total(int64_t width, Term term) {
   }
 }
 
-// A gain's gradient: sums over rows, in the compute type for a few rows and then in double.
+// Sums over rows for the gradient of a gain: in the compute type for a few rows, and then in double.
 template <class T>
 struct ColumnSums {
   using C = Compute<T>;
   using V = Vector<T>;
-  double* const sums;   // or null, if the gradient is not wanted
+  double* const sums;   // or null, if the gradient is not needed
   const int64_t width;
   const int64_t padded;
   Scratch<C> memory;
-  C* const few;         // the order of the places is V's; padded to whole vectors
+  C* const few;         // in V's order of elements, padded to whole vectors
   int rows = 0;
 
   ColumnSums(double* sums, int64_t width)

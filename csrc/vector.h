@@ -1,8 +1,8 @@
-// Vectors of the compute type, as wide as the instruction set's registers, and how rows of each dtype get in and out.
+// Vectors of the compute type, as wide as the instruction set's registers, and their loads and stores for each dtype.
 //
-// This file is compiled once per instruction set (OMNINORM_SET names it), each time in a namespace of its own. No
-// standard header with inline functions may be included: the linker would keep one set's copy of them for all sets.
-// Lengths count elements. N is the number of lanes, C the compute type: float, or double for double rows.
+// This file is compiled once per instruction set, in the namespace OMNINORM_SET. It must not include standard headers
+// with inline functions, because the linker would keep the copy of one set for all sets. Lengths are numbers of
+// elements. N is the number of lanes, C the compute type: float, or double for double rows.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -14,7 +14,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
-// Put after a lambda's parameters; its captures then stay in registers.
+// Follows the parameters of a lambda, so that it is inlined and its captures stay in registers.
 #define INLINED __attribute__((always_inline))
 
 namespace omninorm::OMNINORM_SET {
@@ -40,7 +40,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The type that statistics and products of rows of T are computed in.
+// The type in which statistics and products of rows of T are computed.
 template <class T>
 struct ComputeOf {
   using Type = float;
@@ -52,8 +52,8 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::Type;
 
-// A register of bfloat16, split into its elements at even and at odd places. They are the lower and upper halves of
-// 32-bit words, so one operation each converts them to float; putting them in order would take several.
+// A register of bfloat16, split into its elements with even and odd indices. These are the lower and upper halves of
+// 32-bit words, so one operation each converts them to float; restoring their order would take several.
 struct EvenOdd {
   Floats even, odd;
 };
@@ -98,7 +98,7 @@ INLINE EvenOdd broadcast<EvenOdd>(double c) {
   return {Floats{} + float(c), Floats{} + float(c)};
 }
 
-// a · b + c with one rounding, if the set supports it.
+// Returns a · b + c, with one rounding if the set supports it.
 INLINE Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -124,9 +124,9 @@ INLINE Doubles fma(Doubles a, Doubles b, Doubles c) {
 
 INLINE EvenOdd fma(EvenOdd a, EvenOdd b, EvenOdd c) { return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)}; }
 
-// Dtypes: N elements from and to memory of any alignment, rounded to nearest even --------------------------------
+// Dtypes: loads and stores of N elements at any alignment, rounded to nearest even --------------------------------
 
-// The compilers' own conversions between lanes of 16 and 32 bits are several times slower here.
+// The compilers' own conversions between lanes of 16 and 32 bits would be several times slower.
 INLINE Words to_words(Halfwords v) {
 #if defined(__AVX512F__)
   return (Words)_mm512_cvtepu16_epi32((__m256i)v);
@@ -136,7 +136,7 @@ INLINE Words to_words(Halfwords v) {
   return __builtin_convertvector(v, Words);
 #endif
 }
-// Of words below 2^16.
+// For words below 2^16.
 INLINE Halfwords to_halfwords(Words v) {
 #if defined(__AVX512F__)
   return (Halfwords)_mm512_cvtepi32_epi16((__m512i)v);
@@ -156,7 +156,7 @@ INLINE Words to_upper_half(Floats v) {
 INLINE EvenOdd widen(Words pairs) { return {(Floats)(pairs << 16), (Floats)(pairs & 0xffff0000)}; }
 INLINE Words narrow(EvenOdd v) {
 #if defined(__AVX512BW__)
-  // The upper halves of all words in their order, one more where the lower half is above ½, or ½ and the upper one odd.
+  // The upper halves of all words, in order, plus one if the lower half is above ½, or is ½ and the upper half is odd.
   const Words from = {0x210001, 0x230003, 0x250005, 0x270007, 0x290009, 0x2b000b, 0x2d000d, 0x2f000f,
                       0x310011, 0x330013, 0x350015, 0x370017, 0x390019, 0x3b001b, 0x3d001d, 0x3f001f};
   const __m512i upper = _mm512_permutex2var_epi16((__m512i)v.even, (__m512i)from, (__m512i)v.odd);
@@ -180,7 +180,7 @@ INLINE Floats widen(Float16, Halfwords bits) {
 #else
   const Words wide = to_words(bits);
   const Words magnitude = (wide & 0x7fff) << 13;
-  const Floats finite = (Floats)magnitude * 0x1p112f;  // the exponents' bias; subnormals come out right too
+  const Floats finite = (Floats)magnitude * 0x1p112f;  // the exponents' bias; this is also right for subnormal numbers
   const Words value = (magnitude >= (0x7c00u << 13)) ? magnitude | 0x7f800000u : (Words)finite;
   return (Floats)(value | ((wide & 0x8000) << 16));
 #endif
@@ -197,7 +197,7 @@ INLINE Halfwords narrow(Float16, Floats v) {
   const Words bits = (Words)v;
   const Words magnitude = bits & 0x7fffffff;
   const Words normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-  // ½ has the spacing of the subnormals: adding it rounds to that.
+  // The spacing of float32 at ½ is that of float16's subnormal numbers, so adding ½ rounds to it.
   const Words subnormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000u;
   Words value = (magnitude < (113u << 23)) ? subnormal : normal;
   value = (magnitude >= 0x477ff000u) ? value * 0 + 0x7c00u : value;  // 65520 and above
@@ -216,7 +216,7 @@ template <class V, class T>
 INLINE void write(T* to, V v) {
   __builtin_memcpy(to, &v, sizeof(V));
 }
-// Written in one piece, it would go through memory.
+// Read as one object, it would go through memory.
 template <>
 INLINE EvenOdd read<EvenOdd>(const float* from) {
   return {read<Floats>(from), read<Floats>(from + LANES<float>)};
@@ -226,7 +226,7 @@ INLINE void write(float* to, EvenOdd v) {
   write(to + LANES<float>, v.odd);
 }
 
-// One element.
+// Loads one element.
 INLINE double element(const double* x) { return *x; }
 INLINE float element(const float* x) { return *x; }
 INLINE float element(const BFloat16* x) {
@@ -245,7 +245,7 @@ INLINE void store(double* y, Doubles v) { write(y, v); }
 INLINE void store(Float16* y, Floats v) { write(y, narrow(Float16{}, v)); }
 INLINE void store(BFloat16* y, EvenOdd v) { write(y, narrow(v)); }
 
-// v rounded to T.
+// Returns v, rounded to T.
 template <class T>
 INLINE Vector<T> rounded(Vector<T> v) {
   return v;
@@ -259,7 +259,7 @@ INLINE EvenOdd rounded<BFloat16>(EvenOdd v) {
   return {(Floats)(to_upper_half(v.even) & 0xffff0000), (Floats)(to_upper_half(v.odd) & 0xffff0000)};
 }
 
-// Numbers in the order of their places, from and to the order of V.
+// Conversions between numbers in the order of memory and in the order of V.
 template <class V, class C>
 INLINE V arranged(const C* values) {
   if constexpr (sizeof(V) == BYTES) {
@@ -288,7 +288,7 @@ INLINE void in_order(C* values, V v) {
   }
 }
 
-// Streaming (non-temporal) stores, to addresses that are multiples of the vector's size.
+// Streaming (non-temporal) stores; the addresses must be multiples of the vector's size.
 #if defined(__AVX512F__)
 INLINE void stream(float* y, Floats v) { _mm512_stream_ps(y, v); }
 INLINE void stream(double* y, Doubles v) { _mm512_stream_pd(y, v); }
@@ -310,16 +310,16 @@ INLINE void stream(T* y, Vector<T> v) {
   store(y, v);
 }
 #endif
-// Whether a row at y may be streamed.
+// Returns whether streaming stores may write a row at y.
 INLINE bool is_aligned(const void* y) { return reinterpret_cast<uintptr_t>(y) % BYTES == 0; }
-// Streamed rows are visible to other threads after this.
+// After this call, streamed rows are visible to other threads.
 INLINE void end_of_stream() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// Memory whose vectors lie in one line each: 64 bytes that cross into another line take twice as long.
+// Memory in which each vector is in one cache line; 64 bytes that cross into another line take twice as long.
 template <class C>
 struct Scratch {
   char* const memory;
@@ -331,7 +331,7 @@ struct Scratch {
   Scratch(const Scratch&) = delete;
 };
 
-// A vector of a row: whole, or the remainder at its end.
+// A vector of a row: a whole one, or the remainder at the row's end.
 struct Whole {
   template <class T>
   INLINE Vector<T> load(const T* x) const {
@@ -370,7 +370,7 @@ struct Part {
   INLINE void store(T* y, Vector<T> v, bool) const {
     store(y, v);
   }
-  // v with 0 in the lanes beyond the row's end.
+  // Returns v with 0 in the lanes beyond the row's end.
   template <class T>
   INLINE Vector<T> only(Vector<T> v) const {
     Compute<T> values[LANES<T>];
@@ -380,7 +380,7 @@ struct Part {
   }
 };
 
-// A gain or bias at place i of a row of T. Those of 16-bit rows were `arranged` before and padded to whole vectors.
+// Loads a gain or bias at index i of a row of T. For 16-bit rows it has been `arranged` and padded to whole vectors.
 template <class T, class At>
 INLINE Vector<T> load_gain(At at, const Compute<T>* gain, int64_t i) {
   if constexpr (sizeof(T) == 2) {
@@ -390,7 +390,7 @@ INLINE Vector<T> load_gain(At at, const Compute<T>* gain, int64_t i) {
   }
 }
 
-// do_vector(Whole or Part, index of its first element) over a row of T.
+// Calls do_vector(Whole or Part, index of its first element) for each vector of a row of T.
 template <class T, class Do>
 INLINE void each_vector(int64_t width, Do do_vector) {
   constexpr int N = LANES<T>;
@@ -403,10 +403,10 @@ INLINE void each_vector(int64_t width, Do do_vector) {
   if (i < width) do_vector(Part{int(width - i)}, i);
 }
 
-// Prefetches a cache line into the second-level cache. An address beyond the tensor does no harm. (GCC would drop it as
-// a function without effects.)
+// Prefetches a cache line into the second-level cache. The address may be beyond the tensor. This is a macro because
+// GCC would remove a function without effects.
 #define FETCH(address) __builtin_prefetch(address, 0, 2)
-// Prefetch distance in elements: 2 to 8 KiB make no difference, 1 KiB is too late.
+// Prefetch distance in elements: 2 to 8 KiB are equally fast, 1 KiB is too late.
 template <class T>
 constexpr int64_t AHEAD = 4096 / sizeof(T);
 

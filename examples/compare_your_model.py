@@ -43,7 +43,7 @@ class Layer(nn.Module):
 
 
 def build(norm: NormConfig, depth: int, vocab_size: int) -> nn.Module:
-    """The factory that "model" names; the model maps tokens (batch, sequence) to logits."""
+    """Build a model that maps tokens (batch, sequence) to logits; "model" in the plan names this function."""
     layers = [Layer(norm) for _ in range(depth)]
     return nn.Sequential(
         nn.Embedding(vocab_size, WIDTH), *layers, build_norm(norm, WIDTH), nn.Linear(WIDTH, vocab_size)

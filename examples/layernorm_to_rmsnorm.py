@@ -1,4 +1,4 @@
-"""Would RMSNorm give the same result? Convert a trained LayerNorm model to RMSNorm, approximately and exactly.
+"""Convert a trained LayerNorm model to RMSNorm, approximately and exactly.
 
 python examples/layernorm_to_rmsnorm.py        # needs pip install "omninorm[train]" for its text
 """

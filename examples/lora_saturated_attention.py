@@ -1,4 +1,4 @@
-"""LoRA on models with qk-norm whose attention logits are ordinary, as large as Gemma 4's, and twice as large.
+"""Train LoRA on models with qk-norm whose attention logits are ordinary, as large as Gemma 4's, and twice as large.
 
 python examples/lora_saturated_attention.py [FOLDER]        # needs pip install "omninorm[train]" for its text
 """

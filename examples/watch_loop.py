@@ -1,4 +1,4 @@
-"""Monitor a plain PyTorch loop: the three lines marked with "watch".
+"""Monitor a plain PyTorch loop; the three added lines are marked with "watch".
 
 python examples/watch_loop.py [FOLDER]        # needs pip install "omninorm[train]" for its text
 """

@@ -1,4 +1,4 @@
-"""Devices by name, and what is said about those that cannot be used."""
+"""Devices by name, and the errors for devices that cannot be used."""
 
 from __future__ import annotations
 

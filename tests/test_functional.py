@@ -33,7 +33,7 @@ def test_layer_norm_of_a_worked_example() -> None:
     x = torch.tensor([2.0, 4.0, 6.0, 8.0])
     assert_rounded(functional.layer_norm(x), [-1.34, -0.45, 0.45, 1.34], 2)
     weight, bias = torch.full((4,), 2.0), torch.ones(4)
-    # By hand, with x̂ rounded to two places first: 2·1.34 + 1 = 3.68 and 2·0.45 + 1 = 1.9.
+    # Computed manually, with x̂ rounded to two places first: 2·1.34 + 1 = 3.68 and 2·0.45 + 1 = 1.9.
     expected = [-1.68, 0.1, 1.9, 3.68]
     y = functional.layer_norm(x, weight, bias)
     torch.testing.assert_close(y, torch.tensor(expected), rtol=0, atol=2 * 0.005)
@@ -233,7 +233,7 @@ def test_every_argument_changes_the_result_on_every_back_end(name: str, backend:
     assert y.requires_grad == needs_grad
 
 
-@pytest.mark.parametrize("backend", [name for name in COMPUTE if name != "torch"])  # which refuses it
+@pytest.mark.parametrize("backend", [name for name in COMPUTE if name != "torch"])  # PyTorch's operators refuse it
 def test_llama_cast_rounds_before_the_gain(backend: str) -> None:
     x, gain = (torch.randn(shape, generator=GENERATOR).bfloat16() for shape in ((64, 6), (6,)))
     rounded = rms(x.float()).bfloat16()

@@ -29,7 +29,7 @@ ORDER = [
     "bench",
     "cli",
 ]
-# Beside the line: what they may import of it. From `experiments` on, all of them may be used.
+# Packages outside this order, and the parts of it that they may import. `experiments` and later parts may import them.
 CORE = ORDER[: ORDER.index("placement")]
 ASIDE = {
     "report": ["errors", "record"],

@@ -36,7 +36,7 @@ def test_every_round_has_everyone_once_in_changing_order(monkeypatch) -> None:
     rounds = [tuple(names[start : start + 3]) for start in range(6, len(names), 3)]
     assert len(rounds) == 20
     assert all(sorted(each) == sorted([OURS, "a", "b"]) for each in rounds)
-    assert len(set(rounds)) > 2, "the order is drawn anew"
+    assert len(set(rounds)) > 2, "the order is random in every round"
     assert {name: len(times) for name, times in samples.items()} == {OURS: 20, "a": 20, "b": 20}
 
 

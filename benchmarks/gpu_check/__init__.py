@@ -1,1 +1,1 @@
-"""The check of omninorm on a GPU, which `benchmarks/gpu.py` runs: parts made of items, each with its own result."""
+"""The check of omninorm on a GPU, which `benchmarks/gpu.py` runs. Its parts consist of items, each with a result."""

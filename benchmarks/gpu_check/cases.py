@@ -1,6 +1,6 @@
-"""The cases of the numerics: each compares one call of a norm with float64 or with another call, and can run alone.
+"""The cases of the numerics. Each compares one call of a norm with float64 or with another call, and can run alone.
 
-A case returns the largest errors as shares of the allowed ones, or sentences about what is wrong.
+A case returns the largest errors as shares of the allowed errors, or sentences about faults.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from omninorm import functional
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 EPS = 1e-6
-NORMS = {"rms_norm": 1, "layer_norm": 2}  # with the number of their gains
+NORMS = {"rms_norm": 1, "layer_norm": 2}  # the norms and the numbers of their gains
 Case = Callable[[], dict[str, Any] | list[str]]
 Made = tuple[Tensor, ...]
 
 
 def randn(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Return random rows that are off centre and differ in size from row to row, drawn on the host."""
+    """Return random rows, drawn on the host, whose means are not 0 and whose sizes differ."""
     rows = torch.exp(torch.randn(*shape[:-1], 1, dtype=torch.float64)) if len(shape) > 1 else 1.0
     return (torch.randn(shape, dtype=torch.float64) * rows + 0.3).to(dtype).to(device)
 
@@ -65,7 +65,7 @@ def _offset(dtype: torch.dtype, rows: int, width: int, device: str) -> dict[str,
 
 
 def extreme_rows(device: str, sizes: Sizes) -> Iterator[Case]:
-    """Yield rows whose squares overflow or vanish, and a large mean with a small spread."""
+    """Yield rows whose squares overflow or underflow, and rows with a large mean and a small spread."""
     for dtype, scale in ((torch.float32, 1e25), (torch.bfloat16, 1e30), (torch.float32, 1e-30), (torch.float16, 3e3)):
         yield partial(_extreme, "rms_norm", dtype, scale, 0.0, *sizes.checked, device)
     for ratio in (1e3, 1e5):
@@ -75,7 +75,7 @@ def extreme_rows(device: str, sizes: Sizes) -> Iterator[Case]:
 def _extreme(
     kind: str, dtype: torch.dtype, scale: float, mean: float, rows: int, width: int, device: str
 ) -> dict[str, Any]:
-    """Return the error of y, and of dx only whether it is finite: where ε is nothing, dx loses its digits."""
+    """Return the error of y; for dx, only whether it is finite, since it loses its digits if ε is negligible."""
     x = (torch.randn(rows, width, dtype=torch.float64) * scale + mean).to(dtype).to(device)
     dy = randn(rows, width, dtype=dtype, device=device)
     exact, eps = x.double(), oracle.rounded_eps(EPS, dtype)
@@ -152,7 +152,7 @@ def _empty(device: str) -> list[str]:
 
 
 def additions(device: str, sizes: Sizes) -> Iterator[Case]:
-    """Yield add_rms_norm and add_layer_norm, which equal the addition and the norm: results and gradients."""
+    """Yield add_rms_norm and add_layer_norm, whose results and gradients must equal those of addition and norm."""
     for dtype in DTYPES[:3]:
         for rows, width in sizes.shapes[1:3]:
             for kind in NORMS:
@@ -177,7 +177,7 @@ def _with_gradients(results: Any, leaves: list[Tensor], along: list[Tensor]) -> 
 
 
 def repeated(device: str, sizes: Sizes) -> Iterator[Case]:
-    """Yield two calls, which give the same bits, gains' gradients included; and a row alone and in its batch."""
+    """Yield two calls, which must give the same bits (also of gains' gradients), and a row alone and in its batch."""
     rows, width = sizes.shapes[-1] if device != "cuda" else (4099, 1024)
     for dtype in DTYPES[:3]:
         for kind in NORMS:
@@ -205,7 +205,7 @@ def _passes(kind: str, x: Tensor, weights: list[Tensor], dy: Tensor) -> Made:
 
 
 def llama_rounding(device: str, sizes: Sizes) -> Iterator[Case]:
-    """Yield cast="llama", which equals the formula in the order of Llama's code, within two units."""
+    """Yield cast="llama", which must equal the formula in the order of Llama's code within two units."""
     for dtype in DTYPES[:2]:
         yield partial(_llama, dtype, *sizes.checked, device)
 
@@ -216,7 +216,7 @@ def _llama(dtype: torch.dtype, rows: int, width: int, device: str) -> list[str]:
     normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(dtype)
     expected = (weight * normed).double()
     y = functional.rms_norm(x, weight, EPS, cast="llama").double()
-    # The statistics' roundings may move x̂ by one unit, which the gain multiplies.
+    # The rounding of the statistics may change x̂ by one unit, which the gain multiplies.
     allowed = 2 * oracle.ulp(expected.abs(), dtype)
     if bool(((y - expected).abs() <= allowed).all()):
         return []
@@ -224,7 +224,7 @@ def _llama(dtype: torch.dtype, rows: int, width: int, device: str) -> list[str]:
 
 
 def large(device: str, _: Sizes) -> Iterator[Case]:
-    """Yield tensors of more than 2³¹ elements, whose last rows equal those of a small tensor."""
+    """Yield tensors of more than 2³¹ elements, whose last rows must equal those of a small tensor."""
     for kind in NORMS:
         yield partial(_large, kind, device)
 

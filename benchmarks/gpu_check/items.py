@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 class Item(NamedTuple):
     """A measurement.
 
-    key: its name in the results; limit: the seconds after which its process is ended; run: returns a result as JSON
-    values, with "wrong" (a list of sentences) where something is not as it must be.
+    Args:
+        key: its name in the results.
+        limit: the seconds after which its process is ended.
+        run: a function that returns a result as JSON values; "wrong" in it is a list of sentences about faults.
     """
 
     key: str
@@ -20,6 +22,6 @@ class Item(NamedTuple):
 
 
 def sentences(caught: Iterable[warnings.WarningMessage]) -> list[str]:
-    """Return the texts of warnings, each once, and ten at most. They are findings: users would see them too."""
+    """Return at most ten different texts of warnings. They count as faults, because users would see them too."""
     texts = (f"{each.category.__name__}: {' '.join(str(each.message).split())}"[:400] for each in caught)
     return list(dict.fromkeys(texts))[:10]

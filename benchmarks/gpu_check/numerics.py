@@ -1,6 +1,6 @@
-"""Every kernel against float64, with the formulas and tolerances of the tests; and what must hold bit for bit.
+"""Compares every kernel with float64, with the formulas and tolerances of the tests, and checks what must be bit-exact.
 
-An error is a share of the allowed one, so at most 1 where the result is right.
+An error is a share of the allowed error, so it is at most 1 if the result is right.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
 
 
 def warming(device: str, sizes: Sizes) -> list[Callable[[], object]]:
-    """Return the cases of our kernels, in the order of the items: what runs once has been compiled.
+    """Return the cases of our kernels, in the order of the items; running a case compiles its kernels.
 
-    Triton compiles again for other dtypes, for other alignments and divisors of sizes, and where a size is 1. Only the
-    cases themselves have all of these right.
+    Triton compiles another variant for other dtypes, alignments and divisors of sizes, and for a size of 1. Only the
+    cases themselves have the right combinations of all these.
     """
     return [
         partial(_checked, backend, [case])
@@ -50,7 +50,7 @@ def warming(device: str, sizes: Sizes) -> list[Callable[[], object]]:
 
 
 def groups(device: str, sizes: Sizes) -> Iterator[tuple[str, str, list[Case]]]:
-    """Yield name, back end and cases of every item: first one of every kind, then the other dtypes and back ends."""
+    """Yield name, back end and cases of every item: first one item of every kind, then other dtypes and back ends."""
     backends = place.our_backends(device)
     yield from _matrices(backends[0], cases.DTYPES[:1], device, sizes)
     for backend in backends:
@@ -78,7 +78,7 @@ def _checked(backend: str, found: list[Case]) -> dict[str, Any]:
 
 
 def judged(found: list[dict[str, Any] | list[str]]) -> dict[str, Any]:
-    """Return the largest share of each result, and a sentence for every case that is wrong."""
+    """Return the largest share of each result, and a sentence for every faulty case."""
     wrong = [sentence for each in found if isinstance(each, list) for sentence in each]
     compared = [each for each in found if isinstance(each, dict)]
     names = [name for name in ("y", "dx", "dgain", "dbias") if any(name in each for each in compared)]
@@ -97,5 +97,5 @@ def judged(found: list[dict[str, Any] | list[str]]) -> dict[str, Any]:
 
 
 def _largest(shares: list[float]) -> float:
-    """Return the largest; NaN if one is NaN, which `max` may pass over."""
+    """Return the largest share, or NaN if one is NaN, which `max` may ignore."""
     return next((share for share in shares if share != share), max(shares))

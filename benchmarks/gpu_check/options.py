@@ -1,4 +1,4 @@
-"""Options of the command, for all of its processes."""
+"""The options of the command, for all of its processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def chosen_parts(options: argparse.Namespace) -> list[str]:
 
 
 def arguments(options: argparse.Namespace) -> list[str]:
-    """Return the options as they are typed."""
+    """Return the options as they are typed on the command line."""
     return [
         "--device", options.device, "--json", str(options.json),
         *(["--quick"] if options.quick else []),

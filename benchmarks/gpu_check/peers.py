@@ -1,4 +1,4 @@
-"""The norms that take part in the timings: omninorm's back ends, torch, torch.compile, Liger and quack."""
+"""The norms that are timed: omninorm's back ends, torch, torch.compile, Liger and quack."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Norm = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 class Contestant(NamedTuple):
-    """A norm of x with a gain and a bias, the same of x + residual if there is one, and the context to call them in."""
+    """A norm of x with a gain and a bias, the same norm of x + residual or None, and the context for calling them."""
 
     name: str
     norm: Norm
@@ -44,10 +44,10 @@ def load(folder: Path | None) -> dict[str, str]:
 
 
 def _state(module: str) -> str:
-    """Return "available", or why a package cannot be imported."""
+    """Return "available", or the reason why a package cannot be imported."""
     try:
         __import__(module)
-    except Exception as failure:  # a peer that is broken here must not end the check
+    except Exception as failure:  # a broken peer must not end the check
         return f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"[:160]
     return "available"
 
@@ -98,11 +98,11 @@ def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _compiled(kind: str, device: str) -> Contestant:
-    """The formula by torch.compile. Off the GPU only traced, because compiling takes long."""
+    """Return the formula, compiled by torch.compile; without a GPU only traced, because compiling takes long."""
     options: dict[str, Any] = {"dynamic": False, "fullgraph": True}
     options |= {} if device == "cuda" else {"backend": "aot_eager"}
     norm = (lambda x, w, b: plain_rms_norm(x, w)) if kind == "rms_norm" else _torch_norm(kind)
-    torch._dynamo.reset()  # of one function, no more than eight sizes are compiled
+    torch._dynamo.reset()  # Dynamo compiles a function for at most eight sizes
     return Contestant("torch.compile", torch.compile(norm, **options), torch.compile(_two_steps(norm), **options))
 
 
@@ -115,7 +115,7 @@ def _liger(kind: str) -> Contestant:
         return Contestant("liger", lambda x, w, b: LigerLayerNormFunction.apply(x, w, b, EPS), None)
     return Contestant(
         "liger",
-        # "gemma" computes everything in float32 as ours does; not in place, because gradients are used again
+        # "gemma" computes everything in float32, like our norm. It is not in place, because gradients are used again.
         lambda x, w, b: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "gemma", False),
         lambda x, r, w, b: LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "gemma", False),
     )

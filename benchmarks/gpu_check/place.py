@@ -1,4 +1,4 @@
-"""The device of the check: how to wait for it, time it, and count what the host waits for."""
+"""The device of the check: functions that wait for it, time it, and count the waits of the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AUTO = "auto"
 
 
 def prepare(device: str) -> None:
-    """Install the simulated accelerator if it is asked for, and fix the random numbers."""
+    """Install the simulated accelerator if it was chosen, and set the random seed."""
     if device == SIMULATED:
         from helpers.simulated_accelerator import install
 
@@ -32,7 +32,7 @@ def prepare(device: str) -> None:
 
 
 def our_backends(device: str) -> list[str]:
-    """Return omninorm's back ends to measure, our kernels first; the reference on the simulated accelerator."""
+    """Return omninorm's back ends to measure, our kernels first; on the simulated accelerator only the reference."""
     if device == SIMULATED or (device == "cpu" and not gpu.INTERPRETED):
         return ["reference"]
     known = {each.name for each in omninorm.backends() if each.available}
@@ -45,17 +45,17 @@ def model_backends(device: str) -> list[str]:
 
 
 def using(backend: str) -> AbstractContextManager[object]:
-    """Let a back end compute the norms, or the one that omninorm chooses."""
+    """Return a context in which a back end computes the norms, or the one that omninorm chooses."""
     return nullcontext() if backend == AUTO else omninorm.use_backend(backend)
 
 
 def compiles(device: str) -> bool:
-    """Whether torch.compile takes the device's tensors; the simulated ones are a subclass that it cannot trace."""
+    """Return whether torch.compile can trace the device's tensors; the simulated ones are a subclass that it can't."""
     return device != SIMULATED
 
 
 def has_graphs(device: str) -> bool:
-    """Whether the device has CUDA graphs."""
+    """Return whether the device has CUDA graphs."""
     return device == "cuda"
 
 
@@ -89,7 +89,7 @@ def wall(call: Callable[[], object], device: str) -> float:
 
 @contextmanager
 def counting_waits(device: str) -> Iterator[Callable[[], int]]:
-    """Count what the host waits for inside the block; yields a function that returns the count so far."""
+    """Count the waits of the host inside the block; yield a function that returns the count so far."""
     if device == SIMULATED:
         from helpers.simulated_accelerator import counting, counts
 
@@ -120,7 +120,7 @@ def move(module: torch.nn.Module, device: str) -> torch.nn.Module:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Return the facts about the machine that results depend on."""
+    """Return the facts about the machine on which results depend."""
     import platform
 
     from omninorm.cli.machine import inspect_gpu

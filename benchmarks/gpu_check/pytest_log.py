@@ -1,6 +1,6 @@
-"""A plugin for pytest that writes every test's outcome into a file at once, so that a run that is ended names failures.
+"""A pytest plugin that writes each test's outcome to a file immediately, so that an aborted run still has its failures.
 
-The variable OMNINORM_TEST_LOG names the file. With pytest-xdist only the first process writes.
+The environment variable OMNINORM_TEST_LOG names the file. With pytest-xdist only the first process writes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _reason(text: str) -> str:
-    """Return the first line that pytest marks as the error, or else the last line."""
+    """Return the first line that pytest marks as the error, or without one the last line."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     marked = [line[1:].strip() for line in lines if line.startswith("E ")]
     return (marked or lines[-1:] or ["no text"])[0][:300]

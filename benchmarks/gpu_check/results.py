@@ -1,4 +1,4 @@
-"""The JSON file of the check. After every item it is written to a temporary name and renamed, so it is always whole."""
+"""The JSON file of the check. After every item it is written under a temporary name and renamed, so it stays whole."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Results:
     """The results by part and item.
 
     Args:
-        path: the file. If it holds results with the same header, they are continued; another file is renamed to
-            NAME.old first.
-        header: what the results depend on, as JSON values; None continues whatever the file holds.
+        path: the file. If it has results with the same header, they are continued; any other file is first renamed to
+            NAME.old.
+        header: everything on which the results depend, as JSON values; None continues any file.
     """
 
     def __init__(self, path: Path, header: dict[str, Any] | None = None) -> None:
@@ -32,7 +32,7 @@ class Results:
 
     @property
     def running(self) -> dict[str, Any] | None:
-        """The item that has been started and not recorded: its part, key, time of start and limit in seconds."""
+        """The item that has been started but not recorded: its part, key, start time and limit in seconds."""
         return self.data["running"]  # type: ignore[no-any-return]
 
     def part(self, name: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Results:
         return self.data["parts"].setdefault(name, empty)  # type: ignore[no-any-return]
 
     def forget_failures(self) -> None:
-        """Let the items that failed, and those that did not run, run again."""
+        """Remove the items that failed or did not run, so that they run again."""
         for part in self.data["parts"].values():
             part["items"] = {key: item for key, item in part["items"].items() if "error" not in item}
             part["status"] = "done" if part["status"] == "done" else "started"
@@ -80,7 +80,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Return the value with texts such as "nan" for numbers that JSON does not have."""
+    """Return the value, with texts such as "nan" in place of numbers that JSON lacks."""
     if isinstance(value, dict):
         return {str(key): _finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -12,13 +12,18 @@ SMALL = {"vocab_size": 64, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that are measured, and the time for them.
+    """The sizes that are measured, and the time budgets.
 
-    shapes, checked: (rows, width) of the comparisons with float64, and of those of single features; rows, widths,
-    dtypes: of the timings; rounds: samples of each timing; model, batch: the Thinker that is trained, and its sequences
-    per step; steps, blocks: steps in a timed block of training, and blocks for each variant; watched_blocks: blocks for
-    each sampling interval of the watch; long_step: the seconds of a step to which the batch is raised for the watch's
-    overhead, 0 to keep the batch; budgets: seconds by part, in the order in which the parts run.
+    Args:
+        shapes, checked: (rows, width) for the comparisons with float64, and for those of single features.
+        rows, widths, dtypes: the sizes of the timings.
+        rounds: the number of samples of each timing.
+        model, batch: the Thinker that is trained, and its sequences per step.
+        steps, blocks: the steps in a timed block of training, and the blocks for each variant.
+        watched_blocks: the blocks for each sampling interval of the watch.
+        long_step: to measure the watch's overhead, the batch is increased until a step takes this many seconds; 0 keeps
+            the batch.
+        budgets: the seconds for each part, in the order in which the parts run.
     """
 
     shapes: tuple[tuple[int, int], ...] = (
@@ -79,6 +84,6 @@ TINY = Sizes(
     blocks=2,
     watched_blocks=1,
     long_step=0.0,
-    # Machines without a GPU may be slow; the sizes keep it short.
+    # Machines without a GPU may be slow, but with these sizes the check is short.
     budgets={"numerics": 200.0, "speed": 100.0, "training": 100.0, "watch": 100.0, "tests": 100.0, "trace": 50.0},
 )

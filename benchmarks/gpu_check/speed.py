@@ -1,8 +1,8 @@
-"""The speed of the norms: GB/s of the bytes that must be moved, and that of copying in the same rounds.
+"""Measures the speed of the norms: the bytes that must be moved, in GB/s, and the speed of copying in the same rounds.
 
-On a GPU the calls are captured in a CUDA graph, whose replays leave out the host's time, which is measured apart.
-Inputs and outputs rotate through more memory than the caches hold. The contestants take turns in random order; the
-ratios to the best peer are medians over the rounds.
+On a GPU the calls are captured in a CUDA graph. Its replays exclude the host's time, which is measured separately.
+Inputs and outputs rotate through more memory than the caches hold. In each round the contestants run in random order;
+the ratios to the best peer are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gpu_check.sizes import Sizes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COPY = "copy"
-# More than twice the 50 MB of an H100's second-level cache.
+# More than twice the second-level cache of an H100, which has 50 MB.
 _ROTATED_BYTES, _MOST_COPIES = 1 << 28, 32
 _SHORTEST_SAMPLE = 0.5e-3
 # Reads and writes of x's size: forward x and y; backward x, dy and dx; add-norm x, residual, y and the sum.
@@ -48,7 +48,7 @@ class Size(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Something that is timed: the calls of one contestant in one pass, `calls` of them per run."""
+    """The calls of one contestant in one pass, which are timed together; a run has `calls` of them."""
 
     name: str
     which: str
@@ -58,7 +58,7 @@ class Entry(NamedTuple):
 
 
 def all_sizes(sizes: Sizes) -> list[Size]:
-    """Return the sizes, the widest in use first: bf16, widths around 4,096."""
+    """Return the sizes, the most common ones first: bf16, widths around 4,096."""
     widths = sorted(sizes.widths, key=lambda width: abs(width.bit_length() - 13))
     return [Size(kind, dtype, sizes.rows, width) for dtype in sizes.dtypes for width in widths for kind in KINDS]
 
@@ -79,14 +79,14 @@ def compile_only(size: Size, device: str) -> None:
     xs, dys, gains = _inputs(size, device, 1)
     for each in contestants(size.kind, device):
         for which in TRAFFIC:
-            with contextlib.suppress(Exception), each.context():  # a failure appears again when it is measured
+            with contextlib.suppress(Exception), each.context():  # a failure occurs again when the size is measured
                 call = _call(each, which, xs, dys, gains)
                 if call is not None:
                     call(0)
 
 
 def measure(size: Size, device: str, rounds: int) -> dict[str, Any]:
-    """Return GB/s, the share of copying, and our time over the best peer's, for every contestant and pass."""
+    """Return GB/s, the share of copy bandwidth, and our time over the best peer's, for every contestant and pass."""
     stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
     failed: dict[str, str] = {}
     with stream:
@@ -100,7 +100,7 @@ def measure(size: Size, device: str, rounds: int) -> dict[str, Any]:
             "summary": _summary(rows, failed)}  # fmt: skip
 
 
-# What is timed
+# The entries that are timed
 
 
 def _entries(size: Size, device: str, failed: dict[str, str]) -> Iterator[Entry]:
@@ -115,7 +115,7 @@ def _entries(size: Size, device: str, failed: dict[str, str]) -> Iterator[Entry]
                     call = _call(each, which, xs, dys, gains)
                     if call is not None:
                         yield _entry(each.name, which, call, copies, each.context, device)
-            except Exception as failure:  # a peer that does not take this size
+            except Exception as failure:  # a peer may not support this size
                 failed[f"{each.name} {which}"] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
 
 
@@ -142,7 +142,7 @@ def _random(size: Size, device: str, dtype: torch.dtype) -> Tensor:
 def _call(
     each: Contestant, which: str, xs: list[Tensor], dys: list[Tensor], gains: list[Tensor]
 ) -> Callable[[int], object] | None:
-    """Return a function that makes one pass over the inputs of a number."""
+    """Return a function of an index that makes one pass over the inputs with this index."""
     if which == "forward":
         return torch.no_grad()(lambda at: each.norm(xs[at], *gains))
     if which == "add":
@@ -161,7 +161,7 @@ def _entry(
     name: str, which: str, call: Callable[[int], object], copies: int,
     context: Callable[[], AbstractContextManager[object]], device: str,
 ) -> Entry:  # fmt: skip
-    """Warm up, and capture the calls in a graph where the device has graphs."""
+    """Warm up, and capture the calls in a graph if the device has CUDA graphs."""
     for at in (0, 1, 0):
         call(at)
     place.synchronize(device)
@@ -171,11 +171,11 @@ def _entry(
 
 
 def _captured(call: Callable[[int], object], copies: int) -> torch.cuda.CUDAGraph:
-    """Capture on the current stream. `torch.cuda.graph` would also collect garbage, hundreds of times."""
+    """Capture the calls on the current stream. `torch.cuda.graph` would also collect garbage hundreds of times."""
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin()
     try:
-        kept = [call(at) for at in range(copies)]  # alive together, so that outputs rotate too
+        kept = [call(at) for at in range(copies)]  # all are kept, so that outputs rotate too
     except BaseException:
         with contextlib.suppress(RuntimeError):
             graph.capture_end()
@@ -201,7 +201,7 @@ def _sample(entries: list[Entry], device: str, rounds: int) -> list[list[float]]
 
 
 def _repeats(entry: Entry, device: str) -> int:
-    """Return how many runs make a sample long enough for the clock."""
+    """Return the number of runs that make a sample long enough for the clock."""
     if device != "cuda":
         return 1
     with entry.context():
@@ -215,7 +215,7 @@ def _repeat(run: Callable[[], object], count: int) -> None:
 
 
 def _row(size: Size, entry: Entry, seconds: list[float], copy: list[float]) -> dict[str, Any]:
-    """Return the median speed, and its share of copying's in the same rounds."""
+    """Return the median speed, and its share of the copy speed in the same rounds."""
     bytes_moved = TRAFFIC[entry.which] * size.bytes
     shares = [bytes_moved / own / (2 * size.bytes / theirs) for own, theirs in zip(seconds, copy, strict=True)]
     median = statistics.median(seconds)
@@ -246,7 +246,7 @@ def _ratios(entries: list[Entry], samples: list[list[float]]) -> list[dict[str, 
 
 
 def _summary(rows: list[dict[str, Any]], failed: dict[str, str]) -> str:
-    """Return the shares of copying, forward/backward/add."""
+    """Return the shares of copy speed, forward/backward/add, as text."""
     names = dict.fromkeys(row["contestant"] for row in rows if row["contestant"] != COPY)
     texts = []
     for name in names:
@@ -259,7 +259,10 @@ def _summary(rows: list[dict[str, Any]], failed: dict[str, str]) -> str:
 
 
 def host_times(device: str, width: int = 1024) -> dict[str, Any]:
-    """Return the microseconds of the host for one call of a module on 16 rows: forward, with a graph, and backward."""
+    """Return the microseconds that the host needs for one call of a module on 16 rows.
+
+    They are for a forward pass without and with an autograd graph, and for a backward pass.
+    """
     found: dict[str, Any] = {}
     calls = 300 if device == "cuda" else 1
     for name, module, context in _modules(width, device):
@@ -275,7 +278,7 @@ def host_times(device: str, width: int = 1024) -> dict[str, Any]:
 
 
 def _backward_of(module: nn.Module, x: Tensor) -> Callable[[], object]:
-    """Return a function that makes a backward pass, again and again."""
+    """Return a function that makes a backward pass and can be called repeatedly."""
     x = x.clone().requires_grad_()
     y = module(x)
     leaves, dy = [x, *module.parameters()], torch.ones_like(y)
@@ -292,7 +295,7 @@ def _modules(width: int, device: str) -> Iterator[tuple[str, nn.Module, Callable
 
 
 def _host_us(call: Callable[[], object], calls: int, device: str) -> float:
-    """Return the fastest of a few samples, without waiting for the device inside one."""
+    """Return the fastest of a few samples; the host does not wait for the device inside a sample."""
     found = []
     for _ in range(min(5, calls)):
         call()

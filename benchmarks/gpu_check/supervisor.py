@@ -1,4 +1,4 @@
-"""The first process: starts the one that measures, again after a crash, and ends it where it hangs."""
+"""The first process: it starts the process that measures, restarts it after a crash, and ends it if it hangs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SOURCE = Path(__file__).resolve().parents[2]
 
 
 def header(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what results depend on, besides the machine: the options and the source."""
+    """Return everything but the machine on which results depend: the options and the source."""
     files = sorted(
         [*(_SOURCE / "src" / "omninorm").rglob("*.py"), *(_SOURCE / "benchmarks" / "gpu_check").glob("*.py")]
     )
@@ -32,8 +32,8 @@ def header(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def supervise(options: argparse.Namespace) -> int:
-    """Run the check to its end or to the end of its time; return 0 if nothing was wrong, 1 otherwise."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the worker ends too
+    """Run the check until it is done or its time is over; return 0 if there were no faults, 1 otherwise."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # to end the worker as well
     results = Results(options.json, header(options))
     results.forget_failures()
     results.save()
@@ -44,7 +44,7 @@ def supervise(options: argparse.Namespace) -> int:
         if code in (0, NO_DEVICE):
             break
         if results.running is None:
-            if code != BROKEN:  # it ended between two items, so a new process would do the same
+            if code != BROKEN:  # it ended between two items, and so would a new process
                 failed = {"error": f"the process ended with exit code {code}"}
                 results.record("check", "between two items", failed)
                 break
@@ -57,7 +57,7 @@ def supervise(options: argparse.Namespace) -> int:
 
 
 def _run_worker(options: argparse.Namespace, end: float) -> int:
-    """Run one process; end it if an item outlasts its limit. Return its exit code."""
+    """Run one process and return its exit code; end the process if an item takes longer than its limit."""
     command = [sys.executable, str(_SOURCE / "benchmarks" / "gpu.py"), *arguments(options), "--worker", str(end)]
     worker = subprocess.Popen(command, start_new_session=True)
     try:
@@ -74,7 +74,7 @@ def _run_worker(options: argparse.Namespace, end: float) -> int:
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it has started."""
+    """End a process and the processes that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
@@ -87,7 +87,7 @@ def _reason(code: int, running: dict[str, Any]) -> str:
 
 
 def _conclude(options: argparse.Namespace, results: Results) -> int:
-    """Print what was wrong and where the results are."""
+    """Print the faults and the path of the results."""
     wrong = []
     for name, part in results.data["parts"].items():
         print(f"{name}: {part['status']}, {len(part['items'])} items in {part['seconds']:.0f} s")

@@ -1,6 +1,6 @@
-"""What must hold on the device as on the CPU, for layers, models, surgery and training; then the suite, by pytest.
+"""Statements that must hold on the device as on the CPU, for layers, models, surgery and training; then the test suite.
 
-The statements need torch only. Each compares the device with the CPU, in float32.
+The statements need only torch. Each compares the device with the CPU, in float32. The suite is run by pytest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from omninorm.config import NORMALIZATIONS, PLACEMENTS
 
 _ROOT = Path(__file__).resolve().parents[2]
 SHAPE: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 16, "vocab_size": 64}
-# A few hundred roundings of float32; wrong results are off by far more.
+# A few hundred rounding errors of float32; wrong results differ by far more.
 TOLERANCE = 1e-4
 
 
@@ -54,13 +54,13 @@ def thinker(**norm: Any) -> Thinker:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Return the norm of the difference over the norm; NaN where one has NaN."""
+    """Return the norm of the difference divided by the norm, or NaN if one of the tensors has NaN."""
     ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
 
 
 def placements(device: str) -> list[str]:
-    """Every norm and placement has the CPU's loss and gradients."""
+    """Check that every norm and placement has the same loss and gradients as on the CPU."""
     wrong = []
     tokens = torch.randint(0, 64, (2, 17))
     cases = [("rmsnorm", each) for each in PLACEMENTS] + [(each, "pre") for each in NORMALIZATIONS]
@@ -82,14 +82,14 @@ def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def generating(device: str) -> list[str]:
-    """Greedy generation gives the CPU's tokens."""
+    """Check that greedy generation gives the same tokens as on the CPU."""
     prompts = [[1, 2, 3], [4]]
     here, there = (place.move(thinker(), on).generate(prompts, 10, temperature=0.0) for on in ("cpu", device))
     return [] if here == there else [f"generated {there}, but the CPU {here}"]
 
 
 def signals(device: str) -> list[str]:
-    """A watch measures the CPU's signals."""
+    """Check that a watch measures the same signals as on the CPU."""
     found = []
     for on in ("cpu", device):
         model: Any = place.move(thinker(), on)
@@ -116,7 +116,7 @@ def signals(device: str) -> list[str]:
 
 
 def surgery(device: str) -> list[str]:
-    """swap_norms and fold_gains are proved on the device."""
+    """Check that swap_norms and fold_gains are verified on the device."""
     from omninorm import surgery as operations
 
     stock = nn.Sequential(nn.Linear(8, 16), nn.RMSNorm(16), nn.Linear(16, 8))
@@ -132,7 +132,7 @@ def surgery(device: str) -> list[str]:
 
 
 def compiled(device: str) -> list[str]:
-    """torch.compile without a graph break gives the eager result."""
+    """Check that torch.compile gives the eager result without a graph break."""
     if not place.compiles(device):
         return []
     wrong = []
@@ -152,7 +152,7 @@ def compiled(device: str) -> list[str]:
 
 
 def mixed_devices(device: str) -> list[str]:
-    """A gain on another device raises an error."""
+    """Check that a gain on another device raises an error."""
     if device == "cpu":
         return []
     try:
@@ -179,13 +179,13 @@ def listed_files() -> list[str]:
 
 
 def suite(device: str, seconds: float) -> dict[str, Any]:
-    """Run the tests that can run on any device, until the time is over."""
+    """Run the test files that work on any device, until the time is over."""
     with tempfile.TemporaryDirectory(prefix="omninorm-tests-") as folder:
         log, output = Path(folder) / "tests.jsonl", Path(folder) / "output.txt"
         code = _run_pytest(_pytest_command(device), log, output, seconds)
         found, tail = pytest_log.read(log), output.read_text(encoding="utf-8", errors="replace")[-3000:]
     state = "out of time" if code is None else f"exit code {code}"
-    # Pytest's exit code is 1 where tests fail; any other means that it could not run them.
+    # Pytest's exit code is 1 if tests fail; other codes mean that it could not run them.
     wrong = found["wrong"] or ([] if code in (None, 0) else [f"pytest ended with {state}: {tail[-500:]}"])
     summary = f"{found['passed']} passed, {len(found['failures'])} failed, {state}"
     return {**found, "finished": code is not None, "wrong": wrong, "tail": tail, "summary": summary}
@@ -202,10 +202,10 @@ def _pytest_command(device: str) -> list[str]:
 
 
 def _run_pytest(command: list[str], log: Path, output: Path, seconds: float) -> int | None:
-    """Return the exit code; None if it was ended because the time was over."""
+    """Run a command and return its exit code, or None if it was ended because the time was over."""
     paths = [str(_ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, pytest_log.VARIABLE: str(log), "PYTHONPATH": os.pathsep.join(paths)}
-    with output.open("wb") as file:  # not a pipe, which processes of pytest-xdist could keep open
+    with output.open("wb") as file:  # processes of pytest-xdist could keep a pipe open
         process = subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         try:
             return process.wait(timeout=seconds)

@@ -1,4 +1,4 @@
-"""A profile of two training steps, one sampled by a watch: a Chrome trace next to the results, and the top kernels."""
+"""Profiles two training steps, one sampled by a watch: writes a Chrome trace, and returns the slowest kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def items(device: str, sizes: Sizes, options: Any) -> Iterator[Item]:
 
 
 def traced(device: str, sizes: Sizes, path: Path) -> dict[str, Any]:
-    """Write the trace; return the kernels that take most of the device's time."""
+    """Write the trace; return the kernels that take the most time on the device."""
     model = trained(names(device)[0], first_model(sizes, device), device, sizes, False)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with omninorm.watch(model.model, model.optimizer, every=2) as watched:
@@ -42,5 +42,5 @@ def traced(device: str, sizes: Sizes, path: Path) -> dict[str, Any]:
 
 
 def _microseconds(row: Any, device: str) -> float:
-    """Return the own time of an operator, on the GPU if there is one."""
+    """Return the time of an operator without the operators that it calls, on the GPU if there is one."""
     return float(row.self_device_time_total if device == "cuda" else row.self_cpu_time_total)

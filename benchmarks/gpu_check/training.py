@@ -1,7 +1,7 @@
 """Tokens per second of training a Thinker in bfloat16 with omninorm's norms and torch.nn's, compiled and not.
 
-The variants start from the same weights and take turns, a block of steps each, in processes of their own. Weights and
-optimizer state are float32 and matrix products run under autocast, as in `omninorm train`.
+The variants have the same initial weights. They run in separate processes and alternate, a block of steps each. Weights
+and optimizer state are float32, and matrix products run under autocast, as in `omninorm train`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STOCK = "torch.nn"
 
 
 class Trained(NamedTuple):
-    """A model and its training step; the context to call it in."""
+    """A model, its training step, and the context in which to call it."""
 
     model: nn.Module
     step: Callable[[], Tensor]
@@ -56,7 +56,7 @@ def names(device: str) -> list[str]:
 
 
 def measure(options: Any, sizes: Sizes, way: str) -> dict[str, Any]:
-    """Return the speed of every variant, and the speed over torch's norms in the same rounds."""
+    """Return the speed of every variant, and its ratio to the speed with torch's norms in the same rounds."""
     chosen = [name + way for name in names(options.device)]
     seconds, counted, failed = take_turns(options, chosen, sizes.blocks)
     tokens = sizes.batch * sizes.model["max_seq_len"]
@@ -136,19 +136,19 @@ def _stock(norm: Any, device: str) -> nn.Module:
 
 
 def compiler(device: str) -> str:
-    """Off the GPU only traced, because compiling takes long."""
+    """Return the compiler; without a GPU it only traces, because compiling takes long."""
     return "inductor" if device == "cuda" else "aot_eager"
 
 
 def _speed(seconds: list[float], tokens: int) -> dict[str, Any]:
-    """Return the median, and the blocks, whose spread is what a difference must exceed."""
+    """Return the median speed, and the speeds of the blocks; a difference must exceed their spread."""
     median = statistics.median(seconds)
     blocks = [round(each * 1e3, 3) for each in seconds]
     return {"ms": median * 1e3, "tokens_per_s": tokens / median, "blocks_ms": blocks}
 
 
 def _ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Return how much faster ours train than torch's norms, in every round."""
+    """Return the speed with our norms over the speed with torch's, in every round."""
     stock = seconds.get(STOCK)
     if stock is None:
         return {}

@@ -1,7 +1,7 @@
-"""Variants of a training run that take turns, each in a process of its own, so that none changes another's caches.
+"""Variants of a training run that alternate, each in a separate process, so that none changes another's caches.
 
-A process builds its model, trains a few steps, and reports "ready". For each line that it reads it trains one block and
-writes the seconds per step. When its input ends it writes its counters and warnings.
+A process builds its model, trains a few steps, and reports "ready". For each line of its input it trains one block and
+writes the seconds per step. At the end of its input it writes its counters and warnings.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from gpu_check.options import arguments, sizes_of
 
 COMPILED = ", compiled"
 _ENTRY = Path(__file__).resolve().parents[1] / "gpu.py"
-_MARK = "variant: "  # other lines are not ours
+_MARK = "variant: "  # the start of our lines; libraries may print others
 _WARM_UP = 3
 
 
 class Variant:
-    """The process of one variant, from the side of the one that measures."""
+    """The process of one variant, as the process that measures uses it."""
 
     def __init__(self, options: argparse.Namespace, name: str) -> None:
         command = [sys.executable, str(_ENTRY), *arguments(options), "--variant", name]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def block(self) -> float:
-        """Train a block; return the seconds per step."""
+        """Let the process train a block; return the seconds per step."""
         assert self._process.stdin is not None
         self._process.stdin.write("block\n")
         self._process.stdin.flush()
         return float(self.read()["seconds"])
 
     def finish(self) -> dict[str, Any]:
-        """End the input; return the counters and warnings."""
+        """Close the input of the process; return its counters and warnings."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         found = self.read()
@@ -71,7 +71,7 @@ class Variant:
 def take_turns(
     options: argparse.Namespace, names: list[str], blocks: int
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]], dict[str, str]]:
-    """Return the seconds per step of every variant in every round, their counters, and why some failed."""
+    """Return the seconds per step of every variant in every round, the counters, and the reasons of failures."""
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         variants = {name: Variant(options, name) for name in names}
@@ -94,7 +94,7 @@ def take_turns(
 
 
 def run_variant(options: argparse.Namespace) -> int:
-    """Train the variant that the option names, in this process, and report to the one that measures."""
+    """Train the variant that the option names, in this process, and report to the process that measures."""
     with warnings.catch_warnings(record=True) as caught:
         try:
             found = _train(options)
@@ -106,7 +106,7 @@ def run_variant(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> dict[str, Any]:
-    """Train blocks as they are asked for; return the memory and what Dynamo has compiled."""
+    """Train a block for each line of the input; return the memory and the number of graphs that Dynamo compiled."""
     from gpu_check.training import first_model, trained
 
     place.prepare(options.device)
@@ -128,7 +128,7 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _graphs() -> int:
-    """Return how many graphs Dynamo has compiled in this process."""
+    """Return the number of graphs that Dynamo has compiled in this process."""
     return int(counters["stats"]["unique_graphs"])
 
 

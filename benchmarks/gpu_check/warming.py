@@ -1,7 +1,7 @@
-"""Processes that compile what is checked and timed, many kernels at a time. Compilers keep results on disk.
+"""Processes that compile kernels in parallel before they are checked and timed. The compilers cache results on disk.
 
-The jobs of all parts are in one order: those of the numerics, of training, and of speed. A process takes the next job
-that no other has taken.
+All jobs are in one sequence: those of numerics, of training, and of speed. Each process takes the next job that no
+other process has taken.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _ENTRY = Path(__file__).resolve().parents[1] / "gpu.py"
 
 
 class Jobs:
-    """The jobs that were taken and finished, as files of a folder that all processes share."""
+    """The jobs that have been taken and finished, as files in a folder that all processes share."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def take(self, name: str) -> bool:
-        """Return whether no process had taken this job."""
+        """Take a job; return False if another process has taken it before."""
         try:
             os.close(os.open(self.folder / f"{name} taken", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
@@ -43,12 +43,12 @@ class Jobs:
         (self.folder / f"{name} done").touch()
 
     def done(self, part: str) -> int:
-        """Return how many jobs of a part are finished."""
+        """Return the number of finished jobs of a part."""
         return sum(1 for _ in self.folder.glob(f"{part} * done"))
 
 
 class Warmers:
-    """The processes, on a GPU only. They end with the block at the latest."""
+    """The processes that compile, only with a GPU. They end at the end of the block at the latest."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -67,7 +67,7 @@ class Warmers:
         self._folder.cleanup()
 
     def wait(self, part: str, until: float) -> str:
-        """Wait until a part's jobs are done, the processes have ended, or it is that time; return what to print."""
+        """Wait until a part's jobs are done, the processes have ended, or the time is over; return a text to print."""
         if not self._processes:
             return ""
         start, count = time.time(), len(_jobs(self._options, part))
@@ -104,7 +104,7 @@ def _jobs(options: argparse.Namespace, part: str) -> list[Callable[[], object]]:
 
 
 def warm(options: argparse.Namespace) -> int:
-    """Compile jobs until none is left; failures appear again when they are measured."""
+    """Compile jobs until none is left; failures occur again when the part is measured."""
     place.prepare(options.device)
     importlib.import_module("gpu_check.peers").load(options.peers)
     from torch._inductor import config

@@ -1,4 +1,4 @@
-"""The cost of `omninorm.watch` on the device: time, host waits; and CUDA graphs of the norms and of a training step."""
+"""The cost of `omninorm.watch` on the device (time, host waits), and CUDA graphs of norms and of a training step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpu_check.items import Item
 from gpu_check.sizes import Sizes
 from gpu_check.training import Trained, first_model, loss_of, names, some_tokens, trained
 
-# Steps of a timed block by its sampling interval; None is not watched. Each block holds two samples or more.
+# The steps of a timed block by its sampling interval; None means no watch. Each block has at least two samples.
 BLOCKS = {None: 10, 10: 20, 1: 5}
 
 
@@ -36,7 +36,7 @@ def items(device: str, sizes: Sizes, _: Any) -> Iterator[Item]:
 
 
 def overhead(device: str, sizes: Sizes, compiled: bool, intervals: tuple[int, ...] = (10, 1)) -> dict[str, Any]:
-    """Return what each sampling interval adds to a step. Every watched block is between two that are not."""
+    """Return the time that each sampling interval adds to a step. Every watched block is between two unwatched ones."""
     torch._dynamo.reset()
     first, name = first_model(sizes, device), names(device)[0]
     models = {every: trained(name, first, device, sizes, compiled) for every in (None, *intervals)}
@@ -52,14 +52,14 @@ def overhead(device: str, sizes: Sizes, compiled: bool, intervals: tuple[int, ..
 
 
 def overhead_of_long_steps(device: str, sizes: Sizes) -> dict[str, Any]:
-    """Return the overhead at every=10 for a batch whose step takes about 100 ms: there the device is the limit."""
+    """Return the overhead at every=10 for a batch whose step takes about 100 ms, so that the device is the limit."""
     return overhead(device, _with_long_steps(device, sizes), False, intervals=(10,))
 
 
 def _with_long_steps(device: str, sizes: Sizes) -> Sizes:
     """Return the sizes with a batch whose step takes about `long_step` seconds."""
     first, name = first_model(sizes, device), names(device)[0]
-    for _ in range(3):  # the first step may wait for the host, so its time does not grow with the batch
+    for _ in range(3):  # small steps are limited by the host, so their time does not grow with the batch
         run = _block(trained(name, first, device, sizes, False), None, 3)
         run()
         seconds = place.wall(run, device) / 3
@@ -70,7 +70,7 @@ def _with_long_steps(device: str, sizes: Sizes) -> Sizes:
 
 
 def _block(model: Trained, watched: Any, steps: int) -> Callable[[], None]:
-    """Return a function that trains for some steps; the host reads the loss in each, as most training loops do."""
+    """Return a function that trains for some steps. The host reads the loss in each, as in most training loops."""
 
     def run() -> None:
         for _ in range(steps):
@@ -86,8 +86,9 @@ def _block(model: Trained, watched: Any, steps: int) -> Callable[[], None]:
 def _in_between(
     runs: dict[int | None, Callable[[], None]], device: str, blocks: int
 ) -> dict[int | None, list[tuple[float, float]]]:
-    """Return, for each interval, the seconds per step of its blocks and those not watched before and after; and, for
-    None, those of neighbouring blocks that are not watched.
+    """Return the seconds per step for each interval: of its blocks, and of the unwatched blocks before and after.
+
+    For None they are those of consecutive unwatched blocks.
     """
 
     def timed(every: int | None) -> float:
@@ -130,7 +131,7 @@ def _report(seconds: dict[int | None, list[tuple[float, float]]], samples: dict[
 
 
 def host_waits(device: str, sizes: Sizes) -> dict[str, Any]:
-    """Count what the host waits for in each of 12 steps, watched with a sample every 5 and not watched."""
+    """Count the host's waits in each of 12 steps, watched with a sample every 5 steps and unwatched."""
     model = trained(names(device)[0], first_model(sizes, device), device, sizes, False)
     model.step()
     with place.counting_waits(device) as count:
@@ -154,7 +155,7 @@ def host_waits(device: str, sizes: Sizes) -> dict[str, Any]:
 
 
 def graphs_of_norms(device: str) -> dict[str, Any]:
-    """Replays of a captured forward and backward pass give the bits of eager calls, for new inputs too."""
+    """Check that replays of a captured forward and backward pass give the bits of eager calls, also for new inputs."""
     wrong, cases = [], 0
     for backend in place.our_backends(device):
         for kind in (omninorm.RMSNorm, omninorm.LayerNorm):
@@ -199,7 +200,7 @@ def captured(passes: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 def graph_of_step(device: str, sizes: Sizes) -> dict[str, Any]:
-    """Forward and backward of the Thinker in one graph: its loss and gradients are those of an eager step."""
+    """Check that a graph of the Thinker's forward and backward pass gives the loss and gradients of an eager step."""
     model, tokens = first_model(sizes, device), some_tokens(sizes, device)
     weights = list(model.parameters())
 
@@ -212,7 +213,7 @@ def graph_of_step(device: str, sizes: Sizes) -> dict[str, Any]:
         graph.replay()
         eager = passes()
     gaps = [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(results, eager, strict=True)]
-    # Attention's backward pass adds in any order, in bfloat16.
+    # Attention's backward pass adds bfloat16 numbers in any order.
     wrong = [] if max(gaps) < 0.02 else [f"a replay differs from an eager step by {max(gaps):.2g}"]
     replay = statistics.median(place.elapsed(graph.replay, device) for _ in range(5))
     once = statistics.median(place.elapsed(passes, device) for _ in range(5))

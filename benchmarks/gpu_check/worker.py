@@ -1,4 +1,4 @@
-"""The process that measures: runs the items of every part that are not in the results yet."""
+"""The process that measures: it runs the items of every part that are not in the results yet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpu_check.options import BROKEN, NO_DEVICE, chosen_parts, sizes_of
 from gpu_check.results import Results
 from gpu_check.sizes import Sizes
 
-# The share of a part's time that is kept for measuring while it waits for compilers.
+# The share of a part's time that is reserved for measuring when it waits for compilers.
 _MEASURING = {"numerics": 0.4, "speed": 0.6}
 
 
@@ -40,7 +40,7 @@ def work(options: argparse.Namespace) -> int:
 
 
 def _prepare(name: str, until: float, warmers: Any) -> None:
-    """Wait for the compilers of a part; end them before something is timed."""
+    """Wait for the compilers of a part; end them before anything is timed."""
     if name == "numerics":
         state = warmers.wait(name, until)
     else:
@@ -51,7 +51,7 @@ def _prepare(name: str, until: float, warmers: Any) -> None:
 
 
 def _deadlines(options: argparse.Namespace, sizes: Sizes, results: Results) -> list[tuple[str, float]]:
-    """Return the parts to run and when each must end; time that a part leaves is the next one's."""
+    """Return the parts to run and the time at which each must end. The next part may use the time that one leaves."""
     left = [name for name in chosen_parts(options) if results.part(name)["status"] != "done"]
     found, deadline = [], options.worker
     for name in reversed(left):
@@ -69,7 +69,7 @@ def _run_part(name: str, deadline: float, options: argparse.Namespace, sizes: Si
         if time.time() > deadline:
             results.finish(name, "out of time")
             return
-        # Without a GPU the machine may be slow, and nothing is lent for minutes only.
+        # Without a GPU the machine may be slow, and its time is not limited to minutes.
         limit = min(item.limit * (1 if options.device == "cuda" else 4), deadline + 10 - time.time())
         results.start(name, item.key, limit)
         value = _attempt(item)
@@ -80,21 +80,21 @@ def _run_part(name: str, deadline: float, options: argparse.Namespace, sizes: Si
 
 
 def _attempt(item: Item) -> dict[str, Any]:
-    """Run an item; its warnings are wrong."""
+    """Run an item; its warnings count as faults."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             value = item.run()
         if found := sentences(caught):
             value["wrong"] = [*value.get("wrong", []), *found]
         return value
-    except Exception as failure:  # it is written down, and the rest continues
+    except Exception as failure:  # it is recorded, and the check continues
         where = traceback.extract_tb(failure.__traceback__)[-1]
         text = " ".join(str(failure).split())[:300]
         return {"error": f"{type(failure).__name__}: {text} ({where.name}, line {where.lineno})"}
 
 
 def _check_device(device: str) -> None:
-    """End this process if the device does not work any more: after some errors no CUDA call succeeds."""
+    """End this process if the device does not work any more; after some errors, all CUDA calls fail."""
     try:
         place.synchronize(device)
     except Exception as failure:

@@ -1,4 +1,4 @@
-"""Drawings of placements. Each is drawn from a description that is first computed, and compared with the real thing."""
+"""Draws placements. The description of each is first compared with what the placement computes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK, BLOCKS = 3, 8
 
 @dataclass(frozen=True)
 class Rule:
-    """What stands on the branch, left to right; what the stream is multiplied by beside it; whether the sum is normed."""
+    """A placement: the parts of the branch from left to right, the factor on the stream, and whether the sum is normed."""
 
     branch: tuple[str, ...]
     scale: tuple[str, float] = ("", 1.0)
@@ -45,7 +45,7 @@ RULES = {
 
 
 def draw(*names: str) -> HTML:
-    """One line for each placement, x on the left, the next block's x on the right."""
+    """Return a drawing with one line for each placement, x on the left and the next block's x on the right."""
     for name in names:
         _check(name)
     lines = "".join(_line(name, 78 * row) for row, name in enumerate(names))

@@ -1,4 +1,4 @@
-"""What the lesson's cells use beside omninorm: figures for light and dark pages, and numbers that are remembered."""
+"""Helpers for the lesson's cells: figures for light and dark pages, and checks of the numbers on the pages."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from omninorm.timing import Case, Contestant, time_case
 
 NUMBERS = Path(__file__).with_name("numbers.json")
 UPDATE = "OMNINORM_UPDATE_NUMBERS"
-BUILDING = "OMNINORM_BUILDS_DOCS"  # set by conf.py: a reader may change a page and run it, a build may not
+BUILDING = "OMNINORM_BUILDS_DOCS"  # set by conf.py; a reader may change a page and run it, but a build must not differ
 
-# Colours that can be told apart on white and on black, and by readers who see fewer of them.
+# Colors that can be distinguished on white and on black, and by color-blind readers.
 BLUE, ORANGE, GREEN, PINK = COLOURS = "#3987e5", "#d95926", "#1f9d6b", "#c2569b"
-_INK = "#010203"  # stands for the page's text colour, which only the page knows
+_INK = "#010203"  # replaced by the page's text color, which only the page knows
 
 torch.manual_seed(0)
 torch.set_printoptions(precision=4, sci_mode=False)
 
 
 def number(name: str, value: float, shown: str = "{:.3g}", within: float | None = 0.02) -> str:
-    """Makes a computed number available to the page's text, as {glue:text}`name`, and compares it with numbers.json.
+    """Make a computed number available to the page's text, as {glue:text}`name`, and compare it with numbers.json.
 
     Args:
-        name: page.what.
-        value: what was computed just now.
-        shown: how the text shows it.
-        within: relative deviation that is allowed; None for what depends on the machine, which is not compared.
+        name: the page, a dot, and a name for the number.
+        value: the computed number.
+        shown: the format in the text.
+        within: the allowed relative difference; None for numbers that depend on the machine, which are not compared.
 
     Raises:
-        ValueError: it has changed, and the documentation is being built. Rewrite the page and set the variable in the
-            message to remember the new one.
+        ValueError: the number has changed while the documentation is built. Rewrite the page, and set the environment
+            variable in the message to record the new number.
     """
     if within is not None and BUILDING in os.environ:
         _compare(name, float(value), within)
@@ -52,7 +52,7 @@ def number(name: str, value: float, shown: str = "{:.3g}", within: float | None 
 
 
 def check(holds: object, said: object = "") -> None:
-    """Raises ValueError for something that a page says and that does not hold, while the documentation is built."""
+    """Raise ValueError if a statement of the page does not hold while the documentation is built."""
     if BUILDING in os.environ and not holds:
         raise ValueError(f"this page says otherwise: {said}. Read the page.")
 
@@ -68,7 +68,7 @@ def _compare(name: str, value: float, within: float) -> None:
 
 
 def figure(width: float = 7.0, height: float = 3.2, panels: int = 1) -> tuple[Figure, list[matplotlib.axes.Axes]]:
-    """An empty figure of some panels beside each other, in the page's style."""
+    """Return an empty figure with some panels next to each other, in the page's style."""
     style = {
         "text.color": _INK,
         "axes.labelcolor": _INK,
@@ -88,7 +88,7 @@ def figure(width: float = 7.0, height: float = 3.2, panels: int = 1) -> tuple[Fi
 
 
 def show(made: Figure, alt: str) -> HTML:
-    """A figure as SVG that takes the page's text colour; `alt` says in words what is to be seen."""
+    """Return a figure as SVG in the page's text color; `alt` describes it in words."""
     for axis in made.axes:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, labelcolor=_INK)
@@ -100,15 +100,16 @@ def show(made: Figure, alt: str) -> HTML:
 
 
 def svg(drawn: str, alt: str, caption: str = "") -> HTML:
-    """An SVG drawing with its description."""
+    """Return an SVG drawing with its description."""
     described = re.sub(r"<svg", f'<svg role="img" aria-label="{html.escape(alt, quote=True)}"', drawn, count=1)
     below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     return HTML(f'<figure class="drawing">{described}{below}</figure>')
 
 
 def race(contestants: dict[str, Callable[[torch.Tensor], torch.Tensor]], rows: int, width: int) -> dict[str, float]:
-    """Microseconds of each function of a tensor of this shape: medians of rounds in random order, over ten tensors in
-    turn, so that none of them still lies in a cache."""
+    """Return the microseconds of each function of a tensor of this shape: medians of rounds in random order.
+
+    Ten tensors are used in turn, so that none of them is still in a cache."""
     inputs = [torch.randn(rows, width) for _ in range(10)]
     runners = [Contestant(name, lambda at, f=f: f(inputs[at]), "") for name, f in contestants.items()]
     samples = time_case(Case("", runners, len(inputs), grad=False), seconds=4)

@@ -43,7 +43,7 @@ __all__ = [
     "watch",
 ]
 
-# The names that need torch, which takes seconds to import, and the modules that define them.
+# The names whose modules import torch, which takes seconds, and the modules that define them.
 _HOMES = {
     **dict.fromkeys(("backend_for", "backends", "use_backend"), "kernels.dispatch"),
     **dict.fromkeys(
@@ -80,8 +80,8 @@ def _is_command() -> bool:
     return _os.path.splitext(_os.path.basename(program))[0] == "omninorm"
 
 
-# As a library, load everything at once: importing omninorm registers its operators with torch, which programs that
-# were exported with them need before they can be loaded.
+# In a program other than the command, import everything now: this registers omninorm's operators with torch, which
+# exported programs need before they can be loaded.
 if not _is_command():
     for _name in (*_MODULES, *_HOMES):
         __getattr__(_name)

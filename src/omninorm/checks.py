@@ -1,7 +1,7 @@
 """What the functions of norms accept: checks of arguments, proxies of torch.fx, and jagged nested tensors.
 
-The C++ operators check too, in a fraction of the time that a small norm takes; the checks here then put into words what
-an operator refused.
+For small norms the checks would take longer than the norm. So where C++ operators are called directly, which check the
+arguments themselves, the checks are called only after an operator refused them, to raise a readable error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REFUSALS = (RuntimeError, TypeError, KeyError)
 
 
 def overriding(*arguments: object) -> list[Any]:
-    """Return the arguments that override function calls, such as torch.fx's proxies, without subclasses of Tensor."""
+    """Return the arguments with `__torch_function__` that are not tensors, such as torch.fx's proxies."""
     return [
         argument
         for argument in arguments
@@ -37,17 +37,17 @@ def is_jagged(x: object) -> bool:
 
 
 def map_rows(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a norm to a jagged nested tensor. Rows are independent, so its values are normalized as one tensor.
+    """Apply a norm to a jagged nested tensor: rows are independent, so all values are normalized as one dense tensor.
 
     Raises:
         InputError: the jagged dimension is the last one, that of the features.
     """
     ragged: int = x._ragged_idx  # type: ignore[attr-defined]
     if ragged == x.ndim - 1:
-        remedy = "transpose it, so that features of one width come last"
+        remedy = "transpose it so that the features are the last dimension"
         raise InputError("A nested tensor must have the same number of features everywhere", f"shape {x.shape}", remedy)
     return torch.nested.nested_tensor_from_jagged(
-        norm(x.values()),  # with the rows between the sequences, if it has gaps
+        norm(x.values()),  # includes rows that belong to no sequence, if there are gaps
         x.offsets(),  # type: ignore[attr-defined]
         x.lengths(),  # type: ignore[attr-defined]
         jagged_dim=ragged,
@@ -102,7 +102,7 @@ def check_rows(x: Tensor) -> None:
 
 
 def check_gain(name: str, gain: Tensor | None, x: Tensor) -> None:
-    """Raise InputError unless `gain` is None or holds one value per feature of `x`, on the same device."""
+    """Raise InputError unless `gain` has one value per feature of `x` and is on x's device, or is None."""
     if gain is None:
         return
     check_float(name, gain)
@@ -121,7 +121,7 @@ def check_device(name: str, gain: Tensor, x: Tensor) -> None:
 
 
 def check_eps(eps: float | None) -> None:
-    """Raise InputError unless `eps` is None or a finite number ≥ 0."""
+    """Raise InputError unless `eps` is a finite number ≥ 0, or None."""
     if eps is None:
         return
     if not is_finite(eps) or not 0 <= eps <= LARGEST:
@@ -130,7 +130,7 @@ def check_eps(eps: float | None) -> None:
 
 
 def check_rounding(gain_offset: float, cast: str) -> None:
-    """Raise InputError unless the gain offset is finite and the casting order known."""
+    """Raise InputError unless the gain offset is a finite number and `cast` one of `CASTS`."""
     if not is_finite(gain_offset) or abs(gain_offset) > LARGEST:
         remedy = "use 0.0, or 1.0 for Gemma's norms, whose gains start at 0"
         raise InputError("gain_offset must be a finite number", f"{gain_offset!r:.40}", remedy)

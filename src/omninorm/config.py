@@ -31,7 +31,7 @@ PLACEMENTS = (
     "attention_residual",
 )
 CASTS = ("fp32", "llama")
-# Settings that only some placements have.
+# Settings that only these placements use.
 _OF_PLACEMENTS = {
     "residual_scale": ("deepnorm", "keel"),
     "mix_fraction": ("mix",),
@@ -39,7 +39,7 @@ _OF_PLACEMENTS = {
     "gate_rank": ("hyper",),
     "residual_groups": ("attention_residual",),
 }
-# What float32, in which constants are used, can hold.
+# The largest constant: constants are converted to float32, whose range ends at about 3.403e38.
 LARGEST = 3.4e38
 
 # NumPy's codes for booleans, signed and unsigned integers, floats, and strings.
@@ -49,16 +49,16 @@ _ALWAYS_WRITTEN = ("normalization", "norm_placement", "norm_eps")
 
 @dataclass(frozen=True)
 class NormConfig:
-    """How a transformer is normalized. The defaults are RMSNorm, pre-norm and ε = 1e-6.
+    """The configuration of a transformer's norms. The defaults are RMSNorm, pre-norm and ε = 1e-6.
 
     Args:
         normalization: the kind of norm, one of `NORMALIZATIONS`.
-        norm_placement: the norm's place around a sublayer, one of `PLACEMENTS`.
+        norm_placement: the positions of the norms around a sublayer, one of `PLACEMENTS`.
         norm_eps: ε ≥ 0, added under the root; None means the machine epsilon of the compute dtype.
-        gain_offset: the norm multiplies by γ + gain_offset, with γ starting at 1 − gain_offset (1 is Gemma's
-            form; rmsnorm only).
-        cast: "fp32" multiplies by the gain in float32 and rounds once; "llama" rounds before the gain
-            (rmsnorm only).
+        gain_offset: the norm multiplies by γ + gain_offset, where γ is initialized to 1 − gain_offset; 1 is Gemma's
+            form. For "rmsnorm" only.
+        cast: "fp32" multiplies by the gain in float32 and rounds once; "llama" also rounds before the product with
+            the gain. For "rmsnorm" only.
         qk_norm: whether queries and keys are normalized per head; None means as the placement prescribes
             (True for "reordered" and "hybrid").
         residual_scale: α of "deepnorm" and "keel"; None means the paper's formula for the model's depth.
@@ -67,8 +67,8 @@ class NormConfig:
         embedding_norm: whether the embeddings are normalized before the first block, as nanochat and BLOOM do.
         streams: number of parallel residual streams of "mhc" and "hyper", ≥ 2.
         gate_rank: rank of the gates that read the streams of "hyper"; None means 5/32 of the width, rounded up.
-        residual_groups: number of groups of sublayers that "attention_residual" attends to; each sublayer is a group if
-            there are no more of them.
+        residual_groups: number of groups of sublayers that "attention_residual" attends to; if the model has no more
+            sublayers than this, each of them is a group.
 
     Numbers may be NumPy scalars or 0-d tensors; they are stored as Python numbers.
 
@@ -156,18 +156,23 @@ streams=4, gate_rank=None, residual_groups=8)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NormConfig:
-        """Return the config that a dictionary describes; keys that are left out take their defaults.
+        """Return the config that a dictionary describes; missing keys get their defaults.
 
         Raises:
-            ConfigError: not a mapping, an unknown key (the known ones are listed), or a bad value.
+            ConfigError: `values` is not a mapping, or has an unknown key (the message lists the known ones) or an
+                invalid value.
         """
         check_keys("a norm config", values, [field.name for field in fields(cls)])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return three keys (kind, placement, ε), then whatever differs from its default.
+        """Return a dictionary from which `from_dict` makes an equal config.
 
-        `from_dict` makes an equal config from it.
+        It has the keys normalization, norm_placement and norm_eps, and those whose values differ from the defaults.
+
+        Example:
+            >>> NormConfig(qk_norm=True).to_dict()
+            {'normalization': 'rmsnorm', 'norm_placement': 'pre', 'norm_eps': 1e-06, 'qk_norm': True}
         """
         return {
             name: value for name, value in asdict(self).items() if name in _ALWAYS_WRITTEN or value != _default(name)
@@ -190,7 +195,10 @@ def check_number(
     at_most: float | None = None,
     example: float | None = None,
 ) -> None:
-    """Raise ConfigError unless `value` is a finite Python number within the bounds; it suggests `example`, if any."""
+    """Raise ConfigError unless `value` is a finite Python number within the bounds.
+
+    The message suggests `example`, if there is one.
+    """
     bounds = [(at_least, "≥"), (above, ">"), (at_most, "≤")]
     wanted = " and ".join(f"{sign} {bound:g}" for bound, sign in bounds if bound is not None)
     invariant = f"{name} must be a finite number{' ' + wanted if wanted else ''}"
@@ -225,7 +233,7 @@ def read_number(
 
 
 def is_finite(value: object) -> bool:
-    """Whether `value` is a Python number, no bool, that a float can hold."""
+    """Return whether `value` is an int or float (not a bool) that a float can hold and that is not NaN or infinite."""
     largest = sys.float_info.max
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
 
@@ -249,11 +257,12 @@ def read_count(name: str, value: object, *, at_least: int = 1) -> int:
 
 
 def python_number(value: Any) -> Any:
-    """Return a NumPy scalar, 0-d array or 0-d tensor as a Python number or string, and everything else as it is.
+    """Return a NumPy scalar, 0-d array or 0-d tensor as a Python number or string, and everything else unchanged.
 
-    Tensors that require a gradient stay as they are, since a constant would silently leave the graph. So do NumPy's
-    dates, durations, complex numbers, bytes and objects. NumPy is never imported: its scalars are recognized by their
-    attributes. Reading a 0-d tensor on a GPU waits for the GPU: pass Python numbers in code that runs at every step.
+    Tensors that require a gradient are returned unchanged, because a Python number would silently detach them from the
+    graph. So are NumPy's dates, durations, complex numbers, bytes and objects. NumPy is never imported: its scalars are
+    recognized by their attributes. Reading a 0-d tensor on a GPU waits for the GPU, so pass Python numbers in code that
+    runs at every step.
 
     Example:
         >>> import torch
@@ -268,11 +277,11 @@ def python_number(value: Any) -> Any:
         return value
     try:
         number = value.item()
-    except RuntimeError:  # tensors without values, on the meta device
+    except RuntimeError:  # tensors on the meta device have no values
         return value
     if type(number) in (int, float, bool, str):
         return number
-    # NumPy's long double stays one when it is unpacked.
+    # `item` returns NumPy's long double as it is.
     is_real = type(number).__name__ == "longdouble"
     return float(number) if is_real else value
 
@@ -280,8 +289,8 @@ def python_number(value: Any) -> Any:
 def store_python_numbers(settings: Any) -> None:
     """Replace the NumPy scalars and 0-d tensors among a dataclass's fields with Python numbers, in place.
 
-    For `__post_init__`, before the checks; frozen dataclasses are changed too, and tuples and lists element by element
-    (a named tuple becomes a tuple). NumPy strings become Python strings.
+    Call it in `__post_init__`, before the checks; it works on frozen dataclasses too. In tuples and lists, each element
+    is replaced (a named tuple becomes a tuple). NumPy strings become Python strings.
     """
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -309,7 +318,7 @@ def check_keys(what: str, values: object, known: list[str]) -> None:
 
 
 def closest(key: object, known: Sequence[str]) -> str:
-    """A question with the known key that was probably meant, or an empty string.
+    """Return a question with the known key that was probably meant, or an empty string.
 
     Example:
         >>> closest("norm_epsilon", ["norm_eps", "cast"])

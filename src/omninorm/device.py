@@ -1,4 +1,4 @@
-"""Devices by name, checked before anything is computed or written."""
+"""Finds devices by name, and checks them before anything is computed or written."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ _USE_CPU = "or use the device cpu"
 
 
 def find_device(name: str = AUTO) -> torch.device:
-    """Return the device of a name: the first of `find_devices`."""
+    """Return the first of the devices that `find_devices` returns for a name."""
     return find_devices(name)[0]
 
 
 def find_devices(name: str = AUTO) -> list[torch.device]:
-    """Return the devices that a name stands for.
+    """Return the devices with a name.
 
     Args:
-        name: "auto" for all GPUs that PyTorch sees, or for the CPU if there are none; "cpu"; "cuda" for all NVIDIA or
-            AMD GPUs; "cuda:N" for one of them; "mps" for an Apple GPU.
+        name: "auto" for all GPUs that PyTorch sees, or the CPU without a GPU; "cpu"; "cuda" for all NVIDIA or AMD GPUs;
+            "cuda:N" for one of them; "mps" for an Apple GPU.
 
     Raises:
-        ConfigError: the name is unknown, or the device is absent or cannot be used.
+        ConfigError: the name is unknown, or the device is not available or cannot be used.
+
+    Example:
+        >>> find_devices("cpu")
+        [device(type='cpu')]
     """
     here = torch.accelerator.current_accelerator(check_available=True)
     if name == "cpu" or (name == AUTO and here is None):
@@ -44,7 +48,7 @@ def find_devices(name: str = AUTO) -> list[torch.device]:
 
 
 def _parse(name: str, present: str) -> tuple[str, int | None]:
-    """Return the type of device and its number, if there is one."""
+    """Return the type of the device, and its number or None."""
     found = re.fullmatch(rf"(auto|mps|cuda|{re.escape(present)})|(cuda|{re.escape(present)}):(\d{{1,4}})", name)
     if found is None:
         remedy = "for example --device cuda for a GPU of NVIDIA or AMD"
@@ -77,13 +81,13 @@ def device_name(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done its work; the CPU always has."""
+    """Wait until the device has done its work; for the CPU there is nothing to wait for."""
     if device.type not in ("cpu", torch._C._get_privateuse1_backend_name()):
         torch.accelerator.synchronize(device)
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the free memory of a GPU in bytes, None where it is not known."""
+    """Return the free memory of a GPU in bytes, or None if it is unknown."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 

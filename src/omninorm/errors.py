@@ -1,9 +1,9 @@
-"""omninorm's exceptions: each states what must hold, the value received, and what to do."""
+"""omninorm's exceptions. The message of each states what must hold, the value received, and what to do."""
 
 import re
 from pathlib import Path
 
-LONGEST = 1000  # characters of a problem in a message: a damaged file may hold a name of any length
+LONGEST = 1000  # characters of a problem in a message, because a damaged file may contain a name of any length
 
 
 class OmninormError(Exception):
@@ -16,8 +16,8 @@ class OmninormError(Exception):
 
     Args:
         invariant: what must hold, or what is wrong.
-        received: what came instead; None or "" where the invariant says it all.
-        remedy: what to do about it.
+        received: the value received instead; None or "" if the invariant already contains it.
+        remedy: what the user can do.
     """
 
     def __init__(self, invariant: str, received: object, remedy: str) -> None:
@@ -52,7 +52,7 @@ class InputError(OmninormError, ValueError):
 
 
 class DataError(OmninormError, ValueError):
-    """A text is missing, empty, too short, or not text."""
+    """A training text is missing, empty or too short, or a file is not text."""
 
 
 class RunError(OmninormError, RuntimeError):
@@ -60,7 +60,7 @@ class RunError(OmninormError, RuntimeError):
 
 
 class MissingExtraError(OmninormError, ImportError):
-    """An optional package that this needs is not installed."""
+    """An optional package is needed but not installed."""
 
     def __str__(self) -> str:
         return for_checkout(super().__str__())

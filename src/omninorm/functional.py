@@ -172,13 +172,17 @@ def add_rms_norm(
     """Return (rms_norm(s), s) with s = x + residual, rounded to x's dtype: a residual connection and the next norm.
 
     Args:
-        x, residual: (..., d), equal in shape and dtype. The others as in `rms_norm`.
+        x, residual: (..., d), with the same shape, dtype and device. The other arguments are those of `rms_norm`.
 
     Returns:
         The normalized sum and the sum, bit-identical to the results of the two separate steps.
 
     Raises:
         InputError: x and residual differ in shape, dtype or device; otherwise as `rms_norm`.
+
+    Example:
+        >>> add_rms_norm(torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.ones(4))
+        (tensor([0.3651, 0.7303, 1.0954, 1.4606]), tensor([2., 4., 6., 8.]))
     """
     if proxies := overriding(x, residual, weight):
         options: dict[str, Any] = {"gain_offset": gain_offset, "cast": cast}
@@ -199,7 +203,14 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float | None = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Return (layer_norm(s), s) with s = x + residual, rounded to x's dtype: `add_rms_norm` for LayerNorm."""
+    """Return (layer_norm(s), s) with s = x + residual, rounded to x's dtype: a residual connection and the next norm.
+
+    Arguments, results and errors are those of `layer_norm` and `add_rms_norm`.
+
+    Example:
+        >>> add_layer_norm(torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.ones(4))
+        (tensor([-1.3416, -0.4472,  0.4472,  1.3416]), tensor([2., 4., 6., 8.]))
+    """
     if proxies := overriding(x, residual, weight, bias):
         return handle_torch_function(add_layer_norm, proxies, x, residual, weight, bias, eps)
     check_pair(x, residual)
@@ -212,15 +223,19 @@ def add_layer_norm(
 
 
 def z_score(x: Tensor, dim: int = -1) -> Tensor:
-    """z = (x − mean(x)) / std(x) along `dim`, std being the root of the *mean* squared deviation.
+    """z = (x − mean(x)) / std(x) along `dim`, where std is the population standard deviation (division by n).
 
-    This is LayerNorm without gain, bias and ε. Constant values have a standard deviation of 0, so their z is NaN.
+    This is LayerNorm without gain, bias and ε. If all values are equal, their standard deviation is 0 and z is NaN.
 
     Args:
-        x: any shape of at least one dimension, floating point, dense.
+        x: a dense floating-point tensor with at least one dimension.
+        dim: the dimension to normalize over.
+
+    Returns:
+        A tensor with x's shape and dtype.
 
     Raises:
-        InputError: as `rms_norm`, or x is a nested tensor, or has no such dimension.
+        InputError: as `rms_norm`; also if x is a nested tensor or has no dimension `dim`.
 
     Example:
         >>> z_score(torch.tensor([10.0, 20.0, 30.0, 40.0]))

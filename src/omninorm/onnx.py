@@ -1,12 +1,12 @@
-"""Translation of omninorm's operators to ONNX, one node per norm.
+"""Translates omninorm's operators to ONNX, one node per norm.
 
     torch.onnx.export(model, (x,), "model.onnx", dynamo=True, opset_version=23,
                       custom_translation_table=omninorm.onnx.translations())
 
 RMSNorm becomes RMSNormalization, which needs opset 23, and LayerNorm becomes LayerNormalization (opset 17). Float16 and
-bfloat16 are cast to float32 before the node and back after it, because they would be rounded before the gain otherwise.
+bfloat16 are cast to float32 before the node and back after it; otherwise they would be rounded before the gain.
 
-Without the table, torch.onnx.export writes the norms as basic operations (Mul, ReduceMean, …), in any opset.
+Without the table, torch.onnx.export writes each norm as several basic operations (Mul, ReduceMean, …), in any opset.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from omninorm.errors import MissingExtraError
-from omninorm.kernels import operators as _operators  # noqa: F401  defines them
+from omninorm.kernels import operators as _operators  # noqa: F401  defines the operators
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Return the table for torch.onnx.export's custom_translation_table, with `dynamo=True` and `opset_version=23`.
 
     Returns:
-        operator → function that builds its ONNX nodes.
+        A dictionary from operators to the functions that build their ONNX nodes.
 
     Raises:
         MissingExtraError: onnxscript is not installed.
@@ -96,7 +96,7 @@ def _sum(x: Any, residual: Any) -> Any:
 
 
 def _wide(x: Any) -> Any:
-    """Return x in the compute type; x itself if it has that type already."""
+    """Return x in the compute type, without a cast if it already has this type."""
     if x.dtype.bitwidth >= 32:
         return x
     wide = _opset().Cast(x, to=_FLOAT)
@@ -121,4 +121,4 @@ def _flat(x: Any) -> Any:
     return op.Reshape(x, op.Constant(value_ints=[-1]))
 
 
-_FLOAT = 1  # TensorProto's number for float32
+_FLOAT = 1  # the number of float32 in ONNX's TensorProto

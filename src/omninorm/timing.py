@@ -1,8 +1,8 @@
 """The timing loop: each round times all contestants in random order, and ratios are computed within a round.
 
-Machines drift: another process takes a core, a clock changes. If contestants were timed one after the other, the drift
-would look like a difference. So each round times every contestant once, and the ratio of two contestants is the *median
-of the rounds' ratios*, everywhere in the benchmark.
+A machine's speed drifts: another process takes a core, a clock frequency changes. If each contestant were timed in one
+piece, this drift would look like a difference. So each round times every contestant once, and the ratio of two
+contestants is the *median of the rounds' ratios*, everywhere in the benchmark.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from typing import Any, NamedTuple
 import torch
 
 OURS = "omninorm"
-# A sample shorter than this is extended to several calls, so that the cost of reading the clock is negligible.
+# If one call is shorter than this, a sample has several calls, so that the cost of reading the clock is negligible.
 _SHORTEST_SAMPLE_NS = 200_000
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 400
 _MAX_CALLS = 1000
 
 
 class Contestant(NamedTuple):
-    """Something to time.
+    """An implementation to time.
 
-    name: its name in results.
-    call: does the work on the inputs of the given number and returns the result.
-    role: "ours", "peer" (computes the same), "other" (an alternative that computes something else), or "limit" (the
-        bare memory traffic).
-    bytes: the minimum memory traffic of the work; 0 if bandwidth is meaningless for it.
+    Args:
+        name: its name in results.
+        call: a function of an index that does the work on the inputs with this index and returns the result.
+        role: "ours", "peer" (computes the same), "other" (an alternative that computes something else), or "limit" (the
+            memory traffic alone).
+        bytes: the minimum memory traffic of the work; 0 if its bandwidth is meaningless.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Contestant(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Contestants for one job, and the number of inputs that they use in turn."""
+    """The contestants for one job, and the number of inputs that they use in turn."""
 
     name: str
     contestants: Sequence[Contestant]
@@ -56,8 +57,8 @@ Samples = dict[str, list[float]]
 def time_case(case: Case, seconds: float, min_rounds: int = _MIN_ROUNDS, warm_up: int = 3, seed: int = 0) -> Samples:
     """Return the nanoseconds per call of every contestant in every round, after `warm_up` calls of each.
 
-    Rounds continue for `seconds`; there are at least `min_rounds`. The result of a call stays alive until its inputs
-    are used again, so that outputs rotate through memory as inputs do.
+    Rounds continue for `seconds`, but there are at least `min_rounds`. The result of a call stays alive until its
+    inputs are used again, so that outputs rotate through memory like inputs.
     """
     loop = _Loop(case)
     order = list(case.contestants)
@@ -86,8 +87,8 @@ class _Loop:
     def sample(self, contestant: Contestant, calls: int) -> float:
         """Return the nanoseconds per call, over `calls` calls.
 
-        If inputs rotate, an untimed call comes first: its result takes the memory that the previous contestant has just
-        freed, which may still be in the cache. The timed calls get memory that was last used a rotation ago.
+        If inputs rotate, an untimed call comes first. Its result gets the memory that the previous contestant has just
+        freed, which may still be in the cache. The timed calls get memory that was last used a whole rotation ago.
         """
         kept, call, count, turn = self._kept, contestant.call, self._case.inputs, self._turn
         if count > 1:
@@ -102,7 +103,7 @@ class _Loop:
         return elapsed / calls
 
     def calls_per_sample(self, warm_up: int) -> int:
-        """Warm up every contestant; return how many calls of the fastest fill a sample."""
+        """Warm up every contestant; return the number of calls in a sample, which the fastest contestant determines."""
         fastest = math.inf
         for each in self._case.contestants:
             for _ in range(warm_up):

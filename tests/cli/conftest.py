@@ -1,4 +1,4 @@
-"""The command line, called in this process, or as a process of its own."""
+"""Fixtures that call the command line in this process, or in a separate process."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_equal_weights_exit_with_0_and_list_what_was_matched(command, gemma, tmp
     assert lines[2].endswith("(gguf)")
     assert "relative error of rounding or quantization" in out
     assert "blk.*.attn_q.weight" in out
-    assert " ".join(out.split()).endswith("How the 29 pairs were matched: name rules: 29; gains with A's 1 added: 7.")
+    assert " ".join(out.split()).endswith("Matching of the 29 pairs: name rules: 29; gains with A's 1 added: 7.")
 
 
 def test_offset_applied_twice_is_named_and_exits_with_1(command, gemma, tmp_path):

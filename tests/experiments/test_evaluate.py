@@ -1,4 +1,4 @@
-"""Bits per byte against counting by hand."""
+"""Bits per byte, compared with manual counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from omninorm.experiments import (
 
 
 class Table(nn.Module):
-    """Logits that depend on the last token only, so that the mean over a text can be summed up by hand."""
+    """Returns logits that depend only on the last token, so that the mean over a text can be computed manually."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
         own_device("cuda", 2)
     with pytest.raises(ConfigError, match="need a GPU each, got the device cuda:1 for all"):
         own_device("cuda:1", 0)
-    # Of several processes with the same error, one reports it.
+    # If several processes have the same error, only one reports it.
     for name, number in (("cuda:1", 1), ("cuda", 3)):
         with pytest.raises(SilentExit):
             own_device(name, number)

@@ -60,8 +60,8 @@ def test_a_step_is_adamw_by_its_formula(data, small):
             change = (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
             decay = 0.3 if p.ndim == 2 and name != "embedding.weight" else 0.0
             p.data = (p.double() * (1 - rate * decay) - rate * change).float()
-    # A gradient element far below its tensor's rounding error has a sign of its own in float32, and Adam turns a sign
-    # into a whole step; so a few elements may differ by steps, and all the others by rounding only.
+    # If a gradient element is far below its tensor's rounding error, its sign may differ in float32, and Adam turns a
+    # sign into a whole step. So a few elements may differ by steps, and all others only by rounding.
     difference = (_weights(model) - _weights(twin)).abs()
     assert (difference > 1e-6).float().mean() < 1e-3
     assert difference.max() < 4 * config.lr

@@ -1,4 +1,4 @@
-"""Functions run by several processes at once, which talk to each other by gloo.
+"""Runs functions in several processes, which communicate with gloo.
 
 The processes are forks of a server that has imported torch, which takes seconds.
 """
@@ -18,7 +18,7 @@ from helpers import fork_server
 
 
 def run_in_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Calls a module's function in so many processes; what one of them raises is raised here."""
+    """Call a module's function in `count` processes; an exception of one of them is raised here."""
     fork_server.context()
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{Path(folder) / 'meeting'}"
@@ -34,6 +34,6 @@ def _run(rank: int, count: int, meeting: str, function: Callable[..., None], arg
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     try:
         function(*arguments)
-        dist.barrier()  # nobody leaves while another one still asks
+        dist.barrier()  # keep the group alive until all processes are done
     finally:
         dist.destroy_process_group()

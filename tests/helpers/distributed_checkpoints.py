@@ -1,4 +1,4 @@
-"""What the processes of test_checkpoints.py do: they train a model in parts, save it, and load what others saved."""
+"""The functions for the processes of test_distributed_checkpoints.py, which save and load a sharded model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(seed: int) -> nn.Module:
 
 
 def everything(made: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that a checkpoint holds but the random state, whole, on every process."""
+    """Return, on every process, all tensors of a checkpoint except the random state, not sharded."""
     found = {}
     for name, parameter in made.named_parameters():
         state = optimizer.state[parameter].items()
@@ -50,7 +50,7 @@ def here(parallel: str = "fsdp") -> Processes:
 
 
 def save(folder: Path) -> None:
-    """Two checkpoints, of which the first one goes, and what the other must hold."""
+    """Save two checkpoints, of which only the second is kept, and the tensors that it must contain."""
     processes = here()
     made = processes.wrap(model(0))
     optimizer = train(made)
@@ -70,7 +70,7 @@ def load(folder: Path, parallel: str) -> None:
 
 
 def check(folder: Path, made: nn.Module) -> None:
-    """Loads the checkpoint of step 4 and compares all of it."""
+    """Load the checkpoint of step 4 and compare all its tensors."""
     optimizer = build_optimizer(made, SETTINGS)
     load_checkpoint(folder / "checkpoints", 4, made, optimizer)
     found, expected = everything(made, optimizer), load_file(folder / EXPECTED)
@@ -83,7 +83,7 @@ def check(folder: Path, made: nn.Module) -> None:
 
 
 def fail(folder: Path) -> None:
-    """The second process can't write: the first one says why, and the older checkpoint stays."""
+    """Check that, if the second process can't write, the first reports the reason and the older checkpoint is kept."""
     processes = here()
     made = processes.wrap(model(0))
     optimizer = train(made)

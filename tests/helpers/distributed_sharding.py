@@ -1,4 +1,4 @@
-"""What the processes of test_sharding.py do: each has the whole input, and so what one process makes of it."""
+"""The functions for the processes of test_sharding.py. Each process has the whole input, so it knows the right result."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NORMS = {
 
 
 def leaves(gains: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """x and gains, and dy; the same on every process."""
+    """Return x and gains, and dy, the same on every process."""
     generator = torch.Generator().manual_seed(1)
     shapes = [SHAPE, *[SHAPE[-1:]] * gains, SHAPE]
     *tensors, dy = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -42,7 +42,7 @@ def leaves(gains: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
 
 
 def distributed(tensors: list[Tensor], mesh: Any, placements: list[Any]) -> list[DTensor]:
-    """x so, and the gains with it: sharded where the features are, else replicated."""
+    """Return x with these placements; gains are sharded if features are, otherwise replicated."""
     of_gains = [Shard(0) if each == Shard(2) else Replicate() for each in placements]
     x, *gains = (tensor.detach().clone() for tensor in tensors)
     made = [distribute_tensor(x, mesh, placements), *(distribute_tensor(gain, mesh, of_gains) for gain in gains)]
@@ -77,8 +77,8 @@ def _sharded_norms(mesh: Any, placements: list[Any]) -> None:
                 assert torch.equal(y.full_tensor(), expected)
             close(y.full_tensor(), expected, tolerance)
             for tensor, one in zip(ours, plain, strict=True):
-                assert not any(each.is_partial() for each in tensor.grad.placements), "nobody would add it up"
-                # Gains are float32, and so are the parts that are added up.
+                assert not any(each.is_partial() for each in tensor.grad.placements), "it would not be summed"
+                # Gains are float32, and so are the partial sums.
                 close(tensor.grad.full_tensor(), one.grad, tolerance if one is plain[0] else max(tolerance, 1e-6))
 
 
@@ -90,7 +90,7 @@ def others() -> None:
 
 
 def added_norms() -> None:
-    """The residual addition and the norm in one call."""
+    """Check the residual addition and the norm in one call."""
     mesh = init_device_mesh("cpu", (2,))
     for norm, gains in ((functional.add_rms_norm, 1), (functional.add_layer_norm, 2)):
         (x, *rest), _ = leaves(gains, torch.float32)
@@ -103,7 +103,7 @@ def added_norms() -> None:
 
 
 def pending_sums() -> None:
-    """What is still to be added up is, before it is normalized."""
+    """Check that partial sums are reduced before they are normalized."""
     mesh = init_device_mesh("cpu", (2,))
     (x, weight), _ = leaves(1, torch.float64)
     half = DTensor.from_local(x / 2, mesh, [Partial()])
@@ -112,7 +112,7 @@ def pending_sums() -> None:
 
 
 def hard_rows() -> None:
-    """Features on two processes, of rows where sums of squares overflow, cancel or vanish; against float64."""
+    """Compare rows whose sums of squares overflow, cancel or underflow with float64, with features on two processes."""
     mesh = init_device_mesh("cpu", (2,))
     x = torch.randn(9, 32)
     x[0] *= 1e25
@@ -166,7 +166,7 @@ class FeedForward(nn.Module):
 
 
 def parallel_styles() -> None:
-    """Tensor and sequence parallel by PyTorch's own styles."""
+    """Check PyTorch's own styles of tensor and sequence parallelism."""
     mesh = init_device_mesh("cpu", (2,))
     x, dy = torch.randn(SHAPE), torch.randn(SHAPE)
     for make in (omninorm.RMSNorm, omninorm.LayerNorm):

@@ -1,4 +1,4 @@
-"""What the processes of test_training.py do: a step of a model on their share of a batch, against one process on all of it."""
+"""Functions for the processes of test_distributed_training.py, which compare a step on parts of a batch with one on all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def loss(made: Any, batch: Tensor) -> Tensor:
 
 
 def share() -> Tensor:
-    """This process's rows of the batch."""
+    """Return this process's rows of the batch."""
     return tokens().chunk(dist.get_world_size())[dist.get_rank()]
 
 
@@ -83,7 +83,7 @@ def fully_sharded(norms: list[str]) -> None:
 
 
 def sharded_in_two_precisions(norms: list[str]) -> None:
-    """Matrices in bfloat16, norms in float32: each norm is a group of its own with a policy of its own."""
+    """Check matrices in bfloat16 with norms in float32; each norm is a separate group with a separate policy."""
     for norm in norms:
         made = model(norm)
         expected = expected_gradients(made)
@@ -101,5 +101,5 @@ def sharded_in_two_precisions(norms: list[str]) -> None:
         fully_shard(made, mesh=mesh, mp_policy=low)
         loss(made, share()).backward()
         assert set(seen) == {(torch.float32, torch.bfloat16, torch.bfloat16)}
-        # bfloat16 has 8 digits: what is asked for is that the gradients are those of the same model.
+        # bfloat16 has 8 binary digits, so this only checks that the gradients are those of the same model.
         check(made, expected, 0.05)

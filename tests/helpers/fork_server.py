@@ -1,4 +1,4 @@
-"""A server that imports torch and omninorm once, and whose forks are processes of their own."""
+"""A server process that imports torch and omninorm once; tests run in forks of it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from typing import Any
 from omninorm.errors import OmninormError
 
 SECONDS, WALL_SECONDS, EXTRA_BYTES = 10.0, 60.0, 2**30
-# Values of the wrong type, size or meaning, put in the place of a good one.
+# Values of the wrong type, size or meaning, which replace good ones.
 HOSTILE: list[Any] = [
     None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, 10**18, 10**23, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"),
     "", "x", "3", "\0", "../../etc", "ß" * 10_000, [], {}, [[]], [None], ["a", 1], {"a": {}}, [0] * 1000, {"": ""},
@@ -34,7 +34,7 @@ class LimitReached(BaseException):
 
 
 def cases(quick: int) -> int:
-    """Return the number of mutations to try: `quick`, or what OMNINORM_FUZZ_CASES says (`make test-all` sets it)."""
+    """Return the number of mutations to try: `quick`, or OMNINORM_FUZZ_CASES, which `make test-all` sets."""
     return int(os.environ.get("OMNINORM_FUZZ_CASES", quick))
 
 
@@ -129,7 +129,7 @@ def _damage(value: Any, chance: random.Random) -> Any:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) of a tree of dictionaries and lists; of long lists the first ten."""
+    """Yield every (container, key) in a tree of dictionaries and lists, but only the first ten of a long list."""
     keys = list(value) if isinstance(value, dict) else range(min(len(value), 10)) if isinstance(value, list) else ()
     for key in keys:
         yield value, key

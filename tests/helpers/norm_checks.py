@@ -36,7 +36,7 @@ def on_threads(run: Callable[[], list[Tensor]], counts: Iterable[int]) -> list[l
 
 
 def spread(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Random rows that are off centre and differ in size from row to row."""
+    """Return random rows whose means are not 0 and whose sizes differ."""
     x = torch.randn(shape, dtype=torch.float64)
     rows = torch.exp(torch.randn(*shape[:-1], 1, dtype=torch.float64)) if shape[:-1] else 3.0
     return (x * rows + 0.3).to(dtype)
@@ -56,8 +56,10 @@ def _check(shares: dict[str, float]) -> None:
 
 
 def check_two_steps(add_norm, norm, gains: int, options, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """An add variant against the addition and the norm, bit for bit: both results, and gradients along both, along
-    the normed result alone and along the sum alone."""
+    """Compare an add variant with the addition and the norm, bit for bit.
+
+    This includes both results, and the gradients of losses that depend on both, on the normalized result alone and on
+    the sum alone."""
     x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
     leaves = [x, residual, *(torch.randn(shape[-1]).to(dtype).requires_grad_() for _ in range(gains))]
     ours = add_norm(*leaves, **options)

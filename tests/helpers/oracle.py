@@ -1,10 +1,10 @@
-"""The formulas of NUMERICS in float64, literally, and what "n ulp" means. Nothing of omninorm is used here."""
+"""The formulas of the numerics contract in float64, literally, and the meaning of "n ulp", without using omninorm."""
 
 import torch
 from torch import Tensor
 
-# Units in the last place that a forward result may be off, per dtype. Two float64 evaluations are compared where
-# the dtype is float64, and either may be off by four.
+# The allowed error of a forward result in units in the last place, per dtype. For float64, two float64 evaluations are
+# compared, and each may have an error of four.
 FORWARD_ULP = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 4, torch.float64: 8}
 # A gain's gradient, relative to the sum of its terms' magnitudes; float64's is float32's scaled by their precision.
 GAIN_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-6 * 2.0**-29}
@@ -15,7 +15,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rounded_eps(eps: float, dtype: torch.dtype) -> float:
-    """ε as the compute dtype holds it."""
+    """Return ε, rounded to the compute dtype."""
     return torch.tensor(eps, dtype=compute_dtype(dtype)).item()
 
 
@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gain_offset: float = 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     deviation = x - x.mean(-1, keepdim=True)
-    deviation = deviation - deviation.mean(-1, keepdim=True)  # what rounding left of the mean: it shows in float64
+    deviation = deviation - deviation.mean(-1, keepdim=True)  # the rounding error of the mean, which matters in float64
     y = deviation / torch.sqrt((deviation * deviation).mean(-1, keepdim=True) + eps)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
@@ -37,7 +37,7 @@ def double(x: Tensor | None, *, leaf: bool = True) -> Tensor | None:
 
 
 def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """The spacing of `dtype` at `magnitude` (float64), never below the smallest subnormal."""
+    """Return the spacing of `dtype` at `magnitude` (float64), at least the smallest subnormal number."""
     numbers = torch.finfo(dtype)
     exponent = torch.frexp(magnitude.double().clamp(min=numbers.tiny)).exponent - 1
     return torch.ldexp(torch.ones_like(magnitude, dtype=torch.float64), exponent) * numbers.eps
@@ -48,17 +48,18 @@ def row_max(x: Tensor) -> Tensor:
 
 
 def forward_share(y: Tensor, expected: Tensor) -> Tensor:
-    """The largest error of a forward result as a share of the allowed one: FORWARD_ULP of the float64 value, in ulps of
-    its row's largest magnitude."""
+    """Return the largest error of a forward result as a share of the allowed error.
+
+    FORWARD_ULP units are allowed, in ulps of the row's largest magnitude in float64."""
     assert y.shape == expected.shape
     return _share((y.double() - expected).abs(), FORWARD_ULP[y.dtype] * ulp(row_max(expected), y.dtype))
 
 
 def input_gradient_share(dx: Tensor, expected: Tensor, terms: Tensor) -> Tensor:
-    """The same for dx: four times the forward's tolerance, and the rounding of the terms whose difference dx is.
+    """Return the same for dx: four times the forward tolerance, plus the rounding of the terms of the difference.
 
-    dx = r·(g − …) can be far smaller than its terms: for width 1 they cancel down to ε's share. Each term carries
-    the roundings of two products and a mean in the compute dtype, so eight of its ulps are allowed beside.
+    dx = r·(g − …) can be far smaller than its terms: for width 1 they cancel except for ε's share. Each term contains
+    the rounding errors of two products and a mean in the compute dtype, so eight of its ulps are allowed in addition.
     """
     assert dx.shape == expected.shape
     if dx.numel() == 0:
@@ -71,11 +72,11 @@ def input_gradient_share(dx: Tensor, expected: Tensor, terms: Tensor) -> Tensor:
 def gain_gradient_share(
     dweight: Tensor, expected: Tensor, terms: Tensor, floor: Tensor, compute: torch.dtype
 ) -> Tensor:
-    """The same for a gain's gradient: GAIN_TOLERANCE of the sum of |terms| over rows, and half an ulp for the rounding
-    to the gain's dtype.
+    """Return the same for a gain's gradient: GAIN_TOLERANCE of the sum of |terms| over rows, plus half an ulp for the
+    rounding to the gain's dtype.
 
-    `floor` is what each term's error cannot go below, in units of the compute dtype's epsilon: |dy| for LayerNorm's
-    x̂, a difference from a mean that is itself rounded relative to the row's spread (x̂'s is 1), else 0.
+    `floor` is a lower bound of each term's error, in units of the compute dtype's epsilon. It is |dy| for LayerNorm,
+    whose x̂ is a difference from a mean that is itself rounded relative to the row's spread (1 for x̂), otherwise 0.
     """
     assert dweight.shape == expected.shape
     total, least = (t.abs().reshape(-1, t.shape[-1]).sum(0) for t in (terms, floor))
@@ -97,7 +98,7 @@ def assert_gain_gradient(dweight: Tensor, expected: Tensor, terms: Tensor, floor
 
 
 def _share(error: Tensor, allowed: Tensor) -> Tensor:
-    """NaN if anything is NaN."""
+    """Return the largest error as a share of the allowed error; NaN if anything is NaN."""
     return (error / allowed).max() if error.numel() else torch.zeros((), dtype=torch.float64)
 
 

@@ -1,15 +1,15 @@
 """An accelerator without hardware: the device "simgpu", for tests of device handling on a CPU.
 
-Its tensors are wrappers around CPU tensors, and its operators run on the CPU. What a GPU would refuse or be slow at is
-visible:
+Its tensors are wrappers around CPU tensors, and its operators run on the CPU. It shows operations that a GPU would
+refuse, or that would be slow on it:
 
 - tensors of two devices in one operator raise an error, as on CUDA;
-- `counts.waits` counts what makes the host wait for the device: `.item()`, copies to the host, blocking copies to the
-  device;
-- `counts.launches` counts operator calls, the nearest thing to kernel launches that a CPU can count.
+- `counts.waits` counts operations that make the host wait for the device: `.item()`, copies to the host, blocking
+  copies to the device;
+- `counts.launches` counts operator calls, which are similar to kernel launches.
 
 Call `install()` once per process, and `to_simulated(model)` to move a model. The device occupies PyTorch's slot for
-out-of-tree back ends (PrivateUse1), so tests that use it run in a process of their own.
+out-of-tree back ends (PrivateUse1), so tests that use it run in a separate process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 NAME = "simgpu"
 aten = torch.ops.aten
-# Operators that only describe a tensor anew: on a GPU they launch nothing.
+# Operators that only return another view of a tensor: on a GPU they launch no kernel.
 _VIEWS = {
     "view", "_unsafe_view", "expand", "slice", "select", "transpose", "t", "permute", "unsqueeze", "squeeze", "alias",
     "detach", "split", "split_with_sizes", "unbind", "as_strided", "unfold", "diagonal", "_reshape_alias", "chunk",
@@ -37,7 +37,7 @@ _VIEWS = {
 
 @dataclass
 class Counts:
-    """What has run on the device: operators by name, and what the host waited for."""
+    """Counts of the operators that have run on the device, and of the operations for which the host waited, by name."""
 
     launches: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
@@ -131,7 +131,7 @@ def _wrap(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
 
 
 def _check_devices(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise RuntimeError for a CPU tensor beside the device's, except for a scalar or the source of a copy."""
+    """Raise RuntimeError if a CPU tensor is used with the device's, except for a scalar or the source of a copy."""
     if func is aten.copy_.default:
         return
     parts = tree_flatten((args, kwargs))[0]

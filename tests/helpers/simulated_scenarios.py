@@ -1,6 +1,6 @@
-"""Scenarios on the simulated accelerator, each run in a process of its own: `python simulated_scenarios.py NAME`.
+"""Scenarios on the simulated accelerator, each run in a separate process: `python simulated_scenarios.py NAME`.
 
-Prints its result as JSON.
+It prints the result as JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from helpers.simulated_accelerator import NAME, SimulatedTensor, counting, insta
 
 
 def devices() -> dict[str, Any]:
-    """Try what a GPU refuses, and what makes the host wait."""
+    """Try operations that a GPU refuses, and operations for which the host waits."""
     x = SimulatedTensor(torch.arange(6.0).reshape(2, 3))
     found: dict[str, Any] = {"device": str(x.device), "new": str(torch.zeros(2, device=x.device).device)}
     try:

@@ -1,5 +1,5 @@
-"""Scenarios of surgery and comparisons on the simulated accelerator, each run in a process of its own:
-`python simulated_surgery.py NAME`. Prints its result as JSON."""
+"""Scenarios of surgery and comparisons on the simulated accelerator, each run in a separate process:
+`python simulated_surgery.py NAME`. It prints the result as JSON."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Scenarios of training on the simulated accelerator, each run in a process of its own:
-`python simulated_training.py NAME FOLDER`. Prints its result as JSON."""
+"""Scenarios of training on the simulated accelerator, each run in a separate process:
+`python simulated_training.py NAME FOLDER`. It prints the result as JSON."""
 
 from __future__ import annotations
 

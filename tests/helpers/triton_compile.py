@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time, and what the compiler says of them; no GPU is needed."""
+"""Compiles the Triton kernels ahead of time and inspects the compiled code; no GPU is needed."""
 
 import math
 import re
@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 @cache
 def compiled(case: Case) -> Any:
-    """With float32 gains, aligned pointers and contiguous rows."""
+    """Return the kernel, compiled for float32 gains, aligned pointers and contiguous rows."""
     name, options = KERNELS[case.kernel]
     kernel = getattr(triton_norms, name)
     shape = case.tile._asdict()
@@ -79,7 +79,7 @@ def compiled(case: Case) -> Any:
 
 
 def totals(dtype: torch.dtype, target: str) -> Any:
-    """The kernel that adds up the blocks, for gains of a dtype."""
+    """Return the compiled kernel that sums the blocks, for gains of a dtype."""
     signature = dict.fromkeys(("first_ptr", "second_ptr"), TYPES[torch.float32])
     signature |= dict.fromkeys(("first_total_ptr", "second_total_ptr"), TYPES[dtype])
     signature |= dict.fromkeys(("blocks", "width"), "i32")
@@ -91,7 +91,7 @@ def totals(dtype: torch.dtype, target: str) -> Any:
 
 
 def local_memory(made: Any) -> int:
-    """Bytes that a thread keeps outside of its registers."""
+    """Return the number of bytes that a thread stores outside of its registers."""
     if "amdgcn" in made.asm:
         sizes = re.findall(r"\.(?:private_segment_fixed_size|[sv]gpr_spill_count):\s*(\d+)", made.asm["amdgcn"])
         assert len(sizes) >= 3
@@ -107,8 +107,9 @@ def local_memory(made: Any) -> int:
 
 
 def bytes_moved(case: Case, kind: str) -> dict[int, int]:
-    """By the bytes of one instruction of a thread, 16 at most: what all loads (kind "ld") or stores ("st") of global memory
-    in the code move, each counted once."""
+    """Return the bytes that all loads (kind "ld") or stores ("st") of global memory in the code move, each counted once.
+
+    The keys are the bytes of one instruction of a thread, at most 16."""
     moved: dict[int, int] = {}
     threads = case.tile.num_warps * 32
     for vector, bits in re.findall(rf"\b{kind}\.global(?:\.\w+::\w+)*(?:\.v(\d))?\.b(\d+)", compiled(case).asm["ptx"]):

@@ -18,6 +18,6 @@ def wait_until(condition: Callable[[], bool], running: Callable[[], bool] = lamb
     while running():
         if condition():
             return True
-        assert time.monotonic() < end, "what the test waits for has not happened in ten minutes"
+        assert time.monotonic() < end, "the test has waited for ten minutes in vain"
         time.sleep(pause)
     return False

@@ -197,7 +197,7 @@ def test_missing_shard_is_named(tmp_path):
     shards(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     refused(tmp_path, "model-00002-of-00002.safetensors")
-    os.mkfifo(tmp_path / "model-00002-of-00002.safetensors")  # which would block whoever opens it
+    os.mkfifo(tmp_path / "model-00002-of-00002.safetensors")  # opening it would block
     refused(tmp_path, "model-00002-of-00002.safetensors")
 
 

@@ -121,7 +121,7 @@ def test_huge_numbers_in_a_gguf_header_are_read_or_refused_at_once(tmp_path: Pat
 @pytest.mark.parametrize("count", [10**7, 2**60])
 @pytest.mark.parametrize("kind", [8, 9], ids=["strings", "arrays"])
 def test_huge_array_is_refused_although_the_file_is_long_enough(tmp_path: Path, kind: int, count: int) -> None:
-    """The file goes on with zeros, which can be read as empty strings and arrays."""
+    """The rest of the file is zeros, which can be read as empty strings and arrays."""
     head = struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"a", 9, kind, count)
     path = tmp_path / "damaged.gguf"
     path.write_bytes(head)

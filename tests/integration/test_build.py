@@ -72,7 +72,7 @@ class Repository:
             (root / "csrc" / name).write_text(text)
 
     def setup(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-        """Run setup.py in an environment with these variables of its own and no others."""
+        """Run setup.py in an environment in which only these build variables are set."""
         ours = ("CXX", "CXXFLAGS", "LDFLAGS", "OMNINORM_BUILD")
         environment = {name: value for name, value in os.environ.items() if name not in ours}
         command = [sys.executable, "setup.py", "--quiet", *arguments]
@@ -144,7 +144,7 @@ def test_instruction_sets_that_the_compiler_refuses_are_skipped(setup_py, tmp_pa
 
 
 def test_the_first_instruction_set_needs_no_flags(setup_py):
-    """Of equal inline functions the linker keeps the first, which must run on every processor."""
+    """The linker keeps only the first of equal inline functions, and this one must run on every processor."""
     assert all(next(iter(sets.values())) == "" for sets in setup_py.SETS.values())
 
 

@@ -51,7 +51,7 @@ def test_a_float32_stream_stays_float32(make: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("make", [omninorm.RMSNorm, omninorm.LayerNorm])
 def test_a_linear_layer_behind_a_norm_in_autocast(make: type[nn.Module]) -> None:
-    """The layer casts what it gets, as it does behind any norm."""
+    """The layer casts its input, as it does after any norm."""
     model = nn.Sequential(make(32), nn.Linear(32, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = model(torch.randn(6, 32).bfloat16())

@@ -13,7 +13,7 @@ import pytest
 from helpers.waiting import PATIENCE
 
 SCENARIOS = Path(__file__).parents[1] / "helpers" / "simulated_scenarios.py"
-# Of 11 steps with a sample every 5, and at the first.
+# The sampled steps of 11, with a sample at the first step and every 5 steps.
 SAMPLED = {0, 4, 9}
 
 
@@ -89,7 +89,7 @@ def test_norms_on_the_device_are_pytorchs_operators_with_the_cpus_numbers() -> N
         "rms_norm": "torch", "layer_norm": "torch", "add_layer_norm": "torch", "llama": "reference",
     }  # fmt: skip
     assert all(each["gap"] < 1e-5 and each["waits"] == {} for each in found.values())
-    # RMSNorm has no kernel of its own there, as on the CPU.
+    # The device has no kernel for RMSNorm, like the CPU.
     assert found["layer_norm"]["launches"] == {"native_layer_norm": 1}
     assert found["add_layer_norm"]["launches"] == {"add": 2, "native_layer_norm": 1}
     assert sum(found["rms_norm"]["launches"].values()) <= 6

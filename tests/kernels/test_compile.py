@@ -58,7 +58,7 @@ def results(norm: Callable[..., tuple[Tensor, ...]], rows: int, width: int, dtyp
     return [t.detach() for t in (*made, *gradients) if t is not None]
 
 
-# The bits are the operators'; only rms has an operation beside them, an addition in one step of its own.
+# The bits are those of the operators. Only "rms" has another operation, an addition, which is a separate step.
 @pytest.mark.parametrize(
     ("norm", "dtype"),
     [

@@ -77,7 +77,7 @@ def test_graph_on_a_gpu_holds_no_opaque_operator(name: str) -> None:
 
 
 def test_graph_on_the_cpu_holds_the_operator() -> None:
-    """So the test above would see one."""
+    """This shows that the test above would find an operator."""
     seen: list[str] = []
 
     def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:

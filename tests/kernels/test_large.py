@@ -20,7 +20,7 @@ RMS = (EPS, 0.0, False)
 
 
 def memory() -> int:
-    """Bytes that are available now, where Linux says so, else all that there are."""
+    """Return the available memory in bytes if Linux reports it, otherwise the whole memory."""
     with open("/proc/meminfo") as file:
         for line in file:
             if line.startswith("MemAvailable"):

@@ -23,7 +23,7 @@ needs_operators = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavail
 
 
 def run(code: str, *flags: str, path: Path = PACKAGE.parent, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own, with the package from this folder."""
+    """Run Python in a separate process, with the package from this folder."""
     environment = {name: value for name, value in os.environ.items() if name != "OMNINORM_CPU"}
     command = [sys.executable, *flags, "-c", code]
     environment |= {"PYTHONPATH": str(path), **variables}
@@ -36,7 +36,7 @@ def slow_except(*quick: str, names: Iterable[str]) -> list[Any]:
 
 
 def can_be_built() -> bool:
-    """Whether setup.py finds everything that it needs, without building."""
+    """Return whether setup.py finds everything that it needs, without building."""
     spec = importlib.util.spec_from_file_location("omninorm_setup", ROOT / "setup.py")
     setup_py = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup_py)

@@ -138,7 +138,7 @@ def test_a_probe_changes_no_bit_on_any_instruction_set(norm: Norm, instruction_s
     assert same_bits(run(norm, leaves, along, Recorder()), run(norm, leaves, along))
 
 
-# What is shown ---------------------------------------------------------------------------------------------------
+# The values that a probe receives --------------------------------------------------------------------------------
 
 
 @all_norms

@@ -27,18 +27,20 @@ if not gpu.INTERPRETED:
         Case(kernel, *other)
         for number, kernel in enumerate(KERNELS)
         for place, other in enumerate(OTHERS)
-        if (number.bit_count() + place) % 2  # of norms, directions and additions, any two that differ get all four
+        if (number.bit_count() + place)
+        % 2  # two kernels that differ in norm, direction or addition get all four together
     ]
 
     def marks(case: Case) -> tuple:
         return () if case in QUICK else (pytest.mark.slow,) if case in PAIRED else (pytest.mark.exhaustive,)
 
     CASES = [pytest.param(case, marks=marks(case), id=str(case)) for case in EVERY]
-    # Rows of a power of two, whole in a tile: there each byte is moved by an instruction of its own.
+    # Whole rows whose width is a power of two: each byte is moved by exactly one instruction.
     COUNTED = [Case(kernel, *other) for kernel in KERNELS for other in OTHERS if other[2] != "gfx942"]
     COUNTED += [*QUICK, *(Case(kernel, torch.float16, 4096, "sm_90") for kernel in KERNELS)]
 
-    # What is fastest for wide rows, by measurement: whole with some of a thread's numbers in memory, or two rows in steps.
+    # The fastest choices for wide rows, by measurement: whole rows with some of a thread's numbers in memory, or two
+    # rows in steps.
     PARKED = {(True, 8192): 144, (True, 16384): 400, (False, 4096): 128}
 
     @pytest.mark.parametrize("case", CASES)
@@ -53,8 +55,8 @@ if not gpu.INTERPRETED:
         [pytest.param(case, marks=marks(case), id=str(case)) for case in COUNTED if case.tile.WHOLE],
     )
     def test_every_byte_of_a_row_is_moved_once_16_at_a_time(case: Case) -> None:
-        """Forward x once and y once, backward x, dy and dx once; with an addition one more of each. Beside them the gains
-        and the sums of their gradients, once a program, and the rows' statistics.
+        """Forward moves x and y once, backward x, dy and dx once; an addition moves one more of each. In addition, each
+        program moves the gains and the sums of their gradients once, and the rows' statistics.
 
         A backward pass has the loads of x and dy twice in its code: for its first rows, and for the next ones. LayerNorm has
         code for rare rows: forward it reads them five times in small steps, backward it reads the gain once more.
@@ -72,7 +74,7 @@ if not gpu.INTERPRETED:
         # In steps that are small for its threads, one loads less at a time.
         assert loads.pop(16) in (loaded, loaded + rare)
         assert stores.pop(16) == stored
-        # What is left are the statistics, or LayerNorm's first element: a number a row, of which each thread may have a copy.
+        # The rest are the statistics and LayerNorm's first element: a number per row, which each thread may store.
         statistics = threads * 4 * (2 if layer else 1)
         first = threads * rows * case.dtype.itemsize * (1 + add) + rare if layer else 0
         assert sum(loads.values()) <= (statistics * rows * 4 if backward else first)

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm can stand wherever torch.nn's do."""
+"""RMSNorm and LayerNorm can replace those of torch.nn everywhere."""
 
 import inspect
 

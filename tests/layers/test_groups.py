@@ -217,7 +217,7 @@ def test_the_decay_may_be_a_numpy_number() -> None:
 
 
 def loose(name: str, **shapes: tuple[int, ...]) -> nn.Module:
-    """A module whose class has this name, with parameters of its own."""
+    """Return a module whose class has this name, with parameters of these shapes."""
     made: nn.Module = type(name, (nn.Module,), {})()
     for parameter, shape in shapes.items():
         setattr(made, parameter, nn.Parameter(torch.ones(shape)))

@@ -25,7 +25,7 @@ def rms(x: Tensor, dim: int = -1) -> Tensor:
 
 
 class Own(nn.Module):
-    """A norm by somebody's formula, which gets the input and the parameters."""
+    """A norm with any formula, which is called with the input and the parameters."""
 
     def __init__(self, formula: Any, *shapes: tuple[int, ...]) -> None:
         super().__init__()

@@ -62,7 +62,7 @@ def test_the_default_cast_equals_torch(dtype: torch.dtype) -> None:
 
 
 def test_the_rounding_orders_differ_in_16_bits() -> None:
-    """Otherwise the tests above could not tell them apart."""
+    """Otherwise the tests above could not distinguish them."""
     x, weight = torch.randn(50, 768).bfloat16(), torch.randn(768).bfloat16()
     llama = omninorm.functional.rms_norm(x, weight, cast="llama")
     assert not torch.equal(llama, omninorm.functional.rms_norm(x, weight))
@@ -72,7 +72,7 @@ def test_the_rounding_orders_differ_in_16_bits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_module_passes_cast_to_the_function(dtype: torch.dtype) -> None:
-    """One ulp can't tell the orders apart; the share of equal values can: nearly all, or about two thirds."""
+    """One ulp can't distinguish the orders, but the share of equal values can: nearly all, or about two thirds."""
     peer = LlamaRMSNorm(768, eps=1e-5).to(dtype)
     peer.weight.data.copy_(torch.randn(768))
     x = torch.randn(50, 768).to(dtype)

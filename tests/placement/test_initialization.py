@@ -1,4 +1,4 @@
-"""What Xiong et al. 2020 (arXiv 2002.04745) prove of a model at initialization, measured with its confidence interval.
+"""The theorems of Xiong et al. 2020 (arXiv 2002.04745) about initialization, measured with confidence intervals.
 
 Their setting: Xavier-normal matrices, all of width d, ReLU, W_Q = W_K = 0 (attention is the average over tokens),
 coordinates of the embeddings N(0, 1), LayerNorm.
@@ -74,7 +74,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def test_the_last_gradient_is_flat_in_depth_for_post_norm() -> None:
     low, high = interval([slope("post", seed) for seed in range(SEEDS)])
     assert low <= 0 <= high
-    assert high - low < 0.2, "the interval is too wide to say anything"
+    assert high - low < 0.2, "the interval is too wide for a verdict"
 
 
 def test_the_last_gradient_falls_as_the_root_of_depth_for_pre_norm() -> None:

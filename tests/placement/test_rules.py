@@ -226,7 +226,7 @@ def test_muomnis_block_is_pre_norm() -> None:
 
 
 def test_every_block_wraps_foreign_sublayers_and_their_arguments() -> None:
-    """torch.nn.MultiheadAttention behind a two-line adapter, causal or bidirectional by an argument of the call."""
+    """torch.nn.MultiheadAttention in a two-line adapter, causal or bidirectional by an argument of the call."""
 
     class Attention(nn.Module):
         def __init__(self) -> None:

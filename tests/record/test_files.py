@@ -65,7 +65,7 @@ def test_opening_a_record_removes_an_abandoned_page_but_not_one_being_written(tm
 
 
 def test_package_is_imported_and_writes_without_locks_where_there_is_no_fcntl(tmp_path: Path) -> None:
-    """As on Windows, in a process of its own."""
+    """This is so on Windows; the test runs in a separate process."""
     (tmp_path / ".tmp-report.html").write_bytes(b"half")
     program = """
 import sys

@@ -1,4 +1,4 @@
-"""What an installed omninorm must do with torch alone: python smoke.py [cpu|reference] says which back end it must have."""
+"""Checks an installed omninorm that has only torch: python smoke.py [cpu|reference]; the argument is its back end."""
 
 from __future__ import annotations
 

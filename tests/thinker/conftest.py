@@ -25,7 +25,7 @@ def make() -> Callable[..., Thinker]:
         norm = NormConfig(normalization, placement)
         shape = {"vocab_size": 40, "d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 24}
         torch.manual_seed(seed)
-        # A head of its own, because a tied one at random weights mostly repeats the last token.
+        # The head is not tied, because with random weights a tied head mostly repeats the last token.
         model = Thinker(ThinkerConfig(**{**shape, "norm": norm, "tied_head": False, **settings}))
         with torch.no_grad():
             for parameter in model.parameters():

@@ -52,7 +52,7 @@ def _claim(path, key, count):
 @pytest.mark.parametrize("count", [10**6, 2**32, 2**63])
 @pytest.mark.parametrize("key", ["tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tensors"])
 def test_a_huge_number_of_items_is_refused_although_the_file_is_long_enough(tmp_path, key, count):
-    """The file goes on with zeros, which can be read as strings, numbers and tensors."""
+    """The rest of the file is zeros, which can be read as strings, numbers and tensors."""
     path = tmp_path / "m.gguf"
     damaged = _claim(path, key, count)
     last = damaged.index(b"tokens") + 22 if key.endswith("tokens") else damaged.index(b"blk.1.ffn_down.weight") + 60

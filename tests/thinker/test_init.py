@@ -20,7 +20,7 @@ def matrices(model):
 
 
 def check_spread(weight, std):
-    """A sample's standard deviation is within 5 of its own standard errors, and its mean too."""
+    """Check that the standard deviation and the mean of a sample are within 5 standard errors."""
     assert weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * weight.numel()))
     assert abs(weight.mean().item()) < 5 * std / math.sqrt(weight.numel())
 

@@ -15,7 +15,7 @@ from omninorm.thinker.sizes import parameter_shapes
 
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 SHAPES = {
-    "heads of their own": {"num_key_value_heads": 4, "head_dim": 8},
+    "a key head per query head": {"num_key_value_heads": 4, "head_dim": 8},
     "grouped, wide heads": {"num_key_value_heads": 2, "head_dim": 14},
     "one key head, narrow": {"num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": True},
     "eps and theta": {"num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 0.3, "rope_parameters": {"rope_type": "default", "rope_theta": 30.0}},

@@ -1,4 +1,4 @@
-"""The CPU benchmark: omninorm's operators against their peers and the memory-bandwidth bound."""
+"""The CPU benchmark: compares omninorm's operators with other implementations and the memory-bandwidth bound."""
 
 from omninorm.bench.config import BenchConfig
 from omninorm.bench.process import measure_all

@@ -1,4 +1,4 @@
-"""Rotating inputs, enough that none is still in the cache when it is used again."""
+"""Inputs that are used in turn; there are enough of them that none is still in the cache when it is used again."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-# Used if the system does not report it: the last-level cache of most desktop and server cores.
+# The size to assume if the system does not report the last-level cache; it is usual for desktop and server cores.
 FALLBACK_CACHE_BYTES = 32 * 2**20
 MEMORY_CAP_BYTES = 2 * 2**30
-# Tensors per set: x, dy, a residual, and kept outputs and graphs, in multiples of x.
+# The memory of a set in multiples of x: x, dy, a residual, and the outputs and graphs that are kept.
 _TENSORS_PER_SET = 12
-# Tiny inputs may stay in the cache, as they do in practice: their time is that of the call.
+# More sets are not needed: tiny inputs may stay in the cache, as in practice, and their time is that of the call.
 _MOST_SETS = 256
 
 
 def last_level_cache_bytes(caches: Path = _CACHES) -> int:
-    """Return the size of the first core's largest cache, 32 MiB if the system does not report it."""
+    """Return the size of the first core's largest cache, or 32 MiB if the system does not report it."""
     sizes = [parse_size(path) for path in caches.glob("index*/size")]
     return max(sizes, default=0) or FALLBACK_CACHE_BYTES
 
 
 def parse_size(path: Path) -> int:
-    """Return the bytes from a file such as "32768K", 0 for anything else."""
+    """Return the number of bytes in a file with content such as "32768K", or 0 for any other content."""
     try:
         text = path.read_text(encoding="ascii").strip()
         return int(text.rstrip("KMG")) * _UNITS.get(text[-1:], 1)
@@ -34,14 +34,14 @@ def parse_size(path: Path) -> int:
 
 
 def sets_needed(bytes_per_set: int, cache_bytes: int, cap_bytes: int = MEMORY_CAP_BYTES) -> int:
-    """Return how many inputs of this size fill the cache twice, from 2 to 256 and within the memory cap."""
+    """Return the number of inputs of this size that fill the cache twice, from 2 to 256 and within the memory cap."""
     wanted = -(-2 * cache_bytes // max(1, bytes_per_set))
     allowed = cap_bytes // (_TENSORS_PER_SET * max(1, bytes_per_set))
     return max(2, min(wanted, allowed, _MOST_SETS))
 
 
 class Buffers:
-    """Rotating inputs of one size: x, gradients dy and residuals, all (rows, width).
+    """Sets of inputs that are used in turn: x, gradients dy and residuals, all (rows, width).
 
     x requires a gradient; cases without gradients run under `torch.no_grad`.
     """

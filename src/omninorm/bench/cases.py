@@ -26,7 +26,7 @@ BY_AUTOGRAD = "omninorm by autograd"
 
 Skip = Callable[[str, str], None]
 Norm = Callable[[Tensor], Any]
-# A peer's name, its role, and how to build it.
+# A peer's name, its role, and the function that builds it.
 _Entry = tuple[str, str, Callable[[], Norm]]
 
 
@@ -42,7 +42,7 @@ class Context(NamedTuple):
 
 
 def rms_forward(context: Context) -> Case:
-    """y from x without a graph: 1 read + 1 write."""
+    """Compute y from x without a graph: 1 read + 1 write."""
     b = context.buffers
 
     def onnx() -> Norm:
@@ -61,10 +61,10 @@ def rms_forward(context: Context) -> Case:
 
 
 def rms_backward(context: Context) -> Case:
-    """dx and dγ from dy: 2 reads + 1 write.
+    """Compute dx and dγ from dy: 2 reads + 1 write.
 
-    Ours is the bare operator, as clone is; the same through autograd is a separate contestant. The peers have no
-    backward operator to call, so they run through graphs that were built before.
+    Ours is the operator itself, as for clone; the same through autograd is a separate contestant. The peers have no
+    backward operator that could be called, so autograd runs through graphs that were built before.
     """
     b = context.buffers
     ours = context.module(peers.our_rms_norm)
@@ -79,7 +79,7 @@ def rms_backward(context: Context) -> Case:
 
 
 def rms_both(context: Context) -> Case:
-    """y from x, then dx and dγ, by autograd: 3 reads + 2 writes."""
+    """Compute y from x, then dx and dγ, by autograd: 3 reads + 2 writes."""
     entries: list[_Entry] = [
         (OURS, "ours", lambda: context.module(peers.our_rms_norm)),
         ("torch.nn", "peer", lambda: context.module(peers.torch_rms_norm)),
@@ -90,7 +90,7 @@ def rms_both(context: Context) -> Case:
 
 
 def rms_compiled(context: Context) -> Case:
-    """`rms_both` with both modules compiled by torch.compile."""
+    """Compute the same as `rms_both`, with both modules compiled by torch.compile."""
     entries: list[_Entry] = [
         (OURS, "ours", lambda: peers.compiled(context.module(peers.our_rms_norm))),
         ("torch.compile", "peer", lambda: peers.compiled(context.module(peers.torch_rms_norm))),
@@ -99,7 +99,7 @@ def rms_compiled(context: Context) -> Case:
 
 
 def layer_both(context: Context) -> Case:
-    """The same as `rms_both` for LayerNorm: y, then dx, dγ and dβ."""
+    """Compute the same as `rms_both` for LayerNorm: y, then dx, dγ and dβ."""
     entries: list[_Entry] = [
         (OURS, "ours", lambda: context.module(peers.our_layer_norm)),
         ("torch.nn", "peer", lambda: context.module(peers.torch_layer_norm)),
@@ -108,7 +108,7 @@ def layer_both(context: Context) -> Case:
 
 
 def add_rms_forward(context: Context) -> Case:
-    """x + residual and its norm, without a graph: 2 reads + 2 writes; torch.add has 2 + 1."""
+    """Compute x + residual and its norm without a graph: 2 reads + 2 writes; torch.add has 2 + 1."""
     b = context.buffers
     weight = torch.ones(b.width, dtype=b.dtype)
     stock = context.module(peers.torch_rms_norm)
@@ -124,9 +124,9 @@ def add_rms_forward(context: Context) -> Case:
 
 
 def one_row(context: Context) -> Case:
-    """The call of a module on one row without a graph: the overhead of a call.
+    """Call a module on one row without a graph, to measure the overhead of a call.
 
-    The row is always the same one, so it is in the cache, like a row that another layer has just computed.
+    The row is always the same, so it is in the cache, like a row that another layer has just computed.
     """
     b = context.buffers
     entries = [
@@ -164,8 +164,8 @@ def _tolerance(result: Tensor) -> float:
     """Return the tolerated difference between two implementations, relative to the largest element."""
     if result.dtype == torch.float32:
         return 1e-4
-    # Half precision rounds at 2⁻⁸ or finer, and Llama's order rounds twice; gradients of gains are sums over all
-    # rows, which some implementations accumulate in half precision.
+    # Half precision rounds at 2⁻⁸ or finer, and Llama's order rounds twice. Gradients of gains are sums over all rows,
+    # and some implementations accumulate them in half precision.
     return 0.25 if result.ndim == 1 else 4e-2
 
 

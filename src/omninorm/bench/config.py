@@ -21,8 +21,9 @@ class BenchConfig:
 
     Args:
         rows, widths: the sizes; all combinations are measured.
-        dtypes: from "fp32", "bf16" and "fp16". In fp16 only the forward pass is measured.
-        threads: thread counts. All sizes are measured with the first, only the largest row count with the others.
+        dtypes: some of "fp32", "bf16" and "fp16". In fp16 only the forward pass is measured.
+        threads: thread counts. All sizes are measured with the first one, but only the largest row count with the
+            others.
         seconds: time budget per case, which has at least 7 rounds.
         compile: whether to measure torch.compile, which needs a C++ compiler.
         models: whether to measure whole models.
@@ -58,20 +59,20 @@ class BenchConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BenchConfig:
-        """Read what `to_dict` returns.
+        """Return the settings that a dictionary such as `to_dict`'s describes.
 
         Raises:
-            ConfigError: not a mapping, an unknown key, or a bad value.
+            ConfigError: `values` is not a mapping, or has an unknown key or an invalid value.
         """
         check_keys("A benchmark's settings", values, [field.name for field in fields(cls)])
         chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**chosen)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings by name; the result is JSON-serializable."""
+        """Return all settings as a JSON-serializable dictionary."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def all_threads() -> int:
-    """Return the number of cores that this process may use, which can be fewer than the machine has."""
+    """Return the number of cores that this process may use; the machine may have more."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

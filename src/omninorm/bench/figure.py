@@ -1,4 +1,4 @@
-"""The benchmark's figure: GB/s by width, with clone as the measured bound. It only reads results."""
+"""The benchmark's figure: GB/s by width, with clone as the measured bound. It is drawn from results only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which colour-blind readers can distinguish; line styles differ as well.
+# Okabe and Ito's palette, which color-blind readers can distinguish; line styles differ as well.
 _STYLES = {
     OURS: ("#0072B2", "-"),
     "clone": ("black", ":"),

@@ -18,10 +18,10 @@ def to_json(result: Mapping[str, Any]) -> str:
 
 
 def write(folder: Path, result: Mapping[str, Any], *, plot: bool) -> list[Path]:
-    """Write the result, and its figure if `plot`; return the paths. Existing files are replaced.
+    """Write the result, and its figure if `plot` is true; return the paths. Existing files are replaced.
 
     Raises:
-        MissingExtraError: `plot` is set, and matplotlib is not installed.
+        MissingExtraError: `plot` is true, but matplotlib is not installed.
         RunError: the folder can't be written.
     """
     results, figure = folder / RESULTS_FILE, folder / FIGURE_FILE

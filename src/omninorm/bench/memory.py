@@ -1,4 +1,4 @@
-"""Memory that a norm keeps for its backward pass in addition to its input, in bytes per row."""
+"""Measures the memory that a norm keeps for its backward pass in addition to its input, in bytes per row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NORMS = {
 
 
 def kept_per_row(norm: str, rows: int, width: int, dtype: torch.dtype) -> dict[str, float]:
-    """Return the bytes per row of every available implementation."""
+    """Return the bytes per row that every available implementation keeps."""
     found = {}
     for name, make in _NORMS[norm].items():
         try:

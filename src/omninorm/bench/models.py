@@ -1,7 +1,8 @@
-"""Whole models with every norm replaced: Qwen3 from transformers, and the Thinker.
+"""Benchmarks of whole models in which every norm is replaced: Qwen3 from transformers, and the Thinker.
 
-The variants of a model start from the same weights and alternate, one step each per round. The norms' share of a step
-is the number of norms times the time of one alone (forward and backward, at the model's size) over the time of a step.
+The variants of a model have the same initial weights and alternate, one step each per round. The norms' share of a step
+is the number of norms times the time of a single norm (forward and backward, at the model's size), divided by the time
+of a step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _LEARNING_RATE = 1e-5
 
 
 def replace_norms(model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> int:
-    """Replace every norm of a kind by make(norm), and return their number."""
+    """Replace every norm of type `kind` by make(norm), and return their number."""
     found = [name for name, module in model.named_modules() if isinstance(module, kind)]
     for name in found:
         parent, _, child = name.rpartition(".")
@@ -47,7 +48,7 @@ def our_qwen3_norm(norm: Any) -> nn.Module:
 
 
 def qwen3_training(dtype: torch.dtype) -> Case:
-    """Forward, loss, backward and AdamW on 512 tokens."""
+    """Compute forward pass, loss, backward pass and AdamW step on 512 tokens."""
     tokens = torch.randint(0, _VOCABULARY, (1, QWEN_TOKENS))
 
     def step_of(model: nn.Module) -> Callable[[int], None]:
@@ -59,7 +60,7 @@ def qwen3_training(dtype: torch.dtype) -> Case:
 
 
 def qwen3_prefill(dtype: torch.dtype) -> Case:
-    """512 tokens into the cache, and the logits of the last, without a graph."""
+    """Process 512 tokens with a cache and return the logits of the last one, without a graph."""
     tokens = torch.randint(0, _VOCABULARY, (1, QWEN_TOKENS))
 
     def prefill_of(model: nn.Module) -> Callable[[int], None]:
@@ -74,10 +75,10 @@ def qwen3_prefill(dtype: torch.dtype) -> Case:
 
 
 def thinker_training(dtype: torch.dtype) -> Case:
-    """Forward, loss, backward and AdamW on 2,048 tokens, with our RMSNorm, torch.nn's, and torch.nn's LayerNorm."""
+    """Compute a training step on 2,048 tokens, with our RMSNorm, torch.nn.RMSNorm and torch.nn.LayerNorm."""
     config = ThinkerConfig(d_model=THINKER_WIDTH, n_layers=8, n_heads=8)
     first = Thinker(config).to(dtype)
-    # All variants are copies, because the original was up to 5 % slower than its copy: its memory layout differs.
+    # All variants are copies. The original was up to 5 % slower than a copy, because its memory layout differs.
     variants: dict[str, Any] = {name: copy.deepcopy(first) for name in (OURS, "torch.nn", "torch.nn.LayerNorm")}
     kind = omninorm.RMSNorm
     replace_norms(variants["torch.nn"], kind, lambda _: peers.torch_rms_norm(THINKER_WIDTH, dtype))
@@ -88,11 +89,11 @@ def thinker_training(dtype: torch.dtype) -> Case:
     return Case(THINKER_TRAINING, contestants, 1, grad=True)
 
 
-# Operations per step: multiply-adds count twice, and the backward pass counts as two forward passes.
+# The operations per step count a multiply-add as two, and the backward pass as two forward passes.
 _QWEN_WEIGHTS = 6 * (2 * 1024 * 2048 + 2 * 1024 * 1024 + 3 * 1024 * 3072) + _VOCABULARY * QWEN_WIDTH
 _THINKER_WEIGHTS = 8 * (4 * 512 * 512 + 3 * 512 * 1376) + 256 * 512
 MODELS: dict[str, tuple[Callable[[torch.dtype], Case], tuple[str, ...], int, int, float]] = {
-    # case: how to build it, dtypes, rows, width, operations of one step
+    # For each case: the function that builds it, dtypes, rows, width, and operations of one step.
     QWEN_TRAINING: (qwen3_training, ("bf16",), QWEN_TOKENS, QWEN_WIDTH, 6.0 * _QWEN_WEIGHTS * QWEN_TOKENS),
     QWEN_PREFILL: (qwen3_prefill, ("bf16",), QWEN_TOKENS, QWEN_WIDTH, 2.0 * _QWEN_WEIGHTS * QWEN_TOKENS),
     THINKER_TRAINING: (
@@ -108,7 +109,7 @@ MODELS: dict[str, tuple[Callable[[torch.dtype], Case], tuple[str, ...], int, int
 def check_patience(case: str, dtype: str, patience: float) -> None:
     """Raise Unavailable if the model would take longer than `patience` seconds.
 
-    Some CPUs multiply bf16 matrices a hundred times more slowly than fp32 ones, so that one step takes minutes.
+    Some CPUs multiply bf16 matrices a hundred times more slowly than fp32 matrices, so that one step takes minutes.
     """
     variants = 3 if case == THINKER_TRAINING else 2
     training = case != QWEN_PREFILL
@@ -129,7 +130,7 @@ def matmul_speed(dtype: torch.dtype, training: bool) -> float:
     x.requires_grad_(training)
     weight.requires_grad_(training)
     elapsed = 0.0
-    for _ in range(2):  # the first warms up
+    for _ in range(2):  # the first call is a warm-up
         start = time.perf_counter()
         y = F.linear(x, weight)
         if training:

@@ -1,7 +1,7 @@
-"""A one-operator ONNX model, written byte by byte so that the `onnx` package isn't needed.
+"""Writes an ONNX model with one operator byte by byte, so that the package `onnx` is not needed.
 
-ONNX files are protocol buffers: a message is a sequence of fields, each a key (number · 8 + wire type) and a value.
-Field numbers are those of onnx.proto3.
+ONNX files are protocol buffers: a message is a sequence of fields, and a field is a key (number · 8 + wire type) and a
+value. The field numbers are those of onnx.proto3.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import struct
 
 _FLOAT, _HALF = 1, 10
 _ATTRIBUTE_FLOAT, _ATTRIBUTE_INT = 1, 2
-# SimplifiedLayerNormalization is onnxruntime's own RMSNorm, with a kernel of its own on the CPU.
+# SimplifiedLayerNormalization is onnxruntime's name for RMSNorm, for which it has a CPU kernel.
 _IR_VERSION, _OPSET = 8, 17
 
 
@@ -27,7 +27,7 @@ def rms_norm_model(rows: int, width: int, eps: float, *, half: bool) -> bytes:
 
 
 def _tensor(name: str, kind: int, *shape: int) -> bytes:
-    """A ValueInfoProto."""
+    """Return a ValueInfoProto."""
     sizes = b"".join(_message(1, _number(1, size)) for size in shape)
     return _text(1, name) + _message(2, _message(1, _number(1, kind) + _message(2, sizes)))
 

@@ -1,4 +1,4 @@
-"""The peers: torch.nn, torch.compile, transformers and onnxruntime, and the reasons why one is unavailable."""
+"""The peers, other implementations of the norms: torch.nn, torch.compile, transformers and onnxruntime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EPS = 1e-6
 
 
 class Unavailable(Exception):  # noqa: N818 not an error: it is reported, and the benchmark continues
-    """A peer can't take part, for the reason in the message."""
+    """A peer can't be measured; the message is the reason."""
 
 
 def our_rms_norm(width: int, dtype: torch.dtype) -> nn.Module:
@@ -79,7 +79,7 @@ def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def onnx_rms_norm(rows: int, width: int, dtype: torch.dtype, threads: int) -> Callable[[Tensor], Any]:
-    """Return onnxruntime's RMSNorm as a function of a tensor, whose memory it reads without a copy.
+    """Return onnxruntime's RMSNorm as a function of a tensor; it reads the tensor's memory without a copy.
 
     Raises:
         Unavailable: onnxruntime is not installed, or has no kernel for the dtype.

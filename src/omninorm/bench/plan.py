@@ -1,4 +1,4 @@
-"""Jobs of the benchmark, grouped by process, because threads and allocator are settings of a whole process."""
+"""The jobs of the benchmark, grouped by process, because threads and allocator are settings of a whole process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Job(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The jobs of one process. allocator: "raised" or "default", see `process`."""
+    """The jobs of one process. Its `allocator` is "raised" or "default", see `omninorm.bench.process`."""
 
     threads: int
     allocator: str
@@ -58,7 +58,7 @@ def _everything(config: BenchConfig) -> list[Job]:
 
 
 def _sweep(config: BenchConfig, rows: tuple[int, ...]) -> list[Job]:
-    """Return the jobs ordered by size, because jobs of one size share their inputs."""
+    """Return the jobs, ordered by size, because jobs of the same size share their inputs."""
     return [
         Job(case, dtype, count, width)
         for dtype in config.dtypes

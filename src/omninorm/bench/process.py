@@ -1,8 +1,8 @@
 """Runs each group of jobs in its own process, whose environment sets threads and allocator.
 
-Above two thresholds, glibc returns memory to the system and requests it again for every large result. Each page then
-costs a page fault, and together they take several times as long as a norm. With the allocator "raised", the operators
-are measured without these faults, with "default" including them.
+With its default thresholds, glibc returns the memory of every large result to the system and then requests it again.
+Each page then costs a page fault, and these faults take several times as long as a norm. The allocator "raised" has
+higher thresholds, so that the operators are measured without these faults; "default" includes them.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from omninorm.bench.worker import main
 main()
 """
 
-# Called with the current job, the number of finished jobs and the total.
+# A function that is called with the current job, the number of finished jobs and the total.
 Progress = Callable[[str, int, int], None]
 
 
 def measure_all(config: BenchConfig, progress: Progress) -> dict[str, Any]:
-    """Measure everything and return the result as plain JSON values, including targets and losses.
+    """Measure everything and return the result as JSON values, including targets and losses.
 
     Raises:
-        RunError: a measuring process failed; its last output is in the message.
+        RunError: a measuring process failed; the message contains its last output.
     """
     result = new_result(config)
     groups = plan(config)
@@ -89,7 +89,7 @@ def add_event(result: dict[str, Any], event: dict[str, Any]) -> None:
 
 
 def enumerate_started(events: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield every event with the number of jobs started so far, including its own."""
+    """Yield every event with the number of jobs that have started so far, including the event's job."""
     started = 0
     for event in events:
         started += event["event"] == "started"
@@ -97,7 +97,7 @@ def enumerate_started(events: Iterator[dict[str, Any]]) -> Iterator[tuple[int, d
 
 
 def environment(group: Group) -> dict[str, str]:
-    """Return this process's environment with the group's threads and allocator thresholds."""
+    """Return the environment of this process with the group's number of threads and allocator thresholds."""
     kept = {name: value for name, value in os.environ.items() if name not in THRESHOLDS}
     raised = THRESHOLDS if group.allocator == "raised" else {}
     return {**kept, **raised, "OMP_NUM_THREADS": str(group.threads), "TRANSFORMERS_VERBOSITY": "error"}
@@ -122,7 +122,7 @@ def _events(config: BenchConfig, group: Group) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _process(group: Group, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the process in its own session, so that Ctrl-C reaches only the parent, and end it on exit."""
+    """Start the process in a new session, so that Ctrl-C reaches only the parent, and end it on exit."""
     process = subprocess.Popen(
         [sys.executable, "-c", _START, str(os.getpid())],
         stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Benchmark results as tables and lines for a terminal. This module only reads results."""
+"""Prints benchmark results as tables and lines to a terminal. This module only reads results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from omninorm.bench.targets import FAIL, UNKNOWN
 
-# Tables fit 80 columns; narrower terminals cut names, not numbers.
+# Tables fit 80 columns; on narrower terminals, names are cut, but not numbers.
 _NUMBER_WIDTH = 6
 _Key = tuple[str, str, int, str]
 

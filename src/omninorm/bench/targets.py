@@ -1,4 +1,4 @@
-"""Performance targets, as data, and the verdicts on a result. This module only reads results."""
+"""The performance targets, as data, and the verdicts on a result. This module only reads results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from omninorm.bench import cases, memory, models
 from omninorm.timing import OURS
 
 PASS, FAIL, UNKNOWN = "pass", "FAIL", "not measured"
-# The sizes that the limits apply to; models and the one-row case have their own sizes.
+# The sizes to which the limits apply; models and the one-row case have other sizes.
 _LEAST_ROWS, _WIDTHS = 512, (576, 4096)
 _ANY_SIZE = frozenset({cases.ONE_ROW, models.QWEN_TRAINING, models.QWEN_PREFILL, models.THINKER_TRAINING})
 
@@ -18,7 +18,7 @@ _ANY_SIZE = frozenset({cases.ONE_ROW, models.QWEN_TRAINING, models.QWEN_PREFILL,
 class Target(NamedTuple):
     """A limit on the ratio of our time to another's.
 
-    at_least: whether the limit is on the speed-up instead, the other's time over ours.
+    If `at_least` is true, it is a lower limit on the speed-up instead: the other's time over ours.
     """
 
     name: str
@@ -57,7 +57,7 @@ TARGETS = (
     Target("Thinker speed / nn.RMSNorm", models.THINKER_TRAINING, "torch.nn", ("bf16",), 1.15, at_least=True),
     Target("Thinker speed / nn.LayerNorm", models.THINKER_TRAINING, "torch.nn.LayerNorm", _FLOATS, 1.00, at_least=True),
 )
-# Bytes per row that a norm may keep for its backward pass beyond x.
+# The bytes per row that a norm may keep for its backward pass in addition to x.
 KEPT_LIMITS = {memory.RMS_KEPT: 4.0, memory.LAYER_KEPT: 8.0}
 
 
@@ -76,9 +76,9 @@ class Point(NamedTuple):
 
 
 def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the verdict on every target: the worst size decides, and the median over the sizes is reported.
+    """Return the verdict on every target. The worst size decides; the median over the sizes is reported as well.
 
-    A target without measurements is "not measured", never passed.
+    The verdict on a target without measurements is "not measured".
     """
     verdicts = []
     for target in TARGETS:
@@ -93,7 +93,7 @@ def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def points_of(target: Target, result: Mapping[str, Any]) -> Iterator[Point]:
-    """Yield the measurements for a target: its case, dtypes and sizes, with the allocator's thresholds raised."""
+    """Yield the measurements of a target's case, dtypes and sizes, with the allocator "raised"."""
     for each in result["measurements"]:
         place = (each["dtype"], each["rows"], each["width"], each["threads"])
         counts = each["case"] == target.case and each["dtype"] in target.dtypes and each["allocator"] == "raised"

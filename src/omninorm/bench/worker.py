@@ -60,7 +60,7 @@ def run(config: BenchConfig, group: Group, tell: Tell) -> None:
                 _model(config, group, job, cache, tell)
             else:
                 if buffers is None or (buffers.rows, buffers.width, buffers.dtype) != (*job[2:], DTYPES[job.dtype]):
-                    buffers = None  # free the old ones before allocating new ones
+                    buffers = None  # free the old buffers before new ones are allocated
                     buffers = Buffers(job.rows, job.width, DTYPES[job.dtype], cache)
                 _operator(config, group, job, cases.Context(buffers, group.threads, skip), tell)
         except Unavailable as reason:

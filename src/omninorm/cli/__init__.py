@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     _prepare_streams()
     if arguments is None and hasattr(signal, "SIGPIPE"):
-        # With the default handler `omninorm … | head` ends quietly, as other programs do.
+        # With the default handler, `omninorm … | head` ends without an error message, like other programs.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _prepare_streams() -> None:
-    """Make both streams usable: one may be closed, or have an encoding that lacks a character."""
+    """Make stdout and stderr usable: one may be closed, or its encoding may lack characters."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -74,7 +74,7 @@ def _fail(sentence: str, code: int) -> None:
 
 
 def _flush() -> None:
-    """Flush stdout, so that output lost on a full disk is one error and not a traceback when Python exits."""
+    """Flush stdout. If the disk is full, this is a one-line error instead of a traceback when Python exits."""
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The Typer application. A command's module is imported when the command is used, and not to list the commands."""
+"""The Typer application. The module of a command is imported when the command is used, but not to list the commands."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from typer.core import TyperCommand, TyperGroup
 from omninorm.cli.wording import bad_value, extra_arguments, use_flags
 from omninorm.errors import ConfigError, DataError, InputError
 
-# In the order of the help page. `omninorm.cli.NAME` defines the function NAME.
+# The commands in the order of the help page. The module `omninorm.cli.NAME` defines the function NAME.
 COMMANDS = ("demo", "train", "generate", "compare", "report", "inspect", "convert", "bench", "doctor")
 
 
 class _Command(TyperCommand):
-    """A command whose help page wraps its paragraphs at the width of the terminal, and not as the docstring does, and
-    whose errors call options by the names that a user types."""
+    """A command whose help page wraps paragraphs at the width of the terminal instead of where the docstring does.
+
+    Its errors name options as a user types them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         typed = list(args)
-        ctx.allow_extra_args = True  # to refuse them below
+        ctx.allow_extra_args = True  # `extra_arguments` explains them below
         try:
             extra = super().parse_args(ctx, args)
         except typer.BadParameter as error:
@@ -89,7 +90,7 @@ class _LazyGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # Typer would exit without a word
+        except KeyboardInterrupt:  # Typer would exit without a message
             typer.echo("omninorm: Interrupted.", err=True)
             raise typer.Exit(128 + signal.SIGINT) from None
 
@@ -129,20 +130,20 @@ def _summary(name: str) -> str:
 
 
 def _show_plain_default(parameter: Any) -> None:
-    """Show a default that was given as text as it is: Typer puts it in parentheses."""
+    """Show a default that is a text without the parentheses in which Typer puts it."""
     if isinstance(parameter.show_default, str) and hasattr(parameter, "_get_default_string"):
         parameter._get_default_string = lambda **_: parameter.show_default
 
 
 def _hide_type(option: Any) -> Any:
-    """Hide a flag's type, `<bool>`, on the help page: a flag takes no value. Return the option."""
+    """Hide a flag's type, `<bool>`, on the help page, because a flag takes no value; return the option."""
     if option is not None:
         option.metavar = ""
     return option
 
 
 def _version() -> str:
-    from importlib import metadata  # it takes longer to import than the help page takes to print
+    from importlib import metadata  # a late import: it takes longer than printing the help page
 
     try:
         return metadata.version("omninorm")
@@ -165,7 +166,7 @@ def _omninorm(
         ),
     ] = False,
 ) -> None:
-    # Commands print alarms themselves; the library's log would repeat them.
+    # The commands print alarms themselves, so the library's log would repeat them.
     log = logging.getLogger("omninorm.watch")
     log.propagate = False
     log.addHandler(logging.NullHandler())

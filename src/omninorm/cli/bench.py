@@ -1,4 +1,4 @@
-"""`omninorm bench`: omninorm's CPU operators against their peers and the memory-bandwidth bound."""
+"""`omninorm bench`: compares omninorm's CPU operators with other implementations and the memory-bandwidth bound."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omninorm.errors import ConfigError
 if TYPE_CHECKING:
     from omninorm.bench import BenchConfig
 
-PATIENCE = 150.0  # BenchConfig's, repeated here because importing it would import torch; a test compares it
+PATIENCE = 150.0  # BenchConfig's default, repeated here because importing it would import torch; a test compares both
 _QUICK: dict[str, Any] = {"rows": (512,), "dtypes": ("fp32", "bf16"), "threads": (1,), "seconds": 0.3}
 
 
@@ -53,11 +53,11 @@ def bench(
 ) -> None:
     """Benchmark the CPU operators against torch.nn, torch.compile, transformers, onnxruntime and memory bandwidth.
 
-    Takes about eight minutes on two cores, or one minute with --quick. GPUs are not measured. Missed targets are
-    printed and do not change the exit code.
+    The benchmark takes about eight minutes on two cores, or one minute with --quick. It does not measure GPUs. Missed
+    targets are printed, but do not change the exit code.
     """
     check_on_cpu("bench", device, "it measures the CPU operators; python benchmarks/gpu.py measures the norms on a GPU")
-    from omninorm.bench import measure_all  # here, like the next, because they import torch
+    from omninorm.bench import measure_all  # late imports: these modules import torch
     from omninorm.bench.figure import load_matplotlib
     from omninorm.bench.files import to_json, write
     from omninorm.cli.machine import inspect_machine
@@ -67,7 +67,7 @@ def bench(
     folder = out if out is not None or as_json else fresh_folder("bench")
     plot = plot and folder is not None
     if plot:
-        load_matplotlib()  # before measuring, so that a missing package is reported at once
+        load_matplotlib()  # before measuring, so that a missing package is reported immediately
     screen = Console(file=sys.stderr, soft_wrap=True, markup=False) if as_json else console()
     try:
         with Counting(screen) as progress:
@@ -93,7 +93,7 @@ def _config(
     compile: bool | None,
     models: bool | None,
 ) -> BenchConfig:
-    """Return the defaults, or those of --quick, overridden by the given options."""
+    """Return the default settings, or those of --quick, with the given options."""
     from omninorm.bench import BenchConfig
 
     given: dict[str, Any] = {

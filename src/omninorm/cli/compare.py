@@ -43,7 +43,7 @@ def compare(
         ),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="local; or ray, which uses the cluster in RAY_ADDRESS, or else this machine.")
+        str, typer.Option(help="local, or ray: the cluster that RAY_ADDRESS names, or this machine without one.")
     ] = "local",
     device: Annotated[
         str, typer.Option(help=f"{DEVICE_HELP} The workers share all GPUs, or one if it is numbered.")
@@ -67,8 +67,8 @@ def compare(
     Ctrl-C stops the comparison; --resume continues it and does not repeat finished runs. Failed runs are retried once
     and reported.
     """
-    from omninorm.bench.config import all_threads  # here, like the next, because it imports torch
-    from omninorm.cli import comparing  # needs packages that the other commands do not
+    from omninorm.bench.config import all_threads  # late imports: this module imports torch,
+    from omninorm.cli import comparing  # and this one needs packages that the other commands do not need
     from omninorm.device import find_devices
     from omninorm.experiments.compare.crew import usual_workers
 
@@ -77,8 +77,8 @@ def compare(
     check_number("time_limit", time_limit, above=0.0)
     check_choice("engine", engine, ("local", "ray"))
     if engine == "ray":
-        check_choice("device", device, ("auto", "cpu", "cuda"))  # the GPUs are the cluster's
-        importlib.import_module("omninorm.experiments.compare.on_ray")  # fails without Ray, before a folder is made
+        check_choice("device", device, ("auto", "cpu", "cuda"))  # a GPU of this machine cannot be chosen
+        importlib.import_module("omninorm.experiments.compare.on_ray")  # without Ray, fail before a folder is created
     devices = find_devices("cpu" if engine == "ray" else device)
     screen = Console(file=sys.stderr, soft_wrap=True, markup=False) if as_json else console()
     if resume is None:

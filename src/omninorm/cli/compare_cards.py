@@ -1,4 +1,4 @@
-"""Verdict cards for a terminal."""
+"""Prints verdict cards to a terminal."""
 
 from __future__ import annotations
 

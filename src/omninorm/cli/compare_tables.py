@@ -1,4 +1,4 @@
-"""A comparison's plan and results as text for a terminal."""
+"""Prints a comparison's plan and results to a terminal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def introduce(screen: Console, plan: ComparePlan, runs: int) -> None:
 
 
 def conclude(screen: Console, results: Mapping[str, Any]) -> None:
-    """Print every study as a table, and the runs that failed."""
+    """Print a table for every study, and the number of failed runs."""
     for study in results["studies"]:
         screen.print(_table(study))
     if results["failures"]:

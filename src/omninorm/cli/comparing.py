@@ -43,8 +43,8 @@ class Crew:
         engine: "local" or "ray".
         workers: the number of parallel runs.
         time_limit: seconds per run.
-        device: the device as it is named on the command line.
-        devices: those of this machine that the workers share.
+        device: the device as the user typed it.
+        devices: the devices of this machine that the workers share.
     """
 
     engine: str
@@ -54,7 +54,7 @@ class Crew:
     devices: Sequence[torch.device]
 
     def where(self) -> str:
-        """Return the GPUs as the end of a phrase; an empty text for the CPU."""
+        """Return the GPUs as the end of a phrase, such as " on cuda:0 …"; empty for the CPU."""
         if self.devices[0].type == "cpu":
             return ""
         return f" on {', '.join(map(str, self.devices))} (not yet measured on a GPU)"
@@ -62,7 +62,7 @@ class Crew:
 
 @dataclass(frozen=True)
 class Job:
-    """A comparison that is about to run. is_new: whether its folder has yet to be created."""
+    """A comparison that is about to run. `is_new` is true if its folder has not been created yet."""
 
     plan: ComparePlan
     store: Store
@@ -70,10 +70,11 @@ class Job:
     is_new: bool
 
     def introduce(self, screen: Console, crew: Crew) -> list[Cell]:
-        """Print the plan and the estimated duration; return the runs that are still to do.
+        """Print the plan and the estimated duration; return the runs that are not done yet.
 
         Raises:
-            ConfigError: the model's factory ignores its arguments, or a run to do on this machine is too large for it.
+            ConfigError: the model's factory ignores its arguments, or a run is too large for this machine, which would
+                have to compute it.
         """
         cells = self.plan.cells()
         tables.introduce(screen, self.plan, len(cells))
@@ -95,7 +96,7 @@ class Job:
         model = self.plan.model
         if not todo:
             return "All runs are done."
-        if not all(map(fits_memory, todo)):  # nothing can be timed here, but Ray's machines may be larger
+        if not all(map(fits_memory, todo)):  # such a run can't be timed here, but Ray's machines may have more memory
             seconds = None
         elif model:
             seconds = probe_in_subprocess(model, todo, crew.workers, crew.time_limit, crew.devices[0])
@@ -145,7 +146,7 @@ class Job:
 def _engine(crew: Crew, store: Store) -> Runner:
     if crew.engine == "local":
         return Engine(store, crew.workers, crew.time_limit, crew.devices)
-    from omninorm.experiments.compare.on_ray import RayEngine  # it needs Ray
+    from omninorm.experiments.compare.on_ray import RayEngine  # a late import: it needs Ray
 
     return RayEngine(store, crew.workers, crew.time_limit, crew.device)
 
@@ -180,7 +181,7 @@ def resume_job(folder: Path, others: Mapping[str, object]) -> Job:
 
     Raises:
         ConfigError: one of the other options is given.
-        RunError: the folder holds no comparison.
+        RunError: the folder has no comparison.
     """
     given = [f"{name} {value}" for name, value in others.items() if value]
     if given:

@@ -1,4 +1,4 @@
-"""The console that commands print to, and the commands that they suggest next."""
+"""The console to which commands print, and the commands that they suggest next."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ DEVICE_HELP = "Device: auto (a GPU if PyTorch sees one), cpu, cuda, cuda:N or mp
 
 
 def console() -> Console:
-    """Return standard output as it is now: styled on a terminal, plain text without control codes anywhere else, and
-    there as wide as its tables unless COLUMNS sets a width.
+    """Return a console for the current standard output.
+
+    On a terminal its text is styled. Elsewhere it is plain text without control codes, as wide as the tables need; the
+    environment variable COLUMNS sets another width.
     """
     if not sys.stdout.isatty():
         width = None if os.environ.get("COLUMNS") else _WIDE
@@ -31,7 +33,7 @@ def console() -> Console:
 
 
 def program() -> str:
-    """Return what to type to run omninorm: its name if the shell finds it, else the path that it was started by."""
+    """Return what to type to run omninorm: its name if the shell finds it, otherwise the path of this program."""
     started = sys.argv[0]
     if Path(started).name != "omninorm" or shutil.which("omninorm") is not None:
         return "omninorm"
@@ -39,16 +41,16 @@ def program() -> str:
 
 
 def generate_command(folder: Path, prompt: str | None = "In the beginning") -> str:
-    """Return the command that generates text from a run; the prompt should suit the text that it was trained on."""
+    """Return the command that generates text from a run. The prompt should suit the text on which it was trained."""
     option = "" if prompt is None else f" --prompt {shlex.quote(prompt)}"
     return f"{program()} generate {shlex.quote(str(folder))}{option}"
 
 
 def check_on_cpu(command: str, device: str, reason: str) -> None:
-    """Raise ConfigError for a device that a command does not use, or that is not here."""
+    """Raise ConfigError unless `device` is "auto" or "cpu", for a command that runs on the CPU only."""
     if device in ("auto", "cpu"):
         return
-    from omninorm.device import find_device  # here, because it imports torch
+    from omninorm.device import find_device  # a late import: this module imports torch
 
     found = find_device(device)
     raise ConfigError(f"omninorm {command} runs on the CPU only, because {reason}", str(found), "use --device cpu")

@@ -33,7 +33,7 @@ def convert(
         Path | None, typer.Argument(help="The new folder; not needed with --dry-run.", show_default=False)
     ] = None,
     swap: Annotated[
-        bool, typer.Option("--swap", help="Copy it unchanged and list the norms that omninorm can replace.")
+        bool, typer.Option("--swap", help="Copy the checkpoint unchanged and list the norms that omninorm can replace.")
     ] = False,
     fold: Annotated[
         bool, typer.Option("--fold", help="Fold γ and β into the linear layers that read the norms' outputs.")
@@ -55,7 +55,7 @@ def convert(
 
     --fold and --center can be combined.
 
-    The new folder loads in transformers like the old one. docs/surgery.md explains when a conversion is exact.
+    transformers loads the new folder like the old one. docs/surgery.md explains when a conversion is exact.
     """
     check_on_cpu("convert", device, "it reads each weight from disk a few times and computes little with it")
     chosen = [name for name, given in (("swap", swap), ("fold", fold), ("center", center), ("undo", undone)) if given]
@@ -87,7 +87,7 @@ def convert(
 
 def _do(source: Path, target: Path | None, what: str, keep_delta: bool, tell: Tell) -> Conversion | None:
     """Convert or undo; return the conversion, or None for an undo."""
-    from omninorm.surgery import convert as library  # here, because it imports torch
+    from omninorm.surgery import convert as library  # a late import: this module imports torch
 
     if what != "undo":
         return library.convert(source, target, what, keep_delta=keep_delta, tell=tell)

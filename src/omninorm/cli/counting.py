@@ -11,7 +11,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Counting:
-    """Progress display, used as a context manager and called with the current work, the number done and the total."""
+    """A progress display: a context manager that is called with the current work, the number done and the total."""
 
     def __init__(self, screen: Console) -> None:
         self._screen = screen

@@ -10,7 +10,7 @@ import typer
 from omninorm.cli.console import DEVICE_HELP
 
 DEPTH, STEPS = 24, 150
-VARIANTS = 4  # repeated here because importing the library would import torch; a test compares it
+VARIANTS = 4  # the library's number, repeated here because importing it would import torch; a test compares both
 
 
 def demo(
@@ -33,10 +33,10 @@ def demo(
 ) -> None:
     """Train a deep transformer four times, changing only its norms, and compare the results.
 
-    The four are pre-norm RMSNorm, pre-norm LayerNorm, post-norm RMSNorm and no norm.
-    Takes about four minutes on two cores; not yet measured on a GPU.
+    The four variants are pre-norm RMSNorm, pre-norm LayerNorm, post-norm RMSNorm and no norm.
+    The demo takes about four minutes on two cores; not yet measured on a GPU.
     Ctrl-C saves checkpoints and prints the command to resume.
     """
-    from omninorm.cli import demonstrating  # here, because it imports torch
+    from omninorm.cli import demonstrating  # a late import: this module imports torch
 
     demonstrating.run(out, resume, depth, steps, text, device, workers)

@@ -50,15 +50,15 @@ def run(
     """Run the demo, new or resumed, and print its results.
 
     Args:
-        out: the new folder; None means a new runs/demo-N.
-        resume: the folder of an interrupted demo, whose settings are then used.
+        out: the new folder; None means a new folder runs/demo-N.
+        resume: the folder of an interrupted demo, which continues with its own settings; None starts a new demo.
         depth, steps: the number of blocks and of optimizer steps; None means the defaults.
         text: a file or a folder; None means the default text.
-        device: the name of the device or, for all GPUs, of their type; None means that of the runs.
+        device: the name of the device or, for all GPUs, of their type; None means the device of the runs.
         workers: the number of parallel single-threaded workers.
 
     Raises:
-        ConfigError, DataError, RunError: an option, the text or a folder is unusable.
+        ConfigError, DataError, RunError: an option, the text or a folder cannot be used.
         Exit: Ctrl-C or SIGTERM stopped it; the command that resumes it has been printed.
     """
     check_count("workers", workers)
@@ -88,7 +88,7 @@ def _plans(
     changed = [f"{name} {value}" for name, value in given.items() if value is not None]
     if changed:
         remedy = "omit them, or start a new demo without --resume"
-        raise ConfigError("--resume uses the settings that the demo was started with", ", ".join(changed), remedy)
+        raise ConfigError("--resume uses the original settings of the demo", ", ".join(changed), remedy)
     if not resume.exists():
         raise RunError(f"No such file or folder: {resume}", "", "pass a folder that omninorm demo wrote")
     first = read_plan(resume / next(iter(library.VARIANTS)))
@@ -132,7 +132,7 @@ class _Progress:
             for name, plan in plans.items()
         }
         self._sizes: dict[str, int] = {}
-        self._reported: set[str] = set()  # runs whose end has been printed
+        self._reported: set[str] = set()  # the runs whose end has been printed
         self._last = time.monotonic()
 
     def __enter__(self) -> _Progress:

@@ -1,4 +1,4 @@
-"""`omninorm doctor`: what this machine has, what is missing, and how to install it."""
+"""`omninorm doctor`: prints what this machine has, what is missing, and how to install it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show versions, CPU, GPUs and back ends, and the commands that install what is missing."""
-    from omninorm.cli import machine  # here, because it imports torch
+    from omninorm.cli import machine  # a late import: this module imports torch
 
     facts = machine.inspect_machine()
     if as_json:
@@ -28,7 +28,7 @@ def doctor(
     screen.print(_table("Packages", [(name, value or "not installed") for name, value in facts["versions"].items()]))
     screen.print("Back ends", style="italic")
     for each in facts["backends"]:
-        # Not a table, because a reason with its remedy is too long for a column.
+        # This is not a table, because a reason with its remedy is too long for a column.
         screen.print(f"{each['name']}: {'available' if each['available'] else 'unavailable'} ({each['reason']})")
     if not facts["missing"]:
         no_gpu = "" if facts["gpu"]["devices"] else " PyTorch sees no GPU, so everything runs on the CPU."

@@ -1,4 +1,4 @@
-"""Escape control characters in text from models and file names for terminal output."""
+"""Escapes control characters in text from models and in file names, for terminal output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ def harmless(text: str, *, one_line: bool = False) -> str:
 
     Args:
         text: the text to print.
-        one_line: replace line breaks and tabs as well.
+        one_line: whether line breaks and tabs are also replaced.
     """
     return "".join(_picture(character, "" if one_line else "\n\t") for character in text)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FAILED = 1
 _STYLES = {"fail": "bold red", "warn": "yellow", "note": "cyan"}
-_PROGRESS_FROM = 1 << 28  # bytes: less is done in a few seconds
+_PROGRESS_FROM = 1 << 28  # bytes; smaller files need only a few seconds
 
 
 def inspect(
@@ -40,7 +40,7 @@ def inspect(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="Another checkpoint of the same model: print what differs in it, such as gains that are 1 higher.",
+            help="Another checkpoint of the same model: print the differences, such as gains that are higher by 1.",
             show_default=False,
         ),
     ] = None,
@@ -53,11 +53,11 @@ def inspect(
 
     With --against, compare it with another checkpoint instead, in any format: Hugging Face, GGUF, MLX or a run.
 
-    Exits with 1 if a finding is a failure, or if a difference matters.
+    The exit code is 1 if a finding is a failure, or if a difference matters.
     """
     check_on_cpu("inspect", device, "it reads each weight from disk once and computes little with it")
     check_count("top", top, at_least=0)
-    from omninorm.inspection import inspect_checkpoint  # here, because it imports torch
+    from omninorm.inspection import inspect_checkpoint  # a late import: this module imports torch
 
     screen = console()
     if against is not None:
@@ -77,7 +77,7 @@ def inspect(
 
 @contextlib.contextmanager
 def _progress(screen: Console) -> Iterator[Report | None]:
-    """Show a transient progress bar on a terminal; on stderr, so that `--json > file` shows it as well."""
+    """Show a transient progress bar on a terminal. It is on stderr, so that `--json > file` shows it as well."""
     errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
     if not (errors.is_terminal and screen.is_terminal):
         yield None

@@ -1,4 +1,4 @@
-"""`omninorm inspect A --against B`: what differs between two checkpoints."""
+"""`omninorm inspect A --against B`: prints the differences between two checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DIFFERENT = 1
 
 def compare(screen: Console, a: Path, b: Path, top: int, as_json: bool) -> None:
     """Print the comparison, and exit with 1 if a difference matters."""
-    from omninorm.inspection import compare_weights  # here, because it imports torch
+    from omninorm.inspection import compare_weights  # a late import: this module imports torch
 
     result = compare_weights(a, b)
     if as_json:
@@ -46,7 +46,7 @@ def _show(screen: Console, result: Comparison, top: int) -> None:
     _show_errors(screen, result)
     screen.print()
     ways = "; ".join(f"{way}: {count}" for way, count in result.matched().items())
-    screen.print(_line(f"How the {len(result.results)} pairs were matched: {ways}."))
+    screen.print(_line(f"Matching of the {len(result.results)} pairs: {ways}."))
     for skipped in result.not_compared:
         times = f"{skipped.count} × " if skipped.count > 1 else ""
         screen.print(_line(f"Not compared in {skipped.where}: {times}{skipped.role}, because {skipped.reason}."))

@@ -25,18 +25,18 @@ _TRITON = ("triton", "pytorch-triton-rocm", "triton-windows")
 _CUDA_WHEELS = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
 _ROCM_WHEELS = "pip install torch --index-url https://download.pytorch.org/whl/rocm6.4"
 _REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir . (in omninorm's source folder)"
-# The first NVIDIA driver of each major version of CUDA: any of them runs all of its minor versions. From the table
-# "CUDA Toolkit and Minimum Required Driver Version for CUDA Minor Version Compatibility" of CUDA's release notes.
+# The oldest NVIDIA driver for each major version of CUDA; it runs all minor versions. The source is the table "CUDA
+# Toolkit and Minimum Required Driver Version for CUDA Minor Version Compatibility" in CUDA's release notes.
 _FIRST_DRIVERS = {11: 450, 12: 525, 13: 580}
-# Their variables that hide GPUs; ROCm reads CUDA's as well.
+# The environment variables that hide GPUs; ROCm also reads CUDA's.
 _HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _DEVICES = Path("/dev")
-# Present if the kernel has loaded the vendor's driver.
+# These files exist if the kernel has loaded the vendor's driver.
 _NVIDIA, _AMD = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu")
 
 
 def inspect_machine() -> dict[str, Any]:
-    """Return everything that doctor shows, as plain JSON values."""
+    """Return everything that `omninorm doctor` prints, as JSON values."""
     installed = versions()
     gpu, memory = inspect_gpu(), memory_bytes()
     return {
@@ -59,10 +59,10 @@ def inspect_machine() -> dict[str, Any]:
 
 
 def inspect_gpu() -> dict[str, Any]:
-    """Return the GPUs that PyTorch sees and the software that they need, as plain JSON values.
+    """Return the GPUs that PyTorch sees and the software that they need, as JSON values.
 
-    "runtime" is what PyTorch was built for, such as "CUDA 12.8"; "driver" is the version of the loaded kernel driver,
-    None if there is none; "capability" is the compute capability of an NVIDIA GPU, or AMD's architecture.
+    "runtime" is the platform for which PyTorch was built, such as "CUDA 12.8"; "driver" is the version of the loaded
+    kernel driver, or None; "capability" is the compute capability of an NVIDIA GPU, or the architecture of an AMD GPU.
     """
     return {
         "runtime": _runtime(),
@@ -92,7 +92,7 @@ def _runtime() -> str | None:
 
 
 def _driver() -> str | None:
-    """Return the version of the NVIDIA or AMD kernel driver, None if neither is loaded."""
+    """Return the version of the NVIDIA or AMD kernel driver, or None if neither is loaded."""
     try:
         if _NVIDIA.exists():
             words = _NVIDIA.read_text(encoding="utf-8", errors="replace").splitlines()[0].split()
@@ -108,7 +108,7 @@ def _driver() -> str | None:
 
 
 def _nccl() -> str | None:
-    """Return the version of NCCL (RCCL on AMD), None if PyTorch was built without it or sees no GPU."""
+    """Return the version of NCCL (RCCL on AMD), or None if PyTorch was built without it or sees no GPU."""
     if not (torch.cuda.is_available() and torch.distributed.is_available() and torch.distributed.is_nccl_available()):
         return None
     version: Any = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
@@ -158,7 +158,7 @@ def _unused_gpu(runtime: str, driver: str) -> dict[str, str]:
 
 
 def _is_too_old(driver: str, runtime: str) -> bool:
-    """Return whether an NVIDIA driver is certainly too old for a version of CUDA."""
+    """Return whether an NVIDIA driver is known to be too old for a version of CUDA."""
     version, cuda = re.match(r"NVIDIA (\d+)\.", driver), re.match(r"CUDA (\d+)\.", runtime)
     return version is not None and cuda is not None and int(version[1]) < _FIRST_DRIVERS.get(int(cuda[1]), 0)
 
@@ -173,7 +173,7 @@ def _cpu_name() -> str:
 
 
 def _compiler() -> str | None:
-    """Return the version line of the C++ compiler that setup.py would build the operators with."""
+    """Return the version line of the C++ compiler with which setup.py would build the operators, or None."""
     named = shlex.split(os.environ.get("CXX", ""))
     for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]):

@@ -20,7 +20,7 @@ def show_progress(run: Run) -> TrainResult:
     screen = console()
     if not screen.is_terminal:
         return run.train(_Lines(screen, run.plan.train.steps))
-    # Short enough for a terminal of 80 columns.
+    # The line fits a terminal of 80 columns.
     columns = (
         BarColumn(bar_width=8),
         MofNCompleteColumn(),
@@ -33,7 +33,7 @@ def show_progress(run: Run) -> TrainResult:
 
 
 class _Bar:
-    """Events on a terminal: the bar shows the newest step, evaluations scroll above it."""
+    """Prints events to a terminal: the bar shows the newest step, and evaluations scroll above it."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
@@ -51,7 +51,7 @@ class _Bar:
 
 
 class _Lines:
-    """Events where the cursor cannot move, such as in a log file."""
+    """Prints events as lines, for output in which the cursor cannot move, such as a log file."""
 
     def __init__(self, screen: Console, steps: int) -> None:
         self._screen = screen
@@ -82,7 +82,7 @@ class _Lines:
 
     def _print(self, line: str) -> None:
         self._last = time.monotonic()
-        # Flushed, because a pipe or a file would otherwise hold lines back until the run ends.
+        # Flush, because a pipe or a file would otherwise receive the lines only when the buffer is full.
         self._screen.print(line)
         self._screen.file.flush()
 
@@ -96,7 +96,7 @@ def alarm_text(event: AlarmEvent) -> str:
 
 
 def _brief(event: StepEvent) -> str:
-    """Return the numbers that leave space for those of an evaluation on a terminal of 80 columns."""
+    """Return the numbers of a step, short enough for an evaluation's next to them on a terminal of 80 columns."""
     return f"loss {event.loss:.2f} nats/token  {event.tokens_per_second:,.0f} tok/s"
 
 

@@ -1,4 +1,4 @@
-"""`omninorm report`: write the report page of a run or a comparison."""
+"""`omninorm report`: writes the report page of a run or a comparison."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from omninorm.report.pair import describe, names_of
 from omninorm.report.reading import find_record
 
 PAGE = "report.html"
-TIMINGS_FILE = "timings.json"  # present in the folder of a comparison
+TIMINGS_FILE = "timings.json"  # a file in the folder of a comparison
 
 
 def report(
@@ -47,14 +47,14 @@ def report(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     live: Annotated[
-        bool, typer.Option("--live", help="Write the page again and again until the run ends; Ctrl-C stops.")
+        bool, typer.Option("--live", help="Keep updating the page until the run ends; Ctrl-C stops.")
     ] = False,
-    every: Annotated[float, typer.Option(help="Seconds between two pages with --live.", min=1.0)] = 5.0,
+    every: Annotated[float, typer.Option(help="Seconds between two updates with --live.", min=1.0)] = 5.0,
 ) -> None:
     """Write a run's report: one HTML page with what went wrong, where, and what to try.
 
-    With a second run, write a page that overlays both and names the first step and layer where they part. For a
-    comparison's folder, write the page of its results; with --out FILE.md, as Markdown with the figures next to it.
+    With a second run, write a page that overlays both and names the first step and layer in which they differ. For a
+    comparison's folder, write the page of its results; with --out FILE.md, write Markdown with the figures next to it.
     """
     is_comparison = (run / TIMINGS_FILE).exists()
     _check_suffix(out, is_comparison)
@@ -110,7 +110,7 @@ def _show(story: RunStory, verdict: Verdict, page: Path) -> None:
 
 
 def _follow(run: Path, out: Path, every: float) -> None:
-    """Write the page whenever the record has grown, until the run ends or Ctrl-C."""
+    """Write the page whenever the record has grown, until the run ends or Ctrl-C is pressed."""
     record = find_record(run)
     screen = console()
     screen.print(f"Report: {harmless(str(out), one_line=True)} (again every {every:g} seconds; Ctrl-C stops)")
@@ -126,7 +126,7 @@ def _follow(run: Path, out: Path, every: float) -> None:
             time.sleep(every)
     except KeyboardInterrupt:
         story = read_run(run)
-    # Without the refresh: an open page loads this one and then stays.
+    # Written without the automatic refresh: an open page loads this one, and then does not reload any more.
     _show(story, judge(story), write_page(story, out))
 
 
@@ -160,7 +160,7 @@ def _folder(run: Path) -> Path:
 
 
 def _comparison(folder: Path, out: Path, as_json: bool) -> None:
-    from omninorm.report import comparison as pages  # imported here because they need optional packages
+    from omninorm.report import comparison as pages  # a late import: they need optional packages
 
     comparison = pages.read_comparison(folder)
     write = pages.write_markdown if out.suffix == ".md" else pages.write_comparison_page

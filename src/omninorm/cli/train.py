@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from omninorm.experiments.runs import Plan, Run
 
 _MOST_THREADS = 4096
-# The library's choices and defaults, repeated here because importing them would import torch. A test compares them.
+# The library's choices and defaults, repeated here because importing them would import torch. A test compares both.
 TOKENIZERS, SCHEDULES, PARALLEL = ("byte", "bpe"), ("cosine", "constant"), ("ddp", "fsdp")
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -31,13 +31,14 @@ DEFAULTS: dict[str, object] = {
     "adam_eps": 1e-8, "grad_clip": 1.0, "grad_accumulation": 1, "precision": "auto", "seed": 0, "eval_every": 100,
     "eval_bytes": 65536, "checkpoint_every": 100, "keep_checkpoints": 2, "log_every": 1, "watch_every": 10,
 }  # fmt: skip
-# Options that are not settings of the run, so that they need no comparison with it when it is resumed.
+# Options that are not settings of the run, so they are not compared with it when it is resumed.
 _APART = ("text", "out", "resume", "device", "threads", "parallel", "no_grad_clip", "no_watch")
 
 
 def _option(name: str, flag: str, panel: str, text: str, default: str | None = None, metavar: str | None = None) -> Any:
-    """Return an option without a default of its own, so that an option that was given can be told from one that was
-    not; the help page shows the library's default."""
+    """Return an option whose default is None, so that the command knows whether it was given.
+
+    The help page shows the library's default."""
     shown = default or (str(DEFAULTS[name]) if name in DEFAULTS else None)
     return typer.Option(flag, help=text, rich_help_panel=panel, show_default=shown or False, metavar=metavar)
 
@@ -172,7 +173,7 @@ def train(
         _train(
             "precision",
             "--precision",
-            f"Precision: {_one_of(PRECISIONS)} auto: bfloat16 on GPUs that have it, else float16; float32 on the CPU.",
+            f"Precision: {_one_of(PRECISIONS)} auto: bfloat16 on GPUs with bfloat16, else float16; float32 on the CPU.",
         ),
     ] = None,
     compile: Annotated[bool | None, _train("", "--compile/--no-compile", "Compile the model.", "no-compile")] = None,
@@ -198,15 +199,15 @@ def train(
 ) -> None:
     """Train a small transformer on real text, on bytes or BPE tokens.
 
-    Runs on a GPU if PyTorch sees one, and on the CPU otherwise. Training is not yet measured on a GPU. Ctrl-C stops
+    The run uses a GPU if PyTorch sees one, and otherwise the CPU. Training is not yet measured on a GPU. Ctrl-C stops
     after the current step, saves a checkpoint and prints the command to resume.
 
-    --resume continues a run with its own settings, on any device. With a larger --steps it extends the run, finished
-    or not: from the resumed step on, the learning rate follows the schedule for the new number of steps; the warm-up
-    stays as it was. A smaller number shortens the run, but not below its newest checkpoint.
+    --resume continues a run with its own settings, on any device. A larger --steps extends the run, whether it is
+    finished or not: from the resumed step on, the learning rate follows the schedule for the new number of steps, and
+    the warm-up stays as it was. A smaller --steps shortens the run, but not below its newest checkpoint.
 
-    Under torchrun, each process has a GPU of its own, or all share the CPU. --parallel ddp replicates the model in
-    every process, and fsdp shards it. A run can be resumed with any number of processes and either way of sharing.
+    Under torchrun, each process uses a different GPU, or all share the CPU. --parallel ddp replicates the model in
+    every process, and --parallel fsdp shards it. A run can be resumed with any number of processes and either option.
     """
     from omninorm.cli.progress import show_progress
     from omninorm.experiments.processes import joined
@@ -234,7 +235,7 @@ def train(
 
 @contextlib.contextmanager
 def _ended_by_others() -> Iterator[None]:
-    """End this process with code 2 if another one reports why all of them end."""
+    """End this process with exit code 2 if another process has reported why all of them end."""
     from omninorm.experiments.processes import SilentExit
 
     try:
@@ -244,7 +245,7 @@ def _ended_by_others() -> Iterator[None]:
 
 
 def _open_for_all(processes: Processes, context: typer.Context, given: dict[str, Any]) -> Run | None:
-    """Open the run, and send its folder to the other processes; return None where it is finished."""
+    """Open the run and send its folder to the other processes; return None if the run is finished."""
     from omninorm.experiments.run_folder import is_finished
     from omninorm.experiments.runs import Plan, load_text, read_plan
 
@@ -257,9 +258,9 @@ def _open_for_all(processes: Processes, context: typer.Context, given: dict[str,
             _check_same(context, plan, given)
             if is_finished(resume) and given.get("steps", plan.train.steps) == plan.train.steps:
                 if (text := context.params["text"]) is not None:
-                    load_text(resume, text)  # only checks it, since nothing is left to train
+                    load_text(resume, text)  # only to check it: the run is finished
                 return None
-        processes.check_batch(given.get("batch_size", plan.train.batch_size))  # before there is a folder
+        processes.check_batch(given.get("batch_size", plan.train.batch_size))  # before the folder is created
         opened.append(_open(context, given, processes))
         return str(opened[0].folder.path)
 
@@ -267,7 +268,7 @@ def _open_for_all(processes: Processes, context: typer.Context, given: dict[str,
 
 
 def _device(given: str | None, resume: Path | None) -> str:
-    """Return the name of the device. Under torchrun each process chooses one of the same type."""
+    """Return the name of the device. Under torchrun it is only the type, and each process chooses a device of it."""
     from omninorm.experiments.processes import launched
     from omninorm.experiments.runs import usual_device
 
@@ -278,7 +279,7 @@ def _device(given: str | None, resume: Path | None) -> str:
 
 
 def _follow(processes: Processes, text: str | None) -> None:
-    """Train along with the first process, which prints and records for all."""
+    """Train together with the first process, which prints and records for all processes."""
     from omninorm.experiments.runs import open_run
 
     folder = processes.from_first(lambda: None)
@@ -289,7 +290,7 @@ def _follow(processes: Processes, text: str | None) -> None:
 
 
 def _given(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the run's settings that are on the command line, by the library's names."""
+    """Return the settings of the run that were given on the command line, by the library's names."""
     given = {name: value for name, value in params.items() if name not in _APART and value is not None}
     for switch, name, option in (
         ("no_grad_clip", "grad_clip", "--grad-clip"),
@@ -301,7 +302,7 @@ def _given(params: Mapping[str, Any]) -> dict[str, Any]:
                 raise ConfigError(
                     f"{option} and {off} exclude each other",
                     f"{option} {given[name]} with {off}",
-                    "give one of the two",
+                    "pass only one of them",
                 )
             given[name] = None
     return given
@@ -353,7 +354,7 @@ def _refuse(context: typer.Context, name: str, theirs: object, given: object) ->
 
 
 def _typed(option: Any, value: object) -> str:
-    """Return a setting as it is typed on the command line."""
+    """Return a setting as a user types it on the command line."""
     flag = str((option.secondary_opts if value is False else option.opts)[0])
     if value is None:
         return {"grad_clip": "--no-grad-clip", "watch_every": "--no-watch"}.get(option.name, f"no {flag}")

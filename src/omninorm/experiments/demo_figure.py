@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which colour-blind readers can distinguish; line styles differ as well.
+# Okabe and Ito's palette, which color-blind readers can distinguish; line styles differ as well.
 _STYLES = [("#0072B2", "-"), ("#E69F00", "--"), ("#D55E00", "-."), ("#555555", ":")]
 _SMOOTHING = 9
-# Runs whose gradient shrinks by more than this factor between the last block and the first get a label.
+# A run gets a label if its gradient shrinks by more than this factor from the last block to the first.
 _VANISHING = 100.0
 
 

@@ -18,19 +18,19 @@ from omninorm.experiments.precision import autocast
 def bits_per_byte(
     model: nn.Module, data: TokenData, *, seq_len: int, batch_size: int, precision: str = "float32"
 ) -> float:
-    """Return total nats / ln 2 / bytes over the held-out tokens.
+    """Return the sum of the losses in nats / ln 2 / bytes, over the held-out tokens.
 
-    The text is cut into windows of seq_len inputs; a window's last target is the next window's first input, so each
-    token is predicted exactly once, except the very first, which nothing precedes and whose bytes are not counted.
-    A token is predicted from those before it *in its window*: the first target of a window sees one token, and the
-    mean context is (seq_len + 1)/2. This overstates what the model needs in the middle of a text, equally for all
-    models with the same seq_len. Bytes are those of the text, whatever the tokenizer.
+    The text is cut into windows of seq_len inputs. A window's last target is the next window's first input, so each
+    token is predicted exactly once. The first token is the exception: nothing precedes it, so its bytes do not count.
+    A token is predicted from the tokens before it *in its window*, so the first target of a window has a context of one
+    token, and the mean context is (seq_len + 1)/2. The result is therefore larger than with full contexts, equally for
+    all models with the same seq_len. The bytes are those of the text, for any tokenizer.
 
     Args:
         model: maps int64 tokens (batch, sequence) to logits (batch, sequence, vocabulary).
         data: the tokens.
         seq_len: tokens per window.
-        batch_size: windows per forward pass; changes the result by rounding only.
+        batch_size: windows per forward pass; it changes only the rounding of the result.
         precision: "float32", or "bfloat16" or "float16" (autocast).
     """
     device = next(model.parameters()).device
@@ -49,13 +49,13 @@ def bits_per_byte(
     finally:
         model.train(was_training)
     nats = 0.0
-    for each in torch.stack(losses).tolist():  # the host waits for a GPU only here
+    for each in torch.stack(losses).tolist():  # only here does the host wait for a GPU
         nats += each
     return nats / math.log(2.0) / count
 
 
 def to_device(tokens: Tensor, device: torch.device) -> Tensor:
-    """Copy tokens from the host to the device; to a GPU of NVIDIA or AMD from pinned memory, without waiting."""
+    """Copy tokens from the host to the device; for NVIDIA and AMD GPUs from pinned memory, without waiting."""
     pinned = tokens.pin_memory() if device.type == "cuda" else tokens
     return pinned.to(device, non_blocking=device.type != "mps")
 
@@ -77,7 +77,7 @@ def xz_bits_per_byte(train: bytes, held_out: bytes) -> float:
 
 
 def _held_out_batches(tokens: Tensor, seq_len: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and targets, int64 (≤ batch_size, seq_len), and finally one shorter window with the rest."""
+    """Yield inputs and targets, int64 (≤ batch_size, seq_len), and last a shorter window with the remaining tokens."""
     whole = (len(tokens) - 1) // seq_len
     inputs = tokens[: whole * seq_len].view(whole, seq_len).long()
     targets = tokens[1 : whole * seq_len + 1].view(whole, seq_len).long()

@@ -14,9 +14,14 @@ from omninorm.monitor import Alarm
 
 @dataclass(frozen=True)
 class StepEvent:
-    """An optimizer step, counted from 1. `loss` is the mean cross entropy in nats per token before the step, over all
-    micro-batches; `grad_norm` the total gradient norm before clipping, infinite or NaN if the scaler of float16 skipped
-    the step; `seconds` the step's duration."""
+    """An optimizer step.
+
+    Args:
+        step: the number of the step, counted from 1.
+        loss: mean cross entropy in nats per token before the step, over all micro-batches.
+        grad_norm: total gradient norm before clipping; infinite or NaN if float16's loss scaler skipped the step.
+        seconds: duration of the step.
+    """
 
     step: int
     loss: float
@@ -37,7 +42,7 @@ class EvalEvent:
 
 @dataclass(frozen=True)
 class CheckpointEvent:
-    """A checkpoint was written. It is not recorded: the folder itself shows it."""
+    """A checkpoint was written. The event is not recorded, because the folder shows which checkpoints there are."""
 
     step: int
     path: Path
@@ -45,7 +50,7 @@ class CheckpointEvent:
 
 @dataclass(frozen=True)
 class AlarmEvent:
-    """The monitor raised an alarm, which it has recorded itself."""
+    """The monitor raised an alarm; the monitor itself records it."""
 
     step: int
     alarm: Alarm
@@ -55,7 +60,8 @@ class AlarmEvent:
 class StopEvent:
     """The end of training in this process: "finished", "interrupted" (by `signal`) or "diverged".
 
-    Diverged: the loss or the gradient norm of step `step`, the evaluation, or the weights to save were not finite.
+    A run has diverged if the loss or the gradient norm of step `step`, the evaluation, or the weights to save are not
+    finite.
     """
 
     step: int
@@ -75,11 +81,11 @@ class TrainResult:
 
     Args:
         status: "finished", "diverged" or "interrupted".
-        steps: optimizer steps done.
+        steps: number of completed optimizer steps.
         step_events: the recorded steps, in order.
         eval_events: the evaluations, in order.
-        signal: what interrupted it.
-        folder: the run's folder if it has one.
+        signal: the number of the signal that interrupted the run, or None.
+        folder: the run's folder, or None.
         alarms: the monitor's alarms since the last resume.
     """
 
@@ -93,7 +99,7 @@ class TrainResult:
 
     @property
     def losses(self) -> list[float]:
-        """Nats per token, one for each recorded step."""
+        """Losses in nats per token, one for each recorded step."""
         return [event.loss for event in self.step_events]
 
     @property
@@ -114,13 +120,13 @@ class TrainResult:
 
     @property
     def tokens_per_second(self) -> float:
-        """Median over the recorded steps, without evaluation and checkpoints."""
+        """Median throughput of the recorded steps, without evaluations and checkpoints."""
         rates = [event.tokens_per_second for event in self.step_events]
         return statistics.median(rates) if rates else math.nan
 
 
 def to_record(event: StepEvent | EvalEvent | StopEvent) -> dict[str, Any]:
-    """Return the event as a line of record.jsonl. Values that depend on the machine are kept apart, under "clock"."""
+    """Return the event as a line of record.jsonl. Values that depend on the machine are under "clock"."""
     if isinstance(event, StepEvent):
         clock = {"seconds": event.seconds, "tokens_per_second": event.tokens_per_second}
         values = {"loss": event.loss, "grad_norm": event.grad_norm, "lr": event.lr}

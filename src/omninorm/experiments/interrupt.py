@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C and SIGTERM: a run ends after the current step instead of in the middle of it."""
+"""Handling of Ctrl-C and SIGTERM: a run finishes the current step before it ends."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """A context manager in which the first SIGINT or SIGTERM is only stored in `signal`; the second stops immediately.
+    """A context manager that stores the first SIGINT or SIGTERM in `signal`; the second one stops immediately.
 
-    The earlier handlers are restored on exit. Outside the main thread, where Python allows no handlers, signals are not
+    On exit the earlier handlers are restored. Outside the main thread, where Python allows no handlers, signals are not
     intercepted.
 
     Args:
-        patient: ignore further signals as well: torchrun repeats those that the terminal has already sent to all.
+        patient: also ignore further signals. torchrun sends again what the terminal has already sent to all processes.
 
     Raises:
         KeyboardInterrupt: at the second signal, at any point of the program.

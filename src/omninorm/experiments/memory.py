@@ -1,4 +1,4 @@
-"""Limits of the sizes of a model and of a training step, checked before anything is built where they can be."""
+"""Limits for the size of a model and of a training step; if possible, they are checked before anything is built."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ _NO_MEMORY = "allocate|overflow|out of memory"
 
 
 def check_model(config: ThinkerConfig) -> None:
-    """Refuse a model with too many blocks, or whose weights are larger than the memory that this process may use.
-
-    Raises:
-        ConfigError: it is too large.
-    """
+    """Raise ConfigError for a model with too many blocks, or with weights larger than the memory available here."""
     if config.n_layers > MOST_BLOCKS:
         received = f"{config.n_layers!s:.40}"
         raise ConfigError(f"n_layers must be at most {MOST_BLOCKS:,}", received, "choose fewer blocks")
@@ -35,13 +31,13 @@ def check_model(config: ThinkerConfig) -> None:
 
 
 def does_not_fit(config: ThinkerConfig) -> ConfigError:
-    """Return the error for a model that is larger than the memory."""
+    """Return the error for a model that does not fit in memory."""
     received = f"d_model={config.d_model}, n_layers={config.n_layers}, vocab_size={config.vocab_size}"
     return ConfigError("The model must fit in memory", received, "choose a smaller model")
 
 
 def step_does_not_fit(config: TrainConfig, device: torch.device) -> ConfigError:
-    """Return the error for a training step that is larger than the memory, with half the sequences as the remedy."""
+    """Return the error for a training step that does not fit in memory; it suggests half the sequences per batch."""
     batch, parts = config.batch_size, config.grad_accumulation
     where = "memory" if device.type == "cpu" else f"the memory of {device}"
     received = f"batch_size={batch}, seq_len={config.seq_len}"
@@ -54,13 +50,13 @@ def step_does_not_fit(config: TrainConfig, device: torch.device) -> ConfigError:
 
 @contextmanager
 def fitting(otherwise: ConfigError) -> Iterator[None]:
-    """Raise `otherwise` in place of a failed allocation."""
+    """Raise `otherwise` instead of the error of a failed allocation."""
     try:
         yield
     except OmninormError:
         raise
     except (MemoryError, RuntimeError, TypeError, OverflowError) as error:
-        # On a CPU torch raises a plain RuntimeError, and other types for sizes beyond 64 bits.
+        # On a CPU, torch raises a plain RuntimeError, or other types for sizes beyond 64 bits.
         if not isinstance(error, (MemoryError, OverflowError)) and not re.search(_NO_MEMORY, str(error), re.IGNORECASE):
             raise
         raise otherwise from error

@@ -1,4 +1,4 @@
-"""Loading of matplotlib, and figures that are written whole or not at all."""
+"""Loads matplotlib and writes figures, either completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load_matplotlib(whose: str, *, otherwise: str = "") -> type[Figure]:
     """Return matplotlib's Figure class.
 
     Args:
-        whose: what the figure belongs to, for the error message.
+        whose: the command or page of the figure, for the error message.
         otherwise: an alternative to the installation, appended to the remedy.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The precision of training: which one a device gets, autocast, and the scaling of float16's losses."""
+"""The precision of training: its default for a device, autocast, and the loss scaling of float16."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """Return a precision, with "auto" replaced by the one that suits the device.
+    """Return the precision; "auto" is replaced by the default for the device.
 
-    NVIDIA and AMD GPUs get bfloat16 if they compute in it, and float16 otherwise; every other device gets float32.
+    The default is bfloat16 on NVIDIA and AMD GPUs that support it, float16 on others, and float32 on all other devices.
     """
     if precision != "auto":
         return precision
@@ -25,19 +25,19 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Return autocast to bfloat16 or float16, and a context that does nothing for float32."""
+    """Return a context with autocast to bfloat16 or float16; for float32 it does nothing."""
     dtype = _AUTOCAST.get(SHORT.get(precision, precision))
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Return the scaler of the loss: float16 has too few exponents for gradients. It does nothing in other dtypes."""
+    """Return the loss scaler, which float16 needs because of its small range; for other dtypes it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "float16")
 
 
 @contextlib.contextmanager
 def tensor_cores(tf32: bool, device: torch.device) -> Iterator[None]:
-    """Let NVIDIA GPUs round the factors of float32 matrix products to TF32 inside the block, if `tf32` is set."""
+    """Round the factors of float32 matrix products on NVIDIA GPUs to TF32 inside the block, if `tf32` is true."""
     if not tf32 or device.type != "cuda":
         yield
         return

@@ -15,7 +15,7 @@ from omninorm.experiments.run_folder import CONFIG_FILE
 from omninorm.experiments.tokenizer import BYTE_OF, TOKENIZER_FILE, library_errors, tokenizers_library
 from omninorm.thinker import Thinker, gguf, pretrained
 
-# How text is split before it is tokenized, by llama.cpp's names: whether every digit is a piece of its own.
+# The supported ways to split text before it is tokenized, by llama.cpp's names, and whether they separate all digits.
 _SINGLE_DIGITS = {"gpt-2": False, "default": False, "smollm": True}
 _CONTROL = 3  # the type of control tokens such as <|endoftext|> in GGUF
 _GENERATION_FILE = "generation_config.json"
@@ -24,23 +24,23 @@ _REMEDY = "download it again, or use another file"
 
 
 class _Pieces:
-    """A tokenizer whose tokens each stand for fixed bytes, so that decoding can stop anywhere."""
+    """A tokenizer whose tokens are fixed byte sequences, so that decoding can stop after any token."""
 
     vocab_size: int
-    end_tokens: frozenset[int] = frozenset()  # each ends a text
-    special_tokens: frozenset[int] = frozenset()  # not part of a text
+    end_tokens: frozenset[int] = frozenset()  # tokens that end a text
+    special_tokens: frozenset[int] = frozenset()  # tokens that are not text
     _pieces: list[bytes]
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """Return the bytes that the tokens stand for. A model may have more logits than there are tokens."""
+        """Return the bytes of the tokens. A model may have more logits than there are tokens; the others are empty."""
         return b"".join(self._pieces[token] for token in tokens if token < len(self._pieces))
 
     def byte_lengths(self) -> Tensor:
-        """Return how many bytes each token stands for, int64 (vocab_size,)."""
+        """Return the number of bytes of each token, int64 (vocab_size,)."""
         return torch.tensor([len(piece) for piece in self._pieces], dtype=torch.int64)
 
     def to_json(self) -> str | None:
-        """Return None: the tokenizer stays in the file that it was read from."""
+        """Return None, because the tokenizer is not saved: it stays in the file from which it was read."""
         return None
 
 
@@ -78,7 +78,7 @@ class GgufTokenizer(_Pieces):
         self.special_tokens = frozenset(index for index, word in enumerate(words) if word in self._special)
 
     def encode(self, text: bytes) -> Tensor:
-        """Return the tokens, int32, without any special ones added."""
+        """Return the tokens, int32; no special tokens are added."""
         with library_errors("The tokenizer of a GGUF file must be able to encode any text", _REMEDY):
             ids = self._tokenizer.encode(_decoded(text), add_special_tokens=False).ids
         return torch.tensor(ids, dtype=torch.int32)
@@ -96,7 +96,7 @@ class FolderTokenizer(_Pieces):
         path: the file.
 
     Raises:
-        ConfigError: its tokens do not stand for fixed bytes, as those of byte-level and byte-fallback BPE do.
+        ConfigError: its tokens are not fixed byte sequences, as those of byte-level and byte-fallback BPE are.
         RunError: the file is missing or damaged.
         MissingExtraError: the package tokenizers is not installed.
     """
@@ -135,14 +135,14 @@ class FolderTokenizer(_Pieces):
             self._pieces[index] = _text_bytes(word) if index in added else convert(word)
 
     def encode(self, text: bytes) -> Tensor:
-        """Return the tokens, int32, with the special ones that the model expects, such as <s> at the start."""
+        """Return the tokens, int32, including the special tokens that the model expects, such as <s> at the start."""
         with library_errors(f"{TOKENIZER_FILE} must be able to encode any text", _REMEDY):
             ids = self._tokenizer.encode(_decoded(text)).ids
         return torch.tensor(ids, dtype=torch.int32)
 
 
 def is_pretrained(path: Path) -> bool:
-    """Return whether a folder has the config.json of a Hugging Face model, and not that of a run."""
+    """Return whether a folder has the config.json of a Hugging Face model, not that of a run."""
     try:
         config = json.loads((path / CONFIG_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -154,7 +154,7 @@ def load_folder(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Thinker
     """Return the model and the tokenizer of a Hugging Face folder.
 
     Raises:
-        ConfigError, RunError, MissingExtraError: as `omninorm.thinker.pretrained.load`, and for the tokenizer.
+        ConfigError, RunError, MissingExtraError: as `omninorm.thinker.pretrained.load` and `FolderTokenizer`.
     """
     pretrained.read_config(path)  # first, because an unsupported model needs no tokenizer
     tokenizer = FolderTokenizer(path / TOKENIZER_FILE)
@@ -165,7 +165,7 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Thinker, 
     """Return the model and the tokenizer of a GGUF file.
 
     Raises:
-        ConfigError, RunError, MissingExtraError: as `omninorm.thinker.gguf.load`, and for the tokenizer.
+        ConfigError, RunError, MissingExtraError: as `omninorm.thinker.gguf.load` and `GgufTokenizer`.
     """
     tokenizer = GgufTokenizer(gguf.read_settings(gguf.open_gguf(path)))
     return gguf.load(path, dtype=dtype).eval(), tokenizer
@@ -185,7 +185,7 @@ def _build(words: list[str], merges: list[str], special: list[str], single_digit
 
 
 def _read_end_tokens(folder: Path) -> frozenset[int]:
-    """Return the end-of-text tokens of a Hugging Face folder; none if neither of its files names one."""
+    """Return the end-of-text tokens of a Hugging Face folder; empty if neither of its files names one."""
     for name in (_GENERATION_FILE, CONFIG_FILE):
         path = folder / name
         try:
@@ -203,7 +203,7 @@ def _read_end_tokens(folder: Path) -> frozenset[int]:
 
 
 def _token_set(name: str, value: object) -> frozenset[int]:
-    """Return the tokens in a file's setting, which is a number, a list of numbers, or None."""
+    """Return the tokens in a setting, whose value is a number, a list of numbers, or None."""
     tokens = value if isinstance(value, list) else [] if value is None else [value]
     for token in tokens:
         if isinstance(token, bool) or not isinstance(token, int):
@@ -212,7 +212,7 @@ def _token_set(name: str, value: object) -> frozenset[int]:
 
 
 def _decoders(decoder: Any) -> set[str]:
-    """Return the kinds of a decoder in tokenizer.json and of those that it is a sequence of."""
+    """Return the kinds of a decoder in tokenizer.json, and of its parts if it is a sequence."""
     parts = decoder.get("decoders", []) if isinstance(decoder, Mapping) else []
     each = [decoder, *parts] if isinstance(parts, Sequence) else [decoder]
     return {str(part.get("type")) for part in each if isinstance(part, Mapping)} - {"Sequence"}

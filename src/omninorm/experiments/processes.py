@@ -1,7 +1,7 @@
-"""Training of one model by several processes under `torchrun`: each has its share of every batch.
+"""Training of one model by several processes under `torchrun`; each process computes a part of every batch.
 
-The model is replicated, with gradients averaged by DistributedDataParallel, or sharded by FSDP2. The first process
-writes the run and broadcasts what only it can read. A run can be resumed with another number of processes.
+The model is either replicated, and DistributedDataParallel averages its gradients, or sharded by FSDP2. The first
+process writes the run and broadcasts what it has read. A run can be resumed with another number of processes.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _Value = TypeVar("_Value")
 
 
 class SilentExit(Exception):  # noqa: N818  not an error of this process
-    """The first process has already reported why all of them end."""
+    """Ends a process without a message, because another one has already reported why all of them end."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the training processes.
+    """The group of training processes, seen from this process.
 
     Args:
         rank: the number of this process, from 0.
-        count: the number of processes; with 1 nothing is communicated, and the model is whole.
+        count: the number of processes; with 1, nothing is communicated and the model is not sharded.
         parallel: "ddp" replicates the model, "fsdp" shards every tensor.
-        device: where this process trains; on GPUs, each process of a machine has one of its own.
+        device: the device of this process. On GPUs, each process of a machine has a separate one.
     """
 
     rank: int = 0
@@ -55,11 +55,11 @@ class Processes:
 
     @property
     def sharded(self) -> bool:
-        """Whether each process has only a part of the model."""
+        """Return whether each process has only a part of the model."""
         return self.count > 1 and self.parallel == "fsdp"
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the model to call, with gradients averaged over the processes. Call it before making the optimizer."""
+        """Return the model to call, with gradients averaged over the processes; use it before making the optimizer."""
         if self.sharded:
             return shard(model)
         if self.count == 1:
@@ -67,8 +67,8 @@ class Processes:
         return DistributedDataParallel(model, device_ids=None if self.device.type == "cpu" else [self.device])
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
-        """Return a context for a micro-batch: gradients are averaged in the last one of a step."""
-        model = getattr(model, "_orig_mod", model)  # of a compiled model
+        """Return a context for a micro-batch. Gradients are averaged only in the `last` micro-batch of a step."""
+        model = getattr(model, "_orig_mod", model)  # the model inside a compiled one
         if self.sharded:
             model.set_requires_gradient_sync(last)  # type: ignore[operator]
         elif isinstance(model, DistributedDataParallel) and not last:
@@ -84,11 +84,11 @@ class Processes:
         return sum(self._all(value), torch.zeros_like(value)) / self.count
 
     def largest(self, value: int) -> int:
-        """Return the largest of the processes' numbers, which are exchanged on the host."""
+        """Return the largest number of all processes; it is exchanged on the host."""
         return int(max(float(each) for each in self._all(torch.tensor(float(value), dtype=torch.float64))))
 
     def from_first(self, compute: Callable[[], _Value]) -> _Value:
-        """Return on all processes what the first one computes, a JSON value. Its OmninormError ends all of them."""
+        """Return on all processes the JSON value that the first one computes. If it raises OmninormError, all end."""
         if self.count == 1:
             return compute()
         value, failure = None, None
@@ -105,7 +105,7 @@ class Processes:
         return message["value"]  # type: ignore[no-any-return]
 
     def evaluate(self, model: nn.Module, compute: Callable[[], float]) -> float:
-        """Return an evaluation, computed by the first process, or by all of them if the model is sharded."""
+        """Return an evaluation. The first process computes it, or all of them together if the model is sharded."""
         if not self.sharded:
             return self.from_first(compute)
         value = compute()
@@ -113,7 +113,7 @@ class Processes:
         return value
 
     def check_batch(self, batch_size: int) -> None:
-        """Raise ConfigError unless every process gets equally many sequences of a micro-batch."""
+        """Raise ConfigError unless the sequences of a micro-batch can be divided evenly among the processes."""
         if batch_size % self.count:
             invariant = f"batch_size must be a multiple of the {self.count} processes"
             raise ConfigError(invariant, batch_size, "choose another batch size or number of processes")
@@ -138,7 +138,7 @@ class Processes:
 
 
 def launched() -> bool:
-    """Return whether torchrun, or a launcher that sets the same variables, started this process with others."""
+    """Return whether torchrun or a launcher that sets the same variables started this process and others."""
     return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
 
 
@@ -150,10 +150,10 @@ def joined(parallel: str = "ddp", device: str = "cpu") -> Iterator[Processes]:
 
     Args:
         parallel: "ddp" or "fsdp".
-        device: a name as in `find_devices`; "auto" and "cuda" give each process of a machine a GPU of its own.
+        device: a name as in `find_devices`; "auto" and "cuda" give each process of a machine a separate GPU.
 
     Raises:
-        ConfigError: `parallel` is unknown, or there is no such device for this process.
+        ConfigError: `parallel` is unknown, or the device is not available to this process.
         RunError: the other processes can't be reached, or one of them is gone.
     """
     check_choice("parallel", parallel, PARALLEL)
@@ -186,8 +186,8 @@ def own_device(name: str, number: int) -> torch.device:
     """Return the device of the process with this number among those of its machine.
 
     Raises:
-        ConfigError: the device cannot be used, they would share it, or there are more processes than GPUs.
-        SilentExit: another process raises that error.
+        ConfigError: the device cannot be used, several processes would share it, or there are more processes than GPUs.
+        SilentExit: another process raises this error.
     """
     try:
         devices = find_devices(name)

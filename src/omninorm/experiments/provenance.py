@@ -7,7 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-# Distribution names, with their purpose and the extra that installs them.
+# The optional packages by the names of their distributions, with their purpose and the extra that installs them.
 OPTIONAL = {
     "numpy": ("checkpoints", "train"),
     "safetensors": ("checkpoints, real weights", "train"),
@@ -43,7 +43,7 @@ def versions() -> dict[str, str | None]:
 def git_commit() -> str | None:
     """Return the commit of omninorm's source, with "+" if files differ from it; None outside a repository."""
     source = Path(__file__).parent
-    # If omninorm is merely installed inside another repository, that repository does not track this file.
+    # If omninorm is installed inside another project's repository, that repository does not track this file.
     if _git(source, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     commit = _git(source, "rev-parse", "HEAD")

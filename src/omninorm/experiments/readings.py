@@ -1,6 +1,6 @@
-"""The loss and the gradient norm of every step, read from the device: at once on a CPU, one step late on a GPU.
+"""Reads the loss and the gradient norm of every step from the device: on a GPU one step late, otherwise immediately.
 
-A GPU works on the next step while the host reads, so that it never runs out of work.
+While the host waits for the numbers of a step, a GPU already works on the next one, so it never runs out of work.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch import Tensor
 
 from omninorm.experiments.events import StopEvent
 
-# After as many skipped steps in a row the scale of the loss is below 2⁻⁸, so that overflow is not the scale's fault.
+# After this many skipped steps in a row, the loss scale is below 2⁻⁸, so it cannot be the reason for the overflow.
 MOST_SKIPPED = 24
-# A read that takes longer has waited for the device.
+# If a read takes longer than this many seconds, the host has waited for the device.
 _WAITED = 1e-4
 
 
 class Reading:
-    """Loss and gradient norm of a step, on their way to the host.
+    """Loss and gradient norm of a step, which are being copied to the host.
 
     Args:
-        step: the step, from 1.
-        lr: its learning rate.
-        started: when it began, by time.perf_counter.
+        step: the number of the step, from 1.
+        lr: the step's learning rate.
+        started: the time at which the step began, by time.perf_counter.
         loss, grad_norm: scalars on the device.
 
     Attributes:
-        submitted: when the host had submitted the whole step; set by `Readings.add`.
+        submitted: the time at which the host had submitted the whole step; set by `Readings.add`.
     """
 
     submitted: float
@@ -54,7 +54,7 @@ class Reading:
         return self._read()[1]
 
     def end(self) -> StopEvent:
-        """Return the end of a run that diverges in this step."""
+        """Return the event that ends a run which diverges in this step."""
         return StopEvent(self.step, "diverged", self.loss, self.grad_norm)
 
     def _read(self) -> list[float]:
@@ -66,18 +66,18 @@ class Reading:
 
 
 Report = Callable[[Reading, float], None]
-"""Called with each step that was finite, and its duration in seconds."""
+"""A function that is called with each step whose numbers were finite, and its duration in seconds."""
 
 
 class Readings:
-    """Reads the steps in order, and finds the one in which a run diverges.
+    """Reads the steps in order, and detects the one in which a run diverges.
 
-    With float16, whose scaler skips steps with overflowing gradients, a run diverges in a step only if its loss is not
-    finite, or if the scaler has skipped more than MOST_SKIPPED steps in a row.
+    A run diverges if the loss or the gradient norm is not finite. With float16, the loss scaler skips steps whose
+    gradients overflow; then a non-finite gradient norm counts only after more than MOST_SKIPPED skipped steps in a row.
 
     Args:
-        late: read each step after the next one has been submitted.
-        scaled: whether a scaler skips steps.
+        late: read each step only after the next one has been submitted.
+        scaled: whether a loss scaler skips steps.
         report: called with each step.
     """
 
@@ -90,17 +90,17 @@ class Readings:
         self._last = 0.0
 
     def check_at_once(self, reading: Reading) -> StopEvent | None:
-        """Return the end of the run if a step has diverged, before the weights change; None if it is read later."""
+        """Return the end of the run if it diverges in this step, before the weights change; None if read late."""
         return None if self.late or not self._diverges(reading) else reading.end()
 
     def add(self, reading: Reading) -> StopEvent | None:
-        """Report the step, or if it is read later, the one before; return the end of the run if that diverged."""
+        """Add a step; report it, or the previous one if steps are read late. Return the end if the run diverged."""
         reading.submitted = time.perf_counter()
         self._waiting.append(reading)
         return self._finish(1 if self.late else 0)
 
     def settle(self) -> StopEvent | None:
-        """Report every step so far; return the end of the run if one diverged."""
+        """Report all steps so far; return the end if the run diverged in one of them."""
         return self._finish(0)
 
     def _finish(self, left: int) -> StopEvent | None:
@@ -115,8 +115,9 @@ class Readings:
         return None
 
     def _end(self, reading: Reading, before: float, now: float) -> float:
-        """Return when the step ended: now if the host has waited for it, and when it was submitted if the device keeps
-        pace with the host."""
+        """Return the time at which the step ended: now if the host had to wait, otherwise when it was submitted.
+
+        If the host does not wait, the device is as fast as the host."""
         return now if now - before > _WAITED or reading.submitted <= self._last else reading.submitted
 
     def _diverges(self, reading: Reading) -> bool:

@@ -26,13 +26,13 @@ __all__ = ["RunFolder", "fresh_folder", "list_checkpoints", "load_checkpoint", "
 
 
 class FolderTakenError(RunError):
-    """Another run is in the folder, or is being created there."""
+    """The folder holds another run, or another process is creating one there."""
 
 
 class RunFolder:
     """The folder of a run that this process writes. Only one process can open it at a time; `close` releases it.
 
-    The lock is the kernel's (flock), so it ends with the process, however the process ends.
+    The lock is flock's: the kernel releases it when the process ends, for any reason.
     """
 
     _created: tuple[tuple[str, ...], bool] | None = None
@@ -41,7 +41,7 @@ class RunFolder:
         """Open a folder that has a config.json: lock it and clean up after a killed process.
 
         Raises:
-            RunError: no such run, or another process is writing it.
+            RunError: the folder has no run, or another process is writing it.
         """
         self.path = path
         read_config(path)
@@ -52,11 +52,11 @@ class RunFolder:
 
     @classmethod
     def follow(cls, path: Path, rank: int) -> RunFolder:
-        """Return the folder of a run that another process writes; this process only writes a record of its own.
+        """Return the folder of a run that another process writes; this process only writes a separate record.
 
         Args:
             path: the folder.
-            rank: this process's number, which names its record.
+            rank: the number of this process, which is part of the record's name.
         """
         run = cls.__new__(cls)
         run.path = path
@@ -79,7 +79,7 @@ class RunFolder:
         made = _make_folder(path)
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(path))
-            _check_empty(path)  # again: before the lock was held, another process could fill it
+            _check_empty(path)  # again, because another process may have written to it before the lock was held
             try:
                 run._open(stack)
                 run._write(config, files)
@@ -94,16 +94,16 @@ class RunFolder:
         with writing(self.path):
             for name, content in files.items():
                 write_file(self.path / name, content)
-        # Last, since it is what makes the folder a run.
+        # Written last, because this file makes the folder a run.
         self.rewrite_config(config)
 
     def rewrite_config(self, config: Mapping[str, Any]) -> None:
-        """Replace config.json as a whole: a kill leaves either the old file or the new one.
+        """Replace config.json. If the process is killed, there is either the old file or the new one.
 
         Raises:
             RunError: the folder can't be written, or the disk is full.
         """
-        # ASCII, because a file name may have bytes that are not characters; JSON can escape what Python makes of them.
+        # ASCII, because a file name may contain invalid bytes; Python reads them as surrogates, which JSON can escape.
         text = json.dumps({"format": FORMAT, **config}, indent=2)
         with writing(self.path):
             write_file(self.path / CONFIG_FILE, text.encode())
@@ -125,8 +125,9 @@ class RunFolder:
         return steps[-1] if steps else None
 
     def discard(self) -> None:
-        """Remove what `create` and the run's other processes wrote, for a run that cannot get a first checkpoint. Other
-        runs are left alone.
+        """Remove what `create` and the run's other processes wrote, if the run has no checkpoint yet.
+
+        A run that was opened, not created, is left alone.
         """
         if self._created is not None and self.newest() is None:
             names, made = self._created
@@ -148,7 +149,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return a run's config.json.
 
     Raises:
-        RunError: there is no such run, or the file is damaged or of another format.
+        RunError: the folder has no run, or the file is damaged or has another format.
     """
     file = path / CONFIG_FILE
     try:
@@ -186,7 +187,7 @@ def is_finished(path: Path) -> bool:
     """Return whether the run in `path` has done all its steps and has a complete checkpoint of the last one.
 
     Raises:
-        RunError: there is no such run, or its record is damaged.
+        RunError: the folder has no run, or its record is damaged.
     """
     train = read_config(path).get("train")
     last = train.get("steps") if isinstance(train, dict) else None
@@ -198,7 +199,7 @@ def is_finished(path: Path) -> bool:
 
 
 def is_run(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a folder looks like a run, complete or not, without reading files."""
+    """Return whether a folder looks like a run, complete or incomplete, without reading files."""
     config, *others = (os.path.join(folder, name) for name in (CONFIG_FILE, RECORD_FILE, CHECKPOINTS))
     return os.path.lexists(config) and any(map(os.path.lexists, others))
 
@@ -210,7 +211,7 @@ def _check_empty(path: Path) -> None:
 
 
 def _entries(path: Path) -> list[str]:
-    """Return the names in a folder, except those that a process killed right at the start may have left."""
+    """Return the names in a folder, except those of files that a process killed at its start may have left."""
     try:
         names = sorted(os.listdir(path)) if os.path.lexists(path) else []
     except OSError as error:
@@ -220,7 +221,7 @@ def _entries(path: Path) -> list[str]:
 
 
 def _make_folder(path: Path) -> bool:
-    """Create a folder and its parents; return False if it exists, perhaps only since a moment ago."""
+    """Create a folder and its parents; return False if it exists, also if another process has just created it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -231,7 +232,7 @@ def _make_folder(path: Path) -> bool:
 
 
 def _undo(path: Path, names: Sequence[str], made: bool) -> None:
-    """Remove what a failed creation wrote; only for the holder of the lock, who found the folder empty."""
+    """Remove what a failed creation wrote. Only for the holder of the lock, and only if the folder was empty before."""
     for name in names:
         (path / name).unlink(missing_ok=True)
     if made:
@@ -241,7 +242,7 @@ def _undo(path: Path, names: Sequence[str], made: bool) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other processes out of a folder.
+    """Lock a folder against other processes inside the block.
 
     Raises:
         FolderTakenError: another process holds the lock.
@@ -258,7 +259,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, path: Path) -> bool:
-    """Lock an open file; return False if another process holds it, or has removed it since it was opened."""
+    """Lock an open file; return False if another process has locked it, or has removed it since it was opened."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(descriptor), os.stat(path))

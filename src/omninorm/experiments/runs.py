@@ -1,4 +1,4 @@
-"""Create, open and resume training runs."""
+"""Creates, opens and resumes training runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Plan:
     """Everything that determines what a run computes.
 
     Args:
-        model: the Thinker; its vocab_size follows from the tokenizer, its max_seq_len must be train.seq_len.
+        model: the Thinker's config. The tokenizer determines its vocab_size; its max_seq_len must be train.seq_len.
         train: the training settings.
         text: None for the default text, or the path of a file or folder.
         held_out: fraction of the text, at its end, that is held out.
@@ -69,12 +69,13 @@ class Plan:
             raise ConfigError("max_seq_len and seq_len must be equal", received, "set both to the same value")
 
     def change(self, **settings: Any) -> Plan:
-        """Return this plan with some settings of Plan, ThinkerConfig, NormConfig or TrainConfig replaced, given flat.
+        """Return this plan with some settings replaced.
 
-        `seq_len` also sets the model's max_seq_len.
+        The names are those of Plan, ThinkerConfig, NormConfig and TrainConfig. `seq_len` also sets the model's
+        max_seq_len.
 
         Raises:
-            ConfigError: an unknown name or a bad value.
+            ConfigError: an unknown name or an invalid value.
         """
         if "seq_len" in settings:
             settings = {**settings, "max_seq_len": settings["seq_len"]}
@@ -90,7 +91,7 @@ class Plan:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Return every setting flat, by the names that `change` takes; where None means a default, the default."""
+        """Return all settings by the names that `change` takes. If None means a default, the default is returned."""
         model, training = self.model, self.train
         return {
             **{item.name: getattr(model.norm, item.name) for item in fields(NormConfig)},
@@ -109,7 +110,7 @@ class Plan:
 class Run:
     """A run that is ready to train. Close it, or use it as a context manager, to release its folder.
 
-    Its model is on the CPU until it is trained, on the device of `processes`.
+    The model is on the CPU until training moves it to the device of `processes`.
     """
 
     plan: Plan
@@ -125,7 +126,7 @@ class Run:
         """Train to the end, or until SIGINT or SIGTERM; see `omninorm.experiments.train.train`.
 
         Raises:
-            ConfigError: a step does not fit in the memory of the device. The folder of a new run is removed.
+            ConfigError: a step does not fit in the memory of the device. If the run is new, its folder is removed.
         """
         too_large = step_does_not_fit(self.plan.train, self.processes.device)
         stepped = False
@@ -151,7 +152,7 @@ class Run:
             self.folder.discard()
             raise
         except RuntimeError:
-            if self.processes.count > 1 and not stepped:  # another process had no memory for its first step
+            if self.processes.count > 1 and not stepped:  # the first step of another process did not fit in memory
                 self.folder.discard()
             raise
 
@@ -170,19 +171,29 @@ def create_run(
     *,
     device: str = AUTO,
 ) -> Run:
-    """Read the text, build tokenizer and model, and create the run's folder last, when nothing else can fail.
+    """Read the text, build tokenizer and model, and at last create the run's folder, when nothing else can fail.
 
     Args:
-        plan: what to run.
-        path: a new or empty folder; None means a new runs/NAME-N, named after the text.
-        command: how the run was started, for config.json.
-        processes: those that will train together, with their devices; None means this one alone, on `device`.
-        device: a name as in `omninorm.device.find_devices`. It also decides what precision "auto" is.
+        plan: the settings of the run.
+        path: a new or empty folder; None means a new folder runs/NAME-N, named after the text.
+        command: the command that started the run, for config.json.
+        processes: the processes that train together, with their devices; None means only this one, on `device`.
+        device: a name as in `omninorm.device.find_devices`. It also determines precision "auto".
 
     Raises:
-        DataError, ConfigError, RunError: the text, a setting, the device or the folder is unusable; then nothing was
-            written.
-        MissingExtraError: a package that this or the checkpoints need is not installed.
+        DataError, ConfigError, RunError: the text, a setting, the device or the folder cannot be used. Nothing is
+            written in this case.
+        MissingExtraError: a package that the run or its checkpoints need is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     text = Path(folder, "text.txt")
+        ...     _ = text.write_text("In the beginning God created the heaven and the earth. " * 20)
+        ...     plan = Plan(text=str(text)).change(d_model=16, n_layers=1, n_heads=2, seq_len=16, steps=2)
+        ...     with create_run(plan, Path(folder, "run"), device="cpu") as run:
+        ...         run.train().status
+        'finished'
     """
     check_packages()
     check_model(plan.model)
@@ -207,7 +218,7 @@ def _create_folder(path: Path | None, name: str, config: Mapping[str, Any], file
     while path is None:
         try:
             return RunFolder.create(fresh_folder(name), config, files)
-        except FolderTakenError:  # a run that was started at the same moment took the name
+        except FolderTakenError:  # another run has just been created under this name
             continue
     return RunFolder.create(path, config, files)
 
@@ -229,19 +240,21 @@ def open_run(
 
     Args:
         path: the run's folder.
-        text: where the text is now, if it has moved.
-        processes: those that train together, of which the first has opened the run already; None means this one alone.
-        steps: the new number of optimizer steps; None keeps the run's.
-        command: how the run was extended or shortened, for config.json.
-        device: where to continue it alone, a name as in `omninorm.device.find_devices`; None means `usual_device`.
+        text: the new path of the text, if it has moved.
+        processes: the processes that train together, of which the first has already opened the run; None means only
+            this one.
+        steps: the new number of optimizer steps; None keeps the run's number.
+        command: the command that extended or shortened the run, for config.json.
+        device: the device on which this process continues alone, a name as in `omninorm.device.find_devices`; None
+            means `usual_device`.
 
     Raises:
-        ConfigError: the device cannot be used, `steps` is below the newest checkpoint or the warm-up, or above 10¹²,
-            or the model is too large for this machine.
-        RunError: no run, a damaged one, one that another process is writing, one that diverged, or the text is not
-            the one that the run was started with.
-        DataError: the text is no longer there, or no text any more.
-        MissingExtraError: a package that this or the checkpoints need is not installed.
+        ConfigError: the device cannot be used; `steps` is below the newest checkpoint or the warm-up, or above 10¹²; or
+            the model is too large for this machine.
+        RunError: the folder has no run, the run is damaged or has diverged, another process is writing it, or the text
+            is not the one with which the run was started.
+        DataError: the text is missing or cannot be read any more.
+        MissingExtraError: a package that the run or its checkpoints need is not installed.
     """
     check_packages()
     config = read_config(path)
@@ -274,9 +287,9 @@ def open_run(
 
 
 def usual_device(path: Path) -> str:
-    """Return the name of the device to resume a run on: where it was started, or "auto" if that is not here.
+    """Return the device on which to resume a run: the kind on which it was started, or "auto" if it is not available.
 
-    A run from before devices were recorded was started on the CPU.
+    If no device is recorded, the run was started on the CPU.
     """
     try:
         name = read_config(path).get("device", "cpu")
@@ -287,7 +300,7 @@ def usual_device(path: Path) -> str:
 
 
 def _extended(plan: Plan, steps: int, path: Path, done: int) -> Plan:
-    """Return the plan with another number of steps. The warm-up is kept: its default depends on that number."""
+    """Return the plan with another number of steps. The warm-up, whose default depends on this number, stays."""
     steps = read_count("steps", steps)
     if steps == plan.train.steps:
         return plan
@@ -303,7 +316,7 @@ def _extended(plan: Plan, steps: int, path: Path, done: int) -> Plan:
 
 
 def _extend(folder: RunFolder, config: Mapping[str, Any], plan: Plan, extended: Plan, command: Sequence[str]) -> str:
-    """Write the new number of steps to config.json; return a notice of what that changes."""
+    """Write the new number of steps to config.json; return a notice that describes the change."""
     before, after, done = plan.train.steps, extended.train.steps, folder.newest() or 0
     earlier = config.get("extended")
     entry = {"from": before, "to": after, "at_step": done, "command": list(command), "time": _now()}
@@ -318,15 +331,15 @@ def _extend(folder: RunFolder, config: Mapping[str, Any], plan: Plan, extended: 
 
 
 def load_text(path: Path, text: str | None = None) -> Corpus:
-    """Return the text of the run in a folder, from its own place or from `text`.
+    """Return the text of the run in a folder, read from its recorded path or from `text`.
 
     Raises:
         DataError: the text cannot be read.
-        RunError: it is not the text that the run was started with.
+        RunError: the text is not the one with which the run was started.
     """
     corpus = _load_again(read_plan(path), text)
     if corpus.sha256 != read_config(path)["data"].get("sha256"):
-        invariant = f"{corpus.source} is not the text that the run in {path} was started with"
+        invariant = f"{corpus.source} is not the text with which the run in {path} was started"
         raise RunError(invariant, "", "restore the text, or start a new run")
     return corpus
 
@@ -383,7 +396,7 @@ def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, i
     """Return the model and tokenizer of a run at its newest checkpoint, or at `step`, and the step.
 
     Raises:
-        RunError: no run, no such checkpoint, or a damaged one.
+        RunError: the folder has no run, or the checkpoint is missing or damaged.
     """
     check_packages()
     plan = read_plan(path)
@@ -404,7 +417,7 @@ def load_run(path: Path, step: int | None = None) -> tuple[Thinker, Tokenizer, i
 
 
 def build_model(config: ThinkerConfig, seed: int) -> Thinker:
-    """Return a Thinker whose initial weights depend only on the seed. Torch's global generator stays seeded.
+    """Return a Thinker whose initial weights depend only on the seed; torch's global generator is seeded with it.
 
     Raises:
         ConfigError: the model does not fit in memory, or has too many blocks.

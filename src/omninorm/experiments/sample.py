@@ -27,12 +27,13 @@ def stream_text(
     """Continue a prompt; yield new text, without the prompt, as soon as it is final.
 
     Bytes are decoded as UTF-8 across tokens; invalid bytes become U+FFFD. A prompt longer than the model's context is
-    cut to its last tokens. The text ends before the first of `stop` or `stop_tokens`, which is not yielded. If
-    `stop_tokens` is None, these are the end-of-text tokens of a pretrained model's tokenizer; the tokenizers that
-    omninorm trains have none. Special tokens are left out of the text.
+    cut to its last tokens. The text ends before the first stop text in `stop` or token in `stop_tokens`. By default,
+    `stop_tokens` are the end-of-text tokens of a pretrained model's tokenizer; the tokenizers that omninorm trains have
+    none. Special tokens are left out of the text.
 
     Raises:
-        InputError: an empty prompt or stop text, or a sampling setting out of range (at the call, not later).
+        InputError: an empty prompt or stop text, or a sampling setting out of range. The call raises it, not the first
+            iteration.
         ConfigError: a seed outside [0, 2⁶³).
     """
     if not prompt:
@@ -55,7 +56,7 @@ def stream_text(
 
 
 def _until(pieces: Iterator[bytes], stops: Sequence[bytes]) -> Iterator[bytes]:
-    """Yield bytes until a stop text; hold back bytes that may be the start of one."""
+    """Yield bytes until a stop text; bytes that may be the start of one are held back."""
     held = b""
     for piece in pieces:
         held += piece

@@ -1,4 +1,4 @@
-"""TrainConfig, which checks every setting of a training run, and the learning rate schedule."""
+"""TrainConfig, which checks all settings of a training run, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _MOST_STEPS = 10**12
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained. The defaults suit a small byte-level model on two CPU cores.
+    """The settings of a training run. The defaults suit a small byte-level model on two CPU cores.
 
     Args:
         steps: optimizer steps, from 1 to 10¹².
-        batch_size: sequences per micro-batch; a step has batch_size · grad_accumulation of them.
+        batch_size: sequences per micro-batch; a step has batch_size · grad_accumulation sequences.
         seq_len: tokens per sequence.
         lr: the peak learning rate, reached at the end of the warm-up, in [1e-38, 3e38].
         warmup_steps: steps of linear warm-up, at most `steps`; None means a tenth of the steps, at most 100.
@@ -36,14 +36,14 @@ class TrainConfig:
         decay_norms: decay the gains of norms too; meant for zero-centred gains (gain_offset=1), which it pulls to 1.
         betas: AdamW's betas, each in [0, 1).
         adam_eps: AdamW's ε, in [1e-38, 3e38].
-        grad_clip: clip the total gradient norm to this, in [1e-38, 3e38]; None disables clipping.
-        grad_accumulation: micro-batches per step. It changes the memory, not the mathematics: a step has the same
-            sequences however they are divided.
-        precision: "float32", or "bfloat16" or "float16" for autocast: parameters, moments and the loss stay in float32,
-            and with float16 the loss is scaled. "auto" is chosen by the device, see `choose_precision`. The short
-            names "fp32", "bf16" and "fp16" are accepted.
-        compile: train the model compiled by torch.compile.
-        tf32: round the factors of float32 matrix products to TF32, on NVIDIA GPUs.
+        grad_clip: the total gradient norm to which gradients are clipped, in [1e-38, 3e38]; None disables clipping.
+        grad_accumulation: micro-batches per step. More micro-batches need less memory; the sequences of a step stay the
+            same if batch_size · grad_accumulation does.
+        precision: "float32", or "bfloat16" or "float16" for autocast, where parameters, moments and the loss stay in
+            float32, and float16 scales the loss. "auto" depends on the device, see `choose_precision`. The short names
+            "fp32", "bf16" and "fp16" are also accepted.
+        compile: whether the model is compiled with torch.compile.
+        tf32: whether NVIDIA GPUs round the factors of float32 matrix products to TF32.
         seed: random seed for weights and batches, ≥ 0.
         eval_every: steps between evaluations on the held-out text; step 0 and the last step are always evaluated.
         eval_bytes: bytes of the held-out text to evaluate, from its start; None means all.
@@ -131,7 +131,7 @@ class TrainConfig:
 
     @property
     def warmup(self) -> int:
-        """Steps of warm-up, with the default filled in."""
+        """Number of warm-up steps, with the default filled in."""
         return min(self.steps // 10, 100) if self.warmup_steps is None else self.warmup_steps
 
     @property
@@ -140,16 +140,17 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Return the config that `to_dict` wrote; missing keys take their defaults.
+        """Return the config that a dictionary such as `to_dict`'s describes; missing keys get their defaults.
 
         Raises:
-            ConfigError: not a mapping, an unknown key (the known ones are listed), or a bad value.
+            ConfigError: `values` is not a mapping, or has an unknown key (the message lists the known ones) or an
+                invalid value.
         """
         check_keys("a training config", values, [field.name for field in fields(cls)])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every setting as a plain JSON value."""
+        """Return all settings as a JSON-serializable dictionary."""
         return {**asdict(self), "betas": list(self.betas)}
 
 
@@ -168,7 +169,12 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """Return the learning rate of a step, counted from 1.
 
     η(s) = lr · s/w during the w steps of warm-up, so η(w) = lr. Then "constant" stays at lr, and "cosine" follows
-    lr · (m + (1 − m)·(1 + cos πp)/2), p = (s − w)/(steps − w), which ends exactly at m·lr, m = min_lr_ratio.
+    lr · (m + (1 − m)·(1 + cos πp)/2) with p = (s − w)/(steps − w) and m = min_lr_ratio, which ends exactly at m·lr.
+
+    Example:
+        >>> config = TrainConfig(steps=100, warmup_steps=10, lr=0.004, min_lr_ratio=0.25)
+        >>> [learning_rate(step, config) for step in (5, 10, 100)]
+        [0.002, 0.004, 0.001]
     """
     if step <= config.warmup:
         return config.lr * step / config.warmup

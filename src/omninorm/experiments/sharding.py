@@ -1,6 +1,6 @@
-"""FSDP2: sharding of a model over processes, and files that all of them write together.
+"""FSDP2: sharding of a model over processes, and files that all processes write together.
 
-The parts of torch that this needs take half a second to import, so they are imported where they are used.
+The parts of torch that are needed for this take half a second to import, so they are imported where they are used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from omninorm.kernels.distributed import is_distributed
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """Shard a model's parameters over all processes, in place: each block is gathered while it computes."""
+    """Shard a model's parameters over all processes, in place; each block is gathered while it is computed."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -32,7 +32,7 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def copy_whole(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded; each process has all of `value` and takes its part."""
+    """Copy a whole tensor into one that may be sharded. Every process passes the whole `value` and copies its part."""
     if is_distributed(target):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -42,10 +42,10 @@ def copy_whole(target: Tensor, value: Tensor) -> None:
 
 
 def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the part of the tensors that this process has to a safetensors file; all processes must call this.
+    """Write this process's part of the tensors to a safetensors file; all processes must call this.
 
     Raises:
-        OSError: a process could not write; raised in all of them.
+        OSError: a process could not write; all processes raise it.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -59,10 +59,10 @@ def save_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def describe_parts(folder: Path) -> dict[str, Tensor]:
-    """Return name, shape and dtype of what `save_parts` wrote, as tensors without content.
+    """Return the names, shapes and dtypes of the tensors that `save_parts` wrote, as tensors without content.
 
     Raises:
-        Exception: the files are not safetensors; the library's own exceptions.
+        Exception: the files are not in safetensors format; these are exceptions of the library.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -76,7 +76,7 @@ def describe_parts(folder: Path) -> dict[str, Tensor]:
 
 
 def load_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `save_parts` wrote into tensors, whole or sharded over another number of processes."""
+    """Load what `save_parts` wrote into tensors, which may be whole or sharded over another number of processes."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 

@@ -32,17 +32,17 @@ class Tokenizer(Protocol):
         """Return the tokens of UTF-8 text: a 1-D integer tensor of the smallest dtype that holds the vocabulary."""
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """Return the bytes that the tokens stand for; they may end inside a character."""
+        """Return the bytes of the tokens, which may end in the middle of a character."""
 
     def byte_lengths(self) -> Tensor:
-        """Return how many bytes of text each token stands for, int64 (vocab_size,)."""
+        """Return the number of bytes of each token, int64 (vocab_size,)."""
 
     def to_json(self) -> str | None:
         """Return the content of tokenizer.json for `load_tokenizer`, or None if there is nothing to save."""
 
 
 class ByteTokenizer:
-    """One token per byte: 256 of them, nothing to train, nothing to save."""
+    """A tokenizer with one token per byte, 256 in all; there is nothing to train or save."""
 
     name = "byte"
     vocab_size = 256
@@ -133,7 +133,7 @@ def build_tokenizer(name: str, vocab_size: int | None, train_text: bytes) -> Tok
     """Return the tokenizer called `name`; "bpe" is trained on `train_text` (vocab_size None means 1024).
 
     Raises:
-        ConfigError: an unknown name, or a vocabulary size that does not go with it.
+        ConfigError: an unknown name, or a vocabulary size that this tokenizer cannot have.
     """
     check_choice("tokenizer", name, TOKENIZERS)
     if name == "bpe":
@@ -149,7 +149,7 @@ def load_tokenizer(name: str, folder: Path, sha256: str | None = None) -> Tokeni
 
     Args:
         name: "byte" or "bpe".
-        folder: the run's.
+        folder: the run's folder.
         sha256: digest of tokenizer.json, in hexadecimal; None if it is unknown.
 
     Raises:
@@ -192,7 +192,7 @@ def tokenizers_library() -> Any:
 
 @contextmanager
 def library_errors(invariant: str, remedy: str) -> Iterator[None]:
-    """Turn errors of the package `tokenizers` and of its file's content into RunError.
+    """Turn errors of the package `tokenizers`, also those about the content of its file, into RunError.
 
     The package is written in Rust: it raises plain Exception, and its panics are not even derived from Exception.
     """
@@ -208,7 +208,7 @@ def library_errors(invariant: str, remedy: str) -> Iterator[None]:
 
 
 def _printable_bytes() -> dict[str, int]:
-    """Return GPT-2's map from visible characters to bytes, in which byte-level BPE writes its vocabulary."""
+    """Return GPT-2's map from visible characters to bytes; byte-level BPE writes its vocabulary in these characters."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + index): byte for index, byte in enumerate(hidden)}

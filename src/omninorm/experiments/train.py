@@ -53,29 +53,39 @@ def train(
 ) -> TrainResult:
     """Train a model on the device of its parameters, from the newest checkpoint of `run` if there is one.
 
-    A step: set the learning rate, accumulate the gradients of its micro-batches, measure and clip them, step; then
-    log, evaluate, checkpoint. A resumed run is bit-identical to an uninterrupted one on the same CPU with the same
-    number of threads, and on the same GPU if its operators are deterministic; on another device it is equal up to
-    rounding. On a GPU the host waits once per step, for the loss and the gradient norm of the step before.
+    A step sets the learning rate, accumulates the gradients of its micro-batches, measures and clips them, and updates
+    the weights; after it come logging, evaluation and the checkpoint. A resumed run is bit-identical to an
+    uninterrupted one on the same CPU with the same number of threads, and on the same GPU if its operators are
+    deterministic; on another device it is equal up to rounding. On a GPU the host waits once per step, for the loss and
+    the gradient norm of the previous step.
 
     Args:
         model: maps int64 tokens (batch, sequence) to logits (batch, sequence, vocabulary); trained in place.
         data: training and held-out tokens on the CPU, see `tokenize`.
         config: the settings.
-        run: where to record and to write checkpoints; None keeps everything in memory, without monitoring.
-        on_event: called with every event as it happens.
-        stopped_by: called after every step; a signal number ends the run there, with a checkpoint.
-        processes: the training processes, each with its share of every batch; None means only this one. The loss and
+        run: the folder for the record and the checkpoints; None keeps everything in memory, without monitoring.
+        on_event: called with every event when it happens.
+        stopped_by: called after every step; if it returns a signal number, the run ends there, with a checkpoint.
+        processes: the training processes, each with a part of every batch; None means only this one. The loss and
             gradients of a step equal those of one process up to rounding.
 
     Returns:
         The status and the recorded events. A non-finite loss or gradient, or non-finite weights when a checkpoint is
-        due, end the run as "diverged", which is a result and not an error. On a GPU this is noticed one step later,
-        but before anything is written.
+        due, end the run with the status "diverged", which is a result and not an error. On a GPU this is detected one
+        step later, but before anything is written.
 
     Raises:
         RunError: the run's folder can't be written, its newest checkpoint can't be used, or a process is gone.
         ConfigError: the batch can't be divided evenly among the processes.
+
+    Example:
+        >>> from omninorm import Thinker, ThinkerConfig
+        >>> tokens = torch.arange(256).repeat(4)
+        >>> data = TokenData(train=tokens, held_out=tokens, byte_lengths=torch.ones(256, dtype=torch.int64))
+        >>> model = Thinker(ThinkerConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=32))
+        >>> result = train(model, data, TrainConfig(steps=3, batch_size=2, seq_len=32))
+        >>> result.status, len(result.losses)
+        ('finished', 3)
     """
     processes = processes or Processes()
     processes.check_batch(config.batch_size)
@@ -100,7 +110,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Job:
-    """What is trained, and how. `called` is the model to call: wrapped for several processes, and perhaps compiled."""
+    """The objects of a training run. `called` is the model that is called: wrapped for processes, perhaps compiled."""
 
     model: nn.Module
     called: nn.Module
@@ -115,7 +125,7 @@ class _Job:
 
 
 def _steps(job: _Job, done: int, log: _Log, stopped_by: Callable[[], int | None]) -> StopEvent:
-    """Run the steps after `done` and return how they ended."""
+    """Run the steps after step `done`; return the event that ended them."""
     config, processes = job.config, log.processes
     readings = Readings(late=job.device.type != "cpu", scaled=job.scaler.is_enabled(), report=log.step_done(config))
     for step in range(done + 1, config.steps + 1):
@@ -145,7 +155,7 @@ def _steps(job: _Job, done: int, log: _Log, stopped_by: Callable[[], int | None]
         if signal is not None or checkpoints:
             if (end := readings.settle()) is not None:
                 return end
-            if processes.largest(not _is_finite(job.model)):  # such a checkpoint must not replace a good one
+            if processes.largest(not _is_finite(job.model)):  # a diverged checkpoint must not replace a good one
                 return reading.end()
             log.checkpoint(step, job)
         if signal is not None:
@@ -161,8 +171,9 @@ def _accumulate(
     processes: Processes,
     scaler: torch.amp.GradScaler,
 ) -> Tensor:
-    """Accumulate the gradients of the step's mean loss by micro-batches, scaled by the scaler; return that loss in nats
-    per token, on the device."""
+    """Accumulate the gradients of the step's mean loss over its micro-batches, scaled by the scaler.
+
+    The result is this loss in nats per token, on the device."""
     device = next(model.parameters()).device
     count = config.batch_size * config.grad_accumulation
     total = torch.zeros((), dtype=widest(device), device=device)
@@ -179,7 +190,7 @@ def _accumulate(
 
 
 def _clip(model: nn.Module, limit: float | None) -> Tensor:
-    """Clip gradients to the total norm `limit`, unless it is None; return the norm before clipping."""
+    """Clip gradients to the total norm `limit` (None does not clip); return the norm before clipping."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = whole(nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
     if limit is not None:
@@ -188,7 +199,7 @@ def _clip(model: nn.Module, limit: float | None) -> Tensor:
 
 
 def _is_finite(model: nn.Module) -> bool:
-    """Return whether all parameters are finite. The host waits for a GPU once."""
+    """Return whether all parameters are finite; the host waits for a GPU once."""
     return bool(torch.stack([here(parameter.detach()).isfinite().all() for parameter in model.parameters()]).all())
 
 
@@ -199,7 +210,7 @@ def _due(step: int, every: int, config: TrainConfig) -> bool:
 class _Log:
     """Sends every event to the callback, the record and the result.
 
-    Only the first of several processes writes events and checkpoints; each has its own record for its monitor.
+    Only the first of several processes writes events and checkpoints; each process has a record for its monitor.
     """
 
     def __init__(self, run: RunFolder | None, on_event: Callback | None, processes: Processes) -> None:
@@ -212,7 +223,7 @@ class _Log:
         self._alarms_emitted = 0
 
     def restore(self, job: _Job) -> int:
-        """Load the newest checkpoint and the events up to it; return its step, 0 if there is none."""
+        """Load the newest checkpoint and the events up to it; return its step, or 0 without a checkpoint."""
         if self._run is None:
             return 0
         step = self.processes.from_first(self._run.newest)
@@ -238,7 +249,7 @@ class _Log:
         self._emit_alarms()
 
     def step_done(self, config: TrainConfig) -> Callable[[Reading, float], None]:
-        """Return what to call with each step and its duration."""
+        """Return the function to call with each step and its duration."""
 
         def report(reading: Reading, seconds: float) -> None:
             step, speed = reading.step, config.tokens_per_step / seconds
@@ -274,7 +285,7 @@ class _Log:
         return math.isfinite(bits)
 
     def evaluated(self, step: int) -> bool:
-        """Return whether a step has been evaluated. A run that was shortened may end at one that was not."""
+        """Return whether a step has been evaluated. The last step of a shortened run may not have been."""
         return self.processes.from_first(lambda: step in self._evals)
 
     def checkpoint(self, step: int, job: _Job) -> None:

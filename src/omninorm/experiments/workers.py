@@ -1,4 +1,4 @@
-"""Trains several runs in parallel, one single-threaded process each: for small models far faster than two threads."""
+"""Trains several runs in parallel, each in a single-threaded process; for small models, threads are far slower."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 class Workers:
     """Train runs in processes of `omninorm train --resume`, at most `count` at a time, in the order given.
 
-    The runs take turns with `devices`; if these are empty, each run stays on its own device.
+    The runs are assigned to `devices` in turn; if there are none, each run uses its recorded device.
 
-    Use it as a context manager: when it is left early, running processes are stopped and save a checkpoint.
+    Use it as a context manager: on an early exit, running processes are stopped and save a checkpoint.
     """
 
     def __init__(self, runs: Sequence[Path], count: int, devices: Sequence[torch.device] = ()) -> None:
@@ -46,10 +46,10 @@ class Workers:
         self._working: dict[Path, subprocess.Popen[bytes]] = {}
 
     def advance(self) -> bool:
-        """Start waiting runs if there is room; return False once all are done.
+        """Start waiting runs if fewer than `count` are running; return False once all runs are done.
 
         Raises:
-            RunError: a process ended before its run was done; its last line of output is in the message.
+            RunError: a process ended before its run was done; the message contains its last line of output.
         """
         for run, process in list(self._working.items()):
             code = process.poll()
@@ -66,7 +66,7 @@ class Workers:
         device = next(self._devices, None)
         place = [] if device is None else ["--device", str(device)]
         arguments = [str(os.getpid()), "train", "--resume", str(run), *place]
-        # A session of its own, so that Ctrl-C reaches it only once, from this process.
+        # A new session, so that the process receives Ctrl-C only once, from this process.
         with open(run / LOG_FILE, "ab") as log:
             self._working[run] = subprocess.Popen(
                 [sys.executable, "-c", _START, *arguments],
@@ -88,7 +88,7 @@ class Workers:
 
 
 def end_with_parent(parent: int) -> None:
-    """Send this process SIGTERM, which makes it save a checkpoint, when the process that started it is gone."""
+    """Send SIGTERM to this process when its parent process has ended, so that it saves a checkpoint."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,4 +1,4 @@
-"""Static checks of a checkpoint: its weights are read tensor by tensor, and nothing is unpickled."""
+"""Static checks of a checkpoint. Its weights are read tensor by tensor, and nothing is unpickled."""
 
 from omninorm.inspection.against.compare import Comparison, compare_weights
 from omninorm.inspection.against.explain import Difference

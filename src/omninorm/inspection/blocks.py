@@ -14,10 +14,10 @@ from omninorm.inspection.measure import TensorStats
 
 @dataclass
 class BlockStats:
-    """Statistics of one block. RMS values are over all weights of a kind; None if the block has none.
+    """Statistics of one block. An RMS value is over all weights of a kind; it is None if the block has none.
 
-    attention_out and feed_forward_out are the writers to the residual stream; gain_median is the median over the
-    block's norms of their median |γ|, gain_max the largest |γ|.
+    attention_out and feed_forward_out are the matrices that write to the residual stream. gain_median is the median of
+    the median |γ| of the block's norms, and gain_max the largest |γ|.
     """
 
     stack: str

@@ -1,4 +1,4 @@
-"""Rows and columns of a matrix: dead ones and outliers."""
+"""Statistics of a matrix's rows and columns, which find dead ones and outliers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NAMED = 8
 
 @dataclass
 class Channels:
-    """Statistics of a matrix's rows, or of its columns, by their RMS √mean(w²).
+    """Statistics of a matrix's channels, its rows or its columns, from their RMS √mean(w²).
 
-    dead counts channels below DEAD × the matrix's RMS, and dead_first lists the first of them; median is the median
-    RMS; ratio is the largest RMS / median, at channel `largest`, or None if the median is 0.
+    dead is the number of channels with an RMS below DEAD × the matrix's RMS, and dead_first lists the first of them;
+    median is the median RMS; ratio is the largest RMS (of channel `largest`) over the median, or None if it is 0.
     """
 
     count: int

@@ -1,4 +1,4 @@
-"""Findings of rules about a checkpoint, and their grouping."""
+"""Findings that rules report about a checkpoint, and their grouping."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 SEVERITIES = ("fail", "warn", "note")
-"""fail: the model cannot produce sensible outputs; warn: probably a problem; note: no problem, but worth knowing."""
+"""fail: the model cannot produce sensible outputs; warn: this is probably a problem; note: this is worth knowing."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class Finding:
     Args:
         severity: one of SEVERITIES.
         rule: the rule's name, such as "gain-drift".
-        tensor: the affected tensor, the worst of several; None for the whole checkpoint.
+        tensor: the affected tensor (the worst, if there are several); None for the whole checkpoint.
         layer: the block of the tensor, such as "model.layers.7"; None outside of blocks.
         evidence: a sentence with the measured numbers.
-        remedy: a sentence that says what to do.
-        magnitude: severity in the rule's own unit; larger is worse.
+        remedy: a sentence that recommends what to do.
+        magnitude: a measure of the severity, in a unit of the rule; larger is worse.
         role: findings of the same rule and role are reported as one.
         others: the other tensors of the same rule and role, worst first.
     """
@@ -44,7 +44,7 @@ class Finding:
 
 
 def grouped(findings: Iterable[Finding]) -> list[Finding]:
-    """Merge findings of the same rule, severity and role; the worst tensor's evidence is kept. Most severe first."""
+    """Merge findings of the same rule, severity and role, keeping the worst tensor's evidence; most severe first."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in sorted(findings, key=_rank):
         groups.setdefault((finding.severity, finding.rule, finding.role), []).append(finding)

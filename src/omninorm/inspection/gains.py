@@ -1,4 +1,4 @@
-"""A norm's gains γ."""
+"""Statistics of a norm's gains γ."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SILENT = 1e-3
 
 @dataclass
 class Gains:
-    """Statistics of one norm's gains: the smallest, median and largest |γ|.
+    """Statistics of one norm's gains, such as the smallest, median and largest |γ|.
 
-    ratio is max |γ| / median |γ|, or None if the median is 0; silent is the fraction with |γ| < SILENT, negative the
-    fraction with γ < 0.
+    ratio is max |γ| / median |γ|, or None if the median is 0. silent is the fraction of gains with |γ| < SILENT, and
+    negative the fraction with γ < 0.
     """
 
     count: int
@@ -29,7 +29,7 @@ class Gains:
 
 
 def measure_gains(gain: Tensor) -> Gains:
-    """Measure γ, [d], after adding what the file leaves out (Gemma's 1 +)."""
+    """Measure γ, [d]; the offset that the file leaves out (Gemma's 1 +) has already been added."""
     size = gain.abs()
     median, at = float(size.median()), int(size.argmax())
     silent = size < SILENT

@@ -1,4 +1,4 @@
-"""GGUF files, llama.cpp's format. Quantized tensors are dequantized a few rows at a time."""
+"""Reads GGUF files (llama.cpp's format). Quantized tensors are dequantized a few rows at a time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from omninorm.inspection.tensors import CHUNK, StoredTensor
 __all__ = ["MAGIC", "GGUFTensor", "read_gguf"]
 
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
-# Settings under their names in transformers' config.json, so that one reader serves both; the name of the architecture
-# comes first.
+# GGUF's settings and their names in transformers' config.json, so that the same code reads both. In GGUF, the name of
+# the architecture precedes them.
 _SETTINGS = {
     "rms_norm_eps": ".attention.layer_norm_rms_epsilon",
     "layer_norm_eps": ".attention.layer_norm_epsilon",
@@ -33,13 +33,13 @@ _SETTINGS = {
 }
 
 
-# numpy's types of tensors that are not quantized.
+# NumPy's types of tensors that are not quantized.
 _PLAIN = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1"}
 
 
 @dataclass(frozen=True)
 class GGUFTensor(StoredTensor):
-    """A tensor of a GGUF file; `data` is the mapped file, [rows, bytes of a row] where it is quantized."""
+    """A tensor of a GGUF file. `data` is mapped from the file; for a quantized tensor it is [rows, bytes of a row]."""
 
     data: Any = field(repr=False, compare=False)
     quantization: Any = field(repr=False, compare=False)
@@ -52,7 +52,7 @@ class GGUFTensor(StoredTensor):
         return self._dequantized(self.data.reshape(-1, self.data.shape[-1])[start:stop]).reshape(-1, self.columns)
 
     def chunks(self) -> Iterator[Tensor]:
-        # A vector's pieces must end where a block of a quantization does; 1-D tensors are hardly ever quantized.
+        # The pieces of a vector must consist of whole quantization blocks; 1-D tensors are hardly ever quantized.
         rows = self.data.reshape(-1, self.data.shape[-1]) if self.numel else self.data[:0].reshape(0, 1)
         step = max(1, CHUNK // max(self.shape[-1], 1))
         for start in range(0, len(rows), step):
@@ -64,13 +64,13 @@ class GGUFTensor(StoredTensor):
 
         with np.errstate(all="ignore"):  # a scale may be NaN or infinite, which a rule reports
             values = rows if self.dtype == "F64" else gguf.dequantize(np.ascontiguousarray(rows), self.quantization)
-        # A copy: torch must not be given the read-only mapping of the file.
+        # Copy the values, because torch must not get the read-only mapping of the file.
         return torch.from_numpy(np.array(values)).reshape(len(rows), -1)
 
 
 @functools.cache
 def _dequantizes(quantization: Any) -> bool:
-    """Return whether the installed gguf package can decode this type, by decoding one block of zeros."""
+    """Return whether the installed package gguf can decode this type; this decodes one block of zeros."""
     import gguf
     import numpy as np
 
@@ -84,7 +84,7 @@ def _dequantizes(quantization: Any) -> bool:
 
 
 def read_gguf(path: Path) -> tuple[list[StoredTensor], dict[str, Any]]:
-    """Return the tensors of a GGUF file, or of the set of files it is split into, and its settings.
+    """Return the tensors and the settings of a GGUF file, or of all files of a model that is split.
 
     Only headers are read.
 

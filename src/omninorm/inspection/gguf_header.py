@@ -1,4 +1,4 @@
-"""The header of a GGUF file: settings and where each tensor lies. Every size is checked against the file's first.
+"""Reads the header of a GGUF file: its settings and the positions of its tensors. Sizes beyond the file are refused.
 
 magic, version, number of tensors, number of settings
 settings   name, type, value; arrays (a tokenizer's vocabulary) are skipped
@@ -18,16 +18,17 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
 _MOST_AXES, _DEEPEST_ARRAY = 8, 4
-# In all arrays of strings or arrays. A vocabulary has a few hundred thousand tokens and twice as many merges.
+# A limit for the items of all arrays of strings or arrays. A vocabulary has a few hundred thousand tokens and twice as
+# many merges.
 _MOST_ITEMS = 2**21
-# Struct's code of each scalar type, by its number in the file.
+# The codes of the module struct for the scalar types, by their numbers in the file.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor as the header describes it: shape from the outermost axis, type's number, first byte in the file."""
+    """A tensor in the header: shape from the outermost axis, number of its type, position of its first byte."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,7 +38,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """Settings without arrays, the tensors, and struct's sign of the byte order, "<" or ">"."""
+    """The settings without arrays, the tensors, and the byte order in struct's notation, "<" or ">"."""
 
     settings: Mapping[str, Any]
     tensors: Sequence[TensorEntry]
@@ -48,10 +49,10 @@ def read_header(content: Any) -> Header:
     """Read the header of a file.
 
     Args:
-        content: the file's bytes, usually mapped.
+        content: the bytes of the file, usually mapped.
 
     Raises:
-        ValueError: it is no GGUF file, or damaged; the message says how.
+        ValueError: the file is not a GGUF file or is damaged; the message explains how.
     """
     if bytes(content[:4]) != MAGIC:
         raise ValueError("it does not start with the letters GGUF")
@@ -62,7 +63,7 @@ def read_header(content: Any) -> Header:
             raise ValueError(f"its version {version} is unknown")
     tensor_count, setting_count = reader.number("Q"), reader.number("Q")
     settings: dict[str, Any] = {}
-    for _ in range(setting_count):  # a count beyond the file's size ends at the end of the file
+    for _ in range(setting_count):  # if the count is too large, this ends at the end of the file
         name = reader.string()
         if name in settings:
             raise ValueError(f"its setting {name!r:.80} appears twice")
@@ -83,11 +84,11 @@ def _alignment(settings: Mapping[str, Any]) -> int:
 
 
 class _Reader:
-    """Values one after the other; ValueError where the file ends too early."""
+    """Reads values one after the other; raises ValueError if the file ends too early."""
 
     def __init__(self, content: Any, at: int, order: Literal["<", ">"] = "<") -> None:
         self.content, self.at, self.order = content, at, order
-        self.items = 0  # of arrays that were skipped item by item
+        self.items = 0  # the number of array items that were skipped one by one
 
     def number(self, code: str) -> Any:
         size = struct.calcsize(f"{self.order}{code}")
@@ -100,7 +101,7 @@ class _Reader:
             raise ValueError("a name in its header is not UTF-8") from error
 
     def value(self, kind: int) -> Any:
-        """A number or a string; None for an array, which is skipped."""
+        """Return a number or a string, or None for an array, which is skipped."""
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
@@ -111,7 +112,7 @@ class _Reader:
         return self.number(_SCALARS[kind])
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape from the outermost axis, type, and offset in the data."""
+        """Return a tensor's name, shape from the outermost axis, type, and offset in the data."""
         name, axes = self.string(), self.number("I")
         if not 1 <= axes <= _MOST_AXES:
             raise ValueError(f"its tensor {name!r:.80} has {axes} axes")
@@ -147,15 +148,15 @@ class _Reader:
 
 
 def bytes_of(entry: TensorEntry, block: int, size: int, length: int) -> tuple[int, tuple[int, ...]]:
-    """Return a tensor's bytes, and the shape of its rows in bytes.
+    """Return the number of a tensor's bytes, and its shape with rows in bytes.
 
     Args:
         entry: the tensor.
-        block, size: numbers in a block of its type, and the bytes that they take.
-        length: of the file.
+        block, size: the numbers and the bytes in a block of its type.
+        length: the length of the file.
 
     Raises:
-        ValueError: its rows are no whole blocks, or it reaches beyond the file's end.
+        ValueError: its rows do not consist of whole blocks, or it reaches beyond the end of the file.
     """
     if entry.shape[-1] % block:
         raise ValueError(f"the rows of its tensor {entry.name!r:.80} are not a multiple of {block} numbers")

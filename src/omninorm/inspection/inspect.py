@@ -1,4 +1,4 @@
-"""Read a checkpoint, measure every tensor and run the rules."""
+"""Reads a checkpoint, measures every tensor and runs the rules."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from omninorm.inspection.settings import gain_offset, norm_eps
 from omninorm.inspection.tensors import Checkpoint, StoredTensor
 from omninorm.record.jsonl import json_values
 
-_MOST_WORKERS = 8  # each holds some 60 MiB
+_MOST_WORKERS = 8  # each needs about 60 MiB
 
 Progress = Callable[[int, int, str], None]
-"""Called with the bytes done, the total bytes, and the name of the next tensor."""
+"""A function that is called with the bytes done, the total bytes, and the name of the next tensor."""
 
 
 @dataclass
@@ -33,10 +33,10 @@ class Inspection:
     """The result of inspecting one checkpoint.
 
     Args:
-        path: what was inspected.
+        path: the inspected file or folder.
         format: "safetensors" or "gguf".
-        findings: the most severe first.
-        tensors: measurements of each tensor, in the model's order.
+        findings: the findings, the most severe first.
+        tensors: the measurements of each tensor, in the model's order.
         blocks: the depth profile.
         eps: ε of the model's norms; None if the settings do not contain it.
     """
@@ -50,7 +50,7 @@ class Inspection:
 
     @property
     def failed(self) -> bool:
-        """Whether a finding is a failure: the model cannot produce sensible outputs."""
+        """Return whether a finding is a failure: the model cannot produce sensible outputs."""
         return any(finding.severity == "fail" for finding in self.findings)
 
     @property
@@ -69,9 +69,9 @@ class Inspection:
         return f"{count} {_plural('finding', count)}{failing} in {size}: {kinds}{also}."
 
     def totals(self) -> dict[str, Any]:
-        """Return counts of tensors, gains of norms, parameters and bytes, and of tensors by dtype.
+        """Return the numbers of tensors, gains of norms, parameters and bytes, and of tensors by dtype.
 
-        parameters are floating-point values outside of buffers; not_measured counts tensors of other types.
+        parameters counts floating-point values outside of buffers; not_measured counts tensors of other types.
         """
         kept = [each for each in self.tensors if each.measured and each.place.kind != "buffer"]
         return {
@@ -101,7 +101,7 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path, progress: Progress | None = None) -> Inspection:
-    """Measure every tensor of a checkpoint, a few rows at a time, and report what is wrong.
+    """Measure every tensor of a checkpoint, a few rows at a time, and report problems.
 
     Tensors are read in parallel, one per torch thread.
 
@@ -110,8 +110,18 @@ def inspect_checkpoint(path: str | Path, progress: Progress | None = None) -> In
         progress: called before each tensor and at the end.
 
     Raises:
-        RunError: there is nothing to inspect, a pickle, or damaged files.
+        RunError: the path has no weights, or only a pickle, or its files are damaged.
         MissingExtraError: the package that reads the format is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     weights = {"norm.weight": torch.zeros(4), "head.weight": torch.randn(8, 4)}
+        ...     save_file(weights, f"{folder}/model.safetensors")
+        ...     inspection = inspect_checkpoint(folder)
+        >>> inspection.failed, inspection.findings[0].rule, inspection.findings[0].tensor
+        (True, 'silent-norm', 'norm.weight')
     """
     checkpoint = open_checkpoint(path)
     stats = _measure_all(checkpoint, progress or (lambda done, total, name: None))
@@ -131,7 +141,9 @@ def _measure_all(checkpoint: Checkpoint, progress: Progress) -> list[TensorStats
 
     def run(tensor: StoredTensor) -> TensorStats:
         offset = 0.0
-        if checkpoint.format != "gguf" and is_norm_part(tensor.name):  # llama.cpp stores 1 + γ
+        if checkpoint.format != "gguf" and is_norm_part(
+            tensor.name
+        ):  # llama.cpp stores 1 + γ, so nothing has to be added
             offset = gain_offset(checkpoint.config, tensor.name, _owner(tensor.name) in norms_with_bias)
         return measure(tensor, place(tensor.name, tensor.shape), offset)
 
@@ -146,9 +158,9 @@ def _measure_all(checkpoint: Checkpoint, progress: Progress) -> list[TensorStats
 
 @contextlib.contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Create as many threads as torch has, one tensor each.
+    """Create as many threads as torch uses; each measures one tensor at a time.
 
-    Torch's own threads would synchronize after every small operation, which on a busy machine took seven times as long
+    Torch's own threads would synchronize after every small operation. On a busy machine this took seven times as long
     as a single thread.
     """
     threads = torch.get_num_threads()
@@ -166,11 +178,13 @@ def _owner(name: str) -> str:
 
 
 def _twins(stats: Sequence[TensorStats], stored: Mapping[str, StoredTensor]) -> list[tuple[TensorStats, TensorStats]]:
-    """Return pairs of matrices with the same values: candidates have equal statistics and are compared by value."""
+    """Return pairs of matrices with the same values. Only matrices with equal statistics are compared by value."""
     seen: dict[tuple[object, ...], TensorStats] = {}
     pairs = []
     for each in stats:
-        if not each.is_matrix or each.max_abs == 0.0 or each.kurtosis == 1.0:  # a constant matrix is an initialization
+        if (
+            not each.is_matrix or each.max_abs == 0.0 or each.kurtosis == 1.0
+        ):  # constant matrices may be initialized alike
             continue
         key = (each.shape, each.dtype, each.rms, each.max_abs, each.argmax, each.total, each.kurtosis)
         first = seen.setdefault(key, each)

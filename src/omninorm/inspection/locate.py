@@ -1,4 +1,4 @@
-"""Open a checkpoint by its path: a file, a Hugging Face folder, a run's folder, GGUF. Pickles are refused."""
+"""Opens a checkpoint by its path: a file, a Hugging Face folder, a run's folder, GGUF. Pickles are refused."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from omninorm.inspection.tensors import Checkpoint, SafetensorsTensor, StoredTen
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", ".safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# A zip (torch.save), and the pickle protocols 2 to 5.
+# The first bytes of a zip file (torch.save) and of the pickle protocols 2 to 5.
 _PICKLE_MAGIC = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", re.DOTALL)
 _AGAIN = "download it again"
 _READABLE = "pass a .safetensors or .gguf file, a folder with weights, or a run's folder"
-_LARGEST_JSON = 2**26  # bytes; the index of a model with 10⁵ tensors has 10 MB
+_LARGEST_JSON = 2**26  # bytes; the index of a model with 10⁵ tensors takes 10 MB
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open the checkpoint at `path`; only headers are read.
+    """Open the checkpoint at `path`. Only headers are read.
 
     Args:
         path: a .safetensors or .gguf file, an index of shards, a folder with weights, a run of `omninorm train`
             (its newest checkpoint) or one of its checkpoints.
 
     Raises:
-        RunError: nothing there, a pickle, or a file that is missing, cut off or damaged.
+        RunError: the path has no weights, or only a pickle, or a file is missing, truncated or damaged.
         MissingExtraError: the package that reads the format is not installed.
     """
     path = Path(path)
-    if os.path.isdir(path):  # unlike Path's, these return False for a loop of links or an overlong name
+    if os.path.isdir(path):  # unlike Path's methods, these return False for a loop of links or an overlong name
         checkpoint = _folder(path)
     elif os.path.isfile(path):
         checkpoint = _file(path)
@@ -82,7 +82,7 @@ def _newest(run: Path) -> Path:
 
 
 def _only(path: Path, names: list[str]) -> str:
-    """Return the only model among GGUF files, or the first part of one that is split."""
+    """Return the only model among GGUF files, or the first file of a model that is split."""
     models = {re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", name): name for name in reversed(names)}
     if len(models) > 1:
         received = f"{len(models)} ({', '.join(sorted(models)[:3])}{' …' if len(models) > 3 else ''})"
@@ -138,7 +138,7 @@ def _indexed(index: Path) -> Checkpoint:
 
 
 def _is_plain(name: str) -> bool:
-    """Return whether this names a file in the same folder; an index must not lead anywhere else."""
+    """Return whether this is the name of a file in the same folder; an index must not refer to other folders."""
     return Path(name).name == name and name not in ("", ".", "..") and "\0" not in name and "\\" not in name
 
 
@@ -157,7 +157,7 @@ def _safetensors(folder: Path, names: list[str]) -> Checkpoint:
 
 
 def _with_siblings(folder: Path, names: list[str]) -> list[str]:
-    """Return `names` after checking that each file exists, and that the numbers of shards have no gap."""
+    """Return `names`, after checking that each file exists and that the numbers of the shards have no gap."""
     needed = set(names)
     if len(names) > 1:
         for found in filter(None, map(_SHARD.fullmatch, names)):
@@ -171,7 +171,7 @@ def _with_siblings(folder: Path, names: list[str]) -> list[str]:
 
 
 def _config(folder: Path) -> tuple[Mapping[str, Any], list[str]]:
-    """Read config.json next to the weights or of their run; a damaged one becomes a notice, not an error."""
+    """Return config.json, from next to the weights or from their run, and notices, also of a damaged config.json."""
     owner = Path(os.path.realpath(folder)).parent
     places = [folder, *([owner.parent] if owner.name == "checkpoints" else [])]
     path = next((place / _CONFIG for place in places if (place / _CONFIG).is_file()), None)
@@ -196,6 +196,6 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layers.10 after layers.9."""
+    """Return a sort key that puts layers.10 after layers.9."""
     pieces = re.split(r"(\d+)", name)
     return [(int(piece[:18]) if piece.isdecimal() and piece.isascii() else -1, piece) for piece in pieces]

@@ -1,4 +1,4 @@
-"""Statistics of one tensor, from one pass over its values, a few rows at a time."""
+"""Measures one tensor in one pass over its values, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from omninorm.record.tensors import FLOATS
 
 FP16_MAX, FP16_NORMAL = 65504.0, 2.0**-14
 FP16_ZERO = 2.0**-25
-"""Values up to this become 0 in fp16; it is half of the smallest subnormal, 6e-8."""
+"""Values up to this one become 0 in fp16; it is half of the smallest subnormal number, 6e-8."""
 _MATRICES = ("matrix", "embedding", "head")
-# Squares and fourth powers of values outside of this range would overflow or vanish in float32.
+# Squares and fourth powers of values outside of this range would overflow or underflow in float32.
 _SAFE = (1e-6, 1e6)
 
 
@@ -28,10 +28,12 @@ _SAFE = (1e-6, 1e6)
 class TensorStats:
     """Statistics of one tensor. Moments and channels exclude non-finite values.
 
-    max_abs is max |w|, at index argmax; rms is √mean(w²); kurtosis is mean(w⁴)/mean(w²)², 3 for a normal
-    distribution. fp16_subnormal and fp16_lost are the fractions of the non-zero values below 2⁻¹⁴ and at most 2⁻²⁵;
-    None if the file's type already has fp16's range. int8_error and int4_error are the RMS of
-    the rounding error, relative to rms, of absmax quantization per row and per 32 values of a row.
+    - max_abs is max |w|, at index argmax; rms is √mean(w²).
+    - kurtosis is mean(w⁴)/mean(w²)²; it is 3 for a normal distribution.
+    - fp16_subnormal and fp16_lost are the fractions of the non-zero values that are below 2⁻¹⁴ and at most 2⁻²⁵; None
+      if the file's type already has fp16's range.
+    - int8_error and int4_error are the RMS of the rounding error, relative to rms, of absmax quantization per row and
+      per 32 values of a row.
     """
 
     name: str
@@ -61,7 +63,7 @@ class TensorStats:
     int4_error: float | None = None
 
     def to_record(self) -> dict[str, Any]:
-        """Return plain values, which may include non-finite numbers."""
+        """Return the statistics by name; some numbers may not be finite."""
         record = asdict(self)
         place = record.pop("place")
         del record["total"]
@@ -76,9 +78,9 @@ def measure(tensor: StoredTensor, place: Place, gain_offset: float) -> TensorSta
     """Read the tensor once and measure it.
 
     Args:
-        tensor: in its file.
+        tensor: the stored tensor.
         place: its place in the model.
-        gain_offset: 1 if the file stores γ − 1, as Gemma's do.
+        gain_offset: 1 if the file stores γ − 1, as for Gemma, otherwise 0.
 
     Raises:
         RunError: the file is damaged.
@@ -139,12 +141,12 @@ class _Pass:
         return chunk
 
     def finish(self, wide: bool) -> None:
-        """Turn sums into statistics; `wide`: the file's type can hold values that fp16 cannot."""
+        """Turn the sums into statistics. `wide` is true if the file's type has values that fp16 lacks."""
         stats, count = self._stats, self._stats.numel - self._stats.nan - self._stats.inf
         mean_square = self._squares / count if count else math.nan
         stats.rms = math.sqrt(mean_square) if count else math.nan
         if self._squares > 0.0:
-            # Divided one after the other: the square of a tiny mean square is 0.
+            # Two divisions, because the square of a tiny mean square would be 0.
             stats.kurtosis = self._sum4 / count / mean_square / mean_square if mean_square > 1e-150 else math.nan
         nonzero = count - stats.zeros
         if nonzero and wide:

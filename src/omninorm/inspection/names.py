@@ -1,4 +1,4 @@
-"""A tensor's block, role and kind, derived from its name and shape."""
+"""Derives a tensor's block, role and kind from its name and shape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BIAS = re.compile(r"(^|[._])(bias|beta|b)$", re.IGNORECASE)
 _BUFFER = re.compile(
     r"inv_freq|rope_freqs|position_ids|masked_bias|(^|[._])mask|running_(mean|var)|num_batches_tracked|attn\.bias$"
 )
-# A state-space model's decay has the same initialization in every block, and its columns are not channels.
+# The decay of state-space models has the same initialization in every block, and its columns are not channels.
 _TABLE = re.compile(r"(^|\.)A_log$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|head|output|score|classifier)\.weight$")
 _EMBEDDING = re.compile(r"embed|embd|(^|\.)(wte|wpe|shared)\.")
@@ -33,10 +33,11 @@ _FEED_FORWARD_OUT = re.compile(
 class Place(NamedTuple):
     """A tensor's place in the model.
 
-    kind: "gain", "norm bias", "embedding", "head", "matrix", "vector" (biases and tables) or "buffer".
-    role: the name with every index replaced by "*": the same for the same part of each block.
-    stack, block: "model.layers" and 7; None outside of blocks.
-    branch: "attention" or "feed-forward" for the matrix that writes that branch's output to the residual stream.
+    Args:
+        kind: "gain", "norm bias", "embedding", "head", "matrix", "vector" (biases and tables) or "buffer".
+        role: the name with "*" for every index, which is the same for the same part of each block.
+        stack, block: for example "model.layers" and 7; None outside of blocks.
+        branch: "attention" or "feed-forward" for the matrix that writes this branch's output to the residual stream.
     """
 
     kind: str
@@ -51,7 +52,7 @@ class Place(NamedTuple):
 
 
 def place(name: str, shape: Sequence[int]) -> Place:
-    """Return the place of the tensor of this name and shape.
+    """Return the place of the tensor with this name and shape.
 
     >>> place("model.layers.7.self_attn.o_proj.weight", (64, 64))[1:]
     ('model.layers.*.self_attn.o_proj.weight', 'model.layers', 7, 'attention')
@@ -59,7 +60,7 @@ def place(name: str, shape: Sequence[int]) -> Place:
     'gain'
     """
     found = _BLOCK.match(name)
-    # A checkpoint may contain any name; a number of six digits is not a block.
+    # A checkpoint may contain any name, but a number with six digits is not a block.
     block = int(found[2]) if found and len(found[2]) < 6 else None
     stack = found[1] if found and block is not None else None
     kind = _kind(name, shape, block is not None)

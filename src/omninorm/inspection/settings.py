@@ -1,4 +1,4 @@
-"""Settings from config.json: transformers' keys, those of omninorm's runs, or GGUF's under the same names."""
+"""Reads a model's settings: from transformers' config.json, from omninorm's runs, or from GGUF under the same names."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 _EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon", "norm_eps")
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# transformers' model types whose norms compute x · (1 + γ), so that a file holds γ − 1.
+# Model types of transformers whose norms compute x̂ · (1 + γ'), where γ' is the stored gain.
 _OFFSET = (
     "gemma", "gemma2", "gemma2_text", "gemma3", "gemma3_text", "paligemma", "recurrent_gemma", "t5gemma", "t5gemma2",
     "vaultgemma", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "minimax_m3_vl",
     "minimax_m3_vl_text", "qwen4_exp", "qwen4_exp_text", "step3p5", "step3p7",
 )  # fmt: skip
-# Model types whose LayerNorms, which have a bias, compute x̂ · (1 + γ) + β.
+# Model types whose LayerNorms, which have a bias, compute x̂ · (1 + γ') + β.
 _OFFSET_LAYER_NORM = ("nemotron",)
-# Norms in those models whose gain has no offset.
+# Norms in these models whose gain has no offset.
 _PLAIN = ("vision", "linear_attn", "visual")
 
 
@@ -37,7 +37,7 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
 
 
 def gain_offset(config: Mapping[str, Any], name: str, has_bias: bool) -> float:
-    """Return what is added to a stored gain: 1 for Gemma's RMSNorms and Nemotron's LayerNorms, else 0."""
+    """Return the number that is added to a stored gain: 1 for Gemma's RMSNorms and Nemotron's LayerNorms, else 0."""
     types = [part.get("model_type") for part in _parts(config)]
     if any(each in _OFFSET_LAYER_NORM for each in types):
         return 1.0
@@ -46,7 +46,7 @@ def gain_offset(config: Mapping[str, Any], name: str, has_bias: bool) -> float:
 
 
 def setting(config: Mapping[str, Any], *keys: str) -> float | None:
-    """Return the first of these settings that is a number, also in nested settings; None if there is none."""
+    """Return the first of these settings that is a number, including nested settings, or None."""
     return next((value for key in keys if (value := _number(config, key)) is not None), None)
 
 
@@ -64,7 +64,7 @@ def _number(config: Mapping[str, Any], key: str) -> float | None:
 
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the settings and nested ones: a run's model and its norms, a multimodal model's text part."""
+    """Return the settings and the nested ones: a run's model and its norms, a multimodal model's text part."""
     nested = [config, config.get("text_config"), config.get("model")]
     model = config.get("model")
     nested.append(model.get("norm") if isinstance(model, Mapping) else None)

@@ -1,4 +1,4 @@
-"""Tensors in files: name, shape and dtype from the header, values a few rows at a time."""
+"""Tensors in files: the header gives name, shape and dtype, and the values are read a few rows at a time."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import Tensor
 from omninorm.record.tensors import FLOATS, bits, open_safetensors
 
 CHUNK = 1 << 20
-"""Elements read at once: 4 MiB in float32, which stay in a core's caches during the passes over them."""
-# A convolution's kernel is at most this wide; the last axis of stacked experts is wider.
+"""The number of elements that are read at a time: 4 MiB in float32, which fit into a core's caches."""
+# The last axis of a convolution's kernel is at most this long; that of stacked experts is longer.
 _WIDEST_KERNEL = 16
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
 @dataclass(frozen=True)
 class StoredTensor(ABC):
-    """One tensor of a checkpoint, not read yet.
+    """A tensor of a checkpoint whose values have not been read yet.
 
     Args:
-        name: in the checkpoint.
-        shape: outermost axis first.
-        dtype: the format's own name for it, such as "BF16" or "Q4_1".
-        nbytes: in the file.
-        file: that holds it.
+        name: the name in the checkpoint.
+        shape: the shape, outermost axis first.
+        dtype: the name of the dtype in this format, such as "BF16" or "Q4_1".
+        nbytes: the number of bytes in the file.
+        file: the file that contains it.
     """
 
     name: str
@@ -59,7 +59,7 @@ class StoredTensor(ABC):
     @property
     @abstractmethod
     def measurable(self) -> bool:
-        """Whether its values can be read as weights: floating-point, or quantized in a known way."""
+        """Return whether the values can be read as weights: they are floating-point, or quantized in a known way."""
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
@@ -71,7 +71,7 @@ class StoredTensor(ABC):
 
     @abstractmethod
     def chunks(self) -> Iterator[Tensor]:
-        """Yield its values in order, [rows, columns] at a time; a vector comes as pieces of one row.
+        """Yield the values in order, as matrices [rows, columns]; a vector is split into pieces of one row.
 
         Raises:
             RunError: the file is damaged.
@@ -80,7 +80,7 @@ class StoredTensor(ABC):
 
 @dataclass(frozen=True)
 class SafetensorsTensor(StoredTensor):
-    """In a safetensors file, which is opened again for each tensor so that none stays mapped."""
+    """A tensor in a safetensors file, which is opened for each tensor, so that it does not stay mapped."""
 
     @property
     def measurable(self) -> bool:
@@ -112,10 +112,10 @@ class SafetensorsTensor(StoredTensor):
 
 
 def read_safetensors(path: Path) -> list[SafetensorsTensor]:
-    """Return the tensors of one file, in the order of their names; only the header is read.
+    """Return the tensors of one file, in the order of their names. Only the header is read.
 
     Raises:
-        RunError: the file is missing, cut off or damaged.
+        RunError: the file is missing, truncated or damaged.
         MissingExtraError: safetensors is not installed.
     """
     with open_safetensors(path) as file:
@@ -128,7 +128,7 @@ def _describe(path: Path, name: str, part: Any) -> SafetensorsTensor:
 
 
 def _ranges(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Index ranges over the first one or two axes, each of at most CHUNK elements where that is possible."""
+    """Yield index ranges over the first one or two axes, each of at most CHUNK elements if possible."""
     inner = math.prod(shape[1:])
     if len(shape) > 2 and inner > CHUNK and shape[-1] > _WIDEST_KERNEL:
         for index in range(shape[0]):
@@ -145,11 +145,11 @@ class Checkpoint:
     """A checkpoint whose headers have been read.
 
     Args:
-        path: what was inspected: a file or a folder.
+        path: the file or folder.
         format: "safetensors" or "gguf".
-        tensors: in the order of their names' blocks.
-        config: the model's settings beside the weights, or {}.
-        notices: oddities of the files, reported as findings.
+        tensors: the tensors, in the order of the blocks in their names.
+        config: the model's settings, which are stored with the weights, or {}.
+        notices: oddities of the files, which are reported as findings.
     """
 
     path: Path
@@ -160,5 +160,5 @@ class Checkpoint:
 
 
 def as_float(chunk: Tensor) -> Tensor:
-    """Return float64 as it is and everything else as float32, which holds its values exactly."""
+    """Return float64 tensors unchanged and all others in float32, which represents their values exactly."""
     return chunk if chunk.dtype == torch.float64 else chunk.to(torch.float32)

@@ -1,1 +1,1 @@
-"""The norms' arithmetic: `reference` defines it, back ends compute it faster, `dispatch` chooses."""
+"""The norms' arithmetic: `reference` defines it, back ends compute it faster, and `dispatch` chooses a back end."""

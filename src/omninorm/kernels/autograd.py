@@ -1,13 +1,13 @@
-"""The derivatives of omninorm's operators, as autograd functions, and their calls of probes.
+"""Autograd functions that give omninorm's operators their derivatives and call probes.
 
 The functions save x and r = 1/√(mean square + ε), one number per row; LayerNorm also saves the mean. Second derivatives
 use the reference, whose backward functions consist of differentiable operations.
 
 If a `Probe` is set, it receives the row statistics after the forward pass, and the block sums of the gain's gradient
-after the backward pass. The operator that returns these block sums shares its kernels with the one that does not.
+after the backward pass. The operator that returns these block sums uses the same kernels as the one that does not.
 
-The functions have no setup_context, which would cost more than the operator itself. torch.func needs one, so the
-reference is used there.
+The functions have no setup_context, because it would cost more time than the operator itself. torch.func requires one,
+so the reference is used there.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class AddRMSNormFunction(Function):
         ctx.constants = eps, gain_offset, round_first
         ctx.probe = watcher
         ctx.set_materialize_grads(False)
-        if not any(ctx.needs_input_grad[:2]):  # only gains need gradients
+        if not any(ctx.needs_input_grad[:2]):  # only the gain and the bias require gradients
             ctx.mark_non_differentiable(total)
         if watcher is not None:
             watcher.forward(total, scale, None, eps)
@@ -125,7 +125,7 @@ class AddLayerNormFunction(Function):
         ctx.eps = eps
         ctx.probe = watcher
         ctx.set_materialize_grads(False)
-        if not any(ctx.needs_input_grad[:2]):  # only gains need gradients
+        if not any(ctx.needs_input_grad[:2]):  # only the gain and the bias require gradients
             ctx.mark_non_differentiable(total)
         if watcher is not None:
             watcher.forward(total, scale, mean, eps)
@@ -155,7 +155,10 @@ def rms_norm_backward(
     gains_wanted: bool,
     watcher: Probe | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return dx + dtotal and dγ; with create_graph by the reference, which is differentiable and calls no probe."""
+    """Return dx + dtotal and dγ.
+
+    With create_graph the reference computes them, which is differentiable; it calls no probe.
+    """
     if torch.is_grad_enabled():
         cast = "llama" if round_first else "fp32"
         dx, dweight = reference.rms_norm_backward(dy, x, weight, eps, gain_offset, cast)
@@ -182,7 +185,7 @@ def layer_norm_backward(
     gains_wanted: bool,
     watcher: Probe | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return dx + dtotal, dγ and dβ; with create_graph by the reference, as in `rms_norm_backward`."""
+    """Return dx + dtotal, dγ and dβ; with create_graph the reference computes them, as in `rms_norm_backward`."""
     if torch.is_grad_enabled():
         dx, dweight, dbias = reference.layer_norm_backward(dy, x, weight, bias, eps)
         return dx if dtotal is None else dx + dtotal, dweight, dbias
@@ -202,16 +205,16 @@ def _show(watcher: Probe, dy: Tensor, dgain: Tensor | None, blocks: Tensor) -> N
     watcher.backward(dy, dgain, None if dgain is None else blocks, rows_per_block(rows, by_triton(dy)))
 
 
-# Rows are divided into blocks by their number alone, so that dγ has the same bits on any number of threads.
-# operators.cpp has the same constants; Triton gets smaller blocks, because a GPU needs many to be busy.
+# The blocks depend on the number of rows alone, so that dγ has the same bits with any number of threads. operators.cpp
+# has the same constants. Triton uses smaller blocks, because a GPU needs many of them to be busy.
 BLOCK_ROWS, MOST_BLOCKS = 64, 256
 
-# Whether Triton's interpreter computes CPU tensors; see `gpu.emulated`.
+# True while Triton's interpreter computes CPU tensors; see `gpu.emulated`.
 emulated = False
 
 
 def by_triton(x: Tensor) -> bool:
-    """Whether Triton's operators compute x."""
+    """Return whether Triton computes omninorm's operators for x."""
     return x.is_cuda or emulated
 
 

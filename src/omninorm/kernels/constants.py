@@ -1,4 +1,4 @@
-"""Functions that Dynamo calls while it traces, instead of tracing them."""
+"""A decorator for functions that Dynamo calls while it traces, instead of tracing into them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def constant_in_graphs(function: _Function) -> _Function:
-    """Mark a function whose result is a constant of the graph, for arguments that are constants.
+    """Mark a function as constant: called with constant arguments, its result becomes a constant of the graph.
 
-    As torch.compiler.assume_constant_result, which would import Dynamo: that takes seconds.
+    This does the same as torch.compiler.assume_constant_result, but without importing Dynamo, which takes seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

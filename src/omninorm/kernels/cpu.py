@@ -1,8 +1,8 @@
 """The CPU back end: loads the library with the C++ operators of csrc/.
 
 The library is one shared object next to this file, built at installation. If it is missing, `unavailable()` returns the
-reason and the reference is used instead. The library holds the kernels once per instruction set; the best one that the
-processor supports is used, or the one that the environment variable OMNINORM_CPU names.
+reason, and the reference is used instead. The library contains the kernels once per instruction set. The environment
+variable OMNINORM_CPU chooses an instruction set; by default it is the best one that the processor supports.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from omninorm.errors import ConfigError
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_cpu.so"
-# Written by setup.py if it can't build the library: the reason, in one line.
+# setup.py writes this file if it can't build the library; it holds the reason, in one line.
 NOTE = FOLDER / "_cpu_missing.txt"
 
 
@@ -28,7 +28,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             None,
             NOTE.read_text(encoding="utf-8").strip()
             if NOTE.exists()
-            else "The C++ operators have not been built. Install omninorm again with a C++ compiler at hand",
+            else "The C++ operators have not been built. Install a C++ compiler, and then omninorm again",
         )
     try:
         torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
@@ -71,7 +71,7 @@ def use_instruction_set(name: str) -> None:
     """Use the kernels of this instruction set in every later call.
 
     Raises:
-        ConfigError: it was not built, or the processor does not support it.
+        ConfigError: there are no kernels for it, or the processor does not support it.
     """
     if _library is None or not _library.omninorm_use_set(name.encode()):
         remedy = f"choose one of {', '.join(instruction_sets())}" if _library is not None else _reason

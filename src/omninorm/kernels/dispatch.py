@@ -1,9 +1,14 @@
 """Back-end selection.
 
-A back end is a module of this folder: `reference` computes any tensor in plain PyTorch, `cpu` plain CPU tensors with
-C++ operators if they were built, `fused` with PyTorch's norm operators, and `gpu` tensors of a GPU with Triton if it is
-installed. The choice is made here, so that callers never have to name a back end. On GPUs it is `measured`'s, among the
-back ends that compute the arguments by the numerics contract.
+A back end is a module of this folder:
+
+- `reference` computes any tensor in plain PyTorch.
+- `cpu` computes plain CPU tensors with C++ operators, if they were built.
+- `fused` uses PyTorch's norm operators.
+- `gpu` computes tensors on a GPU with Triton, if it is installed.
+
+This module chooses one, so that callers never have to name it. On GPUs, `measured` chooses among the back ends that
+fulfill the numerics contract for the arguments.
 """
 
 from __future__ import annotations
@@ -26,20 +31,21 @@ from omninorm.config import LARGEST
 from omninorm.errors import ConfigError, InputError
 from omninorm.kernels import autograd, cpu, distributed, fused, gpu, measured, operators, reference
 
-# Classes that the operators accept. Other subclasses of Tensor may override PyTorch's functions, which the reference
-# consists of.
+# Classes that the operators accept. Other subclasses of Tensor may override PyTorch's functions; the reference calls
+# these functions, so it is used for them.
 PLAIN = (Tensor, torch.nn.Parameter)
 TRACED = (*PLAIN, FakeTensor)  # torch.export passes fake tensors when it runs without Dynamo
 CPU_RUNS = not cpu.unavailable()
 
-# The back ends that open `use_backend` blocks request, in all threads, and the latest of them; None means the best.
+# The back ends that the open `use_backend` blocks of all threads request, and the latest of them. If there is none,
+# `_forced` is None, and this module chooses.
 _demands: dict[object, str] = {}
 _forced: str | None = None
 _lock = threading.Lock()
 
 
 class Backend(NamedTuple):
-    """A way to compute the norms: its name, whether it is available on this machine, and how or why not."""
+    """A back end: its name, whether it is available on this machine, and a description or the reason why not."""
 
     name: str
     available: bool
@@ -47,9 +53,9 @@ class Backend(NamedTuple):
 
 
 def backends() -> list[Backend]:
-    """Return all back ends: those of GPUs, the one of CPUs and the formula, with the reason if one is unavailable.
+    """Return all back ends, each with a description, or with the reason if it is unavailable on this machine.
 
-    On a GPU, `measured.json` chooses between the first two; `backend_for` explains the choice for a tensor.
+    On a GPU, `measured.json` decides between the first two. `backend_for` explains the choice for a tensor.
 
     Example:
         >>> [backend.name for backend in backends()]
@@ -74,13 +80,13 @@ def backends() -> list[Backend]:
 def use_backend(name: str) -> Iterator[None]:
     """Compute RMSNorm and LayerNorm with this back end inside the block, in all threads.
 
-    Tensors that the back end can't compute raise InputError. If several blocks are open, the one opened last counts.
+    A norm raises InputError if the back end can't compute it. If several blocks are open, the one entered last counts.
 
     Args:
         name: "torch", "triton", "cpu" or "reference".
 
     Raises:
-        ConfigError: there is no such back end, or it is unavailable on this machine.
+        ConfigError: an unknown back end, or one that is unavailable on this machine.
 
     Example:
         >>> import omninorm
@@ -104,7 +110,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _demand(block: object, name: str | None) -> None:
-    """Set the back end that a block requests, or None at its end. Blocks of several threads may close in any order."""
+    """Store the back end that a block requests, or remove it if `name` is None.
+
+    Blocks of several threads may end in any order.
+    """
     global _forced
     with _lock:
         if name is None:
@@ -115,9 +124,10 @@ def _demand(block: object, name: str | None) -> None:
 
 
 def is_plain_cpu(x: Any, gain: Any = None, bias: Any = None, eps: Any = None, gain_offset: Any = 0.0) -> bool:
-    """Whether the C++ operators can take these arguments directly; they check shapes, dtypes and ranges themselves.
+    """Return whether the C++ operators can take these arguments directly; they check shapes, dtypes and ranges.
 
-    One long expression, because it runs before every norm: a function call costs as much as normalizing 1,000 numbers.
+    This runs before every norm. It is one long expression because a function call takes as long as normalizing 1,000
+    numbers.
     """
     return (
         CPU_RUNS
@@ -138,9 +148,9 @@ def is_plain_cpu(x: Any, gain: Any = None, bias: Any = None, eps: Any = None, ga
 def is_plain_gpu(
     operator: str, x: Any, gain: Any, bias: Any, eps: Any, gain_offset: Any = 0.0, cast: Any = "fp32"
 ) -> bool:
-    """Whether PyTorch's operators can take these arguments directly, with fewer checks than `is_by_torch`.
+    """Return whether PyTorch's operators can take these arguments directly, with fewer checks than `is_by_torch`.
 
-    One long expression, as `is_plain_cpu`: launching a kernel takes a few microseconds, and a call 0.1.
+    It is one long expression, like `is_plain_cpu`: launching a kernel takes a few microseconds, a function call 0.1.
     """
     return (
         x.__class__ in PLAIN
@@ -165,10 +175,10 @@ def is_plain_gpu(
 
 
 def is_by_torch(operator: str, x: Tensor, *gains: Tensor | None, gain_offset: float = 0.0, cast: str = "fp32") -> bool:
-    """Whether PyTorch's operators compute this norm: on GPUs by `measured`, and where `use_backend` requests them.
+    """Return whether PyTorch's operators compute this norm: `measured` chooses them, or `use_backend` requests them.
 
     Raises:
-        InputError: `use_backend` requests them, and they can't compute it.
+        InputError: `use_backend` requests them, but they can't compute it.
     """
     if _forced is None:
         return _torch_choice(operator, x, *gains, gain_offset=gain_offset, cast=cast)[0]
@@ -196,7 +206,7 @@ def _torch_choice(operator: str, x: Tensor, *gains: Tensor | None, gain_offset: 
     if lack:
         return False, f"not PyTorch's operators: {lack}"
     choice = measured.choose(operator, x, is_compiling())
-    # Triton's operators may be unavailable here, whatever was measured elsewhere.
+    # The table may choose Triton because it was faster on such a GPU, although it is not available on this machine.
     return choice.backend == "torch" or bool(gpu.unavailable()), choice.reason
 
 
@@ -209,14 +219,14 @@ def backend_for(
     gain_offset: float = 0.0,
     cast: str = "fp32",
 ) -> Backend:
-    """Return the back end that computes a norm of these tensors, with the reason. Nothing is computed.
+    """Return the back end that would compute a norm of these tensors, and the reason; the norm is not computed.
 
     Args:
         x, weight, bias, gain_offset, cast: as in `omninorm.functional`.
         operator: "rms_norm" or "layer_norm"; add_rms_norm and add_layer_norm use the same back ends.
 
     Raises:
-        InputError: `use_backend` requests one that can't compute them.
+        InputError: `use_backend` requests a back end that can't compute this norm.
 
     Example:
         >>> backend_for(torch.ones(2, 4, device="meta")).name
@@ -235,11 +245,12 @@ def backend_for(
 
 
 def has_operators(x: Tensor, *others: Tensor | None, operator: str = "rms_norm") -> bool:
-    """Whether omninorm's operators compute norms of these tensors: plain ones on the CPU or a GPU, and fake ones when
-    compiling.
+    """Return whether omninorm's operators compute a norm of these tensors.
+
+    They compute plain tensors on the CPU or a GPU, and fake tensors while compiling.
 
     Raises:
-        InputError: they don't, and `use_backend` requests a back end with operators.
+        InputError: they don't, but `use_backend` requests a back end that consists of them.
     """
     classes = TRACED if is_compiling() else PLAIN
     suits = (
@@ -267,16 +278,17 @@ def has_operators(x: Tensor, *others: Tensor | None, operator: str = "rms_norm")
 
 
 def _fuses(operator: str, x: Tensor) -> bool:
-    """Whether the compiler should see the formula, which it can fuse with its neighbours, instead of an operator.
+    """Return whether the compiler should trace the formula, which it can fuse with other operations, not an operator.
 
-    That is the choice on GPUs unless the operator was measured to be faster, or `use_backend` requests it.
+    This is the case on GPUs, unless the operator was measured to be faster or `use_backend` requests it.
     """
     return is_compiling() and _forced is None and measured.choose(operator, x, compiled=True).backend != "triton"
 
 
 def takes_the_formula() -> bool:
-    """Whether derivatives must come from the reference formula's operations: in forward-mode differentiation, and in
-    exported programs, which can't hold a torch.autograd.Function.
+    """Return whether PyTorch must differentiate the reference's formula itself, without a torch.autograd.Function.
+
+    This is the case in forward-mode differentiation and in exported programs, which can't contain such a function.
     """
     return forward_ad._current_level >= 0 or is_exporting()
 

@@ -1,10 +1,11 @@
-"""Norms of DTensors: each process's share of the computation, and the communication between processes.
+"""Norms of DTensors: each process's part of the computation, and the communication between processes.
 
-- Rows that are sharded (batch, or sequence) or replicated are normalized where they are. A gain is the same everywhere,
-  and its gradient the sum over the processes that have other rows: the placement says so, and DTensor adds it up.
-- Features that are sharded over one dimension of the mesh: each process measures its part of every row, one all-gather
-  of a few numbers a row makes the row's statistics of them, the same bits on every process; the backward pass adds two
-  numbers a row up in one all-reduce. Gains are sharded like the features.
+- Sharded rows (batch or sequence): each process normalizes its rows. Gains are replicated. The gradient of a gain is
+  the sum over the processes; its placement is Partial, so DTensor computes this sum.
+- Replicated rows: each process normalizes all of them.
+- Features sharded over one dimension of the mesh: each process computes statistics of its part of every row. One
+  all-gather of a few numbers per row combines them, with the same bits on every process. The backward pass sums two
+  numbers per row in one all-reduce. Gains are sharded like the features.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from omninorm.kernels import reference
 
 
 def is_distributed(x: Tensor) -> bool:
-    """Whether x is a DTensor; where there is one, its module has been imported."""
+    """Return whether x is a DTensor, without importing torch.distributed.tensor."""
     return x.__class__.__name__ == "DTensor"
 
 
 def rms_norm(
     x: Any, weight: Any, eps: float | None, gain_offset: float, cast: str, on_rows: Callable[..., Tensor]
 ) -> Any:
-    """Compute `reference.rms_norm_forward`; `on_rows` computes whole rows of this process."""
+    """Compute `reference.rms_norm_forward` for a DTensor; `on_rows` is the norm for rows that are not split."""
     parts = Parts(x, {"weight": weight})
     if parts.features is None:
         return parts.whole(on_rows(parts.x, *parts.gains, eps, gain_offset, cast))
@@ -39,7 +40,7 @@ def rms_norm(
 
 
 def layer_norm(x: Any, weight: Any, bias: Any, eps: float | None, on_rows: Callable[..., Tensor]) -> Any:
-    """Compute `reference.layer_norm_forward`."""
+    """Compute `reference.layer_norm_forward` for a DTensor; `on_rows` is the norm for rows that are not split."""
     parts = Parts(x, {"weight": weight, "bias": bias})
     if parts.features is None:
         return parts.whole(on_rows(parts.x, *parts.gains, eps))
@@ -48,19 +49,19 @@ def layer_norm(x: Any, weight: Any, bias: Any, eps: float | None, on_rows: Calla
 
 
 class Parts:
-    """This process's part of x and of the gains, and the way back to a DTensor.
+    """This process's part of x and of the gains; `whole` turns a result into a DTensor again.
 
     Args:
-        x: a DTensor; what is still to be summed is summed first.
-        gains: name → a DTensor on x's mesh, or None.
+        x: a DTensor; partial sums are reduced first.
+        gains: by name, a DTensor on x's mesh or None.
 
     Attributes:
-        x, gains: local tensors; their gradients have the placements that make them right.
-        width: features of a whole row.
+        x, gains: local tensors. The placements of their gradients are set, so DTensor sums those of the gains.
+        width: number of features of a whole row.
         features: the process group over which features are sharded, or None.
 
     Raises:
-        InputError: a gain that is no DTensor, or on another mesh; features sharded twice, or unevenly.
+        InputError: a gain is not a DTensor or is on another mesh, or features are sharded twice or unevenly.
     """
 
     def __init__(self, x: Any, gains: dict[str, Any]) -> None:
@@ -78,7 +79,7 @@ class Parts:
         self.features = self._mesh.get_group(over[0]) if over else None
         if over and self.width % self._mesh.size(over[0]):
             received = f"{self.width} features over {self._mesh.size(over[0])} processes"
-            remedy = "choose a width that is a multiple of the processes, or shard rows"
+            remedy = "choose a width that is a multiple of the number of processes, or shard rows"
             raise InputError("Features must be sharded evenly", received, remedy)
         self.x = x.to_local()
         there = [Shard(0) if dim in over else Replicate() for dim in range(len(placements))]
@@ -88,11 +89,11 @@ class Parts:
         self.gains = [self._gain(name, gain, there, summed) for name, gain in gains.items()]
 
     def whole(self, y: Tensor) -> Any:
-        """Return the DTensor of which y is this process's part."""
+        """Return the DTensor whose local part on this process is y."""
         from torch.distributed.tensor import DTensor
 
         like = self._like
-        stride = torch.empty(like.shape, device="meta").stride()  # as y, whose rows are contiguous
+        stride = torch.empty(like.shape, device="meta").stride()  # y's rows are contiguous
         return DTensor.from_local(y, self._mesh, self._placements, run_check=False, shape=like.shape, stride=stride)
 
     def _gain(self, name: str, gain: Any, placements: Sequence[Any], of_gradient: Sequence[Any]) -> Tensor | None:
@@ -146,15 +147,16 @@ class ShardedNormFunction(torch.autograd.Function):
 
 
 def _normalize(rows: Tensor, center: Tensor, rest: Tensor, per_unit: Tensor, root: Tensor) -> Tensor:
-    """x̂ = ((x − center) · per_unit − rest) · root."""
+    """Return x̂ = ((x − center) · per_unit − rest) · root."""
     return ((rows - center) * per_unit - rest) * root
 
 
 def _measure(rows: Tensor, eps: float, centered: bool, width: int, group: Any) -> tuple[Tensor, ...]:
-    """center, rest, per_unit and root of `_normalize`, (rows, 1) each.
+    """Return center, rest, per_unit and root of `_normalize`, (rows, 1) each.
 
-    A part's mean, sum of squared deviations from it, and unit go around in float64; the parts' sums add up by
-    Σ(x − μ)² = Σᵢ (Σ(x − μᵢ)² + n (μᵢ − μ)²)  (Chan, Golub and LeVeque 1983).
+    The processes exchange three numbers per row, in float64: the mean μᵢ of their part, the sum of squared deviations
+    from it, and their unit. The sums are combined by Σ(x − μ)² = Σᵢ (Σ(x − μᵢ)² + n (μᵢ − μ)²) for parts of n features
+    (Chan, Golub and LeVeque 1983).
     """
     count = rows.shape[1]
     center = reference.rounded_mean(rows) if centered else torch.zeros_like(rows[:, :1])
@@ -178,7 +180,7 @@ def _measure(rows: Tensor, eps: float, centered: bool, width: int, group: Any) -
 
 
 def _gather(mine: Tensor, group: Any) -> Tensor:
-    """(numbers, rows) of every process → (numbers, processes, rows)."""
+    """Gather a tensor (numbers, rows) of every process; return (numbers, processes, rows)."""
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine.contiguous(), group=group)
     return torch.stack(everyone, 1)

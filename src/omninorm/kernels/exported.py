@@ -1,9 +1,9 @@
-"""The operators in programs of torch.export and torch.jit.trace: their derivatives, and their decompositions.
+"""The operators for programs of torch.export and torch.jit.trace: their derivatives and decompositions.
 
-They compute the same as those called `_forward`. PyTorch calls derivatives that are registered for an operator through
-Python, which takes longer than a small norm, so eager mode uses `autograd`'s functions instead. An exported program can
-hold operators only. The decompositions are for exporters that have no translation of the operators, such as
-torch.onnx.export without `omninorm.onnx.translations()`.
+These operators, called `_autograd`, compute the same as those called `_forward`. An exported program can only contain
+operators, so they need registered derivatives. PyTorch calls these through Python, which takes longer than a small
+norm, so eager mode uses the functions in `autograd` instead. The decompositions are for exporters that have no
+translation of the operators, such as torch.onnx.export without `omninorm.onnx.translations()`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from omninorm.kernels.autograd import (
 
 
 def register() -> None:
-    """Register the derivatives and the decompositions of the operators, which must have been defined."""
+    """Register the derivatives and the decompositions of the operators, which must have been defined before."""
     for name, (function, save, decomposition) in _PROGRAM_OPERATORS.items():
         torch.library.register_autograd(f"omninorm::{name}", _backward(function), setup_context=save)
         register_decomposition(getattr(torch.ops.omninorm, name).default)(decomposition)
@@ -65,8 +65,8 @@ def _backward(function: Any) -> Callable[..., tuple[Any, ...]]:
     return backward
 
 
-# Decompositions: the formulas in PyTorch's basic operations, without the rescaling of extreme rows in `reference`,
-# whose operations (frexp) ONNX lacks. -------------------------------------------------------------------------------
+# Decompositions: the formulas in PyTorch's basic operations. They do not rescale extreme rows as `reference` does,
+# because ONNX lacks an operation for this (frexp). -----------------------------------------------------------------
 
 
 def _decompose_rms_norm(
@@ -75,8 +75,8 @@ def _decompose_rms_norm(
     wide = x.to(reference.compute_dtype(x.dtype))
     power = wide.square().mean(-1, keepdim=True) + eps
     scale = torch.rsqrt(power)
-    # onnxscript's optimizer turns products with a reciprocal root into RMSNormalization, but between casts it makes
-    # an invalid model of them (onnxscript 0.7.2); quotients it leaves alone.
+    # Between casts this is a quotient: onnxscript's optimizer replaces a product with a reciprocal root by
+    # RMSNormalization, and between casts the resulting model is invalid (onnxscript 0.7.2).
     normed = wide * scale if wide.dtype == x.dtype else wide / torch.sqrt(power)
     if round_first:
         normed = normed.to(x.dtype).to(wide.dtype)

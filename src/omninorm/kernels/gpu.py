@@ -1,6 +1,6 @@
-"""The GPU back end: omninorm's operators for CUDA and ROCm, by the Triton kernels of `triton_norms`.
+"""The GPU back end: omninorm's operators for CUDA and ROCm, implemented by the Triton kernels in `triton_norms`.
 
-PyTorch builds for GPUs include Triton, which is imported when a norm first needs it. With TRITON_INTERPRET=1 in the
+PyTorch's builds for GPUs include Triton; it is imported when a norm first needs it. With TRITON_INTERPRET=1 in the
 environment, Triton's interpreter computes CPU tensors in `use_backend("triton")`: slowly, but with the same kernels.
 """
 
@@ -25,7 +25,7 @@ from omninorm.kernels.constants import constant_in_graphs
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OLDEST_TRITON = (3, 3)
 
-# A tile of `column_totals`.
+# The size of the tiles of `column_totals`.
 COLUMNS, BLOCKS = 16, 128
 
 
@@ -50,7 +50,7 @@ def _unavailable() -> str:
 
 
 def device() -> str:
-    """Return the name of the device that the kernels run on; empty if there is none."""
+    """Return the name of the device that the kernels run on, or an empty string without one."""
     if INTERPRETED:
         return "Triton's interpreter"
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -69,7 +69,10 @@ class Tile(NamedTuple):
 
 
 def most_warps(kind: str) -> int:
-    """A program has 1,024 threads at most; AMD's warps ("gfx") have 64."""
+    """Return the largest number of warps of a program, which has at most 1,024 threads.
+
+    AMD's warps (kind "gfx") have 64 threads, others 32.
+    """
     return 16 if kind == "gfx" else 32
 
 
@@ -77,11 +80,13 @@ _MOST_WARPS = most_warps("gfx" if torch.version.hip else "sm")
 
 
 class _Limits(NamedTuple):
-    """What the tiles of a kernel are made of. Measured on an H100; see docs/log.md.
+    """The numbers that determine the tiles of a kernel, measured on an H100; see docs/log.md.
 
-    widest: rows are whole up to this width, because wider ones don't fit into the registers; several: the least
-    elements of a tile, so narrow rows come together; held: the elements of a thread; steps: rows, columns and warps of
-    the tile in which wider rows are read.
+    Args:
+        widest: the largest width of rows that a tile holds whole; wider ones do not fit into the registers.
+        several: the smallest number of elements of a tile; it holds several rows if they are narrow.
+        held: the number of elements per thread.
+        steps: rows, columns and warps of the tiles that read wider rows step by step.
     """
 
     widest: int
@@ -90,7 +95,7 @@ class _Limits(NamedTuple):
     steps: tuple[int, int, int]
 
 
-# By kernel and by the bytes of a number of x.
+# The keys are the name of the kernel and the size of an element of x in bytes.
 _LIMITS = {
     ("rms_norm_forward", 2): _Limits(16384, 2048, 16, (1, 4096, 8)),
     ("rms_norm_forward", 4): _Limits(16384, 2048, 16, (1, 4096, 8)),
@@ -108,7 +113,7 @@ _LIMITS = {
 
 
 def tile(kernel: str, width: int, dtype: torch.dtype, most_warps: int = _MOST_WARPS) -> Tile:
-    """Return the tile for rows of a width; it depends on width and dtype only, so that sums have one order."""
+    """Return the tile for rows of a width. It depends only on width and dtype, and so does the order of sums."""
     limits = _LIMITS[kernel, dtype.itemsize]
     if width > limits.widest:
         rows, block, warps = limits.steps
@@ -119,7 +124,7 @@ def tile(kernel: str, width: int, dtype: torch.dtype, most_warps: int = _MOST_WA
 
 
 class Rows(NamedTuple):
-    """A tensor as rows, features side by side; a copy only where its strides demand it."""
+    """A tensor as a matrix of rows whose features are adjacent in memory; a copy only if its strides require one."""
 
     values: Tensor
     number: int
@@ -128,7 +133,7 @@ class Rows(NamedTuple):
 
 
 def as_rows(x: Tensor) -> Rows:
-    if x.is_contiguous():  # the launch needs no view of the right shape
+    if x.is_contiguous():  # a kernel gets pointers and sizes, so no view is needed
         width = x.shape[-1]
         return Rows(x, x.numel() // width, width, width)
     rows = x.reshape(-1, x.shape[-1])
@@ -141,7 +146,7 @@ def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
     centered: bool, keep: bool, **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, x + residual (or x), μ and r (or x)."""
+    """Return y, x + residual, μ and r; tensors that were not computed are replaced by x."""
     rows = as_rows(x)
     others = as_rows(residual) if residual is not None else rows
     y = x.new_empty(x.shape)
@@ -167,7 +172,7 @@ def _backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, mean: Tensor | None, scale: Tensor, weight: Tensor | None,
     bias: Tensor | None, eps: float, wanted: bool, **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dγ, dβ and the blocks' sums of dγ."""
+    """Return dx, dγ, dβ and the block sums of dγ."""
     rows, dys = as_rows(x), as_rows(dy)
     more = dys if dtotal is None else as_rows(dtotal)
     dx = x.new_empty(x.shape)
@@ -194,7 +199,7 @@ def _backward(
 def _totals(
     of_gain: Tensor, of_bias: Tensor, gain: Tensor | None, bias: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """The sums over the blocks, in the dtypes of gain and bias; empty where they aren't wanted."""
+    """Return dγ and dβ, the sums over the blocks, in the dtypes of gain and bias; those not needed are empty."""
     width, totals, learning = of_gain.shape[1], [], []
     for blocks, each in ((of_gain, gain), (of_bias, bias)):
         if each is None:
@@ -215,15 +220,15 @@ def _totals(
 
 
 def _dense(gain: Tensor | None, x: Tensor) -> Tensor:
-    """γ or β with its elements side by side, or anything where there is none."""
+    """Return γ or β, contiguous. If there is none, return x: the kernel gets a pointer that it does not read."""
     return x if gain is None else gain.contiguous()
 
 
 class Plan:
-    """A kernel with its compile-time options, and what Triton compiled for the arguments that were passed so far.
+    """A kernel with its compile-time options, and a cache of the variants that Triton compiled so far.
 
-    Triton compiles a kernel anew where the dtype or alignment of a pointer, or the divisibility of a number, is
-    another. It finds that out in each call, which takes longer than most norms; `launch` looks it up instead.
+    Triton compiles one variant for each combination of dtypes and alignments of pointers and divisibilities of numbers.
+    Its own search for the variant, in each call, takes longer than most norms; `launch` uses the cache instead.
     """
 
     def __init__(self, kernel: Any, settings: dict[str, Any], rows: int) -> None:
@@ -256,7 +261,7 @@ _LARGEST_INT = 2**31 - 1
 
 @lru_cache(maxsize=4096)
 def _plan(name: str, width: int, dtype: torch.dtype, eps: float, options: tuple[tuple[str, Any], ...]) -> Plan:
-    """Return the plan of a kernel; the same for all its calls in a model."""
+    """Return the plan of a kernel, the same object for the same arguments."""
     import triton.language as tl
 
     shape = tile(name, width, dtype)
@@ -273,12 +278,15 @@ def _plan_of_totals() -> Plan:
     return Plan(_kernels().column_totals, {"ROWS": BLOCKS, "BLOCK": COLUMNS, "num_warps": 4, **_COMPILER}, BLOCKS)
 
 
-# The compiler fuses no multiplications and additions: what is to be rounded once is written so.
+# The compiler must not fuse multiplications and additions: where one rounding is meant, the kernels call fma.
 _COMPILER = {"enable_fp_fusion": False}
 
 
 def _on(x: Tensor) -> Any:
-    """Kernels are launched on the current device; the interpreter's numpy need not tell of overflows."""
+    """Return a context that makes x's device the current one, on which kernels are launched.
+
+    For the interpreter, the context suppresses NumPy's warnings of overflows.
+    """
     if x.is_cuda:
         return torch.cuda.device(x.device)
     import numpy
@@ -384,7 +392,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 def register(device: str) -> Any:
-    """Register these as a device's operators, for the lifetime of the returned library."""
+    """Register this module's operators for a device, as long as the returned library exists."""
     library: Any = torch.library.Library("omninorm", "IMPL", device)  # type: ignore[no-untyped-call]
     for name, operator in OPERATORS.items():
         library.impl(name, operator, allow_override=True)
@@ -396,9 +404,9 @@ _registered = register("CUDA")
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Let Triton's interpreter compute CPU tensors inside the block."""
+    """Compute CPU tensors with Triton's interpreter inside the block."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)  # that one takes a place
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)  # an override
         library = register("CPU")
     before, autograd.emulated = autograd.emulated, True
     try:

@@ -5,18 +5,18 @@ Each measurement is an object:
 - device: a pattern of the device's name, such as "NVIDIA H100*";
 - operator: "rms_norm" or "layer_norm", which includes the backward pass. The add_ variants follow the norm, so that
   they keep the bits of the two separate steps;
-- dtype: of x, such as "bfloat16";
+- dtype: the dtype of x, such as "bfloat16";
 - width, rows: the shape that was timed;
 - compiled: true if it was timed under torch.compile, where "triton" means an operator that Inductor cannot fuse;
-- backend: "triton" where neither the GPU nor the host needs longer with it than with "torch", otherwise "torch";
-- run: the file of the run that measured it.
+- backend: "triton" if neither the GPU nor the host took longer with it than with "torch", otherwise "torch";
+- run: the file with the results of the run that measured it.
 
-The host's time counts because it is the limit of small models, small batches and generation, and is then many times the
+The host's time counts because small models, small batches and generation are limited by it; there it is many times the
 difference on the GPU.
 
-A measurement counts for widths from its own up to the next larger one. The choice never depends on the number of rows:
-"triton" must have been faster for every number of rows that was timed. Otherwise the bits of a row would depend on the
-batch around it.
+A measurement applies to widths from its own up to the next larger one. The choice never depends on the number of rows,
+since otherwise the bits of a row would depend on the size of its batch. So "triton" is chosen only if it was faster for
+every number of rows that was timed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BACKENDS = ("torch", "triton")
 
 
 class Measurement(NamedTuple):
-    """One row of the table; see the module."""
+    """One row of the table; the module's docstring describes the fields."""
 
     device: str
     operator: str
@@ -95,12 +95,12 @@ def _check(name: str, value: object, is_valid: bool, path: Path) -> None:
 
 
 DEFAULT, MEASUREMENTS = read_table()
-# Whether the choice is the default for every tensor, so that a call need not look it up.
+# True if the table chooses the default for every tensor, so that calls need not look it up.
 ALWAYS_DEFAULT = all(each.backend == DEFAULT for each in MEASUREMENTS)
 
 
 def choose(operator: str, x: Tensor, compiled: bool = False) -> Choice:
-    """Return the back end for a norm of x, a tensor on a GPU, and why."""
+    """Return the back end for a norm of x, a tensor on a GPU, with the reason."""
     if ALWAYS_DEFAULT:
         return Choice(DEFAULT, f"the default {DEFAULT!r}: on no GPU was another measured to be better for GPU and host")
     if compiled:
@@ -110,7 +110,7 @@ def choose(operator: str, x: Tensor, compiled: bool = False) -> Choice:
 
 @constant_in_graphs
 def _constant_choice(operator: str, device: torch.device, dtype: torch.dtype, width: int) -> Choice:
-    """Choose outside Dynamo, which would trace the search and ignore its cache."""
+    """Choose a back end. Dynamo calls this instead of tracing it; it would trace the search and ignore its cache."""
     return _chosen(operator, device, dtype, width, True)
 
 
@@ -120,7 +120,7 @@ def _chosen(operator: str, device: torch.device, dtype: torch.dtype, width: int,
 
 
 def search(operator: str, device: str, dtype: str, width: int, compiled: bool) -> Choice:
-    """Return the choice of the largest measured width that is not above this one."""
+    """Return the choice for the largest measured width that is not above `width`."""
     wanted = operator, dtype, compiled
     fitting = [
         each
@@ -139,5 +139,5 @@ def search(operator: str, device: str, dtype: str, width: int, compiled: bool) -
 
 @lru_cache(maxsize=64)
 def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, such as "NVIDIA H100 80GB HBM3"; of other devices their type."""
+    """Return the name of a GPU, such as "NVIDIA H100 80GB HBM3", or the type of another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

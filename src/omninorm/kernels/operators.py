@@ -1,7 +1,7 @@
 """omninorm's operators: their schemas, the functions that call them, and their meta kernels.
 
-`cpu` implements them for plain CPU tensors and `gpu` for those of a GPU; `autograd` and `exported` hold their
-derivatives. The C++ library defines the schemas if it was built, otherwise this module does.
+`cpu` implements them for plain CPU tensors and `gpu` for tensors on a GPU; `autograd` and `exported` contain their
+derivatives. If the C++ library was built, it defines the schemas, otherwise this module does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _RMS = "Tensor? weight, float eps, float gain_offset=0.0, bool round_first=False
 _LAYER = "Tensor? weight, Tensor? bias, float eps"
 _RMS_BACKWARD = f"(Tensor dy, Tensor? dtotal, Tensor x, Tensor scale, {_RMS}, bool gains_wanted=True)"
 _LAYER_BACKWARD = f"(Tensor dy, Tensor? dtotal, Tensor x, Tensor mean, Tensor scale, {_LAYER}, bool gains_wanted=True)"
-# As in operators.cpp, where the names are explained.
+# The same schemas as in operators.cpp, which explains their names.
 SCHEMAS = (
     f"rms_norm(Tensor x, {_RMS}) -> Tensor",
     f"rms_norm_forward(Tensor x, {_RMS}) -> (Tensor y, Tensor scale)",
@@ -56,7 +56,7 @@ if cpu.unavailable():
         _definitions.define(_schema)
 
 _operators: Any = torch.ops.omninorm
-# Looked up once: normalizing one row costs about as much as the lookup.
+# Looked up once, because a lookup takes about as long as normalizing one row.
 _rms_norm: Any = _operators.rms_norm.default._op
 _layer_norm: Any = _operators.layer_norm.default._op
 
@@ -74,7 +74,7 @@ def rms_norm(
 ) -> Tensor:
     """Compute `reference.rms_norm_forward`; the operator raises RuntimeError for mismatched arguments.
 
-    `traced` means that torch.compile or torch.export is tracing, which must see the operator itself.
+    `traced` is True while torch.compile or torch.export traces; they must record the operator itself.
     """
     if eps.__class__ is not float:
         eps = MACHINE_EPS[x.dtype] if eps is None else float(eps)
@@ -149,7 +149,7 @@ def add_layer_norm(
 
 
 def _other_than(tensor: _MaybeTensor, first: Tensor | None) -> _MaybeTensor:
-    """Return a view if both are the same object, which Dynamo does not accept as two arguments."""
+    """Return `tensor`, or a view of it if both are the same object, which Dynamo does not accept as two arguments."""
     return tensor if tensor is None or tensor is not first else tensor.view_as(tensor)
 
 
@@ -163,7 +163,7 @@ def _watcher() -> probe.Probe | None:
 
 
 def _eps(eps: float | None, x: Tensor) -> float:
-    """Return ε as a float if it is None, or an integer that `functional` has checked."""
+    """Return ε as a float; it may be None or an integer, and `functional` has checked it."""
     return MACHINE_EPS[x.dtype] if eps is None else float(eps)
 
 
@@ -215,7 +215,7 @@ def _meta_layer_norm_backward(
 
 
 def _with_blocks(dx: Tensor, dweight: Tensor, *dbias: Tensor) -> tuple[Tensor, ...]:
-    """Return the results of the backward kernels and the block sums of dγ: no blocks if dγ is not needed."""
+    """Return the results of the backward kernels and the block sums of dγ, with 0 blocks if dγ is not needed."""
     width = dx.shape[-1]
     rows = dx.numel() // width
     blocks = -(-rows // rows_per_block(rows, triton=False)) if dweight.shape[0] else 0

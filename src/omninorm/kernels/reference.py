@@ -9,16 +9,16 @@ With x a row of d features, γ the gain, β the bias, o the gain offset, and · 
                              LayerNorm  dx = r · (g − mean(g) − x̂ mean(g · x̂))    dβ = Σ_rows dy
 
 Float16, bfloat16 and float32 are computed in float32, float64 in float64, and rounded once at the end.
-Three things keep the formulas true where the naive ones fail:
+Three measures keep the result accurate where the naive formula fails:
 
-- Each row is measured in a *unit* of its own, the power of two next above max(|x|, √ε). Powers of two multiply
-  without rounding, so ordinary rows come out bit for bit as without it, and no square overflows or underflows.
-- LayerNorm subtracts the mean twice, as a number and then what rounding that number left. The mean is summed from
-  the differences to the row's first element, so a constant row becomes exactly 0.
-- Sums run over contiguous rows in one order, whatever stands around the row and however many threads there are.
+- Each row is divided by its *unit*, the next power of two above max(|x|, √ε). Multiplying by a power of two does not
+  round, so ordinary rows have the same bits as without it, and no square overflows or underflows.
+- LayerNorm subtracts the mean in two steps: first the rounded mean, then the rest that rounding left. The mean is
+  summed from the differences to the row's first element, so a constant row becomes exactly 0.
+- Sums run over contiguous rows in one order, which depends neither on the other rows nor on the number of threads.
 
-Only x is kept for the backward pass, which computes the row statistics again. The backward functions are made
-of differentiable operations, so a second derivative is theirs too.
+Only x is kept for the backward pass, which computes the row statistics again. The backward functions consist of
+differentiable operations, so they can be differentiated for second derivatives.
 
 RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467. LayerNorm: Ba, Kiros and Hinton 2016, arXiv 1607.06450.
 """
@@ -34,7 +34,7 @@ from torch.compiler import is_compiling
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str) -> Tensor:
-    """y (..., d) in x's dtype, from x (..., d) and γ (d,); no view, so that callers may change it in place."""
+    """Return y (..., d) in x's dtype, from x (..., d) and γ (d,); not a view, so callers may change it in place."""
     normed, _ = standardize(x, eps, centered=False)
     normed = round_before_gain(normed, x.dtype, cast).reshape(x.shape)
     return (normed * gain(weight, gain_offset, normed.dtype)).to(x.dtype)
@@ -43,7 +43,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float | None, gain_o
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float | None, gain_offset: float, cast: str
 ) -> tuple[Tensor, Tensor | None]:
-    """dx (..., d) and dγ (d,), each in its input's dtype, from dy (..., d)."""
+    """Return dx (..., d) and dγ (d,), each in its input's dtype, from dy (..., d)."""
     normed, to_x = standardize(x, eps, centered=False)
     dy = as_rows(dy).to(normed.dtype)
     dnormed = dy * gain(weight, gain_offset, normed.dtype)
@@ -55,7 +55,7 @@ def rms_norm_backward(
 
 
 def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
-    """y (..., d) in x's dtype, from x (..., d), γ and β (d,); no view."""
+    """Return y (..., d) in x's dtype, from x (..., d), γ and β (d,); not a view."""
     normed, _ = standardize(x, eps, centered=True)
     y = normed.reshape(x.shape) * gain(weight, 0.0, normed.dtype)
     if bias is not None:
@@ -66,7 +66,7 @@ def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
 def layer_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx (..., d), dγ and dβ (d,), each in its input's dtype, from dy (..., d)."""
+    """Return dx (..., d), dγ and dβ (d,), each in its input's dtype, from dy (..., d)."""
     normed, to_x = standardize(x, eps, centered=True)
     dy = as_rows(dy).to(normed.dtype)
     dnormed = dy * gain(weight, 0.0, normed.dtype)
@@ -80,9 +80,9 @@ def layer_norm_backward(
 
 
 class Scale:
-    """Multiplies by a row's r = 1/√(mean square + ε), given as root · per_unit.
+    """Multiplies each row by its r = 1/√(mean square + ε), which is stored as two factors, root and per_unit.
 
-    Their product alone would overflow for subnormal rows without ε, and lose digits for the largest rows.
+    As one number, r would overflow for subnormal rows without ε, and lose digits for the largest rows.
     """
 
     def __init__(self, root: Tensor, per_unit: Tensor) -> None:
@@ -94,7 +94,7 @@ class Scale:
 
 
 def standardize(x: Tensor, eps: float | None, *, centered: bool) -> tuple[Tensor, Scale]:
-    """x̂ (rows, d) in the compute dtype, and the multiplication by r that brings a gradient back to x."""
+    """Return x̂ (rows, d) in the compute dtype, and the multiplication by r that the backward pass ends with."""
     rows = as_rows(x).to(compute_dtype(x.dtype))
     eps = resolve_eps(eps, rows.dtype)
     headroom: Tensor | float = 1.0
@@ -116,29 +116,29 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def resolve_eps(eps: float | None, dtype: torch.dtype) -> float:
-    """ε as given; for None the machine epsilon of the compute dtype, as in torch.nn.RMSNorm."""
+    """Return ε, or for None the machine epsilon of the compute dtype, as in torch.nn.RMSNorm."""
     return torch.finfo(dtype).eps if eps is None else eps
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(..., d) → (rows, d), contiguous; a copy only where the strides demand it."""
+    """Reshape (..., d) to (rows, d), contiguous; a copy only if the strides require one."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def largest_magnitude(rows: Tensor) -> Tensor:
-    """max |x| of each row, (rows, 1), outside the gradient: it only ever chooses a unit."""
+    """Return max |x| of each row, (rows, 1), detached: it only serves to choose a unit."""
     rows = rows.detach()
     return torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
 
 
 def difference_headroom(rows: Tensor) -> Tensor:
-    """⅛ for rows so large that the difference of two elements could overflow, else 1; (rows, 1)."""
+    """Return ⅛ for rows so large that the difference of two elements could overflow, else 1; (rows, 1)."""
     limit = torch.finfo(rows.dtype).max / 8
     return torch.where(largest_magnitude(rows) > limit, 0.125, 1.0).to(rows.dtype)
 
 
 def rounded_mean(rows: Tensor) -> Tensor:
-    """Return the mean of each row to within its last place, (rows, 1); exact for a constant row."""
+    """Return the mean of each row, (rows, 1), accurate to one unit in its last place; exact for a constant row."""
     per_unit = reciprocal_unit(rows, 0.0)
     rows = rows * per_unit
     first = rows.narrow(1, 0, 1)
@@ -146,10 +146,10 @@ def rounded_mean(rows: Tensor) -> Tensor:
 
 
 def reciprocal_unit(rows: Tensor, eps: float) -> Tensor:
-    """1 / unit of each row, (rows, 1): an exact power of two that brings max(|x|, √ε) into [½, 1)."""
+    """Return 1 / unit of each row, (rows, 1): an exact power of two that scales max(|x|, √ε) into [½, 1)."""
     numbers = torch.finfo(rows.dtype)
     bounds = (max(math.sqrt(eps), numbers.tiny), numbers.max / 8)
-    largest = largest_magnitude(rows).clamp(*bounds)  # max/8, so that the reciprocal is no subnormal
+    largest = largest_magnitude(rows).clamp(*bounds)  # at most max/8, so that the reciprocal is not subnormal
     mantissa, _ = torch.frexp(largest)
     return mantissa / largest
 
@@ -160,15 +160,15 @@ def mean(rows: Tensor) -> Tensor:
 
 
 def column_sum(rows: Tensor) -> Tensor:
-    """Return the sum over all rows, (d,), as for a gain's gradient."""
+    """Return the sum over all rows, (d,), which a gain's gradient needs."""
     return ordered_sum(rows, 0).squeeze(0)
 
 
 def ordered_sum(rows: Tensor, dim: int) -> Tensor:
-    """Σ along `dim` in an order that depends on nothing but that dimension's size; the dimension is kept.
+    """Return the sum along `dim`, keeping the dimension, in an order that depends only on this dimension's size.
 
-    PyTorch adds each row of a matrix on one thread, but splits a sum with a single result between threads.
-    So a lone row is summed beside a twin of itself.
+    PyTorch sums each row of a matrix on one thread, but splits a sum with a single result between threads.
+    So a single row is summed together with a copy of itself.
     """
     other = 1 - dim
     if rows.shape[other] == 1:
@@ -178,7 +178,7 @@ def ordered_sum(rows: Tensor, dim: int) -> Tensor:
 
 
 def gain(weight: Tensor | None, offset: float, dtype: torch.dtype) -> Tensor | float:
-    """γ + o in the compute dtype; 1 without a gain."""
+    """Return γ + o in the compute dtype, or 1 without a gain."""
     if weight is None:
         return 1.0
     weight = weight.to(dtype)
@@ -186,9 +186,9 @@ def gain(weight: Tensor | None, offset: float, dtype: torch.dtype) -> Tensor | f
 
 
 def round_before_gain(normed: Tensor, dtype: torch.dtype, cast: str) -> Tensor:
-    """Llama rounds x̂ to the input's dtype before it multiplies by the gain; torch.nn.RMSNorm does not.
+    """Round x̂ to the input's dtype if `cast` is "llama"; Llama does so before it multiplies by the gain.
 
-    The rounding counts as the identity in derivatives, which therefore never pass through the narrow dtype.
+    Derivatives treat the rounding as the identity, so they are never rounded to the narrow dtype.
     """
     if cast != "llama":
         return normed
@@ -199,10 +199,10 @@ def round_before_gain(normed: Tensor, dtype: torch.dtype, cast: str) -> Tensor:
 
 
 def rounded_by_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 numbers to a narrower dtype, ties to even, and keep them float32.
+    """Round float32 numbers to values of a narrower dtype, ties to even; the result is still float32.
 
-    Computed with integers, because the compiler would remove a cast to the narrower dtype that is followed by the cast
-    back. Finite numbers beyond the narrower dtype's range are not turned into inf.
+    This uses integer operations, because the compiler would remove a cast to the narrower dtype and back. Finite
+    numbers beyond the narrower dtype's range do not become inf.
     """
     if x.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
         return x
@@ -212,7 +212,7 @@ def rounded_by_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = ((bits + ((1 << (dropped - 1)) - 1 + is_odd)) & -(1 << dropped)).view(torch.float32)
     numbers = torch.finfo(dtype)
     if dtype == torch.float16:
-        spacing = numbers.smallest_normal * numbers.eps  # of its subnormal numbers
+        spacing = numbers.smallest_normal * numbers.eps  # the distance between subnormal numbers of float16
         rounded = torch.where(x.abs() < numbers.smallest_normal, torch.round(x / spacing) * spacing, rounded)
     return torch.where(x.isfinite(), rounded, x)
 
@@ -221,7 +221,7 @@ def rounded_by_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """`rms_norm_forward` with `rms_norm_backward` as its derivative; arguments in that order."""
+    """`rms_norm_forward` with `rms_norm_backward` as its derivative; it takes the same arguments."""
 
     generate_vmap_rule = True
 
@@ -241,7 +241,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """`layer_norm_forward` with `layer_norm_backward` as its derivative; arguments in that order."""
+    """`layer_norm_forward` with `layer_norm_backward` as its derivative; it takes the same arguments."""
 
     generate_vmap_rule = True
 

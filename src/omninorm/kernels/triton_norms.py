@@ -1,4 +1,4 @@
-"""The norms in Triton. A program has ROWS rows at a time, each whole in a tile; rows wider than that come in steps.
+"""The norms in Triton. A program holds ROWS whole rows in a tile at a time; it reads wider rows step by step.
 
 With x a row of d features in the compute type C, γ the gain, β the bias, o the gain offset:
 
@@ -8,13 +8,15 @@ With x a row of d features in the compute type C, γ the gain, β the bias, o th
     with g = dy · (γ + o):   RMSNorm    dx = r · (g − x̂ mean(g · x̂))              dγ = Σ_rows dy · x̂
                              LayerNorm  dx = r · (g − mean(g) − x̂ mean(g · x̂))    dβ = Σ_rows dy
 
-The arithmetic is the reference's: a row is measured in a unit of its own, a power of two, so that no square overflows
-or vanishes, and r is kept as root · per_unit, whose product alone may have no number; μ is subtracted twice, as a
-number and then what rounding that number left (`rest`). LayerNorm measures a row in that way only where it must. A
-backward pass takes r and μ from the forward one, where that r is plain, and else measures the row again.
+The arithmetic is the reference's. Each row is divided by its unit, a power of two, so that no square overflows or
+underflows. r is stored as two factors, root and per_unit, because their product may be out of range. μ is subtracted in
+two steps: first the rounded mean (`center`), then the rest that rounding left (`rest`). LayerNorm does this only for
+rows that need it; the others are "plain". The backward pass uses r and μ of the forward pass where r is plain, and
+computes the statistics of other rows again.
 
-Sums over a row have one order, that of its tile, so no row depends on those around it. Of gains' gradients each program
-sums a block of rows, whose size depends on the number of rows alone; `column_totals` adds the blocks up in float64.
+Sums over a row have one order, that of its tile, so no row depends on the rows around it. For the gradients of gains,
+each program sums a block of rows, whose size depends only on the number of rows; `column_totals` sums the blocks in
+float64.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _INTERPRETED = constexpr(INTERPRETED)
 
 @triton.jit
 def divide(a, b):
-    """a / b, rounded once: in float32 what stands for / is an approximation."""
+    """Return a / b, rounded once; in float32, Triton compiles the operator / to an approximation."""
     if a.dtype == tl.float64:
         return a / b
     else:
@@ -41,7 +43,7 @@ def divide(a, b):
 
 @triton.jit
 def widen(v, C: constexpr):
-    """v in the compute type. The interpreter's own conversion from bfloat16 is wrong for subnormal numbers."""
+    """Return v in the compute type. The interpreter's own conversion from bfloat16 is wrong for subnormal numbers."""
     if _INTERPRETED and v.dtype == tl.bfloat16:
         bits = v.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         return bits.to(tl.float32, bitcast=True).to(C)
@@ -51,7 +53,7 @@ def widen(v, C: constexpr):
 
 @triton.jit
 def narrow(v, to: constexpr):
-    """v rounded to the nearest number, of two the even one. The interpreter's own conversion to bfloat16 cuts off."""
+    """Return v rounded to nearest, ties to even. The interpreter's own conversion to bfloat16 truncates."""
     if to == tl.bfloat16:
         v = v.to(tl.float32)
         if _INTERPRETED:
@@ -66,7 +68,7 @@ def narrow(v, to: constexpr):
 
 @triton.jit
 def multiply_add(a, b, c):
-    """a · b + c, rounded once."""
+    """Return a · b + c, rounded once."""
     if _INTERPRETED and a.dtype == tl.float32:
         return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
     elif _INTERPRETED:
@@ -77,7 +79,7 @@ def multiply_add(a, b, c):
 
 @triton.jit
 def reciprocal_root(a):
-    """1/√a, rounded twice."""
+    """Return 1/√a; both the root and the quotient are rounded to nearest."""
     if a.dtype == tl.float64:
         return 1.0 / tl.sqrt(a)
     else:
@@ -86,8 +88,9 @@ def reciprocal_root(a):
 
 @triton.jit
 def reciprocal_unit(largest, least: constexpr):
-    """2^-e that brings the larger of `largest` and `least` into [½, 1); up to an eighth of the largest number, so that
-    it is no subnormal itself."""
+    """Return the power of two that scales the larger of `largest` and `least` into [½, 1).
+
+    Rows beyond an eighth of the largest number count as an eighth, so that the power is not subnormal."""
     if largest.dtype == tl.float64:
         largest = tl.minimum(tl.maximum(largest, max(least, 2.2250738585072014e-308)), 2.247116418577895e307)
         exponent = (largest.to(tl.int64, bitcast=True) >> 52) & 2047
@@ -100,26 +103,26 @@ def reciprocal_unit(largest, least: constexpr):
 
 @triton.jit
 def headroom_of(largest):
-    """⅛ for rows so large that the difference of two elements could overflow, else 1."""
+    """Return ⅛ for rows so large that the difference of two elements could overflow, else 1."""
     limit: constexpr = 2.247116418577895e307 if largest.dtype == tl.float64 else 4.253529586511731e37
     return tl.where(largest > limit, 0.125, 1.0).to(largest.dtype)
 
 
 @triton.jit
 def is_plain(r):
-    """Whether squares of the row neither overflow nor vanish in the compute type."""
+    """Return whether a row with this r has squares that neither overflow nor underflow in the compute type."""
     if r.dtype == tl.float64:
         return (r >= 2.0**-400) & (r <= 2.0**400)
     else:
         return (r >= 2.0**-60) & (r <= 2.0**50)
 
 
-# Rows: x̂ = ((x · headroom − center · headroom) · per_unit − rest) · root, the first parts for LayerNorm only --------
+# Rows: x̂ = x · per_unit · root (RMSNorm) or ((x · headroom − center · headroom) · per_unit − rest) · root (LayerNorm)
 
 
 @triton.jit
 def rows_of(block, start, rows, rows_each, ROWS: constexpr):
-    """The rows of a block from its row `start` on, and which of them there are."""
+    """Return the numbers of ROWS rows of a block, beginning with its row `start`, and which of them exist."""
     of_block = (start + tl.arange(0, ROWS))[:, None]
     row = block * rows_each + of_block
     return row, (row < rows) & (of_block < rows_each)
@@ -127,13 +130,13 @@ def rows_of(block, start, rows, rows_each, ROWS: constexpr):
 
 @triton.jit
 def fetch(x, columns, width, present):
-    """Elements of rows that begin at x, in their dtype; 0 beyond the width."""
+    """Return elements of the rows that begin at x, in their dtype; 0 beyond the width."""
     return tl.load(x + columns, present & (columns < width), 0.0)
 
 
 @triton.jit
 def read(x, residual, columns, width, present, C: constexpr, ADD: constexpr):
-    """Elements of rows that begin at x, with those of the residual added and rounded; 0 beyond the width."""
+    """Return elements of the rows that begin at x, with the residual's added and rounded; 0 beyond the width."""
     values = fetch(x, columns, width, present)
     if ADD:
         values = narrow(widen(values, C) + widen(fetch(residual, columns, width, present), C), values.dtype)
@@ -142,7 +145,7 @@ def read(x, residual, columns, width, present, C: constexpr, ADD: constexpr):
 
 @triton.jit
 def read_gain(gain, columns, width, default, C: constexpr, GIVEN: constexpr, OFFSET: constexpr = 0.0):
-    """γ + o or β, or what stands for it where there is none."""
+    """Return γ + o or β, or `default` without one."""
     if GIVEN:
         return widen(tl.load(gain + columns, columns < width, 0.0), C) + OFFSET
     else:
@@ -151,13 +154,13 @@ def read_gain(gain, columns, width, default, C: constexpr, GIVEN: constexpr, OFF
 
 @triton.jit
 def over(total, width, C: constexpr):
-    """A sum of each row, divided by the width."""
+    """Return the sum of each row divided by the width."""
     return divide(total, tl.full((1, 1), 1, C) * width)
 
 
 @triton.jit
 def mean(values, width, C: constexpr):
-    """Of each row, (ROWS, 1); what lies beyond the width must be 0."""
+    """Return the mean of each row, (ROWS, 1); values beyond the width must be 0."""
     return over(tl.sum(values, 1, keep_dims=True), width, C)
 
 
@@ -168,7 +171,7 @@ def add_pairs(a, b, c, d):
 
 @triton.jit
 def sums(a, b):
-    """The sums of two tiles over each row; on GPUs together, so that warps wait for each other once."""
+    """Return the sums of two tiles over each row; on GPUs in one reduction, so that warps synchronize once."""
     if _INTERPRETED:
         return tl.sum(a, 1, keep_dims=True), tl.sum(b, 1, keep_dims=True)
     else:
@@ -191,7 +194,7 @@ def sums_of_three(a, b, c):
 @triton.jit
 def measure_rms(held, x, residual, columns, width, present, steps,
                 EPS: constexpr, LEAST: constexpr, C: constexpr, ADD: constexpr, WHOLE: constexpr):  # fmt: skip
-    """root and per_unit."""
+    """Return root and per_unit of RMSNorm."""
     largest = tl.zeros_like(held)
     for step in range(steps):
         v = held if WHOLE else read(x, residual, columns + step * columns.shape[1], width, present, C, ADD)
@@ -208,7 +211,7 @@ def measure_rms(held, x, residual, columns, width, present, steps,
 @triton.jit
 def measure_layer(held, x, residual, columns, width, present, steps,
                   EPS: constexpr, LEAST: constexpr, C: constexpr, ADD: constexpr, WHOLE: constexpr):  # fmt: skip
-    """root, per_unit, rest, headroom and center, which is the mean as the compute type holds it."""
+    """Return root, per_unit, rest, headroom and center of LayerNorm; center is the mean in the compute type."""
     top = tl.full(held.shape, float("-inf"), C)
     bottom = tl.full(held.shape, float("inf"), C)
     for step in range(steps):
@@ -221,7 +224,7 @@ def measure_layer(held, x, residual, columns, width, present, steps,
     headroom = headroom_of(largest)
     per_unit = reciprocal_unit(largest, 0.0)
 
-    # From the differences to one of its elements the mean of a constant row is exact.
+    # The mean is summed from the differences to an element of the row, so that it is exact for a constant row.
     differences = tl.zeros_like(held)
     for step in range(steps):
         at = columns + step * columns.shape[1]
@@ -257,7 +260,7 @@ def measure_layer(held, x, residual, columns, width, present, steps,
 
 @triton.jit
 def inside_of(values, at, width, EVEN: constexpr):
-    """Values, and 0 beyond the width; EVEN means that nothing is beyond it."""
+    """Return the values, with 0 beyond the width; EVEN means that the tile does not extend beyond it."""
     if EVEN:
         return values
     else:
@@ -267,11 +270,13 @@ def inside_of(values, at, width, EVEN: constexpr):
 @triton.jit
 def measure_plain_layer(held, x, residual, columns, width, present, steps,
                         EPS: constexpr, C: constexpr, ADD: constexpr, WHOLE: constexpr, EVEN: constexpr):  # fmt: skip
-    """root, rest and center of rows in no unit of their own, and whether they are exact enough. They aren't where
-    squares overflow or vanish, which is so in constant rows too, nor where too little of a square is the spread's.
+    """Return root, rest and center of rows without division by a unit, and whether they are exact enough.
 
-    Rows of 16 bits are read once: their sums are of differences to the first element. Others are read again, because
-    errors of those sums are no longer small beside the rounding of y.
+    They are not if squares overflow or underflow, as in constant rows, or if the spread of a row is too small compared
+    with the differences that are squared.
+
+    Rows of 16 bits are read once: their sums are of differences to the first element. Other rows are read twice,
+    because the errors of such sums would no longer be small compared with the rounding of y.
     """
     first = read(x, residual, tl.zeros((1, 1), tl.int32), width, present, C, ADD)
     if x.dtype.element_ty.primitive_bitwidth == 16:
@@ -279,7 +284,7 @@ def measure_plain_layer(held, x, residual, columns, width, present, steps,
         difference, mean_square = over(total, width, C), over(square, width, C)
         center = first + difference
         added = center - first
-        rest = (first - (center - added)) + (difference - added)  # what rounding the sum left, exactly
+        rest = (first - (center - added)) + (difference - added)  # the rounding error of center, exactly
         variance = mean_square - difference * difference
         exact = difference * difference <= 64 * variance
     else:
@@ -300,7 +305,7 @@ def measure_plain_layer(held, x, residual, columns, width, present, steps,
 @triton.jit
 def sums_about(origin, held, x, residual, columns, width, present, steps,
                C: constexpr, ADD: constexpr, WHOLE: constexpr, EVEN: constexpr):  # fmt: skip
-    """The sums over each row of the differences to a number, and of their squares."""
+    """Return the sums over each row of the differences to `origin`, and of their squares."""
     if WHOLE:
         difference = inside_of(held - origin, columns, width, EVEN)
         return sums(difference, difference * difference)
@@ -317,7 +322,7 @@ def sums_about(origin, held, x, residual, columns, width, present, steps,
 
 @triton.jit
 def normalize_plain(x, root, rest, center):
-    """x̂ of LayerNorm for rows in no unit of their own."""
+    """Return x̂ of LayerNorm for plain rows, which are not divided by a unit."""
     deviation = x - center
     shift = tl.broadcast_to(-rest * root, deviation.shape)
     return multiply_add(deviation, tl.broadcast_to(root, deviation.shape), shift)
@@ -325,7 +330,7 @@ def normalize_plain(x, root, rest, center):
 
 @triton.jit
 def normalize_layer(x, root, per_unit, rest, headroom, center):
-    """x̂ of LayerNorm."""
+    """Return x̂ of LayerNorm."""
     deviation = (x * headroom - center * headroom) * per_unit
     return multiply_add(
         deviation, tl.broadcast_to(root, deviation.shape), tl.broadcast_to(-rest * root, deviation.shape)
@@ -341,7 +346,7 @@ def rms_norm_forward(
     EPS: constexpr, LEAST: constexpr, OFFSET: constexpr, ROUND_FIRST: constexpr, C: constexpr,
     ADD: constexpr, GAIN: constexpr, KEEP: constexpr, WHOLE: constexpr, ROWS: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """y, x + residual where there is one, and r where it is to be kept."""
+    """Store y; with ADD also x + residual, with KEEP also r."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     present = row < rows
@@ -371,7 +376,7 @@ def layer_norm_forward(
     EPS: constexpr, LEAST: constexpr, C: constexpr, ADD: constexpr, GAIN: constexpr, BIAS: constexpr,
     KEEP: constexpr, WHOLE: constexpr, EVEN: constexpr, ROWS: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """y, x + residual where there is one, and μ and r where they are to be kept."""
+    """Store y; with ADD also x + residual, with KEEP also μ and r."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     present = row < rows
@@ -384,7 +389,7 @@ def layer_norm_forward(
     per_unit, headroom = tl.full((ROWS, 1), 1, C), tl.full((ROWS, 1), 1, C)
     all_plain = tl.min((plain | (row >= rows)).to(tl.int32)) == 1
     if not all_plain:
-        # These rows are rare. They are read again in small steps, because their code shares the registers.
+        # These rows are rare. They are read again in small steps, because this code uses the same registers.
         AGAIN: constexpr = min(BLOCK, 1024)
         root_, per_unit_, rest_, headroom_, center_ = measure_layer(
             tl.zeros((ROWS, AGAIN), C), x, residual, tl.arange(0, AGAIN)[None, :], width, present,
@@ -421,8 +426,9 @@ def rms_norm_backward(
     EPS: constexpr, LEAST: constexpr, OFFSET: constexpr, ROUND_FIRST: constexpr, C: constexpr,
     ADD: constexpr, GAIN: constexpr, LEARNS: constexpr, WHOLE: constexpr, ROWS: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """dx, plus dtotal where there is one, and the block's sum of dy · x̂ where the gain learns. The next rows are on
-    their way while these are computed."""
+    """Store dx, with ADD dx + dtotal, and with LEARNS the block's sum of dy · x̂.
+
+    The next rows are loaded while the current ones are computed."""
     block = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)[None, :]
     steps = 1 if WHOLE else tl.cdiv(width, BLOCK)
@@ -481,7 +487,7 @@ def rms_norm_backward(
 @triton.jit
 def backward_sums(held, held_dy, x, dy, gain_ptr, root, center, columns, width, present, steps,
                   C: constexpr, GAIN: constexpr, WHOLE: constexpr, EVEN: constexpr):  # fmt: skip
-    """The sums over each row of g, g · (x − center) · r and x − center."""
+    """Return the sums over each row of g, g · (x − center) · r and x − center."""
     if WHOLE:
         g = held_dy * read_gain(gain_ptr, columns, width, 1.0, C, GAIN)
         deviation = inside_of(held - center, columns, width, EVEN)
@@ -506,8 +512,9 @@ def layer_norm_backward(
     GAIN_LEARNS: constexpr, BIAS_LEARNS: constexpr, WHOLE: constexpr, EVEN: constexpr, ROWS: constexpr,
     BLOCK: constexpr,
 ):  # fmt: skip
-    """dx, plus dtotal where there is one, and the block's sums of dy · x̂ and dy where gain and bias learn. The next
-    rows are on their way while these are computed."""
+    """Store dx, with ADD dx + dtotal, with GAIN_LEARNS the block's sum of dy · x̂, and with BIAS_LEARNS that of dy.
+
+    The next rows are loaded while the current ones are computed."""
     block = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)[None, :]
     steps = 1 if WHOLE else tl.cdiv(width, BLOCK)
@@ -527,7 +534,7 @@ def layer_norm_backward(
         next_center = tl.load(mean_ptr + row_after, present_after, 0.0)
         next_root = tl.load(scale_ptr + row_after, present_after, 1.0)
 
-        # With d = x − center, the mean of which is `rest`: mean(g · x̂) = mean(g · d · r) − rest · r · mean(g).
+        # With d = x − center, whose mean is `rest`: mean(g · x̂) = mean(g · d · r) − rest · r · mean(g).
         g_sum, product_sum, deviation_sum = backward_sums(
             held, held_dy, x, dy, gain_ptr, root, center, columns, width, present, steps, C, GAIN, WHOLE, EVEN
         )
@@ -590,13 +597,13 @@ def layer_norm_backward(
 
 @triton.jit
 def projected(g, normed, mean_product):
-    """g − x̂ · mean(g · x̂)."""
+    """Return g − x̂ · mean(g · x̂)."""
     return multiply_add(-normed, tl.broadcast_to(mean_product, normed.shape), g)
 
 
 @triton.jit
 def add_to(sums_ptr, block, columns, width, terms, start):
-    """Adds rows to a block's sums in memory, or puts them there where they are the first."""
+    """Add rows to a block's sums in memory; the first rows (`start` 0) replace what was there."""
     inside = columns < width
     at = sums_ptr + block * width + columns
     before = tl.load(at, inside & (start > 0), 0.0)
@@ -608,7 +615,7 @@ def add_to(sums_ptr, block, columns, width, terms, start):
 def column_totals(
     first_ptr, second_ptr, first_total_ptr, second_total_ptr, blocks, width, ROWS: constexpr, BLOCK: constexpr
 ):
-    """The sums of all blocks, in their order; of a second tensor too where the grid has two rows."""
+    """Store the sum of all blocks, in their order; if the grid has two rows, also that of a second tensor."""
     if tl.program_id(1) == 0:
         add_blocks(first_ptr, first_total_ptr, blocks, width, ROWS, BLOCK)
     else:

@@ -9,7 +9,7 @@ from omninorm.config import NormConfig
 from omninorm.layers.norms import CRMSNorm, LayerNorm, RMSNorm, ScaleNorm
 from omninorm.layers.pointwise import DynamicErf, DynamicTanh
 
-# Every module whose parameters are a norm's gains and biases, for grouping by type.
+# All modules whose parameters are only gains and biases of a norm; `param_groups` finds norms by these types.
 NORM_TYPES = (nn.RMSNorm, nn.LayerNorm, CRMSNorm, ScaleNorm, DynamicTanh, DynamicErf)
 
 
@@ -20,10 +20,14 @@ def build_norm(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Return one norm of the configured kind over `width` features; the identity for "none".
+    """Return one norm of the configured kind over `width` features; nn.Identity for "none".
 
     Raises:
         ConfigError: width below 1.
+
+    Example:
+        >>> build_norm(NormConfig(normalization="rmsnorm", norm_eps=1e-5), 8)
+        RMSNorm((8,), eps=1e-05, elementwise_affine=True)
     """
     eps = config.norm_eps
     match config.normalization:

@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer: which parameters weight decay applies to, mostly by the type of their module."""
+"""Parameter groups for an optimizer. Mostly the type of a module decides whether its parameters get weight decay."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from omninorm.layers.build import NORM_TYPES
 
 _NORMS = (*NORM_TYPES, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# Classes that are norms or embeddings by name. `LayerNormLinear` and `BertEmbeddingsPooler` are neither; `WeightNorm`
-# and `PatchEmbedding` are linear maps.
+# Class names of norms and embeddings. `LayerNormLinear` and `BertEmbeddingsPooler` do not match because they are
+# neither, `WeightNorm` and `PatchEmbedding` because they are linear maps.
 _NORM_CLASS = re.compile(r"(?<!weight)(?<!spectral)norm(\d*d)?(gated)?$", re.IGNORECASE)
 _EMBEDDING_CLASS = re.compile(r"(?<!patch)embed(ding)?s?$", re.IGNORECASE)
-# A subclass of these holds matrices, whatever its name.
+# Subclasses of these hold matrices, whatever their names are.
 _MATRICES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
-# The parameters of a norm and of an embedding by name, and those of a norm that are no gains.
+# Names of a norm's parameters, of those among them that are not gains, and of an embedding's parameters.
 _NORM_PARAMETER = re.compile(r"^(.*norm\d*_)?(weight|gain|scale|gamma|g|alpha|bias|shift|beta)$")
 _NO_GAIN = re.compile(r"bias|^alpha$|shift$|beta$")
 _EMBEDDING_PARAMETER = re.compile(r"^(weights?|emb|w_e|wte|wpe)$", re.IGNORECASE)
-# Position tables, tokens and the like that are no module of their own, and Mamba's state matrix, stored as logarithm.
+# Position tables and trainable tokens that are parameters of larger modules, and the logarithm of Mamba's state matrix.
 _TABLES = re.compile(
     r"(^|_)(pos|position|positions|positional)(_|$)|(^|_)(embed|embedding|embeddings|token|tokens|table)$|^A_log$"
 )
-# What all examples of a batch share, if the first dimension is 1.
+# Parameters that all examples of a batch share, if their first dimension is 1.
 _SHARED = re.compile(
     r"(^|_)(cls|class|mask|emb|embed|embeds|pos|probe|latents?|quer(y|ies)|prompts?)(_|$)|token|embedding"
 )
-# Names of matrices: linear maps anywhere, and those of experts and heads, whose first dimension may be 1.
+# Names of matrices: of linear maps in any module, and of experts and heads, where the first dimension may be 1.
 _MAP = re.compile(r"(^|_)(\w*proj|projection|projections|lora|kernel|linear)(_|$)", re.IGNORECASE)
 _STACK = re.compile(
     r"weight|expert|lora|proj|kernel|linear|conv|matri|qkv|(^|_)(fc|up|down|gate|in|out|w|wi|wo|wq|wk|wv)?\d*(_|$)",
@@ -42,26 +42,28 @@ _STACK = re.compile(
 
 
 def decayed_names(model: nn.Module, *, decay_norms: bool = False) -> set[str]:
-    """Return the names of the parameters that weight decay applies to: all that none of these rules excludes.
+    """Return the names of the parameters that weight decay applies to: those that none of these rules excludes.
 
-    1. Norms: gains and biases of any shape, in modules of torch.nn's and omninorm's norm types and in classes whose
-       names end like a norm's (`CohereLayerNorm`, `BatchNorm2d`). Decay would pull a gain towards 0, where a norm's
-       output vanishes. With `decay_norms`, their gains are decayed all the same. Other matrices of a norm (`proj`), and
-       those of a class such as `LayerNormLinear`, are decayed.
-    2. Vectors and scalars anywhere: biases, gains per head, Mamba's D.
+    1. Norms: gains and biases of any shape, in torch.nn's and omninorm's norms and in classes whose names end like a
+       norm's (`CohereLayerNorm`, `BatchNorm2d`). Decay would pull a gain towards 0, where the norm's output vanishes.
+       `decay_norms=True` lifts the exclusion for gains. Other matrices in a norm (`proj`), and those in a class such
+       as `LayerNormLinear`, are decayed.
+    2. Vectors and scalars in any module: biases, gains per head, Mamba's D.
     3. Embeddings: parameters of nn.Embedding and nn.EmbeddingBag, and the weights and tables of classes whose names
-       end in "Embed", "Embedding", or their plurals (`ViTEmbeddings`: class token and position table), a tied head
-       included. Decay shrinks the rows of rare tokens at every step although only their own rare gradients could
-       restore them, and a smaller embedding means larger gradients through the first norm, whose Jacobian is inversely
-       proportional to its input's size (OLMo 2, arXiv 2501.00656). A loose projection in such a class is decayed.
-    4. Other parameters with a name for a table or token: `pos_embed`, `rel_pos_h`, `relative_position_bias_table`,
-       `register_tokens`; and Mamba's `A_log`. Of those with a first dimension of 1, which all examples of a batch
-       share, also other names (`mask`, `latents`), and with three or more dimensions all names but those of matrices
-       (`weight`, `gate_up_proj`, `w1`).
-    5. What its author excluded, with `decay_norms` too: parameters with a true attribute `_no_weight_decay` (Mamba's
-       convention), or named by the method `no_weight_decay()` of a module (timm's convention).
+       end in "Embed", "Embedding", or their plurals (`ViTEmbeddings`: class token and position table). A head that is
+       tied to an embedding is excluded with it. Decay shrinks the rows of rare tokens at every step, although only
+       their own rare gradients could restore them. A smaller embedding also means larger gradients through the first
+       norm, whose Jacobian is inversely proportional to the size of its input (OLMo 2, arXiv 2501.00656). A projection
+       that is a parameter of such a class is decayed.
+    4. Other parameters that are tables or tokens by name: `pos_embed`, `rel_pos_h`, `relative_position_bias_table`,
+       `register_tokens`; and Mamba's `A_log`. If the first dimension is 1, all examples of a batch share the
+       parameter; then further names are excluded (`mask`, `latents`), and with three or more dimensions every name
+       that is not a matrix's (`weight`, `gate_up_proj`, `w1`).
+    5. Parameters that the model's author excluded, whatever `decay_norms` is: those with a true attribute
+       `_no_weight_decay` (Mamba's convention), and those that a module's method `no_weight_decay()` names (timm's
+       convention).
 
-    Subclasses of nn.Linear, nn.Bilinear and the convolutions are exempt from the rules on class names.
+    The rules on class names do not apply to subclasses of nn.Linear, nn.Bilinear and the convolutions.
     """
     excluded: set[int] = set()
     gains: set[int] = set()
@@ -84,27 +86,27 @@ def decayed_names(model: nn.Module, *, decay_norms: bool = False) -> set[str]:
 
 
 def _is_of_norm(module: nn.Module, name: str, parameter: Tensor) -> bool:
-    """Whether a parameter of `module` is a norm's gain or bias."""
+    """Return whether a parameter of `module` is a norm's gain or bias."""
     if isinstance(module, _NORMS) or _is_named(module, _NORM_CLASS):
         return parameter.ndim < 2 or _NORM_PARAMETER.search(name) is not None
-    # The gain of a norm that is fused with a linear layer, which has biases of its own.
+    # A norm fused with a linear layer: only its gain is the norm's, since the linear layer has biases too.
     return parameter.ndim < 2 and "norm" in type(module).__name__.lower() and "norm" in name
 
 
 def _is_of_embedding(module: nn.Module, name: str) -> bool:
-    """Whether a parameter of `module` holds embeddings; `_is_table` knows further names."""
+    """Return whether a parameter of `module` holds embeddings; `_is_table` covers other tables and tokens."""
     if isinstance(module, _EMBEDDINGS):
         return True
     return _is_named(module, _EMBEDDING_CLASS) and _EMBEDDING_PARAMETER.search(name) is not None
 
 
 def _is_named(module: nn.Module, pattern: re.Pattern[str]) -> bool:
-    """Whether the class's name matches; parametrized modules have classes that PyTorch derives and names."""
+    """Return whether the class's name matches `pattern` and the class is not known to hold matrices."""
     return pattern.search(type(module).__name__) is not None and not isinstance(module, _MATRICES)
 
 
 def _is_table(module: nn.Module, name: str, parameter: Tensor) -> bool:
-    """Whether rule 4 holds for a parameter of `module`."""
+    """Return whether rule 4 holds for a parameter of `module`."""
     if name == "weight" or isinstance(module, _MATRICES) or _is_parametrization(module) or _MAP.search(name):
         return False
     if _TABLES.search(name):
@@ -129,7 +131,7 @@ def _excluded_by_author(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _takes_no_arguments(method: Callable[..., object]) -> bool:
-    """Whether `method` can be called without arguments, as timm's convention wants it."""
+    """Return whether `method` can be called without arguments, as timm's convention requires."""
     if isinstance(method, (nn.Module, type)):
         return False
     try:
@@ -140,7 +142,7 @@ def _takes_no_arguments(method: Callable[..., object]) -> bool:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a module's parameters by name, also those from which torch.nn.utils.parametrize computes them."""
+    """Yield a module's own parameters by name, and the originals of those that torch.nn.utils.parametrize computes."""
     yield from module.named_parameters(recurse=False)
     parametrizations = module._modules.get("parametrizations")
     if isinstance(parametrizations, nn.ModuleDict):
@@ -151,22 +153,22 @@ def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def param_groups(model: nn.Module, weight_decay: float, *, decay_norms: bool = False) -> list[dict[str, Any]]:
     """Return two groups for an optimizer: the parameters that weight decay applies to, and the rest.
 
-    Decayed are the matrices of linear layers, convolutions and experts. Excluded are norms, vectors, embeddings, tables
-    of positions, tokens, Mamba's A_log and D, and what `_no_weight_decay` or `no_weight_decay()` names; the rules are
-    listed at `omninorm.layers.groups.decayed_names`.
+    The matrices of linear layers, convolutions and experts are decayed. Norms, vectors, embeddings, tables of
+    positions, tokens, Mamba's A_log and D, and parameters excluded by `_no_weight_decay` or `no_weight_decay()` are
+    not. `omninorm.layers.groups.decayed_names` lists the rules.
 
     Args:
-        model: any model, also one inside of FSDP2 or DistributedDataParallel.
-        weight_decay: for the first group, ≥ 0; the second's is 0.
-        decay_norms: whether the gains of norms are decayed too. Meant for zero-centred gains (γ + 1, as
-            `gain_offset=1` makes them), which decay pulls towards 1; a plain gain is pulled towards 0.
+        model: any model, including one wrapped in FSDP2 or DistributedDataParallel.
+        weight_decay: the weight decay of the first group, ≥ 0; the second group's is 0.
+        decay_norms: whether the gains of norms are decayed too. Use it for zero-centered gains (γ + 1, as with
+            `gain_offset=1`): decay pulls γ + 1 towards 1, but a plain gain towards 0.
 
     Returns:
-        [decayed, excluded], each with "params" and "weight_decay"; a group without parameters is left out. Every
-        trainable parameter is in exactly one, once, in the order of `named_parameters`.
+        [decayed, excluded], each with "params" and "weight_decay"; a group without parameters is left out. Each
+        trainable parameter is in exactly one of them, in the order of `named_parameters`.
 
     Raises:
-        ConfigError: weight_decay is not a finite number ≥ 0, or decay_norms not a bool.
+        ConfigError: weight_decay is not a finite number ≥ 0, or decay_norms is not a bool.
 
     Example:
         >>> groups = param_groups(nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4)), weight_decay=0.1)

@@ -1,7 +1,7 @@
 """omninorm's RMSNorm as a layer of the Hugging Face `kernels` package, for `from_pretrained(…, use_kernels=True)`.
 
-`kernels` replaces the forward methods of layers for which a repository is registered. transformers registers some for
-GPUs that are downloaded; `register_hub_layers` registers one that needs no download.
+`kernels` replaces the forward methods of layers for which a repository is registered. transformers registers
+repositories for GPUs, which have to be downloaded; `register_hub_layers` registers one that needs no download.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEVICES = ("cpu", "cuda", "rocm", "mps", "xpu")
 class HubRMSNorm(nn.Module):
     """The forward method of RMSNorm for modules of transformers, which have `weight` and `variance_epsilon`.
 
-    Models differ in whether they round before or after the gain, which is found by probing the class. A class that
+    Models round either before or after the product with the gain; probing the class determines which. A class that
     computes something else keeps its own forward method.
     """
 
@@ -34,7 +34,7 @@ class HubRMSNorm(nn.Module):
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         original: Any = type(self)
         cast = rounding_order(original)
-        if cast is None or self.weight.dtype != hidden_states.dtype:  # the result has the wider dtype there
+        if cast is None or self.weight.dtype != hidden_states.dtype:  # with mixed dtypes the result has the wider one
             result: Tensor = original.forward(self, hidden_states)
             return result
         return functional.rms_norm(hidden_states, self.weight, float(self.variance_epsilon), cast=cast)
@@ -42,7 +42,7 @@ class HubRMSNorm(nn.Module):
 
 @constant_in_graphs
 def rounding_order(layer: Any) -> str | None:
-    """Return "llama" or "fp32", the `cast` with which omninorm computes what a class does; None for other functions."""
+    """Return the `cast`, "llama" or "fp32", with which `rms_norm` equals the class's forward; None if neither does."""
     return _probed(layer)
 
 
@@ -55,16 +55,17 @@ def _probed(layer: Any) -> str | None:
         with torch.no_grad():
             theirs = layer.forward(module, x)
             results = {cast: functional.rms_norm(x, weight, 1e-3, cast=cast) for cast in ("llama", "fp32")}
-    except Exception:  # a class with other members
+    except Exception:  # the class needs other attributes
         return None
-    # One unit where a reciprocal root rounds otherwise; the two orders differ in a fifth of all elements.
+    # The same order may still differ by one unit in few elements, where the reciprocal root was rounded differently.
+    # The two orders differ in a fifth of all elements.
     shares = {cast: float((theirs != y).float().mean()) for cast, y in results.items()}
     best = min(shares, key=shares.__getitem__)
     return best if shares[best] < 0.02 else None
 
 
 class HubRepository:
-    """A repository of `kernels` that holds a class of this process."""
+    """A repository for `kernels` that returns `HubRMSNorm` of this process instead of a downloaded class."""
 
     layer_name = "RMSNorm"
 
@@ -84,13 +85,13 @@ class HubRepository:
 def register_hub_layers(devices: Iterable[str] = ("cpu", "cuda")) -> None:
     """Register omninorm's RMSNorm with Hugging Face `kernels`, for all models that are loaded with `use_kernels=True`.
 
-    Entries that transformers registers itself for the same device, such as Liger's on CUDA, take precedence.
+    If transformers itself registers a layer for the same device, such as Liger's on CUDA, that layer takes precedence.
 
     Args:
         devices: some of "cpu", "cuda", "rocm", "mps" and "xpu".
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: an unknown device.
         MissingExtraError: `kernels` is not installed.
     """
     devices = list(devices)

@@ -1,17 +1,17 @@
 """Identifies norms by probing; class names do not matter.
 
-A copy of the module, with random parameters, is called with probes in float64:
+A copy of the module, with random parameters, is called with float64 inputs that test these properties:
 
     odd               f(x) + f(−x) = 2β, the same for all rows
     rows              a row's output does not depend on other rows
-    scale             f(2²⁵x) = f(2¹⁵x): the size of a row is divided out
-    shift             f(x + c) = f(x): the mean is subtracted, it is a LayerNorm
+    scale             f(2²⁵x) = f(2¹⁵x): each row is divided by its size
+    shift             f(x + c) = f(x): the mean is subtracted, so the module is a LayerNorm
     shape             f(x) − β = γ·x̂, with one γ for all rows and x̂ RMSNorm's or LayerNorm's
     gain, bias        γ is a parameter, or one plus a parameter, or 1; β is a parameter or 0
-    ε                 from rows whose mean square is near it: r = 1/√(mean square + ε), and not 1/(rms + ε)
-    rounding          in bfloat16, bit for bit: where the product with γ is rounded
+    ε                 measured at rows whose mean square is near it: r = 1/√(mean square + ε), and not 1/(rms + ε)
+    rounding          compared in bfloat16, bit for bit: whether x̂ is rounded before the product with γ
 
-A module that differs is refused; the first property that it lacks is the reason.
+A module that lacks one of them is refused; the first missing property is the reason.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from omninorm.config import CASTS
 from omninorm.errors import InputError
 
 _ROWS = (3, 5)
-_FREE_WIDTH = 64  # of a norm without parameters
-# Modules that compute in float32 inside are right to about 1e-6 of the largest output.
+_FREE_WIDTH = 64  # the width at which a norm without parameters is probed
+# Modules that compute in float32 internally are accurate to about 1e-6 of the largest output.
 _CLOSE = 1e-5
 _EPS_CLOSE = 1e-4
 _LOG2_SCALES = range(0, -80, -1)
@@ -43,13 +43,14 @@ class Identity:
 
     Args:
         kind: "rmsnorm" or "layernorm".
-        width: its features; None for a norm that takes any.
-        eps: ε, added to the mean square or the variance; None for the machine epsilon of the compute dtype.
+        width: the number of features; None for a norm that takes any width.
+        eps: ε, added to the mean square or the variance; None means the machine epsilon of the compute dtype.
         gain: the name of the parameter that holds γ, or None.
-        gain_offset: added to that parameter to get γ: 0, or 1 in Gemma's form.
+        gain_offset: the number that is added to this parameter to get γ: 0, or 1 in Gemma's form.
         bias: the name of the parameter that holds β, or None.
-        cast: "fp32" or "llama", as in NormConfig, if a bfloat16 copy agrees bit for bit with omninorm's norm (except
-            for at most one element in a hundred, off by one unit in the last place); None if it rounds differently.
+        cast: "fp32" or "llama", as in NormConfig, if a bfloat16 copy agrees with omninorm's norm bit for bit, except
+            for at most one element in a hundred, off by two units in the last place at most; None if it rounds
+            differently.
     """
 
     kind: str
@@ -79,7 +80,7 @@ def identify(module: nn.Module) -> Identity | Refusal:
         An `Identity` for RMSNorm and LayerNorm over the last dimension, of any class; otherwise a `Refusal`.
 
     Raises:
-        InputError: it is not a module.
+        InputError: `module` is not a torch.nn.Module.
 
     Example:
         >>> identify(nn.LayerNorm(8, eps=1e-5))
@@ -112,7 +113,7 @@ class _Probe:
 
     def identity(self) -> Identity:
         x = torch.randn(*_ROWS, self.width or _FREE_WIDTH, generator=self.generator, dtype=torch.float64)
-        x = x + 0.3  # rows with means of their own
+        x = x + 0.3  # rows whose means are not 0
         large = x * 2**15
         self._check_rows(large)
         bias = self._bias(large)
@@ -128,11 +129,11 @@ class _Probe:
         return Identity(**{**vars(found), "cast": self._cast(found)})
 
     def run(self, x: Tensor) -> Tensor:
-        """f(x)."""
+        """Return f(x)."""
         try:
             with torch.no_grad():
                 y = self.module(x.clone())
-        except Exception as error:  # whatever its forward needs
+        except Exception as error:  # its forward may need other arguments, and raise anything
             said = f"{type(error).__name__}: {' '.join(str(error).split()):.120}"
             raise RefusedError(
                 f"it cannot be called with a single tensor of shape {tuple(x.shape)} ({said})"
@@ -161,7 +162,7 @@ class _Probe:
             raise RefusedError("its output grows with its input, so it does not normalize")
 
     def _bias(self, x: Tensor) -> Tensor:
-        """Return β, from the even part."""
+        """Return β, the even part of f."""
         even = (self.run(x) + self.run(-x)) / 2
         if not self._close(even, even[:1, :1].expand_as(even), like=self.run(x)):
             raise RefusedError("f(−x) is not −f(x) plus a constant bias")
@@ -264,7 +265,13 @@ def _width(module: nn.Module) -> int | None:
 
 
 def exact_eps(module: nn.Module, found: float) -> float | None:
-    """Return the exact value: an attribute of the module, the machine epsilon, or a number of three digits."""
+    """Return the exact ε near the measured one: an attribute of the module or a number of three digits.
+
+    None means the machine epsilon of the compute dtype.
+
+    Raises:
+        RefusedError: none of these is close enough.
+    """
     known = [value for value in vars(module).values() if isinstance(value, float)]
     if abs(found - torch.finfo(torch.float64).eps) < _EPS_CLOSE * found and found not in known:
         return None
@@ -282,17 +289,18 @@ def normalize(x: Tensor, centered: bool) -> Tensor:
 
 
 def almost_equal(a: Tensor, b: Tensor) -> bool:
-    """Return whether bfloat16 values are equal except for one in a hundred.
+    """Return whether bfloat16 values are equal except for at most one in a hundred.
 
-    Another order of rounding changes a quarter of them. Two units in the last place are allowed: statistics that differ
-    in their last bit may round x̂ the other way, which moves its product with the gain by up to two.
+    The other order of rounding would change a quarter of them. The exceptions may differ by two units in the last
+    place: if the statistics differ in their last bit, x̂ may be rounded the other way, which changes its product with
+    the gain by up to two units.
     """
     steps = (_ordered(a) - _ordered(b)).abs()
     return int(steps.max()) <= 2 and float((steps > 0).float().mean()) <= 0.01
 
 
 def _ordered(values: Tensor) -> Tensor:
-    """Map bfloat16 values to integers in the same order, neighbours one apart."""
+    """Map bfloat16 values to integers in the same order; neighboring values differ by one."""
     bits = values.view(torch.int16).int()
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 

@@ -21,7 +21,7 @@ from omninorm.layers.tracing import Proxy, record_leaf, refuse_scripting
 class RMSNorm(nn.RMSNorm):
     """y = x / √(mean(x²) + ε) · (γ + gain_offset), over the trailing dimensions `normalized_shape`.
 
-    Takes torch.nn.RMSNorm's arguments, loads its state dict, prints like it, and is an instance of it.
+    A subclass of torch.nn.RMSNorm that takes the same arguments, loads its state dicts and has the same repr.
 
     Args:
         normalized_shape: the size or sizes of the trailing dimensions, each ≥ 1.
@@ -33,7 +33,7 @@ class RMSNorm(nn.RMSNorm):
 
     Raises:
         ConfigError: on construction, for a size below 1 or constants out of range.
-        InputError: on a call, for an input that does not fit.
+        InputError: on a call, if the input's shape does not end in `normalized_shape` or its dtype is not supported.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
 
@@ -55,7 +55,7 @@ class RMSNorm(nn.RMSNorm):
         cast: str = "fp32",
     ) -> None:
         check_choice("cast", cast, CASTS)
-        # Set before the base class's constructor, which calls reset_parameters.
+        # The base class's constructor calls reset_parameters, which reads these.
         self.gain_offset = read_number("gain_offset", gain_offset, at_least=-LARGEST, at_most=LARGEST)
         self.cast = cast
         super().__init__(list(read_shape(normalized_shape)), read_eps(eps), elementwise_affine, device, dtype)
@@ -76,7 +76,7 @@ class RMSNorm(nn.RMSNorm):
             try:
                 return functional.rms_norm(x, weight, self.eps, gain_offset=self.gain_offset, cast=self.cast)
             except InputError:
-                flatten_features(x, self.normalized_shape)  # has the clearer message where the shape is wrong
+                flatten_features(x, self.normalized_shape)  # raises a clearer message if the shape is wrong
                 raise
         return rms_norm_over(x, self.normalized_shape, self.weight, self.eps, self.gain_offset, self.cast)
 
@@ -91,21 +91,25 @@ class RMSNorm(nn.RMSNorm):
 class LayerNorm(nn.LayerNorm):
     """y = (x − mean(x)) / √(var(x) + ε) · γ + β, over the trailing dimensions `normalized_shape`.
 
-    Takes torch.nn.LayerNorm's arguments, loads its state dict, prints like it, and is an instance of it.
+    A subclass of torch.nn.LayerNorm that takes the same arguments, loads its state dicts and has the same repr.
 
     Args:
         normalized_shape: the size or sizes of the trailing dimensions, each ≥ 1.
         eps: ε ≥ 0; None means the machine epsilon of the compute dtype.
         elementwise_affine: whether there are a gain γ and a bias β.
-        bias: whether there is a β beside the γ.
+        bias: whether there is a β in addition to γ.
 
     Shape: ``(..., *normalized_shape)`` → the same, in the input's dtype.
 
     Raises:
         ConfigError: on construction, for a size below 1 or an ε out of range.
-        InputError: on a call, for an input that does not fit.
+        InputError: on a call, if the input's shape does not end in `normalized_shape` or its dtype is not supported.
 
     Source: Ba, Kiros and Hinton 2016, arXiv 1607.06450.
+
+    Example:
+        >>> LayerNorm(4)(torch.tensor([2.0, 4.0, 6.0, 8.0])).detach()
+        tensor([-1.3416, -0.4472,  0.4472,  1.3416])
     """
 
     @explain_arguments
@@ -134,7 +138,7 @@ class LayerNorm(nn.LayerNorm):
             try:
                 return functional.layer_norm(input, weight, bias, self.eps)
             except InputError:
-                flatten_features(input, self.normalized_shape)  # has the clearer message where the shape is wrong
+                flatten_features(input, self.normalized_shape)  # raises a clearer message if the shape is wrong
                 raise
         return layer_norm_over(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -142,12 +146,12 @@ class LayerNorm(nn.LayerNorm):
 
 
 class CRMSNorm(nn.Module):
-    """RMSNorm of the zero-mean vector whose last coordinate was dropped: y = x / √((Σx² + (Σx)²)/(d+1) + ε) · γ.
+    """y = x / √((Σx² + (Σx)²)/(d+1) + ε) · γ: RMSNorm of vectors with mean 0, stored without their last coordinate.
 
-    The dropped coordinate is −Σx, so nothing is lost by leaving it out.
+    The last of the d + 1 coordinates is −Σx, so it need not be stored.
 
     Args:
-        width: d, the coordinates that are kept, ≥ 1.
+        width: d, the number of stored coordinates, ≥ 1.
         eps: ε ≥ 0; None means the machine epsilon of the compute dtype.
 
     Shape: (..., d) → the same, in the input's dtype.
@@ -156,6 +160,10 @@ class CRMSNorm(nn.Module):
         ConfigError, InputError: as `RMSNorm`.
 
     Source: Jiang, Gu, Zhu and Pan 2023, arXiv 2305.14858.
+
+    Example:
+        >>> CRMSNorm(3)(torch.tensor([1.0, 1.0, 1.0])).detach()  # the fourth coordinate is −3: RMS √((3 + 9)/4)
+        tensor([0.5774, 0.5774, 0.5774])
     """
 
     @explain_arguments
@@ -188,9 +196,9 @@ class CRMSNorm(nn.Module):
 
 
 class ScaleNorm(nn.Module):
-    """y = g · x / ‖x‖ with one learned g, which starts at √d; ε stands under the root of the mean square.
+    """y = g · x / ‖x‖ with one trainable scalar g, initialized to √d.
 
-    Written with the root mean square it is y = (g/√d) · x / √(mean(x²) + ε): RMSNorm with one gain for all features.
+    With ε it is computed as y = (g/√d) · x / √(mean(x²) + ε): RMSNorm with the same gain for all features.
 
     Args:
         width: d ≥ 1.
@@ -202,6 +210,10 @@ class ScaleNorm(nn.Module):
         ConfigError, InputError: as `RMSNorm`.
 
     Source: Nguyen and Salazar 2019, arXiv 1910.05895.
+
+    Example:
+        >>> ScaleNorm(2)(torch.tensor([3.0, 4.0])).detach()  # √2 · 3/5 and √2 · 4/5
+        tensor([0.8485, 1.1314])
     """
 
     @explain_arguments
@@ -219,7 +231,7 @@ class ScaleNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set g to √d, so that the norm starts as RMSNorm."""
+        """Set g to √d, with which the norm equals RMSNorm without a gain."""
         nn.init.constant_(self.scale, math.sqrt(self.width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,11 +245,11 @@ class ScaleNorm(nn.Module):
         return f"{self.width}, eps={self.eps}"
 
 
-# torch.fx copies a forward's annotations into the code that it generates, where a string would be no type.
+# torch.fx copies the annotations of `forward` into the code that it generates, where they must be types, not strings.
 for _norm in (RMSNorm, LayerNorm, CRMSNorm, ScaleNorm):
     _norm.forward.__annotations__ = get_type_hints(_norm.forward)
 
-# The modules' arithmetic as functions, which torch.fx records as one node where a module can't be a leaf -------------
+# The modules' arithmetic as functions. torch.fx records each as one node where the module can't be a leaf -----------
 
 
 def rms_norm_over(
@@ -276,7 +288,7 @@ def crms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     checks.check_gain("weight", weight, x)
     rows = reference.as_rows(x).to(reference.compute_dtype(x.dtype))
     eps = reference.resolve_eps(eps, rows.dtype)
-    # In units of the largest element times a power of two above d, no sum over the row can overflow.
+    # Divided by the largest element times a power of two above d, so that no sum over the row can overflow.
     per_unit = reference.reciprocal_unit(rows, eps) / 2 ** width.bit_length()
     rows = rows * per_unit
     dropped = reference.ordered_sum(rows, 1)

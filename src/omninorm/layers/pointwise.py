@@ -1,4 +1,4 @@
-"""DynamicTanh and DynamicErf: bounded functions of each element, without row statistics."""
+"""DynamicTanh and DynamicErf: bounded functions of single elements, which need no row statistics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omninorm.layers.tracing import Proxy, record_leaf, refuse_scripting
 
 
 class Pointwise(nn.Module):
-    """y = γ · f(α x) + β, the common base of DynamicTanh and DynamicErf."""
+    """The common base of DynamicTanh and DynamicErf: y = γ · f(α x) + β."""
 
     function: ClassVar[str]
 
@@ -38,7 +38,7 @@ class Pointwise(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set α to its first value, γ to 1 and β to 0."""
+        """Set α to its initial value, γ to 1 and β to 0."""
         nn.init.constant_(self.alpha, self.first_alpha)
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
@@ -61,7 +61,7 @@ class DynamicTanh(Pointwise):
 
     Args:
         normalized_shape: the size or sizes of the trailing dimensions, each ≥ 1; the shape of γ and β.
-        alpha: α's first value, > 0.
+        alpha: initial value of α, > 0.
 
     Shape: ``(..., *normalized_shape)`` → the same, in the input's dtype; computed in float32 (float64 for float64).
 
@@ -70,6 +70,10 @@ class DynamicTanh(Pointwise):
         InputError: on a call, for an input of another shape, dtype or device.
 
     Source: Zhu, Chen, He, LeCun and Liu 2025, arXiv 2503.10622.
+
+    Example:
+        >>> DynamicTanh(2, alpha=0.5)(torch.tensor([0.0, 2.0])).detach()  # tanh(0) and tanh(1)
+        tensor([0.0000, 0.7616])
     """
 
     function = "tanh"
@@ -77,11 +81,15 @@ class DynamicTanh(Pointwise):
 
 @final
 class DynamicErf(Pointwise):
-    """y = γ · erf(α x + s) + β, with one α and one shift s for all features; s starts at 0.
+    """y = γ · erf(α x + s) + β, with one α and one shift s for all features; s is initialized to 0.
 
-    Arguments, shapes and errors as `DynamicTanh`.
+    Arguments, shapes and errors are those of `DynamicTanh`.
 
     Source: Derf, "Stronger Normalization-Free Transformers", arXiv 2512.10938.
+
+    Example:
+        >>> DynamicErf(2, alpha=0.5)(torch.tensor([0.0, 2.0])).detach()  # erf(0) and erf(1)
+        tensor([0.0000, 0.8427])
     """
 
     function = "erf"
@@ -98,7 +106,7 @@ class DynamicErf(Pointwise):
         self.shift = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Set α to its first value, γ to 1, β and s to 0."""
+        """Set α to its initial value, γ to 1, β and s to 0."""
         super().reset_parameters()
         if hasattr(self, "shift"):
             nn.init.zeros_(self.shift)
@@ -120,8 +128,8 @@ def bounded(
 ) -> Tensor:
     """Return γ · f(α x + s) + β for x (..., *shape), with f one of `FUNCTIONS`.
 
-    α and s are expanded before they are used, so that their gradients are summed over columns, in the same order at
-    every number of threads.
+    α and s are expanded before they are used, so that their gradients are sums over columns, whose order does not
+    depend on the number of threads.
     """
     if proxies := overriding(x, alpha, shift, weight, bias):
         arguments = x, function, shape, alpha, shift, weight, bias

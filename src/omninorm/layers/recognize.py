@@ -1,8 +1,8 @@
-"""Recognizes norms of any class for measuring their inputs, by probing a copy.
+"""Recognizes norms of any class by probing a copy, so that their inputs can be measured.
 
 `identify` describes norms that can be replaced, and refuses everything else. `recognize` answers an easier question:
-does the module divide each row by the row's size, and over which dimension? So it also takes norms over channels, over
-groups of features, with a gate, with one gain for all features, and with an ε that is not under the root.
+does the module divide each row by the row's size, and over which dimension? So it also recognizes norms over channels
+or over groups of features, with a gate, with one gain for all features, and with an ε that is not under the root.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from torch.nn.parameter import is_lazy
 from omninorm.layers.identify import RefusedError, exact_eps, normalize
 
 _ROWS = 6
-_FREE_WIDTH = 64  # of a norm that takes any width
-_MOST_OBJECTS = 10_000  # that a module holds and that are copied with it
+_FREE_WIDTH = 64  # the width at which a norm that takes any width is probed
+# Attributes of a module with more objects, or larger tensors, are not copied.
+_MOST_OBJECTS = 10_000
 _MOST_NUMBERS = 2**20
-_CLOSE = 1e-5  # modules that compute in float32 inside are right to about 1e-6 of the largest output
+_CLOSE = 1e-5  # modules that compute in float32 internally are accurate to about 1e-6 of the largest output
 _EXPONENTS = range(0, -80, -1)
 GATES = ("gate", "z", "g")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,13 +48,13 @@ class Form:
         centered: whether it subtracts the mean.
         axis: the dimension of the features: −1, or 1 for channels first.
         dims: the number of trailing dimensions that are normalized together.
-        groups: the number of groups of features, each normalized on its own.
-        gain: the name of the parameter that holds the gain; None without one, or if the gain is a function of it.
-        offset: added to that parameter to get the gain, up to a constant factor.
+        groups: the number of groups of features; each group is normalized separately.
+        gain: the name of the parameter of which the gain is a linear function, or None.
+        offset: the number that is added to this parameter to get the gain, up to a constant factor.
         bias: the name of the parameter that is added to the output, or None.
-        eps: ε, added to the mean square or the variance; None if it is unknown or has another place.
-        gate: how a second argument acts: "silu", "sigmoid" or "identity" if that function of it multiplies the input
-            before it is normalized, "after" if it multiplies the output, None without a gate.
+        eps: ε, added to the mean square or the variance; None if it is unknown or added elsewhere.
+        gate: the effect of a second argument: "silu", "sigmoid" or "identity" if this function of it multiplies the
+            input before the norm, "after" if it multiplies the output, "unknown" for anything else; None without one.
     """
 
     centered: bool
@@ -68,10 +69,17 @@ class Form:
 
 
 def recognize(module: nn.Module) -> Form | None:
-    """Return the form of a norm, or None if the module is no norm over features. The module itself is not called.
+    """Return the form of a norm, or None if the module does not normalize features. The module itself is not called.
 
     Raises:
         RefusedError: its copy cannot be called on the CPU with one tensor.
+
+    Example:
+        >>> form = recognize(nn.LayerNorm(8))
+        >>> form.centered, form.axis, form.gain, form.bias
+        (True, -1, 'weight', 'bias')
+        >>> recognize(nn.Linear(8, 8)) is None
+        True
     """
     with _kept_random_states():
         return _recognize(module)
@@ -94,7 +102,7 @@ def _recognize(module: nn.Module) -> Form | None:
 
 @contextmanager
 def _kept_random_states() -> Iterator[None]:
-    """Restore the random states at the end; a module that draws numbers must not change the training."""
+    """Restore the states of the random generators at the end, because probing must not change the training."""
     devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
     numpy = sys.modules.get("numpy")
     state, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
@@ -108,9 +116,9 @@ def _kept_random_states() -> Iterator[None]:
 
 
 def unwatched_copy(module: nn.Module) -> nn.Module:
-    """Return a copy on the CPU in float64 without hooks, which shares no object with the module.
+    """Return a float64 copy on the CPU without hooks, which shares no object with the module.
 
-    Parameters are not copied but drawn at random.
+    Its parameters have the module's shapes, but no values yet.
 
     Raises:
         TypeError: an attribute cannot be copied, or holds other modules.
@@ -175,7 +183,8 @@ def _moved(tensor: Tensor) -> Tensor:
     return moved.double() if moved.is_floating_point() else moved
 
 
-# How rows (rows, width) are passed to the module, and its output is read: last dimension, channels first, 3-D and 4-D.
+# A layout is the axis of the features, a function that arranges rows (rows, width) as the module's input, and one that
+# reads rows from its output. In order: features last, channels first in 4-D, channels first in 3-D.
 Layout = tuple[int, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 _LAYOUTS: tuple[Layout, ...] = (
     (-1, lambda x: torch.unflatten(x, 0, (2, -1)), lambda y: y.flatten(0, 1)),
@@ -249,7 +258,7 @@ class _Probe:
 
     def _arranged(self, x: Tensor) -> Tensor:
         x = self.arrange(x.clone())
-        return torch.unflatten(x, -1, self.shape) if len(self.shape) > 1 else x  # heads and their features
+        return torch.unflatten(x, -1, self.shape) if len(self.shape) > 1 else x  # the gain has a dimension for heads
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, self.width, generator=self.generator, dtype=torch.float64) + 0.3
@@ -266,7 +275,7 @@ class _Probe:
         return even.mean(0)
 
     def _groups(self, x: Tensor, y: Tensor) -> int:
-        """Return the number of groups, from the outputs that change with the first feature of the first row."""
+        """Return the number of groups; those outputs form one that change with the first feature of the first row."""
         other = x.clone()
         other[0, 0] *= 3.0
         changed = (self.run(other) - y).abs() > 1e-9 * y.abs().max()
@@ -288,7 +297,7 @@ class _Probe:
         return gain
 
     def _name_of_gain(self, x: Tensor, gain: Tensor) -> tuple[str | None, float]:
-        """Draw other parameters, and return the one of which the gain is a linear function, and its offset."""
+        """Draw new parameters; return the name of the one of which the gain is a linear function, and its offset."""
         first = {name: each.detach().clone().flatten() for name, each in self.module.named_parameters(recurse=False)}
         self._draw()
         y = self.run(x)
@@ -312,7 +321,7 @@ class _Probe:
         raise RefusedError("its bias is not a parameter")
 
     def _eps(self, x: Tensor, gate: str | None) -> float | None:
-        """Return ε from rows whose mean square is near it; None unless it is added to the mean square."""
+        """Return ε, measured at rows whose mean square is near it; None unless it is added to the mean square."""
         large = x * 2.0**15
         y = self.run(large)
         gain = self._gain(large, y - self._bias(large, y))
@@ -359,7 +368,7 @@ def _constant(values: Tensor) -> bool:
 
 
 def gate_of(module: nn.Module) -> str | None:
-    """Return the name of the argument of a norm's forward that gates it."""
+    """Return the name of the argument of a norm's forward that is its gate, or None."""
     return next((each.name for each in _arguments(module)[1:] if each.name in GATES), None)
 
 

@@ -17,7 +17,7 @@ _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
 def explain_arguments(init: _Init) -> _Init:
-    """Decorate a constructor so that unknown keyword arguments raise ConfigError with the arguments that it takes."""
+    """Decorate a constructor so that an unknown keyword argument raises a ConfigError that lists the known ones."""
     known = [name for name in inspect.signature(init).parameters if name != "self"]
 
     @functools.wraps(init)
@@ -38,7 +38,7 @@ def read_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     """Return an int or a sequence of ints, each at least 1, as a tuple.
 
     Raises:
-        ConfigError: empty, not integers, or a dimension below 1.
+        ConfigError: it is empty, not of integers, or has a dimension below 1.
     """
     given: Any = normalized_shape
     shape = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
@@ -63,7 +63,7 @@ def flatten_features(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def flatten_gain(gain: Tensor | None) -> Tensor | None:
-    """Return a gain or bias of several dimensions with one dimension."""
+    """Return a gain or bias flattened to one dimension; None stays None."""
     return gain if gain is None or gain.ndim == 1 else gain.flatten()
 
 
@@ -71,7 +71,7 @@ def read_eps(eps: float | None) -> float | None:
     """Return ε as a float, or None.
 
     Raises:
-        ConfigError: negative, NaN, infinite or not a number.
+        ConfigError: it is negative, NaN, infinite, or not a number.
     """
     return None if eps is None else read_number("eps", eps, at_least=0.0, at_most=LARGEST)
 

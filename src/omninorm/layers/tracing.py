@@ -1,4 +1,4 @@
-"""Symbolic tracing: torch.fx sees a norm as a leaf, and torch.jit.script gets a clear error."""
+"""Symbolic tracing: torch.fx records a norm as a leaf module, and torch.jit.script raises a clear error."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def record_leaf(norm: nn.Module, owner: type[nn.Module], x: Proxy) -> Any:
     Args:
         norm: the norm whose forward pass is being traced.
         owner: the class whose `forward` is running.
-        x: its input.
+        x: the norm's input.
 
     Returns:
-        The node's proxy. None if the node would not compute the same, so that the norm's formula must be recorded
-        instead: the norm is the model that is traced, a subclass adds something to its forward, or it has forward
-        hooks, its own or global ones, which are traced already.
+        The node's proxy. None if such a node would not compute the same, so that the caller must trace the norm's
+        formula instead: if the norm is itself the traced model, if a subclass or the instance overrides `forward`, or
+        if there are forward hooks (the norm's or global ones), which have been traced already.
     """
     tracer = x.tracer
     every = torch.nn.modules.module
@@ -43,6 +43,6 @@ def record_leaf(norm: nn.Module, owner: type[nn.Module], x: Proxy) -> Any:
 
 
 def refuse_scripting(norm: nn.Module) -> NoReturn:
-    """Raise InputError; assigned to `__prepare_scriptable__`, which torch.jit.script calls before it compiles."""
+    """Raise InputError. Norms have this as `__prepare_scriptable__`, which torch.jit.script calls before compiling."""
     remedy = "use torch.jit.trace, torch.export or torch.compile, or build the model with a norm of torch.nn"
     raise InputError(f"torch.jit.script can't compile omninorm's {type(norm).__name__}", "", remedy)

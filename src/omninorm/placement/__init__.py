@@ -1,4 +1,4 @@
-"""Norm placements: one small class per placement, and the Block that applies one to two sublayers."""
+"""Norm placements: one small class per placement, and the Block that applies a placement to its two sublayers."""
 
 from omninorm.placement.base import Placement, Position, Stream, Sublayer
 from omninorm.placement.block import PLACEMENT_TYPES, Block, FinalNorm, enter, init_gain, inner_norms

@@ -15,7 +15,7 @@ from omninorm.layers.tracing import Proxy
 
 Sublayer = Callable[[Tensor], Tensor]
 
-# One tensor (..., width); some placements carry several.
+# A tensor (..., width) for most placements; others use a tuple of tensors, or a tensor (..., n, width).
 Stream = Any
 
 ROLES = ("attention", "feed_forward")
@@ -23,7 +23,12 @@ ROLES = ("attention", "feed_forward")
 
 @dataclass(frozen=True)
 class Position:
-    """A sublayer's position in the model: block 1 … blocks, and its role in the block.
+    """A sublayer's position in the model.
+
+    Args:
+        block: the number of its block, from 1 to `blocks`.
+        blocks: the number of blocks.
+        role: "attention" or "feed_forward".
 
     Raises:
         ConfigError: a block outside 1 … blocks, or an unknown role.
@@ -44,15 +49,15 @@ class Position:
 
 
 class Placement(nn.Module, ABC):
-    """Connects a sublayer F to the stream; calling it with (x, F) gives the stream after the sublayer.
+    """Connects a sublayer F to the residual stream: called with (x, F), it returns the stream after the sublayer.
 
     Args:
         config: the norm's kind and constants.
-        width: features of the stream.
-        position: where in the model the sublayer stands.
+        width: number of features of the stream.
+        position: the sublayer's position in the model.
 
     Class attributes:
-        final_norm: whether a model of this placement ends with one more norm.
+        final_norm: whether a model with this placement has one more norm after its last block.
         inner: norms that the placement requires inside the sublayers: "q", "k", "v" (per head, after the projection),
             "heads" (a gain per head on the attention's output), "hidden" (on the feed-forward's hidden features),
             "unit" (matrices of unit length with nGPT's scales).
@@ -69,7 +74,7 @@ class Placement(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Stream, F: Sublayer) -> Stream:
-        """Return the stream (..., width) after sublayer F."""
+        """Return the stream after sublayer F."""
 
     def check_stream(self, stream: Stream) -> None:
         """Raise InputError unless `stream` has the form that `enter` returns."""
@@ -95,7 +100,7 @@ class Placement(nn.Module, ABC):
 
 
 def refuse_stream(placement: str, form: str, stream: object) -> InputError:
-    """Return the error for a stream that is not the `form` which this placement carries."""
+    """Return the error for a stream that does not have the placement's `form`."""
     remedy = "call omninorm.placement.enter(config, x) before the first block, and FinalNorm after the last"
     invariant = f"The stream of placement {placement!r} must be {form}"
     if isinstance(stream, Tensor) and "shape" in form:

@@ -1,4 +1,4 @@
-"""The parts of a model, built from a config: block, final norm, and what else a placement prescribes."""
+"""The parts of a model that a placement determines, built from a config: block, final norm, and initial gains."""
 
 from __future__ import annotations
 
@@ -44,21 +44,22 @@ PROJECTIONS = ("q", "k", "v", "out", "feed_forward")
 
 
 class Block(nn.Module):
-    """One transformer block: a placement around attention, then around a feed-forward.
+    """One transformer block: attention and a feed-forward, each connected to the stream by the configured placement.
 
-    The sublayers can be any two modules from (..., width) to (..., width): causal or bidirectional attention, a
-    convolution, a mixture of experts. Extra arguments of a call are passed to the first one.
+    The sublayers can be any two modules that map (..., width) to (..., width): causal or bidirectional attention, a
+    convolution, a mixture of experts. Extra arguments of a call are passed to `attention`.
 
     If the placement requires norms inside the sublayers (`inner_norms(config)`), a sublayer must name those that it
     implements in an attribute `inner_norms`, a set of names; otherwise the constructor raises ConfigError.
 
     Args:
         config: kind and placement of the norms.
-        width: features of the residual stream, ≥ 1.
+        width: number of features of the residual stream, ≥ 1.
         attention, feed_forward: the sublayers.
-        block, blocks: the block's number, from 1, and the number of blocks; deep placements depend on them.
+        block, blocks: the block's number, counted from 1, and the number of blocks; some placements depend on them.
 
-    Shape: stream → stream. A stream is a tensor (..., width), from `enter`; `FinalNorm` ends it.
+    Shape: stream → stream. `enter` returns the first stream; most placements use a tensor (..., width), some a tuple
+        of tensors or several streams in one tensor. `FinalNorm` returns one tensor from the last stream.
 
     Raises:
         ConfigError: on construction, if the block's number is out of range, or a sublayer is not a module or lacks an
@@ -107,7 +108,9 @@ class Block(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The end of the stream and the norm after the last block, as far as the placement has them.
+    """The part between the last block and the head: it returns one tensor from the stream, normalized.
+
+    The norm is left out for placements without a final norm, such as "post".
 
     Shape: last stream → (..., width), the input of the head.
     """
@@ -123,15 +126,27 @@ class FinalNorm(nn.Module):
 
 
 def enter(config: NormConfig, x: Tensor) -> Stream:
-    """Return the stream for the first block, from the embeddings x (..., width)."""
+    """Return the stream for the first block, from the embeddings x (..., width).
+
+    Example:
+        >>> import torch
+        >>> enter(NormConfig(), torch.ones(3, 16)).shape
+        torch.Size([3, 16])
+        >>> enter(NormConfig(norm_placement="mhc"), torch.ones(3, 16)).shape  # four streams
+        torch.Size([3, 4, 16])
+    """
     return PLACEMENT_TYPES[config.norm_placement].enter(x, config)
 
 
 def inner_norms(config: NormConfig) -> frozenset[str]:
-    """Return the names of the norms inside the sublayers: the placement's own, adjusted by qk_norm and v_norm.
+    """Return the names of the norms that the sublayers must contain: the placement's, adjusted by qk_norm and v_norm.
 
     Names: "q", "k", "v" (per head, on the projection), "heads" (a gain per head on the attention's output),
     "hidden" (on the feed-forward's hidden features), "unit" (matrices of unit length with nGPT's scales).
+
+    Example:
+        >>> sorted(inner_norms(NormConfig(qk_norm=True)))
+        ['k', 'q']
     """
     inner = PLACEMENT_TYPES[config.norm_placement].inner
     if config.normalization == "none":
@@ -143,13 +158,17 @@ def inner_norms(config: NormConfig) -> frozenset[str]:
 
 
 def init_gain(config: NormConfig, blocks: int, role: str) -> float:
-    """Return the placement's factor on a projection's initial weights in a model of `blocks` blocks.
+    """Return the factor by which the placement scales a projection's initial weights in a model of `blocks` blocks.
 
     Args:
-        role: "q", "k", "v", "out" (attention's) or "feed_forward" (each matrix of it).
+        role: "q", "k", "v" or "out" for attention's projections, "feed_forward" for each of the feed-forward's.
 
     Raises:
-        ConfigError: an unknown role.
+        ConfigError: an unknown role, or blocks below 1.
+
+    Example:
+        >>> init_gain(NormConfig(norm_placement="deepnorm"), blocks=32, role="out")  # (8 · 32)^−¼
+        0.25
     """
     check_choice("role", role, PROJECTIONS)
     blocks = read_count("blocks", blocks)
@@ -164,7 +183,10 @@ def check_config(config: object) -> None:
 
 
 def check_sublayer(config: NormConfig, name: str, sublayer: nn.Module, realizable: frozenset[str]) -> None:
-    """Raise ConfigError unless `sublayer` is a module that has the required inner norms among `realizable`."""
+    """Raise ConfigError unless `sublayer` is a module with the inner norms that the config requires of its kind.
+
+    `realizable` are the names of the inner norms that this kind of sublayer can have.
+    """
     if not isinstance(sublayer, nn.Module):
         received = f"a {type(sublayer).__name__}"
         remedy = "wrap it in a module, so that its parameters are registered"
@@ -181,7 +203,7 @@ def check_sublayer(config: NormConfig, name: str, sublayer: nn.Module, realizabl
 
 
 def same_shape(name: str, x: Tensor, branch: Tensor) -> Tensor:
-    """Return the sublayer's output; raise InputError if adding it to the stream would broadcast or fail."""
+    """Return the sublayer's output `branch`; raise InputError if its shape differs from that of the input x."""
     if isinstance(branch, Proxy):
         return branch
     if not isinstance(branch, Tensor) or branch.shape != x.shape:

@@ -1,4 +1,4 @@
-"""Hyper-connections: n parallel residual streams, which every sublayer reads, mixes and writes to by gates."""
+"""Hyper-connections: n parallel residual streams. Gates determine how each sublayer reads, mixes and writes them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SINKHORN_EPS = 1e-6
 GATE_STD = 0.02
 
 
-# torch.fx records calls of these as they are: it cannot follow choices by dtype, or autocast.
+# torch.fx records calls of these as single nodes, because it cannot trace decisions by dtype, or autocast.
 for leaf in ("gate_logits", "mixed"):
     torch.fx.wrap(leaf)
 
 
 class Streams(Placement):
-    """Base class: the stream is a tensor X (..., n, width) with n = `streams`, which starts as n copies."""
+    """Base class for a stream X (..., n, width), with n = `streams`; at first it is n copies of the embeddings."""
 
     def __init__(self, config: NormConfig, width: int, position: Position) -> None:
         super().__init__(config, width, position)
@@ -41,17 +41,17 @@ class Streams(Placement):
 
     @staticmethod
     def enter(x: Tensor, config: NormConfig) -> Tensor:
-        """n copies of the embeddings, (..., n, width)."""
+        """Return n copies of the embeddings, (..., n, width)."""
         return x.unsqueeze(-2).repeat_interleave(config.streams, -2)
 
 
 def drawn(*shape: int) -> nn.Parameter:
-    """Return a gate's matrix."""
+    """Return a matrix of gates, randomly initialized."""
     return nn.Parameter(torch.randn(shape) * GATE_STD)
 
 
 def sinkhorn(logits: Tensor) -> Tensor:
-    """Return matrices (..., n, n) whose rows and columns sum to 1, from the softmax of the rows."""
+    """Return matrices (..., n, n) whose rows and columns sum to 1: the row-wise softmax, rescaled by Sinkhorn-Knopp."""
     y = logits.softmax(-1) + SINKHORN_EPS
     y = y / (y.sum(-2, keepdim=True) + SINKHORN_EPS)
     for _ in range(SINKHORN_STEPS - 1):
@@ -74,7 +74,7 @@ class Gates(nn.Module):
         self.alpha = nn.Parameter(torch.ones(len(sizes)))
 
     def forward(self, streams: Tensor) -> list[Tensor]:
-        """streams (..., n, width) → one tensor (..., size) for each size, at least in float32."""
+        """Map streams (..., n, width) to one tensor (..., size) for each size, at least in float32."""
         logits = gate_logits(streams, self.phi, self.eps)
         ends = itertools.accumulate(self.sizes)
         parts = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
@@ -98,7 +98,7 @@ def weighted_sum(weights: Tensor, streams: Tensor) -> Tensor:
 
 
 class GatedSum(nn.Module):
-    """Σⱼ (σ(α x̃ φⱼᵀ + bⱼ) + ε) Xⱼ: the end of the streams, as in DeepSeek V4."""
+    """Σⱼ (σ(α x̃ φⱼᵀ + bⱼ) + ε) Xⱼ: turns the n streams into one tensor after the last block, as in DeepSeek V4."""
 
     def __init__(self, config: NormConfig, width: int) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class MHC(Streams):
 
 
 def mixed(mix: Tensor, streams: Tensor) -> Tensor:
-    """Return Σⱼ Rⱼₖ Xⱼ for each stream k, in the dtype of the streams, which autocast must not round."""
+    """Return Σⱼ Rⱼₖ Xⱼ for each stream k in the dtype of the streams; autocast must not round them."""
     with torch.autocast(streams.device.type, enabled=False):
         return mix.to(streams.dtype).mT @ streams
 
@@ -156,7 +156,7 @@ class GatedRead(nn.Module):
         return torch.stack([norm(streams.select(-2, at)) for at, norm in enumerate(self.norms)], -2)
 
     def read(self, normed: Tensor) -> Tensor:
-        """x̃ (..., n, width) → (..., width)."""
+        """Map x̃ (..., n, width) to the gated mean, (..., width)."""
         low = functional.silu(functional.linear(normed.flatten(-2), self.down) / normed.shape[-2])
         gate = functional.linear(low, self.up).sigmoid().reshape(normed.shape)
         return (gate * normed).mean(-2)
@@ -191,5 +191,5 @@ class Hyper(Streams):
         return x + write.unsqueeze(-1) * branch.unsqueeze(-2)
 
     def no_weight_decay(self) -> set[str]:
-        """Name the matrix of the injection's gates."""
+        """Name the matrix W of the gates on the sublayer's output."""
         return {"inject"}

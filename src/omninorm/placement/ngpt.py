@@ -11,21 +11,24 @@ from torch import Tensor, nn
 from omninorm.config import NormConfig
 from omninorm.placement.base import Placement, Position, Sublayer
 
-# The initial step along the sphere: ‖x‖ = 1, and α = 0.05 moves x by a twentieth of its distance to the branch.
+# Initial value of α: it moves x, which has unit length, by a twentieth of its distance to the branch.
 ALPHA = 0.05
 
 
 def unit(x: Tensor, eps: float | None = 1e-6, dim: int = -1) -> Tensor:
-    """Return x / √(Σx² + ε) along `dim`, computed at least in float32; ε None is that precision's machine epsilon."""
+    """Return x / √(Σx² + ε) along `dim`, computed at least in float32.
+
+    If `eps` is None, ε is the machine epsilon of that precision.
+    """
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     eps = torch.finfo(wide.dtype).eps if eps is None else eps
     return (wide * torch.rsqrt(wide.square().sum(dim, keepdim=True) + eps)).to(x.dtype)
 
 
 class Scale(nn.Module):
-    """A trainable vector of scales s · init / scale, where the parameter s starts at `scale`.
+    """A trainable vector s · init / scale; the parameter s is initialized to `scale`, so the vector to `init`.
 
-    The optimizer moves s by its learning rate, so that a small `scale` lets the scales move fast.
+    An optimizer such as Adam changes s by about the learning rate, so the vector changes faster if `scale` is small.
     """
 
     def __init__(self, width: int, init: float, scale: float) -> None:
@@ -38,13 +41,14 @@ class Scale(nn.Module):
 
 
 class UnitLinear(nn.Linear):
-    """s · (x Uᵀ), where U is the weight with unit length along its width-d_model dimension, without a bias.
+    """s · (x Uᵀ), where U is the weight, scaled to unit length along its dimension of size d_model; there is no bias.
 
     Args:
         inputs, outputs: the sizes of the matrix.
-        dim: the dimension that has unit length: −1 for a matrix that reads the stream, 0 for one that writes to it.
-        eps: ε of the length.
-        scale: initial value of the trainable scales s of the outputs; None leaves s out.
+        dim: the dimension along which U has unit length: −1 for a matrix that reads the stream, 0 for one that writes
+            to it.
+        eps: ε of `unit`.
+        scale: initial value of s, one trainable scale per output; None leaves s out.
     """
 
     def __init__(
@@ -64,14 +68,20 @@ class UnitLinear(nn.Linear):
 
 
 class UnitEmbedding(nn.Embedding):
-    """An embedding with rows of unit length: `enter` normalizes what it returns, `normalize_weights` its weight."""
+    """An embedding with rows of unit length: `enter` normalizes its output, `normalize_weights` its weight."""
 
 
 @torch.no_grad()
 def normalize_weights(model: nn.Module) -> None:
-    """Scale the weights of every UnitLinear and UnitEmbedding to unit length, which leaves the outputs unchanged.
+    """Scale the weights of every UnitLinear and UnitEmbedding to unit length; the model's outputs stay the same.
 
     nGPT does so after every optimizer step. Without it the weights grow, and the effective learning rate falls.
+
+    Example:
+        >>> layer = UnitLinear(4, 3, dim=-1)
+        >>> normalize_weights(layer)
+        >>> bool((layer.weight.norm(dim=-1) - 1).abs().max() < 1e-5)
+        True
     """
     for module in model.modules():
         if isinstance(module, UnitLinear):
@@ -81,7 +91,7 @@ def normalize_weights(model: nn.Module) -> None:
 
 
 def keep_normalized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Call `normalize_weights` after every step of the optimizer, if the model has weights of unit length."""
+    """Register a hook that calls `normalize_weights` after each optimizer step, if the model has weights for it."""
     if any(isinstance(module, (UnitLinear, UnitEmbedding)) for module in model.modules()):
 
         def after_step(*_: Any) -> None:
@@ -92,9 +102,9 @@ def keep_normalized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 @final
 class NGPT(Placement):
-    """U(x + α(U(F(x)) − x)) with U(v) = v/‖v‖ and a trainable α per feature, which starts at 0.05; no norm has a gain.
+    """U(x + α(U(F(x)) − x)) with U(v) = v/‖v‖ and one trainable α per feature, initialized to 0.05; no norm has a gain.
 
-    The sublayers' matrices have unit length too, and scales of their own. Loshchilov et al. 2024, arXiv 2410.01131.
+    The sublayers' matrices have unit length as well, with trainable scales. Loshchilov et al. 2024, arXiv 2410.01131.
     """
 
     final_norm = False
@@ -111,5 +121,5 @@ class NGPT(Placement):
 
     @staticmethod
     def enter(x: Tensor, config: NormConfig) -> Tensor:
-        """The embeddings at unit length."""
+        """Return the embeddings, scaled to unit length."""
         return unit(x, config.norm_eps)

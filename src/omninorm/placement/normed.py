@@ -1,4 +1,4 @@
-"""Placements that normalize the residual stream itself, everywhere or in part."""
+"""Placements that normalize the residual stream itself, in all blocks or in some."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ class PostNorm(Placement):
 
 @final
 class DeepNorm(Placement):
-    """N(αx + F(x)) with α = (2L)^¼; values, outputs and feed-forward start (8L)^¼ times smaller.
+    """N(αx + F(x)) with α = (2L)^¼ for L blocks.
 
-    The constants are those of a decoder-only model. Wang et al. 2022, arXiv 2203.00555.
+    The initial weights of value, output and feed-forward projections are divided by (8L)^¼. The constants are those of
+    a decoder-only model. Wang et al. 2022, arXiv 2203.00555.
     """
 
     final_norm = False
@@ -48,7 +49,7 @@ class DeepNorm(Placement):
 
     @staticmethod
     def init_gain(blocks: int, role: str) -> float:
-        """(8L)^−¼ for "v", "out" and "feed_forward", 1 for "q" and "k"."""
+        """Return (8L)^−¼ for "v", "out" and "feed_forward", and 1 for "q" and "k"."""
         return (8 * blocks) ** -0.25 if role in ("v", "out", "feed_forward") else 1.0
 
 
@@ -61,7 +62,7 @@ class MixNorm(Placement):
 
     def __init__(self, config: NormConfig, width: int, position: Position) -> None:
         super().__init__(config, width, position)
-        # The small term is there because 0.29 · 100 is 28.999… in floating point.
+        # The small term is needed because 0.29 · 100 is 28.999… in floating point.
         is_post = position.block <= math.floor(config.mix_fraction * position.blocks + 1e-9)
         self.rule = PostNorm(config, width, position) if is_post else PreNorm(config, width, position)
 
@@ -72,7 +73,7 @@ class MixNorm(Placement):
 
 @final
 class HybridNorm(Placement):
-    """Attention x + F(x) with norms on Q, K and V inside; feed-forward y + F(y) with y = N(x). arXiv 2503.04598."""
+    """Attention: x + F(x) with norms on Q, K and V inside F. Feed-forward: y + F(y) with y = N(x). arXiv 2503.04598."""
 
     inner = frozenset({"q", "k", "v"})
 
@@ -87,7 +88,7 @@ class HybridNorm(Placement):
 
 @final
 class ResiDual(Placement):
-    """Two streams, x = N(x + F(x)) and the sum s = s + F(x); the model ends with x + N(s). arXiv 2304.14802."""
+    """Two streams, x ← N(x + F(x)) and the sum s ← s + F(x); the model ends with x + N(s). arXiv 2304.14802."""
 
     def __init__(self, config: NormConfig, width: int, position: Position) -> None:
         super().__init__(config, width, position)
@@ -105,12 +106,12 @@ class ResiDual(Placement):
 
     @staticmethod
     def enter(x: Tensor, config: NormConfig) -> tuple[Tensor, Tensor]:
-        """Both streams start as the embeddings."""
+        """Return the embeddings for both streams."""
         return x, x
 
     @staticmethod
     def leave(stream: tuple[Tensor, Tensor], norm: nn.Module) -> Tensor:
-        """The normalized stream plus the norm of the sum."""
+        """Return the normalized stream plus the norm of the sum."""
         normed, total = stream
         y: Tensor = normed + norm(total)
         return y
@@ -118,7 +119,7 @@ class ResiDual(Placement):
 
 @final
 class Keel(Placement):
-    """N₂(αx + F(N₁(x))) with α = 2L; the first block has no α, and its attention no N₂. arXiv 2601.19895."""
+    """N₂(αx + F(N₁(x))) with α = 2L; in the first block α = 1, and its attention has no N₂. arXiv 2601.19895."""
 
     final_norm = False
 

@@ -1,4 +1,4 @@
-"""Placements that leave the residual stream itself unnormalized."""
+"""Placements that normalize only the branch and leave the residual stream as it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omninorm.placement.base import Placement, Position, Sublayer
 
 @final
 class NoNorm(Placement):
-    """x + F(x): the control."""
+    """x + F(x): no norm, for comparison."""
 
     final_norm = False
 
@@ -64,7 +64,7 @@ class Reordered(Placement):
 
 @final
 class LayerNormScaling(Placement):
-    """x + F(N(x)/√l) in block l, not together with scaled initialization. The Curse of Depth, arXiv 2502.05795."""
+    """x + F(N(x)/√l) in block l. Not for use with scaled initialization. The Curse of Depth, arXiv 2502.05795."""
 
     def __init__(self, config: NormConfig, width: int, position: Position) -> None:
         super().__init__(config, width, position)
@@ -77,7 +77,7 @@ class LayerNormScaling(Placement):
 
 @final
 class NormFormer(Placement):
-    """Attention x + N₂(F(N₁(x))) with a gain per head; feed-forward x + F(N(x)) with a norm on its hidden features.
+    """Attention: x + N₂(F(N₁(x))) with a gain per head. Feed-forward: x + F(N(x)) with a norm on its hidden features.
 
     Shleifer, Weston and Ott 2021, arXiv 2110.09456.
     """

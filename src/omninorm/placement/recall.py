@@ -1,4 +1,4 @@
-"""Placements that read earlier states of the stream: the embeddings, or the outputs of all sublayers before."""
+"""Placements that read earlier states of the stream: the embeddings, or the outputs of all previous sublayers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omninorm.config import NormConfig
 from omninorm.layers import build_norm
 from omninorm.placement.base import Placement, Position, Sublayer, refuse_stream
 
-# torch.fx records a call of this as it is: it cannot follow choices by dtype.
+# torch.fx records a call of this as a single node, because it cannot trace decisions by dtype.
 torch.fx.wrap("softmax")
 
 Pair = tuple[Tensor, Tensor]
@@ -21,7 +21,7 @@ Pair = tuple[Tensor, Tensor]
 class X0(Placement):
     """λx + μx₀ at the start of each block, with the embeddings x₀ and one trainable λ and μ per block; then pre-norm.
 
-    λ starts at 1 and μ at 0, so that the model starts as pre-norm. nanochat, modded-nanogpt.
+    λ is initialized to 1 and μ to 0, so that the model is pre-norm at first. nanochat, modded-nanogpt.
     """
 
     def __init__(self, config: NormConfig, width: int, position: Position) -> None:
@@ -42,18 +42,18 @@ class X0(Placement):
 
     @staticmethod
     def enter(x: Tensor, config: NormConfig) -> Pair:
-        """The stream and the embeddings, which are the same at first."""
+        """Return the stream and the embeddings, which are the same at first."""
         return x, x
 
     @staticmethod
     def leave(stream: Pair, norm: nn.Module) -> Tensor:
-        """The norm of the stream, without the embeddings."""
+        """Return the norm of the stream; the embeddings are not needed any more."""
         y: Tensor = norm(stream[0])
         return y
 
 
 class DepthAttention(nn.Module):
-    """Σᵢ aᵢ vᵢ over the parts vᵢ of the stream, with a = softmax(qᵀ N(vᵢ)) and a trainable query q that starts at 0."""
+    """Σᵢ aᵢ vᵢ over the stream's parts vᵢ, with a = softmax(qᵀ N(vᵢ)) and a trainable query q, initialized to 0."""
 
     def __init__(self, config: NormConfig, width: int) -> None:
         super().__init__()
@@ -74,10 +74,11 @@ def softmax(logits: Tensor) -> Tensor:
 
 @final
 class AttentionResidual(Placement):
-    """F(N(h)), where h attends over the embeddings and the sums of `residual_groups` groups of sublayers before.
+    """F(N(h)), where h is attention over the embeddings and the sums of the previous groups of sublayers.
 
-    The stream is a tuple: the sum of the current group, then the earlier ones, last the embeddings. With groups of one
-    sublayer this is the paper's full form, with larger ones its block form. Kimi Team 2026, arXiv 2603.15031.
+    A model has `residual_groups` groups. The stream is a tuple: the sum of the current group, then those of earlier
+    groups, and last the embeddings. With groups of one sublayer this is the paper's full form, with larger ones its
+    block form. Kimi Team 2026, arXiv 2603.15031.
     """
 
     exit_type = DepthAttention
@@ -104,5 +105,5 @@ class AttentionResidual(Placement):
 
     @staticmethod
     def enter(x: Tensor, config: NormConfig) -> tuple[Tensor, ...]:
-        """The embeddings alone."""
+        """Return the embeddings as the only element of the tuple."""
         return (x,)

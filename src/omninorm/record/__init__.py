@@ -1,4 +1,4 @@
-"""A run's record, and files that are written atomically."""
+"""The record of a run, and atomic file writes."""
 
 from omninorm.record.jsonl import RECORD_FILE, Record, final_status, read_history, read_record
 

@@ -1,4 +1,4 @@
-"""Alarm: one report of a rule, as it is raised, recorded and read again; and which alarms follow from which."""
+"""Alarm: a problem that a rule reports, with its form in the record and its links to causes and consequences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Raised = TypeVar("Raised", bound="Alarm")
 
 @dataclass(frozen=True)
 class AlarmRef:
-    """What identifies an alarm in a run: its step, its rule and its layer."""
+    """A reference to an alarm of a run: its step, rule and layer identify it."""
 
     step: int
     rule: str
@@ -30,12 +30,12 @@ class Alarm:
         step: the step at which it was raised, counted from 1.
         severity: "warn", which a healthy run may raise, or "fail": the run will not succeed unless something changes.
         rule: the rule's name, such as "attention-logits".
-        layer: the module or parameter concerned; None for the whole run.
-        evidence: what was measured, with numbers, in one or two sentences.
+        layer: the affected module or parameter; None for the whole run.
+        evidence: the measurements, with numbers, in one or two sentences.
         remedy: what to try, in one or two sentences.
         source: the origin of the threshold.
-        cause: the alarm of which this one is probably a consequence; None if it is none, or not that is known.
-        explains: alarms that were raised before this one and are probably its consequences.
+        cause: the alarm that probably caused this one; None if no cause is known.
+        explains: earlier alarms that are probably consequences of this one.
     """
 
     step: int
@@ -54,7 +54,7 @@ class Alarm:
 
     @property
     def linked_evidence(self) -> str:
-        """The evidence, and the alarms that this one follows from or explains."""
+        """The evidence, followed by the alarm's cause and consequences."""
         parts = [self.evidence]
         if self.cause:
             parts.append(f"Probably a consequence of {self.cause}.")
@@ -64,17 +64,17 @@ class Alarm:
 
     @property
     def text(self) -> str:
-        """The evidence with its links, and the remedy."""
+        """The evidence with cause and consequences, and the remedy."""
         return f"{self.linked_evidence} {self.remedy}"
 
     def to_record(self) -> dict[str, Any]:
-        """Return the alarm as an item of the event "alarms" in record.jsonl, without links that it does not have."""
+        """Return the alarm as an item of the event "alarms" in record.jsonl; missing links are left out."""
         stored = asdict(self)
         return {name: value for name, value in stored.items() if value or name not in ("cause", "explains")}
 
     @classmethod
     def from_record(cls: type[Raised], stored: Mapping[str, Any], step: int) -> Raised:
-        """Return a recorded alarm; values of the wrong type are replaced. `step` is that of its event."""
+        """Return a recorded alarm; values of the wrong type are replaced. `step` is the step of its event."""
         texts = {name: _text(stored.get(name)) or "" for name in ("evidence", "remedy", "source")}
         ref, cause, explains = _ref(stored, step), stored.get("cause"), stored.get("explains")
         explained = explains if isinstance(explains, list) else ()
@@ -90,7 +90,7 @@ class Alarm:
 
 
 def link(alarms: Sequence[Raised]) -> list[Raised]:
-    """Return the alarms in their order, those that another one explains with it as their cause."""
+    """Return the alarms in order. An alarm that explains another one becomes its cause, unless that one has a cause."""
     causes = {explained: alarm.ref for alarm in alarms for explained in alarm.explains}
     return [
         replace(alarm, cause=alarm.cause or causes[alarm.ref]) if alarm.ref in causes else alarm for alarm in alarms
@@ -98,13 +98,13 @@ def link(alarms: Sequence[Raised]) -> list[Raised]:
 
 
 def roots(alarms: Sequence[Raised]) -> list[Raised]:
-    """Return for each alarm the one that it finally follows from, itself if it follows from none of them."""
+    """Return for each alarm its first cause among the alarms, or the alarm itself if it has no cause there."""
     known = {alarm.ref: alarm for alarm in reversed(alarms)}
     return [_root(alarm, known) for alarm in alarms]
 
 
 def leading(alarms: Sequence[Raised]) -> Raised | None:
-    """Return the alarm to read first: what the first "fail" follows from, or without one the first warning."""
+    """Return the alarm to read first: the first cause of the first "fail", or the first warning without a "fail"."""
     places = range(len(alarms))
     first = min(places, key=lambda place: (alarms[place].severity != "fail", alarms[place].step), default=None)
     return None if first is None else roots(alarms)[first]
@@ -114,7 +114,7 @@ def _root(alarm: Raised, known: Mapping[AlarmRef, Raised]) -> Raised:
     root, passed = alarm, {alarm.ref}
     while root.cause is not None and root.cause in known:
         root = known[root.cause]
-        if root.ref in passed:  # only a damaged record has a circle
+        if root.ref in passed:  # a cycle, which only a damaged record has
             return alarm
         passed.add(root.ref)
     return root

@@ -18,7 +18,7 @@ except ImportError:  # Windows has no fcntl; files are written without locks the
 
 TEMPORARY = ".tmp-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# The temporary names are predictable, so somebody else may have put a symbolic link there.
+# The temporary names are predictable, so another user may have created a symbolic link with such a name.
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 
@@ -39,8 +39,9 @@ def writing(path: Path) -> Iterator[None]:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file under a temporary name next to it, sync it to disk, and rename it.
 
-    If another process is writing the same file, wait for it. What a killed process left under the temporary name is
-    overwritten. A pipe or a character device, such as /dev/null, is written to directly: a rename would replace it.
+    If another process is writing the same file, this function waits. A temporary file that a killed process left is
+    overwritten. A pipe or a character device, such as /dev/null, is written to directly, because a rename would replace
+    it.
 
     Raises:
         OSError: the disk is full, the folder cannot be written, or the temporary name is a symbolic link. The old
@@ -64,14 +65,14 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def _claimed(path: Path) -> Iterator[int]:
-    """Open a temporary file, or create it, and lock it, so that no other process writes or removes it."""
+    """Open or create a temporary file and lock it, so that no other process writes or removes it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINKS, 0o666)
         try:
             if fcntl is not None:
                 with contextlib.suppress(OSError):  # some file systems have no locks
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # Whoever held the lock has renamed or removed the file by now.
+            # If another process held the lock before, it has renamed or removed the file since.
             if _is_open(path, descriptor):
                 yield descriptor
                 return
@@ -80,7 +81,7 @@ def _claimed(path: Path) -> Iterator[int]:
 
 
 def _is_open(path: Path, descriptor: int) -> bool:
-    """Return whether the path is still the name of the open file."""
+    """Return whether the path still leads to the open file."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -90,7 +91,7 @@ def _is_open(path: Path, descriptor: int) -> bool:
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Write a folder of files under a temporary name, sync it to disk, and rename it.
 
-    What a killed process left under the temporary name is removed, so only one process may write a folder at a time.
+    A temporary folder that a killed process left is removed, so only one process may write a folder at a time.
 
     Raises:
         OSError: as for `write_file`, and if `path` already exists and is not empty.
@@ -116,7 +117,7 @@ def rename_folder(partial: Path, path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder. A kill in between leaves a temporary name, not an incomplete folder under its final name."""
+    """Delete a folder. It gets a temporary name first, so a kill leaves no incomplete folder under the final name."""
     leaving = path.with_name(f"{TEMPORARY}old-{path.name}")
     if leaving.is_dir():
         shutil.rmtree(leaving)
@@ -125,7 +126,7 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes left in a folder. Only the holder of the run's lock may call this."""
+    """Delete temporary files that killed processes left in a folder. Only the holder of the lock may call this."""
     for path in folder.glob(f"{TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path)
@@ -133,9 +134,9 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def remove_abandoned_files(folder: Path, names: str = "*") -> None:
-    """Delete the temporary files for these names that no process is writing; a kill may have left them.
+    """Delete temporary files for these names that killed processes left; files that are being written are kept.
 
-    Without locks, as on Windows, a file may be in use and is kept.
+    Without locks, as on Windows, any file may be in use, so all are kept.
     """
     if fcntl is None:
         return

@@ -15,9 +15,9 @@ from omninorm.record.files import remove_abandoned_files, sync_folder, write_all
 
 RECORD_FILE = "record.jsonl"
 REPORT_FILE = "report.html"  # the page that is written next to a record
-# Ends of a process. They are no longer true once the run is resumed.
+# Events that end a process. They are no longer valid when the run is resumed.
 _STOPS = ("interrupted", "diverged", "finished")
-# Events of a training run, which hold only numbers. The events of `omninorm.watch` also hold names and lists.
+# Events of a training run, whose values are all numbers. The events of `omninorm.watch` also have names and lists.
 _KIND = re.compile(rb'\{"kind": "([a-z]+)"')
 _NUMBERS = ("step", "eval", "resume", *_STOPS)
 
@@ -25,8 +25,8 @@ _NUMBERS = ("step", "eval", "resume", *_STOPS)
 class Record:
     """Appends events to a record. A line that cannot be written completely, as on a full disk, is removed again.
 
-    Opening a record removes what a kill or a power failure may have left: an incomplete last line, and the temporary
-    file of the report.
+    Opening a record removes an incomplete last line and a temporary file of the report, which a kill or a power failure
+    may have left.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class Record:
                 raise
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Write one event and hand it to the operating system. NaN and infinities become strings.
+        """Write one event and flush it to the operating system. NaN and infinities become strings.
 
         Raises:
             RunError: the disk is full, or the file can no longer be written.
@@ -68,7 +68,7 @@ class Record:
 
 
 def read_history(path: Path, kinds: Container[str] | None = None) -> list[dict[str, Any]]:
-    """Return the events in the file, in their order. An incomplete last line is ignored.
+    """Return the events in the file, in order. An incomplete last line is ignored.
 
     Args:
         path: the record.
@@ -102,9 +102,21 @@ def read_history(path: Path, kinds: Container[str] | None = None) -> list[dict[s
 def read_record(path: Path) -> list[dict[str, Any]]:
     """Return the run's events as if it had never been interrupted, even if it was killed and resumed.
 
-    An event {"kind": "resume", "step": N} discards what was recorded after step N, and every stop; a later event of the
-    same kind and step replaces the earlier one. Durations are separate, under "clock". Events of `omninorm.watch` are
-    left out; `omninorm.report.read_run` reads them.
+    An event {"kind": "resume", "step": N} discards all events after step N and all stops; a later event of the same
+    kind and step replaces the earlier one. Durations are separate, under "clock". Events of `omninorm.watch` are left
+    out; `omninorm.report.read_run` reads them.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "record.jsonl")
+        ...     record = Record(path)
+        ...     record.append({"kind": "step", "step": 1, "loss": 5.5})
+        ...     record.append({"kind": "step", "step": 2, "loss": 5.0})
+        ...     record.append({"kind": "resume", "step": 1})
+        ...     record.close()
+        ...     read_record(path)
+        [{'kind': 'step', 'step': 1, 'loss': 5.5}]
     """
     story: dict[tuple[str, int], dict[str, Any]] = {}
     for event in read_history(path, _NUMBERS):
@@ -116,7 +128,7 @@ def read_record(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_event(event: Any) -> None:
-    """Raise ValueError unless the event has a kind and a step, and numbers where they belong."""
+    """Raise ValueError unless the event has a kind and a step, and its values are numbers where they must be."""
     if not isinstance(event, dict) or "kind" not in event or "step" not in event:
         raise ValueError("it has no kind and step")
     if not isinstance(event["kind"], str):
@@ -133,7 +145,7 @@ def _check_event(event: Any) -> None:
 
 
 def final_status(path: Path) -> str | None:
-    """Return "finished" or "diverged" if the run of this record has ended so, else None."""
+    """Return "finished" or "diverged" if the run of this record has ended with this status, otherwise None."""
     kinds = {event["kind"] for event in read_record(path)}
     return next((status for status in ("finished", "diverged") if status in kinds), None)
 
@@ -144,7 +156,7 @@ def _whole(content: bytes) -> int:
 
 
 def json_values(value: Any) -> Any:
-    """Return a copy for JSON, which has no numbers that are not finite: they become "nan", "inf" and "-inf"."""
+    """Return a copy for JSON, in which "nan", "inf" and "-inf" replace the numbers that JSON lacks."""
     if isinstance(value, Mapping):
         return {key: json_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The signals of a monitored run: what each measures, and along which axis it has values."""
+"""The signals of a monitored run, each with its formula and the axis along which it has values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Signal(NamedTuple):
-    """One signal: its axis, title and formula, whether it is drawn on a logarithmic scale, and on which fixed one.
+    """A signal: its axis, title and formula, whether its scale is logarithmic, and its fixed scale if it has one.
 
     A signal has one value per sample (axis "run"), one per transformer block ("block"), one per norm ("norm"), or one
     per group of parameters ("group"): each block, and each part of the model outside the blocks.
@@ -20,15 +20,15 @@ class Signal(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """A limit of an alarm rule on one signal, as the record keeps it and the page draws it.
+    """A limit of an alarm rule on one signal, as it is stored in the record and drawn on the page.
 
     Args:
         signal: the signal's name.
         rule: the rule's name.
-        warn: the value from which the rule warns, or None.
-        fail: the value from which it fails the run, or None.
+        warn: the value at which the rule warns, or None.
+        fail: the value at which the rule reports a failure, or None.
         below: whether values below the limits are the problem.
-        condition: what else must hold, in words; "" if nothing.
+        condition: a further condition of the rule as text; "" without one.
         dtype: the only dtype of the residual stream in which the rule is active; "" for any.
     """
 
@@ -85,5 +85,5 @@ SIGNALS: dict[str, Signal] = {
 }
 
 STEP_SERIES = ("loss", "grad_norm", "lr")
-"""What is known of every step, not of samples alone: the loss, the total gradient norm before clipping, and the
-largest learning rate among the optimizer's groups."""
+"""The values that are recorded for every step, not only for samples: the loss, the total gradient norm before clipping,
+and the largest learning rate among the optimizer's groups."""

@@ -1,4 +1,4 @@
-"""Open safetensors files, and read the sizes of their dtypes."""
+"""Opens safetensors files, and knows the sizes of their dtypes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        reason = f"{' '.join(str(error).split()):.200}"  # it quotes the header, which may be long and have any content
+        reason = f"{' '.join(str(error).split()):.200}"  # it quotes the header, which may contain anything
         problem = f"{path} is not a complete safetensors file: {reason}"
         raise RunError(problem, "", "download it again, or save it again") from error
 
 
 def bits(dtype: str) -> int:
-    """Return the bits of an element: the number in the dtype's name; a bool takes a byte."""
+    """Return the bits of an element: the number in the dtype's name, or 8 for a bool."""
     digits = "".join(character for character in dtype.split("_")[0] if character.isdigit())
     return int(digits) if digits else 8

@@ -1,6 +1,6 @@
 """Thinker: a small decoder-only transformer with every norm and placement, which also loads Llama and Qwen3 weights.
 
-The names are loaded when they are first used, so that the settings can be read without importing torch.
+The names are imported when they are first used, so that ThinkerConfig is available without importing torch.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ from omninorm.thinker.rotary import Rotation, rotate
 
 
 class Attention(nn.Module):
-    """softmax(q·kᵀ/√head_dim + causal mask)·v per head, between the projections q, k, v and out (none has a bias).
+    """softmax(q·kᵀ/√head_dim + causal mask)·v per head, with the projections q, k, v and out; none of them has a bias.
 
-    Grouped queries (arXiv 2305.13245): n_heads / n_kv_heads query heads share a key and value head. Inner norms of
-    placements: a norm per head on q, k and v before RoPE, and a trainable gain per head on the heads' outputs.
+    With grouped-query attention (arXiv 2305.13245), n_heads / n_kv_heads query heads share a key and value head. The
+    placement may add inner norms: a norm per head on q, k and v before RoPE, and a trainable gain per head on the
+    output.
 
     Attributes:
         inner_norms: the placement's inner norms that belong to attention.
@@ -45,13 +46,14 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """x (batch, sequence, d_model) → the same shape.
+        """Return the output for x, (batch, sequence, d_model) like x.
 
         Args:
             x: the tokens' vectors.
             rotation: RoPE's tables for the tokens' positions.
-            mask: boolean, the keys that a query may attend to; None is causal, or all keys for a single query.
-            cache: keys and values of earlier tokens, to which the new ones are appended.
+            mask: boolean, true for the keys that a query may attend to. None means causal attention, or all keys for a
+                single query.
+            cache: keys and values of earlier tokens; those of x are appended to it.
         """
         q, k = (heads.transpose(1, 2) for heads in self._queries_and_keys(x, rotation))
         v = self.v_norm(self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))).transpose(1, 2)
@@ -76,9 +78,10 @@ class Attention(nn.Module):
 
 
 class UnitAttention(Attention):
-    """nGPT's attention: logits √head_dim · (s q)·(s k) with q and k of unit length after RoPE and a trainable s.
+    """nGPT's attention: the logits are √head_dim · (s q)·(s k), with q and k of unit length after RoPE.
 
-    s has one value per feature of each key head, which its query heads share. All matrices have unit length.
+    The trainable s has one value per feature of each key head; the query heads of a key head share it. All matrices
+    have unit length.
     """
 
     def __init__(self, config: ThinkerConfig) -> None:
@@ -94,5 +97,5 @@ class UnitAttention(Attention):
 
 
 def build_attention(config: ThinkerConfig) -> Attention:
-    """Return the attention that the placement needs."""
+    """Return the attention module for the config's placement."""
     return UnitAttention(config) if "unit" in inner_norms(config.norm) else Attention(config)

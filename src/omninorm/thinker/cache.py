@@ -1,4 +1,4 @@
-"""KVCache: keys and values of earlier tokens, so that a new token costs one position instead of all."""
+"""KVCache: keys and values of earlier tokens, so that only the new tokens are processed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class LayerCache:
 
 
 class KVCache:
-    """Preallocated keys and values of every block. `Thinker(config)(tokens, cache=cache)` fills it.
+    """Preallocated keys and values of every block; calling a Thinker with `cache=` appends to them.
 
     Args:
-        config: the config of the Thinker that will fill it.
+        config: the Thinker's config.
         batch: number of rows.
-        capacity: number of tokens per row, with padding; None means config.max_seq_len.
+        capacity: number of tokens per row, including padding; None means config.max_seq_len.
         padding: number of padding tokens on the left of each row, for prompts of different lengths in one batch.
             Padding is not attended to and does not count as positions.
         device, dtype: of the keys and values; use those of the Thinker's weights.
@@ -44,6 +44,16 @@ class KVCache:
 
     Raises:
         InputError: a capacity below 1 or above max_seq_len, or padding that is not one count per row.
+
+    Example:
+        >>> from omninorm import Thinker
+        >>> model = Thinker(ThinkerConfig(d_model=32, n_layers=2))
+        >>> cache = model.new_cache(batch=1, capacity=8)
+        >>> with torch.no_grad():
+        ...     _ = model(torch.tensor([[72, 101]]), cache=cache)
+        ...     logits = model(torch.tensor([[108]]), cache=cache)  # of the third token only
+        >>> logits.shape, cache.used
+        (torch.Size([1, 1, 256]), 3)
     """
 
     def __init__(
@@ -102,7 +112,8 @@ class KVCache:
     def mask(self, count: int) -> Tensor | None:
         """Return which slots the next `count` tokens may attend to, boolean (batch or 1, 1, count, used + count).
 
-        None if plain causal attention (an empty cache) or attention to every slot (one token) is right.
+        None means that no mask is needed: the cache is empty, so attention is causal, or the single new token attends
+        to every slot.
         """
         if self.padding is None and (self.used == 0 or count == 1):
             return None
@@ -111,7 +122,7 @@ class KVCache:
         if self.padding is None:
             return (slots <= queries)[None, None]
         real = slots >= self.padding[:, None, None]
-        # Padding attends to itself, because a softmax over nothing is NaN; the result is never used.
+        # Padding attends to itself, because a softmax over no slots would be NaN; the result is never used.
         return (((slots <= queries) & real) | (slots == queries)).unsqueeze(1)
 
     def select(self, rows: Sequence[int]) -> None:

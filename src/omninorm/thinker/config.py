@@ -17,7 +17,7 @@ _HIDDEN_MULTIPLE = 16
 
 @dataclass(frozen=True)
 class ThinkerConfig:
-    """A decoder-only transformer. The defaults are a small byte-level one with μOmni's norms.
+    """The configuration of a decoder-only transformer. The defaults are a small byte-level model with μOmni's norms.
 
     Args:
         vocab_size: number of tokens in the vocabulary; 256 is one per byte.
@@ -28,18 +28,19 @@ class ThinkerConfig:
         max_seq_len: the longest context, in tokens.
         norm: the norm and its placement.
         d_ff: hidden width of the feed-forward layer; None means 8/3 · d_model rounded up to a multiple of 16 for
-            "swiglu" and 4 · d_model for "gelu" and "relu2", which gives all about as many weights.
+            "swiglu" and 4 · d_model for "gelu" and "relu2", so that all have about the same number of weights.
         feed_forward: "swiglu", down(silu(gate(x)) · up(x)); "gelu", down(gelu(up(x))); or "relu2", down(relu(up(x))²).
         head_dim: width of a head, even because RoPE rotates pairs; None means d_model / n_heads.
         rope_theta: base of RoPE's frequencies.
-        tied_head: the output head is the embedding matrix; False gives it a matrix of its own.
-        init: "xavier", normal with variance 2/(fan_in + fan_out) and the embedding with standard deviation d_model^−½,
-            or "normal", with `init_std` everywhere.
+        tied_head: whether the output head uses the embedding matrix; otherwise it has a separate matrix.
+        init: "xavier": normal with variance 2/(fan_in + fan_out), and standard deviation d_model^−½ for the embedding;
+            "normal": standard deviation `init_std` for all matrices.
         init_std: standard deviation of init "normal".
-        scaled_init: divide the initial weights that write to the residual stream by √(2 · n_layers), as GPT-2 does.
+        scaled_init: whether the initial weights that write to the residual stream are divided by √(2 · n_layers), as in
+            GPT-2.
 
     Raises:
-        ConfigError: a value of the wrong type or out of range, or settings that do not go together.
+        ConfigError: a value of the wrong type or out of range, or settings that contradict each other.
 
     Example:
         >>> ThinkerConfig.from_dict({"n_layers": 2, "norm": {"norm_placement": "post"}}).norm.norm_placement
@@ -126,10 +127,13 @@ class ThinkerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ThinkerConfig:
-        """Return the config that `to_dict` wrote; missing keys take their defaults, `norm` may be a dictionary.
+        """Return the config that a dictionary such as `to_dict`'s describes; missing keys get their defaults.
+
+        `norm` may be a NormConfig or a dictionary.
 
         Raises:
-            ConfigError: not a mapping, an unknown key (the known ones are listed), or a bad value.
+            ConfigError: `values` is not a mapping, or has an unknown key (the message lists the known ones) or an
+                invalid value.
         """
         check_keys("a Thinker config", values, [field.name for field in fields(cls)])
         given = dict(values)
@@ -138,5 +142,5 @@ class ThinkerConfig:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every setting by name, `norm` as `NormConfig.to_dict` writes it. The result is JSON-serializable."""
+        """Return all settings as a JSON-serializable dictionary, with `NormConfig.to_dict()` for `norm`."""
         return {**asdict(self), "norm": self.norm.to_dict()}

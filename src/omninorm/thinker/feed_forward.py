@@ -1,4 +1,4 @@
-"""The feed-forward layers: gated with SiLU, and plain with GELU or squared ReLU."""
+"""The feed-forward layers: with a SiLU gate (SwiGLU), with GELU, and with squared ReLU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ThinkerConfig) -> None:
         super().__init__()
-        # In nGPT the argument of the nonlinearity is √d_model times larger, which makes up for the unit lengths.
+        # In nGPT the argument of the nonlinearity is multiplied by √d_model, to compensate for the unit lengths.
         scale = 1.0 if config.feed_forward == "swiglu" else config.d_model**0.5
         self.up = build_linear(config, config.d_model, config.hidden_width, scale=scale)
         self.down = build_linear(config, config.hidden_width, config.d_model, writes=True)

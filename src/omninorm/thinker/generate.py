@@ -1,4 +1,4 @@
-"""Generation of text, token by token, for batches of prompts of any lengths."""
+"""Text generation, token by token, for batches of prompts of different lengths."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def stream(
     stop_tokens: Collection[int] = (),
     seed: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yield, step by step, one new token for every prompt; None after a prompt's stop token.
+    """Yield a list per step with one new token for every prompt, or None after a prompt's stop token.
 
     With temperature 0 the continuation of a prompt does not depend on the other prompts (up to rounding of the logits).
-    A row whose context would exceed max_seq_len is cut to its last max_seq_len // 2 tokens and processed again. So the
-    model never sees more than max_seq_len tokens, and at least half as many once the context has been that long.
+    When the context of a row would exceed max_seq_len, it is cut to its last max_seq_len // 2 tokens, which are
+    processed again.
 
     Args:
         model: the Thinker.
-        prompts: one or more lists of 1 to max_seq_len tokens, of any lengths, or a tensor (batch, sequence).
+        prompts: one or more lists of 1 to max_seq_len tokens each, or a tensor (batch, sequence).
         max_new_tokens: maximum number of tokens to add to each prompt.
         temperature, top_k, top_p: see `Sampling`.
-        stop_tokens: tokens that end a continuation; the one that ends it is yielded.
-        seed: random seed of the samples; None uses torch's global generator.
+        stop_tokens: tokens that end a continuation; the stop token itself is also yielded.
+        seed: random seed for sampling; None uses torch's global generator.
 
     Raises:
-        InputError: no prompt, an empty or too long one, a token outside the vocabulary, or a setting out of range. It
-            is raised by the call, not at the first step.
+        InputError: no prompts, an empty or too long prompt, a token outside the vocabulary, or a setting out of range.
+            The call raises it, not the first step.
     """
     sampling = Sampling(temperature, top_k, top_p)
     rows = _check_prompts(prompts, model.config.vocab_size, model.config.max_seq_len)
@@ -89,7 +89,7 @@ def _steps(
 
 
 def _next(model: Thinker, rows: list[list[int]], cache: KVCache, remaining: int) -> tuple[Tensor, KVCache]:
-    """Return logits (batch, vocab_size) after each row's last token, which is not in the cache yet."""
+    """Return the logits (batch, vocab_size) after each row's last token, which is not in the cache yet."""
     limit = model.config.max_seq_len
     if any(len(row) > limit for row in rows):
         for row in rows:
@@ -101,7 +101,7 @@ def _next(model: Thinker, rows: list[list[int]], cache: KVCache, remaining: int)
 
 
 def _read(model: Thinker, rows: list[list[int]], remaining: int) -> tuple[Tensor, KVCache]:
-    """Process whole rows, padded on the left, with a new cache that has room for the tokens to come."""
+    """Process whole rows, padded on the left, with a new cache that also has room for the `remaining` tokens."""
     longest = max(len(row) for row in rows)
     padding = [longest - len(row) for row in rows]
     cache = model.new_cache(len(rows), min(longest + remaining, model.config.max_seq_len), padding=padding)

@@ -1,8 +1,8 @@
-"""Reader of GGUF files, llama.cpp's format, of the architectures llama and qwen3, quantized or not.
+"""Reader of GGUF files (llama.cpp's format) of the architectures llama and qwen3, quantized or not.
 
-In llama models, llama.cpp applies RoPE to neighbouring pairs of a head's features, and Hugging Face and Thinker to the
-first half with the second. llama.cpp's converter therefore reorders the rows of the query and key matrices; this reader
-restores their order.
+RoPE rotates pairs of a head's features. For llama models, llama.cpp pairs adjacent features, but Hugging Face and
+Thinker pair features of the first half with those of the second. llama.cpp's converter therefore reorders the rows of
+the query and key matrices; this reader restores their order.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ _KEY_OF = {
     "rope_theta": "rope.freq_base",
     "norm_eps": _EPS,
 }
-# Tensors with RoPE's frequencies where these do not follow from rope.freq_base alone.
+# Tensors that files have if RoPE's frequencies do not follow from rope.freq_base alone.
 _SCALED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _REMEDY = "check that the file is whole and holds a language model"
-# A vocabulary has a few hundred thousand tokens, their types, and twice as many merges.
+# Limits. A vocabulary has a few hundred thousand tokens, as many types, and twice as many merges.
 _MOST_ITEMS, _MOST_ENTRIES = 2**21, 2**15
 
 
@@ -67,8 +67,8 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Thinker:
     """Return a Thinker with the weights of a GGUF file, dequantized one by one.
 
     Args:
-        path: one file; models in several parts are not supported.
-        dtype: of the weights, a floating-point type.
+        path: the file; models in several files are not supported.
+        dtype: the floating-point dtype of the weights.
 
     Raises:
         ConfigError: an architecture or a setting that Thinker does not support.
@@ -84,7 +84,7 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Thinker:
     names = check_sizes(path, config, shapes, _foreign_name, count_layers(tensors, "blk."))
     with torch.device("meta"):
         model = Thinker(config)
-    model.rotary.to_empty(device="cpu")  # which computes its tables
+    model.rotary.to_empty(device="cpu")  # computes RoPE's tables, which no file contains
     for ours, theirs in names.items():
         values = _dequantize(tensors[theirs], path)
         if settings["general.architecture"] in _REORDERED and ".attention." in ours:
@@ -109,7 +109,7 @@ def open_gguf(path: Path) -> Any:
         return reader(path)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise RunError(f"No such file: {path}", "", "check the path") from error
-    # For a damaged file, gguf raises whatever its parser stumbles over.
+    # For a damaged file, gguf's parser may raise any of these.
     except (
         ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RecursionError, TypeError, ValueError,
     ) as error:  # fmt: skip
@@ -118,8 +118,10 @@ def open_gguf(path: Path) -> Any:
 
 
 def _bounded_reader() -> Any:
-    """Return gguf's reader with limits. Its own takes 20 µs and 1 kB for each entry that a damaged length claims, and
-    reads on past the end of the file.
+    """Return a subclass of gguf's reader with limits.
+
+    If the length of an array is damaged, gguf's own reader takes 20 µs and 1 kB for each of the claimed items, even
+    beyond the end of the file.
     """
     try:
         import numpy as np
@@ -129,9 +131,9 @@ def _bounded_reader() -> Any:
         raise MissingExtraError("Reading GGUF needs the package gguf", "", remedy) from error
 
     class BoundedReader(GGUFReader):
-        """Reads each array of numbers in one piece."""
+        """Reads each array of numbers at once."""
 
-        _items = 0  # in all arrays so far
+        _items = 0  # the number of items in all arrays so far
 
         def _get(self, offset: int, dtype: Any, count: Any = 1, *order: Any, **orders: Any) -> Any:
             values = super()._get(offset, dtype, count, *order, **orders)
@@ -163,7 +165,7 @@ def _bounded_reader() -> Any:
             return 12 + values.nbytes, [kind, length, values], [2], types
 
         def _texts(self, start: int, count: int) -> tuple[list[Any], int]:
-            """Return strings that follow one another, and how many bytes they take together."""
+            """Return `count` consecutive strings, and the number of bytes that they occupy."""
             content, at, texts = np.asarray(self.data), start, []
             order: Any = sys.byteorder if self.byte_order == "I" else {"little": "big", "big": "little"}[sys.byteorder]
             for _ in range(count):
@@ -216,7 +218,7 @@ def _config(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, Any])
             rope_theta=own.get("rope.freq_base", 10000.0),
             tied_head="output.weight" not in tensors,
             feed_forward="swiglu",
-            # The file holds a float32; the number that was meant has few digits.
+            # The file stores the number as float32; the original number has few digits.
             norm=NormConfig(norm_eps=float(f"{eps:.6g}"), cast="llama", qk_norm=family == "qwen3"),
         )
     except ConfigError as error:
@@ -230,7 +232,7 @@ def _config(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, Any])
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
-    """Return a tensor's shape in torch's order; one of no dimensions has a single element."""
+    """Return a tensor's shape in torch's order. A tensor without dimensions has a single element."""
     return tuple(int(size) for size in reversed(tensor.shape.tolist())) or (1,)
 
 

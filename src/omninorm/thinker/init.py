@@ -20,10 +20,11 @@ def init_weights(model: nn.Module, config: ThinkerConfig) -> None:
     """Draw every matrix from torch's global generator; the norms keep the initialization that they were built with.
 
     "xavier": normal with variance 2/(fan_in + fan_out), and std d_model^−½ for the embedding. "normal": std `init_std`
-    everywhere. Then `scaled_init` divides the matrices that write to the residual stream by √(2·n_layers), and the
-    factor of the placement (`omninorm.placement.init_gain`) multiplies. The order of the draws does not depend on the
-    norm or its placement: with the same seed, runs that differ only in these start from the same weights up to factors,
-    and for "ngpt" up to the lengths, which are then 1.
+    for all matrices. After that, `scaled_init` divides the matrices that write to the residual stream by √(2·n_layers),
+    and the placement multiplies by its factor (`omninorm.placement.init_gain`).
+
+    The order of the draws does not depend on the norm or its placement. So with the same seed, runs that differ only
+    in these have the same initial weights up to constant factors; "ngpt" also scales them to unit length.
     """
     for module in model.modules():
         if isinstance(module, nn.Embedding):

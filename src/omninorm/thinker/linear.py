@@ -15,10 +15,10 @@ def build_linear(
     """Return a linear layer without a bias.
 
     Args:
-        config: the Thinker's.
-        inputs, outputs: its sizes.
-        writes: whether it writes to the residual stream; otherwise it reads it.
-        scale: initial value of the trainable scales that nGPT has for its outputs; None means none.
+        config: the Thinker's config.
+        inputs, outputs: the sizes of the matrix.
+        writes: whether the layer writes to the residual stream; otherwise it reads from it.
+        scale: initial value of the trainable scales that nGPT applies to the outputs; None means no scales.
     """
     if "unit" not in inner_norms(config.norm):
         return nn.Linear(inputs, outputs, bias=False)

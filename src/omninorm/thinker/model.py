@@ -26,10 +26,11 @@ from omninorm.thinker.rotary import Rotary
 class Thinker(nn.Module):
     """A decoder-only transformer: logits = head(final_norm(block_L(… block_1(embedding(tokens))))).
 
-    Its weights are drawn from torch's global generator (`torch.manual_seed`), the same for every norm and placement.
+    Its weights are drawn from torch's global generator (`torch.manual_seed`), in the same order for every norm and
+    placement.
 
     Args:
-        config: its shape, norms and initialization.
+        config: the model's shape, norms and initialization.
 
     Example:
         >>> model = Thinker(ThinkerConfig(d_model=32, n_layers=2))
@@ -40,7 +41,8 @@ class Thinker(nn.Module):
     def __init__(self, config: ThinkerConfig) -> None:
         super().__init__()
         self.config = config
-        # The constructors' own draws are overwritten. In a forked generator they do not shift the draws that count.
+        # The constructors draw weights that `init_weights` overwrites. The generator's state is restored after that, so
+        # the final weights depend only on the seed.
         with torch.random.fork_rng(devices=[]):
             self.is_unit = "unit" in inner_norms(config.norm)
             self.embedding = (UnitEmbedding if self.is_unit else nn.Embedding)(config.vocab_size, config.d_model)
@@ -62,17 +64,18 @@ class Thinker(nn.Module):
 
         Args:
             tokens: int64 or int32, (batch, sequence). Pad rows of different lengths on the right and ignore the logits
-                there, which do not affect earlier ones; with a cache, pad on the left (see `KVCache`).
-            cache: keys and values of the preceding tokens, to which those of these tokens are appended. For inference
+                of padding; it does not affect the logits of earlier tokens. With a cache, pad on the left (see
+                `KVCache`).
+            cache: keys and values of the preceding tokens; those of these tokens are appended to it. For inference
                 only.
 
         Returns:
-            (batch, sequence, vocab_size) in the compute dtype: that of the weights, or autocast's.
+            (batch, sequence, vocab_size) in the dtype of the weights, or in autocast's.
 
         Raises:
-            InputError: tokens of another type or shape, outside the vocabulary (checked only on the CPU, where no
-                synchronization is needed), or more than max_seq_len; a cache that is full, of another batch, or used
-                with gradients enabled.
+            InputError: tokens of another type or shape, more than max_seq_len of them, or tokens outside the vocabulary
+                (checked only on the CPU, where it needs no synchronization); a cache that is full, has another batch
+                size, or is used with gradients enabled.
         """
         self._check(tokens, cache)
         start, count = (0 if cache is None else cache.used), tokens.shape[1]
@@ -90,9 +93,10 @@ class Thinker(nn.Module):
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def untie_head(self) -> Callable[[], None]:
-        """Give the head a weight of its own, equal to the embedding's; return a function that ties it again.
+        """Give the head a separate copy of the embedding's weight; return a function that ties them again.
 
-        For operations that change only one of them, such as `omninorm.surgery.center`. An untied model is unchanged.
+        Operations that change only one of the two need this, such as `omninorm.surgery.center`. If the head is not
+        tied, nothing changes.
         """
         if self.head is not None:
             return lambda: None
@@ -160,7 +164,7 @@ class Thinker(nn.Module):
         stop_tokens: Collection[int] = (),
         seed: int | None = None,
     ) -> Iterator[list[int | None]]:
-        """Continue every prompt by one token per step; see `omninorm.thinker.generate.stream`."""
+        """Yield a list of new tokens per step, one for every prompt; see `omninorm.thinker.generate.stream`."""
         from omninorm.thinker.generate import stream
 
         return stream(
@@ -185,9 +189,9 @@ class Thinker(nn.Module):
         stop_tokens: Collection[int] = (),
         seed: int | None = None,
     ) -> list[list[int]]:
-        """Return the continuation of every prompt, without the prompt; a stop token ends it and is its last token.
+        """Return the continuation of every prompt, without the prompt; if a stop token ends it, it is the last token.
 
-        Arguments, errors and what happens past max_seq_len: see `omninorm.thinker.generate.stream`.
+        `omninorm.thinker.generate.stream` documents the arguments, the errors and the treatment of long contexts.
 
         Example:
             >>> len(Thinker(ThinkerConfig(d_model=32, n_layers=2)).generate([[72, 105]], 5)[0])

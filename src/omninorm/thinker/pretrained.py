@@ -1,4 +1,4 @@
-"""Reader of Hugging Face folders of Llama and Qwen3: config.json and safetensors, whole or in shards; no pickles."""
+"""Reader of Hugging Face folders with Llama and Qwen3 models: config.json and safetensors, in one file or shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from omninorm.thinker.sizes import check_sizes, count_layers, in_terms_of
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEAD, _PREFIX = "lm_head.weight", "model."
-# Old checkpoints also hold RoPE's frequencies, which follow from the config.
+# Old checkpoints also contain RoPE's frequencies; these are ignored, because they follow from the config.
 _DERIVED = "rotary_emb.inv_freq"
 _NAMES = (
     ("embedding.", "model.embed_tokens."),
@@ -53,7 +53,7 @@ _KEY_OF = {
     "tied_head": "tie_word_embeddings",
     "norm_eps": "rms_norm_eps",
 }
-# Settings that Thinker does not support: the key, the values that disable it, and a description.
+# Settings that Thinker does not support: the key, the values that turn the setting off, and its description.
 _FOREIGN: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("hidden_act", ("silu",), "another activation than silu"),
     ("attention_bias", (False, None), "biases in attention"),
@@ -67,16 +67,16 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Thinker:
     """Return a Thinker with the weights in `folder`; its logits equal transformers' up to rounding.
 
     The sizes in config.json are compared with the tensors in the files before anything is allocated. The tensors are
-    read one by one, so that memory peaks at the model and one tensor more.
+    read one by one, so the peak memory is the model plus one tensor.
 
     Args:
-        folder: holds config.json and either model.safetensors or model.safetensors.index.json with its shards.
-        dtype: of the weights, a floating-point type.
+        folder: a folder with config.json and either model.safetensors or model.safetensors.index.json and its shards.
+        dtype: the floating-point dtype of the weights.
 
     Raises:
         ConfigError: an architecture or a setting that Thinker does not support.
         RunError: a file is missing, damaged or not JSON; a tensor is missing, unexpected or of another shape.
-        InputError: a dtype that is not floating-point.
+        InputError: `dtype` is not a floating-point dtype.
         MissingExtraError: safetensors is not installed.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -93,7 +93,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Thinker:
     _check_types(files, names.values())
     with torch.device("meta"):
         model = Thinker(config)
-    model.rotary.to_empty(device="cpu")  # which computes its tables
+    model.rotary.to_empty(device="cpu")  # computes RoPE's tables, which no file contains
     for name, theirs in names.items():
         _place(model, name, _read_tensor(files[theirs].path, theirs).to(dtype, copy=True))
     if config.tied_head and _HEAD in files:
@@ -102,7 +102,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Thinker:
 
 
 def read_config(folder: str | Path) -> ThinkerConfig:
-    """Return the ThinkerConfig that computes what config.json in `folder` describes.
+    """Return the ThinkerConfig of the model that config.json in `folder` describes.
 
     Raises:
         ConfigError: an architecture or a setting that Thinker does not support.
@@ -130,7 +130,7 @@ def read_config(folder: str | Path) -> ThinkerConfig:
             rope_theta=_rope_theta(values),
             tied_head=values.get("tie_word_embeddings", False),
             feed_forward="swiglu",
-            # transformers rounds the normalized values before it multiplies by the gain.
+            # transformers rounds the normalized values before the product with the gain.
             norm=NormConfig(norm_eps=values.get("rms_norm_eps", 1e-6), cast="llama", qk_norm=family == "qwen3"),
         )
     except ConfigError as error:

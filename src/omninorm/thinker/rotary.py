@@ -1,4 +1,4 @@
-"""RoPE, Su et al. 2021 (arXiv 2104.09864), with the pairs laid out as Llama's checkpoints need them."""
+"""RoPE, Su et al. 2021 (arXiv 2104.09864), with the pairs of features in the order of Llama's checkpoints."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 Rotation = tuple[Tensor, Tensor]
 """cos and signed sin of every position's angles, each (sequence, 1, head_dim) or (batch, sequence, 1, head_dim)."""
 
-# Tables are computed up to this many positions at first, and further when such positions are used: the longest context
-# that a file of weights claims need not fit in memory.
+# At first, tables are computed for at most this many positions, and for more when they are used: a checkpoint may claim
+# a context whose tables would not fit in memory.
 _FIRST_ROWS = 8192
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate each pair (x_i, x_{i+h/2}) by its position's angle: x · cos + (x with its halves swapped) · (∓sin).
 
-    Shapes: x (batch, sequence, heads, head_dim h), the result likewise. The tables come in float32 and are rounded to
-    x's dtype, as transformers does.
+    x and the result have the shape (batch, sequence, heads, head_dim h). The float32 tables are rounded to x's dtype,
+    as in transformers.
     """
     cos, sin = rotation
     low, high = x.chunk(2, dim=-1)
@@ -29,8 +29,8 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 class Rotary(nn.Module):
     """The tables of cos and sin: position p rotates pair i by the angle p · θ^(−2i/head_dim).
 
-    They are float32 whatever the model's dtype, and not part of the state dict. A table of more than 8,192 positions
-    is computed on demand.
+    They are float32 for any dtype of the model, and not part of the state dict. Positions from 8,192 on are computed
+    when they are first used.
     """
 
     cos: Tensor
@@ -54,15 +54,15 @@ class Rotary(nn.Module):
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).unsqueeze(1), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
-        # Computed again, because `.to(bfloat16)` would round the tables and `.to_empty()` would leave them undefined.
+        # Compute the tables again, because `.to(bfloat16)` would round them and `.to_empty()` leave them undefined.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._tabulate(self.cos.device, self._rows)
         return self
 
     def forward(self, start: int, stop: int, padding: Tensor | None = None) -> Rotation:
-        """Return the tables for the slots start … stop−1; a row's positions begin after its `padding` (batch,)."""
+        """Return the tables for the slots start … stop−1; the positions of a row start after its `padding` (batch,)."""
         if self._rows < self.length and stop > self._rows:
-            with torch.inference_mode(False):  # the tables are used in training later, too
+            with torch.inference_mode(False):  # the tables must also be usable in training
                 self._tabulate(self.cos.device, min(self.length, max(stop, 2 * self._rows)))
         if padding is None:
             return self.cos[start:stop], self.sin[start:stop]

@@ -14,10 +14,10 @@ from omninorm.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is sampled: temperature first, then top-k, then top-p on the rest.
+    """The settings of sampling: the temperature is applied first, then top-k, then top-p to the remaining tokens.
 
     Args:
-        temperature: divides the logits; 0 is greedy and takes the most probable token (the first of equals).
+        temperature: divides the logits; 0 means greedy decoding, the most probable token (the first of equals).
         top_k: keep the k most probable tokens and ties of the k-th; None or k ≥ the vocabulary keeps all.
         top_p: keep the fewest most probable tokens whose probabilities sum to at least top_p; None keeps all.
 
@@ -44,7 +44,11 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     """Sample one token per row: logits (batch, vocab_size) → int64 (batch,).
 
     Raises:
-        InputError: a row of logits has NaN or +∞ in it, or nothing but −∞.
+        InputError: a row of logits contains NaN or +∞, or only −∞.
+
+    Example:
+        >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), Sampling(temperature=0.0))
+        tensor([1])
     """
     if not bool(logits.amax(dim=-1).isfinite().all()):
         remedy = "the model has probably diverged: use an earlier checkpoint"
@@ -52,7 +56,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float()
-    # Subtract the largest first and keep the divisor a normal float32, so that no temperature gives ∞ − ∞.
+    # The largest logit is subtracted first and the divisor is a normal float32, so that no temperature gives ∞ − ∞.
     temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probabilities = keep_probable(scaled, sampling.top_k, sampling.top_p).softmax(dim=-1)
@@ -67,7 +71,7 @@ def keep_probable(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(dim=-1)
-        # A token is kept while those before it do not reach top_p; the first is always kept.
+        # A token is kept if the more probable ones do not reach top_p together; the first is always kept.
         surplus = probabilities.cumsum(dim=-1) - probabilities >= top_p
         surplus[..., 0] = False  # even if top_p underflows to 0 in float32
         logits = logits.masked_fill(torch.zeros_like(surplus).scatter(-1, order, surplus), -math.inf)

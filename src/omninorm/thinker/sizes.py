@@ -1,4 +1,4 @@
-"""The sizes in a file's metadata, compared with its tensors before anything of these sizes is allocated."""
+"""Compares the sizes in a file's metadata with its tensors, before anything of these sizes is allocated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def matrix_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def count_weights(config: ThinkerConfig) -> int:
-    """Return the number of elements in all matrices of a Thinker, which takes no time for any number of layers."""
+    """Return the number of elements in all matrices of a Thinker, without building it."""
     block = sum(map(prod, _block_shapes(config).values()))
     return config.n_layers * block + sum(map(prod, _outer_shapes(config).values()))
 
@@ -45,7 +45,7 @@ def _block_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _outer_shapes(config: ThinkerConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the matrices that are in no block."""
+    """Return the shapes of the matrices outside the blocks."""
     names = ("embedding",) if config.tied_head else ("embedding", "head")
     return {f"{name}.weight": (config.vocab_size, config.d_model) for name in names}
 
@@ -71,19 +71,19 @@ def check_sizes(
     ignored: Collection[str] = (),
     source: str = "the metadata",
 ) -> dict[str, str]:
-    """Return the names in the file by Thinker's names.
+    """Return a dictionary from Thinker's parameter names to the file's tensor names.
 
     Args:
         path: the file or folder, for messages.
-        config: what its metadata describes.
+        config: the config that its metadata describes.
         found: the shapes of its tensors, by name.
-        rename: returns the file's name of a parameter.
-        layers: how many layers the names of the tensors have.
-        ignored: tensors that may be there although the model has no such parameter.
-        source: where the config comes from, for messages.
+        rename: returns the file's name for one of Thinker's names.
+        layers: the number of layers according to the tensors' names.
+        ignored: names of tensors that are allowed although the model has no such parameters.
+        source: the part of the file that holds the config, for messages.
 
     Raises:
-        RunError: a tensor is missing, unexpected or of another shape, or the number of layers is another one.
+        RunError: a tensor is missing, unexpected or of another shape, or the numbers of layers differ.
     """
     if config.n_layers != layers:  # first, because the shapes of a huge number of layers would fill the memory
         said = f"{config.n_layers} layer{'' if config.n_layers == 1 else 's'}"
@@ -102,7 +102,7 @@ def check_sizes(
 
 
 def in_terms_of(keys: Mapping[str, str], path: Path, error: ConfigError) -> ConfigError:
-    """Return an error about a config that was read from a file, with the file's keys.
+    """Return an error about a config that was read from a file, worded with the keys of that file.
 
     Args:
         keys: the file's keys by the names of ThinkerConfig and NormConfig.
@@ -116,7 +116,7 @@ def in_terms_of(keys: Mapping[str, str], path: Path, error: ConfigError) -> Conf
 
 
 def count_layers(names: Collection[str], prefix: str) -> int:
-    """Return how many different numbers follow the prefix, such as `model.layers.`, in the names."""
+    """Return the number of different integers that follow `prefix`, such as `model.layers.`, in the names."""
     rests = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     return len({rest.partition(".")[0] for rest in rests})
 

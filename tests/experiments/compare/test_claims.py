@@ -42,7 +42,7 @@ def is_post(variant: Mapping[str, Any]) -> bool:
 
 
 def falling(steps: int) -> list[float]:
-    """Losses from 8 to 3 within so many steps, then flat."""
+    """Return losses that fall from 8 to 3 within `steps` steps and then stay at 3."""
     return [8 - 5 * min(1.0, step / steps) for step in range(1, 201)]
 
 

@@ -1,4 +1,4 @@
-"""How workers share GPUs."""
+"""The division of GPUs among workers."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ studies:
 
 def expand(path: Path) -> None:
     for cell in read_plan(path).cells().values():
-        with suppress(ConfigError):  # of runs that are too large, plans may have any number
+        with suppress(ConfigError):  # a plan may have any number of runs that are too large
             check_memory(cell)
 
 

@@ -171,7 +171,7 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in iterto
         ("p.yaml", "x: 1\na: 'b\nc: d", "not valid YAML: line 2: a quotation mark is not closed"),
         ("p.yaml", "- a: 1\n b: 2", "not valid YAML: line 2: the indentation does not match"),
         ("p.yaml", "a:\n\tb: 2", "not valid YAML: line 2: a value can't start with a tab"),
-        ("p.yaml", "a: b: c", "not valid YAML: line 1: a colon can't stand here"),
+        ("p.yaml", "a: b: c", "not valid YAML: line 1: a colon is not allowed here"),
         ("p.yaml", "a: *x", "not valid YAML: line 1: the alias 'x' is not defined"),
         ("p.yaml", "a: 1\n---\nb: 2", "not valid YAML: line 2: a second document starts here"),
         ("p.yaml", "a: >5q\n x", "not valid YAML: line 1: expected chomping"),

@@ -81,7 +81,7 @@ def test_the_spike_score_is_the_share_of_spikes() -> None:
     assert spike_score(calm) == 0
     spiky = list(calm)
     spiky[100] = spiky[150] = 5.0
-    # With the first one before it the second stands at 1.06 + 7 · 0.33 = 3.4 and more.
+    # The first spike raises the limit for the second one to 1.06 + 7 · 0.33 = 3.4 and more.
     assert spike_score(spiky) == pytest.approx(2 / 200)
     spiky[150] = 3.0
     assert spike_score(spiky) == pytest.approx(1 / 200)

@@ -1,4 +1,4 @@
-"""Paired comparisons against published quantiles, verdicts, and the rate of false positives."""
+"""Paired comparisons against published quantiles, verdicts, and the share of false positives."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""The share that the best gain leaves of a norm, in cases that can be computed by hand; and operation counts."""
+"""The remainder after the best gain, in cases that can be computed manually; and operation counts."""
 
 import math
 

@@ -30,7 +30,7 @@ EXACT = {
     *("evaluation-mode", "adam-betas", "adam-state", "autocast-lost", "dropout"),
     *("double-softmax", "norm-missing", "attention-not-causal"),
 }
-# What they measure is not drawn: the scale of inputs and embeddings, and parts of gradients.
+# The signals of these rules are not drawn: the scale of inputs and embeddings, and parts of gradients.
 NOT_DRAWN = {
     *("input-scale", "embedding-scale"),
     *("gradient-underflow", "gradient-noise"),

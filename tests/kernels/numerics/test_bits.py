@@ -64,7 +64,7 @@ THREADS = (1, 2, 3, 4, 2)
 # Gain gradients gather over blocks of at least 64 rows, of which there are 256 at most; a thread gets at least 32,768
 # elements. The shapes have fewer, as many and more of both.
 SHAPES = [(100_000, 1), (50_000, 3), (3000, 64), (1, 200_000), (7, 5000), (65, 2048), (16_385, 20)]
-if gpu.INTERPRETED:  # which has one thread, and no time for many rows
+if gpu.INTERPRETED:  # the interpreter has one thread and is too slow for many rows
     THREADS, SHAPES = (1, 2), [(min(rows, 300), width) for rows, width in SHAPES]
 CASES = [(shape, torch.float32) for shape in SHAPES] + [(shape, torch.bfloat16) for shape in SHAPES[-2:]]
 QUICK = [

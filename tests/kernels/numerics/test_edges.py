@@ -251,7 +251,7 @@ def _one_differs(rows: Tensor) -> Tensor:
 def test_layer_norm_of_a_large_mean_in_16_bits(
     made: Callable[[Tensor], Tensor], dtype: torch.dtype, width: int
 ) -> None:
-    """The spread of such rows is small beside their mean, or beside the first element, from which sums may start."""
+    """The spread of such rows is small compared with their mean, or with the first element, at which sums may start."""
     x = made(torch.randn(6, width, dtype=torch.float64)).to(dtype)
     dy, weight, bias = (torch.randn(size).to(dtype) for size in ((6, width), (width,), (width,)))
     assert max(exactness.layer_norm(x, weight, bias, dy).values()) <= 1

@@ -16,7 +16,7 @@ from omninorm.experiments.compare.cells import Cell
 from omninorm.experiments.compare.estimate import estimate_seconds
 from omninorm.experiments.compare.factory import CPU, check_factory
 
-# As in experiments.workers: not `-m`, which would put the current folder before the installed packages.
+# Not `-m`, which would put the current folder before the installed packages; see experiments.workers.
 _START = """
 import sys
 sys.path = [path for path in sys.path if path]
@@ -30,7 +30,8 @@ def probe_in_subprocess(
 ) -> float | None:
     """Check the factory and estimate the duration of the cells, in seconds.
 
-    Returns None if the subprocess crashed or took too long. The cells then fail one by one and are reported.
+    The result is None if the subprocess crashed or took too long. In this case the cells fail one by one and are
+    reported.
 
     Raises:
         ConfigError: as `check_factory`.
@@ -61,7 +62,7 @@ def respond() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # the factory may print
         try:
             check_factory(request["name"], cells)
-            with contextlib.suppress(OmninormError):  # the factory fails for some settings
+            with contextlib.suppress(OmninormError):  # the factory may fail for some settings
                 seconds = estimate_seconds(cells, request["workers"], torch.device(request["device"]))
         except ConfigError as error:
             wrong = [error.invariant, error.received, error.remedy]

@@ -1,8 +1,8 @@
 """Verdict cards: a claim, the measurements with their intervals, and the verdict.
 
-A claim covers several conditions (a depth, a learning rate, an initialization). Each condition is one question: is the
-mean of a number over the seeds above or below a threshold? The p-values of a card's questions are corrected together by
-Holm's procedure.
+A claim covers several conditions (a depth, a learning rate, an initialization). Each condition is a question: is the
+mean of a measured value over the seeds above or below a threshold? Holm's procedure corrects the p-values of a card's
+questions together.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Question:
         label: the condition, such as "4 blocks, learning rate 0.003".
         samples: the measured values, one per seed.
         threshold: the value to compare their mean with.
-        above: whether the claim says that the mean is above the threshold.
-        unit: the values' unit.
+        above: whether the claim is that the mean is above the threshold; otherwise that it is below.
+        unit: the unit of the values.
         scale: "linear", or "log" if the samples are logarithms that are displayed as their exponentials.
     """
 
@@ -65,11 +65,11 @@ class Card:
         id: "C1", …
         claim: the sentence that is judged.
         measured: what was measured, in a sentence.
-        conditions: the answers that decide the verdict.
+        conditions: the answers that determine the verdict.
         verdict: "holds", "holds in part (2 of 5 conditions)", "does not hold here", or "not enough evidence (about N
             more seeds needed)".
         found: the finding in a few sentences, with its figures.
-        source: what others found, and how their experiments differ.
+        source: the findings of others, and how their experiments differ.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""Cells: single runs of a comparison, with everything that determines their outcomes."""
+"""Cells: a cell is one run of a comparison, with everything that determines its outcome."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Cell:
         protocol: the kind of measurement, "init", "ramp", "train" or "speed".
         norm: the model's norms.
         depth: the number of blocks.
-        seed: the seed for weights and batches. Cells that differ only in the norm see the same batches.
-        lr: the learning rate, for a ramp the largest; None for "init" and "speed".
-        settings: further settings, flat, as `Plan.change` takes them.
+        seed: the seed for weights and batches. Cells that differ only in the norm have the same batches.
+        lr: the learning rate (for a ramp the largest); None for "init" and "speed".
+        settings: further settings in one flat dictionary, as for `Plan.change`.
         text: the path of a file or folder; None for the default text.
         model: "package.module:build", a user's own model factory; None for the Thinker.
     """
@@ -40,7 +40,7 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """A readable name with a hash of all settings: equal cells have equal ids."""
+        """Readable name with a hash of all settings, so that equal cells have equal ids."""
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:_DIGITS]
         parts = (self.protocol, self.norm.normalization, self.norm.norm_placement, f"d{self.depth}", f"s{self.seed}")
         return "-".join((*parts, digest))
@@ -79,8 +79,8 @@ class Measurement:
     """The result of a cell.
 
     Args:
-        outcome: JSON values that are the same in every run on the same machine; None for numbers that are not finite.
-        clock: JSON values that depend on the clock.
+        outcome: JSON values that are the same in every run on the same machine, with None for non-finite numbers.
+        clock: JSON values that depend on the clock, such as durations.
     """
 
     outcome: Mapping[str, Any]

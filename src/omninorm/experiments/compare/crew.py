@@ -11,14 +11,14 @@ from omninorm.device import free_memory
 from omninorm.experiments.compare.cells import Cell
 from omninorm.experiments.compare.plan import needed_bytes
 
-# Bytes per worker for the driver's context with PyTorch's kernels. Activations and temporary tensors make a step
-# larger than the lower bound of `needed_bytes`.
+# Bytes per worker for the driver's context with PyTorch's kernels, and the factor by which activations and temporary
+# tensors make a step larger than the lower bound of `needed_bytes`.
 _CONTEXT, _MARGIN = 2**30, 4
 _VISIBLE = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
 def usual_workers(cores: int, devices: Sequence[torch.device], cells: Iterable[Cell]) -> int:
-    """Return the number of workers: one per core, but on GPUs no more than fit in their free memory."""
+    """Return the default number of workers: one per core, but on GPUs no more than fit in their free memory."""
     if devices[0].type != "cuda":
         return cores if devices[0].type == "cpu" else 1
     needed = _CONTEXT + _MARGIN * max(map(needed_bytes, cells), default=0)
@@ -26,7 +26,7 @@ def usual_workers(cores: int, devices: Sequence[torch.device], cells: Iterable[C
 
 
 def only_visible(device: torch.device) -> dict[str, str]:
-    """Return the environment variable of a process that is to see this GPU only; none for other devices."""
+    """Return the environment variable that hides all other GPUs from a process; none for other devices."""
     if device.type != "cuda":
         return {}
     variable = next((name for name in _VISIBLE if os.environ.get(name)), _VISIBLE[-1])
@@ -36,5 +36,5 @@ def only_visible(device: torch.device) -> dict[str, str]:
 
 
 def name_alone(device: torch.device) -> str:
-    """Return the device's name in such a process."""
+    """Return the device's name in a process with these variables."""
     return "cuda:0" if device.type == "cuda" else str(device)

@@ -1,16 +1,16 @@
 """Divergence of a training run with a rising learning rate, and the last step at which it made progress.
 
-The losses are smoothed over a twentieth of the run. The run makes progress at a step where the smoothed loss falls by
-`GAIN` below its value at the previous such step, except on `PLATEAU`, near the unigram baseline, where the loss of a
-stalled run falls occasionally by chance. The run has diverged if
+The losses are smoothed over a twentieth of the run. The run makes progress at a step if the smoothed loss has fallen by
+the fraction `GAIN` since the previous step with progress. Losses within `PLATEAU`, near the unigram baseline, do not
+count: there the loss of a stalled run sometimes falls by chance. The run has diverged if
 
 - a loss is **not finite**, or the run ended early;
 - it has **an unrecovered spike**: the final smoothed loss is more than `RISE` times its lowest value;
 - it **stagnates**: it made no progress in the last `PATIENCE` of its steps;
 - it is **abnormally slow**: its lowest smoothed loss is not below `LEARNED` times the unigram baseline.
 
-It then diverged after the last step with progress. The protocol is KEEL's (arXiv 2601.19895), which names these four
-signs without numbers; the numbers are ours.
+Such a run counts as diverged after its last step with progress. The protocol is KEEL's (arXiv 2601.19895), which names
+these four signs but no thresholds; we chose the thresholds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RISE = 1.1
 GAIN = 0.02
 PATIENCE = 0.2
 LEARNED = 0.95
-PLATEAU = (LEARNED, 1.02)  # times the unigram baseline
+PLATEAU = (LEARNED, 1.02)  # as multiples of the unigram baseline
 
 
 class Divergence(NamedTuple):

@@ -21,7 +21,7 @@ from omninorm.experiments.compare.crew import name_alone, only_visible
 from omninorm.experiments.compare.factory import CPU
 from omninorm.experiments.compare.store import Store
 
-# As in experiments.workers: not `-m`, which would put the current folder before the installed packages.
+# Not `-m`, which would put the current folder before the installed packages; see experiments.workers.
 _START = """
 import sys
 sys.path = [path for path in sys.path if path]
@@ -46,7 +46,7 @@ class Runner(Protocol):
 
 
 class Engine:
-    """Runs cells in the given order, at most `workers` at a time, which share the devices out.
+    """Runs cells in the given order on `workers` processes, among which the devices are divided.
 
     A cell that fails or takes longer than `time_limit` seconds is retried once. After a second failure, the reason is
     recorded and the other cells continue.
@@ -112,7 +112,7 @@ class Engine:
 
 
 class _Worker:
-    """A worker process and its current cell. The process sees no other GPU than its own."""
+    """A worker process and its current cell. Only one GPU is visible to the process."""
 
     def __init__(self, store: Store, device: torch.device) -> None:
         self._store, self._device = store, device

@@ -15,7 +15,7 @@ from omninorm.experiments.compare.protocols.speed import SECONDS as TIMED
 from omninorm.experiments.memory import fitting, step_does_not_fit
 
 _TIMED_CASES = 4
-_START_SECONDS = 4.0  # of a worker, which imports torch and reads the text
+_START_SECONDS = 4.0  # a worker imports torch and reads the text
 
 
 def estimate_seconds(cells: Iterable[Cell], workers: int, device: torch.device = CPU) -> float:
@@ -31,7 +31,7 @@ def estimate_seconds(cells: Iterable[Cell], workers: int, device: torch.device =
     total = 0.0
     for cell in todo:
         if cell.protocol == "speed":
-            total += workers * (_TIMED_CASES * TIMED + _START_SECONDS)  # these run one at a time
+            total += workers * (_TIMED_CASES * TIMED + _START_SECONDS)  # timed cells run one at a time
             continue
         size = _size(cell)
         if size not in seconds:
@@ -41,7 +41,7 @@ def estimate_seconds(cells: Iterable[Cell], workers: int, device: torch.device =
 
 
 def longest_first(cells: Iterable[Cell]) -> list[Cell]:
-    """Sort cells so that all workers finish at about the same time."""
+    """Sort cells by duration, longest first, so that all workers finish at about the same time."""
     return sorted(cells, key=lambda cell: cell.depth * _steps(cell) * cell.plan.train.tokens_per_step, reverse=True)
 
 

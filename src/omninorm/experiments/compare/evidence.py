@@ -14,7 +14,7 @@ Outcome = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration of a study and its outcomes by seed; `clocks` holds the values that depend on the clock."""
+    """A configuration of a study with its outcomes by seed; `clocks` has the values that depend on the clock."""
 
     variant: Mapping[str, Any]
     outcomes: Mapping[int, Outcome]
@@ -22,7 +22,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The norm, placement and varied setting."""
+        """The norm, placement and varied setting as text."""
         names = ("normalization", "placement")
         own = [f"{name}={value}" for name, value in self.variant.items() if name not in (*names, "depth", "lr")]
         return " ".join([*(str(self.variant[name]) for name in names), *own])

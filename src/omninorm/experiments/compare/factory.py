@@ -23,12 +23,12 @@ from omninorm.experiments.runs import build_model
 Factory = Callable[[NormConfig, int, int], nn.Module]
 VOCABULARY = 256  # bytes
 CPU = torch.device("cpu")
-_PROBED_DEPTH = 4  # with one or two blocks some placements are equal
+_PROBED_DEPTH = 4  # with one or two blocks, some placements are the same
 _PROBED_TOKENS = 8
 
 
 def build_cell(cell: Cell, norm: NormConfig | None = None, device: torch.device = CPU) -> nn.Module:
-    """Build the cell's model, or the same with another norm, on a device. Its weights depend only on the seed.
+    """Build the cell's model on a device, or the same model with another norm. Its weights depend only on the seed.
 
     Raises:
         ConfigError: the factory can't be found or does not build a valid model.
@@ -53,7 +53,7 @@ def load_factory(name: str) -> Factory:
     """Import a factory. Modules in the current folder are found after the installed ones.
 
     Raises:
-        ConfigError: it does not exist, or its module can't be imported.
+        ConfigError: the factory does not exist, or its module can't be imported.
     """
     check_factory_name(name)
     remedy = "check the name, and that Python can import the module from the current folder"
@@ -98,9 +98,9 @@ def call(name: str, norm: NormConfig, depth: int, seed: int) -> nn.Module:
 
 
 def check_factory(name: str, cells: Iterable[Cell]) -> None:
-    """Refuse a factory that ignores its arguments, because it builds the same model for two settings.
+    """Raise ConfigError if a factory ignores its arguments: if it builds the same model for two settings.
 
-    Settings for which the factory fails are ignored here; their cells report them.
+    Settings for which the factory fails are skipped; their cells will report the error.
 
     Raises:
         ConfigError: the factory can't be found, fails for all settings, or ignores its norm config or its depth.

@@ -1,4 +1,4 @@
-"""Plain explanations of errors in a plan's file, with the line."""
+"""Readable explanations of errors in a plan's file, with the line number."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 
 import yaml
 
-# Patterns of YAML's messages, our words, and "opened" where the line to report is the one where the construct starts.
+# Patterns of PyYAML's messages, our explanations, and "opened" if the line to report is where the construct starts.
 _YAML = (
     (r"^expected <block end>", "the indentation does not match the lines above", ""),
     (r"cannot start any token", "a value can't start with {0}: indent with spaces, or put the value in quotes", ""),
     (r"unexpected end of stream", "a quotation mark is not closed", "opened"),
     (r"^expected ',' or '([\]}])'", "a bracket is not closed: {0} is missing", "opened"),
-    (r"^mapping values are not allowed", "a colon can't stand here: check the indentation, or quote the text", ""),
+    (r"^mapping values are not allowed", "a colon is not allowed here: check the indentation, or quote the text", ""),
     (r"^could not find expected ':'", "a colon is missing after the key", ""),
     (r"^found undefined alias", "the alias {0} is not defined", ""),
     (r"^could not determine a constructor", "the tag {0} is not supported", ""),

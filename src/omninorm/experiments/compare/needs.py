@@ -1,4 +1,4 @@
-"""Raises a readable error when packages are missing that only this part of omninorm needs."""
+"""Raises a readable error if packages that only the comparisons need are missing."""
 
 from omninorm.errors import MissingExtraError
 

@@ -1,4 +1,4 @@
-"""Runs cells on Ray: on the cluster in RAY_ADDRESS, or else on a local Ray.
+"""Runs cells on Ray: on the cluster that RAY_ADDRESS names, or on a local Ray.
 
 The nodes need the same omninorm and, for a user's own model, its module. The text is sent with the cells, and the
 outcomes are sent back: only this process writes to the comparison's folder.
@@ -39,7 +39,7 @@ _LOOK_EVERY = 0.5
 
 
 def measure(values: Mapping[str, Any], corpus: Corpus, device: str) -> dict[str, Any]:
-    """Return a cell's outcome and clock, or the reason why it has none. Runs on a node."""
+    """Return a cell's outcome and clock, or the reason why it has none. This function runs on a node."""
     torch.set_num_threads(1)
     cell = Cell.from_dict(values)
     try:
@@ -65,10 +65,10 @@ class _Task:
 
 
 class RayEngine:
-    """Like `engine.Engine`, on Ray.
+    """Runs cells like `engine.Engine`, but on Ray.
 
     Args:
-        store: where outcomes are saved.
+        store: the folder in which outcomes are saved.
         workers: the number of parallel cells, each on one CPU of the cluster. More cells than GPUs share the GPUs.
         time_limit: seconds per cell.
         device: "auto" for the cluster's GPUs, or its CPUs if it has none; "cpu" or "cuda".
@@ -139,7 +139,7 @@ class RayEngine:
         return 0.0, "cpu"
 
     def _take(self, reference: Any, cell: Cell, late: bool) -> str | None:
-        """Store an outcome; return the reason if there is none."""
+        """Store an outcome, or return the reason why the cell has none."""
         if late:
             ray.cancel(reference, force=True)
             return f"it took longer than {self._limit:.0f} s, the time limit of a run"

@@ -1,4 +1,4 @@
-"""Checks of stored outcomes: a file that was damaged or edited must not end the comparison that reads it."""
+"""Checks of stored outcomes, because a damaged or edited file must not end the comparison that reads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omninorm.experiments.compare.cells import Cell
 
-# Larger numbers come from damage, and sums or squares of them would overflow.
+# Larger numbers can only come from damage, and sums or squares of them would overflow.
 _LARGEST = 1e60
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-_LARGEST, le=_LARGEST)]
 NotNegative = Annotated[float, Field(allow_inf_nan=False, ge=0, le=_LARGEST)]
@@ -68,7 +68,7 @@ _KINDS: dict[str, type[_Outcome]] = {"train": _Train, "ramp": _Ramp, "init": _In
 
 
 def outcome_fault(cell: Cell, outcome: object) -> str | None:
-    """Return what is wrong with the stored outcome of a cell, None if nothing is."""
+    """Return what is wrong with the stored outcome of a cell, or None."""
     fault = _fault(_KINDS[cell.protocol], outcome)
     if fault is not None or not isinstance(outcome, Mapping):
         return fault
@@ -84,7 +84,7 @@ def outcome_fault(cell: Cell, outcome: object) -> str | None:
 
 
 def clock_fault(clock: object) -> str | None:
-    """Return what is wrong with the stored times of a run, None if nothing is."""
+    """Return what is wrong with the stored times of a run, or None."""
     return _fault(_Clock, clock)
 
 

@@ -1,4 +1,4 @@
-"""Plans of comparisons: studies, each a grid, read from a YAML, TOML or JSON file or taken from a preset.
+"""Plans of comparisons. A plan has studies, each of them a grid of runs; it is a YAML, TOML or JSON file, or a preset.
 
 title: RMSNorm or LayerNorm?
 studies:
@@ -41,13 +41,13 @@ else:
     import tomli as tomllib
 
 _MOST_CELLS = 10_000
-_MOST_VALUES = 1000  # in one list of a plan
-# A plan has a few hundred bytes. PyYAML reads only some 30 kB per second, so YAML has a lower limit.
+_MOST_VALUES = 1000  # values in one list of a plan
+# Limits in bytes; a plan has a few hundred. PyYAML reads only about 30 kB per second, so YAML has a lower limit.
 _LARGEST_FILE, _LARGEST_YAML = 2**20, 2**15
 _DEEPEST_BRACKETS = 100
-_MOST_NODES = 20_000  # of a YAML file whose aliases are expanded
+_MOST_NODES = 20_000  # values in a YAML file after its aliases are expanded
 _DEEPEST = 20
-_LONGEST_TEXT, _LONGEST_LIST = 200, 20  # of a setting
+_LONGEST_TEXT, _LONGEST_LIST = 200, 20  # limits for a setting
 _LARGEST_INTEGER = 2**63
 
 
@@ -66,10 +66,10 @@ class Study(_Strict):
         protocol: "init", "ramp", "train" or "speed".
         normalization, placement: names as in NormConfig. `none` is combined only with `none`.
         depth: numbers of blocks.
-        lr: learning rates; for a ramp, the largest. Ignored by "init" and "speed".
+        lr: learning rates; for a ramp, the largest ones. "init" and "speed" do not use them.
         seeds: the number of seeds, which start at 0.
         vary: one further setting and its values, such as {qk_norm: [true, false]}.
-        settings: settings of the model, of its training and of NormConfig that all runs share, flat.
+        settings: settings of the model, its training and NormConfig that all runs share, in one flat dictionary.
         margin: the smallest difference that matters, in bits per byte, or in ln(learning rate) for ramps.
     """
 
@@ -130,7 +130,7 @@ class Study(_Strict):
                 yield norm, placement
 
     def variants(self) -> Iterator[dict[str, Any]]:
-        """Yield the grid without seeds, as {"normalization", "placement", "depth", "lr" and the varied setting}."""
+        """Yield the variants: dictionaries with normalization, placement, depth, lr and the varied setting."""
         name, values = next(iter(self.vary.items()), (None, [None]))
         rates: list[float | None] = [None] if self.protocol in ("init", "speed") else [*self.lr]
         for (norm, placement), depth, lr, value in itertools.product(self.pairs(), self.depth, rates, values):
@@ -138,7 +138,7 @@ class Study(_Strict):
             yield {"normalization": norm, "placement": placement, "depth": depth, "lr": lr, **varied}
 
     def cell(self, variant: Mapping[str, Any], seed: int, text: str | None, model: str | None) -> Cell:
-        """Return one run of a variant. For a user's own model, the Thinker's settings do not apply and are left out."""
+        """Return one run of a variant. The Thinker's settings are left out for a user's own model."""
         own = {key: value for key, value in variant.items() if key not in ("normalization", "placement", "depth", "lr")}
         settings = {"seq_len": 128, "checkpoint_every": 10**9, "eval_every": 10**9, **self.settings, **own}
         if model is not None:
@@ -153,7 +153,7 @@ class ComparePlan(_Strict):
     """A comparison.
 
     Args:
-        title: the title of its page.
+        title: the title of the report page.
         studies: the grids to run.
         claims: the ids of claims in `omninorm.experiments.compare.claims` to judge from the studies that they name.
         text: the path of the training text; None for the default text.
@@ -193,7 +193,7 @@ class ComparePlan(_Strict):
             raise ValueError(f"claim {claim} needs a study named {' or '.join(needed)}")
 
     def cells(self) -> dict[str, Cell]:
-        """Return every run by its id; a run that two studies share is included once.
+        """Return all runs by id; a run that two studies share is included once.
 
         Raises:
             ConfigError: a setting is unknown or out of range, or the grid is too large.
@@ -215,7 +215,13 @@ def parse_plan(values: object, source: str) -> ComparePlan:
     """Build a plan from plain values.
 
     Raises:
-        ConfigError: naming the key that is wrong.
+        ConfigError: the plan is invalid; the message names the key.
+
+    Example:
+        >>> study = {"name": "norms", "protocol": "train", "normalization": ["rmsnorm", "layernorm"],
+        ...          "placement": ["pre"], "depth": [2, 4], "lr": [0.003], "seeds": 5}
+        >>> len(parse_plan({"title": "RMSNorm or LayerNorm?", "studies": [study]}, "an example").cells())
+        20
     """
     try:
         return ComparePlan.model_validate(values)
@@ -244,7 +250,7 @@ def read_plan(path: Path) -> ComparePlan:
     """Read a plan from a .yaml, .yml, .toml or .json file.
 
     Raises:
-        ConfigError: the file can't be read, is too large, has another suffix, or holds no plan.
+        ConfigError: the file can't be read, is too large, has another suffix, or is not a plan.
     """
     readers = {".yaml": _load_yaml, ".yml": _load_yaml, ".toml": tomllib.loads, ".json": json.loads}
     if path.suffix not in readers:
@@ -321,11 +327,7 @@ def fits_memory(cell: Cell) -> bool:
 
 
 def check_memory(cell: Cell) -> None:
-    """Refuse a run that certainly needs more memory than this process may use.
-
-    Raises:
-        ConfigError: it needs too much.
-    """
+    """Raise ConfigError for a run that certainly needs more memory than this process may use."""
     available = memory_limit()
     if available is not None and not fits_memory(cell):
         plan, needed = cell.plan, needed_bytes(cell)
@@ -336,7 +338,7 @@ def check_memory(cell: Cell) -> None:
 
 
 def needed_bytes(cell: Cell) -> int:
-    """Return a lower bound: weights, gradients and two moments; one activation per block and the logits."""
+    """Return a lower bound of a run's memory: weights, gradients, two moments, one activation per block, logits."""
     plan = cell.plan
     tokens = plan.train.batch_size * plan.train.seq_len
     if cell.model is not None:
@@ -345,7 +347,7 @@ def needed_bytes(cell: Cell) -> int:
 
 
 def _check_plain(value: object, depth: int = 0) -> None:
-    """Refuse values that JSON can't represent, huge integers and deep nesting."""
+    """Raise ValueError for values that JSON can't represent, huge integers and deep nesting."""
     if depth > _DEEPEST:
         raise ValueError("its values are nested too deeply")
     if isinstance(value, dict):
@@ -372,7 +374,7 @@ def _shown(value: object) -> str:
     """Return a value as text of at most 80 characters."""
     try:
         return f"{value!r:.80}"
-    except ValueError:  # an integer of more than 4,300 digits
+    except ValueError:  # integers of more than 4,300 digits cannot be printed
         return f"a {type(value).__name__} of many digits"
 
 

@@ -71,10 +71,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> ComparePlan:
-    """Return the plan of this name; a claim's name gives the studies of this claim.
+    """Return the plan with this name; for the id of a claim, the plan consists of the claim's studies.
 
     Raises:
-        ConfigError: there is no such plan.
+        ConfigError: an unknown name.
     """
     claims = {each: {"title": f"Claim {each}", "claims": [each], "studies": studies_of([each])} for each in CLAIMS}
     known = PRESETS | claims

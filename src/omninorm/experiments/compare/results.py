@@ -30,12 +30,12 @@ from omninorm.record.files import write_file, writing
 RESULTS_FILE, TIMINGS_FILE, TABLE_FILE = "results.json", "timings.json", "results.csv"
 FORMAT = 2
 _CURVE_POINTS = 50
-# By protocol: the outcome's value that is compared, its unit, and whether lower is better.
+# For each protocol: the value of the outcome that is compared, its unit, and whether lower is better.
 VALUES = {
     "train": ("score", "bits per byte", True),
     "ramp": ("largest_rate", "largest tolerable learning rate", False),
     "init": ("growth", "ln of the residual stream's growth per block", True),
-    "speed": ("operations", "times", False),  # its times are in timings.json
+    "speed": ("operations", "times", False),  # the times are in timings.json
 }
 LEARNED = "learned"  # the other outcomes of a training run are "stagnated" and "diverged", see experiments.demo
 Outcomes = Mapping[int, Mapping[str, Any]]
@@ -130,7 +130,7 @@ def _study(study: Study, plan: ComparePlan, store: Store, unigram: float) -> dic
 
 
 def _names(study: Study) -> Iterator[dict[str, Any]]:
-    """Yield the configurations: variants without depth and learning rate."""
+    """Yield the configurations of a study: its variants without depth and learning rate."""
     seen = []
     for variant in study.variants():
         name = {key: value for key, value in variant.items() if key not in ("depth", "lr")}
@@ -171,7 +171,7 @@ def _configuration(
 
 
 def _drawn(study: Study, outcomes: Outcomes) -> dict[str, Any]:
-    """Return means over the seeds for the figures: the training loss by step, or stream and gradient by block."""
+    """Return the data of the figures, means over the seeds: the loss by step, or stream and gradient by block."""
     if study.protocol == "init":
         names = ("stream_rms", "grad_norms")
         return {name: _means([outcome[name] for outcome in outcomes.values()]) for name in names}
@@ -179,7 +179,7 @@ def _drawn(study: Study, outcomes: Outcomes) -> dict[str, Any]:
     steps = max((len(each) for each in losses), default=0)
     every = max(1, math.ceil(steps / _CURVE_POINTS))
     ends = range(every, steps + 1, every)
-    # A run that ended early does not count in later steps.
+    # The mean at a step is over the runs that reached it.
     smooth = [_means([[_mean_of(each[end - every : end])] for each in losses if len(each) >= end]) for end in ends]
     return {"curve": [[end, value[0]] for end, value in zip(ends, smooth, strict=True) if value]}
 
@@ -224,7 +224,7 @@ def _mean(values: Mapping[int, float | None], worst: float) -> float:
 
 
 def _compare(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Compare every configuration but the first with the first."""
+    """Compare every other configuration with the first."""
     baseline, *others = rows
     return [
         {
@@ -253,7 +253,7 @@ def _difference(study: Study, ours: Mapping[str, Any], baseline: Mapping[str, An
 
 
 def judge_comparisons(study: Study, comparisons: list[dict[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add the verdicts of a study's comparisons, which are one family."""
+    """Add the verdicts of a study's comparisons; Holm's procedure treats them as one family."""
     lower = VALUES[study.protocol][2]
     known_rows = {(row["depth"], row["label"]): row for row in rows}
     corrected = holm([each["p"] for each in comparisons])
@@ -268,7 +268,7 @@ def judge_comparisons(study: Study, comparisons: list[dict[str, Any]], rows: Seq
 
 
 def _learned(ours: Mapping[str, Any], baseline: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return how many runs of the seeds that both share learned; None for other protocols than "train"."""
+    """Return how many runs of each side learned, for the seeds that both have; None for protocols but "train"."""
     if "outcomes" not in ours:
         return None
     shared = ours["outcomes"].keys() & baseline["outcomes"].keys()

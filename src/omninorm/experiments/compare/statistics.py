@@ -1,9 +1,9 @@
 """Paired comparisons: differences by seed, their confidence intervals, and verdicts.
 
-Intervals are Student's t at 95 %. The p-values of a family are corrected by Holm's procedure, and a verdict requires
-p < 0.02. With this threshold, 200 comparisons of equal configurations rarely give more than 5 % false verdicts; with
-p < 0.05, half of such series would. The verdict "no difference" requires the whole interval to lie within the margin,
-the smallest difference that matters; otherwise the verdict is that more seeds are needed.
+Intervals are Student's t at 95 %. Holm's procedure corrects the p-values of a family, and a verdict requires p < 0.02.
+With this threshold, 200 comparisons of equal configurations rarely give more than 5 % false verdicts; with p < 0.05,
+half of such series would. The verdict "no difference" requires that the whole interval is within the margin, the
+smallest difference that matters. Otherwise the verdict is that more seeds are needed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Paired:
     """The differences between two configurations, ours minus the baseline's, over the same seeds.
 
     Args:
-        mean: of the differences.
+        mean: mean of the differences.
         low, high: the 95 % interval of the mean; infinite with fewer than two seeds.
-        p: of the two-sided t-test; 1 with fewer than two seeds.
+        p: p-value of the two-sided t-test; 1 with fewer than two seeds.
         spread: standard deviation of the differences.
-        seeds: how many.
+        seeds: number of seeds.
     """
 
     mean: float
@@ -67,7 +67,7 @@ def paired(ours: Sequence[float], baseline: Sequence[float]) -> Paired:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Correct a family's p-values so that the probability of any false positive stays below the chosen level.
+    """Correct a family's p-values so that the chosen level bounds the probability of any false positive.
 
     Example:
         >>> holm([0.01, 0.04, 0.03])
@@ -86,13 +86,13 @@ def judge(
 ) -> str:
     """Return the verdict on a difference.
 
-    Runs that did not learn are equally bad whatever their norm, so two configurations without a run that learned get
-    no verdict. If only some runs learned, the spread is that of two different populations, and no number of further
-    seeds can be estimated from it.
+    Runs that did not learn are equally bad with any norm, so two configurations without a run that learned get no
+    verdict. If only some runs learned, the spread mixes two populations, and the number of further seeds cannot be
+    estimated from it.
 
     Args:
         result: the comparison.
-        p: its p-value, corrected for its family.
+        p: the comparison's p-value, corrected for its family.
         margin: the smallest difference that matters.
         lower_is_better: whether lower values are better.
         learned: the number of compared runs that learned, ours and the baseline's; None if that is not measured.
@@ -122,6 +122,6 @@ def seeds_needed(spread: float, margin: float) -> int:
 
 @cache
 def _detectable() -> Any:
-    """Return the detectable difference over its standard deviation for 2, 3, … seeds."""
+    """Return the detectable difference, as a multiple of the standard deviation, for 2, 3, … seeds."""
     counts = np.arange(2, MOST_SEEDS)
     return (stats.t.ppf(1 - SIGNIFICANCE / 2, counts - 1) + stats.t.ppf(POWER, counts - 1)) / np.sqrt(counts)

@@ -1,4 +1,4 @@
-"""A comparison's folder. A cell that has its file is done and is never run again, even after a crash or a kill.
+"""The folder of a comparison. If the file of a cell exists, the cell is done and never run again, even after a crash.
 
 plan.json           the plan
 cells/ID.json       a cell and its outcome, the same in every repetition on the same machine
@@ -31,7 +31,7 @@ class Damage(NamedTuple):
     Args:
         cell: the cell's id.
         path: the file.
-        fault: a sentence without its full stop, which names the file and what is wrong with it.
+        fault: a sentence without a full stop that names the file and what is wrong with it.
     """
 
     cell: str
@@ -40,16 +40,16 @@ class Damage(NamedTuple):
 
     @property
     def costs_run(self) -> bool:
-        """Whether the cell has to be run again; the reason of an earlier failure is no loss."""
+        """Return whether the cell has to be run again; not so if only the reason of an earlier failure is damaged."""
         return self.path.parent.name != _FAILED
 
 
 class _DamagedError(RunError):
-    """The content of a file is wrong, other than a file that can't be read."""
+    """The content of a file is wrong. A file that can't be read is another error."""
 
 
 class Store:
-    """The folder of one comparison. Worker processes write to it as well: each cell has its own files."""
+    """The folder of one comparison. Worker processes also write to it; each cell has its own files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,7 +59,7 @@ class Store:
         """Create a new folder.
 
         Raises:
-            RunError: it is not empty, or can't be written.
+            RunError: the folder is not empty, or can't be written.
             ConfigError: the plan has values that JSON can't represent.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -78,8 +78,8 @@ class Store:
         """Open an earlier comparison and read its plan.
 
         Raises:
-            RunError: there is none.
-            ConfigError: its plan is damaged.
+            RunError: the folder has no comparison.
+            ConfigError: the comparison's plan is damaged.
         """
         if not (path / PLAN_FILE).is_file():
             remedy = "use a folder written by omninorm compare"
@@ -106,7 +106,7 @@ class Store:
         """Return the damaged files of these cells.
 
         Raises:
-            RunError: a file can't be read, which says nothing about its content.
+            RunError: a file can't be read, so it is unknown whether it is damaged.
         """
         found: list[Damage] = []
         for cell in cells:
@@ -139,7 +139,7 @@ class Store:
             write_file(self.path / _FAILED / f"{cell.id}.json", to_json({"cell": cell.to_dict(), "why": why}))
 
     def outcome(self, cell: Cell) -> Mapping[str, Any] | None:
-        """Return a cell's outcome, None if it has none.
+        """Return a cell's outcome, or None if it has none.
 
         Raises:
             RunError: the file is damaged, or can't be read.
@@ -195,7 +195,7 @@ class Store:
         return self.path / folder / f"{name}.json"
 
     def _names(self, folder: str) -> list[str]:
-        """Return the names of a folder's JSON files; Path.glob would hide that a folder can't be read."""
+        """Return the names of a folder's JSON files. Unlike Path.glob, this raises if the folder can't be read."""
         try:
             return sorted(name.removesuffix(".json") for name in os.listdir(self.path / folder) if _is_json(name))
         except FileNotFoundError:
@@ -204,7 +204,7 @@ class Store:
             raise _unreadable(self.path / folder, error) from error
 
     def _read(self, path: Path) -> dict[str, Any] | None:
-        """Return the JSON object in a file, None if there is no such file."""
+        """Return the JSON object in a file, or None if the file does not exist."""
         try:
             text = path.read_bytes()
         except FileNotFoundError:
@@ -234,7 +234,7 @@ def _unreadable(path: Path, error: OSError) -> RunError:
 
 
 def _same(stored: object, own: Mapping[str, Any]) -> bool:
-    """Return whether a stored cell is this one by the keys that both have: other versions may know more or fewer."""
+    """Return whether a stored cell agrees with this one in the keys that both have; versions may have other keys."""
     if not isinstance(stored, dict) or not isinstance(stored.get("norm"), dict):
         return False
     norm, own_norm = stored["norm"], own["norm"]

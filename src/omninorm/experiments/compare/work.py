@@ -47,7 +47,7 @@ def run(cell: Cell, store: Store, read: Any = load_corpus, device: torch.device 
 
 
 class _Texts:
-    """A cache of the last text, which is usually the next one as well."""
+    """A cache of the last text, because the next cell usually has the same one."""
 
     def __init__(self) -> None:
         self._last: tuple[str | None, Corpus] | None = None

@@ -1,1 +1,1 @@
-"""Compare the weights of two checkpoints, tensor by tensor, and explain what differs."""
+"""Compares the weights of two checkpoints, tensor by tensor, and explains the differences."""

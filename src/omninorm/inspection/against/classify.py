@@ -1,4 +1,4 @@
-"""Name the difference between two matched parts: rounding, an offset, a scale, another order of rows, other values."""
+"""Classifies the difference between two matched parts: rounding, an offset, a scale, a row order, other values."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from omninorm.inspection.against.parts import Part
 from omninorm.inspection.names import place
 
 FINE = ("equal", "rounding", "quantization")
-_RELATED = 0.9  # correlation of the same matrix, however coarsely it is quantized
+_RELATED = 0.9  # the least correlation between two versions of a matrix, even if it is coarsely quantized
 _MARGIN, _SMALLEST_ERROR = 2.5, 0.01
-_MOST_ROWS = 1 << 13  # of a matrix whose order of rows is searched
+_MOST_ROWS = 1 << 13  # matrices with more rows are not searched for another row order
 _SAMPLE = 1 << 12
-_FEW = 0.5  # of the values
+_FEW = 0.5  # a fraction of the values
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Result:
         a, b: the parts, in the layout in which they fit best.
         how: the way in which they were matched.
         outcome: "equal", "rounding", "quantization", or the name of a difference.
-        amount: of the difference: the number added, the factor, or the count of values.
-        layout: the order of rows that fits, if it is not the stored one.
-        expected_layout: whether the file's format explains that order.
-        stats: the measurements; None where the shapes differ.
-        sample: the first values of both, for the search of swapped tensors; only where the values differ.
+        amount: the size of the difference: the number added, the factor, or the count of values.
+        layout: the row order that fits, if it is not the stored one.
+        expected_layout: whether the file's format explains this order.
+        stats: the measurements; None if the shapes differ.
+        sample: the first values of both, to search for swapped tensors; None unless the values differ.
     """
 
     a: Part
@@ -50,7 +50,7 @@ class Result:
 
     @property
     def kind(self) -> str:
-        """Its kind of tensor, such as "gain" or "matrix"."""
+        """The kind of tensor, such as "gain" or "matrix"."""
         return place(self.a.name, self.a.tensor.shape).kind
 
     def to_record(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _with_sample(result: Result) -> Result:
 
 
 def _layouts(pair: Match, a: Convention, b: Convention) -> Iterator[tuple[Part, Part, str | None, bool]]:
-    """Yield both parts in each layout, with its name and whether it is the expected one, the expected one first."""
+    """Yield both parts in each layout, with its name and whether it is the expected one, which comes first."""
     if pair.a.key.partition(".")[2].partition(".")[2].startswith(("attn_q.", "attn_k.")):
         yield from _head_layouts(pair, a, b)
     else:
@@ -125,7 +125,7 @@ def _head_layouts(pair: Match, a: Convention, b: Convention) -> Iterator[tuple[P
 
 
 def _head_counts(pair: Match, a: Convention, b: Convention) -> list[int]:
-    """Return the likely number of heads, and another that a converter may have taken by mistake."""
+    """Return the likely number of heads, and another number that a converter may have used by mistake."""
     number = 1 if ".attn_k." in pair.a.key else 0
     found = [each.heads()[i] for i in (number, 1 - number) for each in (a, b)]
     rows = pair.a.shape[0]
@@ -184,7 +184,7 @@ def _vector_outcome(a: Part, b: Part, stats: PairStats) -> tuple[str, float | No
 
 
 def row_order(a: Tensor, b: Tensor) -> tuple[int, ...] | None:
-    """Return the row of b that is each row of a, or None if b does not hold the same rows in another order."""
+    """Return for each row of a the index of the equal row of b; None if b is not a with its rows in another order."""
     columns = min(a.shape[1], 1 << 9)
     ours, theirs = (torch.nn.functional.normalize(each[:, :columns].float(), dim=1) for each in (a, b))
     best, found = (ours @ theirs.T).max(1)

@@ -1,4 +1,4 @@
-"""Compare the weights of two checkpoints: open, match, measure and explain."""
+"""Compares the weights of two checkpoints: opens, matches, measures and explains."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Comparison:
     """The result of comparing checkpoint B with checkpoint A.
 
     Args:
-        a, b: their paths, or the class of a module.
-        formats: of both: "safetensors", "mlx", "gguf" or "module".
-        differences: those that matter first.
-        results: one for each pair of tensors.
-        not_compared: tensors that were not compared, with the reason.
+        a, b: the paths of the checkpoints, or the class of a module.
+        formats: the formats of both: "safetensors", "mlx", "gguf" or "module".
+        differences: the differences; those that matter come first.
+        results: one result for each pair of tensors.
+        not_compared: the tensors that were not compared, with the reason.
     """
 
     a: str
@@ -44,7 +44,7 @@ class Comparison:
 
     @property
     def matters(self) -> bool:
-        """Whether a difference changes what the model computes, beyond rounding and quantization."""
+        """Return whether a difference changes what the model computes, beyond rounding and quantization."""
         return any(each.matters for each in self.differences)
 
     @property
@@ -91,18 +91,30 @@ class Comparison:
 
 
 def compare_weights(a: Source, b: Source, progress: Progress | None = None) -> Comparison:
-    """Compare two checkpoints tensor by tensor, and explain what differs in B.
+    """Compare two checkpoints tensor by tensor, and explain the differences of B from A.
 
     Differences that the formats explain do not matter: another dtype, quantization, the +1 of Gemma's gains,
-    llama.cpp's order of query and key rows, transposed, fused or stacked matrices. Values are read some rows at a time.
+    llama.cpp's order of query and key rows, transposed, fused or stacked matrices. Only some rows are in memory at a
+    time.
 
     Args:
         a, b: a .safetensors or .gguf file, a folder with weights, a run's folder, or a module in memory.
         progress: called with the bytes done, the total bytes and the name of the next tensor.
 
     Raises:
-        RunError: there is nothing to compare, a pickle, or damaged files.
+        RunError: a path has no weights, or only a pickle, or its files are damaged.
+        InputError: the checkpoints have no tensor in common.
         MissingExtraError: the package that reads a format is not installed.
+
+    Example:
+        >>> import copy
+        >>> from torch import nn
+        >>> a = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        >>> b = copy.deepcopy(a)
+        >>> nn.init.zeros_(b[1].weight).sum().item()
+        0.0
+        >>> print(compare_weights(a, b).differences[0].sentence)
+        `1.weight` is all zeros in B only.
     """
     opened = open_source(a), open_source(b)
     sides = conventions(*opened)
@@ -138,7 +150,7 @@ def _measure_all(pairs: Sequence[Match], sides: tuple[Convention, Convention], p
 
 
 def _is_reordered(result: Result, sides: Sequence[Convention]) -> bool:
-    """Return whether values differ, where a format is known to reorder heads in a way that is not undone here."""
+    """Return whether values differ because a format reorders heads in a way that is not undone here."""
     return result.outcome not in FINE and any(side.reorders(result.a.key) for side in sides)
 
 
@@ -148,7 +160,7 @@ def _reordered(results: Sequence[Result], sides: Sequence[Convention]) -> list[N
 
 
 def _longer(pairs: Sequence[Match]) -> list[Difference]:
-    """Return the embeddings and heads that have more rows in one checkpoint, as padded vocabularies have."""
+    """Return the embeddings and heads that have more rows in one checkpoint, as with padded vocabularies."""
     found = []
     for pair in pairs:
         if pair.how == "rows in both":
@@ -167,7 +179,7 @@ def _no_eps(sides: Sequence[Convention]) -> list[NotCompared]:
 
 
 def _shifted(result: Result) -> str | None:
-    """Return the checkpoint that stores this gain without the 1 that its model adds, if only one does."""
+    """Return the checkpoint that stores this gain without the 1 that its model adds; None unless exactly one does."""
     offsets = result.a.offset, result.b.offset
     return None if offsets[0] == offsets[1] else "A" if offsets[0] else "B"
 

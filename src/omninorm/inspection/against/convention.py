@@ -1,4 +1,4 @@
-"""The convention of a checkpoint: how it stores gains, queries and keys, by its format and settings."""
+"""The convention of a checkpoint: its format and settings determine how it stores gains, queries and keys."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from omninorm.inspection.names import is_norm_part
 from omninorm.inspection.settings import gain_offset, model_types, setting
 from omninorm.inspection.tensors import Checkpoint
 
-# Architectures of GGUF whose norms add 1 to the gains that a Hugging Face folder stores.
+# GGUF architectures whose Hugging Face folders store gains to which the norms add 1, with their model types.
 _FAMILY_OF = {
     "qwen3next": "qwen3_next", "qwen35": "qwen3_5", "qwen35moe": "qwen3_5_moe",
 }  # fmt: skip
-# Models whose gains mlx-lm stores with the 1 already added; for Gemma it keeps γ − 1.
+# Models whose gains mlx-lm stores with the 1 already added; for Gemma it stores γ − 1.
 _MLX_ADDS_ONE = ("qwen3_next", "qwen3_5")
 _INTERLEAVED = ("llama",)
 _AS_THEY_ARE = re.compile(r"qwen|gemma|phi|gpt2|gptneox|olmo|stablelm|falcon|starcoder|bert")
-# llama.cpp reorders the heads of their linear attention, or the rows of their fused qkv.
+# Models for which llama.cpp reorders the heads of linear attention, or the rows of the fused qkv.
 _REORDERED = ("qwen3next", "qwen35", "qwen35moe", "gptneox", "bloom", "falcon", "mpt")
 _REORDERED_ROLES = re.compile(r"\.(attn_qkv|attn_gate|ssm_\w+)(\.|$)")
 
 
 @dataclass(frozen=True)
 class Convention:
-    """How one checkpoint stores its weights.
+    """The convention by which one checkpoint stores its weights.
 
     Args:
         format: "safetensors", "gguf", "module" or "mlx".
         config: the model's settings, or {}.
-        family: settings that name the model type: its own, or the other checkpoint's; {} if neither has any.
+        family: settings that name the model type, from this checkpoint or the other one; {} if neither names it.
     """
 
     format: str
@@ -45,7 +45,7 @@ class Convention:
 
     @property
     def interleaves(self) -> bool | None:
-        """Whether queries and keys are stored in llama.cpp's order of rows; None if that is unknown."""
+        """Return whether queries and keys are stored in llama.cpp's order of rows; None if this is unknown."""
         if self.format != "gguf":
             return False
         if self.architecture in _INTERLEAVED:
@@ -58,7 +58,7 @@ class Convention:
         return known and _REORDERED_ROLES.search(key) is not None
 
     def offset(self, name: str, has_bias: bool) -> float:
-        """Return what the model adds to a stored gain."""
+        """Return the number that the model adds to a stored gain."""
         if self.format == "gguf" or not is_norm_part(name) or name.endswith(".bias"):
             return 0.0
         if self.format == "mlx" and any(each.startswith(_MLX_ADDS_ONE) for each in model_types(self.family)):
@@ -67,17 +67,17 @@ class Convention:
 
     @property
     def adds_one(self) -> bool:
-        """Whether the norms of this family compute x · (1 + γ)."""
+        """Return whether the norms of this family compute x · (1 + γ)."""
         return gain_offset(self.family, "norm.weight", has_bias=False) > 0.0
 
     def heads(self) -> tuple[int, int]:
-        """Return the numbers of query heads and of key/value heads, or 0."""
+        """Return the numbers of query heads and of key/value heads; 0 if unknown."""
         queries = _count(setting(self.config, "num_attention_heads", "n_head", "n_heads"))
         return queries, _count(setting(self.config, "num_key_value_heads", "n_kv_heads")) or queries
 
 
 def conventions(a: Checkpoint, b: Checkpoint) -> tuple[Convention, Convention]:
-    """Return both checkpoints' conventions; facts on the model that one lacks are taken from the other."""
+    """Return the conventions of both checkpoints; if one does not name its model type, the other's is used."""
     families = [_family(each.config) for each in (a, b)]
     formats = ["mlx" if is_mlx(each) else each.format for each in (a, b)]
     return (

@@ -1,4 +1,4 @@
-"""Sentences about what differs, one for all tensors that differ in the same way."""
+"""Explains differences in sentences, one for all tensors that differ in the same way."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Difference:
     """One way in which the checkpoints differ.
 
     Args:
-        kind: such as "shift", "scale", "missing", "moved" or "eps".
+        kind: the kind of difference, such as "shift", "scale", "missing", "moved" or "eps".
         matters: whether it changes what the model computes, beyond rounding.
-        sentence: what differs, and by how much.
+        sentence: a sentence about the difference and its size.
         tensors: the common names of the affected tensors.
     """
 
@@ -88,7 +88,7 @@ def _of_role(group: list[Result], moved: Mapping[str, str]) -> Iterator[Differen
 
 
 def _predicate(group: list[Result], outcome: str) -> str:
-    """Return what is the case, for the subject "64 of 65 norms" or "`blk.*.attn_q.weight`"."""
+    """Return the predicate of the sentence, for a subject such as "64 of 65 norms" or "`blk.*.attn_q.weight`"."""
     first = group[0]
     are = "are" if len(group) > 1 else "is"
     amount = first.amount or 0.0
@@ -130,7 +130,7 @@ def _shapes(result: Result) -> str:
 
 
 def _errors(group: list[Result]) -> str:
-    """Return the range of relative errors, and what quantization explains."""
+    """Return the range of relative errors, and the error that quantization explains."""
     errors = [each.stats.error for each in group if each.stats is not None]
     expected = max(each.stats.expected for each in group if each.stats is not None)
     spread = f"{max(errors):.2g}" if len(errors) == 1 else f"{min(errors):.2g} to {max(errors):.2g}"
@@ -140,7 +140,7 @@ def _errors(group: list[Result]) -> str:
 
 
 def _cause(result: Result, a: Convention, b: Convention) -> str:
-    """Return the likely cause of gains that are 1 off."""
+    """Return the likely cause of gains that differ by 1."""
     if result.kind != "gain" or result.outcome != "shift" or result.amount not in (1.0, -1.0):
         return ""
     higher = result.amount > 0
@@ -155,7 +155,7 @@ def _cause(result: Result, a: Convention, b: Convention) -> str:
 
 
 def _exceptions(group: list[Result], everything: list[Result]) -> str:
-    """Name what the sentence covers if that is little, or what it does not cover if that is little."""
+    """Name the tensors that a sentence covers if they are few, or those that it does not cover if these are few."""
     keys = set(_keys(group))
     inside = [each.a.name for each in group]
     outside = [each.a.name for each in everything if each.a.key not in keys]
@@ -193,7 +193,7 @@ def _keys(group: Iterable[Result]) -> tuple[str, ...]:
 
 
 def _moved(results: Sequence[Result], moved: Mapping[str, str]) -> Iterator[Difference]:
-    """Report swapped tensors, grouped by what was exchanged with what."""
+    """Report swapped tensors, grouped by the parts that were swapped."""
     names = {each.a.key: each.a.name for each in results}
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     position = {key: number for number, key in enumerate(moved)}
@@ -219,7 +219,7 @@ def _exchange(key: str, other: str) -> str:
 
 
 def settings_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference]:
-    """Yield the settings that change what the model computes and that both checkpoints give differently."""
+    """Yield the settings that change what the model computes and that differ between the checkpoints."""
     yield from _setting("eps", "The norms' ε", norm_eps(a), norm_eps(b))
     for keys, label in (
         (("rope_theta",), "The base of RoPE (rope_theta)"),
@@ -232,6 +232,6 @@ def settings_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator
 
 
 def _setting(kind: str, label: str, a: float | None, b: float | None) -> Iterator[Difference]:
-    # GGUF stores float32.
+    # GGUF stores these numbers as float32.
     if a is not None and b is not None and abs(a - b) > 1e-6 * max(abs(a), abs(b)):
         yield Difference(kind, True, f"{label} is {a:.6g} in A and {b:.6g} in B.")

@@ -1,4 +1,4 @@
-"""The weights of a module in memory, as tensors of a checkpoint."""
+"""Presents the weights of a module in memory as tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ModuleTensor(StoredTensor):
 
 
 def open_module(module: nn.Module) -> Checkpoint:
-    """Return a module's state dict as a checkpoint; its settings are those of `module.config`, if it has them.
+    """Return a module's state dict as a checkpoint, with the settings in `module.config`, if there are any.
 
     Raises:
         InputError: the module has no tensors.

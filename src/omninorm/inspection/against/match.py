@@ -1,4 +1,4 @@
-"""Match the tensors of two checkpoints: by name, fused with split, stacked with single experts, and by values."""
+"""Matches the tensors of two checkpoints by name and by values, also fused with split ones, and stacked experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omninorm.inspection.names import is_norm_part, place
 
 _MOST_ROLES = 100
 _SAMPLE = 1 << 16
-_SIMILAR = 0.8  # correlation of tensors that are matched by their values
+_SIMILAR = 0.8  # the least correlation of tensors that are matched by their values
 _ROWS_VARY = ("token_embd.weight", "output.weight", "position_embd.weight")
 
 Parts = dict[str, Part]
@@ -21,7 +21,7 @@ Parts = dict[str, Part]
 
 @dataclass(frozen=True)
 class Match:
-    """Two parts of the same shape, unless how is "shape"; how: the way in which they were matched."""
+    """Two matched parts. `how` is the way in which they were matched; unless it is "shape", their shapes are equal."""
 
     a: Part
     b: Part
@@ -30,7 +30,7 @@ class Match:
 
 @dataclass
 class Matches:
-    """Pairs, and what only one of the checkpoints holds."""
+    """The matched pairs, and the parts that only one of the checkpoints has."""
 
     pairs: list[Match] = field(default_factory=list)
     only_a: Parts = field(default_factory=dict)
@@ -52,7 +52,7 @@ def match(a: Parts, b: Parts) -> Matches:
 
 
 def _single_experts(a: Parts, b: Parts) -> tuple[Parts, Parts]:
-    """Take stacks of experts apart in every block where the checkpoints store them differently."""
+    """Split stacks of experts in every block in which the checkpoints store experts differently."""
     blocks = {_expert_block(key) for key in a.keys() ^ b.keys()} - {None}
 
     def apart(parts: Parts) -> Parts:
@@ -70,7 +70,7 @@ def _expert_block(key: str) -> str | None:
 
 
 def _unfused(parts: Parts, other: Parts) -> Parts:
-    """Split each fused part whose members the other checkpoint stores one by one."""
+    """Split each fused part whose members the other checkpoint stores separately."""
     found: Parts = {}
     for key, part in parts.items():
         members = [] if key in other else _members(key)
@@ -118,7 +118,7 @@ def _match_tied_head(found: Matches, a: Parts, b: Parts) -> None:
 
 
 def _match_by_values(found: Matches) -> None:
-    """Match what is left, role by role: the same part of every block at once."""
+    """Match the remaining parts, role by role: the same part of all blocks together."""
     roles = _roles(found.only_a), _roles(found.only_b)
     if max(map(len, roles)) > _MOST_ROLES:
         return
@@ -154,7 +154,7 @@ def _pair_roles(found: Matches, ours: dict[int, Part], theirs: dict[int, Part], 
 
 
 def _roles(parts: Parts) -> dict[str, dict[int, Part]]:
-    """Return the parts by role and block; those outside of blocks are in block -1."""
+    """Return the parts by role and block; the block of parts outside of blocks is -1."""
     found: dict[str, dict[int, Part]] = defaultdict(dict)
     for key, part in parts.items():
         where = place(key.partition("#")[0], ())
@@ -172,13 +172,13 @@ def _same_shapes(ours: dict[int, Part], theirs: dict[int, Part]) -> bool:
 
 
 def _similarity(a: Part, b: Part) -> float:
-    """Return |correlation|, of a sample where the shapes agree; 0 where there is none."""
+    """Return the |correlation| of a sample of both parts, after transposing b if its shape is a's transposed."""
     b = b if a.shape == b.shape else _turned(b)
     return correlation(a.head(_SAMPLE), b.head(_SAMPLE))
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return |Pearson's correlation|, or 0 where it is undefined."""
+    """Return |Pearson's correlation|, or 0 if it is undefined."""
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     size = float(a.norm() * b.norm())
     found = abs(float(a @ b)) / size if size > 0.0 else 0.0

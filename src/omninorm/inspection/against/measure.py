@@ -1,4 +1,4 @@
-"""How two parts of the same shape differ, from one pass over their values."""
+"""Measures how two parts of the same shape differ, in one pass over their values."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from omninorm.inspection.against.parts import Part
 from omninorm.inspection.quantize import absmax_error
 from omninorm.record.tensors import FLOATS, bits
 
-# Relative spacing of each type, half of which is its largest rounding error; a truncated value is off by all of it.
+# The relative spacing of each type. The largest rounding error is half of it, the largest truncation error all of it.
 _SPACING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 _TINIEST = {"F16": 2.0**-24}
-_ODD_ROW = 0.5  # relative error of a row that quantization does not explain, for three bits or more
+_ODD_ROW = 0.5  # a relative error of a row that quantization to three or more bits does not explain
 
 
 @dataclass
 class PairStats:
-    """Sums over both parts, whose values include what the model adds to them.
+    """Statistics of two parts. Their values include the offsets that the models add.
 
-    error is ‖b − a‖ / ‖a‖; correlation is Pearson's, or None where a part is constant; scale is the s that brings
-    s·a closest to b, and scaled_error the ‖b − s·a‖ / ‖b‖ that is left. expected is the relative error that
-    quantization explains; beyond counts the values that differ by more than rounding explains, odd_rows the rows of a
-    quantized matrix that are half wrong. grids are the types to which one part's values were rounded.
+    - error is ‖b − a‖ / ‖a‖; expected is the error that quantization explains.
+    - correlation is Pearson's, or None if a part is constant.
+    - scale is the s that minimizes ‖b − s·a‖, and scaled_error the remaining ‖b − s·a‖ / ‖b‖.
+    - beyond counts the values that differ by more than rounding explains, and odd_rows the rows of a quantized matrix
+      with a relative error of at least one half.
+    - grids are the types to which the values of one part were rounded.
     """
 
     numel: int
@@ -53,12 +55,12 @@ class PairStats:
 
 
 def is_quantized(dtype: str) -> bool:
-    """Return whether a type is none of the usual floating-point types."""
+    """Return whether a type is not one of the usual floating-point types."""
     return dtype not in FLOATS
 
 
 def precision(dtype: str) -> int:
-    """Return the bits of a quantized value: 4 for Q4_K, MLX4, IQ4_XS, MXFP4, and float8, which rounds as coarsely."""
+    """Return the bits of a quantized value: 4 for Q4_K, MLX4, IQ4_XS and MXFP4, and for float8, which is as coarse."""
     if dtype.startswith("F8"):
         return 4
     return max(1, min(bits(dtype), 8))
@@ -72,7 +74,7 @@ class _Sums:
         self.a = self.b = self.aa = self.bb = self.ab = self.dd = 0.0
 
     def add_equal(self, values: Tensor) -> None:
-        """Add values that both parts have."""
+        """Add values that are the same in both parts."""
         total, squares = float(values.sum(dtype=torch.float64)), float(values.double().square().sum())
         self.n += values.numel()
         self.a, self.b = self.a + total, self.b + total
@@ -121,7 +123,7 @@ def measure_pair(a: Part, b: Part) -> PairStats:
 
 
 def tolerance(a: Tensor, b: Tensor, first: Part, second: Part, at_least: float = 2.0**-22) -> Tensor:
-    """Return how far apart the values may be by rounding, both as they are stored and with the offset added.
+    """Return the largest differences that rounding explains, of the stored values or after adding the offset.
 
     Args:
         a, b: values with the offset added.
@@ -163,7 +165,7 @@ def _compare(a: Tensor, b: Tensor, first: Part, second: Part, stats: PairStats) 
 
 
 def _rounded_to(name: str, a: Tensor, b: Tensor, first: Part, second: Part) -> bool:
-    """Return whether rounding one of them to this type explains the difference."""
+    """Return whether the difference is explained if one of the parts was rounded to this type."""
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[name]
     stored = (a - first.offset, b - second.offset)
     if not any(torch.equal(each, each.to(dtype).to(each.dtype)) for each in stored):

@@ -1,4 +1,4 @@
-"""Tensors that only one checkpoint holds: missing in the other, or not comparable, with the reason."""
+"""Reports tensors that only one checkpoint has: they are missing in the other, or not comparable for some reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PREDICTION = re.compile(r"(^|\.)mtp\.|nextn")
 
 
 def only_in_one(a: Parts, b: Parts, all_a: Prepared, all_b: Prepared) -> tuple[list[Difference], list[NotCompared]]:
-    """Return what is missing from either checkpoint, and what could not be matched.
+    """Return the tensors that are missing from either checkpoint, and those that could not be matched.
 
     Args:
         a, b: unmatched parts.
@@ -35,7 +35,7 @@ def only_in_one(a: Parts, b: Parts, all_a: Prepared, all_b: Prepared) -> tuple[l
 
 
 def _divide(here: Parts, there: Parts, other: Prepared) -> tuple[list[Part], dict[tuple[str, str], int]]:
-    """Return the parts that the other checkpoint lacks, and counts of those that may be there in another form."""
+    """Return the parts that the other checkpoint lacks, and counts of those that it may have in another form."""
     lost: list[Part] = []
     unclear: dict[tuple[str, str], int] = defaultdict(int)
     rest = {_place_of(key, part) for key, part in there.items()} | other.unreadable

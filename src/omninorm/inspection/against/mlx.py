@@ -1,4 +1,4 @@
-"""Tensors that MLX quantized: packed integers, with a scale and a bias for each group of a row."""
+"""Reads tensors that MLX quantized: packed integers, with a scale and a bias for each group in a row."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from omninorm.inspection.tensors import CHUNK, Checkpoint, StoredTensor
 from omninorm.record.tensors import open_safetensors
 
-_WORD = 32  # bits of a packed integer
-_GROUP = 64  # MLX's default
+_WORD = 32  # the bits of a packed integer
+_GROUP = 64  # MLX's default group size
 _WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
@@ -45,7 +45,7 @@ class MLXTensor(StoredTensor):
 
 
 def _rows(part: StoredTensor, start: int, stop: int) -> Tensor:
-    """Return rows of the last axis, also of a stack whose last axis is as short as a convolution's kernel."""
+    """Return rows of the last axis, even if it is as short as the last axis of a convolution's kernel."""
     columns = part.shape[-1]
     each = part.columns // columns
     first = start // each
@@ -54,7 +54,7 @@ def _rows(part: StoredTensor, start: int, stop: int) -> Tensor:
 
 
 def _unpack(data: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
-    """Return the integers in rows of bytes, [rows, n], as float32."""
+    """Return the integers that are packed in rows of bytes, as float32, [rows, n]."""
     each = np.unpackbits(data, axis=1, bitorder="little").reshape(len(data), -1, bits)
     weights = (2 ** np.arange(bits)).astype(np.float32)
     unpacked: np.ndarray[Any, Any] = each.astype(np.float32) @ weights
@@ -73,7 +73,7 @@ def is_mlx(checkpoint: Checkpoint) -> bool:
 
 
 def unpacked(tensors: list[StoredTensor], config: Mapping[str, Any]) -> list[StoredTensor]:
-    """Return the tensors with each quantized matrix in the place of its three parts."""
+    """Return the tensors, with one quantized matrix instead of its three parts."""
     named = {each.name: each for each in tensors}
     merged: dict[str, StoredTensor] = {}
     for name, tensor in named.items():
@@ -88,7 +88,7 @@ def unpacked(tensors: list[StoredTensor], config: Mapping[str, Any]) -> list[Sto
 
 
 def _merge(packed: StoredTensor, scales: StoredTensor, biases: StoredTensor, group: int) -> MLXTensor | None:
-    """Return the matrix; None if the shapes do not fit together."""
+    """Return the matrix that consists of these three tensors, or None if their shapes do not fit together."""
     matching = packed.shape[:-1] == scales.shape[:-1] and scales.shape == biases.shape and len(packed.shape) > 1
     columns = scales.shape[-1] * group if scales.shape else 0
     bits, left = divmod(packed.shape[-1] * _WORD, columns) if columns else (0, 0)

@@ -1,4 +1,4 @@
-"""Parts of stored tensors, as [out, in] matrices: one expert of a stack, q of a fused qkv, a transpose."""
+"""Parts of stored tensors as [out, in] matrices: an expert of a stack, the q of a fused qkv, a transposed tensor."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from omninorm.inspection.tensors import CHUNK, StoredTensor, as_float
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a stored tensor; a vector is one column.
+    """A part of a stored tensor: some or all of its rows. A vector is one column.
 
     Args:
-        key: its common name.
-        tensor: that holds it.
-        first, count: rows of the stored matrix; None for all.
+        key: the common name of the part.
+        tensor: the stored tensor.
+        first, count: the rows of the stored matrix; None means all.
         transposed: whether the file stores [in, out].
-        start, stop: rows of the result; None for all.
-        heads: each head's rows are stored alternately from its two halves, as llama.cpp stores them; 0 if not.
-        order: the stored row of each row; None for the stored order.
-        offset: what a model adds to the stored values of this gain.
+        start, stop: the rows of the result; None means all.
+        heads: the number of heads if each head's rows alternate between its two halves, as in llama.cpp; otherwise 0.
+        order: for each row, the stored row; None means the stored order.
+        offset: the number that a model adds to the stored values of this gain.
     """
 
     key: str
@@ -52,9 +52,9 @@ class Part:
         return (rows if self.stop is None else self.stop) - self.start, columns
 
     def chunks(self) -> Iterator[Tensor]:
-        """Yield its values some rows at a time, as float32 or float64.
+        """Yield the values some rows at a time, as float32 or float64.
 
-        Two parts of the same shape come in the same chunks. A tensor whose rows have to be reordered is read at once.
+        Two parts of the same shape have the same chunks. If rows have to be reordered, there is only one chunk.
 
         Raises:
             RunError: the file is damaged.
@@ -71,7 +71,7 @@ class Part:
                 yield as_float(self.tensor.rows(first + start, first + stop))
 
     def head(self, numbers: int) -> Tensor:
-        """Return about the first `numbers` values, whole rows."""
+        """Return whole rows with about the first `numbers` values."""
         chunk = next(self.chunks(), torch.empty(0, self.shape[1]))
         return chunk[: max(1, numbers // max(self.shape[1], 1))].flatten() + self.offset
 
@@ -118,7 +118,7 @@ def experts(part: Part, key_of: str) -> list[Part]:
 
 
 def split(part: Part, keys: list[str], sizes: list[int]) -> list[Part]:
-    """Return consecutive rows of a fused part as parts of their own."""
+    """Return consecutive rows of a fused part as separate parts."""
     found, start = [], part.start
     for key, size in zip(keys, sizes, strict=True):
         found.append(replace(part, key=key, start=start, stop=start + size))

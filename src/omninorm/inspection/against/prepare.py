@@ -1,4 +1,4 @@
-"""Open both checkpoints, and give each tensor its common name and its layout."""
+"""Opens both checkpoints, and gives each tensor its common name and its layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from omninorm.inspection.settings import model_types
 from omninorm.inspection.tensors import Checkpoint, StoredTensor
 
 Source = str | Path | nn.Module
-# Tables of RoPE, which a folder computes from its settings.
+# RoPE's tables, which models from a Hugging Face folder compute from their settings.
 _TABLE = re.compile(r"rope_factors|rope_freqs|inv_freq")
 _BUFFER = "it is a buffer, not a weight"
 _SCALES = ("_scale_inv", "_scale")
@@ -36,9 +36,9 @@ class NotCompared:
 
     Args:
         where: "A", "B" or "both".
-        role: their common name, with "*" for blocks.
-        count: of the tensors.
-        reason: why.
+        role: the common name of the tensors, with "*" for blocks.
+        count: the number of tensors.
+        reason: the reason why they were not compared.
     """
 
     where: str
@@ -55,10 +55,10 @@ class Prepared:
     """A checkpoint whose tensors have common names.
 
     Args:
-        names: common names of all tensors, by their stored names.
-        parts: comparable tensors, by their common names.
-        skipped: the others.
-        unreadable: block, and whether it is a vector, of each weight among those.
+        names: the common names of all tensors, by their stored names.
+        parts: the comparable tensors, by their common names.
+        skipped: the other tensors.
+        unreadable: for each weight among these, its block and whether it is a vector.
     """
 
     names: Mapping[str, str]
@@ -99,7 +99,7 @@ def open_source(source: Source) -> Checkpoint:
 
 
 def _common_names(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the common name of each tensor of both; names that both have stay as they are."""
+    """Return the common name of each tensor of both checkpoints; names that both have stay as they are."""
     tables = [_gguf_table(each) for each in (a, b)]
     table = tables[0] or tables[1]
     names = [[tensor.name for tensor in each.tensors] for each in (a, b)]
@@ -122,7 +122,7 @@ def _gguf_table(checkpoint: Checkpoint) -> GgufName | None:
 
 
 def _reason(tensor: StoredTensor, names: Mapping[str, str]) -> str | None:
-    """Return why a tensor cannot be compared; None if it can."""
+    """Return the reason why a tensor cannot be compared, or None."""
     if place(tensor.name, tensor.shape).kind == "buffer" or _TABLE.search(tensor.name):
         return _BUFFER
     if not tensor.measurable:
@@ -133,7 +133,7 @@ def _reason(tensor: StoredTensor, names: Mapping[str, str]) -> str | None:
 
 
 def _conv1d(tensors: Sequence[StoredTensor]) -> set[str]:
-    """Return the matrices that GPT-2's Conv1D stores as [in, out]; its fused qkv shows by its shape that it is one."""
+    """Return the matrices that GPT-2's Conv1D stores as [in, out]; the shape of its fused qkv reveals this."""
     fused = [each for each in tensors if each.name.endswith("attn.c_attn.weight") and len(each.shape) == 2]
     if not fused or any(each.shape[1] != 3 * each.shape[0] for each in fused):
         return set()

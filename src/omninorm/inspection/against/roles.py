@@ -1,4 +1,4 @@
-"""One name for the same tensor in every format: GGUF's names, with "#3" for the fourth expert.
+"""Gives a tensor the same name in every format: GGUF's name, with "#3" for the fourth expert.
 
 model.layers.7.self_attn.q_proj.weight, transformer.h.7.…, blocks.7.attention.q.weight → blk.7.attn_q.weight
 """
@@ -18,7 +18,7 @@ _EXPERT = re.compile(r"^(?:mlp|block_sparse_moe|feed_forward|ffn|moe)\.experts\.
 _GGUF_EXPERT = re.compile(r"^ffn_(gate|up|down)\.(\d+)$")
 _ATTENTION = r"(?:self_attn|self_attention|attn|attention)\."
 _FEED_FORWARD = r"(?:mlp|feed_forward|ffn|block_sparse_moe|moe)\."
-# The first that matches the whole of a name inside its block, without "weight" or "bias".
+# The first pattern that matches applies. It must match the whole name inside the block, without "weight" or "bias".
 _IN_BLOCK = tuple(
     (re.compile(pattern), role)
     for pattern, role in (
@@ -54,22 +54,22 @@ FUSED = {
     "ffn_gate_up": ("ffn_gate", "ffn_up"),
     "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
 }
-"""Roles that hold the rows of several others, one after the other."""
+"""Fused roles, with the roles whose rows they contain one after the other."""
 
 GgufName = Callable[[str], "str | None"]
 
 
 def canonical_names(names: Iterable[str], gguf_name: GgufName | None = None) -> dict[str, str]:
-    """Return each tensor's common name. Names that no rule knows stay as they are, without "model." in front.
+    """Return each tensor's common name. Names that no rule matches only lose a leading "model.".
 
     Args:
-        names: of one checkpoint.
-        gguf_name: llama.cpp's own table for the architecture, which is asked first.
+        names: the names in one checkpoint.
+        gguf_name: llama.cpp's table of names for the architecture, which takes precedence.
     """
     found = {name: _canonical(name, gguf_name) for name in names}
     roles = {each.split(".")[2] for each in found.values() if each.startswith("blk.") and each.count(".") > 1}
     if "post_attention_norm" in roles and not roles & {"ffn_norm", "post_ffw_norm"}:
-        # Llama's post_attention_layernorm comes before the feed-forward layer, Gemma's at the end of attention.
+        # Llama's post_attention_layernorm is before the feed-forward layer, Gemma's at the end of attention.
         found = {name: each.replace(".post_attention_norm.", ".ffn_norm.") for name, each in found.items()}
     return _unique(found)
 
@@ -84,7 +84,7 @@ def role_of(key: str) -> str:
 
 
 def _unique(found: dict[str, str]) -> dict[str, str]:
-    """Keep the stored name where a common name is already taken."""
+    """Return the stored name instead of a common name that another tensor already has."""
     seen: set[str] = set()
     for name, key in found.items():
         found[name] = name if key in seen else key
@@ -103,14 +103,14 @@ def _canonical(name: str, gguf_name: GgufName | None) -> str:
         stem, leaf = _split(short)
         return f"{_OUTSIDE.get(stem, stem)}{leaf}"
     inside, leaf = _inside(short, where.layer)
-    if not leaf and ".experts." in f".{inside}":  # a stack, whose parameters are named after their layers
+    if not leaf and ".experts." in f".{inside}":  # a stack of experts, whose parameters are named after their layers
         inside, leaf = (inside[:-5], ".bias") if inside.endswith("_bias") else (inside, ".weight")
     role = _expert(inside, where.block, leaf) or _from_table(inside, where.block, leaf, gguf_name)
     return role or next((f"blk.{where.block}.{each}{leaf}" for each in _roles(inside)), short)
 
 
 def _inside(name: str, layer: str | None) -> tuple[str, str]:
-    """Return a name inside its block, and ".weight" or ".bias"."""
+    """Return the name inside the block, and ".weight" or ".bias"."""
     return _split(name if layer is None else name[len(layer) + 1 :])
 
 

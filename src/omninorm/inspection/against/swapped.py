@@ -1,4 +1,4 @@
-"""Tensors that changed places: what one checkpoint holds under another tensor's name."""
+"""Finds tensors that changed places: one checkpoint has them under another tensor's name."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from omninorm.inspection.against.classify import Result, distance
 from omninorm.inspection.against.measure import is_quantized
 
 _CLOSE, _CLOSE_QUANTIZED = 0.02, 0.4
-_MOST = 256  # candidates of the same shape
+_MOST = 256  # the largest number of candidates of the same shape
 
 
 def find_moved(results: Sequence[Result]) -> dict[str, str]:
-    """Return, for each tensor of A that B holds under another name, that name: key → key."""
+    """Return a dictionary from each key of A that B has under another name to this name."""
     groups: dict[tuple[int, int], list[Result]] = defaultdict(list)
     for each in results:
         if each.sample is not None:

@@ -1,4 +1,4 @@
-"""Rules for a matrix's rows and columns: dead ones and outliers."""
+"""Rules for dead and outlier channels: rows and columns of a matrix."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ OUTLIER = 10.0
 
 
 def channel_findings(tensor: TensorStats) -> Iterator[Finding]:
-    """Yield findings about the channels of one matrix, unless it is all zero, which is another rule's finding."""
+    """Yield findings about the channels of one matrix; another rule reports a matrix that is all zero."""
     if not tensor.is_matrix or tensor.rms == 0.0 or tensor.rows is None or tensor.columns is None:
         return
     for axis, channels in (("row", tensor.rows), ("column", tensor.columns)):
         tokens = axis == "row" and tensor.place.kind in ("embedding", "head")
         if channels.dead:
             yield _untrained(tensor, channels) if tokens else _dead(tensor, axis, channels)
-        # Rows of embeddings and heads belong to single tokens, whose sizes may differ; channels belong to all tokens.
+        # A row of an embedding or a head belongs to one token, and tokens may differ in size; a column belongs to all.
         if not tokens and channels.ratio is not None and channels.ratio > OUTLIER:
             yield _outlier(tensor, axis, channels, channels.ratio)
 

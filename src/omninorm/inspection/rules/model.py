@@ -22,10 +22,10 @@ EPS_SHARE = 0.2
 def model_findings(
     tensors: Sequence[TensorStats], config: Mapping[str, Any], pairs: Sequence[tuple[TensorStats, TensorStats]]
 ) -> Iterator[Finding]:
-    """Yield findings about the tensors together.
+    """Yield findings about all tensors together.
 
     Args:
-        tensors: all of them.
+        tensors: the statistics of all tensors.
         config: the model's settings, or {}.
         pairs: matrices with the same values.
     """

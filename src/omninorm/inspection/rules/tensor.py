@@ -11,7 +11,7 @@ from omninorm.inspection.measure import FP16_MAX, TensorStats
 GAIN_DRIFT = 10.0
 SILENT_SHARE = 0.01
 MASSIVE = 50.0
-"""max |w| / RMS. A normal distribution reaches 6 in 10⁹ draws, "super weights" of trained models about 100."""
+"""max |w| / RMS: 6 for 10⁹ draws from a normal distribution, about 100 for the "super weights" of trained models."""
 FP16_LOST, FP16_SUBNORMAL = 0.01, 0.25
 INT8_ERROR = 0.05
 """The relative error of a normal distribution in rows of 4096 is 1 %."""
@@ -43,7 +43,7 @@ def about(tensor: TensorStats, severity: str, rule: str, evidence: str, remedy: 
 
 def _non_finite(tensor: TensorStats) -> Iterator[Finding]:
     count = tensor.nan + tensor.inf
-    # A mask holds −∞ on purpose.
+    # A mask contains −∞ on purpose.
     if count == 0 or (tensor.nan == 0 and "mask" in tensor.name):
         return
     what = f"{tensor.nan} NaN and {tensor.inf} infinite of {tensor.numel} values"

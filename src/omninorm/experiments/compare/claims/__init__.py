@@ -1,4 +1,4 @@
-"""The chapter's seven claims and four published ones. Each file holds a claim's studies and the function that judges it."""
+"""The chapter's seven claims and four published ones; each file has a claim's studies and the function that judges it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from omninorm.experiments.compare.evidence import Evidence
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim's studies in the form of a plan, and its judge. timed: whether the verdict depends on the clock."""
+    """A claim: its studies in the form of a plan, and the function that judges it.
+
+    `timed` is true if the verdict depends on the clock.
+    """
 
     studies: Sequence[Mapping[str, Any]]
     judge: Callable[[Evidence], Card]
@@ -48,6 +51,6 @@ CLAIMS: dict[str, Claim] = {
 
 
 def studies_of(claims: Sequence[str]) -> list[Mapping[str, Any]]:
-    """Return all studies that the claims need, each once."""
+    """Return all studies that the claims need, without duplicates."""
     found = {study["name"]: study for name in claims for study in CLAIMS[name].studies}
     return list(found.values())

@@ -36,7 +36,7 @@ STUDIES: list[dict[str, Any]] = [
 INITIALIZATIONS = {"xavier": "Xavier initialization", "normal": "std-0.02 initialization"}
 # A factor of ten over the whole stack.
 FOLD = math.log(10.0)
-# The change that a stream with infinite or zero values is counted with.
+# The change that is assumed for a stream with infinite or zero values.
 _OVERFLOW = math.log(3.4e38)
 
 

@@ -30,7 +30,7 @@ def judge(evidence: Evidence) -> Card:
     rows = evidence.rows("speed", normalization="rmsnorm")
     counted = [outcome["operations"] for row in rows for outcome in row.outcomes.values()]
     operations = [each["layernorm"]["per_element"] / each["rmsnorm"]["per_element"] for each in counted]
-    # A ratio of exactly 7/4 is what the claim says, so it must count as above the threshold.
+    # A ratio of exactly 7/4 confirms the claim, so it must count as above the threshold.
     questions = [
         Question(
             "operations per element",

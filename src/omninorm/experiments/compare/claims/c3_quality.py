@@ -32,7 +32,7 @@ def judge(evidence: Evidence) -> Card:
                 for kind in ("rmsnorm", "layernorm")
             )
             label = f"pre-norm, {blocks(depth)}, learning rate {lr:g}"
-            # Models that have not learned are equally bad whatever their norm, so they are no evidence.
+            # Models that have not learned are equally bad with any norm, so they are no evidence.
             learned = all(mean(list(each.values())) < LEARNED * evidence.unigram for each in (ours, theirs))
             samples = differences(ours, theirs) if learned else []
             questions.append(Question(label, samples, margin, False, "bits per byte"))

@@ -17,7 +17,7 @@ def judge(evidence: Evidence) -> Card:
     questions, learned = [], []
     for row in [*evidence.rows("norms"), *evidence.rows("depths", placement="post")]:
         samples = list(values(row, _best).values())
-        # The streams of a model that has not learned are no evidence.
+        # The residual stream of a model that has not learned is no evidence.
         if samples and mean(list(values(row, score).values())) < LEARNED * evidence.unigram:
             questions.append(Question(_where(row), samples, LEFT, False, "share of Σx² that the best γ leaves"))
             learned += list(values(row, _learned).values())

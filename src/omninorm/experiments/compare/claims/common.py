@@ -45,7 +45,7 @@ def card(
     found: Callable[[Sequence[Condition]], str],
     source: str,
 ) -> Card:
-    """Build a claim's card from its questions; `found` words the finding."""
+    """Build a claim's card from its questions; `found` returns the finding as text."""
     conditions = decide(questions)
     finding = (
         found(conditions)
@@ -56,7 +56,7 @@ def card(
 
 
 def values(row: Row | None, read: Callable[[Outcome], float | None]) -> dict[int, float]:
-    """Return a number of every seed; seeds without a finite one are left out."""
+    """Return what `read` returns for the outcome of every seed; seeds without a finite value are left out."""
     if row is None:
         return {}
     found = {seed: read(outcome) for seed, outcome in row.outcomes.items()}
@@ -69,7 +69,7 @@ def differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[
 
 
 def score(outcome: Outcome) -> float | None:
-    """Return the held-out bits per byte, 8 for a diverged run."""
+    """Return the held-out bits per byte, or 8 for a diverged run."""
     found: float | None = outcome["score"]
     return found
 
@@ -79,7 +79,7 @@ def mean(numbers: Sequence[float]) -> float:
 
 
 def one(rows: Sequence[Row]) -> Row | None:
-    """Return the first row, None if there is none."""
+    """Return the first row, or None without rows."""
     return rows[0] if rows else None
 
 

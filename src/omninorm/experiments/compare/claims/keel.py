@@ -10,8 +10,8 @@ from omninorm.experiments.compare.cards import Card, Condition, Question
 from omninorm.experiments.compare.claims.common import TRAINED, card, differences, mean, one, values
 from omninorm.experiments.compare.evidence import Evidence, Outcome, Row
 
-# Two ramps, because a ramp slow enough to separate small learning rates ends below the large ones: the slow ramp compares
-# post-norm with deepnorm, the fast ramp the others.
+# There are two ramps, because one that is slow enough to separate small learning rates does not reach the large ones.
+# The slow ramp compares post-norm with deepnorm, the fast ramp compares the others.
 SLOW: dict[str, Any] = {
     "name": "slow-ramp",
     "protocol": "ramp",
@@ -25,7 +25,7 @@ SLOW: dict[str, Any] = {
 FAST: dict[str, Any] = {**SLOW, "name": "fast-ramp", "placement": ["deepnorm", "pre", "keel"], "lr": [0.04]}
 STUDIES = [SLOW, FAST]
 PAIRS = (("slow-ramp", "post", "deepnorm"), ("fast-ramp", "deepnorm", "pre"), ("fast-ramp", "pre", "keel"))
-# The source finds pre-norm and keel 1.3-fold apart, so keel may be lower than pre-norm by that factor.
+# In the source, keel tolerates 1.3 times the learning rate of pre-norm; a ratio below 1 by this factor is accepted.
 SLACK = math.log(0.77)
 NAMES = {"post": "post-norm", "deepnorm": "deepnorm", "pre": "pre-norm", "keel": "keel"}
 

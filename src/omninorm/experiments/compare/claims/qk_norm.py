@@ -54,7 +54,7 @@ def sensitivity(evidence: Evidence, qk_norm: bool) -> dict[int, float]:
 
 
 def _capped(outcome: Outcome) -> float | None:
-    """Return the score, but never worse than at initialization (as Wortsman et al.)."""
+    """Return the score, but at most that at initialization, as Wortsman et al. do."""
     initial = outcome["initial_bits"]
     score: float = outcome["score"]
     return min(score, 8.0 if initial is None else initial)

@@ -1,4 +1,4 @@
-"""The protocols: each is a function from a cell, its text and a device to a Measurement."""
+"""The protocols. Each is a function that takes a cell, its text and a device, and returns a Measurement."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def measure(cell: Cell, corpus: Corpus, device: torch.device) -> Measurement:
 
     Raises:
         ConfigError: a step does not fit in the memory of the device.
-        Exception: whatever the cell's model raises.
+        Exception: any exception that the cell's model raises.
     """
     with fitting(step_does_not_fit(cell.plan.train, device)):
         measured = MEASURE[cell.protocol](cell, corpus, device)

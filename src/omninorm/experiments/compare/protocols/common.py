@@ -26,7 +26,7 @@ def check_text(cells: Iterable[Cell], corpus: Corpus) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Prepare values for JSON: round numbers to nine digits, replace those that are not finite by None."""
+    """Prepare values for JSON: round numbers to nine digits, and replace non-finite ones by None."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

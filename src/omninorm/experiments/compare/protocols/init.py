@@ -22,8 +22,11 @@ from omninorm.monitor.model_map.structure import find_structure
 def measure(cell: Cell, corpus: Corpus, device: torch.device = CPU) -> Measurement:
     """Run one forward and backward pass on the first batch.
 
-    The outcome, block 1 first: "stream_rms", RMS(x) of each block's output; "grad_norms" of each block's parameters;
-    "growth", (ln RMS of the last output − ln RMS of the first)/(blocks − 1), None for one block or non-finite values.
+    The outcome has, block 1 first:
+
+    - "stream_rms": the RMS of each block's output;
+    - "grad_norms": the gradient norm of each block's parameters;
+    - "growth": (ln RMS of the last output − ln RMS of the first)/(blocks − 1), None for one block or non-finite values.
     """
     plan = cell.plan
     config = plan.train

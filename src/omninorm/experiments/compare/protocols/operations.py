@@ -1,4 +1,4 @@
-"""Arithmetic operations per element of a norm: those that PyTorch's own operators decompose into."""
+"""Counts a norm's arithmetic operations per element, after PyTorch's operators are decomposed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS, _WIDTH = 8, 64
-# Operations per element that an operator reads: sums and means add it; a variance, given the mean, subtracts, squares
+# Operations per element that an operator reads. Sums and means add each element; a variance subtracts the mean, squares
 # and adds.
 _POINTWISE = ("add", "sub", "mul", "div", "pow")
 _REDUCTIONS = {"sum": 1, "mean": 1, "var": 3}
@@ -19,9 +19,9 @@ _REDUCTIONS = {"sum": 1, "mean": 1, "var": 3}
 def count_operations(normalization: str) -> dict[str, float]:
     """Count the operations of the forward pass of "rmsnorm" or "layernorm": "per_element" and "per_row".
 
-    They are counted in the graph that torch.compile makes of torch.nn.functional's operator.
+    They are counted in the graph into which torch.compile decomposes torch.nn.functional's operator.
     """
-    # Imported here because the import takes a second, and no other protocol needs it.
+    # A late import, because it takes a second and no other protocol needs it.
     from torch._decomp import get_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -44,7 +44,7 @@ def count_operations(normalization: str) -> dict[str, float]:
         read = max((_size(each) for each in node.all_input_nodes), default=0)
         if name in _REDUCTIONS:
             per_element += _REDUCTIONS[name] * read / (_ROWS * _WIDTH)
-            per_row += name == "mean"  # its division
+            per_row += name == "mean"  # a mean divides once per row
         elif name in _POINTWISE or name == "rsqrt":
             whole = _size(node) == _ROWS * _WIDTH
             per_element += whole

@@ -21,8 +21,11 @@ from omninorm.experiments.train import train
 def measure(cell: Cell, corpus: Corpus, device: torch.device = CPU) -> Measurement:
     """Train with a learning rate that rises linearly from 0 to the cell's `lr` over all steps.
 
-    The outcome: "largest_rate", the learning rate at the last step with progress; "sign" of divergence, None if the run
-    did not diverge, in which case "largest_rate" is a lower bound; "losses" of the steps in bits per byte.
+    The outcome has
+
+    - "largest_rate": the learning rate at the last step with progress;
+    - "sign": the sign of divergence; None if the run did not diverge, so that "largest_rate" is a lower bound;
+    - "losses": the loss of every step in bits per byte.
     """
     plan = cell.plan
     config = replace(plan.train, warmup_steps=plan.train.steps, eval_every=plan.train.steps)

@@ -1,7 +1,7 @@
-"""The speed protocol: a norm's time against LayerNorm's, alone, in a block and in a training step.
+"""The speed protocol: LayerNorm's time divided by a norm's, for the norm alone, a block and a training step.
 
-Both alternate in random order, and the result is the median of the ratios within a round. A comparison runs these cells
-one at a time, after all others.
+In each round both are timed in random order; the result is the median of the ratios over the rounds. A comparison runs
+these cells one at a time, after all others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from omninorm.thinker import Thinker
 from omninorm.timing import OURS, Case, Contestant, paired_ratios, time_case
 
 BASELINE = "layernorm"
-SECONDS = 1.5  # of each case
+SECONDS = 1.5  # the time for each case
 _INPUTS = 4
 _TORCH = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
 Call = Callable[[int], object]
@@ -37,9 +37,12 @@ Call = Callable[[int], object]
 def measure(cell: Cell, corpus: Corpus, device: torch.device = CPU) -> Measurement:
     """Time the cell's norm and LayerNorm in the same places.
 
-    The outcome: "operations", of each norm's forward pass. The clock: "ratios", LayerNorm's time over the norm's, so
-    that the norm is faster if the ratio is above 1: "norm" and "norm, torch.nn" forward and backward at the model's
-    width, "block" the same of a whole block, "step" of a training step with its optimizer; "microseconds" of ours.
+    The outcome has "operations", the number of operations in each norm's forward pass. The clock has "ratios",
+    LayerNorm's time over the norm's (the norm is faster if it is above 1), and "microseconds", the norm's times, for
+
+    - "norm" and "norm, torch.nn": forward and backward pass at the model's width;
+    - "block": the same for a whole block;
+    - "step": a training step with its optimizer.
     """
     started = time.perf_counter()
     torch.manual_seed(cell.seed)
@@ -57,7 +60,7 @@ def measure(cell: Cell, corpus: Corpus, device: torch.device = CPU) -> Measureme
 
 
 def _time(calls: tuple[Call, Call], inputs: int, seed: int, device: torch.device) -> tuple[float, float]:
-    """Return LayerNorm's time over ours, and ours in microseconds, until the device has done the work."""
+    """Return LayerNorm's time over the norm's, and the norm's time in microseconds, including the device's work."""
     ours, other = (_finished(call, device) for call in calls)
     contestants = [Contestant(OURS, ours, "ours"), Contestant(BASELINE, other, "other")]
     samples = time_case(Case("speed", contestants, inputs, grad=True), SECONDS, seed=seed)

@@ -25,11 +25,14 @@ SPIKE_SIGMA, SPIKE_WINDOW, SPIKE_HISTORY = 7.0, 1000, 32
 def measure(cell: Cell, corpus: Corpus, device: torch.device = CPU) -> Measurement:
     """Train the cell's model.
 
-    The outcome: "status"; "bits_per_byte" of the held-out text at the end, None for a diverged run; "initial_bits"
-    before the first step; "score", the final bits per byte, but at most the 8 of a uniform guess, which is also the
-    score of a diverged run (Wortsman et al. 2023, arXiv 2309.14322, use the loss at initialization instead);
-    "diverged_at"; "largest_grad_norm"; "spike_score", see there; "losses" of the steps in bits per byte; "undo", the
-    result of `measure_undo` on a batch of the held-out text.
+    The outcome has
+
+    - "status", "diverged_at", "largest_grad_norm", "spike_score" (see the function);
+    - "bits_per_byte" of the held-out text at the end (None for a diverged run), "initial_bits" before the first step;
+    - "score": the final bits per byte, but at most 8, the value of a uniform guess, which is also the score of a
+      diverged run (Wortsman et al. 2023, arXiv 2309.14322, use the loss at initialization instead);
+    - "losses": the loss of every step in bits per byte;
+    - "undo": the result of `measure_undo` on a batch of the held-out text.
     """
     plan = cell.plan
     data = tokens_of(cell, corpus)

@@ -1,11 +1,11 @@
-"""How far a norm's gain can undo the norm, and how far it does, in a trained model.
+"""Measures to what extent a norm's gain can undo the norm in a trained model, and to what extent it does.
 
-A norm divides every token by that token's own number; γ multiplies every feature by the same number for all tokens.
+A norm divides each token by a different number; γ multiplies each feature by the same number for all tokens.
 With the residual stream x (tokens, features) and the normalized x̂ before the gain, the smallest possible remainder is
 
-    min over γ (and β, where the norm has one) of  Σ (x − γ·x̂ − β)² / Σ x²
+    min over γ (and β, if the norm has one) of  Σ (x − γ·x̂ − β)² / Σ x²
 
-which is 0 exactly if all tokens are divided by the same number.
+It is 0 exactly if all tokens are divided by the same number.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from omninorm.monitor.model_map.norms import find_gain
 
 
 def measure_undo(model: nn.Module, tokens: Tensor) -> dict[str, float] | None:
-    """Return medians over the model's RMSNorms and LayerNorms of the share that remains.
+    """Return the median remainder over the model's RMSNorms and LayerNorms, as a share of Σx².
 
-    "best" is for the best possible γ and β, "learned" for the model's own. The result is None for a model without such
-    norms on inputs of shape (batch, sequence, features).
+    "best" is for the best possible γ and β, "learned" for those of the model. The result is None if the model has no
+    such norms on inputs of shape (batch, sequence, features).
     """
     best: list[float] = []
     learned: list[float] = []
