@@ -10,9 +10,9 @@ With x a row of d features in the compute type C, γ the gain, β the bias, o th
 
 The arithmetic is the reference's. Each row is divided by its unit, a power of two, so that no square overflows or
 underflows. r is stored as two factors, root and per_unit, because their product may be out of range. μ is subtracted in
-two steps: first the rounded mean (`center`), then the rest that rounding left (`rest`). LayerNorm does this only for
-rows that need it; the others are "plain". The backward pass uses r and μ of the forward pass where r is plain, and
-computes the statistics of other rows again.
+two steps: first the rounded mean (`center`), then the rest that rounding left (`rest`). LayerNorm divides only those
+rows by a unit that need it; the others are "plain". The backward pass uses r and μ of the forward pass where r is
+plain, and computes the statistics of other rows again.
 
 Sums over a row have one order, that of its tile, so no row depends on the rows around it. For the gradients of gains,
 each program sums a block of rows, whose size depends only on the number of rows; `column_totals` sums the blocks in

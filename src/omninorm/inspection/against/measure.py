@@ -123,7 +123,7 @@ def measure_pair(a: Part, b: Part) -> PairStats:
 
 
 def tolerance(a: Tensor, b: Tensor, first: Part, second: Part, at_least: float = 2.0**-22) -> Tensor:
-    """Return the largest differences that rounding explains, of the stored values or after adding the offset.
+    """Return the largest differences that rounding explains: of the stored values, and of those with the offset added.
 
     Args:
         a, b: values with the offset added.
