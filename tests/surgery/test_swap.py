@@ -41,7 +41,7 @@ def test_bfloat16_outputs_are_within_one_unit_and_logits_as_accurate_as_stock(na
     check_in_bfloat16(subjects.build(name, torch.bfloat16), batches=6)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the slow tests have Qwen3 at its real width
 def test_real_weights_in_bfloat16_are_as_accurate_as_with_stock_norms(smollm2: Path) -> None:
     stock = hf.AutoModelForCausalLM.from_pretrained(
         str(smollm2.parent),
