@@ -249,3 +249,97 @@ def test_unlocated_norm_suppresses_no_norm() -> None:
     for reason, alarms in (("", 1), ("the blocks normalize in their own code", 0)):
         history = History(facts=facts, placement_reason=reason)
         assert len(list(NoNorm().on_sample(history, sample))) == alarms
+
+
+# Blocks that drop their input --------------------------------------------------------------------------------------------
+
+
+def branches(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    y = a(n1(x))
+    return y + f(n2(y))
+
+
+def dropped_first(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    y = a(n1(x))
+    return f(n2(y))
+
+
+def dropped_last(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return f(n2(x + a(n1(x))))
+
+
+def subtracted(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return pre(b, x, a, f, n1, n2) - x
+
+
+def normed(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return F.dropout(0.5 * n1(a(x)), 0.1) + n2(f(x)) * b.gain
+
+
+def halved(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return torch.sub(pre(b, x, a, f, n1, n2), x, alpha=0.5)
+
+
+def added_twice(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return x + pre(b, x, a, f, n1, n2) - x
+
+
+def scaled_back(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return pre(b, x, a, f, n1, n2) - 0.5 * x
+
+
+def negated(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return a(n1(x)) - x
+
+
+def activated(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return F.gelu(pre(b, x, a, f, n1, n2))
+
+
+def mixed(at: int, formula: Callable[..., Tensor], others: Callable[..., Tensor] = pre, count: int = 4) -> Model:
+    """A model of which one block has another formula."""
+    model = Model(others, lambda: nn.LayerNorm(WIDTH))
+    model.blocks = nn.ModuleList(
+        Flow(formula if place == at else others, lambda: nn.LayerNorm(WIDTH)) for place in range(count)
+    )
+    return model
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+@pytest.mark.parametrize("formula", [branches, dropped_first, dropped_last, subtracted, normed])
+def test_block_that_drops_its_input_is_found_in_the_graph(formula: Callable[..., Tensor], at: int) -> None:
+    assert train_one(mixed(at, formula)).without_input == (at,)
+
+
+@pytest.mark.parametrize("others", [post, sandwich, scaled])
+def test_block_that_drops_its_input_is_found_among_other_placements(others: Callable[..., Tensor]) -> None:
+    assert train_one(mixed(1, branches, others)).without_input == (1,)
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [pre, post, both, on_the_stream, inside, streams, scaled, halved, added_twice, scaled_back, negated, activated],
+)
+def test_block_that_may_add_its_input_is_not_found(formula: Callable[..., Tensor]) -> None:
+    assert train_one(mixed(1, formula)).without_input == ()
+
+
+@pytest.mark.parametrize(("at", "count", "found"), [(1, 3, (1,)), (1, 2, ())])
+def test_most_blocks_must_add_their_input(at: int, count: int, found: tuple[int, ...]) -> None:
+    assert train_one(mixed(at, branches, count=count)).without_input == found
+    assert train_one(mixed(at, pre, branches, count)).without_input == ()
+
+
+def test_input_that_is_added_after_the_block_is_not_missing() -> None:
+    model = mixed(1, branches)
+    model.around = lambda block, x: x + block(x) if block is model.blocks[1] else block(x)
+    assert train_one(model).without_input == ()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_block_that_adds_its_input_is_not_found(reentrant: bool) -> None:
+    model = mixed(1, pre)
+    model.around = lambda block, x: (
+        checkpoint(block, x, use_reentrant=reentrant) if block is model.blocks[1] else block(x)
+    )
+    assert train_one(model).without_input == ()

@@ -132,7 +132,8 @@ class Watch:
         self._output = Output(self._folder)
         # The owner of a Record that was passed in records its own resumes.
         if self._output.continues or (self._done and not isinstance(self._folder, Record)):
-            LOG.info("Continuing the record in %s; entries after step %d are discarded.", self._folder, self._done)
+            kept = "Continuing the record in %s. It keeps earlier entries after step %d, but its page leaves them out."
+            LOG.info(kept, self._folder, self._done)
             self._output.append({"kind": "resume", "step": self._done})
         self._output.append(self._header())
         with ExitStack() as undo:
@@ -251,6 +252,7 @@ class Watch:
             placements = self._hooks.placements
             self.history.placement, self.history.placement_reason = placements.verdict(len(self._structure.blocks))
             self.history.no_residual = placements.without_residual()
+            self.history.without_input = placements.without_input()
             if self._hooks.padding.used or any(cells["zero_rows"]):
                 self.history.padding = MASK if self._hooks.padding.used else ZERO_ROWS
             self.history.classes = self._hooks.classes

@@ -7,6 +7,7 @@ normalizes a branch's input (pre-norm); one whose output is added normalizes a b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,9 @@ _PASSES = (
     "Mul", "Div", "NativeDropout", "FusedDropout", "Slice", "Expand", "Alias", "Copy", "AsStrided", "Neg", "Flatten",
     "BackwardHook", "Identity", "RegisterPostBackward", "Movedim", "Detach", "Unflatten", "Contiguous", "Constant",
 )  # fmt: skip
-_LONGEST = 400
+_PRODUCTS = ("AddmmBackward", "MmBackward", "BmmBackward", "BaddbmmBackward", "LinearBackward", "ConvolutionBackward")
+_SCALES = ("Mul", "Div", "Neg")
+_LONGEST, _DEEPEST = 400, 64
 _OWN_PATH = "the path from a block's input to its output is not a chain of additions, as with several streams"
 
 
@@ -61,7 +64,7 @@ class BlockGraph:
     """
 
     def __init__(self, start: Node, end: Node, uses: Sequence[NormUse]) -> None:
-        self._start = start
+        self._start, self._end = start, end
         self._by_output = {id(use.makes): use for use in uses if use.makes is not None}
         self._uses = uses
         self._dead_ends: set[int] = set()
@@ -76,6 +79,15 @@ class BlockGraph:
             for step in added
             if self._start is not None
         )
+
+    def drops_input(self) -> bool:
+        """Return whether the output is certainly no sum with the block's input: it is a sum of matrix products in which
+        the input does not occur, or is subtracted again."""
+        terms = list(itertools.islice(self._terms(self._end), _LONGEST))
+        if not 0 < len(terms) < _LONGEST or not all(certain for _, _, certain in terms):
+            return False
+        inputs = [sign for node, sign, _ in terms if self._is_start(node)]
+        return len(inputs) < len(terms) and sum(inputs) == 0 and 0 not in inputs
 
     def placement(self) -> tuple[str | None, str]:
         """Return the placement and, if it is None, the reason."""
@@ -127,6 +139,25 @@ class BlockGraph:
             if rest is not None:
                 return [Step(node, [other for place, other in enumerate(parents) if place != at]), *rest]
         return None
+
+    def _terms(self, node: Node, sign: int = 1, depth: int = 0) -> Iterator[tuple[Node, int, bool]]:
+        """Yield the terms of the sum that a node computes: each with its sign, which is 0 if it is scaled, and whether
+        it is known what it is: the input or a matrix product. Norms are passed, and parameters are left out."""
+        while not self._is_start(node):
+            if node is None or _is_leaf(node):
+                return
+            use, parents = self._by_output.get(id(node)), _parents(node)
+            if use is not None:
+                node, sign = self._start if use.reads_input else use.reads, 0
+            elif _adds(node) and len(parents) == 2 and depth < _DEEPEST:
+                yield from self._terms(parents[0], sign, depth + 1)
+                node, sign, depth = parents[1], sign * _factor(node), depth + 1
+            elif (before := self._pass(node, parents)) is not node:
+                node, sign = before, 0 if node.name().startswith(_SCALES) else sign
+            else:
+                yield node, sign, node.name().startswith(_PRODUCTS)
+                return
+        yield node, sign, True
 
     def _is_start(self, node: Node) -> bool:
         return node is self._start
@@ -202,6 +233,13 @@ def _parents(node: Node) -> list[Node]:
 
 def _adds(node: Node) -> bool:
     return bool(node.name().startswith(("AddBackward", "SubBackward")))
+
+
+def _factor(node: Node) -> int:
+    """Return the sign of the second operand of a sum; 0 if it is scaled."""
+    if getattr(node, "_saved_alpha", 1) != 1:
+        return 0
+    return -1 if node.name().startswith("Sub") else 1
 
 
 def _is_leaf(node: Node) -> bool:

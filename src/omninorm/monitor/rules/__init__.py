@@ -65,8 +65,8 @@ def default_rules() -> list[Rule]:
     return [
         NoNorm(),
         NonFiniteRule(),
-        NoGradientRule(),
         StaleParameters(),
+        NoGradientRule(),
         LearningRateZero(),
         LearningRateRises(),
         GradientsNotCleared(),
