@@ -163,8 +163,8 @@ class History:
     no_residual: bool = False
     """Whether no block's output is a sum with its input, according to the autograd graph of the first sample."""
     without_input: tuple[int, ...] = ()
-    """Blocks that do not add their input to what they return, although most blocks of their chain do, according to the
-    autograd graph of the first sample."""
+    """Blocks that do not add their input to what they return, although most of the other blocks of their chain do,
+    according to the autograd graph of the first sample."""
     padding: str | None = None
     """How padding was recognized, so that it does not count: "attention mask", "zero rows", or None without any."""
     dtype: str | None = None

@@ -112,10 +112,10 @@ class Placements:
         return self._count >= _FEWEST_BLOCKS and len(self._no_sum - self._split) == self._count
 
     def without_input(self) -> tuple[int, ...]:
-        """Return the blocks that certainly do not add their input, although most blocks of their chain do."""
+        """Return the blocks that certainly do not add their input, although most of the others in their chain do."""
         found: list[int] = []
         for chain in self._chains:
-            if 2 * len(self._adds.intersection(chain)) > len(chain):
+            if 2 * len(self._adds.intersection(chain)) > len(chain) - 1:  # most of the other blocks
                 # What the last block returns is read by other modules.
                 found += sorted((self._drops - self._split) & (self._read | {chain[-1]}) & set(chain))
         return tuple(found)

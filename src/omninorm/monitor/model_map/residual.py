@@ -22,9 +22,12 @@ _PASSES = (
     "Mul", "Div", "NativeDropout", "FusedDropout", "Slice", "Expand", "Alias", "Copy", "AsStrided", "Neg", "Flatten",
     "BackwardHook", "Identity", "RegisterPostBackward", "Movedim", "Detach", "Unflatten", "Contiguous", "Constant",
 )  # fmt: skip
-_PRODUCTS = ("AddmmBackward", "MmBackward", "BmmBackward", "BaddbmmBackward", "LinearBackward", "ConvolutionBackward")
+_PRODUCTS = (
+    "AddmmBackward", "MmBackward", "BmmBackward", "BaddbmmBackward", "LinearBackward", "ConvolutionBackward",
+    "GroupedMmBackward",
+)  # fmt: skip
 _SCALES = ("Mul", "Div", "Neg")
-_LONGEST, _DEEPEST = 400, 64
+_LONGEST, _DEEPEST = 400, 100
 _OWN_PATH = "the path from a block's input to its output is not a chain of additions, as with several streams"
 
 
@@ -81,13 +84,11 @@ class BlockGraph:
         )
 
     def drops_input(self) -> bool:
-        """Return whether the output is certainly no sum with the block's input: it is a sum of matrix products in which
-        the input does not occur, or is subtracted again."""
-        terms = list(itertools.islice(self._terms(self._end), _LONGEST))
-        if not 0 < len(terms) < _LONGEST or not all(certain for _, _, certain in terms):
-            return False
-        inputs = [sign for node, sign, _ in terms if self._is_start(node)]
-        return len(inputs) < len(terms) and sum(inputs) == 0 and 0 not in inputs
+        """Return whether the output is certainly no sum with the block's input: the input reaches it only through
+        matrix products, or is subtracted again."""
+        terms = list(itertools.islice(self._terms(self._end, 1, set()), _LONGEST))
+        inputs = [sign for node, sign in terms if self._is_start(node)]
+        return len(inputs) < len(terms) < _LONGEST and sum(inputs) == 0 and 0 not in inputs
 
     def placement(self) -> tuple[str | None, str]:
         """Return the placement and, if it is None, the reason."""
@@ -140,24 +141,31 @@ class BlockGraph:
                 return [Step(node, [other for place, other in enumerate(parents) if place != at]), *rest]
         return None
 
-    def _terms(self, node: Node, sign: int = 1, depth: int = 0) -> Iterator[tuple[Node, int, bool]]:
-        """Yield the terms of the sum that a node computes: each with its sign, which is 0 if it is scaled, and whether
-        it is known what it is: the input or a matrix product. Norms are passed, and parameters are left out."""
-        while not self._is_start(node):
-            if node is None or _is_leaf(node):
-                return
-            use, parents = self._by_output.get(id(node)), _parents(node)
-            if use is not None:
-                node, sign = self._start if use.reads_input else use.reads, 0
-            elif _adds(node) and len(parents) == 2 and depth < _DEEPEST:
-                yield from self._terms(parents[0], sign, depth + 1)
-                node, sign, depth = parents[1], sign * _factor(node), depth + 1
-            elif (before := self._pass(node, parents)) is not node:
-                node, sign = before, 0 if node.name().startswith(_SCALES) else sign
-            else:
-                yield node, sign, node.name().startswith(_PRODUCTS)
-                return
-        yield node, sign, True
+    def _terms(self, node: Node, sign: int, seen: set[int], depth: int = 0) -> Iterator[tuple[Node, int]]:
+        """Yield the terms of the sum that a node computes, the input and matrix products, each with its sign: 0 after
+        any operation that is no addition. Parameters are left out, and so are nodes in `seen`, after such operations.
+        """
+        if depth > _DEEPEST:
+            yield self._start, 0  # unknown
+        elif self._is_start(node) or (node is not None and node.name().startswith(_PRODUCTS)):
+            yield node, sign
+        elif node is not None and not _is_leaf(node) and (sign or id(node) not in seen):
+            if not sign:
+                seen.add(id(node))
+            for operand, factor in self._operands(node):
+                yield from self._terms(operand, sign * factor, seen, depth + 1)
+
+    def _operands(self, node: Node) -> list[tuple[Node, int]]:
+        """Return the operands of an operation, each with the factor with which it is added, or 0 if it is not."""
+        use, parents = self._by_output.get(id(node)), _parents(node)
+        if use is not None:
+            return [(self._start if use.reads_input else use.reads, 0)]
+        if _adds(node):
+            return list(zip(parents, (1, _factor(node)), strict=False))
+        before = self._pass(node, parents)
+        if before is not node:
+            return [(before, 0 if node.name().startswith(_SCALES) else 1)]
+        return [(parent, 0) for parent in parents]
 
     def _is_start(self, node: Node) -> bool:
         return node is self._start

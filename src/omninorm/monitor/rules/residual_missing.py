@@ -8,11 +8,11 @@ small and the last one writes for the head, so neither is judged. Of three block
 the output must not be larger than 5 times the input: next to a huge branch the component is noise. Persistence: 3
 samples over 20 steps.
 
-At the first sample the autograd graph is read as well. A block is reported at once, whatever its place, if its output
-is a sum of matrix products without its input, while most blocks of its stack add theirs. It must have attention, or
-be of the same kind as another block: plain layers between residual blocks are legitimate. If no block's output is a sum
-with its input, and all angles are as above, the whole stack is reported at once, if every block has attention. Compiled
-blocks, and blocks under reentrant checkpointing, have no such graph.
+At the first sample the autograd graph is read as well. A block is reported at once, whatever its place, if its input
+reaches its output only through matrix products, while most of the other blocks of its stack add theirs. It must have
+attention, or be of the same kind as another block: plain layers between residual blocks are legitimate. If no block's
+output is a sum with its input, and all angles are as above, the whole stack is reported at once, if every block has
+attention. Compiled blocks, and blocks under reentrant checkpointing, have no such graph.
 All are warnings.
 """
 
