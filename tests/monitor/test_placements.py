@@ -357,6 +357,32 @@ def test_most_of_the_other_blocks_must_add_their_input(count: int) -> None:
     assert train_one(mixed(0, branches, count=1)).without_input == ()
 
 
+class Layers(nn.Module):
+    """Two layers with or without their input, and without attention."""
+
+    def __init__(self, residual: bool, third: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.residual = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH), residual
+        self.norm, self.third = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH) if third else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.third(self.second(F.gelu(self.first(self.norm(x)))))
+        return x + y if self.residual else y
+
+
+class OtherLayers(Layers):
+    """The same layers in another class."""
+
+
+@pytest.mark.parametrize(("odd", "found"), [(OtherLayers(False), (2,)), (Layers(False, third=True), ())])
+def test_layers_without_their_input_are_legitimate_if_they_are_of_another_kind(
+    odd: nn.Module, found: tuple[int, ...]
+) -> None:
+    model = mixed(1, pre)
+    model.blocks = nn.ModuleList([Layers(True), Layers(True), odd, Layers(True)])
+    assert train_one(model).without_input == found
+
+
 def test_input_that_is_added_after_the_block_is_not_missing() -> None:
     model = mixed(1, branches)
     model.around = lambda block, x: x + block(x) if block is model.blocks[1] else block(x)

@@ -98,22 +98,6 @@ def test_block_without_its_input_in_the_graph_is_reported_at_the_first_sample() 
     assert [alarm.layer for alarm in reports[0]] == ["blocks.0", "blocks.5"]
 
 
-@pytest.mark.parametrize(
-    ("attentions", "alike", "named"),
-    [
-        ((None,) * 3, (0, 1, 2), []),
-        ((None, "b", None), (0, 1, 2), ["blocks.1"]),
-        ((None,) * 3, (0, 0, 1), ["blocks.1"]),
-    ],
-)
-def test_plain_layer_between_residual_blocks_is_not_reported(
-    attentions: tuple[str | None, ...], alike: tuple[int, ...], named: list[str]
-) -> None:
-    history = History(facts=facts(3, attentions=attentions, alike=alike), without_input=(1,))
-    reports = give_samples(ResidualMissing(), [{"angle": [0.5] * 3}], history)
-    assert [alarm.layer for alarm in reports[0]] == named
-
-
 # norm-missing on histories --------------------------------------------------------------------------------------------
 
 

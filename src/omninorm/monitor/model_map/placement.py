@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from omninorm.monitor.model_map.residual import BlockGraph, Node, NormUse
-from omninorm.monitor.model_map.structure import Structure
+from omninorm.monitor.model_map.structure import Structure, matrix_names
 from omninorm.monitor.tensors import version_of
 
 NO_PASS = "no forward pass of the blocks with gradients has been measured"
@@ -37,7 +37,7 @@ class Placements:
         self._split: set[int] = set()
         self._newest_end: Node = None
         # Blocks that add their input, that certainly do not, and whose output the next block reads as it is.
-        self._chains = structure.chains
+        self._structure = structure
         self._adds: set[int] = set()
         self._drops: set[int] = set()
         self._read: set[int] = set()
@@ -112,12 +112,19 @@ class Placements:
         return self._count >= _FEWEST_BLOCKS and len(self._no_sum - self._split) == self._count
 
     def without_input(self) -> tuple[int, ...]:
-        """Return the blocks that certainly do not add their input, although most of the others in their chain do."""
-        found: list[int] = []
-        for chain in self._chains:
-            if 2 * len(self._adds.intersection(chain)) > len(chain) - 1:  # most of the other blocks
+        """Return the blocks that certainly do not add their input, although most of the others in their chain do.
+
+        They have attention, or the same matrices as another block: plain layers between residual blocks are legitimate.
+        """
+        if not self._drops:
+            return ()
+        blocks, found = self._structure.blocks, list[int]()
+        names = [matrix_names(block.module) for block in blocks]
+        usual = {at for at, block in enumerate(blocks) if block.attention or names.count(names[at]) > 1}
+        for chain in self._structure.chains:
+            if 2 * len(self._adds.intersection(chain)) > len(chain) - 1:
                 # What the last block returns is read by other modules.
-                found += sorted((self._drops - self._split) & (self._read | {chain[-1]}) & set(chain))
+                found += sorted((self._drops - self._split) & (self._read | {chain[-1]}) & set(chain) & usual)
         return tuple(found)
 
     def clear(self) -> None:

@@ -10,7 +10,7 @@ samples over 20 steps.
 
 At the first sample the autograd graph is read as well. A block is reported at once, whatever its place, if its input
 reaches its output only through matrix products, while most of the other blocks of its stack add theirs. It must have
-attention, or be of the same kind as another block: plain layers between residual blocks are legitimate. If no block's
+attention, or the same matrices as another block: plain layers between residual blocks are legitimate. If no block's
 output is a sum with its input, and all angles are as above, the whole stack is reported at once, if every block has
 attention. Compiled blocks, and blocks under reentrant checkpointing, have no such graph.
 All are warnings.
@@ -52,8 +52,7 @@ class ResidualMissing(Rule):
             evidence += "what it returns."
             yield self.alarm(sample.step, "warn", None, evidence, "Return x + branch(x) from each block.")
             return
-        exact = [block for block in history.without_input if _is_block(history.facts, block)]
-        for block in exact:
+        for block in history.without_input:
             yield self._explain_exact(sample.step, history.facts, block)
         for chain in history.facts.chains or [range(len(history.facts.blocks))]:
             for place in range(1, len(chain) - 1):
@@ -64,7 +63,7 @@ class ResidualMissing(Rule):
                 holds = holds and (len(chain) > FEWEST or not _is_huge(sample, before, block))
                 angle = angles[block] if block < len(angles) else None
                 lasts = self._streaks.lasts(block, holds, sample.step, SAMPLES, STEPS)
-                if lasts and angle is not None and block not in exact:
+                if lasts and angle is not None and block not in history.without_input:
                     yield self._explain(sample, history.facts.blocks[block], angle, median(others))
 
     def _explain_exact(self, step: int, facts: Facts, block: int) -> Alarm:
@@ -81,12 +80,6 @@ class ResidualMissing(Rule):
 
 def _remedy(block: str) -> str:
     return f"Check that {block} adds its input to its branches: x + branch(x)."
-
-
-def _is_block(facts: Facts, block: int) -> bool:
-    """Return whether a member of a stack has attention, or is of the same kind as another one."""
-    attention = facts.attentions[block] if block < len(facts.attentions) else None
-    return attention is not None or (block < len(facts.alike) and facts.alike.count(facts.alike[block]) > 1)
 
 
 def _is_everywhere(history: History, angles: Sequence[float | None]) -> bool:
