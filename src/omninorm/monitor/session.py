@@ -44,6 +44,7 @@ from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_all
 from omninorm.monitor.reasons import not_seen
 from omninorm.monitor.rules import Rule
 from omninorm.monitor.rules.expert_load import load_signals
+from omninorm.monitor.rules.label_order import NEXT
 from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, has_gradients, step_of
 from omninorm.monitor.sinks import Sink, flatten
 from omninorm.monitor.stats_buffer import UNSEEN, Row, StatsBuffer
@@ -266,6 +267,7 @@ class Watch:
             signals = {**sample.signals, **load_signals(loads)}
             sample = replace(sample, signals=signals, checks=checked, loads=loads)
             sample = self._builder.with_decay(sample, self._parameters, self._optimizers)
+            self._hooks.causality.elsewhere = sample.next_tokens is not None and sample.next_tokens < NEXT
             self._write_sample(sample, steps[-1])
             alarms += self._judge.judge_sample(self.history)
         self._report_alarms(alarms)
