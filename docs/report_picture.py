@@ -1,7 +1,7 @@
 """Draw the top of a report page by a headless Chromium: the verdict, the alarms, and the maps of two signals.
 
     python docs/report_picture.py runs/demo-1/post-rmsnorm/report.html          # docs/report.png, README's picture
-    python docs/report_picture.py PAGE docs/faulty-run.png --height 1400 --maps angle stream_grad
+    python docs/report_picture.py PAGE docs/faulty-run.png --height 1150 --maps angle stream_grad
 
 docs/report.png shows the demo's post-norm run (`make demo`), docs/faulty-run.png the run `stalled` of
 examples/find_a_fault.py.

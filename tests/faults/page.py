@@ -41,11 +41,12 @@ How to read the columns:
 
 
 WHY_MISSED = """
-Shuffled labels and random inputs leave little trace in 80 steps. They hold the loss near the entropy of
+Shuffled labels and random inputs leave little trace in the loss of 80 steps. They hold the loss near the entropy of
 the labels' frequencies, 3.04 nats per byte for this text. Healthy models pass it slowly: with AdamW the
 mean of ten losses falls below it at steps 20 to 36, and 0.2 nats below it at steps 28 to 45; with SGD a
-Thinker and a Llama fell below it at steps 46 and 68, and not yet 0.2 nats below it by step 80. So only a
-longer run could tell a broken data set from slow learning, and no rule tries yet."""
+Thinker and a Llama fell below it at steps 46 and 68, and not yet 0.2 nats below it by step 80. In
+language models `label-order` compares the labels with the tokens of the input instead. In other models
+only a longer run could tell a broken data set from slow learning, and no rule tries yet."""
 
 
 def text_of(lines: Sequence[Line], before: Sequence[Line] = ()) -> str:

@@ -210,9 +210,11 @@ def test_folder_that_is_a_file_warns_once(tmp_path: Path) -> None:
 def test_resume_continues_the_record_of_the_folder(tmp_path: Path) -> None:
     model = Decoder()
     train_watched(model, adamw(model), 5, folder=tmp_path, every=2)
+    before = (tmp_path / RECORD_FILE).read_bytes()
     with open(tmp_path / RECORD_FILE, "a", encoding="utf-8") as file:
         file.write('{"kind": "sample", "st')  # killed while it wrote
     watched = train_watched(model, adamw(model), 3, folder=tmp_path, every=2, step=4)
+    assert (tmp_path / RECORD_FILE).read_bytes().startswith(before), "nothing that was recorded may be lost"
     assert [step.step for step in watched.history.steps] == [5, 6, 7]
     assert [sample.step for sample in watched.history.samples] == [6]
     kinds = [(event["kind"], event["step"]) for event in read_history(tmp_path / RECORD_FILE)]

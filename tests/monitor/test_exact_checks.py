@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from omninorm.monitor import Alarm, Watch, watch
+from omninorm.record.alarm import leading, roots
 
 RULES = (
     "no-gradient", "gradients-not-cleared", "learning-rate-zero", "updates-lost", "steps-skipped", "stale-parameters",
@@ -129,6 +130,31 @@ def test_part_detached_during_the_run_is_named_at_the_next_sample() -> None:
     assert first_of(train(model, optimizer, ordinary(model, optimizer, before))) == (
         "no-gradient", "blocks.2.feed_forward", 13,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize("every", [1, 5, 50])
+def test_block_that_returns_its_input_is_named_whatever_every_is(at: int, every: int) -> None:
+    model = decoder()
+    model.blocks[at].forward = lambda x, mask=None: x
+    optimizer = adamw(model)
+    alarms = train(model, optimizer, ordinary(model, optimizer), every=every)
+    assert (alarms[0].rule, alarms[0].severity, alarms[0].layer, alarms[0].step) == (
+        "no-gradient", "fail", f"blocks.{at}", 10,
+    )  # fmt: skip
+    assert {alarm.cause for alarm in alarms[1:]} <= {alarms[0].ref}
+
+
+def test_block_that_is_skipped_later_takes_longer() -> None:
+    model = decoder()
+
+    def before(step: int) -> None:
+        if step == 5:
+            model.blocks[2].forward = lambda x, mask=None: x
+
+    optimizer = adamw(model)
+    alarms = train(model, optimizer, ordinary(model, optimizer, before), steps=40, every=50)
+    assert first_of(alarms) == ("no-gradient", "blocks.2", 34)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -400,6 +426,85 @@ def test_optimizer_of_replaced_modules_is_named() -> None:
     assert "holds 16 tensors" in alarm.evidence
 
 
+def replace_parameters(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone())
+
+
+def alarms_of_two_models(
+    begins: int, rebuild: Callable[[nn.Module], nn.Module | None], new_optimizer: bool = False
+) -> list[Alarm]:
+    """Return the alarms of a run that trains what `rebuild` returns from step `begins` on."""
+    model: nn.Module = decoder()
+    watched_model, optimizer = model, adamw(model, 1e-2)
+    with watch(model, optimizer, every=5) as watched:
+        for step in range(1, STEPS + 1):
+            if step == begins:
+                model = rebuild(watched_model) or watched_model
+                optimizer = adamw(model, 1e-2) if new_optimizer else optimizer
+            loss = token_loss(model, some_tokens(step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            watched.step(loss.detach())
+    return watched.alarms
+
+
+REBUILDS: dict[str, tuple[Callable[[nn.Module], nn.Module | None], str]] = {
+    "copied": (copy.deepcopy, "was not called in the last 3 steps, but the optimizer"),
+    "built again": (lambda model: decoder(), "was not called in the last 3 steps, but the optimizer"),
+    "parameters replaced": (replace_parameters, "The optimizer does not hold the new ones"),
+}
+
+
+@pytest.mark.parametrize("begins", [1, 11])
+@pytest.mark.parametrize("name", REBUILDS)
+def test_alarms_after_the_model_was_replaced_lead_to_the_optimizer(name: str, begins: int) -> None:
+    rebuild, words = REBUILDS[name]
+    alarms = alarms_of_two_models(begins, rebuild)
+    cause = leading(alarms)
+    assert cause is not None
+    assert (cause.rule, cause.severity) == ("stale-parameters", "fail")
+    assert begins <= cause.step <= begins + 2
+    assert words in cause.evidence
+    assert [alarm.rule for alarm in alarms if alarm.rule == "no-gradient"] == ["no-gradient"]
+    assert all(root is cause for root in roots(alarms))
+
+
+def test_run_of_another_model_and_optimizer_is_no_longer_measured() -> None:
+    (alarm,) = alarms_of_two_models(11, copy.deepcopy, new_optimizer=True)
+    assert (alarm.rule, alarm.severity, alarm.step) == ("stale-parameters", "warn", 13)
+
+
+def test_optimizer_of_a_copy_is_named_without_advice_about_zero_grad() -> None:
+    model = decoder()
+    optimizer = adamw(copy.deepcopy(model), 1e-2)
+    with watch(model, optimizer, every=5) as watched:
+        for step in range(1, STEPS + 1):
+            watched.step(ordinary(model, optimizer)(step, watched))
+    coverage, cause = watched.alarms[:2]
+    assert (coverage.rule, coverage.layer, coverage.step) == ("optimizer-coverage", None, 0)
+    assert (cause.rule, cause.severity, cause.step) == ("stale-parameters", "fail", 1)
+    assert leading(watched.alarms) is cause
+    assert all(root is cause for root in roots(watched.alarms))
+    assert "zero_grad" not in " ".join(alarm.text for alarm in watched.alarms)
+
+
+def test_forward_without_gradients_is_a_call_of_the_model() -> None:
+    model = decoder()
+    optimizer = adamw(model, 1e-2)
+
+    def body(step: int, watched: Watch) -> Tensor:
+        with torch.no_grad():
+            loss = token_loss(model, some_tokens(step))
+        optimizer.step()
+        return loss
+
+    assert {alarm.rule for alarm in train(model, optimizer, body)} == {"no-gradient"}
+
+
 # gradient-clipped and identical-batches -------------------------------------------------------------------------------
 
 
@@ -661,6 +766,14 @@ def drops_blocks(model: Decoder) -> list[Alarm]:
     return train(model, optimizer, ordinary(model, optimizer), every=1)
 
 
+def skips_branches_at_random(model: Decoder) -> list[Alarm]:
+    for block in model.blocks:
+        forward = block.forward
+        block.forward = lambda x, mask=None, forward=forward: x if torch.rand(()) < 0.4 else forward(x, mask)
+    optimizer = adamw(model, 1e-3)
+    return train(model, optimizer, ordinary(model, optimizer), steps=60)
+
+
 def keeps_bfloat16_weights_moving(model: Decoder) -> list[Alarm]:
     model.bfloat16()
     optimizer = torch.optim.SGD([*model.blocks.parameters(), *model.embedding.parameters()], lr=1.0)
@@ -745,7 +858,7 @@ HEALTHY = (
     accumulates, clears_through_data, steps_before_it_clears, trains_adapters, begins_with_zero_branches,
     freezes_the_backbone, has_an_unused_head, trains_two_parts_alternately, trains_adversarially, warms_up_from_zero,
     ends_at_zero, freezes_a_group_by_its_learning_rate, searches_its_scale, has_unused_experts, drops_blocks,
-    keeps_bfloat16_weights_moving, keeps_master_weights, divides_by_the_number_of_tokens, repeats_its_data,
+    skips_branches_at_random, keeps_bfloat16_weights_moving, keeps_master_weights, divides_by_the_number_of_tokens, repeats_its_data,
     is_stepped_for_each_micro_batch, unfreezes_later,
 )  # fmt: skip
 

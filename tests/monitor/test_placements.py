@@ -249,3 +249,150 @@ def test_unlocated_norm_suppresses_no_norm() -> None:
     for reason, alarms in (("", 1), ("the blocks normalize in their own code", 0)):
         history = History(facts=facts, placement_reason=reason)
         assert len(list(NoNorm().on_sample(history, sample))) == alarms
+
+
+# Blocks that drop their input --------------------------------------------------------------------------------------------
+
+
+def branches(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    y = a(n1(x))
+    return y + f(n2(y))
+
+
+def dropped_first(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    y = a(n1(x))
+    return f(n2(y))
+
+
+def dropped_last(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return f(n2(x + a(n1(x))))
+
+
+def subtracted(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return pre(b, x, a, f, n1, n2) - x
+
+
+def normed(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return F.dropout(0.5 * n1(a(x)), 0.1) + n2(f(x)) * b.gain
+
+
+def routed(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    """A mixture of experts: rows of one are added to rows of zeros, weighted by a gate."""
+    y = f(n2(a(n1(x)))).flatten(0, 1)
+    rows = torch.arange(0, len(y), 2)
+    chosen = y[rows].clamp(-9, 9) * y[rows].softmax(-1).amax(-1, keepdim=True)
+    return torch.zeros_like(y).index_add(0, rows, chosen).unflatten(0, x.shape[:2])
+
+
+def gated(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return a(n1(x)) * x.sigmoid()
+
+
+def halved(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return torch.sub(pre(b, x, a, f, n1, n2), x, alpha=0.5)
+
+
+def added_twice(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return x + pre(b, x, a, f, n1, n2) - x
+
+
+def scaled_back(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return pre(b, x, a, f, n1, n2) - 0.5 * x
+
+
+def negated(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return a(n1(x)) - x
+
+
+def activated(b: Flow, x: Tensor, a: Any, f: Any, n1: Any, n2: Any, *_: Any) -> Tensor:
+    return F.gelu(pre(b, x, a, f, n1, n2))
+
+
+def mixed(at: int, formula: Callable[..., Tensor], others: Callable[..., Tensor] = pre, count: int = 4) -> Model:
+    """A model of which one block has another formula."""
+    model = Model(others, lambda: nn.LayerNorm(WIDTH))
+    model.blocks = nn.ModuleList(
+        Flow(formula if place == at else others, lambda: nn.LayerNorm(WIDTH)) for place in range(count)
+    )
+    return model
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+@pytest.mark.parametrize("formula", [branches, dropped_first, dropped_last, subtracted, normed, routed])
+def test_block_that_drops_its_input_is_found_in_the_graph(formula: Callable[..., Tensor], at: int) -> None:
+    assert train_one(mixed(at, formula)).without_input == (at,)
+
+
+@pytest.mark.parametrize("others", [post, sandwich, scaled])
+def test_block_that_drops_its_input_is_found_among_other_placements(others: Callable[..., Tensor]) -> None:
+    assert train_one(mixed(1, branches, others)).without_input == (1,)
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        pre,
+        post,
+        both,
+        on_the_stream,
+        inside,
+        streams,
+        scaled,
+        halved,
+        added_twice,
+        scaled_back,
+        negated,
+        activated,
+        gated,
+    ],
+)
+def test_block_that_may_add_its_input_is_not_found(formula: Callable[..., Tensor]) -> None:
+    assert train_one(mixed(1, formula)).without_input == ()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_most_of_the_other_blocks_must_add_their_input(count: int) -> None:
+    assert train_one(mixed(1, branches, count=count)).without_input == (1,)
+    assert train_one(mixed(1, pre, branches, 3)).without_input == ()
+    assert train_one(mixed(0, branches, count=1)).without_input == ()
+
+
+class Layers(nn.Module):
+    """Two layers with or without their input, and without attention."""
+
+    def __init__(self, residual: bool, third: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.residual = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH), residual
+        self.norm, self.third = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH) if third else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.third(self.second(F.gelu(self.first(self.norm(x)))))
+        return x + y if self.residual else y
+
+
+class OtherLayers(Layers):
+    """The same layers in another class."""
+
+
+@pytest.mark.parametrize(("odd", "found"), [(OtherLayers(False), (2,)), (Layers(False, third=True), ())])
+def test_layers_without_their_input_are_legitimate_if_they_are_of_another_kind(
+    odd: nn.Module, found: tuple[int, ...]
+) -> None:
+    model = mixed(1, pre)
+    model.blocks = nn.ModuleList([Layers(True), Layers(True), odd, Layers(True)])
+    assert train_one(model).without_input == found
+
+
+def test_input_that_is_added_after_the_block_is_not_missing() -> None:
+    model = mixed(1, branches)
+    model.around = lambda block, x: x + block(x) if block is model.blocks[1] else block(x)
+    assert train_one(model).without_input == ()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_block_that_adds_its_input_is_not_found(reentrant: bool) -> None:
+    model = mixed(1, pre)
+    model.around = lambda block, x: (
+        checkpoint(block, x, use_reentrant=reentrant) if block is model.blocks[1] else block(x)
+    )
+    assert train_one(model).without_input == ()

@@ -230,7 +230,7 @@ def test_parameters_in_no_optimizer_raise_a_warning() -> None:
     assert alarm.evidence.endswith("in no optimizer: all of head.")
     with watch(model, torch.optim.SGD(Model().parameters(), lr=0.01), rules=[]) as watched:
         pass
-    assert "holds any parameter of this model" in watched.alarms[0].evidence
+    assert "holds no trainable parameter of this model" in watched.alarms[0].evidence
     with watch(model, rules=[]) as watched:
         pass
     assert watched.alarms == []

@@ -208,6 +208,14 @@ def test_records_of_all_ranks_are_merged(tmp_path):
     assert any("also read: 1, 2" in note for note in story.notes)
 
 
+def test_records_of_ranks_that_only_an_earlier_run_had_are_not_read(tmp_path):
+    write(tmp_path, {**HEAD, "world_size": 2}, sample(1), warning(1))
+    for rank in (1, 2, 3):
+        write(tmp_path, HEAD, warning(1), name=f"record-rank{rank}.jsonl")
+    story = read_run(tmp_path)
+    assert [alarm.ranks for alarm in story.alarms] == [(0, 1)]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

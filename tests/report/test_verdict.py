@@ -73,7 +73,25 @@ def test_cause_of_the_first_failure_leads(faulty):
     verdict = judge(replace(faulty, alarms=alarms))
     assert (verdict.status, verdict.alarm) == ("failing", root)
     assert verdict.sentence == "Failing: blocks.4: it was too large (step 7)."
-    assert verdict.more == "2 further failures in 600 steps."
+    assert verdict.more == "1 further failure in 600 steps."
+
+
+def test_consequences_are_not_counted_as_further_alarms(faulty):
+    root = alarm(5, rule="root")
+    others = [alarm(step, "warn", f"blocks.{step}", cause=root.ref) for step in (6, 7)]
+    last = alarm(8, "warn", "blocks.8", cause=others[0].ref)
+    verdict = judge(replace(faulty, alarms=[root, *others, last]))
+    assert (verdict.alarm, verdict.more) == (root, "")
+    other = alarm(9, "warn", rule="other")
+    verdict = judge(replace(faulty, alarms=[root, *others, last, other, alarm(10, "warn", cause=other.ref)]))
+    assert verdict.more == "1 further warning in 600 steps."
+
+
+def test_consequences_are_not_counted_among_warnings(faulty):
+    root = alarm(5, "warn", rule="root")
+    verdict = judge(replace(faulty, alarms=[root, alarm(6, "warn", cause=root.ref)]))
+    assert verdict.sentence.startswith("1 warning, no failures: ")
+    assert verdict.more == ""
 
 
 def test_warning_that_follows_from_another_does_not_lead(faulty):

@@ -76,7 +76,8 @@ def watch(
         optimizer: one or several optimizers; without them, update ratios and Adam statistics are unavailable.
         every: steps between samples of all signals. Losses, gradient norms and NaNs are checked in every step.
         folder: where record.jsonl is appended; None keeps the record in memory. If the folder has a record, it is
-            continued, and its entries after `step` are discarded.
+            continued. Nothing is deleted, but the page leaves out what an earlier run recorded after `step`: use
+            another folder for another run.
         step: the number of steps done before, for a resumed run.
         scaler: the torch.amp.GradScaler, if one scales the loss.
         sinks: further loggers, such as `TensorBoard(writer)`; see `omninorm.monitor.sinks`.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from omninorm.errors import ConfigError
+from omninorm.monitor.arguments import COVERAGE
 from omninorm.monitor.history import Evaluation, History, Sample, Step
 from omninorm.monitor.rules import Rule, default_rules
 from omninorm.record.alarm import SEVERITIES, Alarm, roots
@@ -108,7 +109,7 @@ class Judge:
 
     def _is_symptom(self, alarm: Alarm) -> bool:
         rule = self._rule(alarm.rule)
-        return rule is not None and rule.symptom
+        return alarm.rule == COVERAGE if rule is None else rule.symptom
 
     def _rule(self, name: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.name == name), None)
@@ -182,9 +183,9 @@ class Judge:
         """Return whether an alarm explains those of the rule `name`. If each rule explains the other, only a "fail"
         does."""
         rule, other = self._rule(cause.rule), self._rule(name)
-        if rule is None or other is None or rule is other or name not in rule.explains:
+        if rule is None or rule is other or name not in rule.explains:
             return False
-        return cause.severity == "fail" or rule.name not in other.explains
+        return cause.severity == "fail" or other is None or rule.name not in other.explains
 
     def _is_active(self, history: History, cause: Alarm, alarm: Alarm) -> bool:
         """Return whether an alarm can be the cause of a new one: a "fail" until it is forgotten, a warning while it is

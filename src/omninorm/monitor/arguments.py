@@ -17,6 +17,7 @@ from omninorm.monitor.history import Evaluation
 from omninorm.record import Record
 from omninorm.record.alarm import Alarm
 
+COVERAGE = "optimizer-coverage"
 NAMED = 3
 """The number of parameters and modules without an optimizer that are listed by name."""
 
@@ -86,13 +87,16 @@ def uncovered(
     places = whole_modules(missing, trainable)
     listed = ", ".join(place if place in trainable else f"all of {place}" for place in places[:NAMED])
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
+    layer: str | None = places[0]
     found = f"{len(missing)} of {len(named)} parameters are trainable but in no optimizer: {listed}{more}"
-    if len(missing) == len(named):
-        found = "no optimizer holds any parameter of this model"
-    evidence = f"Weights without an optimizer: {found}."
     remedy = "Pass every optimizer to watch and add these parameters to one of them, or freeze them."
+    if len(missing) == len(trainable) and held:
+        layer, found = None, "the optimizer holds no trainable parameter of this model"
+        remedy = "Create the optimizer from the model that is passed to watch, after the last change to it: a copy has "
+        remedy += "other parameters."
+    evidence = f"Weights without an optimizer: {found}."
     source = "every trainable parameter needs an optimizer"
-    return [Alarm(step, "warn", "optimizer-coverage", places[0], evidence, remedy, source)]
+    return [Alarm(step, "warn", COVERAGE, layer, evidence, remedy, source)]
 
 
 def whole_modules(names: Sequence[str], among: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from omninorm.monitor.checks.precision import expected_dtype
 from omninorm.monitor.checks.weights import look_random, matrices_of
 from omninorm.monitor.history import Facts
-from omninorm.monitor.model_map.structure import Structure
+from omninorm.monitor.model_map.structure import Structure, matrix_names
 from omninorm.monitor.probes.optimizer import adam_eps
 
 
@@ -47,10 +47,7 @@ def alike(structure: Structure) -> tuple[int, ...]:
     kinds: dict[object, int] = {}
     found = []
     for block in structure.blocks:
-        # Gains may have more than one dimension, but only one that is not 1.
-        named = block.module.named_parameters()
-        matrices = tuple(name for name, tensor in named if tensor.numel() > max(tensor.shape, default=1))
-        found.append(kinds.setdefault((type(block.module), matrices), len(kinds)))
+        found.append(kinds.setdefault((type(block.module), matrix_names(block.module)), len(kinds)))
     return tuple(found)
 
 

@@ -99,8 +99,10 @@ class Sample:
     matrices. `gain_decay` is the same for the gain of each norm. Both are empty if no optimizer is known.
     `probabilities` is 1 if each row that cross entropy received is a probability distribution, 0 if not, and None if no
     such call was measured. `loads` has the load of each block's experts, or None, if there are any. `next_tokens` is
-    the share of labels that are the next token of the input, and `visible_future` the share of later tokens that
-    attention shows to a token, for each block; both None if unknown.
+    the share of labels that are the next token of the input, `shifted_tokens` the largest share at another distance of
+    up to 4 tokens, and `same_tokens` the share of labels that also occur among the input's tokens as often.
+    `visible_future` is the share of later tokens that attention shows to a token, for each block. All are None if
+    unknown.
     """
 
     step: int
@@ -112,6 +114,8 @@ class Sample:
     probabilities: float | None = None
     loads: Sequence[Load | None] = ()
     next_tokens: float | None = None
+    shifted_tokens: float | None = None
+    same_tokens: float | None = None
     visible_future: Sequence[float | None] = ()
     finite: dict[str, list[float | None]] = field(init=False, repr=False, compare=False, default_factory=dict)
     """The values that several rules read: see `omninorm.monitor.rules.numbers.values_of`."""
@@ -162,6 +166,9 @@ class History:
     """The reason why the placement is unknown."""
     no_residual: bool = False
     """Whether no block's output is a sum with its input, according to the autograd graph of the first sample."""
+    without_input: tuple[int, ...] = ()
+    """Blocks that do not add their input to what they return, although most of the other blocks of their chain do,
+    according to the autograd graph of the first sample."""
     padding: str | None = None
     """How padding was recognized, so that it does not count: "attention mask", "zero rows", or None without any."""
     dtype: str | None = None

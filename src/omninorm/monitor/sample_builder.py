@@ -163,6 +163,8 @@ class SampleBuilder:
             worst,
             probabilities=cells["probabilities"][0],
             next_tokens=cells["next_tokens"][0],
+            shifted_tokens=cells["shifted_tokens"][0],
+            same_tokens=cells["same_tokens"][0],
             visible_future=[None if hidden is None else 1.0 - hidden for hidden in cells["hidden_future"]],
         )
 

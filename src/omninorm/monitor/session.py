@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +29,7 @@ from omninorm.monitor.arguments import (
 )
 from omninorm.monitor.checks.collect import Checks
 from omninorm.monitor.checks.weights import frozen, shifted_gains
+from omninorm.monitor.events import sample_event, seen_event, steps_event, watch_event
 from omninorm.monitor.facts import facts_of
 from omninorm.monitor.history import History, Sample, Step
 from omninorm.monitor.hooks.attach import Hooks, leaves, sentinel_names
@@ -44,15 +44,15 @@ from omninorm.monitor.probes.weights import GAIN_SIGNALS, measure_all
 from omninorm.monitor.reasons import not_seen
 from omninorm.monitor.rules import Rule
 from omninorm.monitor.rules.expert_load import load_signals
-from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, has_gradients, step_of
+from omninorm.monitor.rules.label_order import NEXT
+from omninorm.monitor.sample_builder import SampleBuilder, first_nonfinite, step_of
 from omninorm.monitor.sinks import Sink, flatten
 from omninorm.monitor.stats_buffer import UNSEEN, Row, StatsBuffer
 from omninorm.monitor.tensors import reshard
-from omninorm.monitor.writer import Output, rank, short, world_size
+from omninorm.monitor.writer import Output, rank
 from omninorm.record import Record
 from omninorm.record.alarm import Alarm, link
 
-FORMAT = 1
 # Largest ring buffer; with more steps between samples it is emptied earlier.
 MOST_ROWS = 256
 LOG = logging.getLogger("omninorm.watch")
@@ -132,9 +132,11 @@ class Watch:
         self._output = Output(self._folder)
         # The owner of a Record that was passed in records its own resumes.
         if self._output.continues or (self._done and not isinstance(self._folder, Record)):
-            LOG.info("Continuing the record in %s; entries after step %d are discarded.", self._folder, self._done)
+            kept = "Continuing the record in %s. It keeps earlier entries after step %d, but its page leaves them out."
+            LOG.info(kept, self._folder, self._done)
             self._output.append({"kind": "resume", "step": self._done})
-        self._output.append(self._header())
+        limits = [limit for rule in self._judge.rules for limit in rule.limits()]
+        self._output.append(watch_event(self.history.facts, limits, self._done) | self._given)
         with ExitStack() as undo:
             undo.callback(self.close, "not opened")
             self._attach()
@@ -246,11 +248,12 @@ class Watch:
         for at, row in enumerate(rows):
             if self.history.nonfinite is None:
                 self._look_for_nonfinite(row, first + at)
-        self._write_steps(steps, rows)
+        self._append(steps_event(steps, rows))
         if sampled:
             placements = self._hooks.placements
             self.history.placement, self.history.placement_reason = placements.verdict(len(self._structure.blocks))
             self.history.no_residual = placements.without_residual()
+            self.history.without_input = placements.without_input()
             if self._hooks.padding.used or any(cells["zero_rows"]):
                 self.history.padding = MASK if self._hooks.padding.used else ZERO_ROWS
             self.history.classes = self._hooks.classes
@@ -264,6 +267,7 @@ class Watch:
             signals = {**sample.signals, **load_signals(loads)}
             sample = replace(sample, signals=signals, checks=checked, loads=loads)
             sample = self._builder.with_decay(sample, self._parameters, self._optimizers)
+            self._hooks.causality.elsewhere = sample.next_tokens is not None and sample.next_tokens < NEXT
             self._write_sample(sample, steps[-1])
             alarms += self._judge.judge_sample(self.history)
         self._report_alarms(alarms)
@@ -312,34 +316,15 @@ class Watch:
         assert self._output is not None
         self._output.append(event)
 
-    def _write_steps(self, steps: Sequence[Step], rows: Sequence[Row]) -> None:
-        """Record the steps, with None for unknown values to distinguish them from NaN."""
-        series = {
-            "loss": [row.loss for row in rows],
-            "grad_norm": [
-                step.grad_norm if has_gradients(row) else None for step, row in zip(steps, rows, strict=True)
-            ],
-            "lr": [step.lr for step in steps],
-        }
-        self._append({"kind": "steps", "step": steps[-1].step, "first": steps[0].step, **series})
-
     def _write_sample(self, sample: Sample, step: Step) -> None:
-        self.history.samples.append(sample)
+        history = self.history
+        history.samples.append(sample)
         if not self._reported_seen:
             self._reported_seen = True
-            reasons = not_seen(sample, self.history.facts, bool(self._optimizers))
-            self._append(
-                {"kind": "seen", "step": sample.step, "placement": self.history.placement, "dtype": self.history.dtype}
-                | {"placement_reason": self.history.placement_reason, "padding": self.history.padding}
-                | {"not_seen": reasons}
-            )
-        signals = {name: short(values) for name, values in sample.signals.items()}
-        bounds = {name: short(limits) for name, limits in self._judge.bounds().items()}
-        self._append(
-            {"kind": "sample", "step": sample.step, "signals": signals, "worst": sample.worst, "bounds": bounds}
-        )
+            self._append(seen_event(sample, history, not_seen(sample, history.facts, bool(self._optimizers))))
+        self._append(sample_event(sample, self._judge.bounds()))
         if self._sinks:
-            numbers = flatten(sample, self.history.facts)
+            numbers = flatten(sample, history.facts)
             numbers |= {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
             known = {name: value for name, value in numbers.items() if value == value}
             self._to_sinks(lambda sink: sink.log(sample.step, known))
@@ -385,25 +370,6 @@ class Watch:
             raise RunError("This Watch has not been opened", "", "use `with omninorm.watch(…) as w:` first")
         with self._output.file() as record:
             return write_report(record, path)
-
-    def _header(self) -> dict[str, Any]:
-        from omninorm import __version__
-
-        facts = asdict(self.history.facts)
-        facts.pop("every")
-        return {
-            "kind": "watch",
-            "step": self._done,
-            "format": FORMAT,
-            "every": self._every,
-            "rank": rank(),
-            "world_size": world_size(),
-            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "versions": {"omninorm": __version__, "torch": torch.__version__},
-            "limits": [limit._asdict() for rule in self._judge.rules for limit in rule.limits()],
-            **self._given,
-            **facts,
-        }
 
     def _failed(self, error: Exception) -> None:
         """Warn once about a monitoring error; the affected statistic is missing."""

@@ -9,9 +9,9 @@ an infinity in a row shows the step and the place where it appeared, without syn
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from omninorm.monitor.waiting import Batches, Peaks
 FACTS = ("kept", "batch", "input")
 """Numbers that only some steps have: see `omninorm.monitor.checks.facts.StepChecks`."""
 UNSEEN = -1.0  # in the ring buffer: measured values are ≥ 0 or not finite
+Waiting = TypeVar("Waiting")
 Placed = tuple[tuple[int, ...], Tensor]  # places, and a value for each
 # Values that may wait before they are written, for loops that never end a step.
 MOST_WAITING = 16384
@@ -158,7 +159,8 @@ class StatsBuffer:
         All sentinels are written, with UNSEEN for those that have not run: a list of those that have, which may differ
         in every step, would have to be copied to the device.
         """
-        for values in in_rounds(self._outputs):
+        for outputs in in_rounds(self._outputs, lambda output: output[:1]):
+            values = dict(outputs)
             for (device, dtype), places in by_kind(values).items():
                 neutral = fill(UNSEEN, device, dtype)
                 found = stack([values[at] if at in places else neutral for at in range(self._sentinels)], self.device)
@@ -170,7 +172,7 @@ class StatsBuffer:
             index, values = joined(self._terms, self.device)
             self._terms.clear()
             self._values.index_put_((index,), values, accumulate=True)
-        for peaks in without_repeats(self._peaks):
+        for peaks in in_rounds(self._peaks, lambda placed: placed[0]):
             index, values = joined(peaks, self.device)
             self._values[index] = torch.maximum(self._values[index], values)
 
@@ -284,29 +286,17 @@ def iter_split(numbers: list[float], sizes: Sequence[int]) -> list[list[float]]:
     return pieces
 
 
-def in_rounds(waiting: list[tuple[int, Tensor]]) -> list[dict[int, Tensor]]:
-    """Empty the list of places and values; return them in rounds, each with at most one value for a place."""
-    rounds: list[dict[int, Tensor]] = []
-    seen: dict[int, int] = {}
-    for place, value in waiting:
-        at = seen[place] = seen.get(place, -1) + 1
-        if at == len(rounds):
-            rounds.append({})
-        rounds[at][place] = value
-    waiting.clear()
-    return rounds
-
-
-def without_repeats(waiting: list[Placed]) -> list[list[Placed]]:
+def in_rounds(waiting: list[Waiting], places_of: Callable[[Waiting], Iterable[int]]) -> list[list[Waiting]]:
     """Empty the list; return its items in rounds, in each of which no place is repeated."""
-    rounds: list[list[Placed]] = []
+    rounds: list[list[Waiting]] = []
     seen: dict[int, int] = {}
-    for places, values in waiting:
+    for item in waiting:
+        places = tuple(places_of(item))
         at = max(seen.get(place, 0) for place in places)
         seen.update(dict.fromkeys(places, at + 1))
         if at == len(rounds):
             rounds.append([])
-        rounds[at].append((places, values))
+        rounds[at].append(item)
     waiting.clear()
     return rounds
 

@@ -47,7 +47,7 @@ def read_run(path: str | Path, like: RunStory | None = None) -> RunStory:
     if not scan.events:
         problem = f"The record {file} has no events" if scan.hopeful else f"{file} is not a record of omninorm"
         raise RunError(problem, "", _REMEDY)
-    ranks = [Scan(other, rank) for rank, other in _other_ranks(file)]
+    ranks = [Scan(other, rank) for rank, other in _other_ranks(file, scan.watched)]
     alarms, bad = _merge([scan, *ranks])
     steps = sorted(scan.samples)
     shared = {column.step for column in like.columns} if like else set()
@@ -92,11 +92,13 @@ def find_record(path: str | Path) -> Path:
     return record
 
 
-def _other_ranks(record: Path) -> list[tuple[int, Path]]:
+def _other_ranks(record: Path, watched: Watched | None) -> list[tuple[int, Path]]:
+    """Return the records of the other processes, without those that an earlier run with more of them has left."""
     if record.name != RECORD_FILE:
         return []
     found = [(_RANK.fullmatch(each.name), each) for each in record.parent.iterdir()]
-    return sorted((int(match[1]), each) for match, each in found if match)
+    ranks = sorted((int(match[1]), each) for match, each in found if match)
+    return [(rank, each) for rank, each in ranks if watched is None or rank < watched.world_size]
 
 
 def _merge(scans: Sequence[Scan]) -> tuple[list[StoryAlarm], list[Bad]]:

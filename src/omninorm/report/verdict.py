@@ -6,7 +6,7 @@ import math
 import re
 from typing import NamedTuple
 
-from omninorm.record.alarm import leading
+from omninorm.record.alarm import leading, roots
 from omninorm.record.signals import SIGNALS
 from omninorm.report.story import Bad, RunStory, StoryAlarm
 from omninorm.report.text import plain, plural, short
@@ -71,7 +71,7 @@ def judge(story: RunStory) -> Verdict:
         sentence = f"Failing: the run diverged at step {story.ending.step:,}."
         return Verdict("failing", sentence, _further(story, None), title=sentence[:-1])
     if lead:
-        return _about_alarm(story, lead, "warnings", f"{plural(story.count('warn'), 'warning')}, no failures")
+        return _about_alarm(story, lead, "warnings", f"{plural(len(_independent(story)), 'warning')}, no failures")
     return _calm(story)
 
 
@@ -222,11 +222,15 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:] if re.match(r"[a-z]+[ ,]", text) else text
 
 
+def _independent(story: RunStory) -> list[StoryAlarm]:
+    """Return the alarms that follow from no other alarm."""
+    return [alarm for alarm, root in zip(story.alarms, roots(story.alarms), strict=True) if root is alarm]
+
+
 def _further(story: RunStory, lead: StoryAlarm | None) -> str:
-    """Summarize the other alarms and how the run ended."""
-    fails = story.count("fail") - (lead is not None and lead.severity == "fail")
-    warnings = story.count("warn") - (lead is not None and lead.severity != "fail")
-    counted = [(fails, "failure"), (warnings, "warning")]
+    """Summarize the other alarms that follow from no other one, and how the run ended."""
+    severities = [alarm.severity for alarm in _independent(story) if alarm is not lead]
+    counted = [(severities.count("fail"), "failure"), (severities.count("warn"), "warning")]
     parts = [plural(number, f"{'further ' if lead else ''}{noun}") for number, noun in counted if number]
     sentences = [f"{' and '.join(parts)} in {plural(story.last_step, 'step')}."] if parts else []
     if story.bad and lead and lead.rule != "nonfinite":

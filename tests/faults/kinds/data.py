@@ -46,7 +46,7 @@ def two_batches(training: Training) -> None:
     training.data = lambda step: data(step % 2)
 
 
-@fault("labels shuffled for 30 steps", FAMILY, SPIKES, early=False, at_once=True, frozen=True)
+@fault("labels shuffled for 30 steps", FAMILY, {*SPIKES, "label-order"}, early=False, at_once=True, frozen=True)
 def labels_shuffled_for_a_while(training: Training) -> None:
     """A broken shard: for 30 steps the labels are those of other positions."""
     data = training.data
@@ -59,7 +59,7 @@ def labels_shuffled_for_a_while(training: Training) -> None:
     training.data = shuffled
 
 
-@fault("labels always shuffled", FAMILY, {"no-progress", "unigram-only", "loss-plateau"}, frozen=True)
+@fault("labels always shuffled", FAMILY, {"label-order", "no-progress", "unigram-only", "loss-plateau"}, frozen=True)
 def labels_shuffled(training: Training) -> None:
     """The labels are those of other positions or examples in every step."""
     data = training.data
@@ -71,7 +71,7 @@ def labels_shuffled(training: Training) -> None:
     training.data = shuffled
 
 
-@fault("inputs corrupted", FAMILY, SPIKES, early=False, at_once=True)
+@fault("inputs corrupted", FAMILY, {*SPIKES, "label-order"}, early=False, at_once=True)
 def inputs_corrupted(training: Training) -> None:
     """From some step on the inputs are random."""
     data = training.data

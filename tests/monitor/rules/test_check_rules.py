@@ -12,7 +12,7 @@ from helpers.histories import facts, numbers_in
 
 from omninorm.monitor import Alarm, History, Sample, Step
 from omninorm.monitor.alarms import Judge
-from omninorm.monitor.checks.facts import Lost, NoGradient, Replica, SampleChecks, Stale, StepChecks
+from omninorm.monitor.checks.facts import Lost, NoGradient, Replica, SampleChecks, Setup, Stale, StepChecks
 from omninorm.monitor.rules import Rule
 from omninorm.monitor.rules.gradient_clipped import GradientClipped
 from omninorm.monitor.rules.gradients_not_cleared import GradientsNotCleared
@@ -62,6 +62,7 @@ def severities(rule: type[Rule], steps: Sequence[StepChecks | None], sample: Sam
     [
         *(("blocks", 2, "f"), ("part", 2, "f"), ("most", 2, "f"), ("stack", 5, "w"), ("last blocks", 5, "w")),
         *(("outside", 5, "w"), ("leaf", 20, "w"), ("zero", 10, "w")),
+        ("skipped", 10, "f"),
     ],
 )
 def test_modules_without_gradient_are_reported_after_their_persistence(kind: str, steps: int, severity: str) -> None:
@@ -70,6 +71,11 @@ def test_modules_without_gradient_are_reported_after_their_persistence(kind: str
     assert severities(NoGradientRule, [*[bad] * (steps - 1), GOOD, bad])[-1] == "-"
     unknown = replace(bad, optimizer=False)
     assert severities(NoGradientRule, [unknown] * 10 * steps).index(severity) == 10 * steps - 1
+
+
+def test_block_that_is_skipped_after_the_first_step_is_reported_later() -> None:
+    bad = replace(GOOD, no_gradient=(NoGradient("blocks.1", "skipped", ("blocks.1",), 8),))
+    assert severities(NoGradientRule, [GOOD, *[bad] * 30]) == ["-"] * 30 + ["f"]
 
 
 def test_steps_without_any_gradient_are_reported() -> None:
@@ -229,6 +235,7 @@ def test_gradients_that_the_optimizer_does_not_see_are_reported() -> None:
 CUT = NoGradient("blocks.2", "blocks", ("embedding", "blocks.0", "blocks.1", "blocks.2"), 33, "blocks.3")
 ZERO = NoGradient("blocks.2", "zero", ("blocks.2",), 1)
 LEAF = NoGradient("blocks.2.q", "leaf", ("blocks.2.q",), 2)
+SKIPPED_BLOCK = NoGradient("blocks.2", "skipped", ("blocks.2",), 12)
 HIDDEN = NoGradient("blocks.3", "last blocks", ("blocks.3",), 16)
 TOWER = NoGradient("vision.1", "stack", ("vision.0", "vision.1"), 16)
 # Name: rule, steps, the samples' facts, numbers in the evidence and in the remedy.
@@ -236,6 +243,7 @@ CASES: dict[str, tuple[Rule, list[StepChecks], SampleChecks | None, list[float],
     "no-gradient": (NoGradientRule(), [replace(GOOD, no_gradient=(CUT,))] * 3, None, [4, 1, 33], []),
     "no-gradient, zero": (NoGradientRule(), [replace(GOOD, no_gradient=(ZERO,))] * 11, None, [0, 1, 1, 0], [0]),
     "no-gradient, leaf": (NoGradientRule(), [GOOD, *[replace(GOOD, no_gradient=(LEAF,))] * 20], None, [2, 2], []),
+    "no-gradient, skipped": (NoGradientRule(), [replace(GOOD, no_gradient=(SKIPPED_BLOCK,))] * 10, None, [1, 12], []),
     "no-gradient, last": (NoGradientRule(), [replace(GOOD, no_gradient=(HIDDEN,))] * 5, None, [1, 16], []),
     "no-gradient, stack": (NoGradientRule(), [replace(GOOD, no_gradient=(TOWER,))] * 5, None, [1, 16], []),
     "no-gradient, none": (NoGradientRule(), [NONE] * 4, None, [4], []),
@@ -254,6 +262,13 @@ CASES: dict[str, tuple[Rule, list[StepChecks], SampleChecks | None, list[float],
     "steps-skipped, pause": (StepsSkipped(), [replace(GOOD, stepped=False)] * 40, SampleChecks(), [40], []),
     "stale-parameters, moved": (
         StaleParameters(), [GOOD, *[replace(GOOD, stepped=False, moved=True)] * 6], None, [6], [],
+    ),
+    "stale-parameters, another model": (
+        StaleParameters(), [GOOD, *[replace(NONE, stepped=True, setup=Setup(idle=True))] * 4], None, [4], [],
+    ),
+    "stale-parameters, another run": (StaleParameters(), [replace(NONE, stepped=False, setup=Setup(idle=True))] * 3, None, [3], []),
+    "stale-parameters, no gradient": (
+        StaleParameters(), [replace(NONE, stale=Stale(replaced=("q.w", "q.b"), unheld=("q.w", "q.b")))] * 2, None, [2], [],
     ),
     "replicas-differ": (
         ReplicasDiffer(), [GOOD] * 10, SampleChecks(replicas=(Replica(1, ("blocks.0",), 30, 20),)), [0, 1, 20, 30], [0],

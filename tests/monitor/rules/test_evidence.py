@@ -120,4 +120,4 @@ def test_loss_spike_reports_its_height_in_sigma() -> None:
     # σ² is half the mean squared difference of neighbours, 0.2²/2; the mean is 3.
     alarms: list[Alarm] = give_steps(LossSpike(), [*[3.1, 2.9] * 20, 6.0])
     assert numbers_in(alarms[0].evidence) == pytest.approx([6, 3 / 0.02**0.5, 40, 3, 2.9], rel=1e-3)
-    assert numbers_in(alarms[0].remedy) == [41]
+    assert numbers_in(alarms[0].remedy) == [1, 41]

@@ -43,11 +43,11 @@ def test_loss_spike_names_the_batch_unless_the_gradient_was_unusual_before() -> 
     ordinary = noise(100, 1.0, 0.05)
     batch = give_steps(LossSpike(), [*noise(100), 6.0], [*ordinary, 9.0])[0]
     assert batch.evidence.startswith("Unusual batch")
-    assert numbers_in(batch.remedy) == [101]
+    assert numbers_in(batch.remedy) == [1, 101]
     update = give_steps(LossSpike(), [*noise(100), 6.0], [*ordinary[:-1], 9.0, 9.0])[0]
     assert update.evidence.startswith("Harmful update")
     assert numbers_in(update.evidence)[-1] == 100, "the step of the unusual gradient"
-    assert update.remedy.startswith("Check the batch of step 100. If it is ordinary, clip")
+    assert update.remedy.startswith("Clip gradients at norm 1.0")
     assert "β₂" in update.remedy
     sgd = History(facts=facts(adam_eps=None))
     assert "β₂" not in give_steps(LossSpike(), [*noise(100), 6.0], [*ordinary[:-1], 9.0, 9.0], history=sgd)[0].remedy
@@ -63,7 +63,7 @@ def test_loss_spike_after_a_jump_of_the_learning_rate_names_the_learning_rate() 
     for lrs in ([*[0.002] * 39, 0.0039, 0.0039], [*[0.002] * 33, *[0.1] * 8], [math.nan] * 41, [0.0] * 41):
         remedy = give_steps(LossSpike(), [*noise(40), 6.0], lrs=lrs)[0].remedy
         assert "batch" in remedy
-        assert numbers_in(remedy) == [41]
+        assert numbers_in(remedy) == [1, 41]
 
 
 def test_loss_spike_after_large_updates_names_the_updates() -> None:
@@ -283,7 +283,7 @@ def test_tiny_updates_are_the_cause_if_two_samples_after_the_first_show_them() -
     ("found", "placement", "evidence", "remedy"),
     [
         (NonFinite(3, "forward", "blocks.1.feed_forward", "inf"), "pre", "infinity", "bf16"),
-        (NonFinite(3, "forward", "embedding", "nan"), "pre", "NaN", "batch of step 3"),
+        (NonFinite(3, "forward", "embedding", "nan"), "pre", "NaN", "isfinite"),
         (NonFinite(3, "forward", "blocks.1", "nan"), "pre", "NaN", "0/0"),
         (NonFinite(3, "forward", "blocks.0", "nan", "wte"), "pre", "wte, the last one", "between wte and it"),
         (NonFinite(3, "forward", "head", "nan", "norm"), "pre", "norm, the last one", "Check head, and what runs"),
@@ -355,7 +355,7 @@ def test_relapse_after_a_recovery_is_reported() -> None:
     [
         (NonFinite(3, "forward", "blocks.1", "nan"), "none", "NaN", "The blocks have no norm"),
         (NonFinite(3, "forward", "blocks.1", "-inf"), "none", "infinity", "bf16"),
-        (NonFinite(3, "forward", None, "nan"), "pre", "in the output of the model", "batch of step 3"),
+        (NonFinite(3, "forward", None, "nan"), "pre", "in the output of the model", "isfinite"),
         (NonFinite(3, "backward", None, "overflow"), None, "The first overflow", "around the model"),
     ],
     ids=["no norm", "minus infinity", "no layer", "unknown value"],

@@ -92,6 +92,12 @@ def test_whole_stack_needs_the_graph_the_angles_and_attention(
     assert len(reports[0]) == alarms
 
 
+def test_block_without_its_input_in_the_graph_is_reported_at_the_first_sample() -> None:
+    history = History(facts=facts(COUNT), without_input=(0, 5))
+    reports = give_samples(ResidualMissing(), [{"angle": [0.5] * COUNT}], history)
+    assert [alarm.layer for alarm in reports[0]] == ["blocks.0", "blocks.5"]
+
+
 # norm-missing on histories --------------------------------------------------------------------------------------------
 
 
@@ -206,10 +212,24 @@ def model_of(kind: type[TinyBlock], blocks: int = 6, at: int | None = None) -> T
 
 
 @pytest.mark.parametrize("kind", [Bare, Chained])
+@pytest.mark.parametrize("at", [0, 3, 5])
+@pytest.mark.parametrize("every", [5, 50])
+def test_block_without_residual_is_named_at_the_first_step(kind: type[TinyBlock], at: int, every: int) -> None:
+    watched, _ = train_tiny(model_of(kind, at=at), steps=2, every=every)
+    assert named(watched.alarms) == [("warn", "residual-missing", f"h.{at}")]
+    assert watched.alarms[0].step == 1
+
+
 @pytest.mark.parametrize("lr", [1e-4, 2e-3])
-def test_block_without_residual_is_named(kind: type[TinyBlock], lr: float) -> None:
-    watched, _ = train_tiny(model_of(kind, at=3), lr=lr, steps=30)
-    assert named(of_rule(watched, "residual-missing")) == [("warn", "residual-missing", "h.3")]
+def test_block_without_residual_is_named_without_a_graph(lr: float) -> None:
+    """A factor of 1 that depends on the input hides the sum."""
+    model = model_of(Chained, at=3)
+    block, forward = model.h[3], model.h[3].forward
+    block.forward = lambda x: forward(x) * (x - x + 1.0)
+    watched, _ = train_tiny(model, lr=lr, steps=30)
+    found = of_rule(watched, "residual-missing")
+    assert named(found) == [("warn", "residual-missing", "h.3")]
+    assert found[0].step == 25
 
 
 @pytest.mark.parametrize("kind", [Bare, Chained])

@@ -198,6 +198,13 @@ def test_unusual_betas_are_a_warning_in_the_first_step(betas: tuple[float, float
     assert f"β₁ = {betas[0]:g} and β₂ = {betas[1]:g}" in alarm.evidence
 
 
+@pytest.mark.parametrize("betas", [(0.999, 0.5), (0.95, 0.79), (0.9, 0.5)])
+def test_betas_that_violate_both_conditions_are_a_failure(betas: tuple[float, float]) -> None:
+    model = decoder()
+    (alarm,) = run(model, adamw(model, betas=betas))
+    assert summary([alarm]) == [("adam-betas", "fail", None, 1)]
+
+
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.5, 0.9), (0.0, 0.9), (0.9, 0.99), (0.95, 0.95)])
 def test_usual_betas_are_silent(betas: tuple[float, float]) -> None:
     model = decoder()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from omninorm.monitor.checks.checksum import checksum, tensors_in
 from omninorm.monitor.checks.cleared import Cleared
 from omninorm.monitor.checks.clipping import Clipping, totals
-from omninorm.monitor.checks.facts import NoGradient, Replica, SampleChecks, Setup, StepChecks
+from omninorm.monitor.checks.facts import NoGradient, Replica, SampleChecks, Setup, Stale, StepChecks
 from omninorm.monitor.checks.grids import Grids
 from omninorm.monitor.checks.identity import Identity
 from omninorm.monitor.checks.inputs import rms_of, sizes_of
@@ -109,6 +109,7 @@ class Checks:
         hook = (QuietHook if compiled else Hook)(self._see_inputs, model)
         seen = self._structure.blocks or not compiled
         handles = [model.register_forward_pre_hook(hook, with_kwargs=True)] if seen else []
+        self._sees_calls = bool(handles)
         inner = self._structure.blocks[0].module if self._structure.blocks else next(model.children(), None)
         self._setup = SetupWatch(
             model,
@@ -181,8 +182,9 @@ class Checks:
             now.absent = frozenset(at for at in now.absent if self._parameters[at].grad is None)
         if not self._gradients.ended:  # a closure may compute the gradients, so those of now mean nothing
             return
-        if now.emptied is not False:
-            now.emptied = all(p.grad is None for p in self._parameters if id(p) in held)
+        mine = [p for p in self._parameters if id(p) in held]
+        if mine and now.emptied is not False:
+            now.emptied = all(p.grad is None for p in mine)
         if self._buffer.sampling:
             self._clipping.before_step(held)
             self._grids.before_step(held)
@@ -233,19 +235,24 @@ class Checks:
         if len(steps) != len(rows):
             return [None] * len(rows)
         gone = self._identity.gone() if any(raw.absent or raw.emptied for raw in steps) else frozenset[int]()
+        stale = None if all(map(self._received, steps)) else self._identity.changed()
         for raw in steps:
             raw.expected -= gone
             raw.emptied = raw.emptied and not gone
-        return [self._of_step(raw, row) for raw, row in zip(steps, rows, strict=True)]
+        return [self._of_step(raw, row, stale) for raw, row in zip(steps, rows, strict=True)]
 
-    def _of_step(self, raw: _Raw, row: Row) -> StepChecks:
-        kept = row.facts["kept"]
+    def _received(self, raw: _Raw) -> bool:
+        """Return whether a parameter received a gradient."""
+        return raw.without is not None and len(raw.without) < len(self._names)
+
+    def _of_step(self, raw: _Raw, row: Row, stale: Stale | None) -> StepChecks:
+        kept, received = row.facts["kept"], self._received(raw)
         return StepChecks(
             optimizer=bool(self._optimizers),
             scaler=self._scaler is not None,
-            received=raw.without is not None and len(raw.without) < len(self._names),
+            received=received,
             stepped=raw.stepped,
-            emptied=bool(raw.emptied) and raw.without is not None and len(raw.without) < len(self._names),
+            emptied=bool(raw.emptied) and received,
             overflowed=self._overflowed(raw, row),
             no_gradient=(*self._no_gradient(raw, row), *self._zero_gradient(raw, row)),
             kept=kept if kept is None or 0.0 < kept < float("inf") else None,
@@ -254,7 +261,8 @@ class Checks:
             batch=row.facts["batch"],
             input=row.facts["input"],
             before_blocks=self._before_blocks(row),
-            setup=raw.setup,
+            setup=raw.setup if self._sees_calls else replace(raw.setup, idle=False),
+            stale=None if received else stale,
         )
 
     def _overflowed(self, raw: _Raw, row: Row) -> str | None:

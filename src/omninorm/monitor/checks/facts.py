@@ -16,7 +16,7 @@ class NoGradient:
         kind: "blocks" (whole blocks), "stack" (one of several stacks of blocks), "last blocks" (those at the end of a
             stack, which may be unused), "most" (half of the weights or more, in a model without blocks), "part" (an
             attention or a feed-forward), "outside" (a module before the blocks), "leaf" (a smaller part of one block),
-            "zero" (a block with gradients that are exactly 0).
+            "zero" (a block with gradients that are exactly 0), "skipped" (a block that was called, but not its layers).
         parts: the modules, in the order of the model.
         parameters: the number of parameters.
         follows: the next module, which does get a gradient; None if there is none.
@@ -48,6 +48,7 @@ class Setup:
 
     Args:
         trained: whether the model ran with gradients enabled.
+        idle: whether the model was not called at all.
         off: "dropout", "BatchNorm" or both, if they were in evaluation mode in all of these passes; else "".
         on: the same for those in training mode in passes without gradients.
         evaluated: the number of such passes.
@@ -61,6 +62,7 @@ class Setup:
     """
 
     trained: bool = False
+    idle: bool = False
     off: str = ""
     on: str = ""
     evaluated: int = 0
@@ -93,6 +95,8 @@ class StepChecks:
         input: the RMS of the model's floating-point inputs in the first forward pass; None without any.
         before_blocks: name and largest |x| of the modules outside the blocks that ran before the first block.
         setup: how training was set up.
+        stale: parameters that had been replaced or added by the time at which the steps were copied to the host; only
+            for steps in which no parameter received a gradient.
     """
 
     optimizer: bool = False
@@ -109,6 +113,7 @@ class StepChecks:
     input: float | None = None
     before_blocks: tuple[tuple[str, float], ...] = ()
     setup: Setup = field(default_factory=Setup)
+    stale: Stale | None = None
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,20 @@ class Identity:
         if self._known:
             self._foreign(self._before)
 
+    def changed(self) -> Stale | None:
+        """Return what was replaced, added or removed since the beginning; None if nothing was."""
+        return None if not self._known or self._ids_now() == self._ids else self._compare(look_for_foreign=False)
+
     def compare(self) -> Stale | None:
-        """Return what differs; None if nothing does."""
+        """Return what differs, including tensors that only the optimizers hold; None if nothing does."""
         if not self._known:
             return None
         if self._ids_now() == self._ids:
             foreign = self._foreign(self._before)
             return self._stale([], [], [], foreign, self._before) if foreign else None
+        return self._compare(look_for_foreign=True)
+
+    def _compare(self, look_for_foreign: bool) -> Stale | None:
         now = dict(self._model.named_parameters())
         old, new = {id(p) for p in self._before.values()}, {id(p) for p in now.values()}
         # By identity, because pruning gives the same parameter another name.
@@ -42,7 +49,7 @@ class Identity:
         removed = [name for name, parameter in self._before.items() if id(parameter) not in new]
         replaced = [name for name in added if name in removed]
         added, removed = [name for name in added if name not in replaced], [n for n in removed if n not in replaced]
-        foreign = self._foreign(now)
+        foreign = self._foreign(now) if look_for_foreign else 0
         if not (replaced or added or removed or foreign):
             return None
         return self._stale(replaced, added, removed, foreign, now)

@@ -67,7 +67,7 @@ class Missing:
         found = [finding for stack in self._stacks() for finding in self._of_stack(stack, whole, absent, ran)]
         if not found:
             found = [*self._parts(whole, absent, expected, ran), *self._before_blocks(absent, expected, ran)]
-        return found
+        return [*found, *self._skipped(absent, expected, ran)]
 
     def _is_without(
         self, inside: Collection[int], absent: frozenset[int], expected: frozenset[int], ran: Ran, block: str
@@ -78,6 +78,15 @@ class Missing:
         return (
             bool(wanted) and wanted <= absent and ran.has(block) and (not writers or any(ran.has(w) for w in writers))
         )
+
+    def _skipped(self, absent: frozenset[int], expected: frozenset[int], ran: Ran) -> list[NoGradient]:
+        """Return blocks that were called, but none of their layers was, as far as is known."""
+        found = []
+        for name, inside in self._blocks.items():
+            wanted, writers = expected.intersection(inside), self._writers(name)
+            if wanted and wanted <= absent and ran.has(name) and writers and not any(map(ran.has, writers)):
+                found.append(NoGradient(name, "skipped", (name,), len(wanted)))
+        return found
 
     def _writers(self, name: str) -> list[str]:
         """Return the sentinels of a block's attention and feed-forward."""

@@ -98,7 +98,7 @@ class SetupWatch:
         self._begin()
 
     def _begin(self) -> None:
-        self._trained = self._inside = self._kept = False
+        self._trained = self._inside = self._kept = self._called = False
         self._off, self._on, self._evaluated, self._proper = "", "", 0, False
         self._training_passes = 0  # without gradients
         self._autocast: bool | None = None
@@ -116,7 +116,7 @@ class SetupWatch:
 
     def see_root(self, model: nn.Module, training: bool, sampling: bool) -> None:
         """Note the mode at the beginning of the model's forward. `training`: whether gradients are enabled."""
-        self._inside = False
+        self._inside, self._called = False, True
         if in_backward():
             self._evaluated, self._on = 0, ""  # activation checkpointing around the whole model
             self._functional.evaluated = False
@@ -160,6 +160,7 @@ class SetupWatch:
             self._off = f"{DROPOUT} and {BATCH_NORM}" if self._off else DROPOUT
         setup = Setup(
             trained=self._trained,
+            idle=not self._called,
             off="" if self._kept else self._off,
             on=self._on,
             evaluated=self._evaluated,

@@ -20,7 +20,7 @@ BLOCK_CELLS = (
     "hidden_future",
 )
 NORM_CELLS = ("norm_ms", "eps_share", "mean_share", "saturation", "noise_small", "noise_big", "examples")
-RUN_CELLS = ("logz", "logz_mean", "zero_rows", "probabilities", "next_tokens")
+RUN_CELLS = ("logz", "logz_mean", "zero_rows", "probabilities", "next_tokens", "shifted_tokens", "same_tokens")
 
 
 def cell_sizes(structure: Structure) -> dict[str, int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from omninorm.monitor.model_map.residual import BlockGraph, Node, NormUse
-from omninorm.monitor.model_map.structure import Structure
+from omninorm.monitor.model_map.structure import Structure, matrix_names
 from omninorm.monitor.tensors import version_of
 
 NO_PASS = "no forward pass of the blocks with gradients has been measured"
@@ -36,6 +36,12 @@ class Placements:
         self._no_sum: set[int] = set()
         self._split: set[int] = set()
         self._newest_end: Node = None
+        # Blocks that add their input, that certainly do not, and whose output the next block reads as it is.
+        self._structure = structure
+        self._adds: set[int] = set()
+        self._drops: set[int] = set()
+        self._read: set[int] = set()
+        self._newest_block = -1
         # Without a graph: blocks whose input a norm reads, and blocks whose output a norm returned.
         self._reads_input: set[int] = set()
         self._makes_output: set[int] = set()
@@ -82,10 +88,20 @@ class Placements:
         elif x is not None:
             graph = BlockGraph(before, y.grad_fn, uses)
             self._from_graph[block] = graph.placement()
-            joined = block in self._firsts or before is self._newest_end
-            if joined and y.shape == x.shape and not graph.adds_input():
-                self._no_sum.add(block)
-        self._newest_end = y.grad_fn
+            follows = before is self._newest_end
+            if follows:
+                self._read.add(self._newest_block)
+            if y.shape == x.shape and (follows or block in self._firsts):
+                self._judge_sum(block, graph)
+        self._newest_end, self._newest_block = y.grad_fn, block
+
+    def _judge_sum(self, block: int, graph: BlockGraph) -> None:
+        if graph.adds_input():
+            self._adds.add(block)
+        else:
+            self._no_sum.add(block)
+            if graph.drops_input():
+                self._drops.add(block)
 
     def has_several_outputs(self, block: int) -> None:
         """Record that the block returned several tensors like its output: one of them may be the residual stream."""
@@ -94,6 +110,22 @@ class Placements:
     def without_residual(self) -> bool:
         """Return whether it is certain that no block has a residual connection."""
         return self._count >= _FEWEST_BLOCKS and len(self._no_sum - self._split) == self._count
+
+    def without_input(self) -> tuple[int, ...]:
+        """Return the blocks that certainly do not add their input, although most of the others in their chain do.
+
+        They have attention, or the same matrices as another block: plain layers between residual blocks are legitimate.
+        """
+        if not self._drops:
+            return ()
+        blocks, found = self._structure.blocks, list[int]()
+        names = [matrix_names(block.module) for block in blocks]
+        usual = {at for at, block in enumerate(blocks) if block.attention or names.count(names[at]) > 1}
+        for chain in self._structure.chains:
+            if 2 * len(self._adds.intersection(chain)) > len(chain) - 1:
+                # What the last block returns is read by other modules.
+                found += sorted((self._drops - self._split) & (self._read | {chain[-1]}) & set(chain) & usual)
+        return tuple(found)
 
     def clear(self) -> None:
         """Drop the graph of a forward pass that has not ended."""

@@ -7,6 +7,7 @@ normalizes a branch's input (pre-norm); one whose output is added normalizes a b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,12 @@ _PASSES = (
     "Mul", "Div", "NativeDropout", "FusedDropout", "Slice", "Expand", "Alias", "Copy", "AsStrided", "Neg", "Flatten",
     "BackwardHook", "Identity", "RegisterPostBackward", "Movedim", "Detach", "Unflatten", "Contiguous", "Constant",
 )  # fmt: skip
-_LONGEST = 400
+_PRODUCTS = (
+    "AddmmBackward", "MmBackward", "BmmBackward", "BaddbmmBackward", "LinearBackward", "ConvolutionBackward",
+    "GroupedMmBackward",
+)  # fmt: skip
+_SCALES = ("Mul", "Div", "Neg")
+_LONGEST, _DEEPEST = 400, 100
 _OWN_PATH = "the path from a block's input to its output is not a chain of additions, as with several streams"
 
 
@@ -61,7 +67,7 @@ class BlockGraph:
     """
 
     def __init__(self, start: Node, end: Node, uses: Sequence[NormUse]) -> None:
-        self._start = start
+        self._start, self._end = start, end
         self._by_output = {id(use.makes): use for use in uses if use.makes is not None}
         self._uses = uses
         self._dead_ends: set[int] = set()
@@ -76,6 +82,13 @@ class BlockGraph:
             for step in added
             if self._start is not None
         )
+
+    def drops_input(self) -> bool:
+        """Return whether the output is certainly no sum with the block's input: the input reaches it only through
+        matrix products, or is subtracted again."""
+        terms = list(itertools.islice(self._terms(self._end, 1, set()), _LONGEST))
+        inputs = [sign for node, sign in terms if self._is_start(node)]
+        return len(inputs) < len(terms) < _LONGEST and sum(inputs) == 0 and 0 not in inputs
 
     def placement(self) -> tuple[str | None, str]:
         """Return the placement and, if it is None, the reason."""
@@ -127,6 +140,32 @@ class BlockGraph:
             if rest is not None:
                 return [Step(node, [other for place, other in enumerate(parents) if place != at]), *rest]
         return None
+
+    def _terms(self, node: Node, sign: int, seen: set[int], depth: int = 0) -> Iterator[tuple[Node, int]]:
+        """Yield the terms of the sum that a node computes, the input and matrix products, each with its sign: 0 after
+        any operation that is no addition. Parameters are left out, and so are nodes in `seen`, after such operations.
+        """
+        if depth > _DEEPEST:
+            yield self._start, 0  # unknown
+        elif self._is_start(node) or (node is not None and node.name().startswith(_PRODUCTS)):
+            yield node, sign
+        elif node is not None and not _is_leaf(node) and (sign or id(node) not in seen):
+            if not sign:
+                seen.add(id(node))
+            for operand, factor in self._operands(node):
+                yield from self._terms(operand, sign * factor, seen, depth + 1)
+
+    def _operands(self, node: Node) -> list[tuple[Node, int]]:
+        """Return the operands of an operation, each with the factor with which it is added, or 0 if it is not."""
+        use, parents = self._by_output.get(id(node)), _parents(node)
+        if use is not None:
+            return [(self._start if use.reads_input else use.reads, 0)]
+        if _adds(node):
+            return list(zip(parents, (1, _factor(node)), strict=False))
+        before = self._pass(node, parents)
+        if before is not node:
+            return [(before, 0 if node.name().startswith(_SCALES) else 1)]
+        return [(parent, 0) for parent in parents]
 
     def _is_start(self, node: Node) -> bool:
         return node is self._start
@@ -202,6 +241,13 @@ def _parents(node: Node) -> list[Node]:
 
 def _adds(node: Node) -> bool:
     return bool(node.name().startswith(("AddBackward", "SubBackward")))
+
+
+def _factor(node: Node) -> int:
+    """Return the sign of the second operand of a sum; 0 if it is scaled."""
+    if getattr(node, "_saved_alpha", 1) != 1:
+        return 0
+    return -1 if node.name().startswith("Sub") else 1
 
 
 def _is_leaf(node: Node) -> bool:

@@ -90,6 +90,12 @@ def _read_block(name: str, module: nn.Module, norms: Mapping[str, tuple[nn.Modul
     return block
 
 
+def matrix_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's matrices. Gains may have more than one dimension, but only one that is not 1."""
+    named = module.named_parameters()
+    return tuple(name for name, tensor in named if tensor.numel() > max(tensor.shape, default=1))
+
+
 def _is_in(name: str, owner: str) -> bool:
     return name == owner or name.startswith(f"{owner}.")
 

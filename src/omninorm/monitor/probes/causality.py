@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omninorm.monitor.stats_buffer import StatsBuffer
 
 FAR = 8  # operations
+FARTHEST = 4  # tokens between a label's position and a token that it may be
 INVISIBLE = -50.0  # of the logarithm of a probability
 
 
@@ -19,10 +21,12 @@ class Causality:
 
     Attributes:
         length: the number of tokens of each example; None if the model reads none.
+        elsewhere: whether labels are also compared with other tokens than the next ones. This costs some operations, so
+            it is only done if they were not the next ones in the sample before.
     """
 
     def __init__(self, buffer: StatsBuffer) -> None:
-        self._buffer = buffer
+        self._buffer, self.elsewhere = buffer, False
         self.clear()
 
     def clear(self) -> None:
@@ -42,7 +46,7 @@ class Causality:
         self._end = getattr(logits, "grad_fn", None)
 
     def see_labels(self, logits: Any, labels: Any, inside: bool) -> None:
-        """Measure the share of labels that are the next token, of those that are not ignored (negative).
+        """Compare the labels with the tokens, without those that are ignored (negative).
 
         Args:
             inside: whether the model itself computes the loss. Otherwise the logits may be another model's.
@@ -53,16 +57,36 @@ class Causality:
         if not isinstance(labels, Tensor) or labels.dtype != torch.long:
             return
         batch, length = tokens.shape
-        if labels.numel() == batch * length:
-            labels = labels.reshape(batch, length)[:, :-1]
-        elif labels.numel() == batch * (length - 1):
-            labels = labels.reshape(batch, length - 1)
-        else:
+        if labels.numel() not in (batch * length, batch * (length - 1)):
             return
-        counts = labels >= 0
-        tokens = tokens.to(labels.device, non_blocking=True)
-        share = ((labels == tokens[:, 1:]) & counts).sum() / counts.sum().clamp_min(1)
-        self._buffer.peak("next_tokens", 0, share)
+        self._compare(tokens.to(labels.device, non_blocking=True), labels.reshape(batch, -1), logits)
+
+    def _compare(self, tokens: Tensor, labels: Tensor, logits: Tensor) -> None:
+        """Measure how labels (batch, length or one fewer) lie relative to the tokens (batch, length)."""
+        shares = _shares_at(tokens, labels, FARTHEST if self.elsewhere else 1)
+        middle = len(shares) // 2
+        self._buffer.peak("next_tokens", 0, shares[middle + 1])
+        if not self.elsewhere:
+            return
+        self._buffer.peak("shifted_tokens", 0, torch.cat([shares[: middle + 1], shares[middle + 2 :]]).amax())
+        classes, counted = logits.shape[min(1, logits.ndim - 1)], labels >= 0
+        had, wanted = _counts(tokens, tokens >= 0, classes), _counts(labels, counted, classes)
+        self._buffer.peak("same_tokens", 0, torch.minimum(had, wanted).sum() / wanted.sum().clamp_min(1))
+
+
+def _shares_at(tokens: Tensor, labels: Tensor, farthest: int) -> Tensor:
+    """Return the share of the labels that are the token at each distance from -farthest to farthest."""
+    windows = F.pad(tokens, (farthest, farthest), value=-1).unfold(1, labels.shape[1], 1)[:, : 2 * farthest + 1]
+    valid = (windows >= 0) & (labels >= 0).unsqueeze(1)
+    equal = (windows == labels.unsqueeze(1)) & valid
+    return equal.sum((0, 2)) / valid.sum((0, 2)).clamp_min(1)
+
+
+def _counts(values: Tensor, chosen: Tensor, classes: int) -> Tensor:
+    """Return how often each of the classes occurs among the chosen values; other values are left out."""
+    chosen = chosen & (values < classes)
+    empty = torch.zeros(classes, device=values.device)
+    return empty.scatter_add(0, values.clamp(0, classes - 1).flatten(), chosen.flatten().to(empty.dtype))
 
 
 def hidden_future(log_p: Tensor, queries: slice) -> Tensor:

@@ -30,6 +30,7 @@ from omninorm.monitor.rules.held_out_rising import HeldOutRising
 from omninorm.monitor.rules.identical_batches import IdenticalBatches
 from omninorm.monitor.rules.initialization import Initialization
 from omninorm.monitor.rules.input_scale import InputScale
+from omninorm.monitor.rules.label_order import LabelOrder
 from omninorm.monitor.rules.layer_jump import LayerJump
 from omninorm.monitor.rules.learning_rate import LearningRate
 from omninorm.monitor.rules.learning_rate_rises import LearningRateRises
@@ -65,8 +66,8 @@ def default_rules() -> list[Rule]:
     return [
         NoNorm(),
         NonFiniteRule(),
-        NoGradientRule(),
         StaleParameters(),
+        NoGradientRule(),
         LearningRateZero(),
         LearningRateRises(),
         GradientsNotCleared(),
@@ -75,6 +76,7 @@ def default_rules() -> list[Rule]:
         ReplicasDiffer(),
         DoubleSoftmax(),
         AttentionNotCausal(),
+        LabelOrder(),
         Initialization(),
         InputScale(),
         EmbeddingScale(),

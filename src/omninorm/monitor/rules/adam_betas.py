@@ -2,7 +2,8 @@
 
 Signal: the coefficients of each step. Thresholds: Adam is known to converge only with β₁ < √β₂ < 1 (Zhang et al. 2022,
 arXiv 2208.09632; Reddi et al. 2018, arXiv 1904.09237). Below β₂ = 0.8 the second moment is a mean over fewer than 5
-steps [ours]. Swapped coefficients violate both conditions. Persistence: none. It is a warning.
+steps [ours]. Each alone is a warning. Swapped coefficients violate both conditions, which is a "fail": with β₁ = 0.999
+and β₂ = 0.5 updates grow up to 1.4-fold in each step with a small gradient. Persistence: none.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ class AdamBetas(Rule):
 
     name = "adam-betas"
     explains = (
-        *("layer-jump", "learning-rate", "depth-growth", "attention-logits", "attention-entropy", "dead-units"),
+        *(
+            "layer-jump",
+            "embedding-scale",
+            "odd-block",
+            "learning-rate",
+            "depth-growth",
+            "attention-logits",
+            "attention-entropy",
+            "dead-units",
+        ),
         *("loss-spike", "unrecovered-spike", "loss-rising", "gradient-spike", "no-progress"),
     )
     source = "β₁ < √β₂: Zhang et al. 2022, arXiv 2208.09632; the smallest β₂ is omninorm's own"
@@ -38,5 +48,6 @@ class AdamBetas(Rule):
                 )
                 evidence = f"Adam's β₁ = {first:g} and β₂ = {second:g} are unusual: {reason}."
                 remedy = "Use betas=(0.9, 0.999), or (0.9, 0.95) for language models; β₁ comes first."
-                yield self.alarm(step.step, "warn", None, evidence, remedy)
+                severity = "fail" if unstable and second < SMALLEST else "warn"
+                yield self.alarm(step.step, severity, None, evidence, remedy)
                 return

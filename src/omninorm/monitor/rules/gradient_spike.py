@@ -105,8 +105,8 @@ class GradientSpike(Rule):
 
     def _explain(self, step: Step, cause: str, evidence: str) -> Alarm:
         remedy = (
-            "Check the batches of these steps. If other batches have such gradients at the same weights, make sure "
-            "that gradients are clipped (for example at norm 1), and lower the learning rate."
+            "Make sure that gradients are clipped, for example at norm 1. If spikes repeat, lower the learning rate, "
+            "or log which examples each step uses and look at those of these steps."
         )
         if self._passes > 1:
             remedy += f" Make sure that the loss is divided by the {self._passes} accumulation steps."

@@ -96,15 +96,17 @@ class LossSpike(Rule):
         if at_once and not recent:
             detail = f"It rose from {self._before:.4g} within one step, and the gradients before it were ordinary."
             remedy = (
-                f"Check the batch of step {step}. If an earlier checkpoint has an ordinary loss on it, the data is not "
+                "Watch the next steps: if the loss recovers, one unusual batch has done no lasting harm. If it stays "
             )
-            remedy += "the cause: lower the learning rate."
+            remedy += (
+                "high or spikes repeat, clip gradients at norm 1.0 or lower the learning rate. To find the batch of "
+            )
+            remedy += f"step {step}, log which examples each step uses."
             return "Unusual batch or update", detail, remedy
         cause = (
             f"the gradient norm was unusual at step {self._unusual}" if recent else "the loss rose over several steps"
         )
-        remedy = f"Check the batch of step {self._unusual}. If it is ordinary, clip" if recent else "Clip"
-        remedy += " gradients at norm 1.0, or lower the learning rate"
+        remedy = "Clip gradients at norm 1.0, or lower the learning rate"
         remedy += "." if history.facts.adam_eps is None else " or Adam's β₂ to 0.95."
         return "Harmful update", f"The model changed first: {cause}.", remedy
 

@@ -9,6 +9,8 @@ Signals: after each backward pass, the trainable parameters of the optimizer who
 - the last blocks of a stack, one of several stacks, or a module before the blocks: 5 steps, a warning, because their
   output may be unused on purpose;
 - a smaller part of one block whose siblings have a gradient: 20 steps, a warning;
+- a block that is called, but neither its attention nor its feed-forward: the first 10 steps, or 30 later ones, a
+  "fail", because a block that is skipped at random runs sooner;
 - a block whose gradients are exactly 0: 10 steps, a warning. The matrices of LoRA, and branches that begin at 0, have
   such gradients in their first step.
 Without an optimizer it takes ten times as many steps, because parts of a model may be trained alternately.
@@ -25,8 +27,10 @@ from omninorm.monitor.rules.base import Rule
 from omninorm.record.alarm import Alarm
 
 NONE_STEPS, EMPTIED = 3, 2
-PERSISTENCE = {"blocks": 2, "part": 2, "most": 2, "stack": 5, "last blocks": 5, "outside": 5, "leaf": 20, "zero": 10}
-FAILS = ("blocks", "part", "most")
+PERSISTENCE = {"blocks": 2, "part": 2, "most": 2, "stack": 5, "last blocks": 5, "outside": 5, "leaf": 20}
+PERSISTENCE |= {"skipped": 10, "zero": 10}
+SKIPPED_LATER = 30
+FAILS = ("blocks", "part", "most", "skipped")
 WITHOUT_OPTIMIZER = 10
 
 
@@ -53,11 +57,12 @@ class NoGradientRule(Rule):
         self._none = self._emptied = self._zeroed = 0
         self._zeroed_in: dict[str, int] = {}
         self._since: dict[NoGradient, int] = {}
+        self._first: int | None = None  # the first step with a gradient
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
         checks = step.checks
-        if checks is None:
-            return
+        if checks is None or (checks.optimizer and checks.setup.idle and not checks.stepped):
+            return  # other models are trained: see stale-parameters
         self._none = 0 if checks.received else self._none + 1
         if self._none >= NONE_STEPS:
             yield self._explain_none(step.step, checks.optimizer)
@@ -68,8 +73,10 @@ class NoGradientRule(Rule):
             yield self._explain_emptied(step.step, f"in each of the last {self._emptied} steps it found none")
         self._since = {found: self._since.get(found, step.step) for found in checks.no_gradient}
         patience = 1 if checks.optimizer else WITHOUT_OPTIMIZER
+        self._first = step.step if self._first is None else self._first
         for found, since in self._since.items():
-            if step.step - since + 1 >= patience * PERSISTENCE[found.kind]:
+            later = found.kind == "skipped" and since > self._first
+            if step.step - since + 1 >= patience * (SKIPPED_LATER if later else PERSISTENCE[found.kind]):
                 severity = "fail" if found.kind in FAILS else "warn"
                 yield self.alarm(step.step, severity, found.layer, *explain(found, since))
 
@@ -111,6 +118,11 @@ def explain(found: NoGradient, since: int) -> tuple[str, str]:
     if found.kind == "zero":
         evidence = f"The gradient of {names} has been exactly 0 since step {since} ({parameters}), others are not 0."
         return evidence, f"Look for a factor of 0, or an input that does not change, on the path through {found.layer}."
+    if found.kind == "skipped":
+        evidence = f"Block skipped: since step {since} {names} returns without calling its attention or its "
+        evidence += f"feed-forward, so none of its parameters gets a gradient ({parameters})."
+        remedy = f"Look for an early return or a condition in the forward of {names}. If it is skipped on purpose, "
+        return evidence, remedy + "set requires_grad=False."
     evidence = f"No gradient reaches {names} since step {since} ({parameters}), "
     if found.kind == "leaf":
         evidence += "while the same part of the other blocks gets one."

@@ -107,7 +107,10 @@ class NonFiniteRule(Rule):
             return "The blocks have no norm. Add pre-norms, or scale down the initial output of each block."
         inside = found.layer is not None and any(found.layer.startswith(block) for block in history.facts.blocks)
         if found.after is None and not inside:
-            return f"Check the batch of step {found.step}, and the weights of {{layer}}: nothing checked ran before it."
+            return (
+                "Check the weights of {layer}, and its input by torch.isfinite(x).all() before the forward pass: "
+                "nothing checked ran before it."
+            )
         between = f", and what runs between {found.after} and it," if found.after else ""
         return (
             f"Check {{layer}}{between} for a square root or logarithm of a negative number, 0/0, ∞ − ∞, "

@@ -8,16 +8,19 @@ small and the last one writes for the head, so neither is judged. Of three block
 the output must not be larger than 5 times the input: next to a huge branch the component is noise. Persistence: 3
 samples over 20 steps.
 
-If the autograd graph shows at the first sample that no block's output is a sum with its input, and all angles are as
-above, the whole stack is reported at once, if every block has attention: plain stacks of other layers are legitimate.
-Both are warnings.
+At the first sample the autograd graph is read as well. A block is reported at once, whatever its place, if its input
+reaches its output only through matrix products, while most of the other blocks of its stack add theirs. It must have
+attention, or the same matrices as another block: plain layers between residual blocks are legitimate. If no block's
+output is a sum with its input, and all angles are as above, the whole stack is reported at once, if every block has
+attention. Compiled blocks, and blocks under reentrant checkpointing, have no such graph.
+All are warnings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from omninorm.monitor.history import History, Sample
+from omninorm.monitor.history import Facts, History, Sample
 from omninorm.monitor.rules.base import Rule
 from omninorm.monitor.rules.numbers import Streaks, known, median, value_at, values_of
 from omninorm.record.alarm import Alarm
@@ -34,7 +37,6 @@ class ResidualMissing(Rule):
 
     name = "residual-missing"
     source = "the thresholds, an angle of 0.35 to 0.65 and a component of 0.5, are omninorm's own; see docs/watching.md"
-
     explains = ("gradient-jump", "odd-block", "depth-growth")
 
     def __init__(self) -> None:
@@ -50,6 +52,8 @@ class ResidualMissing(Rule):
             evidence += "what it returns."
             yield self.alarm(sample.step, "warn", None, evidence, "Return x + branch(x) from each block.")
             return
+        for block in history.without_input:
+            yield self._explain_exact(sample.step, history.facts, block)
         for chain in history.facts.chains or [range(len(history.facts.blocks))]:
             for place in range(1, len(chain) - 1):
                 siblings = chain[1:-1] if len(chain) > FEWEST else chain[1:]
@@ -58,14 +62,24 @@ class ResidualMissing(Rule):
                 holds = _turns(sample, angles, block, others) and _drops(sample, before, block)
                 holds = holds and (len(chain) > FEWEST or not _is_huge(sample, before, block))
                 angle = angles[block] if block < len(angles) else None
-                if self._streaks.lasts(block, holds, sample.step, SAMPLES, STEPS) and angle is not None:
+                lasts = self._streaks.lasts(block, holds, sample.step, SAMPLES, STEPS)
+                if lasts and angle is not None and block not in history.without_input:
                     yield self._explain(sample, history.facts.blocks[block], angle, median(others))
+
+    def _explain_exact(self, step: int, facts: Facts, block: int) -> Alarm:
+        name = facts.blocks[block]
+        evidence = f"Residual connection missing: {name} does not add its input to what it returns, but most of the "
+        evidence += "other blocks do."
+        return self.alarm(step, "warn", name, evidence, _remedy(name))
 
     def _explain(self, sample: Sample, block: str, angle: float, typical: float) -> Alarm:
         evidence = f"Residual connection missing: {block} turns the residual stream by {180 * angle:.0f}° and keeps "
         evidence += f"almost nothing of its input; the median of the other blocks is {180 * typical:.0f}°."
-        remedy = f"Check that {block} adds its input to its branches: x + branch(x)."
-        return self.alarm(sample.step, "warn", block, evidence, remedy)
+        return self.alarm(sample.step, "warn", block, evidence, _remedy(block))
+
+
+def _remedy(block: str) -> str:
+    return f"Check that {block} adds its input to its branches: x + branch(x)."
 
 
 def _is_everywhere(history: History, angles: Sequence[float | None]) -> bool:

@@ -1,10 +1,11 @@
 """stale-parameters: the model's parameters, or its optimizer, are not those that are watched and trained.
 
-Signals: the identity of the model's parameters and of the tensors in the optimizers, compared with the beginning; and
-whether weights change although none of the optimizers makes a step. There is no threshold.
-Tensors that an optimizer holds instead of the model's own, and new parameters in no optimizer, are a "fail": they are
-not trained. Others are a warning that names what is no longer measured. Persistence: 5 steps if weights change without
-the optimizers' steps [ours]; otherwise none.
+Signals: the identity of the model's parameters and of the tensors in the optimizers, compared with the beginning;
+whether the model is called; and whether weights change although none of the optimizers makes a step. There is no
+threshold. Tensors that an optimizer holds instead of the model's own, new parameters in no optimizer, and an optimizer
+whose model is not called are a "fail": the training does not reach the parameters in use. Others are a warning that
+names what is no longer measured. Persistence [ours]: 5 steps if weights change without the optimizers' steps, 3 if the
+model is not called and no gradient arrives, 2 for replaced parameters if no gradient arrives; otherwise none.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from collections.abc import Iterable, Sequence
 
 from omninorm.monitor.checks.facts import Stale
 from omninorm.monitor.history import History, Sample, Step
-from omninorm.monitor.rules.base import Rule
+from omninorm.monitor.rules.base import LOSS_ALARMS, Rule
 from omninorm.record.alarm import Alarm
 
-STEPS = 5
+MOVED, IDLE, REPLACED = 5, 3, 2
 
 
 class StaleParameters(Rule):
@@ -24,10 +25,18 @@ class StaleParameters(Rule):
 
     name = "stale-parameters"
     source = "exact: the identity of parameters"
-    explains = ("no-gradient", "steps-skipped", "no-progress")
+    explains = (
+        *LOSS_ALARMS,
+        "optimizer-coverage",
+        "no-gradient",
+        "steps-skipped",
+        "no-progress",
+        "layer-jump",
+        "odd-block",
+    )
 
     def __init__(self) -> None:
-        self._moved = 0
+        self._moved = self._idle = self._replaced = 0
 
     def on_step(self, history: History, step: Step) -> Iterable[Alarm]:
         checks = step.checks
@@ -35,7 +44,13 @@ class StaleParameters(Rule):
             return
         if checks.stepped or checks.received:
             self._moved = self._moved + 1 if checks.moved and not checks.stepped else 0
-        if self._moved >= STEPS:
+        self._replaced = self._replaced + 1 if checks.stale is not None else 0
+        if checks.stale is not None and self._replaced >= REPLACED:
+            yield self._explain(step.step, checks.stale)
+        self._idle = self._idle + 1 if checks.setup.idle and not checks.received else 0
+        if self._idle >= IDLE and checks.optimizer:
+            yield self._explain_idle(step.step, checks.stepped)
+        if self._moved >= MOVED:
             evidence = (
                 f"The weights changed in the last {self._moved} steps, but none of the optimizers passed to watch "
             )
@@ -44,24 +59,37 @@ class StaleParameters(Rule):
             yield self.alarm(step.step, "warn", None, evidence, remedy)
 
     def on_sample(self, history: History, sample: Sample) -> Iterable[Alarm]:
-        stale = sample.checks.stale
-        if stale is None:
-            return
+        if sample.checks.stale is not None:
+            yield self._explain(sample.step, sample.checks.stale)
+
+    def _explain_idle(self, step: int, stepped: bool) -> Alarm:
+        evidence = f"The model passed to watch was not called in the last {self._idle} steps, "
+        if stepped:
+            evidence += (
+                "but the optimizer that holds its parameters made steps: the loss comes from another model, such "
+            )
+            evidence += "as a copy, which this optimizer does not train."
+            remedy = "Create the optimizer after the model was loaded, copied or wrapped, and pass the model that the "
+            return self.alarm(step, "fail", None, evidence, f"{remedy}loop calls to watch.")
+        evidence += "and its optimizer made no step: the run is no longer measured."
+        remedy = "If another model is trained now, close this Watch and open one for that model and its optimizer."
+        return self.alarm(step, "warn", None, evidence, remedy)
+
+    def _explain(self, step: int, stale: Stale) -> Alarm:
         if stale.foreign and not (stale.replaced or stale.added):
             evidence = f"The optimizer holds {stale.foreign} tensors that are not parameters of the model, while the "
             evidence += "model's own of the same shapes are in no optimizer and are not trained."
             remedy = "Create the optimizer after the last change to the model: new modules, quantization, adapters."
-            yield self.alarm(sample.step, "fail", common(stale.unheld) or None, evidence, remedy)
-        elif stale.unheld:
+            return self.alarm(step, "fail", common(stale.unheld) or None, evidence, remedy)
+        if stale.unheld:
             layer = common(stale.unheld)
             evidence = (
                 f"{len(stale.unheld)} parameters of {layer or 'the model'} were replaced or added after the watch "
             )
-            evidence += "was opened and are in no optimizer: they are not trained."
+            evidence += "was opened. The optimizer does not hold the new ones, so they are not trained."
             remedy = "Add them to the optimizer, or create it again, then open another Watch."
-            yield self.alarm(sample.step, "fail", layer or None, evidence, remedy)
-        else:
-            yield self._explain_unmeasured(sample.step, stale)
+            return self.alarm(step, "fail", layer or None, evidence, remedy)
+        return self._explain_unmeasured(step, stale)
 
     def _explain_unmeasured(self, step: int, stale: Stale) -> Alarm:
         names = [*stale.replaced, *stale.added, *stale.removed]

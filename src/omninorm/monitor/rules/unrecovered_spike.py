@@ -70,5 +70,5 @@ class UnrecoveredSpike(Rule):
             remedy = f"Resume from a checkpoint before step {since} and skip the data of that step. If the loss rises "
             remedy += "again on other data, halve the learning rate."
             return self.alarm(step, "fail", None, evidence + " It has not recovered.", remedy)
-        remedy = f"Check the batches from step {since} on. If the loss stays high, resume from an earlier checkpoint."
+        remedy = f"If the loss stays high, resume from a checkpoint before step {since} and skip the data of that step."
         return self.alarm(step, "warn", None, evidence, remedy)
