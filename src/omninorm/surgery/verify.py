@@ -110,6 +110,13 @@ def shadow(model: nn.Module, device: torch.device | None = None) -> nn.Module:
     Raises:
         InputError: the weights have no values, or are quantized.
     """
+    made = converted_copy(model, torch.float64, device)
+    swap_norms(made)
+    return made
+
+
+def converted_copy(model: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
+    """Return a copy in another dtype and in evaluation mode. Its arguments and errors are those of `shadow`."""
     check_model(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -120,8 +127,7 @@ def shadow(model: nn.Module, device: torch.device | None = None) -> nn.Module:
             remedy = "dequantize the model first"
             raise InputError(f"The parameter {name!r} must be floating-point for surgery", str(parameter.dtype), remedy)
     place = proving_device(model) if device is None else device
-    made = copy.deepcopy(model).eval().to(place).to(torch.float64)
-    swap_norms(made)
+    made = copy.deepcopy(model).eval().to(place).to(dtype)
     with_plain_experts(made)
     return made
 
