@@ -161,6 +161,11 @@ def read_probes(model: nn.Module, inputs: Sequence[Any] | None) -> list[Any]:
     place = next((parameter.device for parameter in model.parameters()), _CPU)
     if inputs is None:
         return [probe.to(place) for probe in probe_inputs(model)]
+    return [in_double(probe, place) for probe in check_probes(inputs)]
+
+
+def check_probes(inputs: Sequence[Any]) -> Sequence[Any]:
+    """Return the inputs if each is a tensor or a dictionary, and there is at least one; raise InputError otherwise."""
     remedy = "pass a list of tensors, or of dictionaries of keyword arguments"
     if isinstance(inputs, (Tensor, Mapping)) or not len(inputs):
         received = "an empty list" if isinstance(inputs, Sequence) else f"a {type(inputs).__name__}"
@@ -168,7 +173,7 @@ def read_probes(model: nn.Module, inputs: Sequence[Any] | None) -> list[Any]:
     for probe in inputs:
         if not isinstance(probe, (Tensor, Mapping)):
             raise InputError("Each of inputs must be a tensor or a dictionary", f"a {type(probe).__name__}", remedy)
-    return [in_double(probe, place) for probe in inputs]
+    return inputs
 
 
 def in_double(probe: Any, device: torch.device) -> Any:
