@@ -38,7 +38,7 @@ def test_equal_models_exit_with_0(command, folders):
     lines = out.splitlines()
     assert lines[0] == "No difference in 45 matched modules."
     assert "Input: random tokens from seed 0, because no --text was given, in float64." in out
-    assert lines[-1] == "Up to 1e-06 for one module counts as rounding."
+    assert lines[-1] == "Counts as rounding: up to 1e-10 for one module, 1e-06 if the classes differ."
 
 
 def test_a_changed_weight_is_named_and_exits_with_1(command, folders):

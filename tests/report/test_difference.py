@@ -41,7 +41,7 @@ def record(**values: Any) -> dict[str, Any]:
     return {
         "a": "one", "b": "two", "class_a": "A", "class_b": "B", "input": "random tokens", "kind": "different",
         "verdict": "They first part in second.", "details": ["In second, weight differs by 2 %."], "modules": modules,
-        "culprits": [part], "only_a": ["extra"], "only_b": [], "exact": 1e-10, "rounding": 1e-6, "dtype": "float64", **values,
+        "culprits": [part], "only_a": ["extra"], "only_b": [], "exact": 1e-10, "rounding": 1e-6, "allowance": "up to 1e-6", "dtype": "float64", **values,
     }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def diff(
         float | None,
         typer.Option(
             help="Largest relative difference of one module that counts as rounding.",
-            show_default="1e-06 in float64; a few units of rounding of a coarser dtype",
+            show_default="by the dtype: 1e-10 in float64, 1e-06 there between different classes",
         ),
     ] = None,
     top: Annotated[int, typer.Option(help="Maximum number of modules to show.")] = 12,
@@ -111,7 +111,7 @@ def _show(screen: Console, record: dict[str, str], found: FirstDifference, top: 
     screen.print(_line(f"B: {record['b']} ({record['class_b']})"))
     dtype = "in the dtypes of their weights" if found.dtype == "as they are" else f"in {found.dtype}"
     screen.print(_line(f"Input: {record['input']}, {dtype}."))
-    screen.print(f"Up to {found.rounding:.1g} for one module counts as rounding.")
+    screen.print(f"Counts as rounding: {found.allowance}.")
     if rows := _rows(found, top):
         screen.print()
         screen.print(_table(rows))

@@ -62,7 +62,7 @@ def _facts(record: Mapping[str, Any]) -> str:
         "B": f"{record['b']} ({record['class_b']})",
         "Input": record["input"],
         "Computed in": dtype,
-        "Counts as rounding": f"up to {short(record['rounding'], 2)} for one module",
+        "Counts as rounding": record["allowance"],
         "Matched modules": f"{len(record['modules']):,}",
     }
     rows = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value, 300)}</dd></div>" for key, value in facts.items())

@@ -569,6 +569,24 @@ def test_fewer_stored_rows_find_the_same_module(llama: Any) -> None:
     assert names(first_difference(llama, other, [IDS], rows=3)) == names(first_difference(llama, other, [IDS]))
 
 
+def test_the_slightest_change_of_a_setting_is_named_between_equal_classes(llama: Any) -> None:
+    other = planted(llama, set_attribute("model.norm", "variance_epsilon", 1.0001e-6))
+    found = first_difference(llama, other, [IDS])
+    assert names(found) == ["model.norm"]
+    assert 1e-10 < found.culprits[0].size < 1e-6
+    assert found.allowance == "up to 1e-10 for one module, 1e-06 if the classes differ"
+
+
+def test_a_change_whose_effect_fades_is_named(llama: Any) -> None:
+    """One weight of one token's vector, which most of the outputs do not depend on."""
+
+    def nudge(model: Any) -> None:
+        model.model.embed_tokens.weight[5, 7] += 1e-6
+
+    found = first_difference(llama, planted(llama, nudge), [IDS])
+    assert names(found) == ["model.embed_tokens"]
+
+
 def test_the_limit_decides_what_counts_as_rounding(llama: Any, thinker: Thinker) -> None:
     assert first_difference(llama, thinker, [IDS]).kind == "rounding"
     found = first_difference(llama, thinker, [IDS], limit=1e-12)

@@ -49,9 +49,10 @@ def first_difference(
         inputs: each a tensor or a dictionary of keyword arguments; None means random tokens, int64 (2, 16). Positions
             where `attention_mask` (batch, sequence) is 0 are not compared.
         dtype: the dtype in which copies of both run; None runs the models as they are.
-        limit: the largest relative difference of one module that counts as rounding. None means 1e-6 in float64, 4e-6
-            in float32, 0.016 in bfloat16 and 0.002 in float16; with dtype None, that of the coarsest dtype of the
-            weights. A module whose weights in one model are the other's, rounded to a dtype, is allowed that dtype's.
+        limit: the largest relative difference of one module that counts as rounding. None means 1e-10 in float64, and
+            1e-6 if the modules' classes differ, because their tables may be in float32; 4e-6 in float32, 0.016 in
+            bfloat16 and 0.002 in float16; with dtype None, that of the coarsest dtype of the weights. A module whose
+            weights in one model are the other's, rounded to a dtype, is allowed that dtype's.
         rows: at most so many rows of each activation of a are stored, evenly spaced, for the comparison with b's.
         seed: of the random tokens.
 
@@ -139,7 +140,7 @@ def _compare(
     measured = PairRun(*models, matching, compared).measure((runs[0], runs[1]))
     pairs = {each.a.index: _pair(models, each) for each in measured}
     rounded = {index: judge.rounded_weights(*pair) for index, pair in pairs.items()}
-    own = {index: judge.rounding_of(each) for index, each in rounded.items() if each is not None}
+    own = {index: judge.limit_of(*pair, allowed, rounded[index]) for index, pair in pairs.items()}
     judgement = judge.Judgement(measured, matching.a, allowed, own)
     found = judgement.culprits()
     modules = {each.a.index: _described(each, pairs[each.a.index], judgement, each in found) for each in measured}
@@ -152,6 +153,7 @@ def _compare(
         only_b=tuple(dict.fromkeys(each.name for each in matching.only(in_b=True))),
         exact=allowed.exact,
         rounding=allowed.rounding,
+        same_class=allowed.same_class,
         dtype="as they are" if dtype is None else str(dtype).removeprefix("torch."),
         rounded_weights=tuple(
             sorted({str(each).removeprefix("torch.") for each in rounded.values() if each is not None})

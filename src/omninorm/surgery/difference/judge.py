@@ -18,8 +18,8 @@ from omninorm.surgery.verify import EXACT
 
 # A difference that is so many times larger than that of everything inside the module does not come from there.
 JUMP = 10.0
-# Where a module agrees to this share of the difference of one inside of it, that one's difference has no effect.
-DILUTION = 1e-2
+# Where a module agrees to at most this share of the difference of one inside of it, that one's has no effect.
+_NO_EFFECT = 1e-2
 # Models that are computed in float64 may still hold tables that were computed in float32, such as RoPE's.
 _FROM_FLOAT32 = 1e-6
 # Rounding errors of one module, in units of the dtype. Products are summed in float32, whose own errors add up.
@@ -35,10 +35,12 @@ class Limits:
     Args:
         exact: at most this is no difference.
         rounding: at most this is rounding.
+        same_class: at most this is rounding if both modules run the same code, on numbers of the same precision.
     """
 
     exact: float
     rounding: float
+    same_class: float
 
 
 def limits(a: nn.Module, b: nn.Module, dtype: torch.dtype | None, limit: float | None) -> Limits:
@@ -46,7 +48,14 @@ def limits(a: nn.Module, b: nn.Module, dtype: torch.dtype | None, limit: float |
     dtypes = {dtype} if dtype is not None else _float_dtypes(a) | _float_dtypes(b)
     coarsest = max(dtypes or {torch.float32}, key=lambda each: torch.finfo(each).eps)
     rounding = rounding_of(coarsest) if limit is None else limit
-    return Limits(min(EXACT, rounding), rounding)
+    exact = min(EXACT, rounding)
+    return Limits(exact, rounding, exact if limit is None and coarsest == torch.float64 else rounding)
+
+
+def limit_of(a: nn.Module, b: nn.Module, allowed: Limits, rounded: torch.dtype | None) -> float:
+    """Return what counts as rounding for a pair of modules whose weights were rounded to a dtype, if one is given."""
+    usual = allowed.same_class if type(a) is type(b) else allowed.rounding
+    return usual if rounded is None else max(usual, rounding_of(rounded))
 
 
 def rounding_of(dtype: torch.dtype) -> float:
@@ -65,16 +74,19 @@ def rounded_weights(a: nn.Module, b: nn.Module) -> torch.dtype | None:
     if any(one.shape != other.shape for one, other in pairs):
         return None
     changed = [pair for pair in pairs if relative(*pair)]
-    found = [_equal_in(*pair) for pair in changed]
+    found = [_rounded_to(*pair) for pair in changed]
     known = [each for each in found if each is not None]
     return max(known, key=lambda each: torch.finfo(each).eps) if known and len(known) == len(found) else None
 
 
-def _equal_in(a: Tensor, b: Tensor) -> torch.dtype | None:
-    """Return the first dtype in which two tensors are equal, from the finest; None if there is none."""
-    other = b.to(a.device, a.dtype)
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    return next((dtype for dtype in dtypes if torch.equal(a.to(dtype), other.to(dtype))), None)
+def _rounded_to(a: Tensor, b: Tensor) -> torch.dtype | None:
+    """Return the finest dtype to which one tensor is the other, rounded; None if there is none."""
+    a, b = a.double(), b.to(a.device, torch.float64)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        one, other = a.to(dtype), b.to(dtype)
+        if torch.equal(one, other) and (torch.equal(one.double(), a) or torch.equal(other.double(), b)):
+            return dtype
+    return None
 
 
 class Judgement:
@@ -84,7 +96,7 @@ class Judgement:
         measured: every pair, in the order in which a's calls began.
         calls: all calls of a.
         allowed: what counts as rounding.
-        own: by the index of a's call, what counts as rounding for a module whose weights were rounded.
+        own: what counts as rounding for each pair, by the index of a's call.
     """
 
     def __init__(
@@ -126,14 +138,16 @@ class Judgement:
         """Return the difference of a pair that rounding, in it and in the pairs inside of it, explains."""
         parts = [part for part in self.inside[each.a.index] if part.fed is not None and not self.compensated(part)]
         inner = max((part.fed for part in parts if part.fed is not None), default=0.0)
-        return max(self.allowed.rounding, self.own.get(each.a.index, 0.0), JUMP * inner)
+        return max(self.own[each.a.index], JUMP * inner)
 
     def compensated(self, each: Measured) -> bool:
         """Return whether a module around a pair agrees although the pair differs: what it computes was rearranged."""
 
         def hidden(gap: float | None, around: float | None) -> bool:
-            least = self.allowed.rounding
-            return gap is not None and around is not None and gap > least and around <= min(least, DILUTION * gap)
+            if gap is None or around is None:
+                return False
+            most = self.allowed.rounding
+            return gap > self.own[each.a.index] and around <= min(most, min(most, _NO_EFFECT) * gap)
 
         around = self.around[each.a.index]
         return any(hidden(each.fed, outer.fed) or hidden(each.outputs, outer.outputs) for outer in around)
@@ -188,7 +202,7 @@ def _tensor_reason(a: Tensor, b: Tensor) -> str:
         return ""
     if not math.isfinite(gap):
         return "holds NaN or infinite values"
-    if (dtype := _equal_in(a, b)) is not None:
+    if (dtype := _rounded_to(a, b)) is not None:
         return f"differs by {percent(gap)}, as rounding to {str(dtype).removeprefix('torch.')} explains"
     shift = b.to(a.device, torch.float64) - a.double()
     if a.numel() > 1 and relative(shift, shift.mean().expand_as(shift)) < _SAME_SHIFT:

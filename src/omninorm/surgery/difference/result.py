@@ -74,6 +74,7 @@ class FirstDifference:
         only_a, only_b: modules without a counterpart.
         exact: relative differences up to this count as none.
         rounding: relative differences of one module up to this count as rounding.
+        same_class: the same where both modules are of the same class.
         dtype: the dtype in which the models ran, or "as they are".
         rounded_weights: the dtypes to which weights of one model were rounded in the other.
         inputs: what the models were run on.
@@ -86,6 +87,7 @@ class FirstDifference:
     only_b: tuple[str, ...]
     exact: float
     rounding: float
+    same_class: float
     dtype: str
     rounded_weights: tuple[str, ...]
     inputs: str
@@ -117,6 +119,13 @@ class FirstDifference:
         alone = max((each.fed for each in self._counted if each.fed is not None), default=0.0)
         text = f"They differ by no more than rounding in {count}: {percent(worst.outputs)} in {worst.label}"
         return f"{text}, and {percent(alone)} at most for the same input."
+
+    @property
+    def allowance(self) -> str:
+        """What counts as rounding, in words."""
+        if self.same_class == self.rounding:
+            return f"up to {self.rounding:.2g} for one module"
+        return f"up to {self.same_class:.2g} for one module, {self.rounding:.2g} if the classes differ"
 
     @property
     def _rounded(self) -> list[str]:
@@ -153,7 +162,12 @@ class FirstDifference:
         record: dict[str, Any] = asdict(self)
         for name in ("modules", "culprits"):
             record[name] = [{"label": each.label, **asdict(each)} for each in getattr(self, name)]
-        record |= {"verdict": self.verdict, "details": list(self.details), "largest": self.largest}
+        record |= {
+            "verdict": self.verdict,
+            "allowance": self.allowance,
+            "details": list(self.details),
+            "largest": self.largest,
+        }
         found: dict[str, Any] = json_values(record)
         return found
 
