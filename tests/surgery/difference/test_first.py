@@ -495,6 +495,29 @@ class Times(nn.Module):
         return self.factor * x
 
 
+class Settling(nn.Module):
+    """Replaces a module by another one while it runs for the first time, as BigBird does for short inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.first, self.line, self.settled = nn.Linear(4, 4), nn.Linear(4, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.settled:
+            self.first, self.settled = nn.Sequential(self.first, nn.Tanh()), True
+        return self.line(self.line(self.first(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, None])
+def test_modules_that_are_replaced_in_the_first_run_are_not_mixed_up(dtype: torch.dtype | None) -> None:
+    model = Settling()
+    found = first_difference(model, copy.deepcopy(model), [torch.randn(3, 4)], dtype=dtype)
+    assert (found.kind, [each.a for each in found.modules if each.compensated]) == ("equal", [])
+    other = planted(Settling(), lambda each: each.line.bias.add_(0.5))
+    assert names(first_difference(Settling(), other, [torch.randn(3, 4)])) == ["line", "line"]
+
+
 def test_a_function_as_argument_cannot_be_fed_and_the_inputs_decide() -> None:
     """Thinker's placements call attention through a function, which belongs to the other model."""
     config = ThinkerConfig(d_model=32, n_layers=2, n_heads=2)

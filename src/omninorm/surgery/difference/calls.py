@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from omninorm.surgery.runs import Run, by_design, call, tensors_of
 
 MAIN = ("logits", "last_hidden_state")
-Enter = Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], None]
-Leave = Callable[[int, nn.Module, Any], None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,10 @@ class Call:
         return self.name, self.number
 
 
+Enter = Callable[[Call, nn.Module, tuple[Any, ...], dict[str, Any]], None]
+Leave = Callable[[Call, nn.Module, Any], None]
+
+
 def main_of(outputs: Mapping[str, Tensor]) -> Tensor | None:
     """Return the logits, or the last hidden state, or the first output."""
     named = next((outputs[name] for name in MAIN if name in outputs), None)
@@ -61,7 +63,7 @@ def outputs_of(value: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def following(model: nn.Module, enter: Enter, leave: Leave) -> Iterator[list[Call]]:
-    """Call `enter` and `leave` before and after every call of a module, with the index of the call.
+    """Call `enter` and `leave` before and after every call of a module.
 
     What the modules do while `enter` or `leave` runs is not followed.
 
@@ -85,7 +87,7 @@ def following(model: nn.Module, enter: Enter, leave: Leave) -> Iterator[list[Cal
             open_calls.append(len(calls) - 1)
             busy = True
             try:
-                enter(open_calls[-1], module, args, kwargs)
+                enter(calls[-1], module, args, kwargs)
             finally:
                 busy = False
 
@@ -97,7 +99,7 @@ def following(model: nn.Module, enter: Enter, leave: Leave) -> Iterator[list[Cal
             return
         busy = True
         try:
-            leave(open_calls.pop(), module, output)
+            leave(calls[open_calls.pop()], module, output)
         finally:
             busy = False
 
@@ -116,9 +118,9 @@ def trace(model: nn.Module, run: Run) -> list[Call]:
     """
     returned: dict[int, tuple[tuple[int, ...] | None, int]] = {}
 
-    def leave(index: int, module: nn.Module, output: Any) -> None:
+    def leave(each: Call, module: nn.Module, output: Any) -> None:
         main = main_of(outputs_of(output))
-        returned[index] = None if main is None else tuple(main.shape), len(calls) - 1
+        returned[each.index] = None if main is None else tuple(main.shape), len(calls) - 1
 
     with following(model, lambda *_: None, leave) as calls:
         repeatable(model, run)

@@ -16,6 +16,7 @@ from omninorm.surgery.difference.measure import Rows, between, is_finite, relati
 from omninorm.surgery.runs import Run, tensors_of
 
 Tensors = dict[str, Tensor]
+Key = tuple[str, int]
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Measured:
         argument: the argument that differs the most.
         absent: an argument that is None in one of them, and in which.
         nonfinite: "a", "b" or "both" return NaN or infinite values for finite inputs.
+        complete: whether both models made the call.
     """
 
     a: Call
@@ -41,6 +43,7 @@ class Measured:
     argument: str = ""
     absent: str = ""
     nonfinite: str = ""
+    complete: bool = False
 
 
 @dataclass
@@ -66,10 +69,12 @@ class PairRun:
         self.rows, self.all_rows = rows, Rows(rows.real)
         self.places = Place.of(b), Place.of(a)
         self.theirs = dict(b.named_modules())
-        self.found = {x: Measured(matching.a[x], matching.b[y]) for x, y in sorted(matching.pairs.items())}
-        self._by_b = {y: x for x, y in matching.pairs.items()}
-        self._stored: dict[int, _Stored] = {}
-        self._fed: dict[int, Tensors] = {}
+        pairs = [Measured(matching.a[x], matching.b[y]) for x, y in sorted(matching.pairs.items())]
+        # By name and number: a model that replaces modules in its first run calls others in the next.
+        self.found = {each.a.key: each for each in pairs}
+        self._by_b = {each.b.key: each for each in pairs}
+        self._stored: dict[Key, _Stored] = {}
+        self._fed: dict[Key, Tensors] = {}
 
     def measure(self, runs: tuple[Run, Run]) -> list[Measured]:
         """Run both models and return what was measured, in the order in which a's calls began."""
@@ -78,13 +83,12 @@ class PairRun:
                 repeatable(self.a, runs[0])
             with following(self.b, self._enter_b, self._leave_b):
                 repeatable(self.b, runs[1])
-        return list(self.found.values())
+        return [each for each in self.found.values() if each.complete]
 
-    def _enter_a(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if index not in self.found:
+    def _enter_a(self, each: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (found := self.found.get(each.key)) is None:
             return
-        self._stored[index] = self._keep(named_arguments(module, args, kwargs))
-        found = self.found[index]
+        self._stored[each.key] = self._keep(named_arguments(module, args, kwargs))
         if not found.a.name and not found.b.name:
             return  # both models received the same input: their own runs are compared
         main = next((each for _, each in tensors_of([args, kwargs])), None)
@@ -92,31 +96,32 @@ class PairRun:
             found.reason = "it received NaN or infinite values" if main is not None else "it received no tensor"
             return
         try:
-            self._fed[index] = feed(self.theirs[found.b.name], module, args, kwargs, self.places)
+            self._fed[each.key] = feed(self.theirs[found.b.name], module, args, kwargs, self.places)
         except CannotFeedError as error:
             found.reason = str(error)
 
-    def _leave_a(self, index: int, module: nn.Module, output: Any) -> None:
-        if index not in self.found:
+    def _leave_a(self, each: Call, module: nn.Module, output: Any) -> None:
+        if (found := self.found.get(each.key)) is None:
             return
         outputs = outputs_of(output)
-        self._stored[index].outputs = self._rows_of(outputs)
-        if (fed := self._fed.pop(index, None)) is not None:
-            found = self.found[index]
-            ours, theirs = ({name: self.all_rows(x) for name, x in each.items()} for each in (outputs, fed))
+        self._stored[each.key].outputs = self._rows_of(outputs)
+        if (fed := self._fed.pop(each.key, None)) is not None:
+            ours, theirs = ({name: self.all_rows(x) for name, x in side.items()} for side in (outputs, fed))
             found.fed = between(ours, theirs)
             found.nonfinite = _nonfinite(ours, theirs)
 
-    def _enter_b(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (key := self._by_b.get(index)) is not None:
-            theirs, found = self._keep(named_arguments(module, args, kwargs)), self.found[key]
-            found.inputs, found.argument = _inputs(self._stored[key], theirs)
-            found.absent = _absent(self._stored[key], theirs)
+    def _enter_b(self, each: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = self._by_b.get(each.key)
+        if found is not None and (ours := self._stored.get(found.a.key)) is not None:
+            theirs = self._keep(named_arguments(module, args, kwargs))
+            found.inputs, found.argument = _inputs(ours, theirs)
+            found.absent = _absent(ours, theirs)
 
-    def _leave_b(self, index: int, module: nn.Module, output: Any) -> None:
-        if (key := self._by_b.get(index)) is not None:
-            ours, theirs, found = self._stored.pop(key).outputs, self._rows_of(outputs_of(output)), self.found[key]
-            found.outputs = between(ours, theirs)
+    def _leave_b(self, each: Call, module: nn.Module, output: Any) -> None:
+        found = self._by_b.get(each.key)
+        if found is not None and (stored := self._stored.pop(found.a.key, None)) is not None:
+            ours, theirs = stored.outputs, self._rows_of(outputs_of(output))
+            found.outputs, found.complete = between(ours, theirs), True
             if not found.a.name and not found.b.name:
                 found.fed, found.nonfinite = found.outputs, _nonfinite(ours, theirs)
 
