@@ -440,6 +440,48 @@ def test_a_cache_that_modules_fill_is_not_filled_twice() -> None:
     assert names(first_difference(model, other, [torch.randn(3, 4)])) == ["layers.1.line"]
 
 
+class Noisy(nn.Module):
+    """Adds noise even in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.layers = nn.Sequential(nn.Linear(4, 4), Noise(), nn.Linear(4, 4), Noise())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)  # type: ignore[no-any-return]
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+def test_both_models_draw_the_same_random_numbers() -> None:
+    x = torch.randn(3, 4)
+    found = first_difference(Noisy(), Noisy(), [x])
+    assert (found.kind, found.largest, max(each.fed or 0.0 for each in found.modules)) == ("equal", 0.0, 0.0)
+    other = planted(Noisy(), lambda each: each.layers[2].bias.add_(0.5))
+    assert names(first_difference(Noisy(), other, [x])) == ["layers.2"]
+
+
+def test_models_that_can_run_without_a_cache_do() -> None:
+    class Asked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line, self.asked = nn.Linear(4, 4), []
+
+        def forward(self, x: Tensor, use_cache: bool | None = None) -> Tensor:
+            self.asked.append(use_cache)
+            return self.line(x)  # type: ignore[no-any-return]
+
+    x = torch.randn(3, 4)
+    for probe, expected in ((x, False), ({"x": x}, False), ({"x": x, "use_cache": True}, True)):
+        model = Asked()
+        first_difference(model, model, [probe], dtype=None)
+        assert set(model.asked) == {expected}
+
+
 class Renamed(nn.Module):
     """A Thinker's feed-forward network under names that no rule knows, with a fused product and no modules inside."""
 

@@ -71,6 +71,18 @@ def test_names_decide_against_the_order() -> None:
     assert pairs(one, other) == {"": "", "x": "x", "y": "y"}
 
 
+def test_common_names_decide_against_the_order() -> None:
+    up, gate = ("  layers.0.mlp.up_proj", "Linear"), ("  layers.0.mlp.gate_proj", "Linear")
+    one = calls(("", "M", (2, 8), None), (*up, (2, 8), (8, 8)), (*gate, (2, 8), (8, 8)))
+    first, second = ("  blocks.0.feed_forward.w1", "Linear"), ("  blocks.0.feed_forward.w3", "Linear")
+    other = calls(("", "M", (2, 8), None), (*first, (2, 8), (8, 8)), (*second, (2, 8), (8, 8)))
+    assert pairs(one, other) == {
+        "": "",
+        "layers.0.mlp.up_proj": "blocks.0.feed_forward.w3",
+        "layers.0.mlp.gate_proj": "blocks.0.feed_forward.w1",
+    }
+
+
 def test_transposed_matrices_match_and_other_shapes_do_not() -> None:
     one = calls(("", "M", (2, 8), None), ("  x", "Linear", (2, 8), (8, 4)))
     assert pairs(one, calls(("", "M", (2, 8), None), ("  y", "Conv1D", (2, 8), (4, 8)))) == {"": "", "x": "y"}

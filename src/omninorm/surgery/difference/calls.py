@@ -128,7 +128,6 @@ def trace(model: nn.Module, run: Run) -> list[Call]:
 
 
 def repeatable(model: nn.Module, run: Run) -> Any:
-    """Run a model with the same random numbers each time, and leave the generator as it was."""
+    """Run a model and leave the generator of random numbers as it was, so that every run draws the same ones."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
         return call(model, run)

@@ -69,7 +69,8 @@ def feed(module: nn.Module, like: nn.Module, args: tuple[Any, ...], kwargs: dict
     args = tuple(_copied(each, *places) for each in args)
     kwargs = {name: _copied(each, *places) for name, each in kwargs.items()}
     try:
-        return outputs_of(module(*args, **kwargs))
+        with torch.random.fork_rng(devices=[]):  # both modules draw the same random numbers
+            return outputs_of(module(*args, **kwargs))
     except Exception as error:  # whatever the module makes of them
         said = f"{type(error).__name__}: {' '.join(str(error).split()):.120}"
         raise CannotFeedError(f"it failed on the other model's input ({said})") from error
@@ -85,12 +86,13 @@ def _as_it_takes_them(
     if len(tensors) == len(given) == 1:
         return (tensors[0],), {}
     named = named_arguments(like, args, kwargs)
-    if all(name in _names(module) for name in named):
+    if all(name in argument_names(module) for name in named):
         return (), named
     raise CannotFeedError(f"{type(module).__name__} takes other arguments than {type(like).__name__}")
 
 
-def _names(module: nn.Module) -> list[str]:
+def argument_names(module: nn.Module) -> list[str]:
+    """Return the names of a module's arguments; none if they cannot be determined."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     try:
         return [each.name for each in inspect.signature(module.forward).parameters.values() if each.kind in kinds]

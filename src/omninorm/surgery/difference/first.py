@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from omninorm.errors import InputError
 from omninorm.surgery.difference import judge
 from omninorm.surgery.difference.calls import trace
-from omninorm.surgery.difference.feed import Place
+from omninorm.surgery.difference.feed import Place, argument_names
 from omninorm.surgery.difference.match import Matching
 from omninorm.surgery.difference.measure import Rows, padding_of
 from omninorm.surgery.difference.result import FirstDifference, ModuleDifference
 from omninorm.surgery.difference.run import Measured, PairRun
 from omninorm.surgery.report import check_model
-from omninorm.surgery.runs import Run, flag_runs
+from omninorm.surgery.runs import Run
 from omninorm.surgery.verify import check_probes, converted_copy, probe_inputs, proving_device
 
 _CPU = torch.device("cpu")
@@ -176,10 +176,9 @@ def _run(model: nn.Module, probe: Any) -> Run:
         return value.to(place.device, place.dtype if value.is_floating_point() else value.dtype)
 
     own = {name: moved(value) for name, value in probe.items()} if isinstance(probe, Mapping) else moved(probe)
-    run = Run("", own)
     given = isinstance(probe, Mapping) and "use_cache" in probe
-    named = {flag for each in flag_runs(model, run) for flag, _ in each.flags}
-    return run if given or "use_cache" not in named else Run("", own, flags=(("use_cache", False),))
+    takes = "use_cache" in argument_names(model)
+    return Run("", own, flags=(("use_cache", False),) if takes and not given else ())
 
 
 def _described(
