@@ -24,8 +24,9 @@ HEAD = """# Command line
 
 Generated from `omninorm --help` by `python docs/generate.py`.
 
-Exit codes: 0 on success, 1 if a run diverged or an inspected checkpoint fails or differs from
-another, 2 for bad input (with one line on stderr), 130 after Ctrl-C and 143 after SIGTERM.
+Exit codes: 0 on success, 1 if a run diverged, an inspected checkpoint fails or differs from
+another, or two models part, 2 for bad input (with one line on stderr), 130 after Ctrl-C and 143
+after SIGTERM.
 """
 
 

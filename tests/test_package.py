@@ -34,7 +34,7 @@ CORE = ORDER[: ORDER.index("placement")]
 ASIDE = {
     "report": ["errors", "record"],
     "monitor": [*CORE, "report"],
-    "surgery": CORE,
+    "surgery": [*CORE, "inspection"],
     "inspection": ["errors", "device", "record"],
     "onnx": ["errors", "kernels"],
 }

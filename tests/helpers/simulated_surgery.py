@@ -74,6 +74,21 @@ def operated() -> dict[str, Any]:
     return {f"{norm} {device.type}": operate(norm, device) for norm in ("rmsnorm", "layernorm") for device in devices()}
 
 
+def parted() -> dict[str, Any]:
+    """Find a planted difference between models on every pair of devices, in float64 and as they are."""
+    found = {}
+    for one in devices():
+        for other in devices():
+            for dtype in (torch.float64, None):
+                pair = model("rmsnorm").to(one), model("rmsnorm").to(other)
+                equal = surgery.first_difference(*pair, dtype=dtype).kind
+                with torch.no_grad():
+                    pair[1].blocks[1].feed_forward.up.weight.mul_(1.5)
+                first = surgery.first_difference(*pair, dtype=dtype).first
+                found[f"{one.type} {other.type} {dtype}"] = [equal, first and first.a, first and first.fed]
+    return found
+
+
 def proved_on_the_device() -> dict[str, Any]:
     """Run the proofs on the device, as on a GPU with enough free memory."""
     library: Any = sys.modules["omninorm.surgery.verify"]  # the package has a function of this name
@@ -113,5 +128,5 @@ def compared() -> dict[str, Any]:
 if __name__ == "__main__":
     install()
     torch.set_num_threads(1)
-    scenarios = {each.__name__: each for each in (operated, proved_on_the_device, compared)}
+    scenarios = {each.__name__: each for each in (operated, proved_on_the_device, parted, compared)}
     print(json.dumps(scenarios[sys.argv[1]]()))

@@ -39,6 +39,15 @@ def test_surgery_changes_the_same_wherever_the_model_and_the_proof_are(scenario:
         assert ours["largest"] == 0.0
 
 
+def test_the_first_difference_is_found_wherever_the_models_are() -> None:
+    found = run("parted")
+    assert len(found) == 8
+    for name, (equal, first, fed) in found.items():
+        assert equal == "equal" or ("float64" not in name and equal == "rounding"), name
+        assert first == "blocks.1.feed_forward.up", name
+        assert fed == pytest.approx(0.5, rel=1e-5), name
+
+
 def test_comparisons_on_the_device_give_the_outcomes_of_the_cpu() -> None:
     found = run("compared")
     for protocol in ("train", "ramp", "init"):

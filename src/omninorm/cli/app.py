@@ -19,7 +19,7 @@ from omninorm.cli.wording import bad_value, extra_arguments, use_flags
 from omninorm.errors import ConfigError, DataError, InputError
 
 # The commands in the order of the help page. The module `omninorm.cli.NAME` defines the function NAME.
-COMMANDS = ("demo", "train", "generate", "compare", "report", "inspect", "convert", "bench", "doctor")
+COMMANDS = ("demo", "train", "generate", "compare", "report", "inspect", "diff", "convert", "bench", "doctor")
 
 
 class _Command(TyperCommand):

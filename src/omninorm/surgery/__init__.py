@@ -2,19 +2,24 @@
 
 from omninorm.layers.identify import Identity, Refusal, identify
 from omninorm.surgery.center import center
+from omninorm.surgery.difference.first import first_difference
+from omninorm.surgery.difference.result import FirstDifference, ModuleDifference
 from omninorm.surgery.fold import fold_gains
 from omninorm.surgery.report import Report, Surgery
 from omninorm.surgery.swap import SwapReport, swap_norms, swapped
 from omninorm.surgery.verify import Verification, verify
 
 __all__ = [
+    "FirstDifference",
     "Identity",
+    "ModuleDifference",
     "Refusal",
     "Report",
     "Surgery",
     "SwapReport",
     "Verification",
     "center",
+    "first_difference",
     "fold_gains",
     "identify",
     "swap_norms",

@@ -67,7 +67,7 @@ def build(checkpoint: Checkpoint, check: Check) -> nn.Module:
         raise ConfigError("config.json must name one of transformers' model classes", f"{name!r:.80}", remedy)
     _check_counts(checkpoint.config, "")
     try:
-        with _offline():
+        with offline():
             config: Any = found.config_class.from_pretrained(checkpoint.folder, local_files_only=True)  # type: ignore[union-attr]
             _check_planned(found, config, checkpoint, check)
             with _OnMeta():
@@ -155,7 +155,7 @@ def _limited(tensors: int) -> Iterator[None]:
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
+def offline() -> Iterator[None]:
     """Keep transformers from reaching the Hugging Face Hub, for a backbone's settings for instance."""
     from huggingface_hub import constants
 

@@ -18,7 +18,7 @@ CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.j
 _PICKLED_INDEX, _PICKLED_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
 _LARGEST_JSON = 2**26  # bytes
 _PIECE = 2**20  # elements
 _OPEN_FOR = 2**23  # elements that are read before a file is reopened
@@ -119,7 +119,7 @@ def _check_folder(folder: Path) -> None:
     if not os.path.isdir(folder):
         raise RunError(f"No such folder: {folder}", "", "check the path")
     if not os.path.isfile(folder / CONFIG_FILE):
-        if os.path.isfile(folder / _ADAPTER):
+        if os.path.isfile(folder / ADAPTER):
             problem = f"{folder} holds only an adapter, not the model that it belongs to"
             raise RunError(problem, "", "merge it into the model first, with merge_and_unload() of PEFT")
         raise RunError(f"{folder} does not hold config.json", "", "pass the folder of a Hugging Face model")

@@ -61,7 +61,8 @@ def call(model: nn.Module, run: Run) -> Any:
             raise
         except Exception as error:  # whatever the model needs
             said = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-            problem = f"{type(model).__name__} failed on the inputs in float64 ({said})"
+            precision = " in float64" if in_float64(model) else ""
+            problem = f"{type(model).__name__} failed on the inputs{precision} ({said})"
             raise InputError(problem, "", _REMEDY) from error
 
 
@@ -123,7 +124,7 @@ def outputs(model: nn.Module, run: Run) -> dict[str, Tensor]:
         InputError: the model failed, or returned no floating-point tensor.
     """
     result = call(model, run)
-    found = {name or "output": value.double() for name, value in _tensors("", result, _DEPTH)}
+    found = {name or "output": value.double() for name, value in tensors_of(result) if value.is_floating_point()}
     if not any(value.numel() for value in found.values()):
         received = "an empty tensor" if found else f"a {type(result).__name__}"
         raise InputError(f"{type(model).__name__} must return a tensor, or logits", received, _REMEDY)
@@ -135,18 +136,18 @@ def by_design(name: str) -> bool:
     return any(each in name.split("[")[0] for each in _BY_DESIGN)
 
 
-def _tensors(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(value: Any, name: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested outputs or arguments, each with its name or position."""
     if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield name, value
+        yield name, value
     elif depth and isinstance(value, Mapping):
         for key, each in value.items():
-            yield from _tensors(f"{name}.{key}".lstrip("."), each, depth - 1)
+            yield from tensors_of(each, f"{name}.{key}".lstrip("."), depth - 1)
     elif depth and isinstance(value, (tuple, list)):
         for position, each in enumerate(value):
-            yield from _tensors(f"{name}[{position}]", each, depth - 1)
+            yield from tensors_of(each, f"{name}[{position}]", depth - 1)
     elif depth and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
-        yield from _tensors(name, vars(value), depth - 1)
+        yield from tensors_of(vars(value), name, depth - 1)
 
 
 def expert_runs(model: nn.Module, probe: Any) -> tuple[list[Run], str]:

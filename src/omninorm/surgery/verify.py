@@ -110,6 +110,13 @@ def shadow(model: nn.Module, device: torch.device | None = None) -> nn.Module:
     Raises:
         InputError: the weights have no values, or are quantized.
     """
+    made = converted_copy(model, torch.float64, device)
+    swap_norms(made)
+    return made
+
+
+def converted_copy(model: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
+    """Return a copy in another dtype and in evaluation mode. Its arguments and errors are those of `shadow`."""
     check_model(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -120,8 +127,7 @@ def shadow(model: nn.Module, device: torch.device | None = None) -> nn.Module:
             remedy = "dequantize the model first"
             raise InputError(f"The parameter {name!r} must be floating-point for surgery", str(parameter.dtype), remedy)
     place = proving_device(model) if device is None else device
-    made = copy.deepcopy(model).eval().to(place).to(torch.float64)
-    swap_norms(made)
+    made = copy.deepcopy(model).eval().to(place).to(dtype)
     with_plain_experts(made)
     return made
 
@@ -155,6 +161,11 @@ def read_probes(model: nn.Module, inputs: Sequence[Any] | None) -> list[Any]:
     place = next((parameter.device for parameter in model.parameters()), _CPU)
     if inputs is None:
         return [probe.to(place) for probe in probe_inputs(model)]
+    return [in_double(probe, place) for probe in check_probes(inputs)]
+
+
+def check_probes(inputs: Sequence[Any]) -> Sequence[Any]:
+    """Return the inputs if each is a tensor or a dictionary, and there is at least one; raise InputError otherwise."""
     remedy = "pass a list of tensors, or of dictionaries of keyword arguments"
     if isinstance(inputs, (Tensor, Mapping)) or not len(inputs):
         received = "an empty list" if isinstance(inputs, Sequence) else f"a {type(inputs).__name__}"
@@ -162,7 +173,7 @@ def read_probes(model: nn.Module, inputs: Sequence[Any] | None) -> list[Any]:
     for probe in inputs:
         if not isinstance(probe, (Tensor, Mapping)):
             raise InputError("Each of inputs must be a tensor or a dictionary", f"a {type(probe).__name__}", remedy)
-    return [in_double(probe, place) for probe in inputs]
+    return inputs
 
 
 def in_double(probe: Any, device: torch.device) -> Any:

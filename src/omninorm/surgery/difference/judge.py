@@ -1,0 +1,230 @@
+"""Which pairs of calls are where two models part: the deepest modules with equal inputs and different outputs."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omninorm.surgery.difference.calls import Call
+from omninorm.surgery.difference.measure import relative
+from omninorm.surgery.difference.run import Measured
+from omninorm.surgery.verify import EXACT
+
+# A difference that is so many times larger than that of everything inside the module does not come from there.
+JUMP = 10.0
+# Where a module agrees to at most this share of the difference of one inside of it, that one's has no effect.
+_NO_EFFECT = 1e-2
+# Models that are computed in float64 may still hold tables that were computed in float32, such as RoPE's.
+_FROM_FLOAT32 = 1e-6
+# Rounding errors of one module, in units of the dtype. Products are summed in float32, whose own errors add up.
+_ROUNDINGS = {torch.float32: 32, torch.bfloat16: 2, torch.float16: 2}
+_SAME_SHIFT = 1e-3  # a shift of all values that was rounded to 16 bits
+_LONGEST = 60  # characters of a setting
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Relative differences of one module that count as none, and as rounding.
+
+    Args:
+        exact: at most this is no difference.
+        rounding: at most this is rounding.
+        same_class: at most this is rounding if both modules run the same code, on numbers of the same precision.
+    """
+
+    exact: float
+    rounding: float
+    same_class: float
+
+
+def limits(a: nn.Module, b: nn.Module, dtype: torch.dtype | None, limit: float | None) -> Limits:
+    """Return the limits for two models that are run in `dtype`, or as they are, which allows for the coarser dtype."""
+    dtypes = {dtype} if dtype is not None else _float_dtypes(a) | _float_dtypes(b)
+    coarsest = max(dtypes or {torch.float32}, key=lambda each: torch.finfo(each).eps)
+    rounding = rounding_of(coarsest) if limit is None else limit
+    exact = min(EXACT, rounding)
+    return Limits(exact, rounding, exact if limit is None and coarsest == torch.float64 else rounding)
+
+
+def limit_of(a: nn.Module, b: nn.Module, allowed: Limits, rounded: torch.dtype | None) -> float:
+    """Return what counts as rounding for a pair of modules whose weights were rounded to a dtype, if one is given."""
+    usual = allowed.same_class if type(a) is type(b) else allowed.rounding
+    return usual if rounded is None else max(usual, rounding_of(rounded))
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """Return the relative difference of a module's outputs that its rounding to a dtype explains."""
+    return _FROM_FLOAT32 if dtype == torch.float64 else _ROUNDINGS.get(dtype, 2) * torch.finfo(dtype).eps
+
+
+def _float_dtypes(model: nn.Module) -> set[torch.dtype]:
+    return {each.dtype for each in model.parameters() if each.is_floating_point()}
+
+
+def rounded_weights(a: nn.Module, b: nn.Module) -> torch.dtype | None:
+    """Return the dtype to which two modules' own weights are equal; None if they are equal, or differ by more."""
+    ours, theirs = (_tensors(each) for each in (a, b))
+    pairs = [(ours[name], theirs[name]) for name in ours if name in theirs]
+    if any(one.shape != other.shape for one, other in pairs):
+        return None
+    changed = [pair for pair in pairs if relative(*pair)]
+    found = [_rounded_to(*pair) for pair in changed]
+    known = [each for each in found if each is not None]
+    return max(known, key=lambda each: torch.finfo(each).eps) if known and len(known) == len(found) else None
+
+
+def _rounded_to(a: Tensor, b: Tensor) -> torch.dtype | None:
+    """Return the finest dtype to which one tensor is the other, rounded; None if there is none."""
+    a, b = a.double(), b.to(a.device, torch.float64)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        one, other = a.to(dtype), b.to(dtype)
+        if torch.equal(one, other) and (torch.equal(one.double(), a) or torch.equal(other.double(), b)):
+            return dtype
+    return None
+
+
+class Judgement:
+    """The pairs of calls where two models part.
+
+    Args:
+        measured: every pair, in the order in which a's calls began.
+        calls: all calls of a.
+        allowed: what counts as rounding.
+        own: what counts as rounding for each pair, by the index of a's call.
+    """
+
+    def __init__(
+        self, measured: Sequence[Measured], calls: Sequence[Call], allowed: Limits, own: Mapping[int, float]
+    ) -> None:
+        self.measured, self.allowed, self.own = measured, allowed, own
+        self.inside: dict[int, list[Measured]] = defaultdict(list)
+        self.around: dict[int, list[Measured]] = defaultdict(list)
+        by_index = {each.a.index: each for each in measured}
+        for each in measured:
+            parent = each.a.parent
+            while parent >= 0:
+                if (outer := by_index.get(parent)) is not None:
+                    self.inside[parent].append(each)
+                    self.around[each.a.index].append(outer)
+                parent = calls[parent].parent
+
+    def culprits(self) -> list[Measured]:
+        """Return the pairs where the models part, in the order in which they do.
+
+        A pair is one of them if b's module differs when it gets a's inputs, by more than rounding and by an order more
+        than every matched module inside of it, no module inside of it is one, and it matters to the modules around it.
+        Where b's module cannot get a's inputs, its outputs must differ by an order more than its inputs.
+        """
+        found: dict[int, Measured] = {}
+        # A module's parts come before it.
+        for each in sorted(self.measured, key=lambda each: -each.a.index):
+            parts = self.inside[each.a.index]
+            threshold = self._threshold(each)
+            if each.fed is None:
+                threshold = max(threshold, JUMP * each.inputs)
+            if any(part.a.index in found for part in parts) or self.compensated(each):
+                continue
+            if size(each) > threshold:
+                found[each.a.index] = each
+        return sorted(found.values(), key=self.begins)
+
+    def _threshold(self, each: Measured) -> float:
+        """Return the difference of a pair that rounding, in it and in the pairs inside of it, explains."""
+        parts = [part for part in self.inside[each.a.index] if part.fed is not None and not self.compensated(part)]
+        inner = max((part.fed for part in parts if part.fed is not None), default=0.0)
+        return max(self.own[each.a.index], JUMP * inner)
+
+    def compensated(self, each: Measured) -> bool:
+        """Return whether a module around a pair agrees although the pair differs: what it computes was rearranged."""
+
+        def hidden(gap: float | None, around: float | None) -> bool:
+            if gap is None or around is None:
+                return False
+            most = self.allowed.rounding
+            return gap > self.own[each.a.index] and around <= min(most, min(most, _NO_EFFECT) * gap)
+
+        around = self.around[each.a.index]
+        return any(hidden(each.fed, outer.fed) or hidden(each.outputs, outer.outputs) for outer in around)
+
+    def first_changed_part(self, each: Measured) -> Measured | None:
+        """Return the first pair inside of a pair whose inputs differ, though those of the pair itself do not."""
+        threshold = max(self._threshold(each), JUMP * each.inputs)
+        parts = self.inside[each.a.index]
+        return next((part for part in parts if part.inputs > threshold or (part.absent and not each.absent)), None)
+
+    def begins(self, each: Measured) -> int:
+        """Return where in a's order of calls a difference begins: at the first part that gets other inputs."""
+        part = self.first_changed_part(each)
+        return each.a.index if part is None else part.a.index
+
+
+def size(each: Measured) -> float:
+    """Return the difference for the same input where it is known, and that in the two runs otherwise."""
+    return each.outputs if each.fed is None else each.fed
+
+
+def reasons(a: nn.Module, b: nn.Module) -> list[str]:
+    """Return what differs between two modules themselves: classes, parameters, buffers and plain settings."""
+    found = [] if type(a) is type(b) else [f"its class is {type(a).__name__} in a and {type(b).__name__} in b"]
+    ours, theirs = (_tensors(each) for each in (a, b))
+    for name in ours:
+        if name in theirs and (text := _tensor_reason(ours[name], theirs[name])):
+            found.append(f"{name} {text}")
+    found += [f"only {which} has the parameter {name}" for name, which in _alone(ours, theirs)]
+    found += [
+        f"{name} is {mine!s:.{_LONGEST}} in a and {yours!s:.{_LONGEST}} in b"
+        for name, mine, yours in _settings(a, b)
+        if mine != yours
+    ]
+    return found
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    return {name: each.detach() for name, each in own.items()}
+
+
+def _alone(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[tuple[str, str]]:
+    return [(name, "a" if name in ours else "b") for name in sorted(ours.keys() ^ theirs.keys())]
+
+
+def _tensor_reason(a: Tensor, b: Tensor) -> str:
+    if a.shape != b.shape:
+        return "" if sorted(a.shape) == sorted(b.shape) else f"is {tuple(a.shape)} in a and {tuple(b.shape)} in b"
+    gap = relative(a, b)
+    if not gap:
+        return ""
+    if not math.isfinite(gap):
+        return "holds NaN or infinite values"
+    if (dtype := _rounded_to(a, b)) is not None:
+        return f"differs by {percent(gap)}, as rounding to {str(dtype).removeprefix('torch.')} explains"
+    shift = b.to(a.device, torch.float64) - a.double()
+    if a.numel() > 1 and relative(shift, shift.mean().expand_as(shift)) < _SAME_SHIFT:
+        return f"is {abs(float(shift.mean())):.4g} {'higher' if shift.mean() > 0 else 'lower'} everywhere in b"
+    return f"differs by {percent(gap)}"
+
+
+def _settings(a: nn.Module, b: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the attributes of both that are numbers, texts or flags."""
+    for name in sorted(vars(a).keys() | vars(b).keys()):
+        mine, yours = getattr(a, name, None), getattr(b, name, None)
+        if all(isinstance(each, (bool, int, float, str)) for each in (mine, yours)) and not _is_own(name):
+            yield name, mine, yours
+
+
+def _is_own(name: str) -> bool:
+    """Return whether an attribute belongs to nn.Module or is private."""
+    return name.startswith("_") or name == "training"
+
+
+def percent(value: float) -> str:
+    """Return a relative difference for a sentence: "2.1 %", "3e-09", or that it is not finite."""
+    if not math.isfinite(value):
+        return "NaN or infinite values"
+    return f"{float(f'{100 * value:.2g}'):g} %" if value >= 1e-3 else f"{value:.0e}" if value else "0"
