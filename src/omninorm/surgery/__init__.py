@@ -4,6 +4,7 @@ from omninorm.layers.identify import Identity, Refusal, identify
 from omninorm.surgery.center import center
 from omninorm.surgery.fold import fold_gains
 from omninorm.surgery.report import Report, Surgery
+from omninorm.surgery.rotate import rotate
 from omninorm.surgery.swap import SwapReport, swap_norms, swapped
 from omninorm.surgery.verify import Verification, verify
 
@@ -17,6 +18,7 @@ __all__ = [
     "center",
     "fold_gains",
     "identify",
+    "rotate",
     "swap_norms",
     "swapped",
     "verify",
