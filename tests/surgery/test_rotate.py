@@ -254,6 +254,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "clamp": (lambda model, x: x.clamp_(-1, 1), "aten.clamp_.default in the model does not commute"),
     "filled zeros": (filled, "aten.add.Tensor in the model adds something"),
     "view": (through_a_view, "does not commute with a rotation"),
+    "other features": (
+        lambda model, x: x * model.inner(x.flip(-1)).mean(-1, keepdim=True),
+        "inner takes different features of it at different times",
+    ),
     "used weight": (lambda model, x: x * model.outer.weight.sum(), "also used by aten.sum.default in the model"),
     "other vectors": (
         lambda model, x: x + model.outer(model.head(x)[..., :5]) * model.head(model.shift.expand_as(x)).mean(),

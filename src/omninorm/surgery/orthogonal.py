@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,46 @@ class Rotation:
             after //= len(factor)
             y = (factor.T.to(x.device) @ y.reshape(-1, len(factor), after)).reshape(x.shape)
         return y * self.signs.to(x.device)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockRotation:
+    """Rotations of some of the features of vectors.
+
+    Args:
+        rotations: width of a block → its rotation.
+        places: width → (blocks, width), the features of each block.
+    """
+
+    rotations: Mapping[int, Rotation]
+    places: Mapping[int, Tensor]
+
+    @property
+    def count(self) -> int:
+        """The number of blocks."""
+        return sum(len(each) for each in self.places.values())
+
+    def __call__(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Return x with its features along `dim` rotated."""
+        return self._apply(x, dim, inverse=False)
+
+    def inverse(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Return x with its features along `dim` rotated back."""
+        return self._apply(x, dim, inverse=True)
+
+    def equals(self, other: BlockRotation) -> bool:
+        """Return whether the other rotates the same features in the same way."""
+        return self.places.keys() == other.places.keys() and all(
+            torch.equal(self.places[width], other.places[width]) and self.rotations[width] is other.rotations[width]
+            for width in self.places
+        )
+
+    def _apply(self, x: Tensor, dim: int, inverse: bool) -> Tensor:
+        y = x.movedim(dim, -1).clone()
+        for width, places in self.places.items():
+            where, turn = places.to(x.device), self.rotations[width]
+            y[..., where] = turn.inverse(y[..., where]) if inverse else turn(y[..., where])
+        return y.movedim(-1, dim)
 
 
 def rotation(kind: str, width: int, seed: int = 0) -> Rotation:

@@ -7,6 +7,7 @@ over all others (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456). Gains are fold
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +26,12 @@ from omninorm.surgery.fold import (
     untie_head,
 )
 from omninorm.surgery.gains import Gain, find_gains
-from omninorm.surgery.orthogonal import KINDS, Rotation, rotation
+from omninorm.surgery.orthogonal import KINDS, BlockRotation, rotation
 from omninorm.surgery.proof import could_consume
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle
 from omninorm.surgery.spaces import Slot, Space, slot_name
+from omninorm.surgery.streamed import StreamedMap
 from omninorm.surgery.walk import find_spaces
 
 SPACES = ("residual", "head")
@@ -82,7 +84,7 @@ def rotate(
         >>> rotate(model).error < 1e-12
         True
     """
-    chosen = _check(kind, which)
+    chosen = check_choices(kind, which)
     before = probe(model, inputs)
     done = Surgery(operation="rotated", device=before.device)
     with undone_by_errors(done):
@@ -92,7 +94,7 @@ def rotate(
     return done
 
 
-def _check(kind: str, which: Sequence[str]) -> tuple[str, ...]:
+def check_choices(kind: str, which: Sequence[str]) -> tuple[str, ...]:
     """Return which spaces are rotated.
 
     Raises:
@@ -112,19 +114,17 @@ class Turn:
 
     Args:
         role: "residual" or "head".
-        rotations: width of a block of features → its rotation.
-        places: a parameter's dimension → width → (copies, width), the indices of each block along it.
+        places: a parameter's dimension → the rotation of its indices.
         folds: norms whose gains must be folded first.
     """
 
     role: str
-    rotations: Mapping[int, Rotation]
-    places: Mapping[Slot, Mapping[int, Tensor]]
+    places: Mapping[Slot, BlockRotation]
     folds: tuple[str, ...]
 
     def described(self, slot: Slot) -> str:
         """Describe what a dimension of a parameter is rotated with."""
-        heads = sum(len(each) for each in self.places[slot].values())
+        heads = self.places[slot].count
         what = "the residual stream" if self.role == "residual" else f"{heads} head{'s' if heads > 1 else ''}"
         return f"along dimension {slot[2]} with {what}"
 
@@ -192,12 +192,14 @@ def _plan(
             continue
         found.add(role)
         name = f"{_NAMES[role]} ({space.name})"
-        intact = [block for block in blocks if space.broken.keys().isdisjoint(block)]
+        intact = [block for block in blocks if not space.why_not(block)]
         turn = _plan_turn(known, space, role, blocks, intact, kind, seed)
         if isinstance(turn, Turn):
             turns[name] = turn
             if len(intact) < len(blocks):
-                refused[name] = f"{len(blocks) - len(intact)} of {len(blocks)}: {_first_broken(space, blocks)}"
+                refused[name] = (
+                    f"{len(blocks) - len(intact)} of {len(blocks)}: {space.why_not(itertools.chain(*blocks))}"
+                )
         else:
             refused[name] = turn
     refused |= {_NAMES[role]: _MISSING[role] for role in which if role not in found}
@@ -213,12 +215,6 @@ def _blocks(space: Space, role: str) -> list[list[int]]:
         return [each for each in space.blocks() if len(each) > 1 and any(row.issuperset(each) for row in space.mixed)]
     matrices = [slot for slot, ndim in space.writers.items() if ndim > 1]
     return space.blocks() if len(matrices) > 1 and len(space.slots) > len(space.writers) else []
-
-
-def _first_broken(space: Space, blocks: Sequence[Sequence[int]]) -> str:
-    """Return why the first of the features that cannot be rotated cannot."""
-    features = {feature for block in blocks for feature in block}
-    return next(why for feature, why in space.broken.items() if feature in features)
 
 
 def _plan_turn(
@@ -237,7 +233,7 @@ def _plan_turn(
             kind_of_norm = known.gains[norm].kind
             return f"{norm} is a {kind_of_norm}, which subtracts the mean: call center first, which may refuse it too"
     if not intact or (role == "residual" and len(intact) < len(blocks)):
-        return _first_broken(space, blocks)
+        return space.why_not(itertools.chain(*blocks))
     for width in sorted({len(row) for row in space.slots.values()}):
         if beyond := could_consume(made, known.before.proof.unreached, width, writing=True):
             return f"no run reached {', '.join(beyond[:3])}, which could read or write it: {MORE_INPUTS}"
@@ -252,7 +248,7 @@ def _plan_turn(
         rotations = {len(block): rotation(kind, len(block), seed) for block in intact}
     except ConfigError as error:
         return str(error)
-    return Turn(role, rotations, {slot: found for slot, found in places.items() if found}, folds)
+    return Turn(role, {slot: BlockRotation(rotations, found) for slot, found in places.items() if found}, folds)
 
 
 def _is_even(norm: nn.Module, gain: Gain) -> bool:
@@ -288,18 +284,18 @@ def _places(row: Sequence[int], blocks: Sequence[Sequence[int]]) -> dict[int, Te
 def _turn(model: nn.Module, turn: Turn, done: Surgery) -> None:
     """Rotate the parameters of one space in a float64 copy."""
     turned: set[tuple[int, int]] = set()
-    for (name, own, dim), places in turn.places.items():
-        parameter = model.get_submodule(name).get_parameter(own)
+    for (name, own, dim), rotated in turn.places.items():
+        module = model.get_submodule(name)
+        if isinstance(module, StreamedMap) and own == "weight":
+            module.turn(dim, rotated, done)
+            continue
+        parameter = module.get_parameter(own)
         if (id(parameter), dim) in turned:  # tied
             continue
         turned.add((id(parameter), dim))
         done.keep(parameter)
         with torch.no_grad():
-            values = parameter.movedim(dim, -1).clone()
-            for width, where in places.items():
-                where = where.to(values.device)
-                values[..., where] = turn.rotations[width](values[..., where])
-            parameter.copy_(values.movedim(-1, dim))
+            parameter.copy_(rotated(parameter, dim))
 
 
 def _copy(made: nn.Module, model: nn.Module, turn: Turn, done: Surgery) -> None:

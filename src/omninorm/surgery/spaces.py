@@ -30,7 +30,7 @@ class Space:
         norms: norms of vectors of the space.
         rows: sets of features that are normalized, scaled or read together.
         mixed: sets of features whose vectors are averaged over tokens, as heads' values are.
-        broken: feature → the first operation on it that does not commute with a rotation.
+        broken: features → why they cannot be rotated, such as an operation that does not commute with a rotation.
         into: the space that this one has become part of.
     """
 
@@ -41,24 +41,23 @@ class Space:
     norms: dict[str, None] = field(default_factory=dict)
     rows: set[frozenset[int]] = field(default_factory=set)
     mixed: set[frozenset[int]] = field(default_factory=set)
-    broken: dict[int, str] = field(default_factory=dict)
+    broken: dict[frozenset[int], str] = field(default_factory=dict)
     into: Space | None = None
 
     def root(self) -> Space:
         """Return the space that this one is part of now."""
         return self if self.into is None else self.into.root()
 
-    def break_(self, features: Iterable[int], why: str) -> None:
-        """Exclude features from rotations."""
-        for feature in features:
-            self.broken.setdefault(feature, why)
+    def why_not(self, features: Iterable[int]) -> str:
+        """Return why some of these features cannot be rotated, or an empty text."""
+        chosen = frozenset(features)
+        return next((why for broken, why in self.broken.items() if not broken.isdisjoint(chosen)), "")
 
     def attach(self, slot: Slot, row: tuple[int, ...]) -> None:
         """Add a dimension of a parameter, whose features must be the same each time."""
         if self.slots.setdefault(slot, row) != row:
-            self.break_(
-                {*row, *self.slots[slot]}, f"{slot_name(slot)} takes different features of it at different times"
-            )
+            both = frozenset((*row, *self.slots[slot]))
+            self.broken.setdefault(both, f"{slot_name(slot)} takes different features of it at different times")
 
     def join(self, other: Space) -> None:
         """Make the other space part of this one."""
@@ -69,8 +68,7 @@ class Space:
         self.norms |= other.norms
         self.rows |= other.rows
         self.mixed |= other.mixed
-        for feature, why in other.broken.items():
-            self.broken.setdefault(feature, why)
+        self.broken = other.broken | self.broken
 
     def blocks(self) -> list[list[int]]:
         """Return the finest sets of features that are always used together, each in ascending order."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from omninorm.surgery.flow import axis_of
 from omninorm.surgery.modes import aten, tensors_in
-from omninorm.surgery.spaces import Mark, rows_of
+from omninorm.surgery.spaces import Mark
 
 if TYPE_CHECKING:
     from omninorm.surgery.walk import Walk
@@ -138,7 +138,7 @@ def read(walk: Walk, mark: Mark | None, matrix: nn.Parameter, axis: int, func: A
     if mark is None:
         walk.foreign.setdefault((id(matrix), axis), f"{walk.where(func)}, on other vectors")
         return
-    rows = rows_of(mark.features)
+    rows = walk.rows(mark.features)
     if not rows:
         return
     if len(rows) > 1:
@@ -206,7 +206,7 @@ def _insertion(walk: Walk, func: Any, args: Any, kwargs: Any, result: Any) -> bo
     new = walk.mark_of(source)
     if new is None or not (walk.is_zero(target) or target in walk.marks):
         return False
-    rows = rows_of(new.features)
+    rows = walk.rows(new.features)
     if not rows:
         return bool(func._schema.is_mutable)
     if len(rows) != 1 or len(rows[0]) != target.shape[-1]:
@@ -223,7 +223,7 @@ def _reduce(walk: Walk, func: Any, args: Any, kwargs: Any, result: Any) -> bool:
     dims = args[1] if len(args) > 1 else None
     if mark is None or not dims or any(dim in (-1, args[0].ndim - 1) for dim in dims):
         return False
-    rows = rows_of(mark.features)
+    rows = walk.rows(mark.features)
     if len(rows) != 1:
         return False
     walk.use(mark, "mixed over tokens")

@@ -33,6 +33,7 @@ class Walk(Mode):
         self.by_slot: dict[tuple[int, int], Space] = {}
         self.strangers: dict[int, str] = {}  # parameters that something else reads
         self.foreign: dict[tuple[int, int], str] = {}  # dimensions that something else is contracted with
+        self.known: dict[tuple[int, ...], tuple[tuple[int, ...], frozenset[int]]] = {}  # equal rows share their memory
         self.active: list[str] = []
         self.opaque = 0
         self.owners: dict[int, list[tuple[str, str]]] = {}
@@ -77,7 +78,7 @@ class Walk(Mode):
         """Return the mark of a tensor of this shape, whose dimension `dim` runs over a parameter's `axis`."""
         size = parameter.shape[axis]
         owner = self.owner(parameter)
-        space = self.slot(parameter, axis, tuple(range(size)))
+        space = self.slot(parameter, axis, self.row(tuple(range(size))))
         space.writers[(owner[0], owner[1], axis)] = parameter.ndim
         where = [1] * len(shape)
         where[dim] = size
@@ -118,6 +119,16 @@ class Walk(Mode):
 
     # What operations do ----------------------------------------------------------------------------------------------
 
+    def rows(self, features: Tensor) -> list[tuple[int, ...]]:
+        """Return the different rows of a tensor of features."""
+        return [self.row(row) for row in rows_of(features)]
+
+    def row(self, row: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the first row that was equal."""
+        if row not in self.known:
+            self.known[row] = row, frozenset(row)
+        return self.known[row][0]
+
     def put(self, tensor: Tensor, mark: Mark) -> None:
         """Mark a tensor."""
         self.marks[tensor] = mark
@@ -131,14 +142,14 @@ class Walk(Mode):
     def lose(self, mark: Mark, why: str) -> None:
         """Break the features of a tensor."""
         space = mark.space.root()
-        for row in rows_of(mark.features):
-            space.break_(row, why)
+        for row in self.rows(mark.features):
+            space.broken.setdefault(self.known[row][1], why)
         self.use(mark, f"other: {why}")
 
     def together(self, mark: Mark, mixed: bool = False) -> None:
         """Record that the features of each row are used together."""
         space = mark.space.root()
-        (space.mixed if mixed else space.rows).update(frozenset(row) for row in rows_of(mark.features))
+        (space.mixed if mixed else space.rows).update(self.known[row][1] for row in self.rows(mark.features))
         if mixed:
             self.use(mark, "mixed over tokens")
 
@@ -202,7 +213,8 @@ class Walk(Mode):
             why = self.strangers.get(key) or self.foreign.get((key, axis))
             if why is not None:
                 slot = (*self.owners[key][0], axis)
-                space.root().break_(space.root().slots[slot], f"{slot_name(slot)} is also used by {why}")
+                features = frozenset(space.root().slots[slot])
+                space.root().broken.setdefault(features, f"{slot_name(slot)} is also used by {why}")
         self.found.spaces = [space for space in self.found.spaces if space.into is None]
         return self.found
 
@@ -216,7 +228,9 @@ class Walk(Mode):
         if mark is None or mark.features.shape != y.shape:
             space = self.new_space(name)
             features = torch.arange(y.shape[-1], device=y.device).expand(y.shape)
-            space.break_(range(y.shape[-1]), f"the input of {name} is computed by something other than linear layers")
+            space.broken.setdefault(
+                frozenset(range(y.shape[-1])), f"the input of {name} is computed by something other than linear layers"
+            )
             self.found.norm_sources.setdefault(name, {})
         else:
             space, features = mark.space.root(), mark.features
