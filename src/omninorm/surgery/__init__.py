@@ -3,6 +3,7 @@
 from omninorm.layers.identify import Identity, Refusal, identify
 from omninorm.surgery.center import center
 from omninorm.surgery.fold import fold_gains
+from omninorm.surgery.maps import MappedNorm, NormMap, norm_map
 from omninorm.surgery.report import Report, Surgery
 from omninorm.surgery.rotate import rotate
 from omninorm.surgery.swap import SwapReport, swap_norms, swapped
@@ -10,6 +11,8 @@ from omninorm.surgery.verify import Verification, verify
 
 __all__ = [
     "Identity",
+    "MappedNorm",
+    "NormMap",
     "Refusal",
     "Report",
     "Surgery",
@@ -18,6 +21,7 @@ __all__ = [
     "center",
     "fold_gains",
     "identify",
+    "norm_map",
     "rotate",
     "swap_norms",
     "swapped",

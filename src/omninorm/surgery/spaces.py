@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+OTHERS = "something else"
 Slot = tuple[str, str, int]
 """A dimension of a parameter: (module, name in the module, dimension)."""
 
@@ -87,7 +88,7 @@ class Mark:
     Args:
         space: of all of them.
         features: of each, in the tensor's shape.
-        sources: the parameters and norms that the vectors are sums of.
+        sources: the modules, or loose parameters, whose outputs the vectors are sums of, and OTHERS.
     """
 
     space: Space
@@ -101,13 +102,13 @@ class Spaces:
 
     Args:
         spaces: all of them.
-        uses: a parameter or norm that writes → what uses its vectors before they are added to others.
-        norm_sources: norm → the parameters and norms whose vectors its input is a sum of.
+        uses: a module that writes → what uses its vectors before they are added to others.
+        norm_sources: norm → the modules whose outputs its input is a sum of, and OTHERS if something else computes it.
     """
 
     spaces: list[Space] = field(default_factory=list)
     uses: dict[str, set[str]] = field(default_factory=dict)
-    norm_sources: dict[str, dict[str, None]] = field(default_factory=dict)
+    norm_sources: dict[str, set[str]] = field(default_factory=dict)
 
 
 def slot_name(slot: Slot) -> str:

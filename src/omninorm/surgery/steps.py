@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from omninorm.surgery.flow import axis_of
 from omninorm.surgery.modes import aten, tensors_in
-from omninorm.surgery.spaces import Mark
+from omninorm.surgery.spaces import OTHERS, Mark
 
 if TYPE_CHECKING:
     from omninorm.surgery.walk import Walk
@@ -74,11 +74,13 @@ def _joined(walk: Walk, marks: Sequence[Mark | None], result: Tensor, func: Any)
     space = known[0].space.root()
     for mark in known[1:]:
         space = walk.union(space, mark.space)
-    if len(marks) > 1:
+    partial = len(known) < len(marks)
+    if partial or len({mark.sources for mark in known}) > 1:
         for mark in known:
             walk.use(mark, "added to others")
-    joined = Mark(space, expanded[0], frozenset().union(*(mark.sources for mark in known)))
-    if len(known) < len(marks):
+    sources = frozenset([OTHERS] if partial else []).union(*(mark.sources for mark in known))
+    joined = Mark(space, expanded[0], sources)
+    if partial:
         walk.lose(joined, f"{walk.where(func)} adds something that no linear layer computes")
     walk.put(result, joined)
     return True

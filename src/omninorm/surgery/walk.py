@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from omninorm.surgery.flow import MOVES, NEUTRAL, axis_of
 from omninorm.surgery.modes import Mode, aten, is_view, storage, tensors_in
 from omninorm.surgery.runs import Run, by_design, outputs
-from omninorm.surgery.spaces import Mark, Space, Spaces, rows_of, slot_name
+from omninorm.surgery.spaces import OTHERS, Mark, Space, Spaces, rows_of, slot_name
 from omninorm.surgery.steps import DOES_NOT_COMMUTE, NO_MOVES, STEPS, move, read
 from omninorm.surgery.streamed import StreamedMap
 
@@ -83,7 +83,8 @@ class Walk(Mode):
         where = [1] * len(shape)
         where[dim] = size
         features = torch.arange(size, device=device).view(where).expand(shape)
-        return Mark(space, features, frozenset([".".join(owner).lstrip(".")]))
+        source = owner[0] if owner[0] and owner[1] in ("weight", "bias") else ".".join(owner).lstrip(".")
+        return Mark(space, features, frozenset([source]))
 
     def owner(self, parameter: nn.Parameter) -> tuple[str, str]:
         """Return the module that reads a parameter: the deepest that is running, and the parameter's name in it."""
@@ -231,13 +232,13 @@ class Walk(Mode):
             space.broken.setdefault(
                 frozenset(range(y.shape[-1])), f"the input of {name} is computed by something other than linear layers"
             )
-            self.found.norm_sources.setdefault(name, {})
+            self.found.norm_sources.setdefault(name, set()).add(OTHERS)
         else:
             space, features = mark.space.root(), mark.features
             space.norms.setdefault(name)
             self.together(mark)
             self.use(mark, f"normalized by {name}")
-            self.found.norm_sources.setdefault(name, {}).update(dict.fromkeys(sorted(mark.sources)))
+            self.found.norm_sources.setdefault(name, set()).update(mark.sources)
         self.put(y, Mark(space, features, frozenset([name])))
 
     def map(self, module: StreamedMap, x: Any, y: Tensor) -> None:
