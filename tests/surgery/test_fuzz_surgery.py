@@ -12,11 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omninorm.surgery import Surgery, center, fold_gains, rotate
+from omninorm.surgery import Surgery, cancel_norms, center, fold_gains, rotate
 
 WIDTH, TOKENS = 6, 9
 ENDS = ("one", "one", "two", "features", "flag", "training", "long", "text", "unused")
-BLOCKS = ("plain", "gated", "leaky", "training", "flagged", "heads", "fused", "scaled", "sliced", "buffered", "sorted")
+BLOCKS = (
+    "plain",
+    "gated",
+    "leaky",
+    "training",
+    "flagged",
+    "heads",
+    "fused",
+    "scaled",
+    "sliced",
+    "buffered",
+    "sorted",
+    "again",
+)
 IDS = torch.arange(8).view(2, 4) % TOKENS
 
 
@@ -34,7 +47,7 @@ class Drawn(nn.Module):
         self.norms = nn.ModuleList(shared or kind(WIDTH) for _ in range(count + 1))
         self.blocks = [self.draw.choice(BLOCKS) for _ in range(count)]
         self.end = self.draw.choice(ENDS)
-        self.inner, self.gates, self.values, self.outer = (nn.ModuleDict() for _ in range(4))
+        self.inner, self.gates, self.values, self.outer, self.again = (nn.ModuleDict() for _ in range(5))
         self.scales = nn.ParameterDict()
         for number, what in enumerate(self.blocks):
             self.add_block(str(number), what)
@@ -56,6 +69,8 @@ class Drawn(nn.Module):
         self.inner[name], self.outer[name] = nn.Linear(WIDTH, 5, bias=biased), nn.Linear(5, WIDTH)
         if what in ("gated", "training", "flagged"):
             self.gates[name] = nn.Linear(WIDTH, 5)
+        if what == "again":
+            self.again[name] = nn.RMSNorm(5, eps=0.0)
         if what == "scaled":
             self.scales[name] = nn.Parameter(torch.rand(WIDTH))
 
@@ -67,7 +82,7 @@ class Drawn(nn.Module):
             h = torch.cat([h[..., 3:], h[..., :3].tanh()], -1)
         if what == "sorted":
             h = h.flip(-1)
-        y = self.inner[name](h).tanh()
+        y = (self.again[name](self.inner[name](h)) if what == "again" else self.inner[name](h)).tanh()
         if what == "gated" or (what == "training" and self.training) or (what == "flagged" and flag):
             y = y * self.gates[name](h).sigmoid()
         y = self.outer[name](y)
@@ -124,7 +139,7 @@ def turn_centered(model: Drawn) -> Surgery:
 def check(seed: int) -> tuple[int, int]:
     """Return how many operations changed something, and how many were refused as a whole."""
     changed = refused = 0
-    for operation in (fold_gains, center, turn, turn_centered):
+    for operation in (fold_gains, center, turn, turn_centered, cancel_norms):
         model = Drawn(seed).double().eval()
         if operation is turn_centered:
             center(model)

@@ -1,6 +1,7 @@
 """Surgery on models: identify norms by probing, then replace, fold or center them, with verification and undo."""
 
 from omninorm.layers.identify import Identity, Refusal, identify
+from omninorm.surgery.cancel import cancel_norms
 from omninorm.surgery.center import center
 from omninorm.surgery.fold import fold_gains
 from omninorm.surgery.maps import MappedNorm, NormMap, norm_map
@@ -18,6 +19,7 @@ __all__ = [
     "Surgery",
     "SwapReport",
     "Verification",
+    "cancel_norms",
     "center",
     "fold_gains",
     "identify",

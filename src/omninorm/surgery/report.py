@@ -54,7 +54,7 @@ class Surgery(Report):
 
     Args:
         error: the largest difference of float64 outputs before and after, relative to the largest output; see `verify`.
-        operation: "folded", "centered" or "rotated".
+        operation: "folded", "centered", "rotated" or "canceled".
         device: where the outputs were compared.
         proof: which outputs and runs were compared, and what the runs covered.
     """
