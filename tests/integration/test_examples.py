@@ -208,13 +208,15 @@ def test_example_of_a_comparison_in_your_model_writes_its_report(run: Run, tmp_p
 
 
 @pytest.mark.slow
-def test_example_of_folding_before_quantizing_saves_the_model(run: Run, smollm2: Path) -> None:
-    output = run("fold_before_quantizing.py", smollm2)
-    assert "61 norms folded" in output
+def test_example_of_rotating_before_quantizing_saves_the_model(run: Run, smollm2: Path) -> None:
+    output = run("rotate_before_quantizing.py", smollm2)
+    assert "61 norms folded, 212 weights rotated" in output
+    plain, turned = (int(share) for share in re.findall(r"activation error (\d+)%", output))
+    assert turned < plain / 2
     losses = [float(loss) for loss in re.findall(r"([\d.]+) nats per token", output)]
     whole, quantized, rotated = losses
     assert whole < rotated < whole + 1.0
-    assert quantized > whole + 3.0, "4 bits need the rotation, and the rotation folded gains"
+    assert quantized > whole + 3.0, "4 bits need the rotation"
 
 
 def test_every_example_is_tested_and_short() -> None:

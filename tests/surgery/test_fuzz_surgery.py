@@ -1,4 +1,5 @@
-"""Random models with branches, shared norms, several outputs, unused parts and tied weights: exact on all paths, or refused."""
+"""Random models with branches, heads, shared norms, several outputs, unused parts and tied weights: exact on all paths,
+or refused."""
 
 from __future__ import annotations
 
@@ -8,11 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omninorm.surgery import center, fold_gains
+from omninorm.surgery import Surgery, cancel_norms, center, fold_gains, rotate
 
 WIDTH, TOKENS = 6, 9
+ENDS = ("one", "one", "two", "features", "flag", "training", "long", "text", "unused")
+BLOCKS = (
+    "plain",
+    "gated",
+    "leaky",
+    "training",
+    "flagged",
+    "heads",
+    "fused",
+    "scaled",
+    "sliced",
+    "buffered",
+    "sorted",
+    "again",
+)
 IDS = torch.arange(8).view(2, 4) % TOKENS
 
 
@@ -28,25 +45,50 @@ class Drawn(nn.Module):
         shared = kind(WIDTH) if self.draw.random() < 0.2 else None
         count = self.draw.randint(1, 3)
         self.norms = nn.ModuleList(shared or kind(WIDTH) for _ in range(count + 1))
-        self.inner = nn.ModuleList(nn.Linear(WIDTH, 5, bias=self.draw.random() < 0.5) for _ in range(count))
-        self.gates = nn.ModuleList(nn.Linear(WIDTH, 5) for _ in range(count))
-        self.outer = nn.ModuleList(nn.Linear(5, WIDTH) for _ in range(count))
-        self.head, self.other = nn.Linear(WIDTH, TOKENS, bias=False), nn.Linear(WIDTH, 2)
+        self.blocks = [self.draw.choice(BLOCKS) for _ in range(count)]
+        self.end = self.draw.choice(ENDS)
+        self.inner, self.gates, self.values, self.outer, self.again = (nn.ModuleDict() for _ in range(5))
+        self.scales = nn.ParameterDict()
+        for number, what in enumerate(self.blocks):
+            self.add_block(str(number), what)
+        self.register_buffer("shift", torch.randn(WIDTH))
+        self.head = nn.Linear(WIDTH, TOKENS, bias=False)
+        self.other = None if self.end in ("one", "features") else nn.Linear(WIDTH, 2)
         if self.draw.random() < 0.3:
             self.head.weight = self.table.weight
-        self.blocks = [self.draw.choice(("plain", "gated", "leaky", "training", "flagged")) for _ in range(count)]
-        self.end = self.draw.choice(("one", "two", "features", "flag", "training", "long", "text", "unused"))
         for norm in self.norms:
             for parameter in norm.parameters():
                 nn.init.uniform_(parameter, 0.5, 2.0)
 
+    def add_block(self, name: str, what: str) -> None:
+        biased = self.draw.random() < 0.5
+        if what in ("heads", "fused"):
+            self.values[name] = nn.Linear(WIDTH, 6 if what == "fused" else 4, bias=biased)
+            self.outer[name] = nn.Linear(4, WIDTH)
+            return
+        self.inner[name], self.outer[name] = nn.Linear(WIDTH, 5, bias=biased), nn.Linear(5, WIDTH)
+        if what in ("gated", "training", "flagged"):
+            self.gates[name] = nn.Linear(WIDTH, 5)
+        if what == "again":
+            self.again[name] = nn.RMSNorm(5, eps=0.0)
+        if what == "scaled":
+            self.scales[name] = nn.Parameter(torch.rand(WIDTH))
+
     def block(self, number: int, x: Tensor, flag: bool) -> Tensor:
-        h, what = self.norms[number](x), self.blocks[number]
-        y = self.inner[number](h).tanh()
+        h, what, name = self.norms[number](x), self.blocks[number], str(number)
+        if what in ("heads", "fused"):
+            return x + self.outer[name](mixed(self.values[name](h), fused=what == "fused"))
+        if what == "sliced":
+            h = torch.cat([h[..., 3:], h[..., :3].tanh()], -1)
+        if what == "sorted":
+            h = h.flip(-1)
+        y = (self.again[name](self.inner[name](h)) if what == "again" else self.inner[name](h)).tanh()
         if what == "gated" or (what == "training" and self.training) or (what == "flagged" and flag):
-            y = y * self.gates[number](h).sigmoid()
-        y = self.outer[number](y)
-        return x + y + (0.1 * h if what == "leaky" else 0)
+            y = y * self.gates[name](h).sigmoid()
+        y = self.outer[name](y)
+        if what == "scaled":
+            y = y * self.scales[name]
+        return x + y + (0.1 * h if what == "leaky" else self.shift if what == "buffered" else 0)
 
     def forward(self, ids: Tensor, flag: bool = False, text: str = "") -> Any:
         x = self.table(ids)
@@ -59,6 +101,14 @@ class Drawn(nn.Module):
         if self.end == "features":
             return self.head(h), h
         return self.other(h) if takes_other.get(self.end) else self.head(h)
+
+
+def mixed(v: Tensor, fused: bool) -> Tensor:
+    """Attention with values of two heads; if fused, with queries and keys from the same matrix."""
+    q, v = (v[..., :2], v[..., 2:]) if fused else (v.new_ones(*v.shape[:-1], 2), v)
+    v = v.unflatten(-1, (2, 2)).transpose(1, 2)
+    q = q[:, None].expand_as(v)
+    return F.scaled_dot_product_attention(q, q, v, is_causal=True).transpose(1, 2).flatten(-2)
 
 
 def paths(model: Drawn) -> list[Tensor]:
@@ -76,11 +126,23 @@ def paths(model: Drawn) -> list[Tensor]:
     return found
 
 
+def turn(model: Drawn) -> Surgery:
+    """Rotate; a Hadamard matrix has no width of 6."""
+    return rotate(model, kind="random")
+
+
+def turn_centered(model: Drawn) -> Surgery:
+    """Rotate a model that `center` has changed first."""
+    return turn(model)
+
+
 def check(seed: int) -> tuple[int, int]:
     """Return how many operations changed something, and how many were refused as a whole."""
     changed = refused = 0
-    for operation in (fold_gains, center):
+    for operation in (fold_gains, center, turn, turn_centered, cancel_norms):
         model = Drawn(seed).double().eval()
+        if operation is turn_centered:
+            center(model)
         before = copy.deepcopy(model)
         report = operation(model)
         for a, b in zip(paths(before), paths(model), strict=True):
@@ -98,8 +160,8 @@ def check(seed: int) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "seeds",
     [
-        range(20),
-        pytest.param(range(20, 320, 4), marks=pytest.mark.slow),
+        range(5),
+        pytest.param(range(20, 320, 6), marks=pytest.mark.slow),
         pytest.param(range(20, 320), marks=pytest.mark.exhaustive),
     ],
     ids=str,
@@ -107,5 +169,5 @@ def check(seed: int) -> tuple[int, int]:
 def test_random_models_are_exact_on_all_paths_or_refused(seeds: range) -> None:
     counts = [check(seed) for seed in seeds]
     changed, refused = (sum(each) for each in zip(*counts, strict=True))
-    assert changed >= len(counts) // 4
-    assert refused >= len(counts) // 8
+    assert changed >= len(counts)
+    assert refused >= len(counts) // 2

@@ -24,6 +24,7 @@ _HEADINGS = {
     "fold": "Folded:",
     "center": "Centered:",
     "fold+center": "Folded and centered:",
+    "rotate": "Folded and rotated:",
 }
 
 
@@ -41,6 +42,16 @@ def convert(
     center: Annotated[
         bool, typer.Option("--center", help="Remove the mean from the residual stream, so LayerNorm equals RMSNorm.")
     ] = False,
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            "--rotate",
+            metavar="KIND",
+            help="Rotate the residual stream and the values of heads by a matrix of this kind: hadamard or random. "
+            "Gains are folded first.",
+            show_default=False,
+        ),
+    ] = None,
     undone: Annotated[bool, typer.Option("--undo", help="Restore the weights from before a conversion.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be changed without writing anything.")
@@ -58,13 +69,14 @@ def convert(
     transformers loads the new folder like the old one. docs/surgery.md explains when a conversion is exact.
     """
     check_on_cpu("convert", device, "it reads each weight from disk a few times and computes little with it")
-    chosen = [name for name, given in (("swap", swap), ("fold", fold), ("center", center), ("undo", undone)) if given]
+    given = {"swap": swap, "fold": fold, "center": center, "rotate": rotate is not None, "undo": undone}
+    chosen = [name for name, wanted in given.items() if wanted]
     if chosen == ["fold", "center"]:
         chosen = ["fold+center"]
     if len(chosen) != 1:
         received = " and ".join(f"--{name}" for name in chosen) or "none of them"
         remedy = "choose one, or --fold with --center"
-        raise ConfigError("Exactly one of --swap, --fold, --center and --undo is needed", received, remedy)
+        raise ConfigError("Exactly one of --swap, --fold, --center, --rotate and --undo is needed", received, remedy)
     if dry_run and undone:
         raise ConfigError("--dry-run cannot be combined with --undo", "", "leave one of them out")
     if target is None and not dry_run:
@@ -76,7 +88,7 @@ def convert(
         def tell(what: str, share: float) -> None:
             counting(what, int(100 * share), 100)
 
-        done = _do(source, target, chosen[0], keep_delta, tell)
+        done = _do(source, target, chosen[0], rotate or "hadamard", keep_delta, tell)
     if done is None:
         screen.print(f"Restored bit for bit. Output folder: {harmless(str(target), one_line=True)}")
     elif as_json:
@@ -85,12 +97,12 @@ def convert(
         _print(screen, done, target, keep_delta)
 
 
-def _do(source: Path, target: Path | None, what: str, keep_delta: bool, tell: Tell) -> Conversion | None:
+def _do(source: Path, target: Path | None, what: str, kind: str, keep_delta: bool, tell: Tell) -> Conversion | None:
     """Convert or undo; return the conversion, or None for an undo."""
     from omninorm.surgery import convert as library  # a late import: this module imports torch
 
     if what != "undo":
-        return library.convert(source, target, what, keep_delta=keep_delta, tell=tell)
+        return library.convert(source, target, what, kind=kind, keep_delta=keep_delta, tell=tell)
     assert target is not None
     library.undo(source, target, tell)
     return None

@@ -32,6 +32,7 @@ from omninorm.surgery.checkpoint import (
 )
 from omninorm.surgery.fold import fold_all
 from omninorm.surgery.report import Report, Surgery
+from omninorm.surgery.rotate import SPACES, check_choices, rotate_all
 from omninorm.surgery.settle import Probed
 from omninorm.surgery.streamed import StreamedMap, StreamedModel, open_model
 from omninorm.surgery.swap import swap_norms
@@ -42,12 +43,13 @@ from omninorm.surgery.writer import Writer, pieces, size
 # Probes of image models.
 _LARGEST_IMAGE, _MOST_CHANNELS = 2048, 64
 
-OPERATIONS = ("swap", "fold", "center", "fold+center")
+OPERATIONS = ("swap", "fold", "center", "fold+center", "rotate")
 _NOTHING = {
     "swap": "it has no norms that omninorm can replace",
     "fold": "it has no norms with a γ or β that can be folded",
     "center": "it has no LayerNorm, and only a LayerNorm subtracts a mean",
     "fold+center": "it has no norms with a γ or β that can be folded, and no LayerNorm",
+    "rotate": "it has no residual stream and no heads that can be rotated",
 }
 PROOF_FILE, DELTA_FILE = "surgery.json", "surgery_delta.safetensors"
 FORMAT = 2
@@ -61,7 +63,7 @@ class Conversion:
     """The result of a conversion, or of a dry run.
 
     Args:
-        operation: "swap", "fold", "center" or "fold+center".
+        operation: "swap", "fold", "center", "fold+center" or "rotate".
         changed, refused: as in the report of the operation.
         error: the largest difference of the outputs in float64, relative to the largest output.
         rounded: the same with the weights as written, rounded to the checkpoint's dtypes; None if nothing was written.
@@ -75,37 +77,46 @@ class Conversion:
 
 
 def convert(
-    source: Path, target: Path | None, operation: str, *, keep_delta: bool = True, tell: Tell = lambda what, share: None
+    source: Path,
+    target: Path | None,
+    operation: str,
+    *,
+    kind: str = "hadamard",
+    keep_delta: bool = True,
+    tell: Tell = lambda what, share: None,
 ) -> Conversion:
-    """Fold the gains of a checkpoint's norms, or center it, and write the result as a new checkpoint.
+    """Fold the gains of a checkpoint's norms, center or rotate it, and write the result as a new checkpoint.
 
-    Needs memory for twice the largest tensor, and about 400 MB for torch and transformers themselves.
+    Needs memory for twice the largest tensor, and about 400 MB for torch and transformers themselves; "rotate" needs up
+    to 100 MB more, and the largest matrix that writes to the residual stream in the file's dtype.
 
     Args:
         source: a folder with config.json and safetensors; it is only read.
         target: a folder that does not exist yet; None writes nothing.
-        operation: "fold", "center", "fold+center" for both, or "swap", which changes no weight: the copy's surgery.json
-            lists the norms that omninorm can replace, and how far that moves the outputs.
+        operation: "fold", "center", "fold+center" for both, "rotate", or "swap", which changes no weight: the copy's
+            surgery.json lists the norms that omninorm can replace, and how far that moves the outputs.
+        kind: of rotation, "hadamard" or "random".
         keep_delta: save the original values of changed weights next to the new ones, so that `undo` can restore them.
         tell: called with the progress.
 
     Raises:
         RunError: the source is not such a folder, or damaged; the target exists or cannot be written; nothing can be
             converted; or the result could not be verified.
-        ConfigError: a model of another class than transformers', quantized, with code of its own, or with sizes that
-            do not fit its weights.
+        ConfigError: an unknown operation or kind; a model of another class than transformers', quantized, with code of
+            its own, or with sizes that do not fit its weights.
         MissingExtraError: transformers or safetensors is not installed.
     """
     if operation not in OPERATIONS:
         raise ConfigError(
             f"operation must be one of {', '.join(OPERATIONS)}", f"{operation!r:.80}", "choose one of them"
         )
+    check_choices(kind, SPACES)
     _check_target(target)
     checkpoint = Checkpoint(source)
     tell("verifying in float64", 0.0)
     opened = open_model(checkpoint, None if operation == "swap" else torch.float64)
     probes = _probes(opened)
-    report, error, before = _operate(opened, operation, probes)
+    report, error, before = _operate(opened, operation, probes, kind)
     if not report.changed:
         name, why = next(iter(report.refused.items()), (type(opened.model).__name__, _NOTHING[operation]))
         problem = f"Nothing to {operation} in {source}: {name:.80}: {why}"
@@ -126,7 +137,8 @@ def convert(
         rounded = before.distance_to(Probed(again, probes))
         _check_finite(rounded)
         done = replace(done, rounded=rounded)
-        proof = {"format": FORMAT, **asdict(done), **written, "config": checkpoint.config}
+        kinds = {"rotation": kind} if operation == "rotate" else {}
+        proof = {"format": FORMAT, **asdict(done), **kinds, **written, "config": checkpoint.config}
         # A config may hold Infinity, as Mamba-2's time_step_limit does.
         write_file(folder / PROOF_FILE, (json.dumps(proof, indent=1) + "\n").encode())
     return done
@@ -171,7 +183,7 @@ def undo(source: Path, target: Path, tell: Tell = lambda what, share: None) -> N
 # Verifying ---------------------------------------------------------------------------------------------------------
 
 
-def _operate(opened: StreamedModel, operation: str, probes: list[Any]) -> tuple[Report, float, Probed]:
+def _operate(opened: StreamedModel, operation: str, probes: list[Any], kind: str) -> tuple[Report, float, Probed]:
     """Run the operation; return its report, how far the outputs moved, and the outputs before it."""
     model = opened.model
     if operation == "swap":
@@ -187,6 +199,9 @@ def _operate(opened: StreamedModel, operation: str, probes: list[Any]) -> tuple[
     swap_norms(model)
     with_plain_experts(model)
     before, done = Probed(model, probes), Surgery()
+    if operation == "rotate":
+        rotate_all(before, None, done, kind, SPACES)
+        return done, before.distance(), before
     if operation != "center":
         fold_all(before, None, done, new_biases=False)
     if operation != "fold":
@@ -274,20 +289,19 @@ def _values(opened: StreamedModel) -> tuple[dict[str, Value], dict[str, str]]:
     values: dict[str, Value] = {}
     owners: dict[str, str] = {}
     added: dict[str, str] = {}
-    made: dict[str, tuple[Any, ...]] = {}
+    made: dict[str, Any] = {}
     for name, module, own, parameter in _parameters(opened.model):
         stored = opened.stored.get(name)
         if stored is None:
             continue
         streamed = isinstance(module, StreamedMap) and own == "weight"
-        kind = (module.centered, module.factor) if streamed else ()
-        if stored in owners and (not streamed or _alike(kind, made[stored])):
+        if stored in owners and (not streamed or module.changed_like(made[stored])):
             continue
         under = stored
         if stored in owners:
             under = opened.written_under(name)
             added[under] = name
-        owners[under], made[under] = name, kind
+        owners[under], made[under] = name, module
         if streamed and (module.changed or under in added):
             values[under] = _rows_of(module)
         elif not streamed and not torch.equal(parameter, opened.checkpoint.tensor(stored).to(parameter.dtype)):
@@ -301,13 +315,6 @@ def _parameters(model: Any) -> Iterator[tuple[str, Any, str, Tensor]]:
         for own, parameter in module._parameters.items():
             if parameter is not None:
                 yield f"{prefix}.{own}".lstrip("."), module, own, parameter
-
-
-def _alike(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Return whether two modules change the matrix that they share in the same way."""
-    if a[0] != b[0] or (a[1] is None) != (b[1] is None):
-        return False
-    return a[1] is None or torch.equal(a[1], b[1])
 
 
 def _rows_of(module: StreamedMap) -> Value:

@@ -20,14 +20,14 @@ from omninorm.surgery.modes import Mode, aten, is_view, storage, tensors_in
 from omninorm.surgery.runs import Run, call
 
 # Operations that move elements and compute nothing.
-_MOVES = {
+MOVES = {
     aten.clone, aten._to_copy, aten.index, aten.index_select, aten.repeat, aten.gather, aten._unsafe_view, aten.flip,
     aten.roll, aten.lift_fresh, aten._reshape_copy, aten.view_copy, aten.slice_copy,
 }  # fmt: skip
 _PRODUCTS = {aten.mul, aten.div}
 _CONTRACTIONS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.linear, aten.matmul, aten.mv}
 # Operations that read no values.
-_NEUTRAL = {aten.empty_like, aten.zeros_like, aten.ones_like, aten.new_zeros, aten.new_empty, aten.new_ones,
+NEUTRAL = {aten.empty_like, aten.zeros_like, aten.ones_like, aten.new_zeros, aten.new_empty, aten.new_ones,
             aten.new_full, aten.full_like, aten.sym_size, aten.is_same_size}  # fmt: skip
 
 
@@ -133,9 +133,9 @@ class _Follow(Mode):
     def _consume(self, func: Any, args: Any, kwargs: Any, result: Any, known: list[_Marked], used: Any) -> None:
         packet = func.overloadpacket
         norms = {mark.norm for mark in known}
-        if packet in _NEUTRAL:
+        if packet in NEUTRAL:
             return
-        if is_view(func) or packet in _MOVES:
+        if is_view(func) or packet in MOVES:
             if len(known) == 1 and self._mark_of(args[0]) is known[0]:
                 self._move(func, args, kwargs, result, known[0])
                 return
@@ -198,7 +198,7 @@ class _Follow(Mode):
         if not matches or bool((features != features[0]).any()):
             return False
         module, own, parameter, _ = matches[0]
-        axis = _axis(parameter, operand, dim)
+        axis = axis_of(parameter, operand, dim)
         if axis is None:
             return False
         self.read(mark.norm, Reader(module, own, axis, tuple(features[0].tolist())))
@@ -295,7 +295,7 @@ def _enter_streamed(follow: _Follow, name: str, args: Any) -> None:
         follow.found.strangers.setdefault((name, "weight"), f"linear in {name}")
 
 
-def _axis(parameter: nn.Parameter, operand: Tensor, dim: int) -> int | None:
+def axis_of(parameter: nn.Parameter, operand: Tensor, dim: int) -> int | None:
     """Return the dimension of a parameter that is the dimension of its view, by its stride."""
     size, stride = operand.shape[dim], operand.stride(dim)
     axes = [

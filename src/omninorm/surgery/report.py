@@ -44,13 +44,17 @@ class Report:
         return f"<{type(self).__name__}: {self}>"
 
 
+# How entries of `changed` begin that are about weights, not norms.
+_ON_WEIGHTS = ("mean removed", "rotated")
+
+
 @dataclass(repr=False)
 class Surgery(Report):
     """The result of an operation that changes weights; `undo` restores them bit for bit.
 
     Args:
         error: the largest difference of float64 outputs before and after, relative to the largest output; see `verify`.
-        operation: "folded" or "centered".
+        operation: "folded", "centered", "rotated" or "canceled".
         device: where the outputs were compared.
         proof: which outputs and runs were compared, and what the runs covered.
     """
@@ -66,12 +70,12 @@ class Surgery(Report):
     _intact: list[Callable[[], bool]] = field(default_factory=list, repr=False)
 
     def counts(self) -> list[str]:
-        norms = [
-            name for name, what in self.changed.items() if self.operation == "folded" or what.startswith("LayerNorm")
-        ]
-        counted = [numbered(len(norms), "norm", self.operation)]
-        if weights := len(self.changed) - len(norms):
-            counted.append(numbered(weights, "weight", "centered"))
+        weights = [name for name, what in self.changed.items() if what.startswith(_ON_WEIGHTS)]
+        norms = len(self.changed) - len(weights)
+        rotated = self.operation == "rotated"
+        counted = [numbered(norms, "norm", "folded" if rotated else self.operation)] if norms or not rotated else []
+        if weights or rotated:
+            counted.append(numbered(len(weights), "weight", self.operation))
         where = "" if self.device == "cpu" else f" on {self.device}"
         return (
             [*counted, f"maximum relative difference {self.error:.0e} in float64{where}"] if self.changed else counted

@@ -68,13 +68,14 @@ class Probed:
 
 
 def settle(
-    items: Sequence[str], attempt: Callable[[Sequence[str], Surgery], float]
+    items: Sequence[str], attempt: Callable[[Sequence[str], Surgery], float], limit: float = EXACT
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Apply those of the edits that preserve the outputs: all at once, and halves of them where that fails.
 
     Args:
         items: names of the edits.
         attempt: applies some of them, recording how to undo them, and returns the deviation of the outputs.
+        limit: the largest deviation to accept.
 
     Returns:
         (accepted, rejected): name → deviation of the outputs.
@@ -83,12 +84,12 @@ def settle(
         return {}, {}
     trial = Surgery()
     error = attempt(items, trial)
-    if error <= EXACT:
+    if error <= limit:
         return dict.fromkeys(items, error), {}
     trial.undo()
     if len(items) == 1:
         return {}, {items[0]: error}
     half = len(items) // 2
-    accepted, rejected = settle(items[:half], attempt)
-    also, not_either = settle(items[half:], attempt)
+    accepted, rejected = settle(items[:half], attempt, limit)
+    also, not_either = settle(items[half:], attempt, limit)
     return accepted | also, rejected | not_either
