@@ -28,7 +28,7 @@ EXACT = {
     ),
     *("updates-lost", "replicas-differ", "gradient-clipped", "identical-batches"),
     *("evaluation-mode", "adam-betas", "adam-state", "autocast-lost", "dropout"),
-    *("double-softmax", "norm-missing", "attention-not-causal"),
+    *("double-softmax", "norm-missing", "attention-not-causal", "label-order"),
 }
 # What they measure is not drawn: the scale of inputs and embeddings, and parts of gradients.
 NOT_DRAWN = {
