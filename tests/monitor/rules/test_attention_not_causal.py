@@ -35,6 +35,21 @@ def by_masked_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
 
+def by_zeros_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = torch.ones(q.shape[-2], k.shape[-2]).tril()
+    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) * seen
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def by_filled_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+
+def with_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1), 0.2) @ v
+
+
 def by_large_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
     return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(hidden, -1e4).softmax(-1) @ v
@@ -131,7 +146,7 @@ def train(loss: Callable[[Tensor, Tensor], Tensor], *attends: Attend | None) -> 
 
 
 @pytest.mark.parametrize("loss", [next_tokens, shifted, one_fewer])
-@pytest.mark.parametrize("attend", [unmasked, by_softmax, None])
+@pytest.mark.parametrize("attend", [unmasked, by_softmax, with_dropout, None])
 def test_block_without_a_causal_mask_is_named(attend: Attend | None, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     (alarm,) = train(loss, causal, attend, by_masked_softmax)
     assert (alarm.severity, alarm.step) == ("warn", 2)
@@ -142,7 +157,17 @@ def test_block_without_a_causal_mask_is_named(attend: Attend | None, loss: Calla
 
 @pytest.mark.parametrize(
     "attend",
-    [causal, by_masked_softmax, by_prefix, by_large_mask, by_additive_mask, with_cross_attention, with_features],
+    [
+        causal,
+        by_masked_softmax,
+        by_prefix,
+        by_large_mask,
+        by_additive_mask,
+        with_cross_attention,
+        with_features,
+        by_zeros_after_softmax,
+        by_filled_softmax,
+    ],
 )
 def test_masked_attention_is_silent(attend: Attend) -> None:
     assert train(shifted, attend, attend) == []

@@ -85,7 +85,7 @@ class Hooks:
         self._handles: list[RemovableHandle] = []
         self._only_sampled: list[Callable[[], RemovableHandle]] = []
         self._of_sample: list[RemovableHandle] = []
-        self._attention = [AttentionProbe(buffer, index, self.causality) for index in range(len(structure.blocks))]
+        self.attention = [AttentionProbe(buffer, index, self.causality) for index in range(len(structure.blocks))]
         self._blocks = BlockHooks(self, buffer)
         # For compiled graphs: the probes that they call, and the attention probe of the block that is being traced.
         self._compiled = compiled
@@ -221,7 +221,7 @@ class Hooks:
             return None
         index = self.running[-1].block
         hidden = isinstance(self._structure.blocks[index].attention_module, nn.MultiheadAttention)
-        return None if hidden or not self.gate.is_open() else self._attention[index]
+        return None if hidden or not self.gate.is_open() else self.attention[index]
 
     def is_own_thread(self) -> bool:
         """Return whether the watch was opened in this thread; other threads run other models."""
@@ -330,7 +330,7 @@ class Hooks:
             block.feed_forward_writer, WriterProbe(self._buffer, place + 1, index, "feed_forward", self.padding)
         )
         site = BlockProbe(self._buffer, place + 2, index, self.padding, self._copies)
-        self._blocks.attach(block, site, self.trace(self._attention[index].see_some))
+        self._blocks.attach(block, site, self.trace(self.attention[index].see_some))
 
     def _on_writer(self, module: nn.Module | None, site: WriterProbe) -> None:
         if module is None:
@@ -353,7 +353,7 @@ class Hooks:
                 return  # an evaluation, or another block that shares this module
             self.safely(lambda: site.see(y, hidden))
             if self._buffer.sampling and isinstance(module, nn.MultiheadAttention):
-                self.safely(lambda: see_multihead(self._attention[site.index], module, args, kwargs))
+                self.safely(lambda: see_multihead(self.attention[site.index], module, args, kwargs))
 
         self.register_output(module, after, site.sentinel)
 

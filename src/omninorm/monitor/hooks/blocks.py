@@ -114,6 +114,7 @@ class BlockHooks:
         if self._buffer.sampling:
             self._hooks.dtype = self._hooks.dtype or y.dtype
             self._hooks.placements.block_made(site.index, y, x, began.node)
+            self._hooks.attention[site.index].end(y)
 
     # Lists of sublayers -------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omninorm.monitor.probes.causality import Causality, hidden_future, is_product
+from omninorm.monitor.probes.causality import Causality, hidden_by, hidden_future, is_product, masks_after_softmax
 from omninorm.monitor.stats_buffer import StatsBuffer
 
 MOST_QUERIES = 32
@@ -25,6 +25,7 @@ class AttentionProbe:
 
     def __init__(self, buffer: StatsBuffer, index: int, causality: Causality | None = None) -> None:
         self.buffer, self.index, self._causality = buffer, index, causality
+        self._softmax = False  # whether this pass has called a softmax over the model's tokens
 
     def _is_over_tokens(self, queries: int, keys: int) -> bool:
         """Return whether queries and keys are the model's tokens."""
@@ -84,8 +85,18 @@ class AttentionProbe:
             return
         queries = logits.shape[-2]
         length = queries if self._is_over_tokens(queries, logits.shape[-1]) and is_product(logits) else None
+        self._softmax |= length is not None
         few = logits.detach()[0, :, some_queries(queries)].clone()
         self.buffer.batch(self.measure_logits, self, few, arguments=(length,))
+
+    def end(self, y: Tensor) -> None:
+        """End the block with its output y. Weights that are set to 0 after the softmax are hidden, too."""
+        softmax, self._softmax = self._softmax, False
+        if not softmax or y.grad_fn is None:
+            return
+        for mask in masks_after_softmax(y.grad_fn):
+            if mask.ndim >= 2 and mask.shape[-2] == mask.shape[-1] > 1:
+                self.buffer.peak("hidden_future", self.index, hidden_by(mask, some_queries(mask.shape[-1])))
 
     @staticmethod
     def measure_logits(sites: Sequence[AttentionProbe], logits: Tensor, length: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from omninorm.monitor.stats_buffer import StatsBuffer
 
 FAR = 8  # operations
 FARTHEST = 4  # tokens between a label's position and a token that it may be
+MOST_MASKS = 8
+MOST_NODES = 400  # of a block's graph that are searched for a mask
 INVISIBLE = -50.0  # of the logarithm of a probability
 
 
@@ -101,6 +104,36 @@ def hidden_future(log_p: Tensor, queries: slice) -> Tensor:
     later = positions[queries].unsqueeze(-1) < positions
     hidden = ((log_p < INVISIBLE) & later).flatten(1).sum(dim=1)
     return hidden / (log_p.shape[1] * later.sum()).clamp_min(1)
+
+
+def masks_after_softmax(end: Any) -> Iterator[Tensor]:
+    """Yield the constants that attention weights are multiplied by after the softmax, and the negated masks of
+    masked_fill, in the graph of a block that ends with an autograd node: where they are 0, a key is hidden."""
+    seen, waiting = {end}, deque([end])
+    while waiting and len(seen) < MOST_NODES:
+        node = waiting.popleft()
+        parents = [parent for parent, _ in getattr(node, "next_functions", ()) if parent is not None]
+        if any(parent.name() == "SoftmaxBackward0" for parent in parents):
+            yield from _masks_of(node)
+        waiting += [parent for parent in parents if parent not in seen]
+        seen.update(parents)
+
+
+def _masks_of(node: Any) -> Iterator[Tensor]:
+    if node.name() == "MulBackward0":
+        constants = (node._saved_self, node._saved_other)
+        yield from (factor for factor in constants if isinstance(factor, Tensor) and not factor.requires_grad)
+    elif node.name().startswith("MaskedFillBackward"):
+        yield ~node._saved_mask
+
+
+def hidden_by(mask: Tensor, queries: slice) -> Tensor:
+    """Return the share of pairs of a token and a later one that a mask (…, queries, keys) hides by 0. One that differs
+    among heads or examples, as that of dropout does, hides what it hides in all of them."""
+    some = mask.unsqueeze(0).flatten(0, -3)[:MOST_MASKS, queries]
+    positions = torch.arange(some.shape[-1], device=some.device)
+    later = positions[queries].unsqueeze(-1) < positions
+    return ((some == 0).all(dim=0) & later).sum() / later.sum().clamp_min(1)
 
 
 def is_product(logits: Tensor) -> bool:

@@ -4,7 +4,8 @@ Facts, in sampled steps: at least 99 % of the labels that count are the next tok
 shows a token at least half of the later ones, in the first example of the batch. A causal mask shows none of them, and
 a prefix that may be read in both directions has no labels. Models with several stacks are not judged, because an
 encoder may see everything, and of a block with several attentions the one that hides most counts. Persistence: 2
-samples. It is a warning, because code may hide tokens in other ways, such as weights set to 0 after the softmax.
+samples. It is a warning, because code may hide tokens in other ways; weights that are set to 0 after the softmax are
+recognized in the autograd graph.
 """
 
 from __future__ import annotations
