@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.errors import InputError
-from omninorm.surgery.difference import judge
+from omninorm.surgery.difference import explain, judge
 from omninorm.surgery.difference.calls import trace
 from omninorm.surgery.difference.feed import Place, argument_names
 from omninorm.surgery.difference.match import Matching
@@ -139,7 +139,7 @@ def _compare(
     compared = Rows(padding_of(probe), rows)
     measured = PairRun(*models, matching, compared).measure((runs[0], runs[1]))
     pairs = {each.a.index: _pair(models, each) for each in measured}
-    rounded = {index: judge.rounded_weights(*pair) for index, pair in pairs.items()}
+    rounded = {index: explain.rounded_weights(*pair) for index, pair in pairs.items()}
     own = {index: judge.limit_of(*pair, allowed, rounded[index]) for index, pair in pairs.items()}
     judgement = judge.Judgement(measured, matching.a, allowed, own)
     found = judgement.culprits()
@@ -186,7 +186,7 @@ def _described(
 ) -> ModuleDifference:
     reasons: list[str] = []
     if parts:
-        reasons = judge.reasons(*pair)
+        reasons = explain.reasons(*pair)
         if (part := judgement.first_changed_part(each)) is not None:
             which = part.absent or part.argument
             reasons.append(
