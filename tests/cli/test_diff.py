@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from helpers.converted import random_model, write_folder
+
+from omninorm.experiments.tokenizer import BpeTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,15 @@ def test_a_run_is_compared_on_a_text_by_its_own_tokenizer(command, small, text_f
     assert f"Input: the first 9 tokens of {text_file}, in float64." in again.out
     other = command("diff", tmp_path / "one", tmp_path / "two")
     assert (other.code, other.out.startswith("They first part in embedding: same inputs")) == (1, True)
+
+
+def test_tokens_outside_of_the_vocabulary_exit_with_2(command, folders, text_file, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(folders / "a", folder)
+    (folder / "tokenizer.json").write_text(BpeTokenizer.train(b"In the beginning " * 9, 257).to_json())
+    code, out, err = command("diff", folder, folders / "a", "--text", text_file)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "LlamaForCausalLM failed on the inputs in float64 (IndexError" in err
 
 
 @pytest.mark.parametrize(

@@ -658,6 +658,9 @@ def test_the_limit_decides_what_counts_as_rounding(llama: Any, thinker: Thinker)
     assert names(found)[0] == "model.layers.0.self_attn"
     other = planted(llama, PLANTED["one weight"][0])
     assert first_difference(llama, other, [IDS], limit=0.5).kind == "rounding"
+    rounded = copy.deepcopy(llama).bfloat16()
+    assert first_difference(llama, rounded, [IDS], limit=0.1).kind == "rounding"
+    assert names(first_difference(llama, rounded, [IDS], limit=1e-4))[0] == "model.embed_tokens"
 
 
 def test_the_record_is_plain_json(llama: Any) -> None:

@@ -31,26 +31,29 @@ class Limits:
         exact: at most this is no difference.
         rounding: at most this is rounding.
         same_class: at most this is rounding if both modules run the same code, on numbers of the same precision.
+        fixed: whether a user set the limit, so that rounded weights do not raise it.
     """
 
     exact: float
     rounding: float
     same_class: float
+    fixed: bool = False
 
 
 def limits(a: nn.Module, b: nn.Module, dtype: torch.dtype | None, limit: float | None) -> Limits:
     """Return the limits for two models that are run in `dtype`, or as they are, which allows for the coarser dtype."""
     dtypes = {dtype} if dtype is not None else _float_dtypes(a) | _float_dtypes(b)
     coarsest = max(dtypes or {torch.float32}, key=lambda each: torch.finfo(each).eps)
-    rounding = rounding_of(coarsest) if limit is None else limit
-    exact = min(EXACT, rounding)
-    return Limits(exact, rounding, exact if limit is None and coarsest == torch.float64 else rounding)
+    if limit is not None:
+        return Limits(min(EXACT, limit), limit, limit, fixed=True)
+    rounding = rounding_of(coarsest)
+    return Limits(EXACT, rounding, EXACT if coarsest == torch.float64 else rounding)
 
 
 def limit_of(a: nn.Module, b: nn.Module, allowed: Limits, rounded: torch.dtype | None) -> float:
     """Return what counts as rounding for a pair of modules whose weights were rounded to a dtype, if one is given."""
     usual = allowed.same_class if type(a) is type(b) else allowed.rounding
-    return usual if rounded is None else max(usual, rounding_of(rounded))
+    return usual if rounded is None or allowed.fixed else max(usual, rounding_of(rounded))
 
 
 def rounding_of(dtype: torch.dtype) -> float:
