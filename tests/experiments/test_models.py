@@ -31,6 +31,17 @@ def test_a_folder_may_hold_a_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(b"some text").tolist()) == b"some text"
 
 
+def test_unsupported_tokenizers_are_left_out(tmp_path: Path) -> None:
+    folder = write_folder(random_model("llama"), tmp_path / "m")
+    (folder / "tokenizer.json").write_text("{}")
+    assert load_model(folder)[1] is None
+
+
+def test_a_gguf_file_is_loaded_with_or_without_a_tokenizer(tmp_path: Path) -> None:
+    model, tokenizer = load_model(write_gguf(random_model("llama"), tmp_path / "m.gguf", "llama"))
+    assert (isinstance(model, Thinker), model.training, tokenizer) == (True, False, None)
+
+
 def test_a_run_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("In the beginning. " * 300)
     assert call("train", "--text", tmp_path / "text.txt", *SMALL, "--steps", 1, "--out", tmp_path / "run") == 0
@@ -51,8 +62,6 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
     refuse(tmp_path / "nowhere", RunError, "No such file or folder")
     refuse(tmp_path / "x.txt", RunError, "is a file, but not a .gguf file")
     refuse(tmp_path / "empty", RunError, "empty")
-    # of a GGUF file the tokenizer is needed as well
-    refuse(write_gguf(random_model("llama"), tmp_path / "m.gguf", "llama"), OmninormError, "tokenizer")
 
 
 def test_tokens_are_the_first_of_the_text_by_the_first_tokenizer(tmp_path: Path) -> None:
