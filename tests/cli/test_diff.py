@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
-from helpers.converted import random_model, write_folder
+from helpers.converted import random_model, write_folder, write_gguf
+
+from omninorm.experiments.tokenizer import BpeTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,21 @@ def test_the_page_is_written_next_to_the_output(command, folders, tmp_path):
     assert text.startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_folder_is_compared_with_its_conversion_to_gguf(command, folders, tmp_path, fault):
+    def forget_the_order_of_rows(tensors):
+        weight = tensors["blk.1.attn_k.weight"]
+        tensors["blk.1.attn_k.weight"] = weight.roll(1, 0)
+
+    path = write_gguf(random_model("llama"), tmp_path / "m.gguf", "llama", forget_the_order_of_rows if fault else None)
+    code, out, _ = command("diff", folders / "a", path)
+    assert code == int(fault)
+    if fault:
+        assert out.startswith("They first part in model.layers.1.self_attn.k_proj (blocks.1.attention.k in b): ")
+    else:
+        assert out.startswith("They differ by no more than rounding in 40 matched modules: ")
+
+
 def test_a_run_is_compared_on_a_text_by_its_own_tokenizer(command, small, text_file, tmp_path):
     for name, seed in (("one", 0), ("two", 1)):
         assert command("train", *small, "--seed", seed, "--out", tmp_path / name).code == 0
@@ -104,6 +122,16 @@ def test_a_run_is_compared_on_a_text_by_its_own_tokenizer(command, small, text_f
     assert f"Input: the first 9 tokens of {text_file}, in float64." in again.out
     other = command("diff", tmp_path / "one", tmp_path / "two")
     assert (other.code, other.out.startswith("They first part in embedding: same inputs")) == (1, True)
+
+
+def test_tokens_outside_of_the_vocabulary_exit_with_2(command, folders, text_file, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(folders / "a", folder)
+    (folder / "tokenizer.json").write_text(BpeTokenizer.train(b"In the beginning " * 9, 257).to_json())
+    code, out, err = command("diff", folder, folders / "a", "--text", text_file)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "Both models must know the tokens of the text, got token " in err
+    assert " for 120 embeddings in LlamaForCausalLM. Compare models of the same tokenizer." in err
 
 
 @pytest.mark.parametrize(

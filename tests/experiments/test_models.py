@@ -11,7 +11,8 @@ from helpers.converted import random_model, write_folder, write_gguf
 
 from omninorm.errors import DataError, OmninormError, RunError
 from omninorm.experiments.models import load_model, tokens_of
-from omninorm.experiments.tokenizer import ByteTokenizer
+from omninorm.experiments.pretrained import FolderTokenizer
+from omninorm.experiments.tokenizer import BpeTokenizer, ByteTokenizer
 from omninorm.thinker import Thinker
 
 BYTES = ByteTokenizer()
@@ -20,6 +21,25 @@ BYTES = ByteTokenizer()
 def test_a_folder_of_transformers_is_loaded_by_transformers(tmp_path: Path) -> None:
     model, tokenizer = load_model(write_folder(random_model("gemma"), tmp_path / "m"))
     assert (type(model).__name__, tokenizer) == ("GemmaForCausalLM", None)
+
+
+def test_a_folder_may_hold_a_tokenizer(tmp_path: Path) -> None:
+    folder = write_folder(random_model("llama"), tmp_path / "m")
+    (folder / "tokenizer.json").write_text(BpeTokenizer.train(b"some text " * 50, 260).to_json() or "")
+    tokenizer = load_model(folder)[1]
+    assert isinstance(tokenizer, FolderTokenizer)
+    assert tokenizer.decode(tokenizer.encode(b"some text").tolist()) == b"some text"
+
+
+def test_unsupported_tokenizers_are_left_out(tmp_path: Path) -> None:
+    folder = write_folder(random_model("llama"), tmp_path / "m")
+    (folder / "tokenizer.json").write_text("{}")
+    assert load_model(folder)[1] is None
+
+
+def test_a_gguf_file_is_loaded_with_or_without_a_tokenizer(tmp_path: Path) -> None:
+    model, tokenizer = load_model(write_gguf(random_model("llama"), tmp_path / "m.gguf", "llama"))
+    assert (isinstance(model, Thinker), model.training, tokenizer) == (True, False, None)
 
 
 def test_a_run_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
@@ -42,8 +62,6 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
     refuse(tmp_path / "nowhere", RunError, "No such file or folder")
     refuse(tmp_path / "x.txt", RunError, "is a file, but not a .gguf file")
     refuse(tmp_path / "empty", RunError, "empty")
-    # of a GGUF file the tokenizer is needed as well
-    refuse(write_gguf(random_model("llama"), tmp_path / "m.gguf", "llama"), OmninormError, "tokenizer")
 
 
 def test_tokens_are_the_first_of_the_text_by_the_first_tokenizer(tmp_path: Path) -> None:

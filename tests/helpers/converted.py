@@ -83,6 +83,8 @@ def write_gguf(model: torch.nn.Module, path: Path, family: str, change: Change |
         "kv_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
         "eps": next(v for k in ("rms_norm_eps", "layer_norm_epsilon", "norm_eps") if (v := getattr(config, k, None))),
     }  # fmt: skip
+    if family == "llama":  # Thinker reads them
+        sizes |= {"hidden": config.intermediate_size, "length": config.max_position_embeddings}
     return write_tensors(path, FAMILIES[family][1], tensors, {**sizes, **options.get("sizes", {})}, options.get("kind"))
 
 
@@ -94,6 +96,9 @@ def write_tensors(
     writer.add_embedding_length(sizes["width"])
     writer.add_head_count(sizes["heads"])
     writer.add_head_count_kv(sizes["kv_heads"])
+    if "hidden" in sizes:
+        writer.add_feed_forward_length(sizes["hidden"])
+        writer.add_context_length(sizes["length"])
     layer_norm = architecture in ("gpt2", "nemotron")
     (writer.add_layer_norm_eps if layer_norm else writer.add_layer_norm_rms_eps)(sizes["eps"])
     for name, value in tensors.items():

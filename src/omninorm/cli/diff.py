@@ -87,7 +87,7 @@ def _find(
     import torch  # here, because it takes seconds to import
 
     from omninorm.device import find_device
-    from omninorm.experiments.models import load_model, tokens_of
+    from omninorm.experiments.models import check_vocabulary, load_model, tokens_of
     from omninorm.surgery import first_difference
 
     place, (text, most, seed) = find_device(device), source
@@ -96,6 +96,8 @@ def _find(
     described = f"random tokens from seed {seed}, because no --text was given"
     if text is not None:
         ids = tokens_of(text, (one_tokenizer, other_tokenizer), most)
+        for model in (one, other):
+            check_vocabulary(model, ids)
         inputs, described = [ids.to(place)], f"the first {ids.shape[1]} tokens of {text}"
     precision = None if dtype == "as-is" else getattr(torch, dtype)
     found = first_difference(one.to(place), other.to(place), inputs, dtype=precision, limit=limit, seed=seed)

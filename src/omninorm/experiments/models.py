@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from omninorm.errors import DataError, MissingExtraError, RunError
-from omninorm.experiments.pretrained import FolderTokenizer, is_pretrained, load_gguf
+from omninorm.errors import DataError, OmninormError, RunError
+from omninorm.experiments.pretrained import FolderTokenizer, GgufTokenizer, is_pretrained
 from omninorm.experiments.runs import load_run
 from omninorm.experiments.tokenizer import TOKENIZER_FILE, Tokenizer
 from omninorm.surgery.folder import load_transformers
+from omninorm.thinker import Thinker, gguf
 
 _MODELS = "pass a Hugging Face folder, the folder of a run, or a .gguf file"
 _CHARACTERS_PER_TOKEN = 64  # more than any tokenizer averages, so that a long file is not encoded as a whole
@@ -25,23 +27,26 @@ def load_model(path: Path) -> tuple[nn.Module, Tokenizer | None]:
             checkpoint is loaded; or a .gguf file of a Llama or Qwen3 model.
 
     Raises:
-        ConfigError, RunError, MissingExtraError: as `load_transformers`, `load_run` or `load_gguf`.
+        ConfigError, RunError, MissingExtraError: as `load_transformers`, `load_run` or `Thinker.from_pretrained`.
     """
     if not os.path.lexists(path):
         raise RunError(f"No such file or folder: {path}", "", _MODELS)
     if path.is_file():
         if path.suffix != ".gguf":
             raise RunError(f"{path} is a file, but not a .gguf file", "", _MODELS)
-        return load_gguf(path)
+        return Thinker.from_pretrained(path).eval(), _tokenizer(
+            lambda: GgufTokenizer(gguf.read_settings(gguf.open_gguf(path)))
+        )
     if not is_pretrained(path):
         return load_run(path)[:2]
-    return load_transformers(path), _tokenizer_of(path)
+    return load_transformers(path), _tokenizer(lambda: FolderTokenizer(path / TOKENIZER_FILE))
 
 
-def _tokenizer_of(folder: Path) -> Tokenizer | None:
+def _tokenizer(read: Callable[[], Tokenizer]) -> Tokenizer | None:
+    """Return a tokenizer, or None if it is missing or not supported: the model can run on other tokens."""
     try:
-        return FolderTokenizer(folder / TOKENIZER_FILE) if (folder / TOKENIZER_FILE).exists() else None
-    except MissingExtraError:
+        return read()
+    except OmninormError:
         return None
 
 
@@ -67,3 +72,14 @@ def tokens_of(text: Path, tokenizers: tuple[Tokenizer | None, Tokenizer | None],
     if not len(tokens):
         raise DataError(f"{text} must hold some text", f"{len(content)} characters", "pass another file")
     return tokens.long().unsqueeze(0)
+
+
+def check_vocabulary(model: nn.Module, tokens: Tensor) -> None:
+    """Raise DataError if a token is not in the model's vocabulary, the size of its first embedding."""
+    table = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    largest = int(tokens.max())
+    if table is not None and largest >= table.num_embeddings:
+        received = f"token {largest} for {table.num_embeddings} embeddings in {type(model).__name__}"
+        raise DataError(
+            "Both models must know the tokens of the text", received, "compare models of the same tokenizer"
+        )

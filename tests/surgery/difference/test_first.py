@@ -293,6 +293,39 @@ def test_a_factor_that_moved_into_a_weight_is_no_difference(llama: Any) -> None:
     assert "Rearranged" in found.details[0]
 
 
+class Fused(nn.Module):
+    """A gated feed-forward layer with one matrix for gate and up."""
+
+    def __init__(self, split: Any) -> None:
+        super().__init__()
+        both = torch.cat((split.gate_proj.weight, split.up_proj.weight))
+        self.gate_up_proj, self.down_proj = nn.Linear(both.shape[1], len(both), bias=False), split.down_proj
+        self.gate_up_proj.weight = nn.Parameter(both.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(nn.functional.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+def test_fused_matrices_are_part_of_the_module_around_them(llama: Any) -> None:
+    def fuse(model: Any) -> None:
+        for layer in model.model.layers:
+            layer.mlp = Fused(layer.mlp)
+
+    fused = planted(llama, fuse)
+    found = first_difference(llama, fused, [IDS])
+    assert (found.kind, len(found.only_a), len(found.only_b)) == ("equal", 9, 3)
+    faulty = planted(fused, lambda model: model.model.layers[1].mlp.gate_up_proj.weight[3].mul_(2.0))
+    for pair in ((llama, faulty), (faulty, llama)):
+        assert names(first_difference(*pair, [IDS])) == ["model.layers.1.mlp"]
+
+
+def test_a_model_is_compared_with_its_own_backbone(llama: Any) -> None:
+    for pair in ((llama, llama.model), (llama.model, llama)):
+        found = first_difference(*pair, [IDS])
+        assert (found.kind, len(found.modules)) == ("equal", 43)
+
+
 def test_a_missing_block_is_named(llama: Any) -> None:
     def drop(model: Any) -> None:
         model.model.layers = model.model.layers[:2]
@@ -658,6 +691,9 @@ def test_the_limit_decides_what_counts_as_rounding(llama: Any, thinker: Thinker)
     assert names(found)[0] == "model.layers.0.self_attn"
     other = planted(llama, PLANTED["one weight"][0])
     assert first_difference(llama, other, [IDS], limit=0.5).kind == "rounding"
+    rounded = copy.deepcopy(llama).bfloat16()
+    assert first_difference(llama, rounded, [IDS], limit=0.1).kind == "rounding"
+    assert names(first_difference(llama, rounded, [IDS], limit=1e-4))[0] == "model.embed_tokens"
 
 
 def test_the_record_is_plain_json(llama: Any) -> None:

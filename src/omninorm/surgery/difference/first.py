@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from omninorm.errors import InputError
-from omninorm.surgery.difference import judge
+from omninorm.surgery.difference import explain, judge
 from omninorm.surgery.difference.calls import trace
 from omninorm.surgery.difference.feed import Place, argument_names
 from omninorm.surgery.difference.match import Matching
@@ -37,10 +37,9 @@ def first_difference(
     """Run two models on the same inputs and find the first module with equal inputs and different outputs.
 
     For a reimplementation, an inference engine or a conversion that computes something else than the original. Modules
-    are matched by name, by the common names of checkpoints, and by the order and shapes of calls, so the models may be
-    of different classes. Both run in evaluation mode. For every matched module three relative differences are measured,
-    each ‖a − b‖/‖a‖ without padding: of what it receives, of what it returns, and of what b's module returns when it is
-    fed the input of a's. The last one proves where a difference comes from.
+    are matched by names, order and shapes, so the models may be of different classes. For every matched module three
+    relative differences ‖a − b‖/‖a‖ are measured, in evaluation mode and without padding: of what it receives, of what
+    it returns, and of what b's module returns when it is fed the input of a's, which proves where a difference begins.
 
     Neither model is changed. With a dtype, copies run, which need 8 bytes per parameter and model in float64.
 
@@ -133,18 +132,18 @@ def _compare(
     rows, dtype, described = settings
     runs = tuple(_run(model, probe) for model in models)
     matching = Matching(*(trace(model, run) for model, run in zip(models, runs, strict=True)))
-    if not matching.pairs:
-        problem = "No module of one model matches a module of the other by name, or by order and shapes"
-        raise InputError(problem, "", "compare two implementations of the same model")
     compared = Rows(padding_of(probe), rows)
     measured = PairRun(*models, matching, compared).measure((runs[0], runs[1]))
+    if not measured:
+        problem = "No module of one model matches a module of the other by name, or by order and shapes"
+        raise InputError(problem, "", "compare two implementations of the same model")
     pairs = {each.a.index: _pair(models, each) for each in measured}
-    rounded = {index: judge.rounded_weights(*pair) for index, pair in pairs.items()}
+    rounded = {index: explain.rounded_weights(*pair) for index, pair in pairs.items()}
     own = {index: judge.limit_of(*pair, allowed, rounded[index]) for index, pair in pairs.items()}
     judgement = judge.Judgement(measured, matching.a, allowed, own)
     found = judgement.culprits()
     modules = {each.a.index: _described(each, pairs[each.a.index], judgement, each in found) for each in measured}
-    largest = max(each.outputs for each in modules.values() if not each.compensated)
+    largest = max((each.outputs for each in modules.values() if not each.compensated), default=0.0)
     return FirstDifference(
         kind="different" if found else "equal" if largest <= allowed.exact else "rounding",
         modules=tuple(modules.values()),
@@ -186,7 +185,7 @@ def _described(
 ) -> ModuleDifference:
     reasons: list[str] = []
     if parts:
-        reasons = judge.reasons(*pair)
+        reasons = explain.reasons(*pair)
         if (part := judgement.first_changed_part(each)) is not None:
             which = part.absent or part.argument
             reasons.append(

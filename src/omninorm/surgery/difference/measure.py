@@ -81,3 +81,10 @@ def between(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 def is_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
+
+
+def percent(value: float) -> str:
+    """Return a relative difference for a sentence: "2.1 %", "3e-09", or that it is not finite."""
+    if not math.isfinite(value):
+        return "NaN or infinite values"
+    return f"{float(f'{100 * value:.2g}'):g} %" if value >= 1e-3 else f"{value:.0e}" if value else "0"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from omninorm.record.jsonl import json_values
-from omninorm.surgery.difference.judge import percent
+from omninorm.surgery.difference.measure import percent
 
 
 @dataclass(frozen=True)
