@@ -64,6 +64,7 @@ OURS: dict[str, tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]] =
         {"mlp.shared_experts.up_proj": ("mlp.shared_experts.down_proj",)},
     ),
 }
+OURS["deepseek_v2"] = OURS["deepseek_v3"]
 
 
 def build(name: str) -> nn.Module:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from omninorm.surgery.flow import MOVES, NEUTRAL, axis_of
+from omninorm.surgery.flow import MOVES, NEUTRAL, NO_MOVES, axis_of
 from omninorm.surgery.modes import Mode, aten, is_view, storage, tensors_in
 from omninorm.surgery.runs import Run, by_design, outputs
 from omninorm.surgery.spaces import OTHERS, Mark, Space, Spaces, rows_of, slot_name
-from omninorm.surgery.steps import DOES_NOT_COMMUTE, NO_MOVES, STEPS, move, read
+from omninorm.surgery.steps import DOES_NOT_COMMUTE, STEPS, move, read
 from omninorm.surgery.streamed import StreamedMap
 
 _ZEROS = {aten.zeros, aten.zeros_like, aten.new_zeros}
