@@ -121,6 +121,15 @@ def test_input_that_something_else_computes_is_not_complete() -> None:
     assert not first.complete
 
 
+def test_norm_that_is_also_added_to_the_stream_is_not_smoothed() -> None:
+    """BERT's, which are on the stream: scaling their outputs would change what is added."""
+    found = norm_map(build("bert"))
+    added = [norm.name for norm in found.norms if norm.readers and norm.others]
+    assert "bert.encoder.layer.1.attention.output.LayerNorm" in added
+    assert not set(added) & {name for _, name in found.smoothquant()}
+    assert not set(added) & {each["smooth_layer"] for each in found.awq()}
+
+
 class Sub(nn.Module):
     """A norm after an activation, read by two layers, one of which is also multiplied by the other's output."""
 

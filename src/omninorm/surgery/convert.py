@@ -34,7 +34,8 @@ from omninorm.surgery.fold import fold_all
 from omninorm.surgery.report import Report, Surgery
 from omninorm.surgery.rotate import SPACES, check_choices, rotate_all
 from omninorm.surgery.settle import Probed
-from omninorm.surgery.streamed import StreamedMap, StreamedModel, open_model
+from omninorm.surgery.streamed import StreamedModel, open_model
+from omninorm.surgery.streamed_map import StreamedMap
 from omninorm.surgery.swap import swap_norms
 from omninorm.surgery.verify import with_plain_experts
 from omninorm.surgery.weight_files import DTYPES, SafetensorsFile, Stored

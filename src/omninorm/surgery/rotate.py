@@ -31,7 +31,7 @@ from omninorm.surgery.proof import could_consume
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle
 from omninorm.surgery.spaces import Slot, Space, slot_name
-from omninorm.surgery.streamed import StreamedMap
+from omninorm.surgery.streamed_map import StreamedMap
 from omninorm.surgery.walk import find_spaces
 
 SPACES = ("residual", "head")

@@ -16,7 +16,7 @@ from omninorm.surgery.modes import Mode, aten, is_view, storage, tensors_in
 from omninorm.surgery.runs import Run, by_design, outputs
 from omninorm.surgery.spaces import OTHERS, Mark, Space, Spaces, rows_of, slot_name
 from omninorm.surgery.steps import DOES_NOT_COMMUTE, STEPS, move, read
-from omninorm.surgery.streamed import StreamedMap
+from omninorm.surgery.streamed_map import StreamedMap
 
 _ZEROS = {aten.zeros, aten.zeros_like, aten.new_zeros}
 
