@@ -172,6 +172,16 @@ def test_layer_norm_is_refused_until_it_is_centered(name: str) -> None:
     assert verify(before, model, probes).relative <= 1e-12
 
 
+def test_norms_of_queries_and_keys_in_a_fused_projection_do_not_concern_its_values() -> None:
+    """Persimmon normalizes queries and keys by LayerNorm, which lie in one matrix with the values."""
+    model = zoo.build("persimmon")
+    before = copy.deepcopy(model)
+    report = rotate(model, which="head")
+    assert report.refused == {}
+    assert len(report.changed) == 6  # with the biases
+    assert verify(before, model).relative <= 1e-12
+
+
 @pytest.mark.parametrize("name", ["bert", "whisper encoder"])
 def test_post_norm_and_activated_streams_are_refused_and_unchanged(name: str) -> None:
     model, probes = subjects.build(name), subjects.inputs(name)

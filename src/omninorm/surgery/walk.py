@@ -235,7 +235,8 @@ class Walk(Mode):
             self.found.norm_sources.setdefault(name, set()).add(OTHERS)
         else:
             space, features = mark.space.root(), mark.features
-            space.norms.setdefault(name)
+            rows = [self.known[row][1] for row in self.rows(features)]
+            space.norms[name] = space.norms.get(name, frozenset()).union(*rows)
             self.together(mark)
             self.use(mark, f"normalized by {name}")
             self.found.norm_sources.setdefault(name, set()).update(mark.sources)
