@@ -22,7 +22,7 @@ from omninorm.experiments.compare.cells import Cell
 from omninorm.experiments.compare.factory import check_factory
 from omninorm.experiments.compare.protocols import measure
 from omninorm.experiments.corpus import Corpus
-from omninorm.surgery import flow, modes
+from omninorm.surgery import flow, modes, walk
 
 TEXT = (SENTENCE * 80).encode()
 SMALL = {"d_model": 16, "n_heads": 2, "steps": 4, "seq_len": 16, "batch_size": 2, "eval_bytes": 200, "warmup_steps": 1}
@@ -46,11 +46,18 @@ def weights(module: nn.Module) -> list[float]:
     return [float(each.detach().cpu().double().square().sum()) for each in module.parameters()]
 
 
-def operate(norm: str, device: torch.device) -> dict[str, Any]:
-    """Fold, center, swap, undo and verify a model on a device."""
-    made = model(norm).double().to(device)
+OPERATIONS: dict[str, Any] = {
+    "rmsnorm": surgery.fold_gains,
+    "layernorm": surgery.center,
+    "rotated rmsnorm": surgery.rotate,
+}
+
+
+def operate(name: str, device: torch.device) -> dict[str, Any]:
+    """Fold, center or rotate, swap, undo and verify a model on a device."""
+    made = model(name.rpartition(" ")[2]).double().to(device)
     before = copy.deepcopy(made)
-    report = surgery.center(made) if norm == "layernorm" else surgery.fold_gains(made)
+    report = OPERATIONS[name](made)
     found = surgery.verify(before, made)
     operated = weights(made)
     report.undo()
@@ -71,7 +78,7 @@ def operate(norm: str, device: torch.device) -> dict[str, Any]:
 
 
 def operated() -> dict[str, Any]:
-    return {f"{norm} {device.type}": operate(norm, device) for norm in ("rmsnorm", "layernorm") for device in devices()}
+    return {f"{name} {device.type}": operate(name, device) for name in OPERATIONS for device in devices()}
 
 
 def parted() -> dict[str, Any]:
@@ -98,7 +105,7 @@ def proved_on_the_device() -> dict[str, Any]:
     def storage(tensor: Any) -> int:  # a wrapper has none
         return own(tensor.raw if isinstance(tensor, SimulatedTensor) else tensor)
 
-    modes.storage = flow.storage = storage
+    modes.storage = flow.storage = walk.storage = storage
     return operated()
 
 

@@ -23,7 +23,7 @@ def run(name: str) -> Any:
 @pytest.mark.parametrize(("scenario", "where"), [("operated", "cpu"), ("proved_on_the_device", "simgpu:0")])
 def test_surgery_changes_the_same_wherever_the_model_and_the_proof_are(scenario: str, where: str) -> None:
     found = run(scenario)
-    for norm, count in (("rmsnorm", 5), ("layernorm", 10)):
+    for norm, count in (("rmsnorm", 5), ("layernorm", 10), ("rotated rmsnorm", 21)):
         ours, theirs = found[f"{norm} simgpu"], found[f"{norm} cpu"]
         assert (ours["where"], theirs["where"]) == ([where] * 2, ["cpu"] * 2)
         assert ours["summary"].endswith("0 refused")

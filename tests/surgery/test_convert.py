@@ -22,7 +22,7 @@ from omninorm.cli import main
 from omninorm.errors import ConfigError, OmninormError, RunError
 from omninorm.surgery import rotate
 from omninorm.surgery.convert import convert, undo
-from omninorm.surgery.streamed import _COLUMNS
+from omninorm.surgery.streamed_map import _COLUMNS
 
 KINDS = {
     "gemma": hf.GemmaForCausalLM,

@@ -165,6 +165,33 @@ def test_norm_with_a_nonlinear_consumer_is_refused() -> None:
     assert same(weights, state(model))
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2)))).flatten(-2),
+        lambda x: x.as_strided(x.shape, (x.stride(0), 0, 1)),
+        lambda x: x.view(torch.int64).view(torch.float64),
+    ],
+    ids=["complex", "strides", "dtype"],
+)
+def test_norm_whose_output_is_viewed_otherwise_is_refused(view) -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm, self.out = nn.Embedding(10, 8), nn.RMSNorm(8), nn.Linear(8, 8)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.out(view(self.norm(self.table(tokens))))
+
+    model = Viewed().double()
+    nn.init.uniform_(model.norm.weight, 0.5, 2.0)
+    weights = state(model)
+    report = fold_gains(model)
+    assert report.changed == {}
+    assert "no linear layer consumes its output directly" in report.refused["norm"]
+    assert same(weights, state(model))
+
+
 def test_linear_layer_after_two_norms_is_refused() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:

@@ -64,6 +64,7 @@ OURS: dict[str, tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]] =
         {"mlp.shared_experts.up_proj": ("mlp.shared_experts.down_proj",)},
     ),
 }
+OURS["deepseek_v2"] = OURS["deepseek_v3"]
 
 
 def build(name: str) -> nn.Module:
@@ -118,6 +119,15 @@ def test_input_that_something_else_computes_is_not_complete() -> None:
     (first, *_) = norm_map(build("whisper encoder"), subjects.inputs("whisper encoder")).norms
     assert first.writers == ("embed_positions",)
     assert not first.complete
+
+
+def test_norm_that_is_also_added_to_the_stream_is_not_smoothed() -> None:
+    """BERT's, which are on the stream: scaling their outputs would change what is added."""
+    found = norm_map(build("bert"))
+    added = [norm.name for norm in found.norms if norm.readers and norm.others]
+    assert "bert.encoder.layer.1.attention.output.LayerNorm" in added
+    assert not set(added) & {name for _, name in found.smoothquant()}
+    assert not set(added) & {each["smooth_layer"] for each in found.awq()}
 
 
 class Sub(nn.Module):

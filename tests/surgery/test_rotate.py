@@ -31,6 +31,13 @@ PRE_NORM = {
     "qwen3_moe": ROUTED,
     "thinker": ("q", "k", "v", "out", "gate", "up", "down"),
 }
+# More model types of docs/surgery.md, without those that are refused in part.
+OTHERS = (
+    "apertus", "aria_text", "bamba", "bitnet", "deepseek_v2", "deepseek_v3", "dots1", "falcon_h1", "glm4_moe", "gpt_oss",
+    "granitemoehybrid", "jamba", "jetmoe", "lfm2_moe", "llama4_text", "minicpm3", "minimax_m2", "nemotron_h", "olmoe",
+    "recurrent_gemma",
+)  # fmt: skip
+NO_ATTENTION = ("falcon_mamba", "mamba", "mamba2")
 # Gains after the sublayers, between a writer and the stream.
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")
 
@@ -69,6 +76,20 @@ def test_stream_and_heads_are_rotated_exactly_and_undone_bit_for_bit(name: str, 
         assert key not in weights or not torch.allclose(weights[key], after[key]), key  # the Thinker's head was tied
     report.undo()
     assert same(weights, state(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*OTHERS, *NO_ATTENTION, "qwen3_next"])
+def test_other_model_types_are_rotated_exactly(name: str) -> None:
+    model = zoo.build(name)
+    before = copy.deepcopy(model)
+    report = rotate(model)
+    expected = {"qwen3_next": "values of heads (model.layers.1.self_attn.v_proj.weight)"}
+    expected |= dict.fromkeys(NO_ATTENTION, "values of heads")
+    assert list(report.refused) == ([expected[name]] if name in expected else [])
+    assert any("residual stream" in what for what in report.changed.values())
+    assert report.proof.coverage == 1
+    assert verify(before, model).relative <= 1e-12
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "random"])
@@ -149,6 +170,16 @@ def test_layer_norm_is_refused_until_it_is_centered(name: str) -> None:
     report = rotate(model, probes)
     assert report.refused == {}
     assert verify(before, model, probes).relative <= 1e-12
+
+
+def test_norms_of_queries_and_keys_in_a_fused_projection_do_not_concern_its_values() -> None:
+    """Persimmon normalizes queries and keys by LayerNorm, which lie in one matrix with the values."""
+    model = zoo.build("persimmon")
+    before = copy.deepcopy(model)
+    report = rotate(model, which="head")
+    assert report.refused == {}
+    assert len(report.changed) == 6  # with the biases
+    assert verify(before, model).relative <= 1e-12
 
 
 @pytest.mark.parametrize("name", ["bert", "whisper encoder"])

@@ -35,7 +35,7 @@ from omninorm.surgery.linear import read_linear
 from omninorm.surgery.proof import could_consume
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle
-from omninorm.surgery.streamed import StreamedMap
+from omninorm.surgery.streamed_map import StreamedMap
 from omninorm.surgery.verify import EXACT
 
 # Largest mean² over mean square of a norm's input that counts as centered; rounding leaves about 1e-30.

@@ -34,7 +34,8 @@ from omninorm.surgery.fold import fold_all
 from omninorm.surgery.report import Report, Surgery
 from omninorm.surgery.rotate import SPACES, check_choices, rotate_all
 from omninorm.surgery.settle import Probed
-from omninorm.surgery.streamed import StreamedMap, StreamedModel, open_model
+from omninorm.surgery.streamed import StreamedModel, open_model
+from omninorm.surgery.streamed_map import StreamedMap
 from omninorm.surgery.swap import swap_norms
 from omninorm.surgery.verify import with_plain_experts
 from omninorm.surgery.weight_files import DTYPES, SafetensorsFile, Stored
@@ -106,21 +107,14 @@ def convert(
             its own, or with sizes that do not fit its weights.
         MissingExtraError: transformers or safetensors is not installed.
     """
-    if operation not in OPERATIONS:
-        raise ConfigError(
-            f"operation must be one of {', '.join(OPERATIONS)}", f"{operation!r:.80}", "choose one of them"
-        )
-    check_choices(kind, SPACES)
+    _check_operation(operation, kind)
     _check_target(target)
     checkpoint = Checkpoint(source)
     tell("verifying in float64", 0.0)
     opened = open_model(checkpoint, None if operation == "swap" else torch.float64)
     probes = _probes(opened)
     report, error, before = _operate(opened, operation, probes, kind)
-    if not report.changed:
-        name, why = next(iter(report.refused.items()), (type(opened.model).__name__, _NOTHING[operation]))
-        problem = f"Nothing to {operation} in {source}: {name:.80}: {why}"
-        raise RunError(problem, "", "docs/surgery.md lists the models that can be converted")
+    _check_changed(report, source, operation, type(opened.model).__name__)
     _check_finite(error)
     done = Conversion(operation, report.changed, report.refused, error, None)
     if target is None:
@@ -236,6 +230,22 @@ def _count(config: Any, name: str, most: int = 2**31) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise ConfigError(f"{name} in config.json must be an integer from 1 to {most}", f"{value!r:.80}", "correct it")
     return value
+
+
+def _check_operation(operation: str, kind: str) -> None:
+    """Raise ConfigError for an unknown operation or kind of rotation."""
+    if operation not in OPERATIONS:
+        known = ", ".join(OPERATIONS)
+        raise ConfigError(f"operation must be one of {known}", f"{operation!r:.80}", "choose one of them")
+    check_choices(kind, SPACES)
+
+
+def _check_changed(report: Report, source: Path, operation: str, model: str) -> None:
+    """Raise RunError if nothing was changed."""
+    if not report.changed:
+        name, why = next(iter(report.refused.items()), (model, _NOTHING[operation]))
+        problem = f"Nothing to {operation} in {source}: {name:.80}: {why}"
+        raise RunError(problem, "", "docs/surgery.md lists the models that can be converted")
 
 
 def _check_finite(distance: float) -> None:

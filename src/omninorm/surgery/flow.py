@@ -24,6 +24,8 @@ MOVES = {
     aten.clone, aten._to_copy, aten.index, aten.index_select, aten.repeat, aten.gather, aten._unsafe_view, aten.flip,
     aten.roll, aten.lift_fresh, aten._reshape_copy, aten.view_copy, aten.slice_copy,
 }  # fmt: skip
+# Views that depend on how elements are stored.
+NO_MOVES = {aten.as_strided.default, aten.view.dtype}
 _PRODUCTS = {aten.mul, aten.div}
 _CONTRACTIONS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.linear, aten.matmul, aten.mv}
 # Operations that read no values.
@@ -136,8 +138,8 @@ class _Follow(Mode):
         if packet in NEUTRAL:
             return
         if is_view(func) or packet in MOVES:
-            if len(known) == 1 and self._mark_of(args[0]) is known[0]:
-                self._move(func, args, kwargs, result, known[0])
+            moved = len(known) == 1 and self._mark_of(args[0]) is known[0] and func not in NO_MOVES
+            if moved and self._move(func, args, kwargs, result, known[0]):
                 return
         elif packet is aten.cat and self._cat(args, result):
             return
@@ -153,18 +155,22 @@ class _Follow(Mode):
         for module, own, _, _ in used:
             self.found.strangers.setdefault((module, own), f"{func} in {self._where()}")
 
-    def _move(self, func: Any, args: Any, kwargs: Any, result: Any, mark: _Marked) -> None:
-        """Move the marks as the operation moves elements."""
+    def _move(self, func: Any, args: Any, kwargs: Any, result: Any, mark: _Marked) -> bool:
+        """Move the marks as the operation moves elements; return whether it can move marks."""
         keywords = {name: value for name, value in kwargs.items() if name not in ("dtype", "memory_format")}
         if func.overloadpacket is aten._to_copy:
             moved: Any = mark.features
         elif func.overloadpacket in (aten.view, aten._unsafe_view):
             moved = mark.features.reshape(result.shape)
         else:
-            moved = func(mark.features, *args[1:], **keywords)
+            try:
+                moved = func(mark.features, *args[1:], **keywords)
+            except RuntimeError:  # a view of integers that does not exist, such as one of complex numbers
+                return False
         results = result if isinstance(result, (tuple, list)) else [result]
         for each, features in zip(results, moved if isinstance(moved, (tuple, list)) else [moved], strict=True):
             self._put(_Marked(each, mark.norm, features))
+        return True
 
     def _cat(self, args: Any, result: Tensor) -> bool:
         """Move the marks of tensors of one norm that are put together, as a cache does; return whether they are."""

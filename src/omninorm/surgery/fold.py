@@ -16,7 +16,7 @@ from omninorm.surgery.linear import LinearMap, read_linear
 from omninorm.surgery.proof import could_consume
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle
-from omninorm.surgery.streamed import StreamedMap
+from omninorm.surgery.streamed_map import StreamedMap
 from omninorm.surgery.verify import read_probes, shadow
 
 

@@ -13,7 +13,7 @@ from omninorm.surgery.fold import probe
 from omninorm.surgery.gains import find_gains
 from omninorm.surgery.linear import read_linear
 from omninorm.surgery.spaces import OTHERS, Space, slot_name
-from omninorm.surgery.streamed import StreamedMap
+from omninorm.surgery.streamed_map import StreamedMap
 from omninorm.surgery.walk import find_spaces
 
 

@@ -31,7 +31,7 @@ from omninorm.surgery.proof import could_consume
 from omninorm.surgery.report import Surgery
 from omninorm.surgery.settle import Probed, settle
 from omninorm.surgery.spaces import Slot, Space, slot_name
-from omninorm.surgery.streamed import StreamedMap
+from omninorm.surgery.streamed_map import StreamedMap
 from omninorm.surgery.walk import find_spaces
 
 SPACES = ("residual", "head")
@@ -228,7 +228,8 @@ def _plan_turn(
 ) -> Turn | str:
     """Return the rotation of the intact blocks of a space, or why it is refused."""
     made = known.before.model
-    for norm in space.norms:
+    norms = [norm for norm, features in space.norms.items() if not features.isdisjoint(itertools.chain(*blocks))]
+    for norm in norms:
         if known.gains[norm].kind != "RMSNorm":
             kind_of_norm = known.gains[norm].kind
             return f"{norm} is a {kind_of_norm}, which subtracts the mean: call center first, which may refuse it too"
@@ -237,7 +238,7 @@ def _plan_turn(
     for width in sorted({len(row) for row in space.slots.values()}):
         if beyond := could_consume(made, known.before.proof.unreached, width, writing=True):
             return f"no run reached {', '.join(beyond[:3])}, which could read or write it: {MORE_INPUTS}"
-    folds = tuple(norm for norm in space.norms if not _is_even(made.get_submodule(norm), known.gains[norm]))
+    folds = tuple(norm for norm in norms if not _is_even(made.get_submodule(norm), known.gains[norm]))
     for norm in folds:
         if norm not in known.plans:
             return f"the gain of {norm} differs between features and cannot be folded: {known.unfolded[norm]}"

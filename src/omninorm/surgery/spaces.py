@@ -28,7 +28,7 @@ class Space:
         number: how many spaces were found before it.
         slots: dimensions of parameters that run over the features → the feature of each index.
         writers: those slots that write.
-        norms: norms of vectors of the space.
+        norms: norms of vectors of the space → the features that they normalize.
         rows: sets of features that are normalized, scaled or read together.
         mixed: sets of features whose vectors are averaged over tokens, as heads' values are.
         broken: features → why they cannot be rotated, such as an operation that does not commute with a rotation.
@@ -39,7 +39,7 @@ class Space:
     number: int
     slots: dict[Slot, tuple[int, ...]] = field(default_factory=dict)
     writers: dict[Slot, int] = field(default_factory=dict)  # in order, with the parameter's number of dimensions
-    norms: dict[str, None] = field(default_factory=dict)
+    norms: dict[str, frozenset[int]] = field(default_factory=dict)
     rows: set[frozenset[int]] = field(default_factory=set)
     mixed: set[frozenset[int]] = field(default_factory=set)
     broken: dict[frozenset[int], str] = field(default_factory=dict)
@@ -66,7 +66,8 @@ class Space:
         for slot, row in other.slots.items():
             self.attach(slot, row)
         self.writers |= other.writers
-        self.norms |= other.norms
+        for norm, features in other.norms.items():
+            self.norms[norm] = self.norms.get(norm, frozenset()) | features
         self.rows |= other.rows
         self.mixed |= other.mixed
         self.broken = other.broken | self.broken

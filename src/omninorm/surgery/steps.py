@@ -28,7 +28,6 @@ _ATTENTIONS = {
     aten._scaled_dot_product_fused_attention_overrideable,
 }  # fmt: skip
 DOES_NOT_COMMUTE = "does not commute with a rotation"
-NO_MOVES = {aten.as_strided.default, aten.view.dtype}
 
 
 def move(walk: Walk, func: Any, args: Any, kwargs: Any, result: Any) -> bool:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from omninorm.surgery.flow import MOVES, NEUTRAL, axis_of
+from omninorm.surgery.flow import MOVES, NEUTRAL, NO_MOVES, axis_of
 from omninorm.surgery.modes import Mode, aten, is_view, storage, tensors_in
 from omninorm.surgery.runs import Run, by_design, outputs
 from omninorm.surgery.spaces import OTHERS, Mark, Space, Spaces, rows_of, slot_name
-from omninorm.surgery.steps import DOES_NOT_COMMUTE, NO_MOVES, STEPS, move, read
-from omninorm.surgery.streamed import StreamedMap
+from omninorm.surgery.steps import DOES_NOT_COMMUTE, STEPS, move, read
+from omninorm.surgery.streamed_map import StreamedMap
 
 _ZEROS = {aten.zeros, aten.zeros_like, aten.new_zeros}
 
@@ -235,7 +235,8 @@ class Walk(Mode):
             self.found.norm_sources.setdefault(name, set()).add(OTHERS)
         else:
             space, features = mark.space.root(), mark.features
-            space.norms.setdefault(name)
+            rows = [self.known[row][1] for row in self.rows(features)]
+            space.norms[name] = space.norms.get(name, frozenset()).union(*rows)
             self.together(mark)
             self.use(mark, f"normalized by {name}")
             self.found.norm_sources.setdefault(name, set()).update(mark.sources)
