@@ -24,7 +24,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         ConfigError: Muon for a model that has no hidden matrix.
     """
     groups = param_groups(model, config.weight_decay, decay_norms=config.decay_norms)
-    adamw = {"lr": config.lr, "betas": config.betas, "eps": config.adam_eps, "fused": True}
+    adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.adam_eps, "fused": True}
     optimizer: torch.optim.Optimizer
     if config.optimizer == "muon":
         optimizer = MuonWithAdamW(hidden_matrices(model), groups, config.weight_decay, adamw)
