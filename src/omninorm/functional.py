@@ -284,8 +284,8 @@ def gated_rms_norm(
     Source: Mamba-2, Dao and Gu 2024, arXiv 2405.21060; Gated DeltaNet, Yang et al. 2024, arXiv 2412.06464.
 
     Example:
-        >>> gated_rms_norm(torch.tensor([2.0, 4.0, 6.0, 8.0]), torch.tensor([-8.0, 0.0, 1.0, 8.0]))
-        tensor([-9.7962e-04,  0.0000e+00,  8.0083e-01,  1.1681e+01])
+        >>> gated_rms_norm(torch.tensor([2.0, 4.0, 6.0, 8.0]), torch.tensor([-1.0, 0.0, 1.0, 2.0]))
+        tensor([-0.0982,  0.0000,  0.8008,  2.5730])
     """
     if proxies := overriding(x, z, weight):
         options: dict[str, Any] = {"activation": activation, "norm_first": norm_first, "groups": groups, "cast": cast}
