@@ -20,7 +20,10 @@ def run(name: str) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("scenario", "where"), [("operated", "cpu"), ("proved_on_the_device", "simgpu:0")])
+@pytest.mark.parametrize(
+    ("scenario", "where"),
+    [pytest.param("operated", "cpu", marks=pytest.mark.slow), ("proved_on_the_device", "simgpu:0")],
+)
 def test_surgery_changes_the_same_wherever_the_model_and_the_proof_are(scenario: str, where: str) -> None:
     found = run(scenario)
     for norm, count in (("rmsnorm", 5), ("layernorm", 10), ("rotated rmsnorm", 21)):

@@ -67,6 +67,7 @@ def resumed(scenario: Callable[[str], Any]) -> Any:
     return scenario("resumed")
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_another_device(resumed: Any) -> None:
     straight = resumed["cpu"]
     for way in ("gpu", "cpu-gpu", "gpu-cpu"):

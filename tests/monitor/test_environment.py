@@ -78,6 +78,7 @@ def test_everything_is_recorded_under_another_default_dtype(dtype: torch.dtype) 
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 def test_compiled_autograd_does_not_end_training_and_changes_nothing() -> None:
     torch.manual_seed(0)
     plain = Decoder()
