@@ -118,7 +118,7 @@ def test_generating_on_the_device_gives_the_text_of_the_cpu(scenario: Callable[[
 def test_commands_prefer_the_device_and_name_it(scenario: Callable[[str], Any]) -> None:
     found = scenario("commanded")
     assert [found[name]["code"] for name in ("train", "resume", "moved", "generate")] == [0] * 4
-    line = "Device simgpu:0, float32, not yet measured on a GPU\n"
+    line = "Device simgpu:0, float32, this command is not yet measured on a GPU\n"
     assert line in found["train"]["out"]
     assert line in found["resume"]["out"]
     assert line not in found["moved"]["out"]

@@ -126,6 +126,17 @@ def test_warning_explains_nothing_and_a_cause_expires() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("structural", [True, False])
+def test_lasting_warning_about_the_structure_explains_a_later_failure(structural: bool) -> None:
+    cause = Says({step: [("warn", "a")] for step in range(1, 60)}, "cause", ("effect",))
+    cause.structural = structural  # type: ignore[misc]
+    effect = Says({50: [("fail", "b")]}, "effect")
+    alarms = judge(cause, effect)
+    assert short(alarms) == [(1, "warn", "cause", "a"), (50, "fail", "effect", "b")]
+    assert alarms[1].cause == (AlarmRef(1, "cause", "a") if structural else None)
+    assert leading(alarms) is alarms[0 if structural else 1]
+
+
 def test_alarm_in_the_name_of_another_rule_is_reported_last() -> None:
     class Foreign(Says):
         def on_step(self, history: History, step: Step) -> Iterable[Alarm]:

@@ -199,8 +199,8 @@ def train(
 ) -> None:
     """Train a small transformer on real text, on bytes or BPE tokens.
 
-    The run uses a GPU if PyTorch sees one, and otherwise the CPU. Training is not yet measured on a GPU. Ctrl-C stops
-    after the current step, saves a checkpoint and prints the command to resume.
+    The run uses a GPU if PyTorch sees one, and otherwise the CPU. Training steps were measured on GPUs, this command
+    not yet. Ctrl-C stops after the current step, saves a checkpoint and prints the command to resume.
 
     --resume continues a run with its own settings, on any device. A larger --steps extends the run, whether it is
     finished or not: from the resumed step on, the learning rate follows the schedule for the new number of steps, and

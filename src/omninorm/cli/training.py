@@ -40,7 +40,9 @@ def introduce(run: Run) -> None:
     screen.print(f"Model  {shape}, {norm.normalization}, placement {norm.norm_placement}")
     screen.print(f"Run    {run.folder.path}, {_count(torch.get_num_threads(), 'thread')}")
     if (device := run.processes.device).type != "cpu":
-        screen.print(f"Device {device_name(device)}, {run.plan.train.precision}, not yet measured on a GPU")
+        screen.print(
+            f"Device {device_name(device)}, {run.plan.train.precision}, this command is not yet measured on a GPU"
+        )
     for notice in run.notices:
         screen.print(f"Note   {harmless(notice, one_line=True)}")
 

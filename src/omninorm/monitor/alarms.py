@@ -189,9 +189,11 @@ class Judge:
 
     def _is_active(self, history: History, cause: Alarm, alarm: Alarm) -> bool:
         """Return whether an alarm can be the cause of a new one: a "fail" until it is forgotten, a warning while it is
-        reported. A warning that has lasted longer does not explain a "fail", unless that is a symptom."""
+        reported. A warning that has lasted longer does not explain a "fail", unless that is a symptom or the warning is
+        about the model's structure."""
         reported = [state.reported for state in self._raised.get(cause.rule, {}).values()]
-        lasting = alarm.severity == "warn" or self._is_symptom(alarm)
+        rule = self._rule(cause.rule)
+        lasting = alarm.severity == "warn" or self._is_symptom(alarm) or (rule is not None and rule.structural)
         since = max(reported, default=0) if lasting else cause.step
         return cause.severity == "fail" or since >= alarm.step - _near(history)
 

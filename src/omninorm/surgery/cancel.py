@@ -27,7 +27,7 @@ def cancel_norms(model: nn.Module, inputs: Sequence[Any] | None = None, *, limit
         norm₂(W·norm₁(x)) = norm₂(W·diag(γ₁)·x)  if ε₂ = 0, since norm₁ divides x by a number and norm₂ divides it out
 
     γ₁ is folded into W, which must have no bias, and norm₁ becomes `torch.nn.Identity`. With ε₂ > 0 the outputs change
-    by about ε₂·|1 − mean(x²)| / (2·mean((W·x̂)²)), where x̂ = norm₁(x) without gain. The difference is measured in
+    by about ε₂·abs(1 − mean(x²)) / (2·mean((W·x̂)²)), where x̂ = norm₁(x) without gain. The difference is measured in
     float64 as by `fold_gains`, and a norm is refused if it exceeds `limit`. In 16 bits, W·x may overflow where W·x̂
     does not.
 

@@ -47,6 +47,8 @@ class Rule(ABC):
     as their cause, so that the cause is read first."""
     symptom: ClassVar[bool] = False
     """Whether it reports that training got worse, but not why: a cause that is measured soon afterwards explains it."""
+    structural: ClassVar[bool] = False
+    """Whether it reports how the model is built. That lasts, so its warnings explain even a "fail" much later."""
 
     most_layers: ClassVar[int] = 3
     """If a rule reports more layers than this at once, they become one alarm about the worst."""

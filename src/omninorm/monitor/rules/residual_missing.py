@@ -38,6 +38,7 @@ class ResidualMissing(Rule):
     name = "residual-missing"
     source = "the thresholds, an angle of 0.35 to 0.65 and a component of 0.5, are omninorm's own; see docs/watching.md"
     explains = ("gradient-jump", "odd-block", "depth-growth")
+    structural = True
 
     def __init__(self) -> None:
         self._streaks = Streaks()
