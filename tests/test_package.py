@@ -90,7 +90,9 @@ before = (torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ), 
           warnings.filters[:], signal.getsignal(signal.SIGINT), threading.active_count(), torch.random.initial_seed(),
           torch.nn.RMSNorm, torch.nn.LayerNorm, torch.nn.functional.rms_norm)
 loaded = set(sys.modules)
+numpy, sys.modules["numpy"] = sys.modules.get("numpy"), None  # torch has loaded it, so that importing it again is not seen
 import omninorm
+sys.modules["numpy"] = numpy
 from omninorm.errors import MissingExtraError
 after = (torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ), logging.root.level, logging.root.handlers[:],
          warnings.filters[:], signal.getsignal(signal.SIGINT), threading.active_count(), torch.random.initial_seed(),

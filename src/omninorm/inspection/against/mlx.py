@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from omninorm.inspection.tensors import CHUNK, Checkpoint, StoredTensor
 from omninorm.record.tensors import open_safetensors
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _WORD = 32  # the bits of a packed integer
 _GROUP = 64  # MLX's default group size
@@ -55,6 +57,8 @@ def _rows(part: StoredTensor, start: int, stop: int) -> Tensor:
 
 def _unpack(data: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
     """Return the integers that are packed in rows of bytes, as float32, [rows, n]."""
+    import numpy as np
+
     each = np.unpackbits(data, axis=1, bitorder="little").reshape(len(data), -1, bits)
     weights = (2 ** np.arange(bits)).astype(np.float32)
     unpacked: np.ndarray[Any, Any] = each.astype(np.float32) @ weights
