@@ -1,10 +1,11 @@
-"""The table of docs/placements.md matches docs/placements/results.json."""
+"""The tables of docs/placements.md match the results in docs/placements/."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,30 +13,57 @@ from omninorm.config import PLACEMENTS
 
 DOCS = Path(__file__).parents[3] / "docs"
 PAGE = (DOCS / "placements.md").read_text(encoding="utf-8").replace("−", "-")
-(STUDY,) = json.loads((DOCS / "placements" / "results.json").read_text(encoding="utf-8"))["studies"]
-ROWS = {
-    name: (float(mean), difference, verdict)
-    for name, mean, difference, verdict in re.findall(
-        r"^\| `(\w+)` \| (\d\.\d{3}) \| (.*?) ?\| (.*?) \|$", PAGE, re.MULTILINE
-    )
-}
+RECENT, OLDER = PAGE.split("## What we measured")
 
 
-def test_every_placement_is_named_and_every_measured_one_has_a_row() -> None:
+def studies(name: str) -> list[dict[str, Any]]:
+    return json.loads((DOCS / "placements" / name).read_text(encoding="utf-8"))["studies"]  # type: ignore[no-any-return]
+
+
+def rows(text: str) -> dict[str, tuple[float, str, str]]:
+    """The mean, difference and verdict of each placement in a table."""
+    found = re.findall(r"^\| `(\w+)` \| (\d\.\d{3}) \| (.*?) ?\| (.*?) \|$", text, re.MULTILINE)
+    return {name: (float(mean), difference, verdict) for name, mean, difference, verdict in found}
+
+
+def placement(row: dict[str, Any]) -> str:
+    return row["label"].split()[1]  # type: ignore[no-any-return]
+
+
+def numbers(difference: str) -> list[float]:
+    return [float(number) for number in re.findall(r"[-+]\d\.\d+", difference)]
+
+
+(ALL,), (RULES, MUON) = studies("results.json"), studies("rules.json")
+TABLES = [pytest.param(RULES, rows(RECENT), id="recent rules"), pytest.param(ALL, rows(OLDER), id="all placements")]
+
+
+def test_every_placement_is_named() -> None:
     assert all(f"| `{name}` |" in PAGE for name in PLACEMENTS)
-    assert set(ROWS) == {configuration["label"].split()[1] for configuration in STUDY["configurations"]}
 
 
-@pytest.mark.parametrize("configuration", STUDY["configurations"], ids=lambda row: row["label"])
-def test_a_mean_matches_the_results(configuration: dict) -> None:
-    values = configuration["values"].values()
-    mean, _, _ = ROWS[configuration["label"].split()[1]]
-    assert mean == pytest.approx(sum(values) / len(values), abs=6e-4)
+@pytest.mark.parametrize(("study", "table"), TABLES)
+def test_table_has_the_means_of_all_measured_placements(study: dict[str, Any], table: dict[str, Any]) -> None:
+    assert table.keys() == {placement(each) for each in study["configurations"]}
+    for each in study["configurations"]:
+        values = each["values"].values()
+        assert table[placement(each)][0] == pytest.approx(sum(values) / len(values), abs=6e-4), each["label"]
 
 
-@pytest.mark.parametrize("comparison", STUDY["comparisons"], ids=lambda row: row["label"])
-def test_a_difference_and_its_verdict_match_the_results(comparison: dict) -> None:
-    _, difference, verdict = ROWS[comparison["label"].split()[1]]
-    numbers = [float(number) for number in re.findall(r"[-+]\d\.\d+", difference)]
-    assert numbers == pytest.approx([comparison["mean"], comparison["low"], comparison["high"]], abs=6e-4)
-    assert comparison["verdict"] == verdict
+@pytest.mark.parametrize(("study", "table"), TABLES)
+def test_table_has_the_differences_and_verdicts_of_the_results(study: dict[str, Any], table: dict[str, Any]) -> None:
+    for each in study["comparisons"]:
+        _, difference, verdict = table[placement(each)]
+        assert numbers(difference) == pytest.approx([each["mean"], each["low"], each["high"]], abs=6e-4), each["label"]
+        assert verdict == each["verdict"]
+
+
+def test_differences_with_muon_are_those_of_the_results() -> None:
+    (text,) = re.findall(r"^With Muon.*?\n\n", RECENT, re.MULTILINE | re.DOTALL)
+    assert all(each["verdict"].startswith("not enough evidence") for each in MUON["comparisons"])
+    found = {name: numbers(rest) for name, rest in re.findall(r"`(\w+)`\s+([-+][\d.]+\s+\([^)]*\))", text)}
+    assert found.keys() == {placement(each) for each in MUON["comparisons"]}
+    for each in MUON["comparisons"]:
+        assert found[placement(each)] == pytest.approx([each["mean"], each["low"], each["high"]], abs=6e-4)
+    (baseline,) = [each for each in MUON["configurations"] if placement(each) == "pre"]
+    assert f"({sum(baseline['values'].values()) / len(baseline['values']):.3f})" in text
