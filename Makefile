@@ -15,7 +15,7 @@ FUZZ = $(wildcard tests/*/test_fuzz_*.py tests/*/*/test_fuzz_*.py)
 # The files with slow tests: collecting all 11,000 tests takes each process a minute.
 SLOW = $(sort $(shell grep -rl slow tests --include='test_*.py'))
 # The tests most likely to catch a mistake, fast enough to wait for.
-QUICK := tests/test_functional.py tests/test_config.py tests/test_package.py tests/layers tests/kernels/numerics/test_edges.py \
+QUICK := tests/test_functional.py tests/test_functional_composed.py tests/test_config.py tests/test_package.py tests/layers tests/kernels/numerics/test_edges.py \
     tests/placement/test_rules.py tests/placement/test_refusals.py tests/thinker/test_model.py tests/record \
     tests/monitor/rules/test_each_rule.py tests/monitor/rules/test_evidence.py tests/monitor/rules/test_layer_rules.py tests/monitor/rules/test_loss_rules.py tests/monitor/rules/test_optimizer_rules.py \
     tests/monitor/rules/test_numbers.py tests/monitor/test_alarms.py tests/report/test_reading.py tests/inspection tests/integration/docs/test_pages.py
