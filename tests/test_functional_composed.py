@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from helpers import oracle
@@ -173,6 +174,18 @@ def test_any_dimension_can_hold_the_features(norm: Callable[..., Tensor], dim: i
     x, weight = torch.randn(2, 6, 4, 5), torch.rand(6) + 0.5
     expected = norm(x.permute(0, 2, 3, 1).contiguous(), weight).permute(0, 3, 1, 2)
     assert torch.equal(norm(x, weight, dim=dim), expected)
+
+
+def test_numbers_may_be_scalars_of_numpy() -> None:
+    x, z, scale, eps = torch.randn(2, 6), torch.randn(2, 6), torch.randn(6), numpy.float64(1e-3)
+    ours = functional.gated_rms_norm(x, z, eps=eps, groups=numpy.int64(2))
+    assert torch.equal(ours, functional.gated_rms_norm(x, z, eps=1e-3, groups=2))
+    assert torch.equal(
+        functional.rms_norm(x, eps=eps, groups=numpy.int64(3)), functional.rms_norm(x, eps=1e-3, groups=3)
+    )
+    assert torch.equal(functional.l2_norm(x, eps), functional.l2_norm(x, 1e-3))
+    for norm in (functional.modulated_rms_norm, functional.modulated_layer_norm):
+        assert torch.equal(norm(x, scale, eps=eps), norm(x, scale, eps=1e-3))
 
 
 def test_rows_of_zeros_stay_zero() -> None:

@@ -290,6 +290,7 @@ def gated_rms_norm(
     if proxies := overriding(x, z, weight):
         options: dict[str, Any] = {"activation": activation, "norm_first": norm_first, "groups": groups, "cast": cast}
         return handle_torch_function(gated_rms_norm, proxies, x, z, weight, eps, **options)
+    eps, groups = python_number(eps), python_number(groups)
     check_rms_norm(x, weight, eps, 0.0, cast)
     check_gate(x, z)
     check_groups(groups, x)
@@ -358,6 +359,7 @@ def modulated_rms_norm(x: Tensor, scale: Tensor, shift: Tensor | None = None, ep
     """
     if proxies := overriding(x, scale, shift):
         return handle_torch_function(modulated_rms_norm, proxies, x, scale, shift, eps)
+    eps = python_number(eps)
     check_rms_norm(x, None, eps, 0.0, "fp32")
     return _modulated(rms_norm(x.to(compute_dtype(x.dtype)), eps=eps), x, scale, shift)
 
@@ -366,6 +368,7 @@ def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor | None = None, 
     """y = N(x) · (1 + scale) + shift, with N(x) = (x − mean(x)) / √(var(x) + ε): `modulated_rms_norm` for LayerNorm."""
     if proxies := overriding(x, scale, shift):
         return handle_torch_function(modulated_layer_norm, proxies, x, scale, shift, eps)
+    eps = python_number(eps)
     check_layer_norm(x, None, None, eps)
     return _modulated(layer_norm(x.to(compute_dtype(x.dtype)), eps=eps), x, scale, shift)
 

@@ -82,7 +82,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def _share(self) -> None:
         """Let the parts work on the groups and the state of this optimizer: one group is Muon's, the others AdamW's."""
-        for part, groups in zip(self._parts, (self.param_groups[:1], self.param_groups[1:])):  # noqa: B905
+        for part, groups in zip(self._parts, (self.param_groups[:1], self.param_groups[1:]), strict=False):
             part.param_groups, part.state = groups, self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -19,10 +19,10 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from omninorm import functional
 from omninorm.layers.identify import RefusedError, exact_eps, normalize
 
 _ROWS = 6
@@ -33,11 +33,7 @@ _MOST_NUMBERS = 2**20
 _CLOSE = 1e-5  # modules that compute in float32 internally are accurate to about 1e-6 of the largest output
 _EXPONENTS = range(0, -80, -1)
 GATES = ("gate", "z", "g")
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "identity": lambda gate: gate,
-}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {**functional.ACTIVATIONS, "identity": lambda gate: gate}
 
 
 @dataclass(frozen=True)
